@@ -45,7 +45,7 @@ pub use listener::Listener;
 
 use crate::clock::Clock;
 use crate::server::tls::ServerTls;
-use crate::server::{Egress, Registry};
+use crate::server::{Egress, ServingState};
 use crate::store::LogLimit;
 use crate::telemetry::Telemetry;
 use crate::upstream::Offline;
@@ -69,7 +69,7 @@ pub struct Admin(Arc<Inner>);
 /// What the operator's side knows of the rest.
 pub struct AdminDeps {
     /// The registry now in effect.
-    pub registry: Arc<ArcSwap<Registry>>,
+    pub registry: Arc<ArcSwap<ServingState>>,
     /// What was counted.
     pub telemetry: Telemetry,
     /// The budget of response bytes.

@@ -12,7 +12,7 @@ use ifnewer::config::{Config, Log, LogFormat};
 #[cfg(feature = "otlp")]
 use ifnewer::otlp;
 use ifnewer::process::{RunError, serve};
-use ifnewer::server::listen::Passed;
+use ifnewer::server::listener::InheritedSockets;
 use ifnewer::setup::{Done, Refused, Root};
 use ifnewer::telemetry::Telemetry;
 use ifnewer::{admin, ca, cli, demo, doctor, setup, terminal};
@@ -113,7 +113,12 @@ fn limit_heap() {
     let _ = again.exec();
 }
 
-async fn cmd_serve(options: cli::Options, config: Config, inherited: Passed, descriptors: usize) -> ExitCode {
+async fn cmd_serve(
+    options: cli::Options,
+    config: Config,
+    inherited: InheritedSockets,
+    descriptors: usize,
+) -> ExitCode {
     let telemetry = Telemetry::new();
     #[cfg(feature = "otlp")]
     let recording = match cli::collector() {
@@ -231,9 +236,9 @@ fn print_result(done: Result<Done, Refused>) -> ExitCode {
 }
 
 /// The sockets that the service manager opened for us. Those of other kinds are left alone.
-fn inherited_sockets() -> Passed {
+fn inherited_sockets() -> InheritedSockets {
     let mut given = ListenFd::from_env();
-    let mut inherited = Passed::default();
+    let mut inherited = InheritedSockets::default();
     for index in 0..given.len() {
         if let Ok(Some(listener)) = given.take_tcp_listener(index) {
             inherited.tcp.push(listener);

@@ -20,10 +20,10 @@ use crate::clock::Clock;
 use crate::config::{self, Config, Diagnostics, Limits};
 use crate::download::Downloads;
 use crate::oci::digest::hmac_sha256;
-use crate::server::accept::Accepting;
-use crate::server::listen::{Listener, Passed, SocketFile, bind, bind_unix, listeners};
+use crate::server::acceptor::Acceptor;
+use crate::server::listener::{InheritedSockets, Listener, SocketFile, bind, bind_unix, listeners};
 use crate::server::tls::{ServerTls, TlsError};
-use crate::server::{Egress, Front, Sound};
+use crate::server::{Egress, RegistryService, VerifiedBlobs};
 use crate::store::file_read::BufferPool;
 use crate::store::fs::DirectoryFs;
 use crate::store::{Limits as StoreLimits, OpenError, Settings as StoreSettings, Store};
@@ -88,7 +88,7 @@ pub enum RunError {
 /// `telemetry`.
 pub async fn serve(
     config: Config,
-    inherited: Passed,
+    inherited: InheritedSockets,
     descriptors: usize,
     reload: impl Fn() -> Result<Config, Diagnostics>,
     clock: Clock,
@@ -112,12 +112,12 @@ pub async fn serve(
     let registry = build(&config)?;
     registry.activate();
     let registry = Arc::new(ArcSwap::from_pointee(registry));
-    let front = Front {
+    let front = RegistryService {
         registry: Arc::clone(&registry),
         telemetry: context.telemetry.clone(),
         buffers,
         egress: egress.clone(),
-        sound: Sound::default(),
+        verified: VerifiedBlobs::default(),
         clock,
     };
     let shutdown = CancellationToken::new();
@@ -126,7 +126,7 @@ pub async fn serve(
     let addresses: Vec<_> = listeners.iter().filter_map(Listener::ip).collect();
     let load_certificates = |config: &Config| certificates(config, &addresses, clock);
     let tls = Arc::new(ArcSwap::from_pointee(load_certificates(&config)?));
-    let accepting = Accepting::new(
+    let acceptor = Acceptor::new(
         front,
         Arc::clone(&tls),
         config.listen.plain_http,
@@ -136,7 +136,7 @@ pub async fn serve(
     let registry_addresses = listeners.iter().filter_map(Listener::address).collect();
     for listener in listeners {
         print_listening("registry", &listener.name());
-        tasks.spawn(accepting.clone().run(listener));
+        tasks.spawn(acceptor.clone().run(listener));
     }
     let admin = Admin::new(AdminDeps {
         registry: Arc::clone(&registry),

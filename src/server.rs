@@ -1,34 +1,33 @@
-//! The network inwards: connections, TLS, and the one place where requests come in and answers go out.
+//! HTTP server of the registry: listeners, TLS, request parsing, authentication, responses and the access log.
 //!
-//! * `entry`, `certificate`: who may come in at all. * `listen`, `forwarded`: listeners, and who is at the other end.
-//! * `connections`: their places. * `accept`: protocols, limits, drain. * `tls`, `mint`: the CA, our certificate, and those for upstreams' own hosts.
-//! * `gate`, `door`: an HTTP request becomes a [`crate::proxy::Request`], or one to be handed on, or is turned away before
-//!   anything else runs. * `connect`: what comes by `CONNECT`. * `pass`: what is handed on. `login`: questions to a token service.
-//! * `reply`: an outcome becomes an HTTP response; nothing else builds one but what is handed back. * `body`: bytes on
-//!   their way out. `egress`: how many of them may be in memory. * `received`: bodies of requests. `told`: what is told of it all, in a `record` that goes with the body.
-//!   `idle`: connections that make no progress.
+//! * Connections: `listener` and `proxy_protocol` accept them, `connections` limits them, `acceptor` serves HTTP on
+//!   them, `idle_timeout` closes those that make no progress.
+//! * TLS: `tls` holds the CA, the server certificate and the leaf certificates for upstream hosts.
+//! * Requests: `request` parses and validates, `routing` chooses the upstream, `auth` authenticates the client,
+//!   `connect` handles `CONNECT`, `request_body` tracks whether a body was read to its end, `error` lists every
+//!   rejection.
+//! * Dispatch: a read becomes a [`crate::proxy::Request`]. `forward` sends writes to the registry, `token_endpoint`
+//!   serves token requests (`local_tokens`).
+//! * Responses: `response` is the only module that builds one, except for responses that `forward` copies. `egress`
+//!   limits the response bytes in memory. `access_log` writes one record per request.
 
-pub mod accept;
-mod address;
-mod body;
-mod certificate;
+pub mod acceptor;
+mod access_log;
+mod auth;
 mod connect;
 pub(crate) mod connections;
-mod door;
 mod egress;
-mod entry;
-mod forwarded;
-mod gate;
-mod idle;
-pub mod listen;
-mod login;
-mod mint;
-mod pass;
-mod received;
-mod record;
-mod reply;
+mod error;
+mod forward;
+mod idle_timeout;
+pub mod listener;
+mod proxy_protocol;
+mod request;
+mod request_body;
+mod response;
+mod routing;
 pub mod tls;
-mod told;
+mod token_endpoint;
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -39,41 +38,42 @@ use http::request::Parts;
 use http::{HeaderValue, Method, Request, Response, Version};
 use hyper::body::Incoming;
 
-pub(crate) use address::host_network;
-pub use body::{Body, Sound};
-pub use connect::Tunnels;
-pub use door::{Door, Doors, Peer};
+use auth::CredentialHeader;
+pub use auth::{Authenticator, PasswordCache};
+pub use connect::TunnelRules;
 pub use egress::{Egress, Outstanding};
-use entry::Way;
-pub use entry::{Entry, Passwords};
-use gate::{Passage, Turned, Wanted};
-pub use idle::Pardon;
-pub(crate) use idle::{Pardoned, Watched};
+use error::Rejection;
+pub use idle_timeout::IdlePause;
+pub(crate) use idle_timeout::{IdlePauseGuard, IdleTimeoutStream};
+pub(crate) use listener::host_network;
+use request::{ForwardTarget, ParsedRequest};
+pub use response::{Body, VerifiedBlobs};
+pub use routing::{ConnectionInfo, RouteKind, Router};
 
 use crate::clock::Clock;
 use crate::proxy::ProxyService;
 use crate::store::file_read::BufferPool;
 use crate::telemetry::{ResourceKind, Telemetry};
 use crate::trace_context::TraceContext;
-use received::Received;
-use told::Told;
+use access_log::AccessLogFields;
+use request_body::RequestBody;
 
-/// What serves requests. Exchanged whole when the configuration is read again.
-pub struct Registry {
-    /// Which upstreams there are, and how a client names them.
-    pub doors: Doors,
-    /// The road that answers.
+/// The state that serves requests. A reload replaces it as a unit.
+pub struct ServingState {
+    /// Upstreams, and the names by which clients reach them.
+    pub router: Router,
+    /// The pull-through proxy.
     pub proxy: Arc<ProxyService>,
-    /// Where `CONNECT` may lead besides.
-    pub tunnels: Tunnels,
-    /// Who may come in; `None`: whoever reaches us.
-    pub entry: Option<Entry>,
+    /// Hosts that `CONNECT` may tunnel to, besides the upstreams.
+    pub tunnels: TunnelRules,
+    /// Client authentication. `None`: every client is accepted.
+    pub auth: Option<Authenticator>,
 }
 
-impl Registry {
-    /// Puts the settings of its upstreams into effect.
+impl ServingState {
+    /// Applies the settings of its upstreams to the state that outlives reloads.
     pub fn activate(&self) {
-        for upstream_registry in self.doors.all() {
+        for upstream_registry in self.router.all() {
             upstream_registry.upstream().activate();
             let transfers_max = upstream_registry.upstream().downloads_max();
             self.proxy
@@ -83,44 +83,44 @@ impl Registry {
     }
 }
 
-/// What every connection shares.
+/// State shared by all connections.
 #[derive(Clone)]
-pub struct Front {
-    /// The registry now in effect.
-    pub registry: Arc<ArcSwap<Registry>>,
-    /// What is told.
+pub struct RegistryService {
+    /// The state now in effect.
+    pub registry: Arc<ArcSwap<ServingState>>,
+    /// Metrics, access log and decision log.
     pub telemetry: Telemetry,
     /// BufferPool for reading blobs.
     pub buffers: BufferPool,
-    /// The budget of response bytes.
+    /// The limit of response bytes in memory.
     pub egress: Egress,
-    /// The held blobs found right since the start.
-    pub sound: Sound,
+    /// Cached blobs whose digest was verified since the start.
+    pub verified: VerifiedBlobs,
     /// The time of day.
     pub clock: Clock,
 }
 
-impl Front {
-    /// Answers one request. Total.
-    pub async fn answer(&self, request: Request<Incoming>, peer: &Peer) -> Response<Body> {
+impl RegistryService {
+    /// Handles one request. Every request gets a response.
+    pub async fn answer(&self, request: Request<Incoming>, peer: &ConnectionInfo) -> Response<Body> {
         let began = tokio::time::Instant::now();
         let registry = self.registry.load_full();
         let (head, body) = request.into_parts();
-        let (body, ended) = Received::new(body);
+        let (body, ended) = RequestBody::new(body);
         let at = self.clock.now();
         let trace = self.telemetry.trace(&head.headers);
-        let place = Place {
+        let info = RequestInfo {
             head: &head,
             peer,
             at,
             trace: &trace,
         };
-        let mut record = record::Open::new(&self.telemetry, &head, peer, (at, began, &trace));
-        let (response, told) = self.respond(&registry, &place, body, &mut record).await;
-        let mut response = record.answered(told, &head.method, response);
-        response.body_mut().count(self.egress.body(peer.address));
-        response.body_mut().pardon_by(&peer.pardon);
-        if gate::ends_connection(&head) || (head.version < Version::HTTP_2 && !ended.is_true()) {
+        let mut record = access_log::AccessLogEntry::new(&self.telemetry, &head, peer, (at, began, &trace));
+        let (response, fields) = self.respond(&registry, &info, body, &mut record).await;
+        let mut response = record.attach_to(fields, &head.method, response);
+        response.body_mut().charge_to(self.egress.body(peer.address));
+        response.body_mut().pause_idle_timeout_by(&peer.idle_pause);
+        if request::closes_connection(&head) || (head.version < Version::HTTP_2 && !ended.is_true()) {
             response
                 .headers_mut()
                 .insert(CONNECTION, HeaderValue::from_static("close"));
@@ -130,115 +130,128 @@ impl Front {
 
     async fn respond(
         &self,
-        registry: &Registry,
-        place: &Place<'_>,
-        body: Received,
-        record: &mut record::Open,
-    ) -> (Response<Body>, Told) {
-        let head = place.head;
+        registry: &ServingState,
+        info: &RequestInfo<'_>,
+        body: RequestBody,
+        record: &mut access_log::AccessLogEntry,
+    ) -> (Response<Body>, AccessLogFields) {
+        let head = info.head;
         let proxy = &registry.proxy;
-        let read = gate::read(head, place.peer, &registry.doors, (place.at, place.trace));
-        let read = match (&registry.entry, read) {
-            (Some(entry), Ok(wanted)) => admitted(entry, place, wanted).await,
+        let read = request::parse(head, info.peer, &registry.router, (info.at, info.trace));
+        let read = match (&registry.auth, read) {
+            (Some(auth), Ok(parsed)) => authenticate(auth, info, parsed).await,
             (_, read) => read,
         };
-        let wanted = match read {
-            Ok(wanted) => wanted,
-            Err(turned) => {
-                let told = Told::turned(turned.name());
-                return (reply::turned(&turned, &head.method), told);
+        let parsed = match read {
+            Ok(parsed) => parsed,
+            Err(error) => {
+                let fields = AccessLogFields::rejected(error.name());
+                return (response::request_error(&error, &head.method), fields);
             }
         };
-        let (upstream_registry, _, door) = wanted.subject();
-        record.leads_to(Some(upstream_registry), door);
-        let by_path = |kind| (kind, told::path(&head.uri));
-        match wanted {
-            Wanted::Read(request, _) => {
-                record.asks_for(told::subject(&request.endpoint));
-                let asked = reply::Asked::new(head, &request);
-                let pardoned = place.peer.pardon.hold();
+        let (upstream_registry, _, route) = parsed.subject();
+        record.set_route(Some(upstream_registry), route);
+        let by_path = |kind| (kind, access_log::printable_path(&head.uri));
+        match parsed {
+            ParsedRequest::Read(request, _) => {
+                record.set_subject(access_log::subject(&request.endpoint));
+                let context = response::ResponseContext::new(head, &request);
+                let idle_paused = info.peer.idle_pause.pause();
                 let outcome = proxy.handle(request).await;
-                drop(pardoned);
-                let told = Told::of(&outcome);
-                (reply::answer(outcome, &asked, self, proxy.store()), told)
+                drop(idle_paused);
+                let fields = AccessLogFields::of(&outcome);
+                (response::build(outcome, &context, self, proxy.store()), fields)
             }
-            Wanted::Knock(request, _) => {
-                record.asks_for(by_path(ResourceKind::Ping));
-                let asked = reply::Asked::new(head, &request);
+            ParsedRequest::ApiCheck(request, _) => {
+                record.set_subject(by_path(ResourceKind::Ping));
+                let context = response::ResponseContext::new(head, &request);
                 let outcome = proxy.api_challenge(&request).await;
-                let told = Told::of(&outcome);
-                (reply::answer(outcome, &asked, self, proxy.store()), told)
+                let fields = AccessLogFields::of(&outcome);
+                (response::build(outcome, &context, self, proxy.store()), fields)
             }
-            Wanted::Pass(passage) => {
-                record.asks_for(by_path(passed_kind(&passage, head)));
-                let upstream_registry = Arc::clone(&passage.upstream_registry);
-                match self.pass(proxy, passage, place, body).await {
-                    Ok(response) => (response, Told::passed()),
+            ParsedRequest::Forward(target) => {
+                record.set_subject(by_path(forward_kind(&target, head)));
+                let upstream_registry = Arc::clone(&target.upstream_registry);
+                match self.forward(proxy, target, info, body).await {
+                    Ok(response) => (response, AccessLogFields::forwarded()),
                     Err(cause) => {
                         let is_head = head.method == Method::HEAD;
-                        let response = reply::not_passed(upstream_registry.name(), cause, is_head);
-                        (response, Told::not_passed(cause))
+                        let response = response::forward_failed(upstream_registry.name(), cause, is_head);
+                        (response, AccessLogFields::forward_failed(cause))
                     }
                 }
             }
-            Wanted::Login(passage, realm) => self.log_in(proxy, passage, &realm, place, body).await,
+            ParsedRequest::Token(target, realm) => {
+                self.answer_token_request(proxy, target, &realm, info, body).await
+            }
         }
     }
 }
 
-/// What is wanted, if whoever asks may have it. A password of ours goes no further.
-async fn admitted(entry: &Entry, place: &Place<'_>, mut wanted: Wanted) -> Result<Wanted, Turned> {
-    let (upstream_registry, repository, door) = wanted.subject();
-    let way = match door {
-        Door::Mirror | Door::Namespace | Door::Prefix => Way::Own,
-        Door::Host | Door::Connect => Way::Named,
+/// Authenticates the client and checks its allow list. A password of the cache is removed before the request goes
+/// upstream.
+async fn authenticate(
+    auth: &Authenticator,
+    info: &RequestInfo<'_>,
+    mut parsed: ParsedRequest,
+) -> Result<ParsedRequest, Rejection> {
+    let (upstream_registry, repository, route) = parsed.subject();
+    let header = match route {
+        RouteKind::Mirror | RouteKind::Namespace | RouteKind::Prefix => CredentialHeader::Authorization,
+        RouteKind::Host | RouteKind::Connect => CredentialHeader::None,
     };
-    let who = entry.who(place.head, place.peer, way, place.at).await?;
+    let who = auth.authenticate(info.head, info.peer, header, info.at).await?;
     if let Some(repository) = repository
-        && !entry.allows(who.name(), upstream_registry.name(), repository)
+        && !auth.allows(who.name(), upstream_registry.name(), repository)
     {
-        return Err(Turned::NotAllowed(format!(
+        return Err(Rejection::NotAllowed(format!(
             "{}/{repository}",
             upstream_registry.name()
         )));
     }
-    if let Wanted::Pass(passage) = &wanted {
-        may_pass(entry, who.name(), passage, place.head)?;
+    if let ParsedRequest::Forward(target) = &parsed {
+        check_forward(auth, who.name(), target, info.head)?;
     }
-    if let (Wanted::Read(request, _), Way::Own) = (&mut wanted, way)
-        && entry.takes_passwords()
+    if let (ParsedRequest::Read(request, _), CredentialHeader::Authorization) = (&mut parsed, header)
+        && auth.has_passwords()
     {
         request.authorization = None;
     }
-    Ok(wanted)
+    Ok(parsed)
 }
 
-/// Refuses what a list of repositories does not allow, or cannot be compared with.
-fn may_pass(entry: &Entry, user: &str, passage: &Passage, head: &Parts) -> Result<(), Turned> {
-    let name = passage.upstream_registry.name();
-    let refused = |what: &str| Turned::NotAllowed(format!("{name}/{what}"));
-    for source in &passage.sources {
-        if !entry.allows(user, name, source) {
+/// Applies the allow list to a forwarded request. Fails if the list denies a repository, or if the path cannot be
+/// matched.
+fn check_forward(
+    auth: &Authenticator,
+    user: &str,
+    target: &ForwardTarget,
+    head: &Parts,
+) -> Result<(), Rejection> {
+    let name = target.upstream_registry.name();
+    let refused = |what: &str| Rejection::NotAllowed(format!("{name}/{what}"));
+    for source in &target.mount_sources {
+        if !auth.allows(user, name, source) {
             return Err(refused(source.as_str()));
         }
     }
-    if passage.is_unclear && entry.has_allows() {
+    if target.is_ambiguous && auth.has_allows() {
         return Err(refused(head.uri.path().trim_start_matches('/')));
     }
     Ok(())
 }
 
-/// Where and when a request came in.
-struct Place<'a> {
+/// Head, connection, time and trace of a request.
+struct RequestInfo<'a> {
     head: &'a Parts,
-    peer: &'a Peer,
+    peer: &'a ConnectionInfo,
     at: SystemTime,
     trace: &'a TraceContext,
 }
 
-fn passed_kind(passage: &Passage, head: &Parts) -> ResourceKind {
+fn forward_kind(target: &ForwardTarget, head: &Parts) -> ResourceKind {
     let path = head.uri.path();
-    if passage.change.is_some() || path.contains("/blobs/uploads") {
+    if target.change.is_some() || path.contains("/blobs/uploads") {
         ResourceKind::Write
     } else if matches!(path, "/v2" | "/v2/") {
         ResourceKind::Ping

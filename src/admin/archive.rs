@@ -20,7 +20,7 @@ use crate::archive::export::{self, Plan};
 use crate::archive::import::{self, ImportOptions, Imported};
 use crate::archive::pipe::{PipeReader, PipeWriter, pipe};
 use crate::oci::Query;
-use crate::server::Registry;
+use crate::server::ServingState;
 use crate::store::StoreError;
 
 /// The type of an archive.
@@ -124,7 +124,7 @@ fn image_of(named: ImageRef) -> Image {
     }
 }
 
-fn resolve(name: &str, registry: &Registry) -> Result<Image, String> {
+fn resolve(name: &str, registry: &ServingState) -> Result<Image, String> {
     let named = ImageRef::parse(name, registry);
     named.map(image_of).map_err(|problem| problem.detail)
 }

@@ -15,7 +15,7 @@ use crate::policy::{
     Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision, OnNotFound,
     Policy, Presence, Revalidation, decide,
 };
-use crate::server::Registry;
+use crate::server::ServingState;
 use crate::store::tags::NEVER_CONFIRMED;
 
 /// The answer to "why".
@@ -58,7 +58,7 @@ pub(super) struct WhatIf {
 
 /// What would be decided now for a client with this `Authorization`. Asks nobody.
 pub(super) async fn explain(
-    registry: &Registry,
+    registry: &ServingState,
     named: &ImageRef,
     authorization: Option<&HeaderValue>,
     now: SystemTime,

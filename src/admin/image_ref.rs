@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::response::Problem;
 use crate::oci::{Query, Reference, Repository};
 use crate::proxy::UpstreamRegistry;
-use crate::server::Registry;
+use crate::server::ServingState;
 use crate::store::tags::TagKey;
 
 /// An image, read.
@@ -18,12 +18,12 @@ pub(super) struct ImageRef {
 
 impl ImageRef {
     /// Of a query's `image`.
-    pub(super) fn from_query(query: &Query, registry: &Registry) -> Result<Self, Problem> {
+    pub(super) fn from_query(query: &Query, registry: &ServingState) -> Result<Self, Problem> {
         Self::parse(query.get("image").unwrap_or_default(), registry)
     }
 
     /// Reads `docker.io/library/alpine:3.20`, and the short forms that docker knows.
-    pub(super) fn parse(image: &str, registry: &Registry) -> Result<Self, Problem> {
+    pub(super) fn parse(image: &str, registry: &ServingState) -> Result<Self, Problem> {
         if image.is_empty() {
             return Err(Problem::bad_request(
                 "say which image, as in image=docker.io/library/alpine:3.20",
@@ -35,12 +35,12 @@ impl ImageRef {
             _ => (image, "latest"),
         };
         let (upstream_registry, rest) = match name.split_once('/') {
-            Some((first, rest)) => match registry.doors.named(first) {
+            Some((first, rest)) => match registry.router.by_name(first) {
                 Some(upstream_registry) => (upstream_registry, rest),
                 None if first.contains(['.', ':']) => return Err(unknown_upstream(first, registry)),
-                None => (registry.doors.default_registry(), name),
+                None => (registry.router.default_registry(), name),
             },
-            None => (registry.doors.default_registry(), name),
+            None => (registry.router.default_registry(), name),
         };
         let wrong = |error: &dyn std::fmt::Display| {
             Problem::bad_request(format!("`{image}` is not an image: {error}"))
@@ -124,9 +124,9 @@ impl<'a> Nearest<'a> {
     }
 }
 
-fn unknown_upstream(name: &str, registry: &Registry) -> Problem {
+fn unknown_upstream(name: &str, registry: &ServingState) -> Problem {
     let mut near = Nearest::to(name);
-    for upstream_registry in registry.doors.all() {
+    for upstream_registry in registry.router.all() {
         near.consider(upstream_registry.name().to_owned());
     }
     Problem {

@@ -14,7 +14,7 @@ use super::image_ref::{ImageRef, Nearest, full_name};
 use super::response::{ApiResponse, Problem, json_response};
 use crate::oci::manifest::{DescriptorKind, ManifestKind};
 use crate::oci::{AnyDigest, Digest, Query, Reference, Repository};
-use crate::server::Registry;
+use crate::server::ServingState;
 use crate::store::Store;
 use crate::store::access_times::ContentId;
 use crate::store::manifests::StoredManifest;
@@ -194,7 +194,7 @@ impl ListQuery {
 }
 
 /// The images query, and how many there are in all. Without a filter, only what is shown is looked at. Blocks.
-pub(super) fn list(registry: &Registry, query: &ListQuery, now: SystemTime) -> (Vec<Image>, usize) {
+pub(super) fn list(registry: &ServingState, query: &ListQuery, now: SystemTime) -> (Vec<Image>, usize) {
     let store = registry.proxy.store().blocking();
     let usage = store.usage();
     let (page, total) = if query.by == Sort::Name && query.is_all() && usage.is_complete {
@@ -269,7 +269,7 @@ fn first_by<W: Ord>(
 }
 
 /// The list, as JSON.
-pub(super) fn list_response(registry: &Registry, query: &ListQuery, now: SystemTime) -> ApiResponse {
+pub(super) fn list_response(registry: &ServingState, query: &ListQuery, now: SystemTime) -> ApiResponse {
     let (images, total) = list(registry, query, now);
     let end = query.offset + images.len();
     let next = (!images.is_empty() && end < total).then_some(end);
@@ -278,7 +278,7 @@ pub(super) fn list_response(registry: &Registry, query: &ListQuery, now: SystemT
 
 /// One image, in full.
 pub(super) fn details(
-    registry: &Registry,
+    registry: &ServingState,
     named: &ImageRef,
     now: SystemTime,
 ) -> Result<ImageDetails, Problem> {
@@ -360,20 +360,20 @@ fn history(record: &TagRecord) -> Vec<PastImage> {
 }
 
 /// The image that a client of today is given for the tag.
-fn newest(registry: &Registry, image: &TagUsage) -> Option<ResolvedTag> {
+fn newest(registry: &ServingState, image: &TagUsage) -> Option<ResolvedTag> {
     let store = registry.proxy.store().blocking();
     store.resolve_tag(&image.key, &image.record, TagReader::Operator)
 }
 
 fn summary(
-    registry: &Registry,
+    registry: &ServingState,
     shares: &ReferenceCounts,
     image: &TagUsage,
     now: SystemTime,
 ) -> Option<Image> {
     let (key, named) = (&image.key, newest(registry, image)?);
     let store = registry.proxy.store().blocking();
-    let upstream_registry = registry.doors.named(&key.upstream);
+    let upstream_registry = registry.router.by_name(&key.upstream);
     let rule =
         upstream_registry.map(|upstream_registry| upstream_registry.rule(&key.repository, Some(&key.tag)));
     let fresh = rule.map_or(Duration::ZERO, |rule| rule.max_age);
@@ -416,7 +416,7 @@ fn summary(
 }
 
 /// Of an index, the platforms that can be pulled from here alone.
-fn platforms(registry: &Registry, key: &TagKey, manifest: &Arc<StoredManifest>) -> Vec<String> {
+fn platforms(registry: &ServingState, key: &TagKey, manifest: &Arc<StoredManifest>) -> Vec<String> {
     if manifest.manifest.kind != ManifestKind::Index {
         return Vec::new();
     }
@@ -429,7 +429,7 @@ fn platforms(registry: &Registry, key: &TagKey, manifest: &Arc<StoredManifest>) 
 
 /// What a manifest is made of; of an index, the manifests, and of those held what they are made of.
 fn collect_parts(
-    registry: &Registry,
+    registry: &ServingState,
     shares: &ReferenceCounts,
     image: &TagUsage,
     manifest: &StoredManifest,
@@ -469,7 +469,7 @@ fn collect_parts(
 
 /// Lets go of a tag, or of all tags of a repository; with `is_trial`, only says what that would free.
 pub(super) fn remove(
-    registry: &Registry,
+    registry: &ServingState,
     named: &ImageRef,
     all_tags: bool,
     is_trial: bool,
@@ -528,7 +528,7 @@ fn tags_of(store: &Store, upstream: &str, repository: &Repository) -> Vec<TagKey
 }
 
 /// Everything pinned, as it is named.
-pub(super) fn pins(registry: &Registry) -> Vec<String> {
+pub(super) fn pins(registry: &ServingState) -> Vec<String> {
     let pins = registry.proxy.store().blocking().pins();
     let name = |pin: &Pin| match pin {
         Pin::Tag(key) => full_name(key),
@@ -539,7 +539,7 @@ pub(super) fn pins(registry: &Registry) -> Vec<String> {
 
 /// Keeps a tag, with what it names now and later, or a digest, from eviction; or ends that. Says how it was. It need not
 /// be held yet.
-pub(super) fn pin(registry: &Registry, named: &ImageRef, pinned: bool) -> Result<bool, Problem> {
+pub(super) fn pin(registry: &ServingState, named: &ImageRef, pinned: bool) -> Result<bool, Problem> {
     let pin = match (named.tag_key(), &named.reference) {
         (Some(key), _) => Pin::Tag(key),
         (None, Reference::Digest(AnyDigest::Supported(digest))) => Pin::Digest(*digest),

@@ -33,7 +33,7 @@ use super::concurrency_limit::{ConcurrencyLimit, Permit};
 use super::health::{HealthEndpoint, READS_MAX};
 use super::response::{ApiResponse, Body, Problem};
 use crate::server::connections::{Bounds, Connections, Entering, InFlight, Slot};
-use crate::server::{Pardon, Pardoned, Watched};
+use crate::server::{IdlePause, IdlePauseGuard, IdleTimeoutStream};
 
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -213,16 +213,16 @@ impl AdminServer {
     }
 
     async fn serve_connection(self, stream: Box<dyn Stream>, slot: Slot, caller: Caller) {
-        let (handle, pardon) = (slot.handle(), Pardon::default());
+        let (handle, idle_pause) = (slot.handle(), IdlePause::default());
         let service = service_fn(|request: Request<Incoming>| {
-            let (busy, unhurried) = (handle.request(), pardon.hold());
+            let (busy, unhurried) = (handle.request(), idle_pause.pause());
             let server = self.clone();
             async move {
                 let reply = server.respond(request, caller).await;
                 Ok::<_, Infallible>(reply.map(|reply| reply.for_connection(busy, unhurried)))
             }
         });
-        let stream = TokioIo::new(Watched::new(stream, IDLE_TIMEOUT, pardon.clone()));
+        let stream = TokioIo::new(IdleTimeoutStream::new(stream, IDLE_TIMEOUT, idle_pause.clone()));
         let mut connection = pin!(
             http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -292,7 +292,7 @@ impl PermittedBody {
     }
 
     /// An event stream has a place of its own kind. Archives are read and written at the pace of a disk or of a pipe.
-    fn for_connection(self, busy: InFlight, unhurried: Pardoned) -> ConnectionBody {
+    fn for_connection(self, busy: InFlight, unhurried: IdlePauseGuard) -> ConnectionBody {
         let (is_live, is_piped) = (
             matches!(self.body, Body::Events(_)),
             matches!(self.body, Body::Stream(_)),
@@ -311,7 +311,7 @@ struct ConnectionBody {
     body: Body,
     _permit: Option<Permit>,
     _busy: InFlight,
-    _unhurried: Option<Pardoned>,
+    _unhurried: Option<IdlePauseGuard>,
 }
 
 impl http_body::Body for ConnectionBody {

@@ -9,7 +9,7 @@ use http::request::Parts;
 use super::response::{ApiResponse, full};
 use super::{Admin, upstreams};
 use crate::queue::{Class, Counts, Queue};
-use crate::server::Registry;
+use crate::server::ServingState;
 use crate::telemetry::{Gauges, QueueGauges};
 
 /// The type of what everybody else gets.
@@ -49,11 +49,11 @@ impl Admin {
         let registry = self.registry.load();
         let (store, downloads) = (registry.proxy.store(), registry.proxy.downloads());
         let (usage, evicted) = (store.usage(), store.evictions());
-        let upstreams = registry.doors.all().iter().map(|upstream_registry| {
+        let upstreams = registry.router.all().iter().map(|upstream_registry| {
             let is_up = upstream_registry.upstream().unavailable_now().is_none();
             (upstream_registry.name().into(), is_up)
         });
-        let open_breakers = registry.doors.all().iter().flat_map(|upstream_registry| {
+        let open_breakers = registry.router.all().iter().flat_map(|upstream_registry| {
             let open = upstream_registry.upstream().open_breakers();
             open.into_iter()
                 .map(|(scope, open)| (upstream_registry.name().into(), scope, open))
@@ -88,14 +88,14 @@ impl Admin {
             open_breakers: open_breakers.collect(),
             upstreams: upstreams.collect(),
             quotas: upstreams::allowances(&registry, now),
-            certificates: self.tls.load().good_until(),
+            certificates: self.tls.load().expiries(),
         }
     }
 }
 
 /// The queues: of requests to all upstreams together, and of downloads.
-fn queues(registry: &Registry) -> Vec<QueueGauges> {
-    let upstream_registries = registry.doors.all().iter();
+fn queues(registry: &ServingState) -> Vec<QueueGauges> {
+    let upstream_registries = registry.router.all().iter();
     let requests: Vec<&Queue> = upstream_registries
         .flat_map(|upstream_registry| upstream_registry.upstream().queues())
         .collect();

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::Admin;
 use super::format::{duration, rfc3339};
-use crate::server::Registry;
+use crate::server::ServingState;
 use crate::store::AsyncStore;
 use crate::telemetry::Totals;
 
@@ -176,7 +176,7 @@ impl Admin {
         if self.offline.is_on() {
             problems.push("Offline mode is on: no upstream is asked".to_owned());
         }
-        for upstream_registry in registry.doors.all() {
+        for upstream_registry in registry.router.all() {
             if let Some(open) = upstream_registry.upstream().status().open {
                 let (cause, scope) = (open.cause, open.scope);
                 let words = duration(open.open.unwrap_or_default());
@@ -200,7 +200,7 @@ impl Admin {
 
     fn quota(&self) -> Option<Quota> {
         let registry = self.registry.load();
-        let upstream_registries = registry.doors.all().iter();
+        let upstream_registries = registry.router.all().iter();
         let told = upstream_registries.flat_map(|upstream_registry| {
             let upstream = upstream_registry.name().to_owned();
             let allowances = upstream_registry.upstream().status().quotas;
@@ -284,7 +284,7 @@ pub(super) struct TransferView {
 }
 
 /// The longest running first.
-pub(super) fn transfers(registry: &Registry) -> Vec<TransferView> {
+pub(super) fn transfers(registry: &ServingState) -> Vec<TransferView> {
     let transfers = registry.proxy.downloads().statuses();
     transfers
         .into_iter()

@@ -9,12 +9,12 @@ use super::format::rfc3339;
 use crate::oci::UpstreamFailure;
 use crate::proxy::UpstreamRegistry;
 use crate::queue::Queue;
-use crate::server::Registry;
+use crate::server::ServingState;
 use crate::telemetry::QuotaGauge;
 
 /// All upstreams, as JSON. Credentials are told by kind, a client's by an id that means nothing elsewhere.
-pub(super) fn to_json(registry: &Registry, now: SystemTime) -> Value {
-    let upstream_registries = registry.doors.all().iter();
+pub(super) fn to_json(registry: &ServingState, now: SystemTime) -> Value {
+    let upstream_registries = registry.router.all().iter();
     let upstreams: Vec<Value> = upstream_registries
         .map(|upstream_registry| upstream_json(upstream_registry, registry.proxy.downloads().queue(), now))
         .collect();
@@ -69,9 +69,9 @@ fn upstream_json(upstream_registry: &UpstreamRegistry, downloads: &Queue, now: S
 }
 
 /// What is left of whose allowance: of several clients, of the one with the fewest pulls left.
-pub(super) fn allowances(registry: &Registry, now: SystemTime) -> Vec<QuotaGauge> {
+pub(super) fn allowances(registry: &ServingState, now: SystemTime) -> Vec<QuotaGauge> {
     let mut levels = Vec::new();
-    for upstream_registry in registry.doors.all() {
+    for upstream_registry in registry.router.all() {
         let mut fewest = BTreeMap::new();
         for allowance in upstream_registry.upstream().status().quotas {
             let level = QuotaGauge {

@@ -31,7 +31,7 @@ pub(super) async fn renewal_loop(tls: Arc<ArcSwap<ServerTls>>, clock: Clock, shu
             let check = move || {
                 renew_if_due(&tls);
                 if warn {
-                    tls.load().warn_of_ends(now);
+                    tls.load().warn_of_expiry(now);
                 }
             };
             if tokio::task::spawn_blocking(check).await.is_err() {
@@ -52,10 +52,10 @@ fn is_due(last: Option<SystemTime>, now: SystemTime, every: Duration) -> bool {
 /// Puts a new server certificate into effect if the one in effect ends soon. Blocks.
 fn renew_if_due(tls: &ArcSwap<ServerTls>) {
     let old = tls.load_full();
-    match old.renewed() {
+    match old.renew_if_due() {
         None => {}
         Some(Ok(new)) => {
-            let until = new.good_until().into_iter().find(|(name, _)| *name == "server");
+            let until = new.expiries().into_iter().find(|(name, _)| *name == "server");
             let until = until.map(|(_, at)| humantime::format_rfc3339_seconds(at).to_string());
             // A reload in the meantime has made its own.
             let found = tls.compare_and_swap(&old, Arc::new(new));
@@ -98,7 +98,7 @@ mod tests {
     }
 
     fn end(tls: &ArcSwap<ServerTls>, of: &str) -> SystemTime {
-        let ends = tls.load().good_until();
+        let ends = tls.load().expiries();
         ends.into_iter().find(|(name, _)| *name == of).unwrap().1
     }
 
@@ -117,7 +117,7 @@ mod tests {
             assert!(end(&tls, "server") > now() + DAY * 30, "day {day}");
         }
         assert_eq!(end(&tls, "ca"), ca, "clients trust the same CA");
-        assert!(!tls.load().warn_of_ends(now()));
+        assert!(!tls.load().warn_of_expiry(now()));
 
         // It is on the disk as well: a start finds it.
         let started = ArcSwap::from_pointee(prepared(folder.path()));
@@ -126,7 +126,7 @@ mod tests {
         // Of the CA's end there are warnings half a year before.
         TODAY.store(3_500, Ordering::SeqCst);
         renew_if_due(&tls);
-        assert!(tls.load().warn_of_ends(now()));
+        assert!(tls.load().warn_of_expiry(now()));
         TODAY.store(0, Ordering::SeqCst);
     }
 

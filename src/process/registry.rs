@@ -7,7 +7,7 @@ use crate::config::{AuthMode, Config, Credential, Proxy, UpstreamConfig};
 use crate::download::Downloads;
 use crate::policy::rules::Rules;
 use crate::proxy::{self, ProxyService, RegistryStates, UpstreamRegistry};
-use crate::server::{Doors, Entry, Passwords, Registry, Tunnels};
+use crate::server::{Authenticator, PasswordCache, Router, ServingState, TunnelRules};
 use crate::store::Store;
 use crate::telemetry::{Telemetry, UpstreamRecord};
 use crate::upstream::TunnelDialer;
@@ -49,7 +49,7 @@ impl UpstreamContext {
 pub(super) struct SharedState {
     pub(super) proxy: Arc<ProxyService>,
     pub(super) upstream_registries: RegistryStates,
-    pub(super) passwords: Arc<Passwords>,
+    pub(super) passwords: Arc<PasswordCache>,
     pub(super) connector: Transport,
 }
 
@@ -74,7 +74,7 @@ pub(super) fn registry(
     config: &Config,
     shared: &SharedState,
     context: &UpstreamContext,
-) -> Result<Registry, RunError> {
+) -> Result<ServingState, RunError> {
     let rules = Arc::new(config.rules.clone());
     let mut upstream_registries = Vec::new();
     for upstream in &config.upstreams {
@@ -103,12 +103,12 @@ pub(super) fn registry(
     })?;
     let entry = config.access.as_ref();
     let secret = *shared.proxy.store().install_secret();
-    let entry = entry.map(|entry| Entry::new(entry, secret, Arc::clone(&shared.passwords)));
-    Ok(Registry {
-        doors: Doors::new(upstream_registries, default),
+    let entry = entry.map(|entry| Authenticator::new(entry, secret, Arc::clone(&shared.passwords)));
+    Ok(ServingState {
+        router: Router::new(upstream_registries, default),
         proxy: Arc::clone(&shared.proxy),
-        tunnels: Tunnels::new(config.tunnels.clone(), way),
-        entry: entry.transpose()?,
+        tunnels: TunnelRules::new(config.tunnels.clone(), way),
+        auth: entry.transpose()?,
     })
 }
 

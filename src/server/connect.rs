@@ -1,9 +1,9 @@
-//! `CONNECT`: what a client with `HTTPS_PROXY` sends before it speaks TLS with a registry.
+//! `CONNECT` (RFC 9110 §9.3.6): TLS interception for configured upstreams and tunnels to allowed hosts.
 //!
-//! A configured upstream is intercepted: the client speaks TLS with us, under a certificate that our CA made for the
-//! upstream's host, and what it asks is answered as through any other door. Other hosts are reached by a tunnel, unread,
-//! if the operator names them, or if an upstream sends its clients there for a token. Everything else is refused, or this
-//! would be an open proxy.
+//! For a configured upstream the cache ends TLS with a leaf certificate of its CA, then serves the requests as on any
+//! other route. For other hosts it opens a tunnel and does not read it. A tunnel needs a rule of the operator, or the
+//! host must be the token service of an upstream. Everything else is rejected, because the cache would be an open
+//! proxy otherwise.
 
 use std::future::Future;
 use std::net::IpAddr;
@@ -21,16 +21,16 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
-use super::accept::Connection;
-use super::certificate;
+use super::acceptor::Connection;
+use super::access_log::AccessLogEntry;
+use super::access_log::AccessLogFields;
+use super::auth::{CredentialHeader, PeerCredentials};
 use super::connections::InFlight;
-use super::door::{Door, Peer, name_of};
-use super::entry::{Shown, Way};
-use super::gate::{self, Turned};
-use super::record::Open;
-use super::tls::Shaken;
-use super::told::Told;
-use super::{Body, Registry, reply};
+use super::routing::{ConnectionInfo, RouteKind, canonical_host};
+use super::tls::Handshake;
+use super::tls::client_cert;
+use super::{Body, ServingState, response};
+use super::{error::Rejection, request};
 use crate::config::{TunnelRule, host_part};
 use crate::telemetry::{self, CacheResult, ResourceKind};
 use crate::trace_context::TraceId;
@@ -38,27 +38,27 @@ use crate::upstream::Stream;
 use crate::upstream::TunnelDialer;
 use crate::upstream::ip_scope::IpScope;
 
-/// How much of each direction of a tunnel is in memory.
-const STEP_BYTES: usize = 16 * 1024;
+/// Buffer of each direction of a tunnel.
+const BUFFER_BYTES: usize = 16 * 1024;
 
-/// A tunnel is not what is waited for when the process ends: what it carries goes on elsewhere.
-const LAST_BYTES_WITHIN: Duration = Duration::from_secs(1);
+/// Shutdown does not drain tunnels. They get this time for bytes under way.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(1);
 
-/// Where tunnels may lead besides the upstreams' own token services, and how.
-pub struct Tunnels {
+/// Tunnel rules of the operator, and the dialer for tunnels.
+pub struct TunnelRules {
     allowed: Vec<TunnelRule>,
-    way: TunnelDialer,
+    dialer: TunnelDialer,
 }
 
-impl Tunnels {
-    /// To those of `allowed`, by `way`.
-    pub fn new(allowed: Vec<TunnelRule>, way: TunnelDialer) -> Self {
-        Self { allowed, way }
+impl TunnelRules {
+    /// Allows the targets of `allowed` and connects by `dialer`.
+    pub fn new(allowed: Vec<TunnelRule>, dialer: TunnelDialer) -> Self {
+        Self { allowed, dialer }
     }
 
-    /// How near the operator lets a tunnel to this host lead; `None` if nowhere. Who names a host means it, wherever it
-    /// is; who names many does not mean this machine.
-    fn nearest(&self, host: &str, port: u16) -> Option<IpScope> {
+    /// The most sensitive IP scope that the rules allow for this host. `None` if no rule matches. An exact host rule
+    /// may reach any address; a glob rule may not reach loopback or link-local addresses.
+    fn nearest_scope(&self, host: &str, port: u16) -> Option<IpScope> {
         let rules = self.allowed.iter().filter(|rule| rule.allows(host, port));
         rules
             .map(|rule| {
@@ -72,211 +72,221 @@ impl Tunnels {
     }
 }
 
-/// What becomes of a `CONNECT`.
-enum Passage {
-    /// The client speaks with us; the upstream's host, as upstreams are named, and what the client has shown.
-    Intercept(Arc<str>, Arc<crate::proxy::UpstreamRegistry>, Shown),
-    /// Bytes go to and fro.
-    Tunnel(Box<dyn Stream>, Place),
+/// Target of a `CONNECT`.
+enum ConnectTarget {
+    /// Intercepted: the upstream's canonical host, the upstream, and the credentials of the connection.
+    Intercept(Arc<str>, Arc<crate::proxy::UpstreamRegistry>, PeerCredentials),
+    /// Tunnelled without reading.
+    Tunnel(Box<dyn Stream>, TunnelPermit),
 }
 
-/// One of the places for tunnels. Free before it is counted as free: who sees one, finds one.
-struct Place {
+/// Permit for one tunnel. Fields drop in order: the permit is released before the gauge is decremented, so an
+/// observer of the gauge can always acquire.
+struct TunnelPermit {
     _permit: OwnedSemaphorePermit,
     counted: telemetry::TunnelCounter,
     _request: InFlight,
 }
 
 impl Connection {
-    /// Answers a `CONNECT`, and sees to what comes after.
+    /// Responds to a `CONNECT`, then serves the upgraded connection in a task.
     pub(super) async fn connect(self: Arc<Self>, mut request: Request<Incoming>) -> Response<Body> {
         let began = tokio::time::Instant::now();
         let upgrade = hyper::upgrade::on(&mut request);
         let (head, _) = request.into_parts();
         let target = head.uri.authority().map_or("", Authority::as_str).to_owned();
-        let front = self.accepting.front();
-        let trace = front.telemetry.trace(&head.headers);
-        let mut record = Open::new(
-            &front.telemetry,
+        let service = self.acceptor.service();
+        let trace = service.telemetry.trace(&head.headers);
+        let mut record = AccessLogEntry::new(
+            &service.telemetry,
             &head,
             &self.peer,
-            (front.clock.now(), began, &trace),
+            (service.clock.now(), began, &trace),
         );
-        record.leads_to(None, Door::Connect);
-        record.asks_for((ResourceKind::Connect, target.clone()));
-        let registry = front.registry.load_full();
-        let way = self.way(&head, &registry).await;
-        let (response, told) = match way {
-            Ok(Passage::Intercept(name, upstream_registry, shown)) => {
-                record.leads_to(Some(&upstream_registry), Door::Connect);
+        record.set_route(None, RouteKind::Connect);
+        record.set_subject((ResourceKind::Connect, target.clone()));
+        let registry = service.registry.load_full();
+        let target_kind = self.resolve_target(&head, &registry).await;
+        let (response, fields) = match target_kind {
+            Ok(ConnectTarget::Intercept(name, upstream_registry, credentials)) => {
+                record.set_route(Some(&upstream_registry), RouteKind::Connect);
                 registry.proxy.prefetch_challenge(&upstream_registry);
-                let intercepted = Arc::clone(&self).intercepted(name, shown, upgrade);
+                let intercepted = Arc::clone(&self).serve_intercepted(name, credentials, upgrade);
                 self.tasks.spawn(intercepted);
-                let told = Told::connected(CacheResult::Local, "intercepted");
-                (Response::new(Body::empty()), told)
+                let fields = AccessLogFields::connected(CacheResult::Local, "intercepted");
+                (Response::new(Body::empty()), fields)
             }
-            Ok(Passage::Tunnel(stream, place)) => {
-                let carried = Carried {
+            Ok(ConnectTarget::Tunnel(stream, permit)) => {
+                let carried = TunnelLog {
                     target,
                     began,
                     trace_id: trace.id(),
                 };
-                let tunnelled = Arc::clone(&self).tunnelled(stream, place, upgrade, carried);
+                let tunnelled = Arc::clone(&self).run_tunnel(stream, permit, upgrade, carried);
                 self.tasks.spawn(tunnelled);
-                let told = Told::connected(CacheResult::Passed, "tunnelled");
-                (Response::new(Body::empty()), told)
+                let fields = AccessLogFields::connected(CacheResult::Passed, "tunnelled");
+                (Response::new(Body::empty()), fields)
             }
-            Err(turned) => {
-                let told = Told::turned(turned.name());
-                let mut response = reply::turned(&turned, &head.method);
-                // What follows may be meant for the tunnel, and is not read as a request.
+            Err(error) => {
+                let fields = AccessLogFields::rejected(error.name());
+                let mut response = response::request_error(&error, &head.method);
+                // The following bytes may be meant for the tunnel, so they must not be parsed as a request.
                 if head.version < Version::HTTP_2 {
                     let close = HeaderValue::from_static("close");
                     response.headers_mut().insert(CONNECTION, close);
                 }
-                (response, told)
+                (response, fields)
             }
         };
-        record.answered(told, &head.method, response)
+        record.attach_to(fields, &head.method, response)
     }
 
-    async fn way(&self, head: &http::request::Parts, registry: &Arc<Registry>) -> Result<Passage, Turned> {
-        if !self.peer.may_speak {
-            return Err(Turned::Plain);
+    async fn resolve_target(
+        &self,
+        head: &http::request::Parts,
+        registry: &Arc<ServingState>,
+    ) -> Result<ConnectTarget, Rejection> {
+        if !self.peer.http_allowed {
+            return Err(Rejection::PlainHttp);
         }
-        let mut shown = self.peer.shown.clone();
-        if let Some(entry) = &registry.entry {
-            let now = self.accepting.front().clock.now();
-            let who = entry.who(head, &self.peer, Way::Connect, now).await?;
-            shown.user = who.user();
+        let mut credentials = self.peer.credentials.clone();
+        if let Some(auth) = &registry.auth {
+            let now = self.acceptor.service().clock.now();
+            let who = auth
+                .authenticate(head, &self.peer, CredentialHeader::ProxyAuthorization, now)
+                .await?;
+            credentials.user = who.user();
         }
-        // RFC 9110 §9.3.6: a host and a port, and nothing else.
-        let target = head.uri.authority().cloned().ok_or(Turned::Host)?;
-        let name = name_of(&target, true).ok_or(Turned::Host)?.into_owned();
-        let port = target.port_u16().ok_or(Turned::Host)?;
-        if let Some(host) = gate::host_line(head)?
-            && name_of(&host, true).ok_or(Turned::Host)? != name
+        // RFC 9110 §9.3.6: the target is a host and a port.
+        let target = head.uri.authority().cloned().ok_or(Rejection::InvalidHost)?;
+        let name = canonical_host(&target, true)
+            .ok_or(Rejection::InvalidHost)?
+            .into_owned();
+        let port = target.port_u16().ok_or(Rejection::InvalidHost)?;
+        if let Some(host) = request::host_header(head)?
+            && canonical_host(&host, true).ok_or(Rejection::InvalidHost)? != name
         {
-            return Err(Turned::Misdirected);
+            return Err(Rejection::Misdirected);
         }
         if self.peer.connect.is_some() {
-            return Err(Turned::NoTunnel(name));
+            return Err(Rejection::TunnelNotAllowed(name));
         }
-        if let Some(upstream_registry) = registry.doors.reached(&name) {
-            match self.accepting.tls().leaf(host_part(&name)) {
+        if let Some(upstream_registry) = registry.router.by_host(&name) {
+            match self.acceptor.tls().leaf(host_part(&name)) {
                 Ok(_) => {
-                    return Ok(Passage::Intercept(
+                    return Ok(ConnectTarget::Intercept(
                         name.into(),
                         Arc::clone(upstream_registry),
-                        shown,
+                        credentials,
                     ));
                 }
-                Err(error) if registry.doors.named(&name).is_some() => {
-                    return Err(Turned::NoCertificate(error.to_string()));
+                Err(error) if registry.router.by_name(&name).is_some() => {
+                    return Err(Rejection::NoCertificate(error.to_string()));
                 }
-                // A token service that the CA does not vouch for is tunnelled to, as without `local_tokens`.
+                // If name constraints forbid the host of a token service, tunnel to it, as without `local_tokens`.
                 Err(_) => {}
             }
         }
         let host = host_part(&name);
-        let nearest = match registry.tunnels.nearest(host, port) {
+        let nearest = match registry.tunnels.nearest_scope(host, port) {
             Some(nearest) => nearest,
             None => token_service(registry, host, port)
                 .await
-                .ok_or_else(|| Turned::NoTunnel(target.to_string()))?,
+                .ok_or_else(|| Rejection::TunnelNotAllowed(target.to_string()))?,
         };
-        let place = Arc::clone(self.accepting.tunnels()).try_acquire_owned();
-        let place = Place {
-            _permit: place.map_err(|_| Turned::TunnelsBusy)?,
-            counted: self.accepting.front().telemetry.count_tunnel(),
+        let permit = Arc::clone(self.acceptor.tunnels()).try_acquire_owned();
+        let permit = TunnelPermit {
+            _permit: permit.map_err(|_| Rejection::TooManyTunnels)?,
+            counted: self.acceptor.service().telemetry.count_tunnel(),
             _request: self.peer.connection.request(),
         };
-        let stream = registry.tunnels.way.open(host, port, nearest).await;
-        let stream = stream.map_err(|cause| Turned::TunnelFailed(target.to_string(), cause))?;
-        Ok(Passage::Tunnel(stream, place))
+        let stream = registry.tunnels.dialer.open(host, port, nearest).await;
+        let stream = stream.map_err(|cause| Rejection::TunnelFailed(target.to_string(), cause))?;
+        Ok(ConnectTarget::Tunnel(stream, permit))
     }
 
-    /// Boxed, because what is spoken within may in its turn ask for such a future.
-    fn intercepted(
+    /// Boxed, because the inner connection may create this future again.
+    fn serve_intercepted(
         self: Arc<Self>,
         name: Arc<str>,
-        shown: Shown,
+        credentials: PeerCredentials,
         upgrade: OnUpgrade,
     ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(async move {
             let Ok(upgraded) = upgrade.await else { return };
-            let (tls, limit) = (self.accepting.tls(), self.accepting.limits().handshake_timeout);
-            let shaking = tls.accept_as(host_part(&name), TokioIo::new(upgraded));
-            let Shaken {
+            let (tls, limit) = (self.acceptor.tls(), self.acceptor.limits().handshake_timeout);
+            let handshaking = tls.accept_for_host(host_part(&name), TokioIo::new(upgraded));
+            let Handshake {
                 stream,
                 server_name,
                 certificate,
             } = match tokio::select! {
-                shaken = timeout(limit, shaking) => shaken,
+                handshake = timeout(limit, handshaking) => handshake,
                 () = self.peer.connection.closing() => return,
             } {
-                Ok(Ok(shaken)) => shaken,
+                Ok(Ok(handshake)) => handshake,
                 Ok(Err(error)) => {
-                    if let Some(why) = certificate::refused(&error) {
-                        tracing::warn!(host = &*name, why, "a client certificate was refused");
+                    if let Some(why) = client_cert::rejection_reason(&error) {
+                        tracing::warn!(host = &*name, why, "client certificate rejected");
                         return;
                     }
                     tracing::info!(host = &*name, %error,
-                        "a client asked for an upstream by CONNECT and then broke off; does it trust ca.pem?");
+                        "TLS handshake inside CONNECT failed, does the client trust ca.pem?");
                     return;
                 }
                 Err(_) => return,
             };
             let inner = Arc::new(Self {
-                accepting: self.accepting.clone(),
-                peer: Peer {
+                acceptor: self.acceptor.clone(),
+                peer: ConnectionInfo {
                     address: self.peer.address,
-                    may_speak: true,
-                    secure: true,
+                    http_allowed: true,
+                    is_tls: true,
                     server_name,
                     connect: Some(name),
-                    shown: Shown {
-                        certificate: certificate.or(shown.certificate),
-                        user: shown.user,
+                    credentials: PeerCredentials {
+                        certificate: certificate.or(credentials.certificate),
+                        user: credentials.user,
                     },
-                    pardon: self.peer.pardon.clone(),
+                    idle_pause: self.peer.idle_pause.clone(),
                     connection: self.peer.connection.clone(),
                 },
-                held: Arc::clone(&self.held),
+                permit: Arc::clone(&self.permit),
                 tasks: self.tasks.clone(),
             });
-            if let Err(error) = inner.speak(stream).await {
-                tracing::debug!(%error, "a connection within a CONNECT ended badly");
+            if let Err(error) = inner.serve_http(stream).await {
+                tracing::debug!(%error, "connection inside CONNECT failed");
             }
         })
     }
 
-    async fn tunnelled(
+    async fn run_tunnel(
         self: Arc<Self>,
         stream: Box<dyn Stream>,
-        place: Place,
+        permit: TunnelPermit,
         upgrade: OnUpgrade,
-        tunnel: Carried,
+        tunnel: TunnelLog,
     ) {
         let Ok(upgraded) = upgrade.await else { return };
-        let quiet_max = self.accepting.limits().idle_timeout;
-        let carried = carry(TokioIo::new(upgraded), stream, &place.counted, quiet_max);
-        let ending = self.accepting.ending();
+        let quiet_max = self.acceptor.limits().idle_timeout;
+        let carried = relay(TokioIo::new(upgraded), stream, &permit.counted, quiet_max);
+        let ending = self.acceptor.ending();
         let ended = async {
             ending.cancelled().await;
-            tokio::time::sleep(LAST_BYTES_WITHIN).await;
+            tokio::time::sleep(SHUTDOWN_GRACE).await;
         };
         let ended = tokio::select! {
             ended = carried => ended,
             () = ended => "shutdown",
         };
-        tunnel.log(self.peer.address, &place.counted, ended);
+        tunnel.log(self.peer.address, &permit.counted, ended);
     }
 }
 
-/// How near a tunnel may lead to the host where an upstream sends clients for a token: no nearer than it is itself.
-async fn token_service(registry: &Arc<Registry>, host: &str, port: u16) -> Option<IpScope> {
-    for upstream_registry in registry.doors.all() {
+/// The most sensitive IP scope for a tunnel to an upstream's token service: that of the upstream itself. `None` if
+/// the host is not a token service.
+async fn token_service(registry: &Arc<ServingState>, host: &str, port: u16) -> Option<IpScope> {
+    for upstream_registry in registry.router.all() {
         if registry.proxy.is_token_realm(upstream_registry, host, port).await {
             return Some(upstream_registry.upstream().innermost_scope());
         }
@@ -284,14 +294,14 @@ async fn token_service(registry: &Arc<Registry>, host: &str, port: u16) -> Optio
     None
 }
 
-/// What is logged of a tunnel when it has ended.
-struct Carried {
+/// Log record of a tunnel, written when it has ended.
+struct TunnelLog {
     target: String,
     began: tokio::time::Instant,
     trace_id: TraceId,
 }
 
-impl Carried {
+impl TunnelLog {
     fn log(&self, client: Option<IpAddr>, counted: &telemetry::TunnelCounter, ended: &'static str) {
         let (to_host, to_client) = counted.carried();
         let (client, ms) = (
@@ -299,12 +309,12 @@ impl Carried {
             self.began.elapsed().as_millis(),
         );
         tracing::info!(host = self.target, client, to_host, to_client, ms, ended, trace_id = %self.trace_id,
-            "a tunnel has ended");
+            "tunnel closed");
     }
 }
 
-/// Carries bytes both ways until both ends are through, or nothing moves for `quiet_max`. Says which it was.
-async fn carry(
+/// Copies bytes in both directions until both have ended or nothing moves for `quiet_max`. Returns which it was.
+async fn relay(
     client: TokioIo<Upgraded>,
     host: Box<dyn Stream>,
     counted: &telemetry::TunnelCounter,
@@ -313,8 +323,8 @@ async fn carry(
     let (from_client, to_client) = tokio::io::split(client);
     let (from_host, to_host) = tokio::io::split(host);
     let moved = tokio::sync::Notify::new();
-    let out = one_way(from_client, to_host, &moved, |bytes| counted.to_host(bytes));
-    let back = one_way(from_host, to_client, &moved, |bytes| counted.to_client(bytes));
+    let out = relay_one_way(from_client, to_host, &moved, |bytes| counted.to_host(bytes));
+    let back = relay_one_way(from_host, to_client, &moved, |bytes| counted.to_client(bytes));
     let both = async { tokio::join!(out, back) };
     let quiet = async { while timeout(quiet_max, moved.notified()).await.is_ok() {} };
     tokio::select! {
@@ -323,20 +333,20 @@ async fn carry(
     }
 }
 
-async fn one_way(
+async fn relay_one_way(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
     moved: &tokio::sync::Notify,
     count: impl Fn(u64),
 ) -> std::io::Result<()> {
-    let mut buffer = vec![0; STEP_BYTES];
+    let mut buffer = vec![0; BUFFER_BYTES];
     loop {
         let read = from.read(&mut buffer).await?;
         moved.notify_one();
         if read == 0 {
             return to.shutdown().await;
         }
-        // Before they leave: who has its answer finds it counted.
+        // Counted before they are sent, so that a client with its response finds the bytes counted.
         count(read as u64);
         to.write_all(buffer.get(..read).unwrap_or_default()).await?;
         to.flush().await?;

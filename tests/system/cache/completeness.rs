@@ -47,7 +47,7 @@ async fn row_14_manifest_without_layers_is_not_served_in_outage() {
     proxy.manifest(DEMO, &image.digest).await.is_image(&image);
     let message = proxy.manifest(DEMO, "latest").await.message();
     assert!(
-        message.contains("docker.io") && message.contains("only a part is held"),
+        message.contains("docker.io") && message.contains("is incomplete"),
         "{message}"
     );
     upstream.recovers();

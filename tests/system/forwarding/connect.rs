@@ -52,7 +52,7 @@ async fn elsewhere_is_refused_and_not_connected_to() {
         );
         if target == "evil.example:443" {
             assert!(
-                reply.text.contains("name it in [connect] tunnel"),
+                reply.text.contains("add it to [connect] tunnel"),
                 "{}",
                 reply.text
             );

@@ -82,7 +82,7 @@ async fn what_is_no_socket_is_not_replaced() {
     let mut program = setup.serve();
     assert_eq!(program.exit().await, Some(1));
     assert!(
-        program.stderr().contains("a file is there that is no socket"),
+        program.stderr().contains("the file exists and is not a socket"),
         "{}",
         program.stderr()
     );

@@ -185,7 +185,11 @@ async fn row_28_an_error_names_the_upstream_and_the_cause() {
         (|upstream| upstream.answers_status(503), 503, "answered 503"),
         (|upstream| upstream.answers_status(451), 451, "answered 451"),
         (|upstream| upstream.answers_status(403), 403, "denies access"),
-        (|upstream| upstream.answers_status(401), 401, "wants a credential"),
+        (
+            |upstream| upstream.answers_status(401),
+            401,
+            "requires a credential",
+        ),
         (|upstream| upstream.answers_status(404), 404, "does not exist"),
         (
             |upstream| upstream.rate_limits(Some("60")),

@@ -1,11 +1,12 @@
-//! Turns for password checks, and the credentials that were found wrong.
+//! Concurrency limit for password checks, and a cache of wrong credentials.
 //!
-//! A check costs a tenth of a second of a processor, so few run at a time. A peer has one turn at a time: a peer that guesses
-//! waits for its own guesses, and the first login of another peer for one check of each. Peers that sent a wrong credential
-//! lately have one of the turns between them: however many they are, a login of another peer waits for one check of theirs.
+//! A bcrypt check costs a tenth of a CPU second, so few run at a time. Each peer has one check at a time, so a peer
+//! that guesses waits for its own checks. The first login of another peer waits for at most one check of each. Peers
+//! that recently sent a wrong credential share one permit, so however many they are, another peer waits for one of
+//! their checks.
 //!
-//! A credential that was found wrong for a hash is wrong for that hash for ever, so it is not checked again: a fleet that goes
-//! on with an old password costs one check for each credential, not one for each request.
+//! A credential that is wrong for a password hash stays wrong for it, so it is not checked again. A fleet with an old
+//! password costs one check per credential and not one per request.
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,47 +18,47 @@ use tokio::time::{Instant, timeout};
 
 use crate::server::host_network;
 
-/// Checks at a time, and of those that sent a wrong credential lately.
+/// Concurrent checks, and of those the ones for peers with a recent wrong credential.
 const CHECKS_MAX: usize = 2;
 const SUSPECT_CHECKS_MAX: usize = 1;
 
-/// How long a check waits for its turn.
-const CHECK_WITHIN: Duration = Duration::from_secs(10);
+/// How long a check waits for a permit.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a peer counts as one that sent a wrong credential.
-const SUSPECT_FOR: Duration = Duration::from_secs(600);
+/// How long a wrong credential marks a peer as suspect.
+const SUSPECT_TTL: Duration = Duration::from_secs(600);
 
 /// Wrong credentials remembered.
 const WRONG_MAX: usize = 4096;
 
-/// Peers whose turns are told apart.
+/// Peers that are tracked separately.
 const PEERS_MAX: usize = 4096;
 
-/// The keyed hash of a credential, and of the hash that it was checked against.
-pub(super) type Key = [u8; 32];
+/// Keyed hash of a credential and of the password hash it was checked against.
+pub(super) type CredentialKey = [u8; 32];
 
-pub(super) struct Checks {
-    /// In the order of arrival, one of each peer.
+pub(super) struct PasswordChecks {
+    /// Granted in order of arrival, one per peer.
     slots: Arc<Semaphore>,
     suspect_slots: Arc<Semaphore>,
-    peers: Cache<Option<IpAddr>, Arc<Peer>>,
-    wrong: Cache<Key, ()>,
+    peers: Cache<Option<IpAddr>, Arc<PeerState>>,
+    wrong: Cache<CredentialKey, ()>,
 }
 
-struct Peer {
-    turns: Arc<Semaphore>,
+struct PeerState {
+    own_slot: Arc<Semaphore>,
     wrong_at: Mutex<Option<Instant>>,
 }
 
-/// The turn ends when this is dropped.
-pub(super) struct Turn {
+/// Permit for one check. Dropping it releases it.
+pub(super) struct CheckPermit {
     _slot: OwnedSemaphorePermit,
     _suspect: Option<OwnedSemaphorePermit>,
     _peer: OwnedSemaphorePermit,
-    peer: Arc<Peer>,
+    peer: Arc<PeerState>,
 }
 
-impl Default for Checks {
+impl Default for PasswordChecks {
     fn default() -> Self {
         Self {
             slots: Arc::new(Semaphore::new(CHECKS_MAX)),
@@ -68,54 +69,58 @@ impl Default for Checks {
     }
 }
 
-impl Default for Peer {
+impl Default for PeerState {
     fn default() -> Self {
         Self {
-            turns: Arc::new(Semaphore::new(1)),
+            own_slot: Arc::new(Semaphore::new(1)),
             wrong_at: Mutex::default(),
         }
     }
 }
 
-impl Peer {
+impl PeerState {
     fn is_suspect(&self) -> bool {
         let wrong_at = self.wrong_at.lock().unwrap_or_else(PoisonError::into_inner);
-        wrong_at.is_some_and(|at| at.elapsed() < SUSPECT_FOR)
+        wrong_at.is_some_and(|at| at.elapsed() < SUSPECT_TTL)
     }
 }
 
-impl Checks {
-    /// Waits for a turn of this peer; `None` where that takes too long.
-    pub(super) async fn turn(&self, peer: Option<IpAddr>) -> Option<Turn> {
+impl PasswordChecks {
+    /// Waits for a permit for this peer. `None` after [`ACQUIRE_TIMEOUT`].
+    pub(super) async fn acquire(&self, peer: Option<IpAddr>) -> Option<CheckPermit> {
         let made = || Ok::<_, std::convert::Infallible>(Arc::default());
         let Ok(peer) = self.peers.get_or_insert_with(&peer.map(host_network), made);
-        let turn = async {
-            let own = Arc::clone(&peer.turns).acquire_owned().await.ok()?;
+        let permit = async {
+            let own = Arc::clone(&peer.own_slot).acquire_owned().await.ok()?;
             let suspect = if peer.is_suspect() {
                 Some(Arc::clone(&self.suspect_slots).acquire_owned().await.ok()?)
             } else {
                 None
             };
             let slot = Arc::clone(&self.slots).acquire_owned().await.ok()?;
-            Some(Turn {
+            Some(CheckPermit {
                 _slot: slot,
                 _suspect: suspect,
                 _peer: own,
                 peer,
             })
         };
-        timeout(CHECK_WITHIN, turn).await.ok().flatten()
+        timeout(ACQUIRE_TIMEOUT, permit).await.ok().flatten()
     }
 
-    pub(super) fn is_wrong(&self, credential: &Key) -> bool {
+    pub(super) fn is_wrong(&self, credential: &CredentialKey) -> bool {
         self.wrong.get(credential).is_some()
     }
 
-    /// A credential was found wrong, in this turn if it lasted until now.
-    pub(super) fn note_wrong(&self, credential: Key, turn: Option<&Turn>) {
+    /// Remembers a wrong credential. Marks the peer as suspect if the check still has its permit.
+    pub(super) fn record_wrong(&self, credential: CredentialKey, permit: Option<&CheckPermit>) {
         self.wrong.insert(credential, ());
-        if let Some(turn) = turn {
-            let mut wrong_at = turn.peer.wrong_at.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(permit) = permit {
+            let mut wrong_at = permit
+                .peer
+                .wrong_at
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             *wrong_at = Some(Instant::now());
         }
     }
@@ -137,17 +142,17 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn first_login_waits_for_one_check_per_guessing_peer() {
-        let checks = Arc::new(Checks::default());
+        let checks = Arc::new(PasswordChecks::default());
         for _ in 0..50 {
             let checks = Arc::clone(&checks);
             tokio::spawn(async move {
-                let _turn = checks.turn(Some(host(1))).await;
+                let _turn = checks.acquire(Some(host(1))).await;
                 tokio::time::sleep(Duration::from_millis(100)).await;
             });
         }
         tokio::task::yield_now().await;
         let before = Instant::now();
-        assert!(checks.turn(Some(host(2))).await.is_some());
+        assert!(checks.acquire(Some(host(2))).await.is_some());
         assert!(
             before.elapsed() < Duration::from_millis(150),
             "{:?}",
@@ -157,35 +162,35 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn t17_a_turn_that_does_not_come_is_not_waited_for_without_end() {
-        let checks = Checks::default();
-        let held = checks.turn(Some(host(1))).await;
-        assert!(held.is_some() && checks.turn(Some(host(1))).await.is_none());
+        let checks = PasswordChecks::default();
+        let held = checks.acquire(Some(host(1))).await;
+        assert!(held.is_some() && checks.acquire(Some(host(1))).await.is_none());
         drop(held);
-        assert!(checks.turn(Some(host(1))).await.is_some());
+        assert!(checks.acquire(Some(host(1))).await.is_some());
     }
 
     #[tokio::test(start_paused = true)]
     async fn e13_a_credential_found_wrong_for_a_hash_stays_wrong() {
-        let checks = Checks::default();
+        let checks = PasswordChecks::default();
         assert!(!checks.is_wrong(&[1; 32]));
-        checks.note_wrong([1; 32], None);
+        checks.record_wrong([1; 32], None);
         tokio::time::advance(Duration::from_secs(24 * 60 * 60)).await;
         assert!(checks.is_wrong(&[1; 32]) && !checks.is_wrong(&[2; 32]));
     }
 
     #[tokio::test(start_paused = true)]
     async fn e13_a_fleet_with_stale_passwords_holds_up_no_new_login() {
-        let checks = Arc::new(Checks::default());
+        let checks = Arc::new(PasswordChecks::default());
         for last in 0..50 {
-            let turn = checks.turn(Some(host(last))).await;
-            checks.note_wrong([last; 32], turn.as_ref());
+            let permit = checks.acquire(Some(host(last))).await;
+            checks.record_wrong([last; 32], permit.as_ref());
         }
-        // Each goes on with ever other passwords.
+        // Each peer keeps sending other passwords.
         for last in 0..50 {
             let checks = Arc::clone(&checks);
             tokio::spawn(async move {
                 loop {
-                    let _turn = checks.turn(Some(host(last))).await;
+                    let _turn = checks.acquire(Some(host(last))).await;
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             });
@@ -193,7 +198,7 @@ mod tests {
         for last in 100..110 {
             tokio::task::yield_now().await;
             let before = Instant::now();
-            assert!(checks.turn(Some(host(last))).await.is_some());
+            assert!(checks.acquire(Some(host(last))).await.is_some());
             let waited = before.elapsed();
             assert!(waited <= Duration::from_millis(100), "{waited:?}");
         }

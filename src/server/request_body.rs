@@ -1,5 +1,5 @@
-//! The body of a request, and whether it was read to its end: what follows an unread rest on an HTTP/1 connection cannot
-//! be found, so the connection ends with the response, which says so (RFC 9112 §9.3 and §9.6).
+//! Request body that records whether it was read to its end. On HTTP/1 the next request cannot be found behind an
+//! unread body, so the connection closes with the response (RFC 9112 §9.3 and §9.6).
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
 /// The body of a request.
-pub(super) struct Received {
+pub(super) struct RequestBody {
     body: Incoming,
     ended: Ended,
 }
@@ -26,7 +26,7 @@ impl Ended {
     }
 }
 
-impl Received {
+impl RequestBody {
     pub(super) fn new(body: Incoming) -> (Self, Ended) {
         let ended = Ended(Arc::new(AtomicBool::new(body.is_end_stream())));
         let received = Self {
@@ -37,7 +37,7 @@ impl Received {
     }
 }
 
-impl Body for Received {
+impl Body for RequestBody {
     type Data = Bytes;
     type Error = hyper::Error;
 

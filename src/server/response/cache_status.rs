@@ -1,18 +1,18 @@
-//! Why a client gets what it gets, and how old that is, in headers.
+//! `Cache-Status` (RFC 9211), `Age` and `Warning` headers.
 
 use std::time::Duration;
 
 use http::HeaderMap;
 use http::header::{AGE, WARNING};
 
-use super::{Asked, put};
+use super::{ResponseContext, set_header};
 use crate::oci::header::CACHE_STATUS;
 use crate::policy::{HitReason, MissReason};
 use crate::proxy::{ServeInfo, ServeReason};
 use crate::store::tags::NEVER_CONFIRMED;
 
-/// RFC 9211 `Cache-Status`, `Age`, and `Warning` where the client may get something outdated.
-pub(super) fn tell(headers: &mut HeaderMap, info: ServeInfo, asked: &Asked) {
+/// Sets `Cache-Status` and `Age`, and `Warning` if the content may be stale.
+pub(super) fn set_cache_headers(headers: &mut HeaderMap, info: ServeInfo, context: &ResponseContext) {
     let status = match info.reason {
         ServeReason::Cached(served) => match served.cause() {
             Some(cause) => format!("ifnewer; hit; detail={}-{}", served.name(), cause.name()),
@@ -23,23 +23,23 @@ pub(super) fn tell(headers: &mut HeaderMap, info: ServeInfo, asked: &Asked) {
         ServeReason::Collapsed => "ifnewer; fwd=miss; collapsed; detail=collapsed".to_owned(),
         ServeReason::Passthrough => "ifnewer; fwd=bypass; detail=passthrough".to_owned(),
     };
-    put(headers, CACHE_STATUS, &status);
+    set_header(headers, CACHE_STATUS, &status);
     let Some(confirmed_at) = info.confirmed_at else {
         return;
     };
-    let age =
-        (confirmed_at != NEVER_CONFIRMED).then(|| asked.now.duration_since(confirmed_at).unwrap_or_default());
+    let age = (confirmed_at != NEVER_CONFIRMED)
+        .then(|| context.now.duration_since(confirmed_at).unwrap_or_default());
     if let ServeReason::Cached(served) = info.reason {
         if let Some(age) = age {
             headers.insert(AGE, age.as_secs().into());
         }
         if served.may_be_outdated() {
-            put(headers, WARNING, &warning(served, asked.upstream(), age));
+            set_header(headers, WARNING, &warning(served, context.upstream(), age));
         }
     }
 }
 
-/// RFC 7234 §5.5.7's 299, which podman and containerd show to the user.
+/// Warning 299 (RFC 7234 §5.5.7), which podman and containerd show to the user.
 fn warning(served: HitReason, upstream: &str, age: Option<Duration>) -> String {
     let confirmed = match age {
         Some(age) => {
@@ -50,16 +50,16 @@ fn warning(served: HitReason, upstream: &str, age: Option<Duration>) -> String {
     };
     let why = match served {
         HitReason::StaleOnFetchError(cause) => {
-            format!("{upstream} has a newer image that could not be had: it {cause}")
+            format!("{upstream} has a newer image that could not be fetched: it {cause}")
         }
         HitReason::PreviousComplete(cause) => {
             let cause = cause.map_or_else(|| "is not asked".to_owned(), |cause| cause.to_string());
             format!(
-                "the newest image is not held whole and {upstream} {cause}; this is the last complete one"
+                "the newest image is incomplete in the cache and {upstream} {cause}; this is the last complete one"
             )
         }
         HitReason::RetainedDeleted => format!("{upstream} no longer has this tag"),
-        HitReason::CacheCredentialRejected => format!("{upstream} refuses the credential of the cache"),
+        HitReason::CacheCredentialRejected => format!("{upstream} rejected the credential of the cache"),
         other => match other.cause() {
             Some(cause) => format!("{upstream} {cause}"),
             None => format!("{upstream} was not asked"),

@@ -1,5 +1,5 @@
-//! Several parts of one held blob, as a `multipart/byteranges` (RFC 9110 §14.6). From the store only: a blob under way is
-//! sent whole instead, which every client that asks for several parts understands.
+//! `multipart/byteranges` bodies (RFC 9110 §14.6) of cached blobs. A blob still being downloaded is sent in full
+//! instead, which every client that sends several ranges accepts.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
@@ -12,26 +12,26 @@ use bytes::Bytes;
 use super::File;
 use crate::oci::Digest;
 use crate::oci::range::{ByteSpan, content_range};
-use crate::server::reply::within;
+use crate::server::response::slice;
 use crate::store::file_read::BufferPool;
 use crate::store::fs::FsFile;
 use crate::telemetry::Telemetry;
 
-/// Hexadecimal digits in a boundary: with them it has 48 characters, of the 70 allowed.
+/// Hex digits in a boundary, which then has 48 of the 70 characters allowed.
 const BOUNDARY_HEX: usize = 40;
 
-/// The parts to be sent of a blob, and how they are kept apart.
-pub(in crate::server) struct Plan {
+/// The ranges of a multipart response and their boundary.
+pub(in crate::server) struct MultipartRanges {
     spans: Vec<ByteSpan>,
     size: u64,
     boundary: String,
 }
 
-impl Plan {
-    /// These parts of the blob `digest`, which has `size` bytes.
+impl MultipartRanges {
+    /// Ranges of the blob `digest`, which has `size` bytes.
     ///
-    /// The boundary is made of the digest: no blob holds its own, so none can end a part early, and the same question
-    /// has the same answer.
+    /// The boundary comes from the digest. A blob cannot contain its own digest, so the boundary cannot occur in a
+    /// part, and equal requests get equal responses.
     pub(in crate::server) fn new(digest: &Digest, size: u64, spans: Vec<ByteSpan>) -> Self {
         let mut boundary = digest.hex();
         boundary.truncate(BOUNDARY_HEX);
@@ -43,12 +43,12 @@ impl Plan {
         }
     }
 
-    /// The `Content-Type` of the answer.
+    /// The `Content-Type` of the response.
     pub(in crate::server) fn content_type(&self) -> String {
         format!("multipart/byteranges; boundary={}", self.boundary)
     }
 
-    /// The `Content-Length` of the answer.
+    /// The `Content-Length` of the response.
     pub(in crate::server) fn length(&self) -> u64 {
         let parts = self.spans.iter().enumerate();
         let parts = parts.map(|(place, span)| self.head(*span, place == 0).len() as u64 + span.len());
@@ -75,19 +75,19 @@ impl Plan {
     }
 }
 
-/// Where the parts are read.
-pub(in crate::server) enum From {
+/// The source of a cached blob.
+pub(in crate::server) enum BlobSource {
     /// In memory.
     Memory(Bytes),
-    /// In its file.
+    /// On disk.
     File(Arc<dyn FsFile>, BufferPool, Telemetry),
 }
 
-impl From {
-    fn part(&self, span: ByteSpan) -> Part {
+impl BlobSource {
+    fn part(&self, span: ByteSpan) -> PartSource {
         match self {
-            Self::Memory(bytes) => Part::Memory(within(bytes, span)),
-            Self::File(file, buffers, telemetry) => Part::File(Box::new(File {
+            Self::Memory(bytes) => PartSource::Memory(slice(bytes, span)),
+            Self::File(file, buffers, telemetry) => PartSource::File(Box::new(File {
                 from: Arc::clone(file),
                 position: span.start,
                 end: span.end_exclusive,
@@ -99,27 +99,27 @@ impl From {
     }
 }
 
-enum Part {
+enum PartSource {
     Memory(Bytes),
     File(Box<File>),
 }
 
-/// A [`Plan`] being carried out.
-pub(super) struct Parts {
-    plan: Plan,
-    from: From,
+/// A multipart body.
+pub(super) struct MultipartBody {
+    ranges: MultipartRanges,
+    from: BlobSource,
     waiting: VecDeque<ByteSpan>,
-    now: Option<Part>,
+    now: Option<PartSource>,
     left: u64,
 }
 
-impl Parts {
-    pub(super) fn new(plan: Plan, from: From) -> Self {
+impl MultipartBody {
+    pub(super) fn new(ranges: MultipartRanges, from: BlobSource) -> Self {
         Self {
-            left: plan.length(),
-            waiting: plan.spans.iter().copied().collect(),
+            left: ranges.length(),
+            waiting: ranges.spans.iter().copied().collect(),
             now: None,
-            plan,
+            ranges,
             from,
         }
     }
@@ -131,7 +131,7 @@ impl Parts {
 
     /// Whether the blob is in memory.
     pub(super) fn is_in_memory(&self) -> bool {
-        matches!(self.from, From::Memory(_))
+        matches!(self.from, BlobSource::Memory(_))
     }
 
     pub(super) fn poll(
@@ -140,8 +140,8 @@ impl Parts {
         step_bytes: usize,
     ) -> Poll<Option<io::Result<Bytes>>> {
         let next = match &mut self.now {
-            Some(Part::Memory(bytes)) => Some(Ok(std::mem::take(bytes))),
-            Some(Part::File(file)) => ready!(file.poll(context, step_bytes)),
+            Some(PartSource::Memory(bytes)) => Some(Ok(std::mem::take(bytes))),
+            Some(PartSource::File(file)) => ready!(file.poll(context, step_bytes)),
             None => None,
         };
         match next {
@@ -155,15 +155,15 @@ impl Parts {
             None => self.now = None,
         }
         if let Some(span) = self.waiting.pop_front() {
-            let is_first = self.waiting.len() + 1 == self.plan.spans.len();
+            let is_first = self.waiting.len() + 1 == self.ranges.spans.len();
             self.now = Some(self.from.part(span));
-            let head = self.plan.head(span, is_first);
+            let head = self.ranges.head(span, is_first);
             return self.sent(head.into());
         }
         if self.left == 0 {
             return Poll::Ready(None);
         }
-        let end = self.plan.end();
+        let end = self.ranges.end();
         self.sent(end.into())
     }
 

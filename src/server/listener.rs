@@ -1,9 +1,9 @@
-//! Listeners: TCP and unix sockets, bound here or handed over by the service manager; and what a connection says of
-//! itself before its first byte of HTTP or TLS.
+//! Listeners: TCP and unix sockets, bound here or inherited from the service manager. Reads the PROXY header and
+//! detects TLS by the first byte.
 
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -14,22 +14,22 @@ use rustix::net::RecvFlags;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 
-use super::forwarded;
+use super::proxy_protocol;
 use crate::config::{Listen, Network};
 
-/// The first byte of a TLS record that opens a handshake; no HTTP method begins with it.
+/// First byte of a TLS handshake record. No HTTP method begins with it.
 const TLS_HANDSHAKE: u8 = 0x16;
 
-/// Connections that wait to be accepted.
+/// Accept queue of the kernel.
 const BACKLOG: u32 = 1024;
 
-/// A socket file may be used by everyone who reaches its folder: who may speak there is said by the folder's mode.
+/// The socket file is open to all users. The mode of its folder limits access.
 const SOCKET_MODE: u32 = 0o666;
 
 /// A listener of the registry.
 pub struct Listener {
     socket: Socket,
-    /// Whose word about the client's address is taken: PROXY protocol.
+    /// Networks of load balancers, which must send the PROXY protocol.
     trusted: Arc<[Network]>,
 }
 
@@ -38,14 +38,14 @@ enum Socket {
     Unix(UnixListener, SocketFile),
 }
 
-/// Binds everything that is configured, or takes what the service manager has `passed` in its place.
-pub fn listeners(listen: &Listen, passed: Passed) -> io::Result<Vec<Listener>> {
+/// Binds the configured addresses, or uses the `inherited` sockets in their place.
+pub fn listeners(listen: &Listen, inherited: InheritedSockets) -> io::Result<Vec<Listener>> {
     let trusted: Arc<[Network]> = listen.proxy_protocol_from.clone().into();
-    let sockets = if passed.is_empty() {
-        bound(listen)?
+    let sockets = if inherited.is_empty() {
+        bind_configured(listen)?
     } else {
-        tracing::info!("listening on the sockets of the service manager, in place of `listen.registry`");
-        taken(passed)?
+        tracing::info!("using inherited sockets of the service manager instead of `listen.registry`");
+        from_inherited(inherited)?
     };
     let listener = |socket| Listener {
         socket,
@@ -54,25 +54,25 @@ pub fn listeners(listen: &Listen, passed: Passed) -> io::Result<Vec<Listener>> {
     Ok(sockets.into_iter().map(listener).collect())
 }
 
-/// Sockets that the service manager opened for us (`LISTEN_FDS`).
+/// Sockets inherited from the service manager (`LISTEN_FDS`).
 #[derive(Debug, Default)]
-pub struct Passed {
+pub struct InheritedSockets {
     /// TCP listeners.
     pub tcp: Vec<std::net::TcpListener>,
     /// Unix listeners.
     pub unix: Vec<std::os::unix::net::UnixListener>,
 }
 
-impl Passed {
+impl InheritedSockets {
     fn is_empty(&self) -> bool {
         self.tcp.is_empty() && self.unix.is_empty()
     }
 }
 
-fn bound(listen: &Listen) -> io::Result<Vec<Socket>> {
+fn bind_configured(listen: &Listen) -> io::Result<Vec<Socket>> {
     let mut sockets = Vec::new();
     for address in &listen.registry {
-        // Linux lets `[::]` take IPv4 as well; where that is asked for by its own name, each gets its own.
+        // On Linux `[::]` accepts IPv4 too. If `0.0.0.0` is configured with the same port, each gets its own socket.
         let has_twin = |other: &SocketAddr| {
             other.is_ipv4() && other.ip().is_unspecified() && other.port() == address.port()
         };
@@ -87,21 +87,21 @@ fn bound(listen: &Listen) -> io::Result<Vec<Socket>> {
     Ok(sockets)
 }
 
-fn taken(passed: Passed) -> io::Result<Vec<Socket>> {
+fn from_inherited(inherited: InheritedSockets) -> io::Result<Vec<Socket>> {
     let mut sockets = Vec::new();
-    for listener in passed.tcp {
+    for listener in inherited.tcp {
         listener.set_nonblocking(true)?;
         sockets.push(Socket::Tcp(TcpListener::from_std(listener)?));
     }
-    for listener in passed.unix {
+    for listener in inherited.unix {
         listener.set_nonblocking(true)?;
-        // The file is the service manager's, and stays.
+        // The file belongs to the service manager and is not removed.
         sockets.push(Socket::Unix(UnixListener::from_std(listener)?, SocketFile(None)));
     }
     Ok(sockets)
 }
 
-/// Binds an address, saying which one could not be had.
+/// Binds an address. The error names it.
 pub fn bind(address: SocketAddr, only_v6: bool) -> io::Result<TcpListener> {
     let bound = || {
         let socket = if address.is_ipv6() {
@@ -124,7 +124,7 @@ pub fn bind(address: SocketAddr, only_v6: bool) -> io::Result<TcpListener> {
     })
 }
 
-/// Binds a unix socket. A file that is left over from a process that is gone is replaced; one that is no socket is not.
+/// Binds a unix socket. Replaces the socket file of a process that has ended, but no other file.
 pub fn bind_unix(path: &Path, mode: u32) -> io::Result<(UnixListener, SocketFile)> {
     let bound = || {
         match std::fs::symlink_metadata(path) {
@@ -140,7 +140,7 @@ pub fn bind_unix(path: &Path, mode: u32) -> io::Result<(UnixListener, SocketFile
             Ok(_) => {
                 return Err(io::Error::new(
                     io::ErrorKind::AlreadyExists,
-                    "a file is there that is no socket",
+                    "the file exists and is not a socket",
                 ));
             }
             Err(_) => {}
@@ -157,7 +157,7 @@ pub fn bind_unix(path: &Path, mode: u32) -> io::Result<(UnixListener, SocketFile
     })
 }
 
-/// Removed when the process ends, so that the next one can make it again.
+/// Socket file, removed on drop so that the next process can bind it.
 #[derive(Debug)]
 pub struct SocketFile(Option<PathBuf>);
 
@@ -170,7 +170,7 @@ impl Drop for SocketFile {
 }
 
 impl Listener {
-    /// Where it listens, as the configuration would have it.
+    /// Its address in the form of the configuration.
     pub fn name(&self) -> String {
         match &self.socket {
             Socket::Tcp(listener) => listener
@@ -189,12 +189,12 @@ impl Listener {
         }
     }
 
-    /// The address, if it has one.
+    /// Its IP address. `None` for a unix socket.
     pub fn ip(&self) -> Option<IpAddr> {
         self.address().map(|address| address.ip())
     }
 
-    /// Its address and port, if it has one.
+    /// Its address and port. `None` for a unix socket.
     pub fn address(&self) -> Option<SocketAddr> {
         match &self.socket {
             Socket::Tcp(listener) => listener.local_addr().ok(),
@@ -202,66 +202,66 @@ impl Listener {
         }
     }
 
-    pub(super) async fn accept(&self) -> io::Result<Wire> {
+    pub(super) async fn accept(&self) -> io::Result<AcceptedStream> {
         match &self.socket {
             Socket::Tcp(listener) => {
                 let (stream, address) = listener.accept().await?;
-                let announced = self.trusted.iter().any(|network| network.contains(address.ip()));
-                Ok(Wire {
+                let expects_proxy_header = self.trusted.iter().any(|network| network.contains(address.ip()));
+                Ok(AcceptedStream {
                     stream: Stream::Tcp(stream),
-                    from: From::Address(address),
-                    announced,
+                    from: PeerAddr::Ip(address),
+                    expects_proxy_header,
                 })
             }
             Socket::Unix(listener, _) => {
                 let (stream, _) = listener.accept().await?;
-                Ok(Wire {
+                Ok(AcceptedStream {
                     stream: Stream::Unix(stream),
-                    from: From::Socket,
-                    announced: false,
+                    from: PeerAddr::Unix,
+                    expects_proxy_header: false,
                 })
             }
         }
     }
 }
 
-/// Who is at the other end.
+/// Address of the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum From {
-    Address(SocketAddr),
-    Socket,
+pub(super) enum PeerAddr {
+    Ip(SocketAddr),
+    Unix,
 }
 
-impl From {
-    /// Its address, for counting.
+impl PeerAddr {
+    /// The IP address by which connections are counted.
     pub(super) fn ip(self) -> Option<IpAddr> {
         match self {
-            Self::Address(address) => Some(address.ip().to_canonical()),
-            Self::Socket => None,
+            Self::Ip(address) => Some(address.ip().to_canonical()),
+            Self::Unix => None,
         }
     }
 
-    /// Whether it is on this machine.
+    /// Whether the client is on this machine.
     pub(super) fn is_local(self) -> bool {
         self.ip().is_none_or(|ip| ip.is_loopback())
     }
 }
 
-impl fmt::Display for From {
+impl fmt::Display for PeerAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Address(address) => address.fmt(f),
-            Self::Socket => f.write_str("a unix socket"),
+            Self::Ip(address) => address.fmt(f),
+            Self::Unix => f.write_str("a unix socket"),
         }
     }
 }
 
 /// An accepted connection.
-pub(super) struct Wire {
+pub(super) struct AcceptedStream {
     stream: Stream,
-    from: From,
-    /// Whether it begins with who is behind it.
-    announced: bool,
+    from: PeerAddr,
+    /// Whether the peer is a trusted load balancer, which sends a PROXY header first.
+    expects_proxy_header: bool,
 }
 
 enum Stream {
@@ -269,23 +269,24 @@ enum Stream {
     Unix(UnixStream),
 }
 
-impl Wire {
-    /// Who is at the other end; after [`Wire::announced`], who is behind a trusted proxy.
-    pub(super) fn peer(&self) -> From {
+impl AcceptedStream {
+    /// The address of the peer. After [`AcceptedStream::read_proxy_header`], that of the client behind a trusted load
+    /// balancer.
+    pub(super) fn peer(&self) -> PeerAddr {
         self.from
     }
 
-    /// Reads the PROXY header of a trusted proxy, where one is expected.
-    pub(super) async fn announced(&mut self) -> io::Result<()> {
-        if self.announced
-            && let Some(address) = forwarded::read(self).await?
+    /// Reads the PROXY header, if the peer is a trusted load balancer.
+    pub(super) async fn read_proxy_header(&mut self) -> io::Result<()> {
+        if self.expects_proxy_header
+            && let Some(address) = proxy_protocol::read(self).await?
         {
-            self.from = From::Address(address);
+            self.from = PeerAddr::Ip(address);
         }
         Ok(())
     }
 
-    /// Looks at the first byte: is it TLS? `None` if nothing came.
+    /// Peeks at the first byte. `None` if the connection ended.
     pub(super) async fn first_byte_is_tls(&self) -> io::Result<Option<bool>> {
         let mut first = [0];
         let read = match &self.stream {
@@ -303,15 +304,15 @@ impl Wire {
 }
 
 macro_rules! either {
-    ($wire:expr, $stream:ident => $deed:expr) => {
+    ($wire:expr, $stream:ident => $call:expr) => {
         match &mut $wire.get_mut().stream {
-            Stream::Tcp($stream) => $deed,
-            Stream::Unix($stream) => $deed,
+            Stream::Tcp($stream) => $call,
+            Stream::Unix($stream) => $call,
         }
     };
 }
 
-impl AsyncRead for Wire {
+impl AsyncRead for AcceptedStream {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -321,7 +322,7 @@ impl AsyncRead for Wire {
     }
 }
 
-impl AsyncWrite for Wire {
+impl AsyncWrite for AcceptedStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         either!(self, stream => Pin::new(stream).poll_write(cx, bytes))
     }
@@ -344,5 +345,28 @@ impl AsyncWrite for Wire {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         either!(self, stream => Pin::new(stream).poll_shutdown(cx))
+    }
+}
+
+/// The network of one host: an IPv4 address, or an IPv6 /64, in which a host can choose its addresses freely.
+pub(crate) fn host_network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        v4 @ IpAddr::V4(_) => v4,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+
+    #[test]
+    fn t17_the_addresses_of_one_host_are_one_peer() {
+        let of = |text: &str| host_network(text.parse().unwrap());
+        assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:1"));
+        assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
+        assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
+        assert_eq!(of("192.0.2.1"), of("::ffff:192.0.2.1"));
     }
 }

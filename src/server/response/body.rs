@@ -1,6 +1,6 @@
-//! Bytes on their way to a client. A body that cannot be finished breaks; it never ends cleanly short.
+//! Response bodies. A body that cannot be completed ends with an error and never as if it were complete.
 
-mod parts;
+mod byteranges;
 
 use std::future::Future;
 use std::io;
@@ -24,66 +24,66 @@ use crate::telemetry::{BodyEnd, ByteSource, Telemetry};
 use crate::upstream::ResponseStream;
 use crate::upstream::forward::ForwardResponse;
 
-use super::egress::{Account, Charge};
-use super::idle::{Pardon, Pardoned};
-use super::record::Open;
+use crate::server::access_log::AccessLogEntry;
+use crate::server::egress::{Account, Charge};
+use crate::server::idle_timeout::{IdlePause, IdlePauseGuard};
 
-pub(super) use parts::{From as PartsFrom, Plan};
+pub(in crate::server) use byteranges::{BlobSource, MultipartRanges};
 
-use parts::Parts;
+use byteranges::MultipartBody;
 
-/// The body of an answer.
+/// The body of a response.
 pub struct Body {
-    kind: Kind,
-    /// The access record, written when the body has ended.
-    record: Option<Open>,
-    /// What it has in memory.
+    source: Source,
+    /// The access log entry, written when the body ends.
+    record: Option<AccessLogEntry>,
+    /// The account for its bytes in memory.
     account: Option<Account>,
-    /// For the step under way.
+    /// The reservation for the read under way.
     charge: Option<Charge>,
-    /// Of the connection that it is sent on.
-    pardon: Option<Pardon>,
-    /// Held while the bytes are waited for, so that the connection is not taken for stalled.
-    pardoned: Option<Pardoned>,
+    /// Pauses the idle timeout of the connection.
+    idle_pause: Option<IdlePause>,
+    /// Held while the body waits for bytes of an upstream.
+    idle_paused: Option<IdlePauseGuard>,
 }
 
-enum Kind {
-    Whole(Option<Bytes>),
+enum Source {
+    Memory(Option<Bytes>),
     File(File),
-    Checked(Box<Checked>),
-    Parts(Box<Parts>),
-    Flow {
-        flow: Flow,
+    Verifying(Box<VerifyingFile>),
+    ByteRanges(Box<MultipartBody>),
+    Stream {
+        stream: ChunkStream,
         size: Option<u64>,
         telemetry: Telemetry,
     },
-    Passed {
-        flow: Flow,
+    Forwarded {
+        stream: ChunkStream,
         size: Option<u64>,
     },
 }
 
-/// Why a body broke. The client sees a connection that ends before its length.
+/// Why a body failed. The client sees the connection end before `Content-Length`.
 #[derive(Debug, thiserror::Error)]
-pub enum Broken {
-    /// The file no longer holds what was written: the disk changed it. It was set aside, to be fetched again.
-    #[error("the held bytes of {0} are not what was written; they are set aside and will be fetched again")]
-    Rotten(Digest),
+pub enum BodyError {
+    /// The file on disk no longer matches its digest. It is quarantined and will be downloaded again.
+    #[error("cached blob {0} is corrupt on disk; it is quarantined and will be downloaded again")]
+    Corrupt(Digest),
     /// The file could not be read.
-    #[error("reading a held blob failed: {0}")]
+    #[error("failed to read a cached blob: {0}")]
     File(#[from] io::Error),
-    /// The download it followed failed.
+    /// The download failed.
     #[error("{0}")]
     Download(Arc<DownloadError>),
-    /// The upstream broke off.
+    /// The upstream interrupted the response.
     #[error("the upstream {0}")]
     Upstream(UpstreamFailure),
 }
 
-impl Broken {
+impl BodyError {
     fn ended(&self) -> BodyEnd {
         match self {
-            Self::Rotten(_) => BodyEnd::Damage,
+            Self::Corrupt(_) => BodyEnd::Damage,
             Self::File(_) => BodyEnd::Disk,
             Self::Download(failure) if failure.is_disk_error() => BodyEnd::Disk,
             Self::Download(_) | Self::Upstream(_) => BodyEnd::Upstream,
@@ -92,51 +92,51 @@ impl Broken {
 }
 
 impl Body {
-    fn of(kind: Kind) -> Self {
+    fn of(source: Source) -> Self {
         Self {
-            kind,
+            source,
             record: None,
             account: None,
             charge: None,
-            pardon: None,
-            pardoned: None,
+            idle_pause: None,
+            idle_paused: None,
         }
     }
 
-    /// From now on, what it reads is counted on `account`.
-    pub(super) fn count(&mut self, account: Account) {
+    /// Charges its bytes in memory to `account`.
+    pub(in crate::server) fn charge_to(&mut self, account: Account) {
         self.account = Some(account);
     }
 
-    /// From now on the connection may be quiet while this body waits for an upstream.
-    pub(super) fn pardon_by(&mut self, pardon: &Pardon) {
-        self.pardon = Some(pardon.clone());
+    /// Pauses the idle timeout whenever this body waits for an upstream.
+    pub(in crate::server) fn pause_idle_timeout_by(&mut self, idle_pause: &IdlePause) {
+        self.idle_pause = Some(idle_pause.clone());
     }
 
-    /// From now on, `record` goes with this body, and is written when it ends.
-    pub(super) fn record(&mut self, record: Open) {
+    /// Attaches the access log entry.
+    pub(in crate::server) fn attach_log(&mut self, record: AccessLogEntry) {
         self.record = Some(record);
     }
 
-    /// No bytes.
+    /// An empty body.
     pub fn empty() -> Self {
-        Self::of(Kind::Whole(None))
+        Self::of(Source::Memory(None))
     }
 
-    /// These bytes.
-    pub fn whole(bytes: Bytes) -> Self {
-        Self::of(Kind::Whole(Some(bytes).filter(|bytes| !bytes.is_empty())))
+    /// A body of these bytes.
+    pub fn from_bytes(bytes: Bytes) -> Self {
+        Self::of(Source::Memory(Some(bytes).filter(|bytes| !bytes.is_empty())))
     }
 
-    /// The bytes of `file` from `start` up to, not including, `end`.
-    pub(super) fn file(
+    /// The range `start..end` of a file.
+    pub(in crate::server) fn file(
         file: Arc<dyn FsFile>,
         start: u64,
         end: u64,
         buffers: BufferPool,
         telemetry: Telemetry,
     ) -> Self {
-        Self::of(Kind::File(File {
+        Self::of(Source::File(File {
             from: file,
             position: start,
             end,
@@ -146,14 +146,15 @@ impl Body {
         }))
     }
 
-    /// A whole blob that this process has not read before: hashed on the way, its end withheld until it is right.
-    pub(super) fn checked(
+    /// A complete blob that was not verified since the start. It is hashed while it is sent, and its last chunk is
+    /// withheld until the digest matches.
+    pub(in crate::server) fn verified_file(
         digest: Digest,
         file: Arc<dyn FsFile>,
         size: u64,
         buffers: BufferPool,
         telemetry: Telemetry,
-        sound: Sound,
+        verified: VerifiedBlobs,
         store: AsyncStore,
     ) -> Self {
         let file = File {
@@ -165,85 +166,100 @@ impl Body {
             waiting: None,
         };
         let hasher = Some(Hasher::new(digest.algorithm()));
-        Self::of(Kind::Checked(Box::new(Checked {
+        Self::of(Source::Verifying(Box::new(VerifyingFile {
             digest,
             file,
             hasher,
-            sound,
+            verified,
             store,
         })))
     }
 
-    /// Several parts of a held blob.
-    pub(super) fn parts(plan: Plan, from: PartsFrom) -> Self {
-        Self::of(Kind::Parts(Box::new(Parts::new(plan, from))))
+    /// Several ranges of a cached blob.
+    pub(in crate::server) fn byteranges(plan: MultipartRanges, from: BlobSource) -> Self {
+        Self::of(Source::ByteRanges(Box::new(MultipartBody::new(plan, from))))
     }
 
-    /// What is handed back, of `size` bytes if that was said.
-    pub(super) fn passed(passed: ForwardResponse, size: Option<u64>, telemetry: &Telemetry) -> Self {
-        let flow = flow(
+    /// A forwarded response, of `size` bytes if the registry sent its length.
+    pub(in crate::server) fn forwarded(
+        passed: ForwardResponse,
+        size: Option<u64>,
+        telemetry: &Telemetry,
+    ) -> Self {
+        let stream = stream(
             (passed, telemetry.clone()),
             |(mut passed, telemetry): (ForwardResponse, Telemetry), _| async move {
-                let next = passed.chunk().await.map(|next| next.map_err(Broken::Upstream));
+                let next = passed.chunk().await.map(|next| next.map_err(BodyError::Upstream));
                 if let Some(Ok(bytes)) = &next {
                     telemetry.add_bytes_sent(ByteSource::Passed, bytes.len() as u64);
                 }
                 ((passed, telemetry), next)
             },
         );
-        Self::of(Kind::Passed { flow, size })
+        Self::of(Source::Forwarded { stream, size })
     }
 
-    /// What a download brings, of which `size` bytes are wanted.
-    pub(super) fn download(reader: Reader, size: Option<u64>, telemetry: Telemetry) -> Self {
-        let flow = flow(reader, |mut reader: Reader, step_bytes| async move {
+    /// A download, of which `size` bytes are sent.
+    pub(in crate::server) fn download(reader: Reader, size: Option<u64>, telemetry: Telemetry) -> Self {
+        let stream = stream(reader, |mut reader: Reader, step_bytes| async move {
             let next = reader
                 .next_within(step_bytes)
                 .await
-                .map(|next| next.map_err(Broken::Download));
+                .map(|next| next.map_err(BodyError::Download));
             (reader, next)
         });
-        Self::of(Kind::Flow {
-            flow,
+        Self::of(Source::Stream {
+            stream,
             size,
             telemetry,
         })
     }
 
-    /// What passes through unstored but verified.
-    pub(super) fn passing(passing: VerifyingStream, size: Option<u64>, telemetry: Telemetry) -> Self {
-        let flow = flow(passing, |mut passing: VerifyingStream, _| async move {
-            let next = passing.next().await.map(|next| next.map_err(Broken::Upstream));
+    /// A verified blob that is not stored.
+    pub(in crate::server) fn passthrough(
+        passing: VerifyingStream,
+        size: Option<u64>,
+        telemetry: Telemetry,
+    ) -> Self {
+        let stream = stream(passing, |mut passing: VerifyingStream, _| async move {
+            let next = passing.next().await.map(|next| next.map_err(BodyError::Upstream));
             (passing, next)
         });
-        Self::of(Kind::Flow {
-            flow,
+        Self::of(Source::Stream {
+            stream,
             size,
             telemetry,
         })
     }
 
-    /// A list that passes through, of `size` bytes if that was said.
-    pub(super) fn long_list(list: StreamedList, size: Option<u64>, telemetry: Telemetry) -> Self {
-        let flow = flow(list, |mut list: StreamedList, _| async move {
-            let next = list.next().await.map(|next| next.map_err(Broken::Upstream));
+    /// A list streamed from the upstream, of `size` bytes if it sent its length.
+    pub(in crate::server) fn list(list: StreamedList, size: Option<u64>, telemetry: Telemetry) -> Self {
+        let stream = stream(list, |mut list: StreamedList, _| async move {
+            let next = list.next().await.map(|next| next.map_err(BodyError::Upstream));
             (list, next)
         });
-        Self::of(Kind::Flow {
-            flow,
+        Self::of(Source::Stream {
+            stream,
             size,
             telemetry,
         })
     }
 
-    /// What passes through as it is.
-    pub(super) fn fetched(fetched: ResponseStream, size: Option<u64>, telemetry: Telemetry) -> Self {
-        let flow = flow(fetched, |mut fetched: ResponseStream, _| async move {
-            let next = fetched.chunk().await.map(|next| next.map_err(Broken::Upstream));
+    /// Upstream content without verification.
+    pub(in crate::server) fn from_upstream(
+        fetched: ResponseStream,
+        size: Option<u64>,
+        telemetry: Telemetry,
+    ) -> Self {
+        let stream = stream(fetched, |mut fetched: ResponseStream, _| async move {
+            let next = fetched
+                .chunk()
+                .await
+                .map(|next| next.map_err(BodyError::Upstream));
             (fetched, next)
         });
-        Self::of(Kind::Flow {
-            flow,
+        Self::of(Source::Stream {
+            stream,
             size,
             telemetry,
         })
@@ -251,12 +267,12 @@ impl Body {
 }
 
 impl Body {
-    /// The next chunk, read within the budget and counted on it.
-    fn poll_step(&mut self, context: &mut Context<'_>) -> Poll<Next> {
-        let (Some(account), false) = (&mut self.account, self.kind.is_in_memory()) else {
+    /// The next chunk, read within a reservation and charged to the account.
+    fn poll_charged(&mut self, context: &mut Context<'_>) -> Poll<Next> {
+        let (Some(account), false) = (&mut self.account, self.source.is_in_memory()) else {
             return self.poll_source(context, READ_CHUNK_BYTES);
         };
-        if self.kind.is_spent() {
+        if self.source.is_exhausted() {
             return self.poll_source(context, READ_CHUNK_BYTES);
         }
         let charge = match self.charge.take() {
@@ -269,7 +285,7 @@ impl Body {
                 Poll::Ready(Some(Ok(charge.onto(chunk, held))))
             }
             Poll::Pending => {
-                self.charge = self.kind.reads_a_file().then_some(charge);
+                self.charge = self.source.reads_a_file().then_some(charge);
                 Poll::Pending
             }
             ended @ Poll::Ready(_) => ended,
@@ -277,35 +293,35 @@ impl Body {
     }
 
     fn poll_source(&mut self, context: &mut Context<'_>, step_bytes: usize) -> Poll<Next> {
-        let next = self.kind.poll(context, step_bytes);
-        let awaits_upstream =
-            next.is_pending() && matches!(self.kind, Kind::Flow { .. } | Kind::Passed { .. });
-        if !awaits_upstream {
-            self.pardoned = None;
-        } else if self.pardoned.is_none() {
-            self.pardoned = self.pardon.as_ref().map(Pardon::hold);
+        let next = self.source.poll(context, step_bytes);
+        let waits_for_upstream =
+            next.is_pending() && matches!(self.source, Source::Stream { .. } | Source::Forwarded { .. });
+        if !waits_for_upstream {
+            self.idle_paused = None;
+        } else if self.idle_paused.is_none() {
+            self.idle_paused = self.idle_pause.as_ref().map(IdlePause::pause);
         }
         next
     }
 }
 
-type Next = Option<Result<Bytes, Broken>>;
+type Next = Option<Result<Bytes, BodyError>>;
 
-/// A source of bytes that is asked anew for each step, as one value to poll.
-type Flow = Pin<Box<dyn FlowState>>;
+/// A stream of chunks whose maximal size is chosen for each read.
+type ChunkStream = Pin<Box<dyn PollChunk>>;
 
-trait FlowState: Send {
+trait PollChunk: Send {
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>, step_bytes: usize) -> Poll<Next>;
 }
 
-struct Steps<S, F, W> {
+struct Unfold<S, F, W> {
     step: fn(S, usize) -> F,
     now: Option<Pin<Box<F>>>,
     rest: Option<S>,
     _next: std::marker::PhantomData<W>,
 }
 
-impl<S: Send + Unpin, F: Future<Output = (S, Next)> + Send> FlowState for Steps<S, F, ()> {
+impl<S: Send + Unpin, F: Future<Output = (S, Next)> + Send> PollChunk for Unfold<S, F, ()> {
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>, step_bytes: usize) -> Poll<Next> {
         let this = self.get_mut();
         if this.now.is_none()
@@ -318,18 +334,18 @@ impl<S: Send + Unpin, F: Future<Output = (S, Next)> + Send> FlowState for Steps<
         };
         let (source, next) = ready!(step.as_mut().poll(context));
         this.now = None;
-        // After an end or an error there is nothing more to ask for.
+        // The source is dropped after its end or an error.
         this.rest = matches!(next, Some(Ok(_))).then_some(source);
         Poll::Ready(next)
     }
 }
 
-fn flow<S, F>(source: S, step: fn(S, usize) -> F) -> Flow
+fn stream<S, F>(source: S, step: fn(S, usize) -> F) -> ChunkStream
 where
     S: Send + Unpin + 'static,
     F: Future<Output = (S, Next)> + Send + 'static,
 {
-    Box::pin(Steps {
+    Box::pin(Unfold {
         step,
         now: None,
         rest: Some(source),
@@ -337,36 +353,36 @@ where
     })
 }
 
-/// The blobs whose files this process has read whole and found right. What is not here is hashed on its way out, so that
-/// what rotted while nobody looked reaches no client whole.
+/// Blobs whose files were read and verified since the start. Other blobs are hashed while they are sent, so that bit
+/// rot on disk reaches no client as a complete blob.
 #[derive(Clone)]
-pub struct Sound(Arc<Cache<Digest, ()>>);
+pub struct VerifiedBlobs(Arc<Cache<Digest, ()>>);
 
-/// Blobs remembered as sound; a forgotten one is hashed once more.
-const SOUND_MAX: usize = 65_536;
+/// Verified blobs remembered. An evicted entry costs one more hash.
+const VERIFIED_MAX: usize = 65_536;
 
-impl Default for Sound {
+impl Default for VerifiedBlobs {
     fn default() -> Self {
-        Self(Arc::new(Cache::new(SOUND_MAX)))
+        Self(Arc::new(Cache::new(VERIFIED_MAX)))
     }
 }
 
-impl Sound {
-    pub(super) fn knows(&self, digest: &Digest) -> bool {
+impl VerifiedBlobs {
+    pub(in crate::server) fn contains(&self, digest: &Digest) -> bool {
         self.0.get(digest).is_some()
     }
 }
 
-struct Checked {
+struct VerifyingFile {
     digest: Digest,
     file: File,
     hasher: Option<Hasher>,
-    sound: Sound,
+    verified: VerifiedBlobs,
     store: AsyncStore,
 }
 
-impl Checked {
-    /// The last step is given once the whole was found right.
+impl VerifyingFile {
+    /// The last chunk is returned after the digest matched.
     fn poll(&mut self, context: &mut Context<'_>, step_bytes: usize) -> Poll<Next> {
         let Some(hasher) = &mut self.hasher else {
             return Poll::Ready(None);
@@ -383,7 +399,7 @@ impl Checked {
                 self.hasher = None;
                 Poll::Ready(Some(Err(error.into())))
             }
-            // Without a byte, it has no last step.
+            // An empty blob has no last chunk.
             None => Poll::Ready(self.end(None)),
         }
     }
@@ -391,13 +407,13 @@ impl Checked {
     fn end(&mut self, last: Option<Bytes>) -> Next {
         let hasher = self.hasher.take()?;
         if hasher.finish() == self.digest {
-            self.sound.0.insert(self.digest, ());
+            self.verified.0.insert(self.digest, ());
             return last.map(Ok);
         }
-        tracing::error!(digest = %self.digest, "a held blob rotted on the disk; it is set aside");
+        tracing::error!(digest = %self.digest, "corrupt blob quarantined");
         let (store, digest) = (self.store.clone(), self.digest);
         tokio::spawn(async move { store.write(move |store| store.quarantine_blob(&digest)).await });
-        Some(Err(Broken::Rotten(self.digest)))
+        Some(Err(BodyError::Corrupt(self.digest)))
     }
 }
 
@@ -411,7 +427,7 @@ struct File {
 }
 
 impl File {
-    /// Reads here while the kernel has the bytes; waits elsewhere when it does not.
+    /// Reads in place if the page cache has the bytes, and on a blocking thread otherwise.
     fn poll(&mut self, context: &mut Context<'_>, step_bytes: usize) -> Poll<Option<io::Result<Bytes>>> {
         if self.position >= self.end {
             return Poll::Ready(None);
@@ -451,21 +467,23 @@ impl File {
     }
 }
 
-impl Kind {
+impl Source {
     fn poll(&mut self, context: &mut Context<'_>, step_bytes: usize) -> Poll<Next> {
         let next = match self {
-            Self::Whole(bytes) => bytes.take().map(Ok),
-            Self::File(file) => ready!(file.poll(context, step_bytes)).map(|read| read.map_err(Broken::File)),
-            Self::Checked(checked) => ready!(checked.poll(context, step_bytes)),
-            Self::Parts(parts) => {
-                ready!(parts.poll(context, step_bytes)).map(|read| read.map_err(Broken::File))
+            Self::Memory(bytes) => bytes.take().map(Ok),
+            Self::File(file) => {
+                ready!(file.poll(context, step_bytes)).map(|read| read.map_err(BodyError::File))
             }
-            Self::Flow {
-                flow,
+            Self::Verifying(checked) => ready!(checked.poll(context, step_bytes)),
+            Self::ByteRanges(parts) => {
+                ready!(parts.poll(context, step_bytes)).map(|read| read.map_err(BodyError::File))
+            }
+            Self::Stream {
+                stream,
                 size,
                 telemetry,
             } => {
-                let next = ready!(flow.as_mut().poll(context, step_bytes));
+                let next = ready!(stream.as_mut().poll(context, step_bytes));
                 if let Some(Ok(bytes)) = &next {
                     let length = bytes.len() as u64;
                     *size = size.map(|size| size.saturating_sub(length));
@@ -473,8 +491,8 @@ impl Kind {
                 }
                 next
             }
-            Self::Passed { flow, size } => {
-                let next = ready!(flow.as_mut().poll(context, step_bytes));
+            Self::Forwarded { stream, size } => {
+                let next = ready!(stream.as_mut().poll(context, step_bytes));
                 if let Some(Ok(bytes)) = &next {
                     *size = size.map(|size| size.saturating_sub(bytes.len() as u64));
                 }
@@ -484,35 +502,34 @@ impl Kind {
         Poll::Ready(next)
     }
 
-    /// Whether its bytes are in memory for others too.
+    /// Whether its bytes are in memory anyway, and so are not charged.
     fn is_in_memory(&self) -> bool {
         match self {
-            Self::Whole(_) => true,
-            Self::Parts(parts) => parts.is_in_memory(),
+            Self::Memory(_) => true,
+            Self::ByteRanges(parts) => parts.is_in_memory(),
             _ => false,
         }
     }
 
     fn is_at_end(&self) -> bool {
         match self {
-            Self::Whole(bytes) => bytes.is_none(),
+            Self::Memory(bytes) => bytes.is_none(),
             Self::File(file) => file.position >= file.end,
-            Self::Checked(checked) => checked.hasher.is_none(),
-            Self::Parts(parts) => parts.left() == 0,
-            Self::Flow { .. } | Self::Passed { .. } => false,
+            Self::Verifying(checked) => checked.hasher.is_none(),
+            Self::ByteRanges(parts) => parts.left() == 0,
+            Self::Stream { .. } | Self::Forwarded { .. } => false,
         }
     }
 
-    /// Whether a step under way needs memory before it ends: what comes from the disk does, what an upstream has not sent
-    /// yet does not.
+    /// Whether a pending read needs its reservation. A file read does; waiting for an upstream does not.
     fn reads_a_file(&self) -> bool {
-        matches!(self, Self::File(_) | Self::Checked(_) | Self::Parts(_))
+        matches!(self, Self::File(_) | Self::Verifying(_) | Self::ByteRanges(_))
     }
 
-    /// Whether every byte of a length that was stated has been given: the connection then asks for no further one.
-    fn is_spent(&self) -> bool {
+    /// Whether all bytes of a known length were returned. hyper then polls no further.
+    fn is_exhausted(&self) -> bool {
         match self {
-            Self::Flow { size, .. } | Self::Passed { size, .. } => *size == Some(0),
+            Self::Stream { size, .. } | Self::Forwarded { size, .. } => *size == Some(0),
             _ => self.is_at_end(),
         }
     }
@@ -520,20 +537,20 @@ impl Kind {
 
 impl http_body::Body for Body {
     type Data = Bytes;
-    type Error = Broken;
+    type Error = BodyError;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        let next = ready!(self.poll_step(context));
-        let Self { kind, record, .. } = &mut *self;
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let next = ready!(self.poll_charged(context));
+        let Self { source, record, .. } = &mut *self;
         if let Some(record) = record {
             match &next {
                 Some(Ok(bytes)) => {
-                    record.sent(bytes.len());
-                    // Written before the last bytes leave: whoever has them finds the record.
-                    if kind.is_spent() {
+                    record.add_bytes(bytes.len());
+                    // Written before the last bytes are sent, so that a client with its response finds the record.
+                    if source.is_exhausted() {
                         record.end(BodyEnd::Complete, None);
                     }
                 }
@@ -545,21 +562,23 @@ impl http_body::Body for Body {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.kind.is_at_end()
+        self.source.is_at_end()
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.kind {
-            Kind::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
-            Kind::File(file) => SizeHint::with_exact(file.end.saturating_sub(file.position)),
-            Kind::Checked(checked) => {
+        match &self.source {
+            Source::Memory(bytes) => {
+                SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64))
+            }
+            Source::File(file) => SizeHint::with_exact(file.end.saturating_sub(file.position)),
+            Source::Verifying(checked) => {
                 SizeHint::with_exact(checked.file.end.saturating_sub(checked.file.position))
             }
-            Kind::Parts(parts) => SizeHint::with_exact(parts.left()),
-            Kind::Flow { size: Some(size), .. } | Kind::Passed { size: Some(size), .. } => {
+            Source::ByteRanges(parts) => SizeHint::with_exact(parts.left()),
+            Source::Stream { size: Some(size), .. } | Source::Forwarded { size: Some(size), .. } => {
                 SizeHint::with_exact(*size)
             }
-            Kind::Flow { size: None, .. } | Kind::Passed { size: None, .. } => SizeHint::default(),
+            Source::Stream { size: None, .. } | Source::Forwarded { size: None, .. } => SizeHint::default(),
         }
     }
 }

@@ -1,11 +1,11 @@
 #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 use super::*;
 
-fn entry() -> Entry {
+fn entry() -> Authenticator {
     entry_of(bcrypt::hash("secret", 5).unwrap(), Arc::default())
 }
 
-fn entry_of(hash: String, passwords: Arc<Passwords>) -> Entry {
+fn entry_of(hash: String, passwords: Arc<PasswordCache>) -> Authenticator {
     let user = User {
         name: "alice".to_owned(),
         hash,
@@ -15,26 +15,31 @@ fn entry_of(hash: String, passwords: Arc<Passwords>) -> Entry {
         client_roots: Vec::new(),
         allows: Vec::new(),
     };
-    Entry::new(&settings, [7; 32], passwords).unwrap()
+    Authenticator::new(&settings, [7; 32], passwords).unwrap()
 }
 
-/// Somebody of whom nothing is known.
-fn stranger() -> Peer {
-    Peer {
+/// A connection without credentials.
+fn stranger() -> ConnectionInfo {
+    ConnectionInfo {
         address: None,
-        may_speak: true,
-        secure: true,
+        http_allowed: true,
+        is_tls: true,
         server_name: None,
         connect: None,
-        shown: Shown::default(),
-        pardon: crate::server::Pardon::default(),
+        credentials: PeerCredentials::default(),
+        idle_pause: crate::server::IdlePause::default(),
         connection: crate::server::connections::Handle::default(),
     }
 }
 
-async fn who(entry: &Entry, head: &Parts) -> Result<Who, Turned> {
+async fn who(entry: &Authenticator, head: &Parts) -> Result<Identity, Rejection> {
     entry
-        .who(head, &stranger(), Way::Own, SystemTime::UNIX_EPOCH)
+        .authenticate(
+            head,
+            &stranger(),
+            CredentialHeader::Authorization,
+            SystemTime::UNIX_EPOCH,
+        )
         .await
 }
 
@@ -75,7 +80,7 @@ async fn the_right_password_and_nothing_else_opens() {
         &[&right, &right],
     ] {
         let refused = who(&entry, &head(lines)).await;
-        assert!(matches!(refused, Err(Turned::Unauthenticated)), "{lines:?}");
+        assert!(matches!(refused, Err(Rejection::Unauthenticated)), "{lines:?}");
     }
 }
 
@@ -87,13 +92,16 @@ async fn a_password_found_right_is_not_hashed_again() {
     who(&entry, &head(&[&basic("alice:secret")])).await.unwrap();
     assert!(matches!(
         who(&entry, &head(&[&basic("alice:wrong")])).await,
-        Err(Turned::EntryBusy)
+        Err(Rejection::TooManyPasswordChecks)
     ));
 }
 
 #[tokio::test]
 async fn o03_a_reload_keeps_a_verified_password_while_its_hash_stays() {
-    let (hash, passwords) = (bcrypt::hash("secret", 5).unwrap(), Arc::<Passwords>::default());
+    let (hash, passwords) = (
+        bcrypt::hash("secret", 5).unwrap(),
+        Arc::<PasswordCache>::default(),
+    );
     let before = entry_of(hash.clone(), Arc::clone(&passwords));
     who(&before, &head(&[&basic("alice:secret")])).await.unwrap();
     passwords.checks.close();
@@ -101,27 +109,39 @@ async fn o03_a_reload_keeps_a_verified_password_while_its_hash_stays() {
     who(&same, &head(&[&basic("alice:secret")])).await.unwrap();
     let changed = entry_of(bcrypt::hash("other", 5).unwrap(), passwords);
     let refused = who(&changed, &head(&[&basic("alice:secret")])).await;
-    assert!(matches!(refused, Err(Turned::EntryBusy)), "it is verified again");
+    assert!(
+        matches!(refused, Err(Rejection::TooManyPasswordChecks)),
+        "it is verified again"
+    );
 }
 
 #[tokio::test]
 async fn t17_a_wrong_password_is_hashed_once_and_stops_nobody() {
     let entry = entry();
     let stale = head(&[&basic("alice:stale")]);
-    assert!(matches!(who(&entry, &stale).await, Err(Turned::Unauthenticated)));
+    assert!(matches!(
+        who(&entry, &stale).await,
+        Err(Rejection::Unauthenticated)
+    ));
     entry.passwords.checks.close();
-    // No check is needed: a fleet that goes on with it takes no turn.
+    // No permit is taken for a known wrong credential.
     for _ in 0..3 {
-        assert!(matches!(who(&entry, &stale).await, Err(Turned::Unauthenticated)));
+        assert!(matches!(
+            who(&entry, &stale).await,
+            Err(Rejection::Unauthenticated)
+        ));
     }
 }
 
 #[tokio::test]
 async fn changed_password_is_checked_again_after_rejection() {
-    let passwords = Arc::<Passwords>::default();
+    let passwords = Arc::<PasswordCache>::default();
     let before = entry_of(bcrypt::hash("old", 5).unwrap(), Arc::clone(&passwords));
     let new = head(&[&basic("alice:new")]);
-    assert!(matches!(who(&before, &new).await, Err(Turned::Unauthenticated)));
+    assert!(matches!(
+        who(&before, &new).await,
+        Err(Rejection::Unauthenticated)
+    ));
     let after = entry_of(bcrypt::hash("new", 5).unwrap(), passwords);
     who(&after, &new).await.unwrap();
 }
@@ -133,10 +153,10 @@ async fn t17_a_password_beyond_72_bytes_is_refused_and_never_cut() {
     who(&entry, &head(&[&basic(&format!("alice:{longest}"))]))
         .await
         .unwrap();
-    // Of nobody too: what is refused tells no names.
+    // An unknown user too, so that the response does not reveal user names.
     for name in ["alice", "nobody"] {
         let refused = who(&entry, &head(&[&basic(&format!("{name}:{longest}p"))])).await;
-        let Err(turned @ Turned::PasswordTooLong { to_proxy: false }) = refused else {
+        let Err(turned @ Rejection::PasswordTooLong { to_proxy: false }) = refused else {
             panic!("{refused:?}");
         };
         assert_eq!(turned.status(), http::StatusCode::UNAUTHORIZED);
@@ -146,7 +166,12 @@ async fn t17_a_password_beyond_72_bytes_is_refused_and_never_cut() {
     let line = basic(&format!("alice:{longest}p")).parse().unwrap();
     connect.headers.insert(PROXY_AUTHORIZATION, line);
     let refused = entry
-        .who(&connect, &stranger(), Way::Connect, SystemTime::UNIX_EPOCH)
+        .authenticate(
+            &connect,
+            &stranger(),
+            CredentialHeader::ProxyAuthorization,
+            SystemTime::UNIX_EPOCH,
+        )
         .await;
     let status = http::StatusCode::PROXY_AUTHENTICATION_REQUIRED;
     assert!(matches!(refused, Err(turned) if turned.status() == status));
@@ -154,8 +179,11 @@ async fn t17_a_password_beyond_72_bytes_is_refused_and_never_cut() {
 
 #[test]
 fn nobodys_hash_is_one_that_is_checked_in_full() {
-    assert!(!bcrypt::verify("x", &entry().nobody).unwrap());
-    assert!(entry().nobody.starts_with("$2b$05$"), "as dear as the users' own");
+    assert!(!bcrypt::verify("x", &entry().dummy_hash).unwrap());
+    assert!(
+        entry().dummy_hash.starts_with("$2b$05$"),
+        "as dear as the users' own"
+    );
 }
 
 #[tokio::test]
@@ -165,20 +193,30 @@ async fn what_was_shown_to_the_proxy_holds_until_the_password_changes() {
     let line = basic("alice:secret").parse().unwrap();
     connect.headers.insert(PROXY_AUTHORIZATION, line);
     let mut peer = stranger();
-    let shown = entry
-        .who(&connect, &peer, Way::Connect, SystemTime::UNIX_EPOCH)
+    let credentials = entry
+        .authenticate(
+            &connect,
+            &peer,
+            CredentialHeader::ProxyAuthorization,
+            SystemTime::UNIX_EPOCH,
+        )
         .await
         .unwrap();
-    peer.shown.user = shown.user();
-    let within = |entry: Entry, peer: Peer| async move {
+    peer.credentials.user = credentials.user();
+    let within = |entry: Authenticator, peer: ConnectionInfo| async move {
         let head = head(&[&basic("robot:the-registrys")]);
-        let who = entry.who(&head, &peer, Way::Named, SystemTime::UNIX_EPOCH).await;
+        let who = entry
+            .authenticate(&head, &peer, CredentialHeader::None, SystemTime::UNIX_EPOCH)
+            .await;
         who.map(|who| who.name().to_owned())
     };
     assert_eq!(within(entry, peer.clone()).await.unwrap(), "alice");
-    // Another hash of the same password may be that of another password.
+    // Another hash may be that of another password.
     let changed = self::entry();
-    assert!(matches!(within(changed, peer).await, Err(Turned::NotByThisDoor)));
-    let nobody = within(self::entry(), stranger()).await;
-    assert!(matches!(nobody, Err(Turned::NotByThisDoor)));
+    assert!(matches!(
+        within(changed, peer).await,
+        Err(Rejection::PasswordNotPossible)
+    ));
+    let dummy_hash = within(self::entry(), stranger()).await;
+    assert!(matches!(dummy_hash, Err(Rejection::PasswordNotPossible)));
 }

@@ -1,4 +1,4 @@
-//! What of a request shapes its answer, and what its conditions come to.
+//! Request headers that shape a response: conditions, ranges and paging.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -13,10 +13,10 @@ use crate::oci::{Endpoint, ErrorCode, RangeRequest, Reference};
 use crate::proxy::{Request, UpstreamRegistry};
 use crate::upstream::UpstreamResponse;
 
-/// What of a request shapes its answer.
-pub(in crate::server) struct Asked {
+/// The parts of a request that its response depends on.
+pub(in crate::server) struct ResponseContext {
     upstream_registry: Arc<UpstreamRegistry>,
-    /// As the client wrote it, so that links lead back through the door it came by.
+    /// As the client sent it, so that links lead back by the same route.
     path: String,
     /// The `ns` of the client's query, if it sent one.
     namespace: Option<String>,
@@ -28,7 +28,7 @@ pub(in crate::server) struct Asked {
     pub(super) now: SystemTime,
 }
 
-impl Asked {
+impl ResponseContext {
     pub(in crate::server) fn new(head: &Parts, request: &Request) -> Self {
         let (path, namespace) = match request.endpoint {
             Endpoint::Tags { .. } | Endpoint::Referrers { .. } => {
@@ -55,8 +55,8 @@ impl Asked {
         self.upstream_registry.name()
     }
 
-    /// Where the next page of a list is for this client, of which the upstream said `next`: the same path it came by, with
-    /// the upstream's parameters and its own `ns`. `None` where the upstream named no other page.
+    /// The client's URL of the next page: the path of this request, the query of the upstream's `next` link, and the
+    /// client's `ns`. `None` if `next` has no query.
     pub(super) fn next_page(&self, next: &str) -> Option<String> {
         let (_, query) = next.split_once('?')?;
         let (query, _) = Query::parse(Some(query)).ok()?;
@@ -67,7 +67,7 @@ impl Asked {
         Some(format!("{}{}{namespace}", self.path, query))
     }
 
-    /// What was asked for, in words: written only for those who are told no.
+    /// The requested image, for error messages.
     pub(super) fn image(&self) -> String {
         match &self.endpoint {
             Endpoint::Ping => String::new(),
@@ -86,12 +86,11 @@ impl Asked {
         }
     }
 
-    /// The code for "there is no such thing".
+    /// The error code for missing content.
     ///
-    /// For referrers, `NAME_UNKNOWN` says that the repository does not exist, any other code that this registry has no
-    /// such lists, and then clients look for a tag instead: so it is passed on where the upstream said it, and else not
-    /// used.
-    pub(super) fn unknown(&self, answer: Option<&UpstreamResponse>) -> ErrorCode {
+    /// For referrers, `NAME_UNKNOWN` means that the repository does not exist. With any other code clients conclude
+    /// that the registry has no referrers API and look for a tag instead. So it is used only if the upstream sent it.
+    pub(super) fn not_found_code(&self, answer: Option<&UpstreamResponse>) -> ErrorCode {
         let names_repository = || {
             let code = answer.and_then(|answer| answer.code.as_deref());
             code == Some(ErrorCode::NameUnknown.as_str())
@@ -104,28 +103,28 @@ impl Asked {
         }
     }
 
-    /// Whether one range without an end is asked for: most clients that send one read a little of it and close.
+    /// Whether the request has one open-ended range. Most clients that send one read a little and close.
     pub(super) fn is_open_ended(&self) -> bool {
         matches!(self.range, RangeRequest::Single(ByteRange::FromOffset(_)))
     }
 
-    /// What is to be sent of a blob of `size` bytes. A `Range` counts for GET alone (RFC 9110 §14.2), and an `If-Range`
-    /// that names another content, weakly or by a date, means the whole (§13.1.5). So do several ranges of what is not
-    /// held yet.
-    pub(super) fn sent(&self, size: u64, etag: &str, is_held: bool) -> ResolvedRange {
+    /// The ranges to send of a blob of `size` bytes. `Range` applies to GET alone (RFC 9110 §14.2). An `If-Range`
+    /// that does not match, or is weak or a date, means the full blob (§13.1.5). So do several ranges of a blob that
+    /// is not cached.
+    pub(super) fn resolve_range(&self, size: u64, etag: &str, is_cached: bool) -> ResolvedRange {
         let unchanged = self
             .if_range
             .as_ref()
             .is_none_or(|tag| tag.as_bytes() == etag.as_bytes());
-        let is_answered = is_held || !matches!(self.range, RangeRequest::Multi(_));
-        if unchanged && is_answered && !self.head {
+        let is_supported = is_cached || !matches!(self.range, RangeRequest::Multi(_));
+        if unchanged && is_supported && !self.head {
             self.range.resolve(size)
         } else {
             ResolvedRange::Full
         }
     }
 
-    pub(super) fn has_already(&self, etag: &str) -> bool {
+    pub(super) fn matches_if_none_match(&self, etag: &str) -> bool {
         let tags = self.if_none_match.as_ref().and_then(|tags| tags.to_str().ok());
         tags.is_some_and(|tags| {
             tags.split(',')

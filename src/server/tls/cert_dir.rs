@@ -1,5 +1,4 @@
-//! The files of our certificates: made where they are missing, kept where they are there, refused where others may read a
-//! key.
+//! Certificate folder: loads the CA and the server certificate, and generates missing ones.
 
 use std::collections::HashSet;
 use std::io;
@@ -18,39 +17,39 @@ use rustls::client::danger::ServerCertVerifier;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 
-use super::{TlsError, provider};
-use crate::server::mint::Authority;
+use super::error::{TlsError, provider};
+use super::leaf_issuer::CertAuthority;
 
 const CA_DAYS: u64 = 3_650;
 const SERVER_DAYS: u64 = 825;
 
-/// A certificate of ours that ends sooner than this is made anew.
+/// A generated certificate is renewed this long before it expires.
 pub(super) const RENEW_BEFORE: Duration = Duration::from_secs(30 * 86_400);
 
-/// `certs/`: `ca.pem`, `ca.key`, `server.pem`, `server.key`.
-pub(super) struct Folder<'a> {
+/// The certificate folder: `ca.pem`, `ca.key`, `server.pem`, `server.key`.
+pub(super) struct CertDir<'a> {
     pub(super) path: &'a Path,
-    /// Whether a CA that is made may vouch only for the names known now.
+    /// Whether a generated CA gets name constraints for the names known now.
     pub(super) constrained: bool,
 }
 
 pub(super) type ChainAndKey = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
-impl Folder<'_> {
+impl CertDir<'_> {
     pub(super) fn server(
         &self,
-        authority: &Authority,
+        authority: &CertAuthority,
         names: &[String],
         now: SystemTime,
     ) -> Result<ChainAndKey, TlsError> {
         let (certificate, key) = (self.path.join("server.pem"), self.path.join("server.key"));
-        let names = &self.vouched(authority, names, now)?;
+        let names = &self.permitted_names(authority, names, now)?;
         if certificate.exists() && key.exists() {
             let chain = read_chain(&certificate)?;
-            if good_until(&authority.certificate, &chain, names, now + RENEW_BEFORE) {
+            if verifies_at(&authority.certificate, &chain, names, now + RENEW_BEFORE) {
                 return Ok((chain, read_key(&key)?));
             }
-            tracing::info!("the server certificate lacks a name or ends soon; it is made anew");
+            tracing::info!("server certificate lacks a name or expires soon, generating a new one");
         }
         let server_key = KeyPair::generate()?;
         let server = server_params(names, now)?.signed_by(&server_key, &authority.issuer)?;
@@ -59,15 +58,16 @@ impl Folder<'_> {
         Ok((read_chain(&certificate)?, read_key(&key)?))
     }
 
-    /// Those of `names` for which the CA may vouch. With one that it may not, a client would take none of them.
-    fn vouched(
+    /// The `names` that the CA's name constraints permit. Clients reject a certificate with a name outside of them
+    /// entirely.
+    fn permitted_names(
         &self,
-        authority: &Authority,
+        authority: &CertAuthority,
         names: &[String],
         now: SystemTime,
     ) -> Result<Vec<String>, TlsError> {
         let key = KeyPair::generate()?;
-        let mut vouched = Vec::new();
+        let mut permitted = Vec::new();
         for name in names {
             let one = std::slice::from_ref(name);
             let chain = vec![
@@ -76,28 +76,28 @@ impl Folder<'_> {
                     .der()
                     .clone(),
             ];
-            if good_until(&authority.certificate, &chain, one, now) {
-                vouched.push(name.clone());
+            if verifies_at(&authority.certificate, &chain, one, now) {
+                permitted.push(name.clone());
             } else {
                 tracing::warn!(
                     name, ca = %self.path.join("ca.pem").display(),
-                    "the CA was made before this name was known and may not vouch for it; run `ifnewer ca rotate`, reload, and \
-                     have clients trust the new one"
+                    "the name constraints of the CA do not permit this name; run `ifnewer ca rotate`, reload, and \
+                     have clients trust the new CA"
                 );
             }
         }
-        Ok(vouched)
+        Ok(permitted)
     }
 
-    /// The CA: made once, then always the same, because hosts have been told to trust it.
+    /// The CA. It is generated once and then kept, because clients trust it.
     pub(super) fn authority(
         &self,
         names: &[String],
         hosts: &HashSet<String>,
         now: SystemTime,
-    ) -> Result<Authority, TlsError> {
+    ) -> Result<CertAuthority, TlsError> {
         std::fs::create_dir_all(self.path).map_err(|error| TlsError::File {
-            deed: "cannot make the folder",
+            action: "cannot create the folder",
             path: self.path.into(),
             error,
         })?;
@@ -112,33 +112,33 @@ impl Folder<'_> {
         let pair = if key.exists() {
             check_mode(&key)?;
             let text = std::fs::read_to_string(&key).map_err(|error| TlsError::File {
-                deed: "cannot read",
+                action: "cannot read",
                 path: key.clone(),
                 error,
             })?;
             KeyPair::from_pem(&text).map_err(|error| malformed(&key, "a private key", &error))?
         } else {
-            lasting(&mut params, now, CA_DAYS);
+            set_validity(&mut params, now, CA_DAYS);
             params.name_constraints = self.constrained.then(|| constraints(names, hosts));
             let pair = KeyPair::generate()?;
             let ca = params.self_signed(&pair)?;
             write(&key, &pair.serialize_pem(), 0o600)?;
             write(&certificate, &ca.pem(), 0o644)?;
             tracing::info!(
-                "made a CA: {} (clients that verify TLS must trust it)",
+                "generated CA {}, clients that verify TLS must trust it",
                 certificate.display()
             );
             pair
         };
-        Ok(Authority {
+        Ok(CertAuthority {
             issuer: Issuer::new(params, pair),
             certificate: read_chain(&certificate)?,
         })
     }
 }
 
-/// RFC 5280 §4.2.1.10: with these, whoever steals the CA's key can be the cache and its upstreams, but not a bank.
-/// Addresses are left free, because those of a machine change.
+/// Name constraints (RFC 5280 §4.2.1.10): a stolen CA key can impersonate the cache and its upstreams, but not a
+/// bank. IP addresses are not constrained, because those of a machine change.
 fn constraints(names: &[String], hosts: &HashSet<String>) -> NameConstraints {
     let is_name = |name: &&String| name.parse::<IpAddr>().is_err();
     let mut permitted: Vec<_> = names
@@ -164,12 +164,12 @@ fn server_params(names: &[String], now: SystemTime) -> Result<CertificateParams,
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.use_authority_key_identifier_extension = true;
-    lasting(&mut params, now, SERVER_DAYS);
+    set_validity(&mut params, now, SERVER_DAYS);
     Ok(params)
 }
 
-/// From a day ago, for clients whose clock is behind.
-pub(in crate::server) fn lasting(params: &mut CertificateParams, now: SystemTime, days: u64) {
+/// Sets the validity, from a day ago for clients whose clock is slow.
+pub(in crate::server) fn set_validity(params: &mut CertificateParams, now: SystemTime, days: u64) {
     let day = Duration::from_secs(86_400);
     let date = |at: SystemTime| {
         let text = humantime::format_rfc3339_seconds(at).to_string();
@@ -188,7 +188,7 @@ pub(in crate::server) fn lasting(params: &mut CertificateParams, now: SystemTime
     params.not_after = date(now + day * u32::try_from(days).unwrap_or(u32::MAX));
 }
 
-pub(in crate::server) fn good_until(
+pub(in crate::server) fn verifies_at(
     ca: &[CertificateDer<'static>],
     chain: &[CertificateDer<'static>],
     names: &[String],
@@ -222,7 +222,7 @@ pub(super) fn read_chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, Tl
         Ok(chain) if chain.is_empty() => Err(malformed(path, "a certificate", &"it is empty")),
         Ok(chain) => Ok(chain),
         Err(rustls_pki_types::pem::Error::Io(error)) => Err(TlsError::File {
-            deed: "cannot read",
+            action: "cannot read",
             path: path.into(),
             error,
         }),
@@ -237,7 +237,7 @@ pub(super) fn read_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> 
 
 fn check_mode(path: &Path) -> Result<(), TlsError> {
     let metadata = std::fs::metadata(path).map_err(|error| TlsError::File {
-        deed: "cannot read",
+        action: "cannot read",
         path: path.into(),
         error,
     })?;
@@ -261,7 +261,7 @@ fn malformed(path: &Path, what: &'static str, detail: &dyn std::fmt::Display) ->
     }
 }
 
-/// Written under another name first, so that a stop in the middle leaves no half key.
+/// Writes to a temporary file and renames it, so that an interruption leaves no partial key.
 fn write(path: &Path, text: &str, mode: u32) -> Result<(), TlsError> {
     let temporary = path.with_extension("new");
     let written = std::fs::OpenOptions::new()
@@ -273,7 +273,7 @@ fn write(path: &Path, text: &str, mode: u32) -> Result<(), TlsError> {
         .and_then(|mut file| io::Write::write_all(&mut file, text.as_bytes()).and_then(|()| file.sync_all()))
         .and_then(|()| std::fs::rename(&temporary, path));
     written.map_err(|error| TlsError::File {
-        deed: "cannot write",
+        action: "cannot write",
         path: path.into(),
         error,
     })

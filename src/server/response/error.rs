@@ -1,22 +1,22 @@
-//! A refusal becomes a status, a code and a sentence. The user often sees nothing else: it names the upstream and the
-//! cause.
+//! Error responses for denials. The message names the upstream and the cause, because users often see nothing else.
 
 use http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderValue, Response, StatusCode};
 use hyper::ext::ReasonPhrase;
 
-use super::{Asked, Body, problem, put};
+use super::{Body, ResponseContext, error_response, set_header};
 use crate::oci::header::CACHE_STATUS;
 use crate::oci::{ErrorBody, ErrorCode, UpstreamFailure};
 use crate::policy::DenyReason;
 use crate::proxy::Denied;
 use crate::upstream::ResponseKind;
 
-pub(super) fn answer(refused: &Denied, asked: &Asked) -> Response<Body> {
-    let (status, code, sentence) = refusal(refused, asked);
-    let (upstream, answer) = (asked.upstream(), refused.answer.as_deref());
-    // A refusal is told in our words alone: asked by HEAD or by GET, held or not, it must look the same.
-    let theirs = match refused.reason {
+pub(super) fn build(refused: &Denied, context: &ResponseContext) -> Response<Body> {
+    let (status, code, message_text) = describe(refused, context);
+    let (upstream, answer) = (context.upstream(), refused.answer.as_deref());
+    // A denial uses the cache's own message only. It must look the same for HEAD and GET, and for cached and uncached
+    // content.
+    let upstream_message = match refused.reason {
         DenyReason::UpstreamUnavailable(_)
         | DenyReason::StaleLimitExceeded(_)
         | DenyReason::Incomplete(_) => answer.and_then(|answer| answer.message.as_deref()),
@@ -26,17 +26,17 @@ pub(super) fn answer(refused: &Denied, asked: &Asked) -> Response<Body> {
         | DenyReason::AuthRequired
         | DenyReason::NotFound => None,
     };
-    let message = match theirs {
-        Some(theirs) => format!("{sentence} ({upstream}: {theirs})"),
-        None => sentence,
+    let message = match upstream_message {
+        Some(upstream_message) => format!("{message_text} ({upstream}: {upstream_message})"),
+        None => message_text,
     };
-    let mut response = problem(status, &ErrorBody::new(code, message), asked.head);
+    let mut response = error_response(status, &ErrorBody::new(code, message), context.head);
     if let DenyReason::UpstreamUnavailable(cause)
     | DenyReason::StaleLimitExceeded(cause)
     | DenyReason::Incomplete(cause) = refused.reason
         && status.is_server_error()
     {
-        // Docker shows the status line of a 5xx, and never its body.
+        // Docker shows the status line of a 5xx and not its body.
         let setting = cause.setting();
         let setting = setting.map_or_else(String::new, |setting| format!("; see `{setting}`"));
         let phrase = format!(
@@ -61,7 +61,7 @@ pub(super) fn answer(refused: &Denied, asked: &Asked) -> Response<Body> {
     } else if status == StatusCode::TOO_MANY_REQUESTS {
         headers.insert(RETRY_AFTER, HeaderValue::from_static("30"));
     }
-    put(
+    set_header(
         headers,
         CACHE_STATUS,
         &format!("ifnewer; fwd=miss; detail={}", refused.reason.name()),
@@ -69,61 +69,66 @@ pub(super) fn answer(refused: &Denied, asked: &Asked) -> Response<Body> {
     response
 }
 
-/// The registry's own challenge, as it would give it.
-pub(super) fn challenged(lines: Vec<HeaderValue>, asked: &Asked) -> Response<Body> {
-    let message = format!("{} wants a credential", asked.upstream());
+/// 401 with the registry's own challenge.
+pub(super) fn unauthorized(lines: Vec<HeaderValue>, context: &ResponseContext) -> Response<Body> {
+    let message = format!("{} requires a credential", context.upstream());
     let said = ErrorBody::new(ErrorCode::Unauthorized, message);
-    let mut response = problem(StatusCode::UNAUTHORIZED, &said, asked.head);
+    let mut response = error_response(StatusCode::UNAUTHORIZED, &said, context.head);
     for line in lines {
         response.headers_mut().append(WWW_AUTHENTICATE, line);
     }
     response
 }
 
-/// The response to a request that the registry was to answer, and did not.
-pub(in crate::server) fn not_passed(upstream: &str, cause: UpstreamFailure, head: bool) -> Response<Body> {
-    let (status, code) = silence(cause);
-    let message = format!("{upstream} {cause}, and only it can answer this");
-    problem(status, &ErrorBody::new(code, message), head)
+/// The response if a request could not be forwarded.
+pub(in crate::server) fn forward_failed(
+    upstream: &str,
+    cause: UpstreamFailure,
+    head: bool,
+) -> Response<Body> {
+    let (status, code) = failure_status(cause);
+    let message = format!("{upstream} {cause}; this request cannot be served from the cache");
+    error_response(status, &ErrorBody::new(code, message), head)
 }
 
-/// Each refusal's status, code and sentence. Exhaustive: a new refusal does not compile until it has its own.
-fn refusal(refused: &Denied, asked: &Asked) -> (StatusCode, ErrorCode, String) {
+/// Status, code and message of each denial. The match is exhaustive, so a new denial does not compile without its
+/// own.
+fn describe(refused: &Denied, context: &ResponseContext) -> (StatusCode, ErrorCode, String) {
     let answer = refused.answer.as_deref();
-    let unknown = asked.unknown(answer);
-    let (upstream, image) = (asked.upstream(), asked.image());
+    let unknown = context.not_found_code(answer);
+    let (upstream, image) = (context.upstream(), context.image());
     match refused.reason {
-        // The same words for what is absent and what is not for this client: a stranger learns nothing.
+        // The same message for missing and unauthorized content, so that a client without a grant learns nothing.
         DenyReason::NotCached | DenyReason::NotAuthorized => (
             StatusCode::NOT_FOUND,
             unknown,
             format!(
-                "{upstream}/{image} is not held for you here, and the policy `never` forbids asking {upstream}"
+                "{upstream}/{image} is not cached for this client; policy `never` disables requests to {upstream}"
             ),
         ),
         DenyReason::AuthRequired => (
             StatusCode::UNAUTHORIZED,
             ErrorCode::Unauthorized,
             format!(
-                "{upstream} cannot be asked now whether anyone may read {image}; a credential that it has let read it \
-                 before may be enough"
+                "{upstream} is unavailable, so anonymous access to {image} cannot be checked; send a credential that had \
+                 access before"
             ),
         ),
         DenyReason::NotFound if unknown == ErrorCode::Unsupported => (
             StatusCode::NOT_FOUND,
             unknown,
-            format!("{upstream} has no list of what refers to a manifest of {image}"),
+            format!("{upstream} has no referrers API for {image}"),
         ),
         DenyReason::NotFound => (
             StatusCode::NOT_FOUND,
             unknown,
-            format!("{upstream} says that {image} does not exist"),
+            format!("{upstream} reports that {image} does not exist"),
         ),
         DenyReason::Forbidden if refused.proxy_credential => (
             StatusCode::FORBIDDEN,
             ErrorCode::Denied,
             format!(
-                "{upstream} refuses the credential that ifnewer is configured with; check [upstream.\"{upstream}\"]"
+                "{upstream} rejected the credential configured for ifnewer; check [upstream.\"{upstream}\"]"
             ),
         ),
         DenyReason::Forbidden => match answer.and_then(|answer| answer.status) {
@@ -140,7 +145,7 @@ fn refusal(refused: &Denied, asked: &Asked) -> (StatusCode, ErrorCode, String) {
             _ => (
                 StatusCode::UNAUTHORIZED,
                 ErrorCode::Unauthorized,
-                format!("{upstream} wants a credential that may read {image}"),
+                format!("{upstream} requires a credential with read access to {image}"),
             ),
         },
         DenyReason::UpstreamUnavailable(cause) => {
@@ -151,34 +156,31 @@ fn refusal(refused: &Denied, asked: &Asked) -> (StatusCode, ErrorCode, String) {
                     format!("{upstream} answered {status} for {image}"),
                 )
             } else {
-                let (status, code) = silence(cause);
+                let (status, code) = failure_status(cause);
                 let setting = cause.setting().map_or_else(String::new, |setting| {
                     format!("; see `{setting}` of [upstream.\"{upstream}\"] in ifnewer's configuration")
                 });
-                let sentence = format!(
-                    "{upstream} {cause}, and no copy of {image} is held that may be served instead{setting}"
-                );
-                (status, code, sentence)
+                let message_text =
+                    format!("{upstream} {cause}; no cached copy of {image} may be served{setting}");
+                (status, code, message_text)
             }
         }
         DenyReason::StaleLimitExceeded(cause) => {
-            let (status, code) = silence(cause);
-            let sentence = format!(
-                "{upstream} {cause}, and the held copy of {image} was confirmed longer ago than `stale_if_error` allows"
+            let (status, code) = failure_status(cause);
+            let message_text = format!(
+                "{upstream} {cause}, and the cached copy of {image} is older than `stale_if_error` allows"
             );
-            (status, code, sentence)
+            (status, code, message_text)
         }
         DenyReason::Incomplete(cause) => {
-            let (status, code) = silence(cause);
-            let sentence = format!(
-                "{upstream} {cause}, and of {image} only a part is held: no client could pull it whole"
-            );
-            (status, code, sentence)
+            let (status, code) = failure_status(cause);
+            let message_text = format!("{upstream} {cause}; the cached copy of {image} is incomplete");
+            (status, code, message_text)
         }
     }
 }
 
-fn silence(cause: UpstreamFailure) -> (StatusCode, ErrorCode) {
+fn failure_status(cause: UpstreamFailure) -> (StatusCode, ErrorCode) {
     match cause {
         UpstreamFailure::RateLimited => (StatusCode::TOO_MANY_REQUESTS, ErrorCode::TooManyRequests),
         UpstreamFailure::Timeout | UpstreamFailure::ConnectTimeout | UpstreamFailure::RevalidateTimeout => {

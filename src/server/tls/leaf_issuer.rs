@@ -1,7 +1,7 @@
-//! Certificates for the hosts of configured upstreams, made by our own CA while a client waits.
+//! Leaf certificates for upstream hosts, issued by the CA during the client's handshake.
 //!
-//! A leaf lives for a week at most and only in memory; a host's trust is in the CA alone. Whether the CA may vouch for a
-//! host (see `tls`, name constraints) is found out the way a client will: the leaf is made, then verified.
+//! A leaf is valid for a week at most and kept in memory only, because clients trust the CA alone. Whether the CA's
+//! name constraints permit a host is tested as a client would: the leaf is issued, then verified.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -14,41 +14,41 @@ use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 
-use super::tls::{good_until, lasting};
+use super::cert_dir::{set_validity, verifies_at};
 use crate::clock::Clock;
 
-/// A leaf is backdated by a day and ends six days from now.
+/// A leaf is backdated by a day and expires in six days.
 const LEAF_DAYS: u64 = 6;
-/// A leaf that ends sooner than this is replaced.
+/// A leaf is replaced this long before it expires.
 const RENEW_BEFORE: Duration = Duration::from_secs(3 * 86_400);
-/// Leaves kept. There is one for each host of an upstream.
+/// Leaves cached, one per upstream host.
 const LEAVES_MAX: usize = 1024;
 /// RFC 5280, ub-common-name.
 const COMMON_NAME_BYTES_MAX: usize = 64;
 
 /// Why there is no certificate for a host.
 #[derive(Clone, Debug, thiserror::Error)]
-pub(super) enum MintError {
-    /// The CA was made for other names.
+pub(in crate::server) enum LeafError {
+    /// The name constraints of the CA do not permit the host.
     #[error(
-        "the CA may not vouch for {0}: it was made before {0} was configured. Run `ifnewer ca rotate`, reload, and have \
-         clients trust the new one"
+        "the name constraints of the CA do not permit {0}, which was configured later; run `ifnewer ca rotate`, reload, \
+         and have clients trust the new CA"
     )]
-    NotVouched(Arc<str>),
-    /// The certificate could not be made.
-    #[error("cannot make a certificate for {0}: {1}")]
+    NotPermitted(Arc<str>),
+    /// Generation failed.
+    #[error("failed to issue a certificate for {0}: {1}")]
     Failed(Arc<str>, String),
 }
 
-/// Our CA: its key, and the certificate that clients trust.
-pub(super) struct Authority {
-    pub(super) issuer: Issuer<'static, KeyPair>,
-    pub(super) certificate: Vec<CertificateDer<'static>>,
+/// The CA: its key, and the certificate that clients trust.
+pub(in crate::server) struct CertAuthority {
+    pub(in crate::server) issuer: Issuer<'static, KeyPair>,
+    pub(in crate::server) certificate: Vec<CertificateDer<'static>>,
 }
 
-/// Makes leaves, each once.
-pub(super) struct Mint {
-    authority: Authority,
+/// Issues leaves, each once.
+pub(in crate::server) struct LeafIssuer {
+    authority: CertAuthority,
     provider: Arc<CryptoProvider>,
     clock: Clock,
     leaves: Cache<Arc<str>, Leaf>,
@@ -56,13 +56,17 @@ pub(super) struct Mint {
 
 #[derive(Clone)]
 struct Leaf {
-    made: Result<Arc<CertifiedKey>, MintError>,
+    made: Result<Arc<CertifiedKey>, LeafError>,
     made_at: SystemTime,
     renew_at: SystemTime,
 }
 
-impl Mint {
-    pub(super) fn new(authority: Authority, provider: Arc<CryptoProvider>, clock: Clock) -> Self {
+impl LeafIssuer {
+    pub(in crate::server) fn new(
+        authority: CertAuthority,
+        provider: Arc<CryptoProvider>,
+        clock: Clock,
+    ) -> Self {
         Self {
             authority,
             provider,
@@ -71,11 +75,11 @@ impl Mint {
         }
     }
 
-    /// The certificate for `host` (a name or an address without port). Made by the first who asks; others wait for it.
-    pub(super) fn leaf(&self, host: &str) -> Result<Arc<CertifiedKey>, MintError> {
+    /// The leaf for `host` (a name or an address without port). Concurrent callers wait for the first to issue it.
+    pub(in crate::server) fn leaf(&self, host: &str) -> Result<Arc<CertifiedKey>, LeafError> {
         let now = self.clock.now();
         let host: Arc<str> = host.into();
-        // After the clock was set back, a leaf may not be valid yet.
+        // If the clock was set back, a leaf may not be valid yet.
         let is_good = |leaf: &Leaf| leaf.made_at <= now + Duration::from_secs(86_400) && now < leaf.renew_at;
         if self.leaves.get(&host).is_some_and(|leaf| !is_good(&leaf)) {
             self.leaves.remove(&host);
@@ -91,7 +95,9 @@ impl Mint {
         let made = self.sign(host, now);
         match &made {
             Ok(_) => tracing::debug!(%host, "made a certificate"),
-            Err(error) => tracing::warn!(%error, "this host cannot be intercepted"),
+            Err(error) => {
+                tracing::warn!(%error, "failed to issue a leaf certificate, host cannot be intercepted")
+            }
         }
         let renew_at = now + Duration::from_secs(LEAF_DAYS * 86_400) - RENEW_BEFORE;
         Leaf {
@@ -101,8 +107,8 @@ impl Mint {
         }
     }
 
-    fn sign(&self, host: &Arc<str>, now: SystemTime) -> Result<Arc<CertifiedKey>, MintError> {
-        let failed = |error: &dyn std::fmt::Display| MintError::Failed(Arc::clone(host), error.to_string());
+    fn sign(&self, host: &Arc<str>, now: SystemTime) -> Result<Arc<CertifiedKey>, LeafError> {
+        let failed = |error: &dyn std::fmt::Display| LeafError::Failed(Arc::clone(host), error.to_string());
         let mut params = CertificateParams::new(vec![host.to_string()]).map_err(|error| failed(&error))?;
         params.distinguished_name = rcgen::DistinguishedName::new();
         if host.len() <= COMMON_NAME_BYTES_MAX {
@@ -111,14 +117,14 @@ impl Mint {
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.use_authority_key_identifier_extension = true;
-        lasting(&mut params, now, LEAF_DAYS);
+        set_validity(&mut params, now, LEAF_DAYS);
         let key = KeyPair::generate().map_err(|error| failed(&error))?;
         let leaf = params
             .signed_by(&key, &self.authority.issuer)
             .map_err(|error| failed(&error))?;
         let chain = vec![leaf.der().clone()];
-        if !good_until(&self.authority.certificate, &chain, &[host.to_string()], now) {
-            return Err(MintError::NotVouched(Arc::clone(host)));
+        if !verifies_at(&self.authority.certificate, &chain, &[host.to_string()], now) {
+            return Err(LeafError::NotPermitted(Arc::clone(host)));
         }
         let key = PrivatePkcs8KeyDer::from(key.serialize_der());
         CertifiedKey::from_der(chain, key.into(), &self.provider)
@@ -127,41 +133,45 @@ impl Mint {
     }
 }
 
-/// Which certificate a client sees: for a host of an upstream one from the mint, for any other name our own.
-pub(super) struct ByName {
+/// Chooses the certificate by SNI: a leaf for an upstream host, the server certificate otherwise.
+pub(in crate::server) struct SniResolver {
     own: Arc<CertifiedKey>,
-    mint: Option<Arc<Mint>>,
+    issuer: Option<Arc<LeafIssuer>>,
     hosts: HashSet<String>,
 }
 
-impl ByName {
-    pub(super) fn new(own: Arc<CertifiedKey>, mint: Option<Arc<Mint>>, hosts: HashSet<String>) -> Self {
-        Self { own, mint, hosts }
+impl SniResolver {
+    pub(in crate::server) fn new(
+        own: Arc<CertifiedKey>,
+        issuer: Option<Arc<LeafIssuer>>,
+        hosts: HashSet<String>,
+    ) -> Self {
+        Self { own, issuer, hosts }
     }
 }
 
-impl ResolvesServerCert for ByName {
+impl ResolvesServerCert for SniResolver {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let name = hello.server_name().map(str::to_ascii_lowercase);
-        let minted = name
+        let issued = name
             .filter(|name| self.hosts.contains(name))
-            .zip(self.mint.as_ref())
-            .and_then(|(name, mint)| mint.leaf(&name).ok());
-        Some(minted.unwrap_or_else(|| Arc::clone(&self.own)))
+            .zip(self.issuer.as_ref())
+            .and_then(|(name, issuer)| issuer.leaf(&name).ok());
+        Some(issued.unwrap_or_else(|| Arc::clone(&self.own)))
     }
 }
 
-/// The certificate of one host, for a client that need not name it: it did so by `CONNECT`.
+/// A fixed certificate, for a client that named its host by `CONNECT` and sends no SNI.
 #[derive(Debug)]
-pub(super) struct Only(pub(super) Arc<CertifiedKey>);
+pub(in crate::server) struct FixedCert(pub(in crate::server) Arc<CertifiedKey>);
 
-impl ResolvesServerCert for Only {
+impl ResolvesServerCert for FixedCert {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         Some(Arc::clone(&self.0))
     }
 }
 
-impl std::fmt::Debug for ByName {
+impl std::fmt::Debug for SniResolver {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ByName")
             .field("hosts", &self.hosts)

@@ -2,12 +2,12 @@
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType};
 
 use super::*;
-use crate::server::tls::lasting;
+use crate::server::tls::cert_dir::set_validity;
 
 const NOW: Duration = Duration::from_secs(1_700_000_000);
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// A CA, DER, and what it signs: a certificate that ends ten days after [`NOW`].
+/// A CA in DER with its key. It signs certificates that expire ten days after [`NOW`].
 struct Signing(Vec<u8>, Issuer<'static, KeyPair>);
 
 fn signing() -> Signing {
@@ -19,18 +19,18 @@ fn signing() -> Signing {
 }
 
 impl Signing {
-    fn client(&self, change: impl FnOnce(&mut CertificateParams)) -> Certificate {
+    fn client(&self, change: impl FnOnce(&mut CertificateParams)) -> ClientCert {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.distinguished_name = rcgen::DistinguishedName::new();
-        lasting(&mut params, SystemTime::UNIX_EPOCH + NOW, 10);
+        set_validity(&mut params, SystemTime::UNIX_EPOCH + NOW, 10);
         change(&mut params);
         let signed = params.signed_by(&KeyPair::generate().unwrap(), &self.1).unwrap();
-        Certificate::new(&[signed.der().clone()])
+        ClientCert::new(&[signed.der().clone()])
     }
 
-    fn holder(&self, shown: &Certificate, after: Duration) -> Result<Arc<str>, String> {
-        let authorities = Authorities::new(std::slice::from_ref(&self.0)).unwrap();
-        authorities.holder(shown, SystemTime::UNIX_EPOCH + NOW + after)
+    fn identify(&self, shown: &ClientCert, after: Duration) -> Result<Arc<str>, String> {
+        let authorities = ClientCaVerifier::new(std::slice::from_ref(&self.0)).unwrap();
+        authorities.identify(shown, SystemTime::UNIX_EPOCH + NOW + after)
     }
 }
 
@@ -47,9 +47,9 @@ fn common_name_wins_over_alternative_names() {
     let address = || SanType::IpAddress([192, 0, 2, 1].into());
     let named = |change: &dyn Fn(&mut CertificateParams)| {
         let shown = ca.client(|params| change(params));
-        ca.holder(&shown, Duration::ZERO)
+        ca.identify(&shown, Duration::ZERO)
             .map(|name| name.to_string())
-            .map_err(|why| why.contains("it names nobody"))
+            .map_err(|why| why.contains("it has no usable name"))
     };
     let with = |names: Vec<SanType>| named(&|params| params.subject_alt_names.clone_from(&names));
     assert_eq!(named(&|params| common(params, "node-7")), Ok("node-7".to_owned()));
@@ -78,9 +78,9 @@ fn common_name_wins_over_alternative_names() {
 #[test]
 fn a_certificate_found_right_ends_when_it_ends() {
     let ca = signing();
-    let authorities = Authorities::new(std::slice::from_ref(&ca.0)).unwrap();
+    let authorities = ClientCaVerifier::new(std::slice::from_ref(&ca.0)).unwrap();
     let shown = ca.client(|params| common(params, "node-7"));
-    let at = |after| authorities.holder(&shown, SystemTime::UNIX_EPOCH + NOW + after);
+    let at = |after| authorities.identify(&shown, SystemTime::UNIX_EPOCH + NOW + after);
     assert_eq!(&*at(Duration::ZERO).unwrap(), "node-7");
     assert_eq!(&*at(9 * DAY).unwrap(), "node-7");
     assert_eq!(at(12 * DAY).unwrap_err(), "it has expired");
@@ -96,8 +96,8 @@ fn another_ca_vouches_for_nobody_here() {
     let (ca, other) = (signing(), signing());
     let shown = other.client(|params| common(params, "node-7"));
     assert_eq!(
-        ca.holder(&shown, Duration::ZERO).unwrap_err(),
+        ca.identify(&shown, Duration::ZERO).unwrap_err(),
         "no CA of `access.client_ca` has signed it"
     );
-    assert!(Authorities::new(&[b"no certificate".to_vec()]).is_err());
+    assert!(ClientCaVerifier::new(&[b"no certificate".to_vec()]).is_err());
 }

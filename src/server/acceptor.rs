@@ -1,4 +1,4 @@
-//! Connections: who may come, in which protocol, and for how long.
+//! Connection acceptor: admission, TLS handshake, HTTP/1.1 and HTTP/2, and draining at shutdown.
 
 use std::convert::Infallible;
 use std::error::Error;
@@ -19,53 +19,53 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::certificate;
+use super::auth::PeerCredentials;
 use super::connections::{Bounds, Connections, Entering, Handle, Refused, Slot, Wait};
-use super::door::Peer;
-use super::entry::Shown;
-use super::idle::{Pardon, Watched};
-use super::listen::{From, Listener, Wire};
-use super::tls::{ServerTls, Shaken};
-use super::{Body, Front};
+use super::idle_timeout::{IdlePause, IdleTimeoutStream};
+use super::listener::{AcceptedStream, Listener, PeerAddr};
+use super::routing::ConnectionInfo;
+use super::tls::client_cert;
+use super::tls::{Handshake, ServerTls};
+use super::{Body, RegistryService};
 use crate::config::{Limits, PlainHttp};
 use crate::store::LogLimit;
 
-/// A failed `accept` (out of descriptors, mostly) is tried again after this.
+/// Pause after a failed `accept`, mostly for lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 const HEADER_BYTES_MAX: usize = 64 * 1024;
 const H2_HEADER_LIST_BYTES_MAX: u32 = 16 * 1024;
 
-/// An h2 stream is given its next chunk when less than this of the last one is unsent.
+/// An HTTP/2 stream gets its next chunk when less than this of the previous one is unsent.
 const H2_SEND_BYTES_MAX: usize = 64 * 1024;
 
-/// A client may have this much of its uploads in our memory on one h2 connection: 64 MiB on the 256 connections of an
-/// address. Enough for 250 MB/s at 1 ms.
+/// Receive window: the upload bytes that one HTTP/2 connection may have in memory. That is 64 MiB on the 256
+/// connections of an address, and enough for 250 MB/s at 1 ms.
 const H2_RECEIVED_BYTES_MAX: u32 = 256 * 1024;
 
-pub(super) type Ended = Result<(), Box<dyn Error + Send + Sync>>;
+pub(super) type ServeResult = Result<(), Box<dyn Error + Send + Sync>>;
 
-/// What a listener needs.
+/// Accepts and serves the connections of a listener.
 #[derive(Clone)]
-pub struct Accepting(Arc<Inner>);
+pub struct Acceptor(Arc<Inner>);
 
 struct Inner {
-    front: Front,
+    service: RegistryService,
     /// The certificate now in effect.
     tls: Arc<ArcSwap<ServerTls>>,
     plain_http: PlainHttp,
     limits: Limits,
-    /// Set when the process is to end.
+    /// Cancelled at shutdown.
     ending: CancellationToken,
     tunnels: Arc<Semaphore>,
     connections: Connections,
     refused: LogLimit,
 }
 
-impl Accepting {
-    /// Nobody connected yet. `plain`: who may speak without TLS; `ending`: set when the process is to end.
+impl Acceptor {
+    /// An acceptor without connections. `plain`: which clients may use plain HTTP; `ending`: cancelled at shutdown.
     pub fn new(
-        front: Front,
+        service: RegistryService,
         tls: Arc<ArcSwap<ServerTls>>,
         plain_http: PlainHttp,
         limits: Limits,
@@ -78,8 +78,8 @@ impl Accepting {
             closes_at_address: false,
         };
         Self(Arc::new(Inner {
-            connections: Connections::new("registry", bounds, front.telemetry.clone()),
-            front,
+            connections: Connections::new("registry", bounds, service.telemetry.clone()),
+            service,
             tls,
             plain_http,
             limits,
@@ -89,25 +89,25 @@ impl Accepting {
         }))
     }
 
-    /// Accepts until the process ends, then waits for what is under way.
+    /// Accepts until shutdown, then waits for open connections up to `drain`.
     pub async fn run(self, listener: Listener) {
         let tasks = TaskTracker::new();
-        while let Some((wire, entering)) = self.next(&listener).await {
+        while let Some((accepted, entering)) = self.accept(&listener).await {
             match entering {
                 Entering::Seated(seat) => {
-                    // No further connection is accepted until there is a place for this one.
+                    // Accepts no further connection until this one has a permit of the process.
                     let slot = tokio::select! {
                         () = self.0.ending.cancelled() => break,
                         slot = self.0.connections.place(seat) => slot,
                     };
-                    let serving = self.clone().serve(wire, slot, tasks.clone());
+                    let serving = self.clone().serve(accepted, slot, tasks.clone());
                     tasks.spawn(serving);
                 }
                 Entering::Waits(wait) => {
-                    let waiting = self.clone().wait(wire, wait, tasks.clone());
+                    let waiting = self.clone().wait(accepted, wait, tasks.clone());
                     tasks.spawn(waiting);
                 }
-                Entering::Refused(refused) => self.refuse(wire.peer(), refused),
+                Entering::Refused(refused) => self.log_refused(accepted.peer(), refused),
             }
         }
         drop(listener);
@@ -115,26 +115,26 @@ impl Accepting {
         let drain = self.0.limits.drain;
         if timeout(drain, tasks.wait()).await.is_err() {
             tracing::warn!(
-                "connections were still busy after {} s; they are cut",
+                "closed connections that were still busy after {} s of draining",
                 drain.as_secs()
             );
         }
     }
 
-    /// The next connection; `None` when the process is to end.
-    async fn next(&self, listener: &Listener) -> Option<(Wire, Entering)> {
+    /// The next connection. `None` at shutdown.
+    async fn accept(&self, listener: &Listener) -> Option<(AcceptedStream, Entering)> {
         loop {
             let accepted = tokio::select! {
                 () = self.0.ending.cancelled() => return None,
                 accepted = listener.accept() => accepted,
             };
             match accepted {
-                Ok(wire) => {
-                    let entering = self.0.connections.enter(wire.peer().ip());
-                    return Some((wire, entering));
+                Ok(accepted) => {
+                    let entering = self.0.connections.enter(accepted.peer().ip());
+                    return Some((accepted, entering));
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "a connection could not be accepted");
+                    tracing::warn!(%error, "failed to accept a connection");
                     self.0.connections.accept_failed(&error);
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
@@ -142,37 +142,41 @@ impl Accepting {
         }
     }
 
-    /// A connection whose address has as many as it may.
-    async fn wait(self, wire: Wire, wait: Wait, tasks: TaskTracker) {
+    /// Waits for a permit of the address, which has as many connections as allowed.
+    async fn wait(self, accepted: AcceptedStream, wait: Wait, tasks: TaskTracker) {
         let slot = tokio::select! {
             () = self.0.ending.cancelled() => return,
             slot = wait.slot(self.0.limits.idle_timeout) => slot,
         };
         match slot {
-            Some(slot) => self.serve(wire, slot, tasks).await,
-            None => self.refuse(wire.peer(), Refused::Address),
+            Some(slot) => self.serve(accepted, slot, tasks).await,
+            None => self.log_refused(accepted.peer(), Refused::Address),
         }
     }
 
-    fn refuse(&self, peer: From, refused: Refused) {
-        self.0.front.telemetry.record_connection_refused();
+    fn log_refused(&self, peer: PeerAddr, refused: Refused) {
+        self.0.service.telemetry.record_connection_refused();
         if let Some(skipped) = self.0.refused.admits() {
             let (connections, reason) = (self.0.limits.connections_per_peer_max, refused.name());
             tracing::warn!(%peer, connections, reason, skipped,
-                "a connection was closed, for its address has too many; raise limits.connections_per_peer_max, or let \
-                 the balancer in front send the PROXY protocol");
+                "connection closed, too many from its address; raise limits.connections_per_peer_max, or enable \
+                 the PROXY protocol on the load balancer");
         }
     }
 
     /// Serves a connection until it ends. Its stages are on the heap one by one: in one future, the largest of them would
     /// take 17 KiB for as long as the connection lasts.
-    async fn serve(self, mut wire: Wire, slot: Slot, tasks: TaskTracker) {
-        let accepted_from = wire.peer();
-        if self.in_time(&slot.handle(), wire.announced()).await.is_none() {
+    async fn serve(self, mut accepted: AcceptedStream, slot: Slot, tasks: TaskTracker) {
+        let accepted_from = accepted.peer();
+        if self
+            .within_header_timeout(&slot.handle(), accepted.read_proxy_header())
+            .await
+            .is_none()
+        {
             return;
         }
-        let slot = match wire.peer().ip() {
-            // The client behind a balancer, not the balancer, is what connections are counted by.
+        let slot = match accepted.peer().ip() {
+            // With the PROXY protocol, connections are counted by the client's address and not by the balancer's.
             Some(client) if accepted_from.ip() != Some(client) => {
                 let announced = tokio::select! {
                     () = self.0.ending.cancelled() => return,
@@ -180,30 +184,37 @@ impl Accepting {
                 };
                 match announced {
                     Ok(slot) => slot,
-                    Err(refused) => return self.refuse(wire.peer(), refused),
+                    Err(refused) => return self.log_refused(accepted.peer(), refused),
                 }
             }
             _ => slot,
         };
-        let Some(Some(is_tls)) = self.in_time(&slot.handle(), wire.first_byte_is_tls()).await else {
+        let Some(Some(is_tls)) = self
+            .within_header_timeout(&slot.handle(), accepted.first_byte_is_tls())
+            .await
+        else {
             return;
         };
-        let peer = wire.peer();
-        if let Err(error) = Box::pin(self.speak(wire, is_tls, slot, tasks)).await {
-            tracing::debug!(%peer, %error, "a connection ended badly");
+        let peer = accepted.peer();
+        if let Err(error) = Box::pin(self.serve_http(accepted, is_tls, slot, tasks)).await {
+            tracing::debug!(%peer, %error, "connection failed");
         }
     }
 
-    /// What a connection says before its first byte of HTTP or TLS. `None` if it does not come in time, or its place was
-    /// needed.
-    async fn in_time<T>(&self, handle: &Handle, said: impl Future<Output = io::Result<T>>) -> Option<T> {
+    /// Awaits `said`, which a connection sends before HTTP or TLS. `None` after `header_timeout`, at shutdown, or if
+    /// the connection is being closed to make room.
+    async fn within_header_timeout<T>(
+        &self,
+        handle: &Handle,
+        said: impl Future<Output = io::Result<T>>,
+    ) -> Option<T> {
         tokio::select! {
             () = self.0.ending.cancelled() => None,
             () = handle.closing() => None,
             said = timeout(self.0.limits.header_timeout, said) => match said {
                 Ok(Ok(said)) => Some(said),
                 Ok(Err(error)) => {
-                    tracing::debug!(%error, "a connection ended before its first request");
+                    tracing::debug!(%error, "connection failed before its first request");
                     None
                 }
                 Err(_) => None,
@@ -211,68 +222,82 @@ impl Accepting {
         }
     }
 
-    async fn speak(&self, wire: Wire, is_tls: bool, slot: Slot, tasks: TaskTracker) -> Ended {
+    async fn serve_http(
+        &self,
+        accepted: AcceptedStream,
+        is_tls: bool,
+        slot: Slot,
+        tasks: TaskTracker,
+    ) -> ServeResult {
         let limits = self.0.limits;
-        let (peer, handle) = (wire.peer(), slot.handle());
-        let held = Held(slot);
-        let (patience, pardon) = (limits.write_timeout.max(limits.idle_timeout), Pardon::default());
+        let (peer, handle) = (accepted.peer(), slot.handle());
+        let permit = ConnectionPermit(slot);
+        let (idle_timeout, idle_pause) = (
+            limits.write_timeout.max(limits.idle_timeout),
+            IdlePause::default(),
+        );
         if is_tls {
             let tls = self.tls();
-            let shaken = tokio::select! {
+            let handshake = tokio::select! {
                 () = handle.closing() => return Ok(()),
-                shaken = timeout(limits.handshake_timeout, Box::pin(tls.accept(wire))) => shaken?,
+                handshake = timeout(limits.handshake_timeout, Box::pin(tls.accept(accepted))) => handshake?,
             };
-            if let Some(why) = shaken.as_ref().err().and_then(certificate::refused) {
-                tracing::warn!(%peer, why, "a client certificate was refused");
+            if let Some(why) = handshake.as_ref().err().and_then(client_cert::rejection_reason) {
+                tracing::warn!(%peer, why, "client certificate rejected");
             }
-            let Shaken {
+            let Handshake {
                 stream,
                 server_name,
                 certificate,
-            } = shaken?;
-            let peer = Peer {
+            } = handshake?;
+            let peer = ConnectionInfo {
                 address: peer.ip(),
-                may_speak: true,
-                secure: true,
+                http_allowed: true,
+                is_tls: true,
                 server_name,
                 connect: None,
-                shown: Shown {
+                credentials: PeerCredentials {
                     certificate,
                     user: None,
                 },
-                pardon: pardon.clone(),
+                idle_pause: idle_pause.clone(),
                 connection: handle.clone(),
             };
-            let connection = self.connection(peer, held, tasks);
-            let stream = Watched::new(stream, patience, pardon).of(handle);
-            Box::pin(connection.speak(stream)).await
+            let connection = self.connection(peer, permit, tasks);
+            let stream = IdleTimeoutStream::new(stream, idle_timeout, idle_pause).of(handle);
+            Box::pin(connection.serve_http(stream)).await
         } else {
-            let may_speak = match self.0.plain_http {
+            let http_allowed = match self.0.plain_http {
                 PlainHttp::Loopback => peer.is_local(),
                 PlainHttp::Any => true,
                 PlainHttp::Off => false,
             };
-            let peer = Peer {
+            let peer = ConnectionInfo {
                 address: peer.ip(),
-                may_speak,
-                secure: false,
+                http_allowed,
+                is_tls: false,
                 server_name: None,
                 connect: None,
-                shown: Shown::default(),
-                pardon: pardon.clone(),
+                credentials: PeerCredentials::default(),
+                idle_pause: idle_pause.clone(),
                 connection: handle.clone(),
             };
-            let connection = self.connection(peer, held, tasks);
-            let stream = Watched::new(wire, patience, pardon).of(handle);
-            Box::pin(connection.speak(stream)).await
+            let connection = self.connection(peer, permit, tasks);
+            let stream = IdleTimeoutStream::new(accepted, idle_timeout, idle_pause).of(handle);
+            Box::pin(connection.serve_http(stream)).await
         }
     }
 
-    fn connection(&self, peer: Peer, held: Held, tasks: TaskTracker) -> Arc<Connection> {
+    fn connection(
+        &self,
+        peer: ConnectionInfo,
+        permit: ConnectionPermit,
+        tasks: TaskTracker,
+    ) -> Arc<Connection> {
         Arc::new(Connection {
-            accepting: self.clone(),
+            acceptor: self.clone(),
             peer,
-            held: Arc::new(held),
+            permit: Arc::new(permit),
             tasks,
         })
     }
@@ -282,22 +307,22 @@ impl Accepting {
         self.0.tls.load_full()
     }
 
-    /// Who answers.
-    pub(super) fn front(&self) -> &Front {
-        &self.0.front
+    /// The service that handles requests.
+    pub(super) fn service(&self) -> &RegistryService {
+        &self.0.service
     }
 
-    /// The limits.
+    /// The limits of connections and timeouts.
     pub(super) fn limits(&self) -> &Limits {
         &self.0.limits
     }
 
-    /// Set when the process is to end.
+    /// Cancelled at shutdown.
     pub(super) fn ending(&self) -> &CancellationToken {
         &self.0.ending
     }
 
-    /// The places for tunnels.
+    /// The permits for tunnels.
     pub(super) fn tunnels(&self) -> &Arc<Semaphore> {
         &self.0.tunnels
     }
@@ -324,30 +349,30 @@ impl Accepting {
     }
 }
 
-/// What is held until a connection ends, and with it all that came to be within it.
-pub(super) struct Held(#[expect(dead_code, reason = "held for its end")] Slot);
+/// Permit of a connection, shared with the TLS session inside its `CONNECT` and released when both have ended.
+pub(super) struct ConnectionPermit(#[expect(dead_code, reason = "held for its end")] Slot);
 
-/// A connection, or what a client speaks within its tunnel.
+/// A connection, or the TLS session inside an intercepted `CONNECT`.
 pub(super) struct Connection {
-    pub(super) accepting: Accepting,
-    pub(super) peer: Peer,
-    pub(super) held: Arc<Held>,
-    /// Waited for when the process ends.
+    pub(super) acceptor: Acceptor,
+    pub(super) peer: ConnectionInfo,
+    pub(super) permit: Arc<ConnectionPermit>,
+    /// Tasks that shutdown waits for.
     pub(super) tasks: TaskTracker,
 }
 
 impl Connection {
-    /// Answers its requests until it ends.
-    pub(super) async fn speak<S>(self: Arc<Self>, stream: S) -> Ended
+    /// Serves HTTP requests until the connection ends.
+    pub(super) async fn serve_http<S>(self: Arc<Self>, stream: S) -> ServeResult
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let builder = self.accepting.protocol();
-        let (ending, handle) = (self.accepting.ending().clone(), self.peer.connection.clone());
+        let builder = self.acceptor.protocol();
+        let (ending, handle) = (self.acceptor.ending().clone(), self.peer.connection.clone());
         let service = service_fn(move |request| {
             let connection = Arc::clone(&self);
-            // On the heap, to be freed at the head: in place, its 8 KiB would stay with each stream until the end of the
-            // body.
+            // Boxed, so that it is freed when the response head is sent. Inline, its 8 KiB would stay with each
+            // stream until the end of the body.
             let answer = Box::pin(connection.answer(request));
             async move { Ok::<_, Infallible>(answer.await) }
         });
@@ -367,7 +392,7 @@ impl Connection {
         if *request.method() == Method::CONNECT {
             self.connect(request).await
         } else {
-            self.accepting.0.front.answer(request, &self.peer).await
+            self.acceptor.0.service.answer(request, &self.peer).await
         }
     }
 }

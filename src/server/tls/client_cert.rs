@@ -1,9 +1,8 @@
-//! Certificates by which clients show who they are: those of the CAs that the operator named, for client authentication
-//! (RFC 5280 §4.2.1.12).
+//! Client certificates (mTLS), verified against the configured CAs for client authentication (RFC 5280 §4.2.1.12).
 //!
-//! rustls looks at one in the handshake, where a wrong one ends the connection with the alert that says why. It is looked
-//! at again for each request, from memory mostly: a connection may outlive its certificate, a resumed session was not
-//! asked for it again, and what the operator takes back counts for who is there already.
+//! rustls verifies a certificate in the handshake and sends the alert for a wrong one. It is verified again for each
+//! request, mostly from a cache: a connection may outlive its certificate, a resumed session does not send it again,
+//! and the operator may have removed its CA.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -17,24 +16,24 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer as _;
 
-use super::tls::{TlsError, provider};
+use super::error::{TlsError, provider};
 use crate::oci::digest::hmac_sha256;
 
-/// Certificates found right that are known again without another check.
-const KNOWN_MAX: usize = 4096;
+/// Verified certificates remembered.
+const VERIFIED_MAX: usize = 4096;
 
-/// What a client showed in its handshake.
+/// The certificate chain of a client.
 #[derive(Debug)]
-pub(super) struct Certificate {
+pub(in crate::server) struct ClientCert {
     chain: Vec<CertificateDer<'static>>,
     digest: [u8; 32],
 }
 
-impl Certificate {
-    /// Its own certificate first, then those that lead from it to a CA.
-    pub(super) fn new(chain: &[CertificateDer<'static>]) -> Self {
+impl ClientCert {
+    /// The client's certificate first, then the intermediate ones.
+    pub(in crate::server) fn new(chain: &[CertificateDer<'static>]) -> Self {
         let chain: Vec<_> = chain.iter().map(|der| der.clone().into_owned()).collect();
-        // Each with its length, so that no two chains are one text.
+        // Each is prefixed by its length, so that different chains have different digests.
         let text = chain.iter().flat_map(|der| {
             let length = (der.len() as u64).to_be_bytes();
             length.into_iter().chain(der.iter().copied())
@@ -44,30 +43,34 @@ impl Certificate {
     }
 }
 
-/// Who vouches for clients.
-pub(super) struct Authorities {
+/// Verifies client certificates against the configured CAs.
+pub(in crate::server) struct ClientCaVerifier {
     verifier: Arc<dyn ClientCertVerifier>,
-    known: Cache<[u8; 32], Known>,
+    known: Cache<[u8; 32], VerifiedCert>,
 }
 
 #[derive(Clone)]
-struct Known {
+struct VerifiedCert {
     name: Arc<str>,
-    /// The first end of all that was shown; from then on it is looked at anew.
+    /// The earliest expiry in the chain. The certificate is verified again from then on.
     until: SystemTime,
 }
 
-impl Authorities {
+impl ClientCaVerifier {
     /// `roots`: the CAs, DER.
-    pub(super) fn new(roots: &[Vec<u8>]) -> Result<Self, TlsError> {
+    pub(in crate::server) fn new(roots: &[Vec<u8>]) -> Result<Self, TlsError> {
         Ok(Self {
             verifier: verifier(roots)?,
-            known: Cache::new(KNOWN_MAX),
+            known: Cache::new(VERIFIED_MAX),
         })
     }
 
-    /// Whose certificate it is, or why it counts for nothing.
-    pub(super) fn holder(&self, shown: &Certificate, now: SystemTime) -> Result<Arc<str>, String> {
+    /// The subject name of a valid certificate, or why it is rejected.
+    pub(in crate::server) fn identify(
+        &self,
+        shown: &ClientCert,
+        now: SystemTime,
+    ) -> Result<Arc<str>, String> {
         if let Some(known) = self.known.get(&shown.digest)
             && now < known.until
         {
@@ -77,11 +80,11 @@ impl Authorities {
         let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         self.verifier
             .verify_client_cert(own, others, UnixTime::since_unix_epoch(since))
-            .map_err(|error| why(&error))?;
-        let name =
-            name(own).ok_or("it names nobody: a common name, or else a URI, DNS name or e-mail address")?;
-        let ends = shown.chain.iter().map(end);
-        let known = Known {
+            .map_err(|error| describe(&error))?;
+        let name = subject_name(own)
+            .ok_or("it has no usable name: a common name, or else a URI, DNS name or e-mail address")?;
+        let ends = shown.chain.iter().map(not_after);
+        let known = VerifiedCert {
             name: Arc::from(name),
             until: ends.min().flatten().unwrap_or(SystemTime::UNIX_EPOCH),
         };
@@ -90,8 +93,8 @@ impl Authorities {
     }
 }
 
-/// Takes certificates of these CAs, and connections without any: what those are told is said in HTTP.
-pub(super) fn verifier(roots: &[Vec<u8>]) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+/// Accepts certificates of these CAs, and connections without one, which get an HTTP error instead.
+pub(in crate::server) fn verifier(roots: &[Vec<u8>]) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
     let mut store = RootCertStore::empty();
     for root in roots {
         store
@@ -104,17 +107,17 @@ pub(super) fn verifier(roots: &[Vec<u8>]) -> Result<Arc<dyn ClientCertVerifier>,
         .map_err(|error| TlsError::ClientCa(error.to_string()))
 }
 
-/// Why a handshake failed, if it was for the client's certificate.
-pub(super) fn refused(error: &std::io::Error) -> Option<String> {
+/// Why the client certificate failed the handshake, if it did.
+pub(in crate::server) fn rejection_reason(error: &std::io::Error) -> Option<String> {
     match error.get_ref()?.downcast_ref::<Error>()? {
-        error @ Error::InvalidCertificate(_) => Some(why(error)),
+        error @ Error::InvalidCertificate(_) => Some(describe(error)),
         _ => None,
     }
 }
 
-fn why(error: &Error) -> String {
+fn describe(error: &Error) -> String {
     match error {
-        // A CA of the same name with another key signed it badly.
+        // A CA with the same name and another key.
         Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
             "no CA of `access.client_ca` has signed it".to_owned()
         }
@@ -126,14 +129,14 @@ fn why(error: &Error) -> String {
         ) => "it is not valid yet; is a clock wrong?".to_owned(),
         Error::InvalidCertificate(
             CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. },
-        ) => "it is not made for clients (extended key usage)".to_owned(),
+        ) => "it is not for client authentication (extended key usage)".to_owned(),
         error => error.to_string(),
     }
 }
 
-/// The subject's common name; without one the first URI, DNS name or e-mail address among the alternative names. Several
-/// common names, or one that no list could name, are nobody's.
-fn name(certificate: &CertificateDer<'_>) -> Option<String> {
+/// The subject's common name, or else the first URI, DNS name or e-mail address of the alternative names. `None` for
+/// several common names, and for names that no allow list could contain.
+fn subject_name(certificate: &CertificateDer<'_>) -> Option<String> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     let mut common = certificate.subject().iter_common_name();
     let name = match (common.next(), common.next()) {
@@ -153,7 +156,7 @@ fn name(certificate: &CertificateDer<'_>) -> Option<String> {
     (!name.is_empty() && !name.chars().any(char::is_control)).then_some(name)
 }
 
-pub(super) fn end(certificate: &CertificateDer<'_>) -> Option<SystemTime> {
+pub(in crate::server) fn not_after(certificate: &CertificateDer<'_>) -> Option<SystemTime> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     let seconds = u64::try_from(certificate.validity().not_after.timestamp()).ok()?;
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))

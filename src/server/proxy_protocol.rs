@@ -1,22 +1,22 @@
-//! The PROXY protocol, versions 1 and 2: how a load balancer says which client is behind a connection.
+//! PROXY protocol v1/v2 parser (haproxy, "The PROXY protocol").
 //!
-//! Strict, because what it says decides who may speak plainly and whose connections are counted: exactly one header, of
-//! exactly the form in the specification (haproxy, "The PROXY protocol"), and never a byte beyond it. Read only from
-//! addresses that the operator trusts, which then must send it.
+//! The parser is strict, because the address decides on plain HTTP and on connection limits. It accepts exactly one
+//! header of the specified form and reads no byte beyond it. Headers are read only from trusted load balancers, which
+//! must send one.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// §2.1: the longest line of version 1, with its CR LF.
+/// §2.1: longest v1 header, with CR LF.
 const V1_BYTES_MAX: usize = 107;
-/// §2.2: how a header of version 2 begins.
+/// §2.2: signature of a v2 header.
 const V2_SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
-/// Addresses and attributes of a header of version 2. Load balancers send some 100 bytes.
+/// Limit for addresses and attributes of a v2 header. Load balancers send some 100 bytes.
 const V2_BYTES_MAX: usize = 2048;
 
-/// The client's address; `None` where the header says that the connection is the balancer's own (`LOCAL`, `UNKNOWN`).
+/// The client's address. `None` if the load balancer itself opened the connection (`LOCAL`, `UNKNOWN`).
 pub(super) async fn read(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<SocketAddr>> {
     let mut start = [0; 12];
     from.read_exact(&mut start).await?;
@@ -26,7 +26,7 @@ pub(super) async fn read(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Opti
         let [version_and_command, family, high, low] = rest;
         let length = usize::from(u16::from_be_bytes([high, low]));
         if length > V2_BYTES_MAX {
-            return Err(wrong("longer than a PROXY header may be"));
+            return Err(invalid("PROXY v2 header is too long"));
         }
         let mut block = vec![0; length];
         from.read_exact(&mut block).await?;
@@ -35,7 +35,7 @@ pub(super) async fn read(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Opti
     let mut line = start.to_vec();
     while !line.ends_with(b"\r\n") {
         if line.len() >= V1_BYTES_MAX {
-            return Err(wrong("longer than a PROXY line may be"));
+            return Err(invalid("PROXY v1 header is too long"));
         }
         line.push(from.read_u8().await?);
     }
@@ -43,7 +43,7 @@ pub(super) async fn read(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Opti
 }
 
 fn version_1(line: &[u8]) -> io::Result<Option<SocketAddr>> {
-    let not_one = || wrong("no PROXY line");
+    let not_one = || invalid("invalid PROXY v1 header");
     let text = std::str::from_utf8(line).map_err(|_| not_one())?;
     let text = text
         .strip_prefix("PROXY ")
@@ -80,9 +80,9 @@ fn version_2(version_and_command: u8, family: u8, block: &[u8]) -> io::Result<Op
     match version_and_command {
         0x20 => return Ok(None),
         0x21 => {}
-        _ => return Err(wrong("a version or a command that PROXY does not have")),
+        _ => return Err(invalid("unknown version or command in PROXY v2 header")),
     }
-    let short = || wrong("a PROXY header without its addresses");
+    let short = || invalid("PROXY v2 header is too short for its addresses");
     match family {
         // AF_INET and AF_INET6, STREAM; then source, destination, source port, destination port.
         0x11 => {
@@ -101,9 +101,9 @@ fn version_2(version_and_command: u8, family: u8, block: &[u8]) -> io::Result<Op
                 (Ipv6Addr::from(source), u16::from_be_bytes([high, low])).into(),
             ))
         }
-        // UNSPEC: nothing is known.
+        // UNSPEC: no address.
         0x00 => Ok(None),
-        _ => Err(wrong("a PROXY header for something other than TCP")),
+        _ => Err(invalid("PROXY v2 header for a protocol other than TCP")),
     }
 }
 
@@ -111,7 +111,7 @@ fn part<const N: usize>(block: &[u8], at: usize) -> Option<[u8; N]> {
     block.get(at..at + N)?.try_into().ok()
 }
 
-fn wrong(what: &'static str) -> io::Error {
+fn invalid(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
@@ -122,7 +122,7 @@ mod tests {
 
     use super::*;
 
-    /// What was understood, and what was left unread.
+    /// The parsed address, and the bytes left unread.
     fn understood(bytes: &[u8]) -> (io::Result<Option<SocketAddr>>, Vec<u8>) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let mut rest = bytes;
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_names_the_client_and_nothing_behind_it_is_read() {
+    fn v1_header_gives_client_address_and_reads_no_further() {
         for (line, address) in [
             (
                 "PROXY TCP4 203.0.113.7 10.0.0.1 56324 443",
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_names_the_client_and_nothing_behind_it_is_read() {
+    fn v2_header_gives_client_address_and_reads_no_further() {
         let v4 = [&[203, 0, 113, 7, 10, 0, 0, 1][..], &[0, 80, 1, 187]].concat();
         let with_attributes = [&v4[..], &[0x04, 0, 1, 9]].concat();
         let mut v6 = vec![0; 36];
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_refused() {
+    fn malformed_header_is_rejected() {
         let long = format!("PROXY UNKNOWN {}\r\n", "x".repeat(200));
         for bytes in [
             &b"GET /v2/ HTTP/1.1\r\n\r\n"[..],
@@ -220,7 +220,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_are_too_much_for_it(bytes in proptest::collection::vec(any::<u8>(), 0..300), version_2: bool) {
+        fn arbitrary_bytes_do_not_panic_or_over_read(bytes in proptest::collection::vec(any::<u8>(), 0..300), version_2: bool) {
             let bytes = if version_2 { [&V2_SIGNATURE[..], &bytes].concat() } else { bytes };
             let (read, rest) = understood(&bytes);
             prop_assert!(read.is_err() || bytes.len() - rest.len() <= 16 + V2_BYTES_MAX);

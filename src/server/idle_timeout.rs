@@ -1,4 +1,4 @@
-//! A connection that makes no progress is closed: a stalled reader must not hold a place for ever.
+//! Idle timeout for connections, so that a stalled client does not keep a connection permit.
 
 use std::future::Future;
 use std::io;
@@ -13,55 +13,55 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use super::connections::Handle;
 
-/// Quiet that is not the client's doing: while a pardon is held, nothing needs to move on its connection.
+/// Pauses the idle timeout while the server itself waits for an upstream.
 #[derive(Clone, Debug, Default)]
-pub struct Pardon(Arc<AtomicUsize>);
+pub struct IdlePause(Arc<AtomicUsize>);
 
-impl Pardon {
-    /// Holds until what is given is dropped.
-    pub(crate) fn hold(&self) -> Pardoned {
+impl IdlePause {
+    /// Pauses until the guard is dropped.
+    pub(crate) fn pause(&self) -> IdlePauseGuard {
         self.0.fetch_add(1, Ordering::Relaxed);
-        Pardoned(Arc::clone(&self.0))
+        IdlePauseGuard(Arc::clone(&self.0))
     }
 
-    fn is_held(&self) -> bool {
+    fn is_paused(&self) -> bool {
         self.0.load(Ordering::Relaxed) > 0
     }
 }
 
-/// See [`Pardon::hold`].
-pub(crate) struct Pardoned(Arc<AtomicUsize>);
+/// See [`IdlePause::pause`].
+pub(crate) struct IdlePauseGuard(Arc<AtomicUsize>);
 
-impl Drop for Pardoned {
+impl Drop for IdlePauseGuard {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// A stream that fails with [`io::ErrorKind::TimedOut`] when nothing moved on it, in either direction, for `patience`, and
-/// no pardon is held.
-pub(crate) struct Watched<T> {
+/// A stream that fails with [`io::ErrorKind::TimedOut`] if no byte moves in either direction for `timeout`, unless
+/// the timeout is paused.
+pub(crate) struct IdleTimeoutStream<T> {
     stream: T,
-    patience: Duration,
-    pardon: Pardon,
-    moved: Instant,
-    alarm: Pin<Box<Sleep>>,
+    timeout: Duration,
+    pause: IdlePause,
+    last_progress: Instant,
+    deadline: Pin<Box<Sleep>>,
     connection: Handle,
 }
 
-impl<T> Watched<T> {
-    pub(crate) fn new(stream: T, patience: Duration, pardon: Pardon) -> Self {
+impl<T> IdleTimeoutStream<T> {
+    pub(crate) fn new(stream: T, timeout: Duration, pause: IdlePause) -> Self {
         Self {
             stream,
-            patience,
-            pardon,
-            moved: Instant::now(),
-            alarm: Box::pin(sleep(patience)),
+            timeout,
+            pause,
+            last_progress: Instant::now(),
+            deadline: Box::pin(sleep(timeout)),
             connection: Handle::default(),
         }
     }
 
-    /// Tells this connection whether bytes wait to be sent.
+    /// Reports to this connection whether bytes wait to be sent.
     pub(crate) fn of(self, connection: Handle) -> Self {
         Self { connection, ..self }
     }
@@ -73,25 +73,25 @@ impl<T> Watched<T> {
 
     fn progress<R>(&mut self, done: Poll<io::Result<R>>, context: &mut Context<'_>) -> Poll<io::Result<R>> {
         if done.is_ready() {
-            self.moved = Instant::now();
+            self.last_progress = Instant::now();
             return done;
         }
-        // The alarm is set anew only when it rings, not for each byte.
+        // The timer is reset when it fires, and not for each byte.
         loop {
-            ready!(self.alarm.as_mut().poll(context));
-            if self.pardon.is_held() {
-                self.moved = Instant::now();
+            ready!(self.deadline.as_mut().poll(context));
+            if self.pause.is_paused() {
+                self.last_progress = Instant::now();
             }
-            let quiet_until = self.moved + self.patience;
+            let quiet_until = self.last_progress + self.timeout;
             if quiet_until <= Instant::now() {
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }
-            self.alarm.as_mut().reset(quiet_until);
+            self.deadline.as_mut().reset(quiet_until);
         }
     }
 }
 
-impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
+impl<T: AsyncRead + Unpin> AsyncRead for IdleTimeoutStream<T> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -102,7 +102,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
     }
 }
 
-impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
+impl<T: AsyncWrite + Unpin> AsyncWrite for IdleTimeoutStream<T> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -147,42 +147,42 @@ mod tests {
 
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_secs(60);
+    const TIMEOUT: Duration = Duration::from_secs(60);
 
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_stops_reading_is_given_up() {
-        let (ours, theirs) = duplex(16);
-        let mut ours = Watched::new(ours, PATIENCE, Pardon::default());
-        let error = ours.write_all(&[0; 64]).await.unwrap_err();
+        let (server, client) = duplex(16);
+        let mut server = IdleTimeoutStream::new(server, TIMEOUT, IdlePause::default());
+        let error = server.write_all(&[0; 64]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-        drop(theirs);
+        drop(client);
     }
 
     #[tokio::test(start_paused = true)]
     async fn who_waits_for_somebody_else_is_not_while_that_lasts() {
-        let (ours, theirs) = duplex(16);
-        let pardon = Pardon::default();
-        let mut ours = Watched::new(ours, PATIENCE, pardon.clone());
-        let held = pardon.hold();
-        let reading = tokio::spawn(async move { ours.read_u8().await });
-        sleep(PATIENCE * 10).await;
+        let (server, client) = duplex(16);
+        let pause = IdlePause::default();
+        let mut server = IdleTimeoutStream::new(server, TIMEOUT, pause.clone());
+        let paused = pause.pause();
+        let reading = tokio::spawn(async move { server.read_u8().await });
+        sleep(TIMEOUT * 10).await;
         assert!(!reading.is_finished());
-        drop(held);
+        drop(paused);
         assert_eq!(
             reading.await.unwrap().unwrap_err().kind(),
             io::ErrorKind::TimedOut
         );
-        drop(theirs);
+        drop(client);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_slow_peer_is_not() {
-        let (ours, mut theirs) = duplex(16);
-        let mut ours = Watched::new(ours, PATIENCE, Pardon::default());
-        let writing = tokio::spawn(async move { ours.write_all(&[7; 64]).await });
+        let (server, mut client) = duplex(16);
+        let mut server = IdleTimeoutStream::new(server, TIMEOUT, IdlePause::default());
+        let writing = tokio::spawn(async move { server.write_all(&[7; 64]).await });
         for _ in 0..64 {
-            sleep(PATIENCE / 2).await;
-            assert_eq!(theirs.read_u8().await.unwrap(), 7);
+            sleep(TIMEOUT / 2).await;
+            assert_eq!(client.read_u8().await.unwrap(), 7);
         }
         writing.await.unwrap().unwrap();
     }

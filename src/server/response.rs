@@ -1,12 +1,15 @@
-//! An outcome becomes an HTTP response. Nothing else builds one, and each reason has exactly one form here.
+//! Response building: the only place where a proxy response becomes an HTTP response.
 //!
-//! * `asked`: what of the request shapes its answer. * `blob`: whole, one part, several. * `refusal`: status, code and
-//!   sentence of each no. * `how`: why and how old, in headers.
+//! * `context`: the request headers that shape the response. * `blob`: full, single-range and multipart blob
+//!   responses.
+//! * `body`: response bodies. * `error`: status, code and message of each denial. * `cache_status`: `Cache-Status`,
+//!   `Age` and `Warning`.
 
-mod asked;
 mod blob;
-mod how;
-mod refusal;
+pub(super) mod body;
+mod cache_status;
+mod context;
+mod error;
 
 use http::header::{
     ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, ETAG, LINK, PROXY_AUTHENTICATE, RETRY_AFTER,
@@ -14,8 +17,8 @@ use http::header::{
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
 
-use super::gate::Turned;
-use super::{Body, Front};
+use super::RegistryService;
+use super::error::Rejection;
 use crate::oci::header::{
     CACHE_STATUS, DOCKER_CONTENT_DIGEST, DOCKER_DISTRIBUTION_API_VERSION, OCI_FILTERS_APPLIED,
 };
@@ -26,15 +29,16 @@ use crate::store::AsyncStore;
 use crate::store::manifests::StoredManifest;
 use crate::telemetry;
 
-pub(super) use asked::Asked;
-pub(super) use blob::within;
-pub(super) use refusal::not_passed;
+pub(super) use blob::slice;
+pub use body::{Body, VerifiedBlobs};
+pub(super) use context::ResponseContext;
+pub(super) use error::forward_failed;
 
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
-/// How an outcome counts, and its reason's name.
-pub(super) fn told(outcome: &ProxyResponse) -> (telemetry::CacheResult, &'static str) {
+/// Cache result and reason of a response.
+pub(super) fn classify(outcome: &ProxyResponse) -> (telemetry::CacheResult, &'static str) {
     let info = match outcome {
         ProxyResponse::Ping => return (telemetry::CacheResult::Local, "ping"),
         ProxyResponse::Challenged(_) => return (telemetry::CacheResult::Local, "challenge"),
@@ -59,40 +63,40 @@ pub(super) fn told(outcome: &ProxyResponse) -> (telemetry::CacheResult, &'static
     (result, info.reason.name())
 }
 
-/// The response to a request that was understood.
-pub(super) fn answer(
+/// The HTTP response for a proxy response.
+pub(super) fn build(
     outcome: ProxyResponse,
-    asked: &Asked,
-    front: &Front,
+    context: &ResponseContext,
+    service: &RegistryService,
     store: &AsyncStore,
 ) -> Response<Body> {
     match outcome {
         ProxyResponse::Ping => {
-            let mut response = respond(StatusCode::OK, Body::whole("{}".into()));
+            let mut response = with_status(StatusCode::OK, Body::from_bytes("{}".into()));
             response.headers_mut().insert(CONTENT_TYPE, JSON);
-            sized(&mut response, 2, asked.head);
+            set_length(&mut response, 2, context.head);
             response
         }
-        ProxyResponse::Challenged(lines) => refusal::challenged(lines, asked),
-        ProxyResponse::Manifest(manifest, info) => manifest_answer(&manifest, info, asked),
+        ProxyResponse::Challenged(lines) => error::unauthorized(lines, context),
+        ProxyResponse::Manifest(manifest, info) => manifest_response(&manifest, info, context),
         ProxyResponse::ManifestHead {
             digest,
             media_type,
             size,
         } => {
             let etag = etag(&digest);
-            let is_known = asked.has_already(&etag);
+            let is_known = context.matches_if_none_match(&etag);
             let status = if is_known {
                 StatusCode::NOT_MODIFIED
             } else {
                 StatusCode::OK
             };
-            let mut response = respond(status, Body::empty());
+            let mut response = with_status(status, Body::empty());
             let headers = response.headers_mut();
-            named(headers, &digest, &etag);
-            put(headers, CACHE_STATUS, "ifnewer; fwd=miss; detail=head");
+            set_digest_headers(headers, &digest, &etag);
+            set_header(headers, CACHE_STATUS, "ifnewer; fwd=miss; detail=head");
             if !is_known {
-                put(headers, CONTENT_TYPE, media_type.as_str());
+                set_header(headers, CONTENT_TYPE, media_type.as_str());
                 headers.insert(CONTENT_LENGTH, size.into());
             }
             response
@@ -102,56 +106,56 @@ pub(super) fn answer(
             size,
             content,
             info,
-        } => blob::Answered {
+        } => blob::BlobResponse {
             digest,
             size,
             info,
-            asked,
-            front,
+            context,
+            service,
             store,
         }
-        .with(content),
+        .build(content),
         ProxyResponse::Listing(listing, info) => {
             let (size, bytes) = (listing.bytes.len() as u64, listing.bytes.clone());
-            let mut response = respond(StatusCode::OK, Body::whole(bytes));
-            sized(&mut response, size, asked.head);
-            listing_answer(response, &listing, info, asked)
+            let mut response = with_status(StatusCode::OK, Body::from_bytes(bytes));
+            set_length(&mut response, size, context.head);
+            list_response(response, &listing, info, context)
         }
         ProxyResponse::StreamedList(list, info) => {
             let (size, head) = (list.size, list.head().clone());
-            let body = if asked.head {
+            let body = if context.head {
                 Body::empty()
             } else {
-                Body::long_list(*list, size, front.telemetry.clone())
+                Body::list(*list, size, service.telemetry.clone())
             };
-            let mut response = respond(StatusCode::OK, body);
+            let mut response = with_status(StatusCode::OK, body);
             if let Some(size) = size {
                 response.headers_mut().insert(CONTENT_LENGTH, size.into());
             }
-            listing_answer(response, &head, info, asked)
+            list_response(response, &head, info, context)
         }
-        ProxyResponse::Passthrough(passed) => passed_answer(passed, front),
-        ProxyResponse::Denied(refused) => refusal::answer(&refused, asked),
+        ProxyResponse::Passthrough(passed) => passthrough_response(passed, service),
+        ProxyResponse::Denied(refused) => error::build(&refused, context),
     }
 }
 
-/// The response to a request that was turned away.
-pub(super) fn turned(turned: &Turned, method: &Method) -> Response<Body> {
-    let mut response = problem(
-        turned.status(),
-        &ErrorBody::new(turned.code(), turned.to_string()),
+/// The response to a rejected request.
+pub(super) fn request_error(request_error: &Rejection, method: &Method) -> Response<Body> {
+    let mut response = error_response(
+        request_error.status(),
+        &ErrorBody::new(request_error.code(), request_error.to_string()),
         *method == Method::HEAD,
     );
-    if turned.status() == StatusCode::METHOD_NOT_ALLOWED {
+    if request_error.status() == StatusCode::METHOD_NOT_ALLOWED {
         response
             .headers_mut()
             .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
     }
-    if turned.status() == StatusCode::SERVICE_UNAVAILABLE {
+    if request_error.status() == StatusCode::SERVICE_UNAVAILABLE {
         let seconds = HeaderValue::from_static("5");
         response.headers_mut().insert(RETRY_AFTER, seconds);
     }
-    let challenge = match turned.status() {
+    let challenge = match request_error.status() {
         StatusCode::UNAUTHORIZED => Some(WWW_AUTHENTICATE),
         StatusCode::PROXY_AUTHENTICATION_REQUIRED => Some(PROXY_AUTHENTICATE),
         _ => None,
@@ -160,7 +164,7 @@ pub(super) fn turned(turned: &Turned, method: &Method) -> Response<Body> {
         let basic = HeaderValue::from_static("Basic realm=\"ifnewer\"");
         response.headers_mut().insert(name, basic);
     }
-    if turned.closes() {
+    if request_error.closes_connection() {
         response
             .headers_mut()
             .insert(CONNECTION, HeaderValue::from_static("close"));
@@ -168,66 +172,70 @@ pub(super) fn turned(turned: &Turned, method: &Method) -> Response<Body> {
     response
 }
 
-fn manifest_answer(manifest: &StoredManifest, info: ServeInfo, asked: &Asked) -> Response<Body> {
+fn manifest_response(
+    manifest: &StoredManifest,
+    info: ServeInfo,
+    context: &ResponseContext,
+) -> Response<Body> {
     let etag = etag(&manifest.digest);
-    let mut response = if asked.has_already(&etag) {
-        respond(StatusCode::NOT_MODIFIED, Body::empty())
-    } else if asked.head {
-        respond(StatusCode::OK, Body::empty())
+    let mut response = if context.matches_if_none_match(&etag) {
+        with_status(StatusCode::NOT_MODIFIED, Body::empty())
+    } else if context.head {
+        with_status(StatusCode::OK, Body::empty())
     } else {
-        respond(StatusCode::OK, Body::whole(manifest.bytes.clone()))
+        with_status(StatusCode::OK, Body::from_bytes(manifest.bytes.clone()))
     };
     if response.status() == StatusCode::OK {
-        put(response.headers_mut(), CONTENT_TYPE, manifest.media_type.as_str());
-        sized(&mut response, manifest.bytes.len() as u64, asked.head);
+        set_header(response.headers_mut(), CONTENT_TYPE, manifest.media_type.as_str());
+        set_length(&mut response, manifest.bytes.len() as u64, context.head);
     }
-    named(response.headers_mut(), &manifest.digest, &etag);
-    how::tell(response.headers_mut(), info, asked);
+    set_digest_headers(response.headers_mut(), &manifest.digest, &etag);
+    cache_status::set_cache_headers(response.headers_mut(), info, context);
     response
 }
 
-fn listing_answer(
+fn list_response(
     mut response: Response<Body>,
     listing: &Listing,
     info: ServeInfo,
-    asked: &Asked,
+    context: &ResponseContext,
 ) -> Response<Body> {
     let headers = response.headers_mut();
-    put(headers, CONTENT_TYPE, listing.media_type.as_str());
-    if let Some(next) = listing.next.as_ref().and_then(|next| asked.next_page(next)) {
-        put(headers, LINK, &format!("<{next}>; rel=\"next\""));
+    set_header(headers, CONTENT_TYPE, listing.media_type.as_str());
+    if let Some(next) = listing.next.as_ref().and_then(|next| context.next_page(next)) {
+        set_header(headers, LINK, &format!("<{next}>; rel=\"next\""));
     }
     if let Some(filters) = &listing.filters {
-        put(headers, OCI_FILTERS_APPLIED, filters);
+        set_header(headers, OCI_FILTERS_APPLIED, filters);
     }
-    how::tell(headers, info, asked);
+    cache_status::set_cache_headers(headers, info, context);
     response
 }
 
-fn passed_answer(passed: Passthrough, front: &Front) -> Response<Body> {
+fn passthrough_response(passed: Passthrough, service: &RegistryService) -> Response<Body> {
     let body = match passed.body {
-        Some(fetched) => Body::fetched(*fetched, passed.size, front.telemetry.clone()),
+        Some(fetched) => Body::from_upstream(*fetched, passed.size, service.telemetry.clone()),
         None => Body::empty(),
     };
-    let mut response = respond(StatusCode::OK, body);
+    let mut response = with_status(StatusCode::OK, body);
     let headers = response.headers_mut();
     match passed.media_type {
-        Some(media_type) => put(headers, CONTENT_TYPE, media_type.as_str()),
+        Some(media_type) => set_header(headers, CONTENT_TYPE, media_type.as_str()),
         None => {
             headers.insert(CONTENT_TYPE, OCTETS);
         }
     }
     if let Some(digest) = passed.digest {
-        put(headers, DOCKER_CONTENT_DIGEST, &digest);
+        set_header(headers, DOCKER_CONTENT_DIGEST, &digest);
     }
-    put(headers, CACHE_STATUS, "ifnewer; fwd=bypass; detail=passthrough");
+    set_header(headers, CACHE_STATUS, "ifnewer; fwd=bypass; detail=passthrough");
     if let Some(size) = passed.size {
         headers.insert(CONTENT_LENGTH, size.into());
     }
     response
 }
 
-fn respond(status: StatusCode, body: Body) -> Response<Body> {
+fn with_status(status: StatusCode, body: Body) -> Response<Body> {
     let mut response = Response::new(body);
     *response.status_mut() = status;
     response.headers_mut().insert(
@@ -237,17 +245,24 @@ fn respond(status: StatusCode, body: Body) -> Response<Body> {
     response
 }
 
-fn problem(status: StatusCode, problem: &ErrorBody, head: bool) -> Response<Body> {
-    let bytes = problem.body();
+fn error_response(status: StatusCode, error: &ErrorBody, head: bool) -> Response<Body> {
+    let bytes = error.body();
     let length = bytes.len() as u64;
-    let mut response = respond(status, if head { Body::empty() } else { Body::whole(bytes) });
+    let mut response = with_status(
+        status,
+        if head {
+            Body::empty()
+        } else {
+            Body::from_bytes(bytes)
+        },
+    );
     response.headers_mut().insert(CONTENT_TYPE, JSON);
-    sized(&mut response, length, head);
+    set_length(&mut response, length, head);
     response
 }
 
-/// States the length where hyper cannot know it: the answer to a HEAD has the length of a body that is not sent.
-fn sized(response: &mut Response<Body>, length: u64, head: bool) {
+/// Sets `Content-Length`. hyper cannot know it for HEAD, whose response has the length of a body that is not sent.
+fn set_length(response: &mut Response<Body>, length: u64, head: bool) {
     if head {
         *response.body_mut() = Body::empty();
     }
@@ -258,13 +273,13 @@ fn etag(digest: &Digest) -> String {
     format!("\"{digest}\"")
 }
 
-fn named(headers: &mut HeaderMap, digest: &Digest, etag: &str) {
-    put(headers, DOCKER_CONTENT_DIGEST, &digest.to_string());
-    put(headers, ETAG, etag);
+fn set_digest_headers(headers: &mut HeaderMap, digest: &Digest, etag: &str) {
+    set_header(headers, DOCKER_CONTENT_DIGEST, &digest.to_string());
+    set_header(headers, ETAG, etag);
 }
 
-/// A value that cannot be a header is left out; all of ours are printable by their types.
-fn put(headers: &mut HeaderMap, name: HeaderName, value: &str) {
+/// Sets a header. An invalid value is left out; all values used here are printable by their types.
+fn set_header(headers: &mut HeaderMap, name: HeaderName, value: &str) {
     if let Ok(value) = HeaderValue::from_str(value) {
         headers.insert(name, value);
     }

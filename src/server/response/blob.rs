@@ -1,88 +1,90 @@
-//! Blobs: whole, one part, several parts.
+//! Blob responses: full, single range (RFC 9110 §14.4) and multipart/byteranges.
 
 use bytes::Bytes;
 use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE};
 use http::{HeaderValue, Response, StatusCode};
 
-use super::{Asked, OCTETS, etag, how, named, problem, put, respond};
+use super::{
+    OCTETS, ResponseContext, cache_status, error_response, etag, set_digest_headers, set_header, with_status,
+};
 use crate::oci::range::{ByteSpan, ResolvedRange, content_range, unsatisfied_content_range};
 use crate::oci::{Digest, ErrorBody, ErrorCode};
 use crate::proxy::{BlobBody, ServeInfo};
-use crate::server::body::{PartsFrom, Plan};
-use crate::server::{Body, Front};
+use crate::server::response::body::{BlobSource, MultipartRanges};
+use crate::server::{Body, RegistryService};
 use crate::store::AsyncStore;
 use crate::telemetry::ByteSource;
 
-/// A blob to be sent.
-pub(super) struct Answered<'a> {
+/// Inputs of a blob response.
+pub(super) struct BlobResponse<'a> {
     pub(super) digest: Digest,
-    /// In bytes; unknown only while it comes from an upstream that does not say it.
+    /// Size in bytes. Unknown only while the blob comes from an upstream that did not send its length.
     pub(super) size: Option<u64>,
     pub(super) info: ServeInfo,
-    pub(super) asked: &'a Asked,
-    pub(super) front: &'a Front,
+    pub(super) context: &'a ResponseContext,
+    pub(super) service: &'a RegistryService,
     pub(super) store: &'a AsyncStore,
 }
 
-impl Answered<'_> {
-    /// The answer with this content.
-    pub(super) fn with(&self, content: BlobBody) -> Response<Body> {
+impl BlobResponse<'_> {
+    /// Builds the response.
+    pub(super) fn build(&self, content: BlobBody) -> Response<Body> {
         let etag = etag(&self.digest);
-        if self.asked.has_already(&etag) {
-            let mut response = respond(StatusCode::NOT_MODIFIED, Body::empty());
-            named(response.headers_mut(), &self.digest, &etag);
-            how::tell(response.headers_mut(), self.info, self.asked);
+        if self.context.matches_if_none_match(&etag) {
+            let mut response = with_status(StatusCode::NOT_MODIFIED, Body::empty());
+            set_digest_headers(response.headers_mut(), &self.digest, &etag);
+            cache_status::set_cache_headers(response.headers_mut(), self.info, self.context);
             return response;
         }
-        let is_held = !matches!(content, BlobBody::Download(_));
+        let is_cached = !matches!(content, BlobBody::Download(_));
         let sent = match self.size {
-            // What passes through is verified as a whole, so it is sent as a whole.
+            // Uncached passthrough is verified as a unit, so it is sent in full.
             Some(size) if !matches!(content, BlobBody::Passthrough(_)) => {
-                self.asked.sent(size, &etag, is_held)
+                self.context.resolve_range(size, &etag, is_cached)
             }
             _ => ResolvedRange::Full,
         };
         let mut response = match (sent, content) {
             (ResolvedRange::Unsatisfiable, _) => return self.unsatisfiable(),
             (ResolvedRange::Multi(spans), BlobBody::Memory(bytes)) => {
-                self.parts(spans, PartsFrom::Memory(bytes))
+                self.parts(spans, BlobSource::Memory(bytes))
             }
             (ResolvedRange::Multi(spans), BlobBody::File(held)) => {
-                let (buffers, telemetry) = (self.front.buffers.clone(), self.front.telemetry.clone());
-                self.parts(spans, PartsFrom::File(held.file, buffers, telemetry))
+                let (buffers, telemetry) = (self.service.buffers.clone(), self.service.telemetry.clone());
+                self.parts(spans, BlobSource::File(held.file, buffers, telemetry))
             }
             (ResolvedRange::Single(span), content) => self.part(span, content),
             (_, content) => self.whole(content),
         };
         let headers = response.headers_mut();
-        named(headers, &self.digest, &etag);
+        set_digest_headers(headers, &self.digest, &etag);
         headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
-        how::tell(headers, self.info, self.asked);
+        cache_status::set_cache_headers(headers, self.info, self.context);
         response
     }
 
     fn whole(&self, content: BlobBody) -> Response<Body> {
-        let telemetry = self.front.telemetry.clone();
+        let telemetry = self.service.telemetry.clone();
         let body = match content {
-            _ if self.asked.head => Body::empty(),
+            _ if self.context.head => Body::empty(),
             BlobBody::Head => Body::empty(),
             BlobBody::Memory(bytes) => self.memory(bytes),
-            BlobBody::File(held) if self.front.sound.knows(&self.digest) => {
-                Body::file(held.file, 0, held.size, self.front.buffers.clone(), telemetry)
+            BlobBody::File(held) if self.service.verified.contains(&self.digest) => {
+                Body::file(held.file, 0, held.size, self.service.buffers.clone(), telemetry)
             }
-            BlobBody::File(held) => Body::checked(
+            BlobBody::File(held) => Body::verified_file(
                 self.digest,
                 held.file,
                 held.size,
-                self.front.buffers.clone(),
+                self.service.buffers.clone(),
                 telemetry,
-                self.front.sound.clone(),
+                self.service.verified.clone(),
                 self.store.clone(),
             ),
             BlobBody::Download(reader) => Body::download(reader, self.size, telemetry),
-            BlobBody::Passthrough(passing) => Body::passing(*passing, self.size, telemetry),
+            BlobBody::Passthrough(passing) => Body::passthrough(*passing, self.size, telemetry),
         };
-        let mut response = respond(StatusCode::OK, body);
+        let mut response = with_status(StatusCode::OK, body);
         response.headers_mut().insert(CONTENT_TYPE, OCTETS);
         if let Some(size) = self.size {
             response.headers_mut().insert(CONTENT_LENGTH, size.into());
@@ -91,37 +93,37 @@ impl Answered<'_> {
     }
 
     fn memory(&self, bytes: Bytes) -> Body {
-        self.front
+        self.service
             .telemetry
             .add_bytes_sent(ByteSource::Disk, bytes.len() as u64);
-        Body::whole(bytes)
+        Body::from_bytes(bytes)
     }
 
     fn part(&self, span: ByteSpan, content: BlobBody) -> Response<Body> {
         let ByteSpan { start, end_exclusive } = span;
-        let telemetry = self.front.telemetry.clone();
+        let telemetry = self.service.telemetry.clone();
         let body = match content {
-            BlobBody::Memory(bytes) => self.memory(within(&bytes, span)),
+            BlobBody::Memory(bytes) => self.memory(slice(&bytes, span)),
             BlobBody::File(held) => {
-                let buffers = self.front.buffers.clone();
+                let buffers = self.service.buffers.clone();
                 Body::file(held.file, start, end_exclusive, buffers, telemetry)
             }
             BlobBody::Download(reader) => {
                 let reader = reader.within(start, end_exclusive);
-                let reader = if self.asked.is_open_ended() {
+                let reader = if self.context.is_open_ended() {
                     reader.waiting_for_fill()
                 } else {
                     reader
                 };
                 Body::download(reader, Some(span.len()), telemetry)
             }
-            // Neither has parts: `Head` answers no GET, and `Passing` is whole or nothing.
+            // Unreachable: a HEAD has no ranges, and passthrough is sent in full.
             BlobBody::Head | BlobBody::Passthrough(_) => Body::empty(),
         };
-        let mut response = respond(StatusCode::PARTIAL_CONTENT, body);
+        let mut response = with_status(StatusCode::PARTIAL_CONTENT, body);
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, OCTETS);
-        put(
+        set_header(
             headers,
             CONTENT_RANGE,
             &content_range(span, self.size.unwrap_or_default()),
@@ -130,12 +132,12 @@ impl Answered<'_> {
         response
     }
 
-    fn parts(&self, spans: Vec<ByteSpan>, from: PartsFrom) -> Response<Body> {
-        let plan = Plan::new(&self.digest, self.size.unwrap_or_default(), spans);
-        let (content_type, length) = (plan.content_type(), plan.length());
-        let mut response = respond(StatusCode::PARTIAL_CONTENT, Body::parts(plan, from));
+    fn parts(&self, spans: Vec<ByteSpan>, from: BlobSource) -> Response<Body> {
+        let ranges = MultipartRanges::new(&self.digest, self.size.unwrap_or_default(), spans);
+        let (content_type, length) = (ranges.content_type(), ranges.length());
+        let mut response = with_status(StatusCode::PARTIAL_CONTENT, Body::byteranges(ranges, from));
         let headers = response.headers_mut();
-        put(headers, CONTENT_TYPE, &content_type);
+        set_header(headers, CONTENT_TYPE, &content_type);
         headers.insert(CONTENT_LENGTH, length.into());
         response
     }
@@ -143,16 +145,16 @@ impl Answered<'_> {
     fn unsatisfiable(&self) -> Response<Body> {
         let size = self.size.unwrap_or_default();
         let message = format!(
-            "{}/{} has {size} bytes; none of the bytes asked for exist",
-            self.asked.upstream(),
-            self.asked.image()
+            "{}/{} has {size} bytes, so the requested range is not satisfiable",
+            self.context.upstream(),
+            self.context.image()
         );
-        let mut response = problem(
+        let mut response = error_response(
             StatusCode::RANGE_NOT_SATISFIABLE,
             &ErrorBody::new(ErrorCode::SizeInvalid, message),
-            self.asked.head,
+            self.context.head,
         );
-        put(
+        set_header(
             response.headers_mut(),
             CONTENT_RANGE,
             &unsatisfied_content_range(size),
@@ -161,8 +163,8 @@ impl Answered<'_> {
     }
 }
 
-/// The bytes of a span, as far as there are any.
-pub(in crate::server) fn within(bytes: &Bytes, span: ByteSpan) -> Bytes {
+/// The bytes of a range, clipped to what exists.
+pub(in crate::server) fn slice(bytes: &Bytes, span: ByteSpan) -> Bytes {
     let at = |offset: u64| usize::try_from(offset).map_or(bytes.len(), |offset| offset.min(bytes.len()));
     bytes.slice(at(span.start)..at(span.end_exclusive))
 }
