@@ -1,6 +1,6 @@
 //! `ifnewer ca`: our certificate authority handed out, trusted and replaced.
 //!
-//! The key never leaves its folder: what is handed out is read as certificates and written as such. Trust stores are
+//! The key never leaves its folder: what is handed out is read as certificates and written as such. InstallOptions stores are
 //! changed as `setup` changes clients' files, so that it can be taken back.
 
 use std::fmt::{self, Display, Formatter};
@@ -14,11 +14,13 @@ use std::time::SystemTime;
 use crate::clock::Clock;
 use crate::config::{Config, Tls};
 use crate::server::tls::{ServerTls, TlsError};
-use crate::setup::{Authority, Client, Done, Files, Job, Options, Plan, Refused, Root, Wanted, Way};
+use crate::setup::{
+    Applied, CaBundle, CacheEndpoint, Client, DesiredFile, FileSource, Job, Options, Plan, RootFs, SetupError,
+};
 
 /// Who is to trust us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Store {
+pub enum TrustStore {
     /// Everything on this host that uses the system's list: Debian's and Alpine's, or RHEL's.
     System,
     /// dockerd, for our address alone: `/etc/docker/certs.d`.
@@ -32,15 +34,15 @@ pub enum Store {
 pub enum RotateError {
     /// There is none yet.
     #[error("{}: there is no certificate authority yet; it is made when `ifnewer` first starts", .0.display())]
-    None(PathBuf),
+    NoCa(PathBuf),
     /// The new one could not be made. The old one is in place.
     #[error("nothing was changed: {0}")]
-    Making(#[from] TlsError),
+    Generate(#[from] TlsError),
     /// A file could not be kept or put into its place.
-    #[error("cannot {deed} {}: {error}; run `ifnewer ca rotate` again, which begins anew", path.display())]
+    #[error("cannot {action} {}: {error}; run `ifnewer ca rotate` again, which begins anew", path.display())]
     File {
         /// What was tried.
-        deed: &'static str,
+        action: &'static str,
         /// With which file.
         path: PathBuf,
         /// Why it failed.
@@ -54,25 +56,30 @@ const FILES: [&str; 4] = ["server.key", "server.pem", "ca.key", "ca.pem"];
 
 /// The certificate authority in use, as PEM. With a certificate of the operator's own, it still vouches for the
 /// registries' names that clients come by.
-pub fn export(config: &Config) -> Result<Authority, Refused> {
-    Authority::read(&config.tls.folder.join("ca.pem"))
+pub fn export(config: &Config) -> Result<CaBundle, SetupError> {
+    CaBundle::read(&config.tls.folder.join("ca.pem"))
 }
 
 /// Lets `store` trust us.
-pub fn install(config: &Config, store: Store, options: &Trust, root: &Root) -> Result<Done, Refused> {
-    let authority = match &options.ca {
-        Some(path) => Authority::read(path)?,
+pub fn install(
+    config: &Config,
+    store: TrustStore,
+    options: &InstallOptions,
+    root: &RootFs,
+) -> Result<Applied, SetupError> {
+    let ca = match &options.ca {
+        Some(path) => CaBundle::read(path)?,
         None => export(config)?,
     };
     let path = match store {
-        Store::System => system(root)?.folder().join("ifnewer.crt"),
-        Store::Docker | Store::Containerd => {
-            let client = if store == Store::Docker {
+        TrustStore::System => os_trust_store(root)?.folder().join("ifnewer.crt"),
+        TrustStore::Docker | TrustStore::Containerd => {
+            let client = if store == TrustStore::Docker {
                 Client::Docker
             } else {
                 Client::Containerd
             };
-            let way = Way::find(
+            let endpoint = CacheEndpoint::from_config(
                 config,
                 &Options {
                     client,
@@ -85,23 +92,21 @@ pub fn install(config: &Config, store: Store, options: &Trust, root: &Root) -> R
             Path::new("/etc")
                 .join(client.name())
                 .join("certs.d")
-                .join(way.place())
+                .join(endpoint.host_port())
                 .join("ca.crt")
         }
     };
-    let mut done = job(store).apply(root, options.force, &|files: &dyn Files| {
-        let differs = files
-            .read(&path)?
-            .is_some_and(|held| held != authority.pem().as_bytes());
+    let mut applied = job(store).apply(root, options.force, &|files: &dyn FileSource| {
+        let differs = files.read(&path)?.is_some_and(|held| held != ca.pem().as_bytes());
         if differs && !options.force {
-            return Err(Refused::Conflict {
-                path: root.place(&path),
+            return Err(SetupError::Conflict {
+                path: root.resolve(&path),
                 what: "another certificate is there".to_owned(),
                 remedy: "With --force it is replaced; `ifnewer ca uninstall` brings it back.".to_owned(),
             });
         }
-        let bytes = authority.pem().as_bytes().to_vec();
-        let files = vec![Wanted {
+        let bytes = ca.pem().as_bytes().to_vec();
+        let files = vec![DesiredFile {
             path: path.clone(),
             bytes,
         }];
@@ -110,30 +115,30 @@ pub fn install(config: &Config, store: Store, options: &Trust, root: &Root) -> R
             ..Plan::default()
         })
     })?;
-    if store == Store::System && !done.changed.is_empty() {
-        refresh(root, false, &mut done);
-        done.by_hand.push(
+    if store == TrustStore::System && !applied.changed.is_empty() {
+        update_os_trust_store(root, false, &mut applied);
+        applied.by_hand.push(
             "restart what should trust it now: a running program keeps the list it read at its start \
              (systemctl restart docker)"
                 .to_owned(),
         );
     }
-    Ok(done)
+    Ok(applied)
 }
 
 /// Takes that back.
-pub fn uninstall(store: Store, force: bool, root: &Root) -> Result<Done, Refused> {
-    let mut done = job(store).undo(root, force)?;
-    done.by_hand.clear();
-    if store == Store::System {
-        refresh(root, true, &mut done);
+pub fn uninstall(store: TrustStore, force: bool, root: &RootFs) -> Result<Applied, SetupError> {
+    let mut applied = job(store).undo(root, force)?;
+    applied.by_hand.clear();
+    if store == TrustStore::System {
+        update_os_trust_store(root, true, &mut applied);
     }
-    Ok(done)
+    Ok(applied)
 }
 
 /// Whom to trust, and how.
 #[derive(Clone, Debug, Default)]
-pub struct Trust {
+pub struct InstallOptions {
     /// Where the client reaches us, if not as the configuration says.
     pub address: Option<String>,
     /// The certificate authority, if not our own.
@@ -146,10 +151,10 @@ pub struct Trust {
 pub fn rotate(config: &Config, clock: Clock) -> Result<PathBuf, RotateError> {
     let folder = &config.tls.folder;
     if !folder.join("ca.key").exists() {
-        return Err(RotateError::None(folder.join("ca.pem")));
+        return Err(RotateError::NoCa(folder.join("ca.pem")));
     }
     let new = folder.join("new");
-    clear(&new)?;
+    remove_dir(&new)?;
     let addresses: Vec<IpAddr> = config
         .listen
         .registry
@@ -164,7 +169,7 @@ pub fn rotate(config: &Config, clock: Clock) -> Result<PathBuf, RotateError> {
     };
     ServerTls::prepare(&tls, &addresses, config.hosts(), &[], clock)?;
     let old = folder.join(format!("old-{}", stamp(clock.now())));
-    make(&old)?;
+    create_dir(&old)?;
     for name in FILES {
         let (from, to) = (folder.join(name), old.join(name));
         // A link keeps mode and owner, and needs no room.
@@ -172,7 +177,7 @@ pub fn rotate(config: &Config, clock: Clock) -> Result<PathBuf, RotateError> {
             fs::hard_link(&from, &to)
                 .or_else(|_| fs::copy(&from, &to).map(drop))
                 .map_err(|error| RotateError::File {
-                    deed: "keep",
+                    action: "keep",
                     path: from,
                     error,
                 })?;
@@ -180,25 +185,25 @@ pub fn rotate(config: &Config, clock: Clock) -> Result<PathBuf, RotateError> {
     }
     for name in FILES {
         let (from, to) = (new.join(name), folder.join(name));
-        keep_owner(&to, &from)
+        copy_owner(&to, &from)
             .and_then(|()| fs::rename(&from, &to))
             .map_err(|error| RotateError::File {
-                deed: "put in its place",
+                action: "put in its place",
                 path: to,
                 error,
             })?;
     }
-    clear(&new)?;
+    remove_dir(&new)?;
     Ok(old)
 }
 
 /// The cache seldom runs as who rotates, and has to read its key.
-fn keep_owner(held: &Path, new: &Path) -> std::io::Result<()> {
-    let ours = fs::metadata(new)?;
+fn copy_owner(held: &Path, new: &Path) -> std::io::Result<()> {
+    let new_owner = fs::metadata(new)?;
     let Ok(held) = fs::metadata(held) else {
         return Ok(());
     };
-    if (held.uid(), held.gid()) == (ours.uid(), ours.gid()) {
+    if (held.uid(), held.gid()) == (new_owner.uid(), new_owner.gid()) {
         return Ok(());
     }
     chown(new, Some(held.uid()), Some(held.gid()))
@@ -206,12 +211,12 @@ fn keep_owner(held: &Path, new: &Path) -> std::io::Result<()> {
 
 /// What an operator has to know after `rotate`.
 #[derive(Debug)]
-pub struct Rotated<'a> {
+pub struct RotateReport<'a> {
     /// Where the old files are.
     pub old: &'a Path,
 }
 
-impl Display for Rotated<'_> {
+impl Display for RotateReport<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
@@ -240,20 +245,20 @@ fn stamp(now: SystemTime) -> String {
     text.chars().filter(char::is_ascii_alphanumeric).collect()
 }
 
-fn make(folder: &Path) -> Result<(), RotateError> {
+fn create_dir(folder: &Path) -> Result<(), RotateError> {
     use std::os::unix::fs::DirBuilderExt as _;
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
     made.map_err(|error| RotateError::File {
-        deed: "make",
+        action: "make",
         path: folder.to_owned(),
         error,
     })
 }
 
-fn clear(folder: &Path) -> Result<(), RotateError> {
+fn remove_dir(folder: &Path) -> Result<(), RotateError> {
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(RotateError::File {
-            deed: "clear",
+            action: "clear",
             path: folder.to_owned(),
             error,
         }),
@@ -261,24 +266,24 @@ fn clear(folder: &Path) -> Result<(), RotateError> {
     }
 }
 
-fn job(store: Store) -> Job {
+fn job(store: TrustStore) -> Job {
     match store {
-        Store::System => Job::named("ca-system", "ca install"),
-        Store::Docker => Job::named("ca-docker", "ca install --into docker"),
-        Store::Containerd => Job::named("ca-containerd", "ca install --into containerd"),
+        TrustStore::System => Job::named("ca-system", "ca install"),
+        TrustStore::Docker => Job::named("ca-docker", "ca install --into docker"),
+        TrustStore::Containerd => Job::named("ca-containerd", "ca install --into containerd"),
     }
 }
 
 /// A system's list of trusted authorities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum System {
+enum OsTrustStore {
     /// Debian, Ubuntu, Alpine.
     Debian,
     /// RHEL, Fedora and their kin.
     RedHat,
 }
 
-impl System {
+impl OsTrustStore {
     fn folder(self) -> &'static Path {
         Path::new(match self {
             Self::Debian => "/usr/local/share/ca-certificates",
@@ -296,19 +301,19 @@ impl System {
     }
 }
 
-fn system(root: &Root) -> Result<System, Refused> {
-    let has = |path: &str| root.place(Path::new(path)).exists();
+fn os_trust_store(root: &RootFs) -> Result<OsTrustStore, SetupError> {
+    let has = |path: &str| root.resolve(Path::new(path)).exists();
     let debian = has("/usr/sbin/update-ca-certificates");
     let red_hat = has("/usr/bin/update-ca-trust") || has("/etc/pki/ca-trust/source/anchors");
     match (debian, red_hat) {
-        (true, false) => Ok(System::Debian),
-        (false, true) => Ok(System::RedHat),
-        (true, true) => Err(Refused::Impossible(
+        (true, false) => Ok(OsTrustStore::Debian),
+        (false, true) => Ok(OsTrustStore::RedHat),
+        (true, true) => Err(SetupError::Unsupported(
             "this system has both update-ca-certificates and update-ca-trust; use the right one by hand, with the \
              output of `ifnewer ca export`"
                 .to_owned(),
         )),
-        (false, false) => Err(Refused::Impossible(
+        (false, false) => Err(SetupError::Unsupported(
             "no trust store is known here: neither update-ca-certificates (install ca-certificates) nor \
              update-ca-trust"
                 .to_owned(),
@@ -316,25 +321,26 @@ fn system(root: &Root) -> Result<System, Refused> {
     }
 }
 
-fn refresh(root: &Root, removed: bool, done: &mut Done) {
-    let Ok(system) = system(root) else { return };
-    let words = system.command(removed);
-    let line = words.join(" ");
+fn update_os_trust_store(root: &RootFs, removed: bool, applied: &mut Applied) {
+    let Ok(system) = os_trust_store(root) else { return };
+    let args = system.command(removed);
+    let line = args.join(" ");
     if !root.is_real() {
-        done.by_hand.push(format!("{line}, inside the image"));
+        applied.by_hand.push(format!("{line}, inside the image"));
         return;
     }
-    let ran = words
+    let ran = args
         .split_first()
         .map(|(program, arguments)| Command::new(program).args(arguments).output());
     match ran {
-        Some(Ok(output)) if output.status.success() => done.told.push(format!("ran {line}")),
+        Some(Ok(output)) if output.status.success() => applied.notified.push(format!("ran {line}")),
         Some(Ok(output)) => {
             let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            done.by_hand
+            applied
+                .by_hand
                 .push(format!("{line} (it failed: {}; {said})", output.status));
         }
-        Some(Err(error)) => done
+        Some(Err(error)) => applied
             .by_hand
             .push(format!("{line} (it could not be run: {error})")),
         None => {}

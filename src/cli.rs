@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 pub use clap_complete::Shell;
 
-use crate::ca::Store;
+use crate::ca::TrustStore;
 use crate::config::{
     self, Config, Diagnostic, Diagnostics, Flag, Location, ROOT_DATA_DIR, Sources, TEXT_BYTES_MAX,
 };
@@ -218,7 +218,7 @@ pub enum Ca {
 pub struct Trust {
     /// Whose trust store
     #[arg(long, value_enum, default_value = "system")]
-    pub into: Store,
+    pub into: TrustStore,
     /// Where docker or containerd reaches the cache, if not as the configuration says
     #[arg(long, value_name = "HOST:PORT|URL")]
     pub address: Option<String>,

@@ -24,7 +24,7 @@ use std::time::SystemTime;
 use serde_json::{Value, json};
 
 use crate::config::Config;
-use crate::setup::{Client, Options as SetupOptions, Refused, Root, Way};
+use crate::setup::{CacheEndpoint, Client, Options as SetupOptions, RootFs, SetupError};
 
 /// An exit code counts no further, so that it is not taken for a signal's.
 const FAILED_MAX: usize = 100;
@@ -162,14 +162,14 @@ impl Display for Report {
 struct Patient<'a> {
     config: &'a Config,
     options: &'a Options,
-    root: &'a Root,
+    root: &'a RootFs,
     /// How a client on this host reaches us.
-    way: Result<Way, Refused>,
+    endpoint: Result<CacheEndpoint, SetupError>,
     now: SystemTime,
 }
 
 /// Looks at everything.
-pub async fn examine(config: &Config, options: &Options, root: &Root, now: SystemTime) -> Report {
+pub async fn examine(config: &Config, options: &Options, root: &RootFs, now: SystemTime) -> Report {
     let setup = SetupOptions {
         client: Client::Docker,
         address: options.address.clone(),
@@ -181,7 +181,7 @@ pub async fn examine(config: &Config, options: &Options, root: &Root, now: Syste
         config,
         options,
         root,
-        way: Way::find(config, &setup),
+        endpoint: CacheEndpoint::from_config(config, &setup),
         now,
     };
     let mut report = Report::default();

@@ -13,7 +13,7 @@ use ifnewer::config::{Config, Log, LogFormat};
 use ifnewer::otlp;
 use ifnewer::process::{RunError, serve};
 use ifnewer::server::listener::InheritedSockets;
-use ifnewer::setup::{Done, Refused, Root};
+use ifnewer::setup::{Applied, RootFs, SetupError};
 use ifnewer::telemetry::Telemetry;
 use ifnewer::{admin, ca, cli, demo, doctor, setup, terminal};
 use listenfd::ListenFd;
@@ -69,7 +69,7 @@ fn main() -> ExitCode {
         }),
         Command::Setup(args) => cmd_setup(&config, &args),
         Command::Ca(args) => cmd_ca(&config, args),
-        Command::Doctor(args) => match Root::at(&args.root) {
+        Command::Doctor(args) => match RootFs::open(&args.root) {
             Ok(root) => block_on(cmd_doctor(&config, &args, &root)),
             Err(refused) => fail(USAGE_ERROR, &refused),
         },
@@ -159,7 +159,7 @@ async fn cmd_serve(
     }
 }
 
-async fn cmd_doctor(config: &Config, args: &cli::Doctor, root: &Root) -> ExitCode {
+async fn cmd_doctor(config: &Config, args: &cli::Doctor, root: &RootFs) -> ExitCode {
     let report = doctor::examine(config, &args.options(), root, Clock::system().now()).await;
     let _ = if args.json {
         writeln!(terminal::stdout(false), "{:#}", report.json())
@@ -170,7 +170,7 @@ async fn cmd_doctor(config: &Config, args: &cli::Doctor, root: &Root) -> ExitCod
 }
 
 fn cmd_setup(config: &Config, args: &cli::Setup) -> ExitCode {
-    let root = match Root::at(&args.root) {
+    let root = match RootFs::open(&args.root) {
         Ok(root) => root,
         Err(refused) => return fail(USAGE_ERROR, &refused),
     };
@@ -202,7 +202,7 @@ fn cmd_ca(config: &Config, args: cli::Ca) -> ExitCode {
             },
             (Err(refused), _) => fail(FAILED, &refused),
         },
-        cli::Ca::Install(args) => print_result(Root::at(&args.root).and_then(|root| {
+        cli::Ca::Install(args) => print_result(RootFs::open(&args.root).and_then(|root| {
             let cli::Trust {
                 into,
                 address,
@@ -210,14 +210,14 @@ fn cmd_ca(config: &Config, args: cli::Ca) -> ExitCode {
                 force,
                 ..
             } = args;
-            ca::install(config, into, &ca::Trust { address, ca, force }, &root)
+            ca::install(config, into, &ca::InstallOptions { address, ca, force }, &root)
         })),
-        cli::Ca::Uninstall(args) => {
-            print_result(Root::at(&args.root).and_then(|root| ca::uninstall(args.into, args.force, &root)))
-        }
+        cli::Ca::Uninstall(args) => print_result(
+            RootFs::open(&args.root).and_then(|root| ca::uninstall(args.into, args.force, &root)),
+        ),
         cli::Ca::Rotate => match ca::rotate(config, Clock::system()) {
             Ok(old) => {
-                let _ = write!(terminal::stdout(false), "{}", ca::Rotated { old: &old });
+                let _ = write!(terminal::stdout(false), "{}", ca::RotateReport { old: &old });
                 ExitCode::SUCCESS
             }
             Err(error) => fail(FAILED, &error),
@@ -225,7 +225,7 @@ fn cmd_ca(config: &Config, args: cli::Ca) -> ExitCode {
     }
 }
 
-fn print_result(done: Result<Done, Refused>) -> ExitCode {
+fn print_result(done: Result<Applied, SetupError>) -> ExitCode {
     match done {
         Ok(done) => {
             let _ = write!(terminal::stdout(false), "{done}");

@@ -14,36 +14,27 @@
 //! nothing), and whether the mirror is then used (`doctor`).
 
 mod apply;
-mod before;
-mod buildkit;
-mod containerd;
-mod disk;
-mod docker;
-mod gitlab;
-mod json;
-mod k3s;
+mod baseline;
+mod clients;
+mod edit;
+mod endpoint;
 mod plan;
-mod podman;
-mod proxy;
-mod record;
-mod show;
+mod root_fs;
 #[cfg(test)]
 mod tests;
-mod text;
-mod toml_text;
-mod way;
+mod undo;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::config::Config;
 
-pub use apply::{Done, Job};
-pub(crate) use containerd::{REFERRERS_SINCE, Release};
-pub use disk::Root;
-pub use plan::{Files, Plan, Wanted};
-pub use record::State;
-pub use way::{Authority, Registry, Scheme, Way};
+pub use apply::{Applied, Job};
+pub(crate) use clients::containerd::{REFERRERS_SINCE, Release};
+pub use endpoint::{CaBundle, CacheEndpoint, Registry, Scheme};
+pub use plan::{DesiredFile, FileSource, Plan};
+pub use root_fs::RootFs;
+pub use undo::FileState;
 
 /// A client that can be set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -118,12 +109,12 @@ pub struct Options {
 
 /// Why nothing was done. The operator's to mend; nothing was written unless it says so.
 #[derive(Debug, thiserror::Error)]
-pub enum Refused {
+pub enum SetupError {
     /// A file could not be read or written.
-    #[error("{deed} {}: {error}{}", path.display(), as_root(error))]
+    #[error("{action} {}: {error}{}", path.display(), as_root(error))]
     File {
         /// What was tried.
-        deed: &'static str,
+        action: &'static str,
         /// With which file.
         path: PathBuf,
         /// Why it failed.
@@ -154,7 +145,7 @@ pub enum Refused {
     Address(String),
     /// The client needs our certificate authority, and there is none.
     #[error("{0}")]
-    Authority(String),
+    NoCa(String),
     /// What was set up was changed since.
     #[error(
         "{} was changed since `ifnewer {job}` wrote it; nothing was done. Take the change back, or use --force \
@@ -171,10 +162,10 @@ pub enum Refused {
     },
     /// There is nothing to undo.
     #[error("`ifnewer {0}` has changed nothing here, so there is nothing to undo")]
-    NothingDone(String),
+    NothingToUndo(String),
     /// The record of what was done cannot be used.
     #[error("{}: {detail}; what was there before is beside it, under the digest of its bytes", path.display())]
-    Record {
+    BadRecord {
         /// The record.
         path: PathBuf,
         /// What is wrong with it.
@@ -182,19 +173,19 @@ pub enum Refused {
     },
     /// A link leads out of the root, or nowhere.
     #[error("{} is a link that leads out of --root or nowhere; nothing was written", path.display())]
-    Outside {
+    OutsideRoot {
         /// The link.
         path: PathBuf,
     },
     /// Another setup is at work.
     #[error("another `ifnewer setup` or `ifnewer ca` is at work here ({}); try again", path.display())]
-    Busy {
+    Locked {
         /// The lock.
         path: PathBuf,
     },
     /// This client cannot be set up so.
     #[error("{0}")]
-    Impossible(String),
+    Unsupported(String),
 }
 
 fn as_root(error: &io::Error) -> &'static str {
@@ -204,10 +195,10 @@ fn as_root(error: &io::Error) -> &'static str {
     }
 }
 
-impl Refused {
-    fn file(deed: &'static str, path: &Path, error: io::Error) -> Self {
+impl SetupError {
+    fn file(action: &'static str, path: &Path, error: io::Error) -> Self {
         Self::File {
-            deed,
+            action,
             path: path.to_owned(),
             error,
         }
@@ -215,38 +206,38 @@ impl Refused {
 }
 
 /// What would be written for `options`, given what `files` hold.
-pub fn plan(config: &Config, options: &Options, files: &dyn Files) -> Result<Plan, Refused> {
-    let way = Way::find(config, options)?;
-    plan_for(&way, options, files)
+pub fn plan(config: &Config, options: &Options, files: &dyn FileSource) -> Result<Plan, SetupError> {
+    let endpoint = CacheEndpoint::from_config(config, options)?;
+    plan_for(&endpoint, options, files)
 }
 
-fn plan_for(way: &Way, options: &Options, files: &dyn Files) -> Result<Plan, Refused> {
+fn plan_for(endpoint: &CacheEndpoint, options: &Options, files: &dyn FileSource) -> Result<Plan, SetupError> {
     if options.by_proxy {
-        return proxy::plan(options.client, way, options.force, files);
+        return clients::proxy::plan(options.client, endpoint, options.force, files);
     }
     match options.client {
-        Client::Docker => docker::plan(way, options.force, files),
-        Client::Containerd => containerd::plan(way, options.force, files),
-        Client::K3s => k3s::plan(way, files),
-        Client::Podman => podman::plan(way, options.force, files),
-        Client::Buildkit => buildkit::plan(way, files),
-        Client::GitlabRunner => gitlab::plan(way, files),
-        Client::Dind => docker::plan_inside(way, files),
+        Client::Docker => clients::docker::plan(endpoint, options.force, files),
+        Client::Containerd => clients::containerd::plan(endpoint, options.force, files),
+        Client::K3s => clients::k3s::plan(endpoint, files),
+        Client::Podman => clients::podman::plan(endpoint, options.force, files),
+        Client::Buildkit => clients::buildkit::plan(endpoint, files),
+        Client::GitlabRunner => clients::gitlab::plan(endpoint, files),
+        Client::Dind => clients::docker::plan_inside(endpoint, files),
     }
 }
 
 /// Shows what would be written: the text, and the objection there was to it. Then the text is as on a fresh host.
-pub fn show(config: &Config, options: &Options, root: &Root) -> (String, Option<Refused>) {
+pub fn show(config: &Config, options: &Options, root: &RootFs) -> (String, Option<SetupError>) {
     let job = Job::setup(options.client);
-    let planned = Way::find(config, options).map(|way| {
-        let here = job.former(root).and_then(|files| {
-            let plan = plan_for(&way, options, &files)?;
-            Ok(show::plan(&plan, &files))
+    let planned = CacheEndpoint::from_config(config, options).map(|endpoint| {
+        let here = job.baseline(root).and_then(|files| {
+            let plan = plan_for(&endpoint, options, &files)?;
+            Ok(plan::render(&plan, &files))
         });
         here.unwrap_or_else(|refused| {
-            let fresh = plan_for(&way, options, &plan::Nothing);
+            let fresh = plan_for(&endpoint, options, &plan::EmptyFs);
             let text = fresh
-                .map(|plan| show::plan(&plan, &plan::Nothing).0)
+                .map(|plan| plan::render(&plan, &plan::EmptyFs).0)
                 .unwrap_or_default();
             (text, Some(refused))
         })
@@ -255,13 +246,13 @@ pub fn show(config: &Config, options: &Options, root: &Root) -> (String, Option<
 }
 
 /// Writes it, keeping what was there.
-pub fn apply(config: &Config, options: &Options, root: &Root) -> Result<Done, Refused> {
-    let way = Way::find(config, options)?;
+pub fn apply(config: &Config, options: &Options, root: &RootFs) -> Result<Applied, SetupError> {
+    let endpoint = CacheEndpoint::from_config(config, options)?;
     let job = Job::setup(options.client);
-    job.apply(root, options.force, &|files| plan_for(&way, options, files))
+    job.apply(root, options.force, &|files| plan_for(&endpoint, options, files))
 }
 
 /// Puts back what was there before.
-pub fn undo(client: Client, force: bool, root: &Root) -> Result<Done, Refused> {
+pub fn undo(client: Client, force: bool, root: &RootFs) -> Result<Applied, SetupError> {
     Job::setup(client).undo(root, force)
 }

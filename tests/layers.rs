@@ -346,7 +346,7 @@ fn t15_everything_printed_goes_through_one_module() {
 const DEBUG_TEXT: &[&str] = &[
     "proxy/local_tokens.rs",
     "process.rs",
-    "setup/gitlab.rs",
+    "setup/clients/gitlab.rs",
     "upstream/settings.rs",
 ];
 

@@ -20,33 +20,35 @@ const NOBODYS: &str = "ifnewer/doctor";
 /// Where clients of this host reach us: plainly where that is allowed, and by TLS with our authority.
 pub(super) async fn listeners(patient: &Patient<'_>) -> Vec<Check> {
     const NAME: &str = "listener";
-    let way = match &patient.way {
-        Ok(way) => way,
+    let endpoint = match &patient.endpoint {
+        Ok(endpoint) => endpoint,
         Err(refused) => return vec![Check::failed(NAME, refused.to_string(), "")],
     };
-    let place = way.place();
+    let place = endpoint.host_port();
     let mut checks = Vec::new();
     let speaks_plain = match patient.config.listen.plain_http {
         PlainHttp::Any => true,
-        PlainHttp::Loopback => way.is_loopback(),
+        PlainHttp::Loopback => endpoint.is_loopback(),
         PlainHttp::Off => false,
     };
     if speaks_plain {
-        checks.push(match wire::get(Place::Plain(&way.host, way.port), "/v2/").await {
-            Ok(reply) if reply.status == 200 => Check::ok(NAME, format!("http://{place} answers")),
-            Ok(reply) => Check::failed(
-                NAME,
-                format!("http://{place}/v2/ answers {}", reply.status),
-                "is something else listening there? see `ifnewer check` and listen.registry",
-            ),
-            Err(error) => Check::failed(
-                NAME,
-                format!("http://{place}: {error}"),
-                "start ifnewer, or give the address by --address",
-            ),
-        });
+        checks.push(
+            match wire::get(Place::Plain(&endpoint.host, endpoint.port), "/v2/").await {
+                Ok(reply) if reply.status == 200 => Check::ok(NAME, format!("http://{place} answers")),
+                Ok(reply) => Check::failed(
+                    NAME,
+                    format!("http://{place}/v2/ answers {}", reply.status),
+                    "is something else listening there? see `ifnewer check` and listen.registry",
+                ),
+                Err(error) => Check::failed(
+                    NAME,
+                    format!("http://{place}: {error}"),
+                    "start ifnewer, or give the address by --address",
+                ),
+            },
+        );
     }
-    checks.push(tls(patient, &way.host, way.port).await);
+    checks.push(tls(patient, &endpoint.host, endpoint.port).await);
     checks
 }
 
@@ -161,7 +163,7 @@ async fn as_seen_by_the_cache(patient: &Patient<'_>) -> Option<Value> {
     wire::get(place, "/api/v1/upstreams").await.ok()?.json()
 }
 
-/// What we found, and what the running cache finds: it may go out another way, and under another credential.
+/// What we found, and what the running cache finds: it may go out another endpoint, and under another credential.
 pub(super) fn together(mut check: Check, name: &str, seen: Option<&Value>) -> Check {
     let all = seen.and_then(|seen| seen.get("upstreams")?.as_array());
     let seen = all

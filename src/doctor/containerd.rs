@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 use super::{Check, Patient};
-use crate::setup::{Files, REFERRERS_SINCE, Release};
+use crate::setup::{FileSource, REFERRERS_SINCE, Release};
 
 const CONFIG: &str = "/etc/containerd/config.toml";
 const HOSTS: &str = "/etc/containerd/certs.d";
@@ -18,8 +18,10 @@ pub(super) fn examine(patient: &Patient<'_>) -> Vec<Check> {
         Ok(None) => Vec::new(),
         Err(refused) => return vec![Check::failed(NAME, refused.to_string(), "")],
     };
-    let used = root.place(Path::new("/run/containerd/containerd.sock")).exists();
-    if !root.place(Path::new(HOSTS)).exists() && !String::from_utf8_lossy(&config).contains("config_path") {
+    let used = root
+        .resolve(Path::new("/run/containerd/containerd.sock"))
+        .exists();
+    if !root.resolve(Path::new(HOSTS)).exists() && !String::from_utf8_lossy(&config).contains("config_path") {
         let why = if used {
             "containerd runs here, and nothing tells it of mirrors (Docker's own containerd needs none; for the \
              kubelet: ifnewer setup containerd)"

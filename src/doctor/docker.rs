@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::host::without_password;
 use super::wire::{self, Place};
 use super::{Check, Patient, canary};
-use crate::setup::Files;
+use crate::setup::FileSource;
 
 /// Where the system keeps the list of authorities that Go programs read: Debian, RHEL, Alpine.
 const BUNDLES: [&str; 3] = [
@@ -28,7 +28,11 @@ impl Patient<'_> {
         let Ok(place) = place.parse::<http::uri::Authority>() else {
             return false;
         };
-        if self.way.as_ref().is_ok_and(|way| place.as_str() == way.place()) {
+        if self
+            .endpoint
+            .as_ref()
+            .is_ok_and(|endpoint| place.as_str() == endpoint.host_port())
+        {
             return true;
         }
         let host = place.host().trim_start_matches('[').trim_end_matches(']');
@@ -48,7 +52,7 @@ impl Patient<'_> {
     }
 
     fn socket(&self) -> PathBuf {
-        self.root.place(&self.options.docker)
+        self.root.resolve(&self.options.docker)
     }
 }
 
@@ -65,7 +69,12 @@ pub(super) async fn examine(patient: &Patient<'_>) -> Vec<Check> {
         .as_ref()
         .is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
     let mut checks = Vec::new();
-    if absent && !patient.root.place(Path::new("/etc/docker/daemon.json")).exists() {
+    if absent
+        && !patient
+            .root
+            .resolve(Path::new("/etc/docker/daemon.json"))
+            .exists()
+    {
         checks.push(Check::skipped(
             "docker",
             format!("no Docker daemon here ({})", socket.display()),
@@ -279,7 +288,11 @@ fn detour(patient: &Patient<'_>, info: &Value, uses: &Uses) -> Check {
         .map_or("", |(_, rest)| rest.trim_end_matches('/'));
     let authority = place.parse::<http::uri::Authority>().ok();
     let host = authority.as_ref().map_or("", |authority| authority.host());
-    let loopback = patient.way.as_ref().is_ok_and(crate::setup::Way::is_loopback) || host.starts_with("127.");
+    let loopback = patient
+        .endpoint
+        .as_ref()
+        .is_ok_and(crate::setup::CacheEndpoint::is_loopback)
+        || host.starts_with("127.");
     let exempt = text("NoProxy").split(',').map(str::trim).any(|rule| {
         let suffix = rule.trim_start_matches('.');
         rule == "*"

@@ -9,7 +9,7 @@ use rustls_pki_types::CertificateDer;
 
 use super::wire::{self, Place};
 use super::{Check, Patient};
-use crate::setup::{Client, Job, State};
+use crate::setup::{Client, FileState, Job};
 
 /// A clock that is further off than this breaks certificates and tokens.
 const SKEW_MAX: Duration = Duration::from_secs(300);
@@ -216,7 +216,7 @@ pub(super) fn setups(patient: &Patient<'_>) -> Vec<Check> {
         };
         let changed: Vec<String> = states
             .iter()
-            .filter(|(_, state)| *state != State::AsWritten)
+            .filter(|(_, state)| *state != FileState::AsWritten)
             .map(|(path, state)| told(path, *state))
             .collect();
         let paths: Vec<String> = states
@@ -239,9 +239,9 @@ pub(super) fn setups(patient: &Patient<'_>) -> Vec<Check> {
     checks
 }
 
-fn told(path: &Path, state: State) -> String {
+fn told(path: &Path, state: FileState) -> String {
     match state {
-        State::AsBefore => format!("{} is as it was before", path.display()),
-        State::AsWritten | State::Changed => format!("{} was changed since", path.display()),
+        FileState::AsBefore => format!("{} is as it was before", path.display()),
+        FileState::AsWritten | FileState::Changed => format!("{} was changed since", path.display()),
     }
 }

@@ -90,12 +90,12 @@ fn options() -> Options {
 fn is_ours(listen: &str, url: &str) -> bool {
     let text = format!("[listen]\nregistry = {listen}\n[tls]\nnames = [\"cache.example.org\"]");
     let config = Config::read(&text, Path::new("/ifnewer.toml")).unwrap();
-    let root = Root::at(Path::new("/")).unwrap();
+    let root = RootFs::open(Path::new("/")).unwrap();
     let patient = Patient {
         config: &config,
         options: &options(),
         root: &root,
-        way: Err(Refused::Address(String::new())),
+        endpoint: Err(SetupError::Address(String::new())),
         now: SystemTime::UNIX_EPOCH,
     };
     patient.is_ours(url)

@@ -4,16 +4,17 @@
 //! an upstream was added, is the same as undoing and applying; and undoing leads back to the very beginning. The record
 //! is on the disk before the first file changes: whenever this is stopped, undoing works.
 
+use std::fmt::{self, Display, Formatter};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::before::Before;
-use super::disk::Root;
-use super::plan::{Files, Plan};
-use super::record::{Shelf, State};
-use super::{Client, Refused};
+use super::baseline::Baseline;
+use super::plan::{FileSource, Plan};
+use super::root_fs::RootFs;
+use super::undo::{BackupDir, FileState};
+use super::{Client, SetupError};
 
 /// What dockerd reads again when it is told to.
 const DAEMON: &str = "/etc/docker/daemon.json";
@@ -22,18 +23,18 @@ const DAEMON: &str = "/etc/docker/daemon.json";
 #[derive(Clone, Debug)]
 pub struct Job {
     /// The folder of its record.
-    shelf: String,
+    record_name: String,
     /// As it is called on the command line.
-    words: String,
+    command: String,
 }
 
-/// What was done.
+/// What was applied.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Done {
+pub struct Applied {
     /// One line for each file that was changed.
     pub changed: Vec<String>,
     /// What was told to whom.
-    pub told: Vec<String>,
+    pub notified: Vec<String>,
     /// What is left to do by hand, if anything was changed.
     pub by_hand: Vec<String>,
     /// What is worth knowing.
@@ -44,27 +45,27 @@ impl Job {
     /// `ifnewer setup <client>`.
     pub fn setup(client: Client) -> Self {
         Self {
-            shelf: client.name().to_owned(),
-            words: format!("setup {}", client.name()),
+            record_name: client.name().to_owned(),
+            command: format!("setup {}", client.name()),
         }
     }
 
     /// Another command that writes into others' files.
-    pub fn named(shelf: &str, words: &str) -> Self {
+    pub fn named(record_name: &str, command: &str) -> Self {
         Self {
-            shelf: shelf.to_owned(),
-            words: words.to_owned(),
+            record_name: record_name.to_owned(),
+            command: command.to_owned(),
         }
     }
 
     /// The files as they were before this job.
-    pub(super) fn former<'a>(&self, root: &'a Root) -> Result<Before<'a>, Refused> {
-        Before::open(&self.shelf, root)
+    pub(super) fn baseline<'a>(&self, root: &'a RootFs) -> Result<Baseline<'a>, SetupError> {
+        Baseline::open(&self.record_name, root)
     }
 
     /// Each file of this job, and how it stands to what was written; `None` if it was never applied.
-    pub fn states(&self, root: &Root) -> Result<Option<Vec<(PathBuf, State)>>, Refused> {
-        let Some(record) = Shelf::of(&self.shelf, root).load()? else {
+    pub fn states(&self, root: &RootFs) -> Result<Option<Vec<(PathBuf, FileState)>>, SetupError> {
+        let Some(record) = BackupDir::of(&self.record_name, root).load()? else {
             return Ok(None);
         };
         let states = record.files.iter().map(|written| {
@@ -77,103 +78,109 @@ impl Job {
     /// Makes a plan and carries it out.
     pub fn apply(
         &self,
-        root: &Root,
+        root: &RootFs,
         force: bool,
-        plan: &dyn Fn(&dyn Files) -> Result<Plan, Refused>,
-    ) -> Result<Done, Refused> {
+        plan: &dyn Fn(&dyn FileSource) -> Result<Plan, SetupError>,
+    ) -> Result<Applied, SetupError> {
         // First without the lock, which writes: an objection must leave nothing behind, not even a folder.
-        self.former(root)?.plan(force, &self.words, plan)?;
-        let _lock = Shelf::of(&self.shelf, root).lock()?;
-        let before = self.former(root)?;
-        let plan = before.plan(force, &self.words, plan)?;
-        let steps = before.steps(&plan)?;
-        let mut done = Done {
+        self.baseline(root)?.plan(force, &self.command, plan)?;
+        let _lock = BackupDir::of(&self.record_name, root).lock()?;
+        let baseline = self.baseline(root)?;
+        let plan = baseline.plan(force, &self.command, plan)?;
+        let changes = baseline.changes(&plan)?;
+        let mut applied = Applied {
             notes: plan.notes.clone(),
-            ..Done::default()
+            ..Applied::default()
         };
-        if steps.iter().all(|step| step.now == step.after) {
-            return Ok(done);
+        if changes.iter().all(|change| change.now == change.after) {
+            return Ok(applied);
         }
         if !force {
-            before.unchanged(&self.words)?;
+            baseline.check_unmodified(&self.command)?;
         }
-        before.carry_out(&steps)?;
-        for step in steps.iter().filter(|step| step.now != step.after) {
-            let deed = match (&step.now, &step.after) {
+        baseline.apply_changes(&changes)?;
+        for change in changes.iter().filter(|change| change.now != change.after) {
+            let action = match (&change.now, &change.after) {
                 (None, _) => "made",
                 (_, None) => "removed",
                 _ => "changed",
             };
-            done.changed
-                .push(format!("{deed} {}", root.place(&step.path).display()));
+            applied
+                .changed
+                .push(format!("{action} {}", root.resolve(&change.path).display()));
         }
-        done.by_hand.clone_from(&plan.by_hand);
-        if steps
+        applied.by_hand.clone_from(&plan.by_hand);
+        if changes
             .iter()
-            .any(|step| step.now != step.after && step.path == Path::new(DAEMON))
+            .any(|change| change.now != change.after && change.path == Path::new(DAEMON))
         {
-            done.reload_dockerd(root);
+            applied.reload_dockerd(root);
         }
-        Ok(done)
+        Ok(applied)
     }
 
     /// Puts everything back as it was before.
-    pub fn undo(&self, root: &Root, force: bool) -> Result<Done, Refused> {
-        let held = Shelf::of(&self.shelf, root);
-        if held.load()?.is_none() {
-            return Err(Refused::NothingDone(self.words.clone()));
+    pub fn undo(&self, root: &RootFs, force: bool) -> Result<Applied, SetupError> {
+        let backup = BackupDir::of(&self.record_name, root);
+        if backup.load()?.is_none() {
+            return Err(SetupError::NothingToUndo(self.command.clone()));
         }
-        let _lock = held.lock()?;
-        let before = self.former(root)?;
-        let Some(record) = &before.record else {
-            return Err(Refused::NothingDone(self.words.clone()));
+        let _lock = backup.lock()?;
+        let baseline = self.baseline(root)?;
+        let Some(record) = &baseline.record else {
+            return Err(SetupError::NothingToUndo(self.command.clone()));
         };
         if !force {
-            before.unchanged(&self.words)?;
+            baseline.check_unmodified(&self.command)?;
         }
-        let mut done = Done::default();
+        let mut applied = Applied::default();
         for written in &record.files {
             let now = root.read(&written.path)?;
-            let place = root.place(&written.path);
-            if written.state(now.as_deref()) == State::AsBefore {
+            let path = root.resolve(&written.path);
+            if written.state(now.as_deref()) == FileState::AsBefore {
                 continue;
             }
             if let Some(former) = &written.before {
-                root.write(&written.path, &held.kept(&former.digest)?, Some(former.owner))?;
-                done.changed.push(format!("put back {}", place.display()));
+                root.write(
+                    &written.path,
+                    &backup.read_bytes(&former.digest)?,
+                    Some(former.owner),
+                )?;
+                applied.changed.push(format!("put back {}", path.display()));
             } else {
                 root.remove(&written.path)?;
-                done.changed.push(format!("removed {}", place.display()));
+                applied.changed.push(format!("removed {}", path.display()));
             }
         }
         for folder in record.folders.iter().rev() {
             root.remove_folder(folder);
         }
-        held.clear()?;
+        backup.clear()?;
         if record.find(Path::new(DAEMON)).is_some() {
-            done.reload_dockerd(root);
-            if !done.told.is_empty() && !names_mirrors(root)? {
-                done.by_hand.push(
+            applied.reload_dockerd(root);
+            if !applied.notified.is_empty() && !names_mirrors(root)? {
+                applied.by_hand.push(
                     "dockerd forgets a mirror that its file no longer names only when it is restarted: systemctl \
                      restart docker"
                         .to_owned(),
                 );
             }
         }
-        if self.shelf != Client::Docker.name() {
-            done.by_hand
+        if self.record_name != Client::Docker.name() {
+            applied
+                .by_hand
                 .push("restart the service, if it was restarted for this".to_owned());
         }
-        Ok(done)
+        Ok(applied)
     }
 }
 
-impl Done {
+impl Applied {
     /// dockerd reads its mirrors again on SIGHUP, and running containers notice nothing.
-    fn reload_dockerd(&mut self, root: &Root) {
+    fn reload_dockerd(&mut self, root: &RootFs) {
         match dockerd(root) {
             Some(pid) if kill_process(pid, Signal::HUP).is_ok() => {
-                self.told.push(format!(
+                self.notified.push(format!(
                     "told dockerd (process {}) to read its configuration again",
                     pid.as_raw_nonzero()
                 ));
@@ -190,20 +197,38 @@ impl Done {
 }
 
 /// Whether `daemon.json` says anything about mirrors: what it says nothing about stays as it is on SIGHUP.
-fn names_mirrors(root: &Root) -> Result<bool, Refused> {
+fn names_mirrors(root: &RootFs) -> Result<bool, SetupError> {
     let bytes = root.read(Path::new(DAEMON))?.unwrap_or_default();
     let object: Option<serde_json::Map<String, serde_json::Value>> = serde_json::from_slice(&bytes).ok();
     Ok(object.is_some_and(|object| object.contains_key("registry-mirrors")))
 }
 
 /// The daemon that its pid file names, if the process is one.
-fn dockerd(root: &Root) -> Option<Pid> {
+fn dockerd(root: &RootFs) -> Option<Pid> {
     ["/run/docker.pid", "/var/run/docker.pid"]
         .iter()
         .find_map(|path| {
-            let text = fs::read_to_string(root.place(Path::new(path))).ok()?;
+            let text = fs::read_to_string(root.resolve(Path::new(path))).ok()?;
             let pid = Pid::from_raw(text.trim().parse().ok()?)?;
             let name = fs::read_to_string(format!("/proc/{}/comm", pid.as_raw_nonzero())).ok()?;
             (name.trim() == "dockerd").then_some(pid)
         })
+}
+
+impl Display for Applied {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        if self.changed.is_empty() {
+            writeln!(f, "nothing to do: everything is already so")?;
+        }
+        for line in self.changed.iter().chain(&self.notified) {
+            writeln!(f, "{line}")?;
+        }
+        for line in &self.by_hand {
+            writeln!(f, "now by hand: {line}")?;
+        }
+        for line in &self.notes {
+            writeln!(f, "note: {line}")?;
+        }
+        Ok(())
+    }
 }

@@ -1,16 +1,19 @@
 //! What should be on the disk, before anything is written.
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use super::Refused;
+use similar::TextDiff;
+
+use super::SetupError;
 
 /// What is on the disk. Paths are absolute, as the client sees them.
-pub trait Files {
+pub trait FileSource {
     /// The bytes of a file; `None` if there is none.
-    fn read(&self, path: &Path) -> Result<Option<Vec<u8>>, Refused>;
+    fn read(&self, path: &Path) -> Result<Option<Vec<u8>>, SetupError>;
 
     /// The files of a folder, sorted by name; none if there is no folder.
-    fn list(&self, folder: &Path) -> Result<Vec<PathBuf>, Refused>;
+    fn list(&self, folder: &Path) -> Result<Vec<PathBuf>, SetupError>;
 
     /// What `PROGRAM --version` prints; `None` where the program is absent or belongs to another root.
     fn version_of(&self, _program: &str) -> Option<String> {
@@ -19,21 +22,21 @@ pub trait Files {
 }
 
 /// A host on which nothing is configured.
-pub(super) struct Nothing;
+pub(super) struct EmptyFs;
 
-impl Files for Nothing {
-    fn read(&self, _: &Path) -> Result<Option<Vec<u8>>, Refused> {
+impl FileSource for EmptyFs {
+    fn read(&self, _: &Path) -> Result<Option<Vec<u8>>, SetupError> {
         Ok(None)
     }
 
-    fn list(&self, _: &Path) -> Result<Vec<PathBuf>, Refused> {
+    fn list(&self, _: &Path) -> Result<Vec<PathBuf>, SetupError> {
         Ok(Vec::new())
     }
 }
 
 /// A file as it should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wanted {
+pub struct DesiredFile {
     /// Where.
     pub path: PathBuf,
     /// What it holds.
@@ -44,16 +47,16 @@ pub struct Wanted {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// The files.
-    pub files: Vec<Wanted>,
+    pub files: Vec<DesiredFile>,
     /// What has to be done by hand when something was changed, one sentence each.
     pub by_hand: Vec<String>,
-    /// What is worth knowing either way.
+    /// What is worth knowing either endpoint.
     pub notes: Vec<String>,
 }
 
 impl Plan {
     pub(super) fn file(&mut self, path: impl Into<PathBuf>, bytes: impl Into<Vec<u8>>) {
-        self.files.push(Wanted {
+        self.files.push(DesiredFile {
             path: path.into(),
             bytes: bytes.into(),
         });
@@ -66,4 +69,36 @@ impl Plan {
     pub(super) fn note(&mut self, what: impl Into<String>) {
         self.notes.push(what.into());
     }
+}
+
+/// The files whole where they are new, and else what changes in them. Beside it an objection, if a file cannot be read.
+pub(super) fn render(plan: &Plan, files: &dyn FileSource) -> (String, Option<SetupError>) {
+    let mut text = String::new();
+    let mut objection = None;
+    for wanted in &plan.files {
+        let path = wanted.path.display();
+        let now = files.read(&wanted.path).unwrap_or_else(|refused| {
+            objection = Some(refused);
+            None
+        });
+        let _ = match now {
+            Some(now) if now == wanted.bytes => writeln!(text, "# {path} is already so"),
+            Some(now) => writeln!(text, "# {path} changes:\n{}", difference(&now, &wanted.bytes)),
+            None => writeln!(text, "# {path}\n{}", String::from_utf8_lossy(&wanted.bytes)),
+        };
+    }
+    for what in &plan.by_hand {
+        let _ = writeln!(text, "# then: {what}");
+    }
+    for note in &plan.notes {
+        let _ = writeln!(text, "# note: {note}");
+    }
+    (text, objection)
+}
+
+/// A unified diff.
+pub(super) fn difference(before: &[u8], after: &[u8]) -> String {
+    let (before, after) = (String::from_utf8_lossy(before), String::from_utf8_lossy(after));
+    let difference = TextDiff::from_lines(&*before, &*after);
+    difference.unified_diff().context_radius(2).to_string()
 }

@@ -8,7 +8,7 @@
 
 mod applied;
 mod clients;
-mod ways;
+mod endpoint;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -21,13 +21,13 @@ const CA: &str = "-----BEGIN CERTIFICATE-----\nAAEC\n-----END CERTIFICATE-----\n
 
 /// A disk in memory.
 #[derive(Default)]
-struct Held {
+struct MemoryFs {
     files: BTreeMap<PathBuf, Vec<u8>>,
     /// What the client's program prints as its version.
     version: Option<&'static str>,
 }
 
-impl Held {
+impl MemoryFs {
     fn with(path: &str, text: &str) -> Self {
         Self::default().and(path, text)
     }
@@ -38,12 +38,12 @@ impl Held {
     }
 }
 
-impl Files for Held {
-    fn read(&self, path: &Path) -> Result<Option<Vec<u8>>, Refused> {
+impl FileSource for MemoryFs {
+    fn read(&self, path: &Path) -> Result<Option<Vec<u8>>, SetupError> {
         Ok(self.files.get(path).cloned())
     }
 
-    fn list(&self, folder: &Path) -> Result<Vec<PathBuf>, Refused> {
+    fn list(&self, folder: &Path) -> Result<Vec<PathBuf>, SetupError> {
         let held = self.files.keys().filter(|path| path.parent() == Some(folder));
         Ok(held.cloned().collect())
     }
@@ -78,23 +78,23 @@ fn https(name: &str) -> Registry {
 }
 
 /// Plain, on loopback, with two upstreams.
-fn local() -> Way {
-    Way {
+fn local() -> CacheEndpoint {
+    CacheEndpoint {
         scheme: Scheme::Http,
         host: "127.0.0.1".to_owned(),
         port: 5000,
-        authority: None,
+        ca: None,
         upstreams: ["docker.io", "ghcr.io"].map(https).to_vec(),
         warnings: Vec::new(),
     }
 }
 
 /// Another host's, with TLS and its authority.
-fn remote() -> Way {
-    Way {
+fn remote() -> CacheEndpoint {
+    CacheEndpoint {
         scheme: Scheme::Https,
         host: "cache.example.org".to_owned(),
-        authority: Authority::of(CA.as_bytes()),
+        ca: CaBundle::of(CA.as_bytes()),
         ..local()
     }
 }
@@ -106,8 +106,8 @@ fn text<'a>(plan: &'a Plan, path: &str) -> &'a str {
 }
 
 /// What a plan makes of the files, to plan on again.
-fn carried_out(held: &Held, plan: &Plan) -> Held {
-    let mut after = Held {
+fn carried_out(held: &MemoryFs, plan: &Plan) -> MemoryFs {
+    let mut after = MemoryFs {
         files: held.files.clone(),
         version: held.version,
     };
@@ -117,9 +117,9 @@ fn carried_out(held: &Held, plan: &Plan) -> Held {
     after
 }
 
-fn conflict(refused: &Refused) -> &str {
+fn conflict(refused: &SetupError) -> &str {
     match refused {
-        Refused::Conflict { what, .. } => what,
+        SetupError::Conflict { what, .. } => what,
         other => panic!("{other}"),
     }
 }

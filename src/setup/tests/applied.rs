@@ -12,39 +12,39 @@ const DAEMON: &str = "/etc/docker/daemon.json";
 /// A root in a folder that is deleted at the end.
 struct Host {
     folder: TempDir,
-    root: Root,
+    root: RootFs,
 }
 
 impl Host {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let root = Root::at(folder.path()).unwrap();
+        let root = RootFs::open(folder.path()).unwrap();
         Self { folder, root }
     }
 
-    fn place(&self, path: &str) -> PathBuf {
-        self.root.place(Path::new(path))
+    fn resolve(&self, path: &str) -> PathBuf {
+        self.root.resolve(Path::new(path))
     }
 
     fn put(&self, path: &str, bytes: &[u8]) {
-        let place = self.place(path);
-        fs::create_dir_all(place.parent().unwrap()).unwrap();
-        fs::write(place, bytes).unwrap();
+        let full_path = self.resolve(path);
+        fs::create_dir_all(full_path.parent().unwrap()).unwrap();
+        fs::write(full_path, bytes).unwrap();
     }
 
     fn text(&self, path: &str) -> String {
-        fs::read_to_string(self.place(path)).unwrap()
+        fs::read_to_string(self.resolve(path)).unwrap()
     }
 
-    fn apply(&self, way: &Way, force: bool) -> Result<Done, Refused> {
+    fn apply(&self, endpoint: &CacheEndpoint, force: bool) -> Result<Applied, SetupError> {
         let options = Options {
             force,
             ..options(Client::Docker)
         };
-        Job::setup(Client::Docker).apply(&self.root, force, &|files| plan_for(way, &options, files))
+        Job::setup(Client::Docker).apply(&self.root, force, &|files| plan_for(endpoint, &options, files))
     }
 
-    fn undo(&self, force: bool) -> Result<Done, Refused> {
+    fn undo(&self, force: bool) -> Result<Applied, SetupError> {
         undo(Client::Docker, force, &self.root)
     }
 
@@ -55,7 +55,9 @@ impl Host {
         while let Some(folder) = folders.pop() {
             for entry in fs::read_dir(folder).unwrap() {
                 let path = entry.unwrap().path();
-                if path.starts_with(self.place("/var/lib/ifnewer-setup")) || path == self.place("/var/lib") {
+                if path.starts_with(self.resolve("/var/lib/ifnewer-setup"))
+                    || path == self.resolve("/var/lib")
+                {
                     continue;
                 }
                 let is_folder = path.is_dir();
@@ -68,7 +70,7 @@ impl Host {
                 }
             }
         }
-        found.remove(&self.place("/var"));
+        found.remove(&self.resolve("/var"));
         found
     }
 }
@@ -103,12 +105,12 @@ fn the_second_time_changes_nothing_and_says_so() {
     let host = Host::new();
     host.put(DAEMON, b"{\"a\":1}");
     host.apply(&local(), false).unwrap();
-    let modified = fs::metadata(host.place(DAEMON)).unwrap().modified().unwrap();
+    let modified = fs::metadata(host.resolve(DAEMON)).unwrap().modified().unwrap();
     let done = host.apply(&local(), false).unwrap();
     assert!(done.changed.is_empty());
     assert!(done.to_string().starts_with("nothing to do"), "{done}");
     assert_eq!(
-        fs::metadata(host.place(DAEMON)).unwrap().modified().unwrap(),
+        fs::metadata(host.resolve(DAEMON)).unwrap().modified().unwrap(),
         modified
     );
     host.undo(false).unwrap();
@@ -129,7 +131,7 @@ fn another_address_takes_the_place_of_the_first_and_undoing_leads_to_the_beginni
     );
     assert!(
         !host
-            .place("/etc/docker/certs.d/cache.example.org:5000/ca.crt")
+            .resolve("/etc/docker/certs.d/cache.example.org:5000/ca.crt")
             .exists()
     );
     host.undo(false).unwrap();
@@ -140,16 +142,20 @@ fn another_address_takes_the_place_of_the_first_and_undoing_leads_to_the_beginni
 fn mode_owner_and_link_stay() {
     let host = Host::new();
     host.put("/srv/daemon.json", b"{\"a\":1}");
-    fs::set_permissions(host.place("/srv/daemon.json"), fs::Permissions::from_mode(0o640)).unwrap();
-    fs::create_dir_all(host.place("/etc/docker")).unwrap();
-    symlink("../../srv/daemon.json", host.place(DAEMON)).unwrap();
+    fs::set_permissions(
+        host.resolve("/srv/daemon.json"),
+        fs::Permissions::from_mode(0o640),
+    )
+    .unwrap();
+    fs::create_dir_all(host.resolve("/etc/docker")).unwrap();
+    symlink("../../srv/daemon.json", host.resolve(DAEMON)).unwrap();
     host.apply(&local(), false).unwrap();
-    assert!(host.place(DAEMON).is_symlink());
+    assert!(host.resolve(DAEMON).is_symlink());
     assert!(host.text("/srv/daemon.json").contains("registry-mirrors"));
-    let mode = |path: &str| fs::metadata(host.place(path)).unwrap().permissions().mode() & 0o777;
+    let mode = |path: &str| fs::metadata(host.resolve(path)).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode("/srv/daemon.json"), 0o640);
     host.undo(false).unwrap();
-    assert!(host.place(DAEMON).is_symlink());
+    assert!(host.resolve(DAEMON).is_symlink());
     assert_eq!(host.text("/srv/daemon.json"), "{\"a\":1}");
     assert_eq!(mode("/srv/daemon.json"), 0o640);
 }
@@ -160,12 +166,12 @@ fn a_link_out_of_the_root_or_to_nowhere_is_not_followed() {
     fs::write(outside.path().join("daemon.json"), "{}").unwrap();
     for target in [outside.path().join("daemon.json"), outside.path().join("absent")] {
         let host = Host::new();
-        fs::create_dir_all(host.place("/etc/docker")).unwrap();
-        symlink(&target, host.place(DAEMON)).unwrap();
+        fs::create_dir_all(host.resolve("/etc/docker")).unwrap();
+        symlink(&target, host.resolve(DAEMON)).unwrap();
         let refused = host.apply(&local(), false).unwrap_err();
-        assert!(matches!(refused, Refused::Outside { .. }), "{refused}");
+        assert!(matches!(refused, SetupError::OutsideRoot { .. }), "{refused}");
         assert!(
-            !host.place("/var").exists(),
+            !host.resolve("/var").exists(),
             "nothing was written, not even a folder"
         );
     }
@@ -179,11 +185,11 @@ fn a_link_out_of_the_root_or_to_nowhere_is_not_followed() {
 fn records_are_not_kept_outside_the_root_either() {
     let outside = tempfile::tempdir().unwrap();
     let host = Host::new();
-    fs::create_dir_all(host.place("/var")).unwrap();
-    symlink(outside.path(), host.place("/var/lib")).unwrap();
+    fs::create_dir_all(host.resolve("/var")).unwrap();
+    symlink(outside.path(), host.resolve("/var/lib")).unwrap();
     assert!(matches!(
         host.apply(&local(), false),
-        Err(Refused::Outside { .. })
+        Err(SetupError::OutsideRoot { .. })
     ));
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
 }
@@ -196,7 +202,7 @@ fn an_objection_leaves_nothing_behind() {
         let all = host.all();
         host.apply(&local(), false).unwrap_err();
         assert_eq!(host.all(), all);
-        assert!(!host.place("/var").exists());
+        assert!(!host.resolve("/var").exists());
     }
 }
 
@@ -212,7 +218,7 @@ fn what_was_changed_since_is_not_lost() {
         host.apply(&remote(), false).unwrap_err(),
     ] {
         let told = refused.to_string();
-        assert!(matches!(refused, Refused::Changed { .. }), "{told}");
+        assert!(matches!(refused, SetupError::Changed { .. }), "{told}");
         assert!(
             told.contains("\n+{") && told.contains("\"b\":2"),
             "the difference is shown: {told}"
@@ -232,9 +238,9 @@ fn what_was_taken_back_by_hand_is_no_change() {
     host.apply(&local(), false).unwrap();
     host.put(DAEMON, b"{\"a\":1}");
     let states = Job::setup(Client::Docker).states(&host.root).unwrap().unwrap();
-    assert_eq!(states, [(PathBuf::from(DAEMON), State::AsBefore)]);
+    assert_eq!(states, [(PathBuf::from(DAEMON), FileState::AsBefore)]);
     host.undo(false).unwrap();
-    assert!(matches!(host.undo(false), Err(Refused::NothingDone(_))));
+    assert!(matches!(host.undo(false), Err(SetupError::NothingToUndo(_))));
 }
 
 #[test]
@@ -258,15 +264,18 @@ fn a_failure_in_the_middle_leaves_what_was_there() {
     let all = host.all();
     host.apply(&remote(), false).unwrap_err();
     assert_eq!(host.all(), all);
-    assert!(matches!(host.undo(false), Err(Refused::NothingDone(_))));
+    assert!(matches!(host.undo(false), Err(SetupError::NothingToUndo(_))));
 }
 
 #[test]
 fn two_at_once_do_not_mix() {
     let host = Host::new();
-    let shelf = record::Shelf::of("docker", &host.root);
+    let shelf = undo::BackupDir::of("docker", &host.root);
     let lock = shelf.lock().unwrap();
-    assert!(matches!(host.apply(&local(), false), Err(Refused::Busy { .. })));
+    assert!(matches!(
+        host.apply(&local(), false),
+        Err(SetupError::Locked { .. })
+    ));
     drop(lock);
     host.apply(&local(), false).unwrap();
 }
@@ -276,7 +285,7 @@ fn what_was_there_before_is_readable_by_its_owner_alone() {
     let host = Host::new();
     host.put(DAEMON, b"{\"token\":1}");
     host.apply(&local(), false).unwrap();
-    for entry in fs::read_dir(host.place("/var/lib/ifnewer-setup/docker")).unwrap() {
+    for entry in fs::read_dir(host.resolve("/var/lib/ifnewer-setup/docker")).unwrap() {
         let path = entry.unwrap().path();
         assert_eq!(
             fs::metadata(&path).unwrap().permissions().mode() & 0o077,
@@ -293,8 +302,8 @@ fn a_damaged_record_is_not_believed() {
     host.put(DAEMON, b"{\"a\":1}");
     host.apply(&local(), false).unwrap();
     let kept = host
-        .place("/var/lib/ifnewer-setup/docker")
-        .join(record::digest(b"{\"a\":1}"));
+        .resolve("/var/lib/ifnewer-setup/docker")
+        .join(undo::digest(b"{\"a\":1}"));
     fs::write(kept, "{\"a\":2}").unwrap();
     let told = host.undo(false).unwrap_err().to_string();
     assert!(told.contains("damaged"), "{told}");

@@ -2,30 +2,31 @@
 
 use super::*;
 
-fn planned(client: Client, way: &Way, held: &Held) -> Plan {
-    plan_for(way, &options(client), held).unwrap_or_else(|refused| panic!("{}: {refused}", client.name()))
+fn planned(client: Client, endpoint: &CacheEndpoint, held: &MemoryFs) -> Plan {
+    plan_for(endpoint, &options(client), held)
+        .unwrap_or_else(|refused| panic!("{}: {refused}", client.name()))
 }
 
-fn refused(client: Client, held: &Held) -> Refused {
+fn refused(client: Client, held: &MemoryFs) -> SetupError {
     plan_for(&local(), &options(client), held).unwrap_err()
 }
 
 #[test]
 fn what_is_already_so_stays_so() {
-    let runner = Held::with(
+    let runner = MemoryFs::with(
         "/etc/gitlab-runner/config.toml",
         "[[runners]]\nexecutor = \"docker\"\n[runners.docker]\nimage = \"a\"\n",
     );
     for client in Client::ALL {
-        for way in [local(), remote()] {
+        for endpoint in [local(), remote()] {
             let held = if client == Client::GitlabRunner {
                 &runner
             } else {
-                &Held::default()
+                &MemoryFs::default()
             };
-            let first = planned(client, &way, held);
+            let first = planned(client, &endpoint, held);
             let after = carried_out(held, &first);
-            let second = planned(client, &way, &after);
+            let second = planned(client, &endpoint, &after);
             assert_eq!(
                 carried_out(&after, &second).files,
                 after.files,
@@ -38,14 +39,14 @@ fn what_is_already_so_stays_so() {
 
 #[test]
 fn docker_gets_a_mirror() {
-    let plan = planned(Client::Docker, &local(), &Held::default());
+    let plan = planned(Client::Docker, &local(), &MemoryFs::default());
     assert_eq!(
         text(&plan, "/etc/docker/daemon.json"),
         "{\n  \"registry-mirrors\": [\"http://127.0.0.1:5000\"]\n}\n"
     );
     assert_eq!(plan.files.len(), 1, "loopback needs no certificate");
 
-    let plan = planned(Client::Docker, &remote(), &Held::default());
+    let plan = planned(Client::Docker, &remote(), &MemoryFs::default());
     assert!(text(&plan, "/etc/docker/daemon.json").contains("https://cache.example.org:5000"));
     assert_eq!(
         text(&plan, "/etc/docker/certs.d/cache.example.org:5000/ca.crt"),
@@ -59,7 +60,7 @@ fn docker_keeps_what_is_there() {
     let plan = planned(
         Client::Docker,
         &local(),
-        &Held::with("/etc/docker/daemon.json", before),
+        &MemoryFs::with("/etc/docker/daemon.json", before),
     );
     assert_eq!(
         text(&plan, "/etc/docker/daemon.json"),
@@ -70,7 +71,7 @@ fn docker_keeps_what_is_there() {
     let plan = planned(
         Client::Docker,
         &local(),
-        &Held::with("/etc/docker/daemon.json", slash),
+        &MemoryFs::with("/etc/docker/daemon.json", slash),
     );
     assert_eq!(
         text(&plan, "/etc/docker/daemon.json"),
@@ -81,7 +82,7 @@ fn docker_keeps_what_is_there() {
 
 #[test]
 fn docker_with_another_mirror_is_asked_about() {
-    let held = Held::with(
+    let held = MemoryFs::with(
         "/etc/docker/daemon.json",
         "{\"registry-mirrors\": [\n  \"https://m\"\n]}",
     );
@@ -95,7 +96,7 @@ fn docker_with_another_mirror_is_asked_about() {
         "{\"registry-mirrors\": [\n  \"http://127.0.0.1:5000\",\n  \"https://m\"\n]}"
     );
     for wrong in [r#"{"registry-mirrors": "x"}"#, r#"{"registry-mirrors": [1]}"#] {
-        let held = Held::with("/etc/docker/daemon.json", wrong);
+        let held = MemoryFs::with("/etc/docker/daemon.json", wrong);
         assert!(
             conflict(&refused(Client::Docker, &held)).contains("not a list"),
             "{wrong}"
@@ -105,7 +106,7 @@ fn docker_with_another_mirror_is_asked_about() {
 
 #[test]
 fn containerd_gets_a_file_for_each_registry() {
-    let plan = planned(Client::Containerd, &local(), &Held::default());
+    let plan = planned(Client::Containerd, &local(), &MemoryFs::default());
     assert_eq!(
         text(&plan, "/etc/containerd/config.toml"),
         "version = 2\n\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\nconfig_path = \"/etc/containerd/certs.d\"\n"
@@ -117,7 +118,7 @@ fn containerd_gets_a_file_for_each_registry() {
     );
     assert!(text(&plan, "/etc/containerd/certs.d/ghcr.io/hosts.toml").contains("https://ghcr.io"));
 
-    let plan = planned(Client::Containerd, &remote(), &Held::default());
+    let plan = planned(Client::Containerd, &remote(), &MemoryFs::default());
     let hosts = text(&plan, "/etc/containerd/certs.d/ghcr.io/hosts.toml");
     assert!(
         hosts.contains("ca = \"/etc/containerd/ifnewer-ca.crt\""),
@@ -130,7 +131,7 @@ fn containerd_gets_a_file_for_each_registry() {
 fn containerd_keeps_what_is_there() {
     let config = "# mine\nversion = 3\nroot = \"/r\"\n\n[plugins.'io.containerd.cri.v1.images'.registry]\n  # none yet\n";
     let hosts = "# as the vendor ships it\nserver = \"https://ghcr.io\"";
-    let held = Held::with("/etc/containerd/config.toml", config)
+    let held = MemoryFs::with("/etc/containerd/config.toml", config)
         .and("/etc/containerd/certs.d/ghcr.io/hosts.toml", hosts);
     let plan = planned(Client::Containerd, &local(), &held);
     assert_eq!(
@@ -149,7 +150,7 @@ fn containerd_keeps_what_is_there() {
 fn containerds_own_folder_is_used() {
     let config =
         "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\nconfig_path = \"/opt/hosts\"\n";
-    let held = Held::with("/etc/containerd/config.toml", config);
+    let held = MemoryFs::with("/etc/containerd/config.toml", config);
     let plan = planned(Client::Containerd, &local(), &held);
     assert_eq!(text(&plan, "/etc/containerd/config.toml"), config);
     assert!(plan.by_hand.is_empty(), "nothing to restart");
@@ -175,7 +176,7 @@ fn m04_each_default_configuration_gets_its_config_path() {
         of_2(4, "/etc/containerd/certs.d:/etc/docker/certs.d"),
         "version = 4\n".to_owned(),
     ] {
-        let held = Held::with("/etc/containerd/config.toml", &config);
+        let held = MemoryFs::with("/etc/containerd/config.toml", &config);
         let plan = planned(Client::Containerd, &local(), &held);
         let edited = text(&plan, "/etc/containerd/config.toml");
         assert_eq!(edited.matches(usual).count(), 1, "{edited}");
@@ -219,7 +220,7 @@ fn m05_referrers_are_named_where_containerd_knows_them() {
         ),
         (Some("no version at all"), 4, three),
     ] {
-        let mut held = Held::with("/etc/containerd/config.toml", &config(version));
+        let mut held = MemoryFs::with("/etc/containerd/config.toml", &config(version));
         held.version = printed;
         let plan = planned(Client::Containerd, &local(), &held);
         let path = "/etc/containerd/certs.d/ghcr.io/hosts.toml";
@@ -235,7 +236,7 @@ fn m05_referrers_are_named_where_containerd_knows_them() {
         for former in [both, three] {
             let hosts =
                 format!("server = \"s\"\n\n[host.\"http://127.0.0.1:5000\"] # the cache\n{former}# end\n");
-            let mut held = Held::with("/etc/containerd/config.toml", &config(version)).and(path, &hosts);
+            let mut held = MemoryFs::with("/etc/containerd/config.toml", &config(version)).and(path, &hosts);
             held.version = printed;
             let plan = planned(Client::Containerd, &local(), &held);
             assert_eq!(text(&plan, path), hosts.replace(former, capabilities));
@@ -245,8 +246,8 @@ fn m05_referrers_are_named_where_containerd_knows_them() {
 
 #[test]
 fn k7_a_registry_with_a_port_keeps_its_name_and_scheme() {
-    let mut way = local();
-    way.upstreams = vec![
+    let mut endpoint = local();
+    endpoint.upstreams = vec![
         https("tls.example:5000"),
         Registry {
             name: "plain.example:5000".into(),
@@ -254,7 +255,7 @@ fn k7_a_registry_with_a_port_keeps_its_name_and_scheme() {
         },
     ];
     let all = |client| {
-        let plan = plan_for(&way, &options(client), &Held::default()).unwrap();
+        let plan = plan_for(&endpoint, &options(client), &MemoryFs::default()).unwrap();
         let files = plan.files.iter().map(|file| {
             let text = String::from_utf8(file.bytes.clone()).unwrap();
             format!("# {}\n{text}", file.path.display())
@@ -304,19 +305,19 @@ fn containerd_that_says_something_else_is_left_alone() {
         ("version = 5\n".to_owned(), "versions 2, 3 and 4"),
         ("version = 2\nplugins = { x = { } }\n".to_owned(), "by machine"),
     ] {
-        let held = Held::with("/etc/containerd/config.toml", &config);
+        let held = MemoryFs::with("/etc/containerd/config.toml", &config);
         let told = refused(Client::Containerd, &held);
         assert!(conflict(&told).contains(part), "{config}: {told}");
     }
-    let held = Held::with("/etc/containerd/config.toml", "version = 2\n[x\n");
+    let held = MemoryFs::with("/etc/containerd/config.toml", "version = 2\n[x\n");
     let told = refused(Client::Containerd, &held);
-    assert!(matches!(told, Refused::Unreadable { line: 2, .. }), "{told}");
+    assert!(matches!(told, SetupError::Unreadable { line: 2, .. }), "{told}");
 }
 
 #[test]
 fn containerd_with_another_host_is_asked_about() {
     let path = "/etc/containerd/certs.d/ghcr.io/hosts.toml";
-    let held = Held::with(
+    let held = MemoryFs::with(
         path,
         "server = \"s\"\n\n[host.\"https://other\"]\n  capabilities = [\"pull\"]\n",
     );
@@ -328,7 +329,7 @@ fn containerd_with_another_host_is_asked_about() {
         "{hosts}"
     );
 
-    let held = Held::with(
+    let held = MemoryFs::with(
         path,
         "[host.\"http://127.0.0.1:5000\"]\ncapabilities = [\"push\"]\n",
     );
@@ -337,14 +338,14 @@ fn containerd_with_another_host_is_asked_about() {
 
 #[test]
 fn k3s_gets_its_file_or_is_asked_about() {
-    let plan = planned(Client::K3s, &remote(), &Held::default());
+    let plan = planned(Client::K3s, &remote(), &MemoryFs::default());
     assert_eq!(
         text(&plan, "/etc/rancher/k3s/registries.yaml"),
         "mirrors:\n  \"docker.io\":\n    endpoint:\n      - \"https://cache.example.org:5000\"\n  \"ghcr.io\":\n    \
          endpoint:\n      - \"https://cache.example.org:5000\"\nconfigs:\n  \"cache.example.org:5000\":\n    tls:\n      \
          ca_file: \"/etc/rancher/k3s/ifnewer-ca.crt\"\n"
     );
-    let held = Held::with("/etc/rancher/k3s/registries.yaml", "mirrors:\n  docker.io: {}\n");
+    let held = MemoryFs::with("/etc/rancher/k3s/registries.yaml", "mirrors:\n  docker.io: {}\n");
     let told = refused(Client::K3s, &held).to_string();
     assert!(
         told.contains("not merged") && told.contains("endpoint:"),
@@ -354,7 +355,7 @@ fn k3s_gets_its_file_or_is_asked_about() {
 
 #[test]
 fn podman_gets_a_file_of_ours() {
-    let plan = planned(Client::Podman, &local(), &Held::default());
+    let plan = planned(Client::Podman, &local(), &MemoryFs::default());
     let conf = text(&plan, "/etc/containers/registries.conf.d/50-ifnewer.conf");
     let root: toml::Table = toml::from_str(conf).unwrap();
     let second = &root["registry"][1];
@@ -365,7 +366,7 @@ fn podman_gets_a_file_of_ours() {
     );
     assert_eq!(second["mirror"][0]["insecure"].as_bool(), Some(true));
 
-    let plan = planned(Client::Podman, &remote(), &Held::default());
+    let plan = planned(Client::Podman, &remote(), &MemoryFs::default());
     assert!(!text(&plan, "/etc/containers/registries.conf.d/50-ifnewer.conf").contains("insecure"));
     assert_eq!(
         text(&plan, "/etc/containers/certs.d/cache.example.org:5000/ca.crt"),
@@ -376,7 +377,7 @@ fn podman_gets_a_file_of_ours() {
 #[test]
 fn podman_with_another_file_for_the_same_registry_is_asked_about() {
     let theirs = "[[registry]]\nlocation = \"ghcr.io\"\n";
-    let held = Held::with("/etc/containers/registries.conf.d/99-mine.conf", theirs);
+    let held = MemoryFs::with("/etc/containers/registries.conf.d/99-mine.conf", theirs);
     let told = refused(Client::Podman, &held).to_string();
     assert!(
         told.contains("99-mine.conf") && told.contains("127.0.0.1:5000/ghcr.io"),
@@ -389,11 +390,11 @@ fn podman_with_another_file_for_the_same_registry_is_asked_about() {
     planned(
         Client::Podman,
         &local(),
-        &Held::with("/etc/containers/registries.conf", unrelated),
+        &MemoryFs::with("/etc/containers/registries.conf", unrelated),
     );
 
     let first = "[registries.search]\nregistries = ['docker.io']\n";
-    let held = Held::with("/etc/containers/registries.conf", first);
+    let held = MemoryFs::with("/etc/containers/registries.conf", first);
     assert!(conflict(&refused(Client::Podman, &held)).contains("version 1"));
     assert!(
         plan_for(&local(), &forced(Client::Podman), &held).is_err(),
@@ -403,7 +404,7 @@ fn podman_with_another_file_for_the_same_registry_is_asked_about() {
 
 #[test]
 fn buildkit_is_merged() {
-    let plan = planned(Client::Buildkit, &local(), &Held::default());
+    let plan = planned(Client::Buildkit, &local(), &MemoryFs::default());
     let root: toml::Table = toml::from_str(text(&plan, "/etc/buildkit/buildkitd.toml")).unwrap();
     assert_eq!(
         root["registry"]["ghcr.io"]["mirrors"][0].as_str(),
@@ -413,7 +414,7 @@ fn buildkit_is_merged() {
 
     let before =
         "# mine\ndebug = true\n[registry.\"docker.io\"]\n  insecure = false # no\n[worker.oci]\ngc = true";
-    let held = Held::with("/etc/buildkit/buildkitd.toml", before);
+    let held = MemoryFs::with("/etc/buildkit/buildkitd.toml", before);
     let plan = planned(Client::Buildkit, &remote(), &held);
     let after = text(&plan, "/etc/buildkit/buildkitd.toml");
     assert!(
@@ -427,7 +428,7 @@ fn buildkit_is_merged() {
         "{after}"
     );
 
-    let held = Held::with(
+    let held = MemoryFs::with(
         "/etc/buildkit/buildkitd.toml",
         "[registry.\"ghcr.io\"]\nmirrors = [\"m\"]\n",
     );
@@ -462,7 +463,7 @@ fn every_docker_runner_gets_the_mounts() {
       "/cache",
     ]
 "#;
-    let plan = planned(Client::GitlabRunner, &remote(), &Held::with(path, before));
+    let plan = planned(Client::GitlabRunner, &remote(), &MemoryFs::with(path, before));
     let after = text(&plan, path);
     let mount = "\"/etc/ifnewer/dind/daemon.json:/etc/docker/daemon.json:ro\", \
                  \"/etc/ifnewer/dind/certs.d:/etc/docker/certs.d:ro\"";
@@ -477,14 +478,16 @@ fn every_docker_runner_gets_the_mounts() {
     assert!(text(&plan, "/etc/ifnewer/dind/daemon.json").contains("https://cache.example.org:5000"));
 
     let shell = "[[runners]]\nexecutor = \"shell\"\n";
-    assert!(conflict(&refused(Client::GitlabRunner, &Held::with(path, shell))).contains("no [[runners]]"));
-    let none = planned(Client::GitlabRunner, &remote(), &Held::default());
+    assert!(
+        conflict(&refused(Client::GitlabRunner, &MemoryFs::with(path, shell))).contains("no [[runners]]")
+    );
+    let none = planned(Client::GitlabRunner, &remote(), &MemoryFs::default());
     assert!(none.by_hand[0].contains("volumes = [\"/cache\", "), "{none:?}");
 }
 
 #[test]
 fn a_daemon_in_a_container_gets_files_to_mount() {
-    let plan = planned(Client::Dind, &remote(), &Held::default());
+    let plan = planned(Client::Dind, &remote(), &MemoryFs::default());
     assert!(text(&plan, "/etc/ifnewer/dind/daemon.json").contains("https://cache.example.org:5000"));
     assert_eq!(
         text(&plan, "/etc/ifnewer/dind/certs.d/cache.example.org:5000/ca.crt"),
@@ -493,7 +496,7 @@ fn a_daemon_in_a_container_gets_files_to_mount() {
     assert!(plan.by_hand[0].contains("--volume /etc/ifnewer/dind/daemon.json:/etc/docker/daemon.json:ro"));
 }
 
-fn by_proxy(client: Client, held: &Held) -> Result<Plan, Refused> {
+fn by_proxy(client: Client, held: &MemoryFs) -> Result<Plan, SetupError> {
     let options = Options {
         by_proxy: true,
         ..options(client)
@@ -503,7 +506,7 @@ fn by_proxy(client: Client, held: &Held) -> Result<Plan, Refused> {
 
 #[test]
 fn a_proxy_is_a_drop_in_of_the_unit() {
-    let plan = by_proxy(Client::Docker, &Held::default()).unwrap();
+    let plan = by_proxy(Client::Docker, &MemoryFs::default()).unwrap();
     let conf = text(&plan, "/etc/systemd/system/docker.service.d/90-ifnewer.conf");
     assert!(
         conf.contains("\nEnvironment=\"HTTPS_PROXY=http://127.0.0.1:5000\"\n"),
@@ -521,8 +524,8 @@ fn a_proxy_is_a_drop_in_of_the_unit() {
     );
     for client in [Client::Podman, Client::Dind, Client::GitlabRunner] {
         assert!(matches!(
-            by_proxy(client, &Held::default()),
-            Err(Refused::Impossible(_))
+            by_proxy(client, &MemoryFs::default()),
+            Err(SetupError::Unsupported(_))
         ));
     }
 }
@@ -530,7 +533,7 @@ fn a_proxy_is_a_drop_in_of_the_unit() {
 #[test]
 fn another_proxy_is_asked_about_without_its_password() {
     let path = "/etc/systemd/system/docker.service.d/http-proxy.conf";
-    let held = Held::with(
+    let held = MemoryFs::with(
         path,
         "[Service]\nEnvironment=\"HTTPS_PROXY=http://ann:hush@proxy:3128\"\n",
     );
@@ -539,7 +542,7 @@ fn another_proxy_is_asked_about_without_its_password() {
         told.contains("http-proxy.conf") && !told.contains("hush"),
         "{told}"
     );
-    let held = Held::with(
+    let held = MemoryFs::with(
         "/etc/docker/daemon.json",
         r#"{"proxies":{"https-proxy":"http://p"}}"#,
     );

@@ -4,21 +4,21 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use super::Refused;
-use super::plan::{Files, Plan};
-use super::text::Text;
-use super::way::{Registry, Way};
+use crate::setup::SetupError;
+use crate::setup::edit::text::Text;
+use crate::setup::endpoint::{CacheEndpoint, Registry};
+use crate::setup::plan::{FileSource, Plan};
 
 const REGISTRIES: &str = "/etc/rancher/k3s/registries.yaml";
 const AUTHORITY: &str = "/etc/rancher/k3s/ifnewer-ca.crt";
 
-pub(super) fn plan(way: &Way, files: &dyn Files) -> Result<Plan, Refused> {
+pub(in crate::setup) fn plan(endpoint: &CacheEndpoint, files: &dyn FileSource) -> Result<Plan, SetupError> {
     let mut plan = Plan::default();
     let path = Path::new(REGISTRIES);
     let text = Text::read(path, files.read(path)?)?;
-    let wanted = registries(way);
+    let wanted = registries(endpoint);
     if !text.is_blank() && text.body.replace("\r\n", "\n").trim() != wanted.trim() {
-        return Err(Refused::Conflict {
+        return Err(SetupError::Conflict {
             path: path.to_owned(),
             what: "it is there and says something else; YAML is not merged by machine".to_owned(),
             remedy: format!("Merge by hand:\n{wanted}"),
@@ -26,28 +26,32 @@ pub(super) fn plan(way: &Way, files: &dyn Files) -> Result<Plan, Refused> {
     }
     let bytes = if text.is_blank() { text.with(wanted) } else { text };
     plan.file(path, bytes.into_bytes());
-    if let Some(authority) = &way.authority {
+    if let Some(authority) = &endpoint.ca {
         plan.file(AUTHORITY, authority.pem());
     }
     plan.by_hand("restart k3s on this node: systemctl restart k3s, or k3s-agent; running pods go on");
-    plan.notes.extend(way.warnings.iter().cloned());
+    plan.notes.extend(endpoint.warnings.iter().cloned());
     Ok(plan)
 }
 
-fn registries(way: &Way) -> String {
+fn registries(endpoint: &CacheEndpoint) -> String {
     let mut text = String::from("mirrors:\n");
-    for Registry { name, plain_http } in &way.upstreams {
-        let _ = write!(text, "  \"{name}\":\n    endpoint:\n      - \"{}\"\n", way.url());
+    for Registry { name, plain_http } in &endpoint.upstreams {
+        let _ = write!(
+            text,
+            "  \"{name}\":\n    endpoint:\n      - \"{}\"\n",
+            endpoint.url()
+        );
         // k3s adds the registry itself as the last endpoint, by HTTPS.
         if *plain_http {
             let _ = writeln!(text, "      - \"http://{name}\"");
         }
     }
-    if way.authority.is_some() {
+    if endpoint.ca.is_some() {
         let _ = write!(
             text,
             "configs:\n  \"{}\":\n    tls:\n      ca_file: \"{AUTHORITY}\"\n",
-            way.place()
+            endpoint.host_port()
         );
     }
     text

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
 
-use super::Refused;
-use super::plan::{Files, Plan};
-use super::text::Text;
-use super::toml_text;
-use super::way::{Registry, Way};
+use crate::setup::SetupError;
+use crate::setup::edit::text::Text;
+use crate::setup::edit::toml as edit_toml;
+use crate::setup::endpoint::{CacheEndpoint, Registry};
+use crate::setup::plan::{FileSource, Plan};
 
 const CONFIG: &str = "/etc/containerd/config.toml";
 const HOSTS: &str = "/etc/containerd/certs.d";
@@ -48,7 +48,7 @@ impl Release {
     }
 
     /// The release here: as the program says, or at least as new as its configuration shows.
-    pub(crate) fn find(files: &dyn Files, config: &Table) -> Option<Self> {
+    pub(crate) fn find(files: &dyn FileSource, config: &Table) -> Option<Self> {
         let printed = files.version_of("containerd");
         let configured = config.get("version").and_then(Value::as_integer);
         printed
@@ -57,11 +57,15 @@ impl Release {
     }
 }
 
-pub(super) fn plan(way: &Way, force: bool, files: &dyn Files) -> Result<Plan, Refused> {
+pub(in crate::setup) fn plan(
+    endpoint: &CacheEndpoint,
+    force: bool,
+    files: &dyn FileSource,
+) -> Result<Plan, SetupError> {
     let mut plan = Plan::default();
     let config = Path::new(CONFIG);
     let text = Text::read(config, files.read(config)?)?;
-    let release = Release::find(files, &toml_text::read(config, &text)?);
+    let release = Release::find(files, &edit_toml::read(config, &text)?);
     let (edited, hosts) = config_path(config, &text)?;
     if edited != text {
         plan.by_hand(
@@ -76,13 +80,13 @@ pub(super) fn plan(way: &Way, force: bool, files: &dyn Files) -> Result<Plan, Re
         }
     }
     plan.file(config, edited.into_bytes());
-    if let Some(authority) = &way.authority {
+    if let Some(authority) = &endpoint.ca {
         plan.file(AUTHORITY, authority.pem());
     }
-    for upstream in &way.upstreams {
+    for upstream in &endpoint.upstreams {
         let path = hosts.join(&*upstream.name).join("hosts.toml");
         let text = Text::read(&path, files.read(&path)?)?;
-        let host = Host::new(way, release);
+        let host = Host::new(endpoint, release);
         let edited = host.in_file(&path, &text, upstream, force)?;
         plan.file(path, edited.into_bytes());
     }
@@ -93,13 +97,13 @@ pub(super) fn plan(way: &Way, force: bool, files: &dyn Files) -> Result<Plan, Re
              add \"referrers\" to `capabilities`, or questions about signatures go past the cache",
         );
     }
-    plan.notes.extend(way.warnings.iter().cloned());
+    plan.notes.extend(endpoint.warnings.iter().cloned());
     Ok(plan)
 }
 
 /// The configuration with a folder for `hosts.toml`, and which folder that is.
-fn config_path(path: &Path, text: &Text) -> Result<(Text, PathBuf), Refused> {
-    let conflict = |what: String, remedy: &str| Refused::Conflict {
+fn config_path(path: &Path, text: &Text) -> Result<(Text, PathBuf), SetupError> {
+    let conflict = |what: String, remedy: &str| SetupError::Conflict {
         path: path.to_owned(),
         what,
         remedy: remedy.to_owned(),
@@ -107,11 +111,11 @@ fn config_path(path: &Path, text: &Text) -> Result<(Text, PathBuf), Refused> {
     if text.is_blank() {
         let fresh = format!(
             "version = 2\n\n{}\nconfig_path = \"{HOSTS}\"\n",
-            toml_text::header(REGISTRY_OF_2)
+            edit_toml::header(REGISTRY_OF_2)
         );
         return Ok((text.with(fresh), PathBuf::from(HOSTS)));
     }
-    let root = toml_text::read(path, text)?;
+    let root = edit_toml::read(path, text)?;
     let section = match root.get("version").and_then(Value::as_integer) {
         Some(2) => REGISTRY_OF_2,
         // The names of the plugins did not change with version 4.
@@ -126,7 +130,7 @@ fn config_path(path: &Path, text: &Text) -> Result<(Text, PathBuf), Refused> {
             ));
         }
     };
-    let registry = toml_text::table(&root, section);
+    let registry = edit_toml::table(&root, section);
     // `containerd config default` of 1.x writes both as empty sections, which hinder nothing.
     let is_used = |name: &str| {
         let section = registry.and_then(|registry| registry.get(name)?.as_table());
@@ -144,7 +148,7 @@ fn config_path(path: &Path, text: &Text) -> Result<(Text, PathBuf), Refused> {
         .and_then(|registry| registry.get("config_path"))
         .map(Value::as_str)
     {
-        Some(Some("" | HOSTS_BY_DEFAULT)) => toml_text::replace(text, section, "config_path", &hosts),
+        Some(Some("" | HOSTS_BY_DEFAULT)) => edit_toml::replace(text, section, "config_path", &hosts),
         Some(Some(folders)) if folders.contains(':') => {
             return Err(conflict(
                 format!(
@@ -160,14 +164,14 @@ fn config_path(path: &Path, text: &Text) -> Result<(Text, PathBuf), Refused> {
                 "Make it one absolute path.",
             ));
         }
-        None => toml_text::set(text, section, "config_path", &hosts),
+        None => edit_toml::set(text, section, "config_path", &hosts),
     };
     let edited = edited.ok_or_else(|| {
         conflict(
             "it is written in a way that cannot be edited by machine".to_owned(),
             &format!(
                 "Write by hand: {}  config_path = \"{HOSTS}\"",
-                toml_text::header(section)
+                edit_toml::header(section)
             ),
         )
     })?;
@@ -182,7 +186,7 @@ struct Host {
 
 impl Host {
     /// What the section says for this release of containerd; for an unknown one, what every release reads.
-    fn new(way: &Way, release: Option<Release>) -> Self {
+    fn new(endpoint: &CacheEndpoint, release: Option<Release>) -> Self {
         let knows_referrers = release >= Some(REFERRERS_SINCE);
         let capabilities = ["pull", "resolve"]
             .into_iter()
@@ -190,11 +194,11 @@ impl Host {
         let capabilities = capabilities.map(|name| Value::String(name.to_owned())).collect();
         let mut settings = Table::new();
         settings.insert("capabilities".to_owned(), Value::Array(capabilities));
-        if way.authority.is_some() {
+        if endpoint.ca.is_some() {
             settings.insert("ca".to_owned(), Value::String(AUTHORITY.to_owned()));
         }
         Self {
-            url: way.url(),
+            url: endpoint.url(),
             settings,
         }
     }
@@ -212,9 +216,15 @@ impl Host {
     }
 
     /// The `hosts.toml` of one registry with the cache as its first host.
-    fn in_file(&self, path: &Path, text: &Text, upstream: &Registry, force: bool) -> Result<Text, Refused> {
+    fn in_file(
+        &self,
+        path: &Path,
+        text: &Text,
+        upstream: &Registry,
+        force: bool,
+    ) -> Result<Text, SetupError> {
         let section = ["host", self.url.as_str()];
-        let header = toml_text::header(&section);
+        let header = edit_toml::header(&section);
         if text.is_blank() {
             return Ok(text.with(format!(
                 "server = \"{}\"\n\n{header}\n{}",
@@ -222,8 +232,8 @@ impl Host {
                 self.settings
             )));
         }
-        let root = toml_text::read(path, text)?;
-        let conflict = |what: &str, remedy: String| Refused::Conflict {
+        let root = edit_toml::read(path, text)?;
+        let conflict = |what: &str, remedy: String| SetupError::Conflict {
             path: path.to_owned(),
             what: what.to_owned(),
             remedy,
@@ -248,7 +258,7 @@ impl Host {
             Some(Some(held)) if *held == self.settings => return Ok(text.clone()),
             Some(Some(held)) if self.differs_by_release(held) => {
                 let capabilities = self.settings.get("capabilities").ok_or_else(unedited)?;
-                return toml_text::replace(text, &section, "capabilities", capabilities).ok_or_else(unedited);
+                return edit_toml::replace(text, &section, "capabilities", capabilities).ok_or_else(unedited);
             }
             Some(_) => {
                 return Err(conflict(
@@ -268,7 +278,7 @@ impl Host {
                 ),
             ));
         }
-        toml_text::add(text, &section, &self.settings, Some("host")).ok_or_else(unedited)
+        edit_toml::add(text, &section, &self.settings, Some("host")).ok_or_else(unedited)
     }
 }
 

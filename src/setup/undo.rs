@@ -7,47 +7,47 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use super::Refused;
-use super::disk::{Owner, Root};
-use super::plan::Files;
+use super::SetupError;
+use super::plan::FileSource;
+use super::root_fs::{Owner, RootFs};
 use crate::oci::digest::{Algorithm, Digest};
 
 /// Where records are kept. Not in the cache's folders: what is put back as root must not lie where the cache's user
 /// could change it.
-const FOLDER: &str = "/var/lib/ifnewer-setup";
+const RECORDS_FOLDER: &str = "/var/lib/ifnewer-setup";
 
 /// The records of one job are for the eyes of who did it: what was there before may hold credentials.
-const ONLY_OWNER: u32 = 0o600;
+const OWNER_ONLY: u32 = 0o600;
 
 /// What one job has written.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Record {
+pub(super) struct UndoRecord {
     version: u32,
-    pub(super) files: Vec<Written>,
-    /// Made on the way, the outermost first.
+    pub(super) files: Vec<WrittenFile>,
+    /// Made on the endpoint, the outermost first.
     pub(super) folders: Vec<PathBuf>,
 }
 
 /// One file that was written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Written {
+pub(super) struct WrittenFile {
     pub(super) path: PathBuf,
     /// What was there; nothing if the file is ours alone.
-    pub(super) before: Option<Former>,
+    pub(super) before: Option<Original>,
     /// The digest of what was written.
     pub(super) after: String,
 }
 
 /// A file as it was before.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Former {
+pub(super) struct Original {
     pub(super) digest: String,
     pub(super) owner: Owner,
 }
 
 /// How a file stands to what was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum FileState {
     /// As it was written.
     AsWritten,
     /// As it was before: someone took it back by hand.
@@ -56,8 +56,8 @@ pub enum State {
     Changed,
 }
 
-impl Record {
-    pub(super) fn new(files: Vec<Written>, folders: Vec<PathBuf>) -> Self {
+impl UndoRecord {
+    pub(super) fn new(files: Vec<WrittenFile>, folders: Vec<PathBuf>) -> Self {
         Self {
             version: 1,
             files,
@@ -65,29 +65,29 @@ impl Record {
         }
     }
 
-    pub(super) fn find(&self, path: &Path) -> Option<&Written> {
+    pub(super) fn find(&self, path: &Path) -> Option<&WrittenFile> {
         self.files.iter().find(|written| written.path == path)
     }
 
     /// Every digest that undoing or explaining needs.
     fn digests(&self) -> impl Iterator<Item = &str> {
         self.files.iter().flat_map(|written| {
-            let before = written.before.as_ref().map(|former| former.digest.as_str());
+            let before = written.before.as_ref().map(|original| original.digest.as_str());
             before.into_iter().chain(Some(written.after.as_str()))
         })
     }
 }
 
-impl Written {
+impl WrittenFile {
     /// How what is there now stands to this.
-    pub(super) fn state(&self, now: Option<&[u8]>) -> State {
+    pub(super) fn state(&self, now: Option<&[u8]>) -> FileState {
         let digest = now.map(digest);
         if digest.as_ref() == Some(&self.after) {
-            State::AsWritten
-        } else if digest.as_ref() == self.before.as_ref().map(|former| &former.digest) {
-            State::AsBefore
+            FileState::AsWritten
+        } else if digest.as_ref() == self.before.as_ref().map(|original| &original.digest) {
+            FileState::AsBefore
         } else {
-            State::Changed
+            FileState::Changed
         }
     }
 }
@@ -98,16 +98,16 @@ pub(super) fn digest(bytes: &[u8]) -> String {
 }
 
 /// The folder of one job's record.
-pub(super) struct Shelf<'a> {
-    root: &'a Root,
+pub(super) struct BackupDir<'a> {
+    root: &'a RootFs,
     folder: PathBuf,
 }
 
-impl<'a> Shelf<'a> {
-    pub(super) fn of(job: &str, root: &'a Root) -> Self {
+impl<'a> BackupDir<'a> {
+    pub(super) fn of(job: &str, root: &'a RootFs) -> Self {
         Self {
             root,
-            folder: Path::new(FOLDER).join(job),
+            folder: Path::new(RECORDS_FOLDER).join(job),
         }
     }
 
@@ -116,38 +116,38 @@ impl<'a> Shelf<'a> {
     }
 
     /// Keeps others out until dropped.
-    pub(super) fn lock(&self) -> Result<File, Refused> {
-        let folder = self.root.target(Path::new(FOLDER))?;
+    pub(super) fn lock(&self) -> Result<File, SetupError> {
+        let folder = self.root.target(Path::new(RECORDS_FOLDER))?;
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&folder)
-            .map_err(|error| Refused::file("cannot make the folder", &folder, error))?;
+            .map_err(|error| SetupError::file("cannot make the folder", &folder, error))?;
         let path = folder.join("LOCK");
         let file = OpenOptions::new()
             .write(true)
             .create(true)
             .truncate(false)
-            .mode(ONLY_OWNER)
+            .mode(OWNER_ONLY)
             .open(&path)
-            .map_err(|error| Refused::file("cannot open", &path, error))?;
+            .map_err(|error| SetupError::file("cannot open", &path, error))?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(file),
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(Refused::Busy { path }),
-            Err(errno) => Err(Refused::file("cannot lock", &path, errno.into())),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(SetupError::Locked { path }),
+            Err(errno) => Err(SetupError::file("cannot lock", &path, errno.into())),
         }
     }
 
     /// What the job has written, if it has.
-    pub(super) fn load(&self) -> Result<Option<Record>, Refused> {
+    pub(super) fn load(&self) -> Result<Option<UndoRecord>, SetupError> {
         let Some(bytes) = self.root.read(&self.record())? else {
             return Ok(None);
         };
-        let wrong = |detail: String| Refused::Record {
-            path: self.root.place(&self.record()),
+        let wrong = |detail: String| SetupError::BadRecord {
+            path: self.root.resolve(&self.record()),
             detail,
         };
-        let record: Record = serde_json::from_slice(&bytes).map_err(|error| wrong(error.to_string()))?;
+        let record: UndoRecord = serde_json::from_slice(&bytes).map_err(|error| wrong(error.to_string()))?;
         match record.version {
             1 => Ok(Some(record)),
             other => Err(wrong(format!("version {other} is not known to this ifnewer"))),
@@ -155,7 +155,7 @@ impl<'a> Shelf<'a> {
     }
 
     /// Keeps bytes that a record will name.
-    pub(super) fn keep(&self, bytes: &[u8]) -> Result<String, Refused> {
+    pub(super) fn save_bytes(&self, bytes: &[u8]) -> Result<String, SetupError> {
         let name = digest(bytes);
         let path = self.folder.join(&name);
         if self.root.read(&path)?.as_deref() != Some(bytes) {
@@ -165,9 +165,9 @@ impl<'a> Shelf<'a> {
     }
 
     /// Bytes that were kept.
-    pub(super) fn kept(&self, name: &str) -> Result<Vec<u8>, Refused> {
-        let wrong = |detail: &str| Refused::Record {
-            path: self.root.place(&self.record()),
+    pub(super) fn read_bytes(&self, name: &str) -> Result<Vec<u8>, SetupError> {
+        let wrong = |detail: &str| SetupError::BadRecord {
+            path: self.root.resolve(&self.record()),
             detail: format!("{name} {detail}"),
         };
         let bytes = self
@@ -182,7 +182,7 @@ impl<'a> Shelf<'a> {
     }
 
     /// Writes the record, after all that it names; then drops what no record names any more.
-    pub(super) fn save(&self, record: &Record) -> Result<(), Refused> {
+    pub(super) fn save(&self, record: &UndoRecord) -> Result<(), SetupError> {
         let text = serde_json::to_vec_pretty(record).unwrap_or_default();
         self.root.write(&self.record(), &text, Some(private()))?;
         for path in self.root.list(&self.folder)? {
@@ -198,7 +198,7 @@ impl<'a> Shelf<'a> {
     }
 
     /// Forgets the job. The record goes first: what is left without it is litter, not a half record.
-    pub(super) fn clear(&self) -> Result<(), Refused> {
+    pub(super) fn clear(&self) -> Result<(), SetupError> {
         self.root.remove(&self.record())?;
         for path in self.root.list(&self.folder)? {
             self.root.remove(&path)?;
@@ -210,7 +210,7 @@ impl<'a> Shelf<'a> {
 
 fn private() -> Owner {
     Owner {
-        mode: ONLY_OWNER,
+        mode: OWNER_ONLY,
         uid: rustix::process::geteuid().as_raw(),
         gid: rustix::process::getegid().as_raw(),
     }

@@ -6,15 +6,15 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 
-use super::Refused;
-use super::plan::Files;
+use super::SetupError;
+use super::plan::FileSource;
 
 /// A configuration longer than this is something else.
 const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
-/// The folder in the place of `/`, for images and tests.
+/// The folder in the full_path of `/`, for images and tests.
 #[derive(Clone, Debug)]
-pub struct Root(PathBuf);
+pub struct RootFs(PathBuf);
 
 /// Whose a file is, and who may read it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -24,12 +24,12 @@ pub(super) struct Owner {
     pub(super) gid: u32,
 }
 
-impl Root {
+impl RootFs {
     /// The folder at `path`, which has to exist.
-    pub fn at(path: &Path) -> Result<Self, Refused> {
+    pub fn open(path: &Path) -> Result<Self, SetupError> {
         match fs::canonicalize(path) {
             Ok(path) => Ok(Self(path)),
-            Err(error) => Err(Refused::file("cannot use as --root", path, error)),
+            Err(error) => Err(SetupError::file("cannot use as --root", path, error)),
         }
     }
 
@@ -39,7 +39,7 @@ impl Root {
     }
 
     /// Where `path`, absolute as the client sees it, is.
-    pub fn place(&self, path: &Path) -> PathBuf {
+    pub fn resolve(&self, path: &Path) -> PathBuf {
         let below = path
             .components()
             .filter(|part| matches!(part, Component::Normal(_)));
@@ -47,25 +47,27 @@ impl Root {
     }
 
     /// The file that is meant by `path`, through links: a link stays one, its target is what is read and written.
-    pub(super) fn target(&self, path: &Path) -> Result<PathBuf, Refused> {
-        let place = self.place(path);
-        let outside = || Refused::Outside { path: place.clone() };
+    pub(super) fn target(&self, path: &Path) -> Result<PathBuf, SetupError> {
+        let full_path = self.resolve(path);
+        let outside = || SetupError::OutsideRoot {
+            path: full_path.clone(),
+        };
         // The deepest part that is there decides; what is missing below it is made.
-        let mut held = place.as_path();
+        let mut existing = full_path.as_path();
         let mut missing = Vec::new();
         loop {
-            match fs::symlink_metadata(held) {
+            match fs::symlink_metadata(existing) {
                 Ok(_) => break,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(Refused::file("cannot read", held, error)),
+                Err(error) => return Err(SetupError::file("cannot read", existing, error)),
             }
-            let (Some(parent), Some(name)) = (held.parent(), held.file_name()) else {
+            let (Some(parent), Some(name)) = (existing.parent(), existing.file_name()) else {
                 return Err(outside());
             };
             missing.push(name);
-            held = parent;
+            existing = parent;
         }
-        let mut target = fs::canonicalize(held).map_err(|_| outside())?;
+        let mut target = fs::canonicalize(existing).map_err(|_| outside())?;
         if !target.starts_with(&self.0) {
             return Err(outside());
         }
@@ -74,7 +76,7 @@ impl Root {
     }
 
     /// Who owns a file that is there.
-    pub(super) fn owner(&self, path: &Path) -> Result<Option<Owner>, Refused> {
+    pub(super) fn owner(&self, path: &Path) -> Result<Option<Owner>, SetupError> {
         let target = self.target(path)?;
         match fs::metadata(&target) {
             Ok(metadata) => Ok(Some(Owner {
@@ -83,33 +85,34 @@ impl Root {
                 gid: metadata.gid(),
             })),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Refused::file("cannot read", &target, error)),
+            Err(error) => Err(SetupError::file("cannot read", &target, error)),
         }
     }
 
     /// Writes a whole file: under another name, synced, then renamed. Folders are made.
-    pub(super) fn write(&self, path: &Path, bytes: &[u8], owner: Option<Owner>) -> Result<(), Refused> {
+    pub(super) fn write(&self, path: &Path, bytes: &[u8], owner: Option<Owner>) -> Result<(), SetupError> {
         let target = self.target(path)?;
         let folder = target.parent().unwrap_or(&self.0);
-        fs::create_dir_all(folder).map_err(|error| Refused::file("cannot make the folder", folder, error))?;
+        fs::create_dir_all(folder)
+            .map_err(|error| SetupError::file("cannot make the folder", folder, error))?;
         let mut name = target.file_name().unwrap_or_default().to_owned();
         name.push(".ifnewer-new");
         let temporary = target.with_file_name(name);
         let written = write_new(&temporary, bytes, owner).and_then(|()| fs::rename(&temporary, &target));
         if let Err(error) = written {
             let _ = fs::remove_file(&temporary);
-            return Err(Refused::file("cannot write", &target, error));
+            return Err(SetupError::file("cannot write", &target, error));
         }
         sync(folder)
     }
 
     /// Removes a file, if it is there.
-    pub(super) fn remove(&self, path: &Path) -> Result<(), Refused> {
+    pub(super) fn remove(&self, path: &Path) -> Result<(), SetupError> {
         let target = self.target(path)?;
         match fs::remove_file(&target) {
             Ok(()) => sync(target.parent().unwrap_or(&self.0)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(Refused::file("cannot remove", &target, error)),
+            Err(error) => Err(SetupError::file("cannot remove", &target, error)),
         }
     }
 
@@ -118,7 +121,7 @@ impl Root {
         let mut missing: Vec<PathBuf> = path
             .ancestors()
             .skip(1)
-            .take_while(|folder| !self.place(folder).exists())
+            .take_while(|folder| !self.resolve(folder).exists())
             .map(Path::to_owned)
             .collect();
         missing.reverse();
@@ -133,8 +136,8 @@ impl Root {
     }
 }
 
-impl Files for Root {
-    fn read(&self, path: &Path) -> Result<Option<Vec<u8>>, Refused> {
+impl FileSource for RootFs {
+    fn read(&self, path: &Path) -> Result<Option<Vec<u8>>, SetupError> {
         let target = self.target(path)?;
         let read = fs::metadata(&target).and_then(|metadata| {
             if metadata.len() > FILE_BYTES_MAX {
@@ -145,20 +148,20 @@ impl Files for Root {
         match read {
             Ok(bytes) => Ok(Some(bytes)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Refused::file("cannot read", &target, error)),
+            Err(error) => Err(SetupError::file("cannot read", &target, error)),
         }
     }
 
-    fn list(&self, folder: &Path) -> Result<Vec<PathBuf>, Refused> {
-        let place = self.place(folder);
-        let entries = match fs::read_dir(&place) {
+    fn list(&self, folder: &Path) -> Result<Vec<PathBuf>, SetupError> {
+        let full_path = self.resolve(folder);
+        let entries = match fs::read_dir(&full_path) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(Refused::file("cannot read", &place, error)),
+            Err(error) => return Err(SetupError::file("cannot read", &full_path, error)),
         };
         let mut found = Vec::new();
         for entry in entries {
-            let entry = entry.map_err(|error| Refused::file("cannot read", &place, error))?;
+            let entry = entry.map_err(|error| SetupError::file("cannot read", &full_path, error))?;
             if entry.path().is_file() {
                 found.push(folder.join(entry.file_name()));
             }
@@ -186,8 +189,8 @@ fn write_new(path: &Path, bytes: &[u8], owner: Option<Owner>) -> io::Result<()> 
         .open(path)?;
     file.write_all(bytes)?;
     if let Some(owner) = owner {
-        let held = file.metadata()?;
-        if (held.uid(), held.gid()) != (owner.uid, owner.gid) {
+        let existing = file.metadata()?;
+        if (existing.uid(), existing.gid()) != (owner.uid, owner.gid) {
             chown(path, Some(owner.uid), Some(owner.gid))?;
         }
     }
@@ -195,8 +198,8 @@ fn write_new(path: &Path, bytes: &[u8], owner: Option<Owner>) -> io::Result<()> 
     file.sync_all()
 }
 
-fn sync(folder: &Path) -> Result<(), Refused> {
+fn sync(folder: &Path) -> Result<(), SetupError> {
     File::open(folder)
         .and_then(|folder| folder.sync_all())
-        .map_err(|error| Refused::file("cannot sync", folder, error))
+        .map_err(|error| SetupError::file("cannot sync", folder, error))
 }

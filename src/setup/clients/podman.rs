@@ -8,17 +8,21 @@ use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
 
-use super::Refused;
-use super::plan::{Files, Plan};
-use super::text::Text;
-use super::toml_text;
-use super::way::{Registry, Scheme, Way};
+use crate::setup::SetupError;
+use crate::setup::edit::text::Text;
+use crate::setup::edit::toml as edit_toml;
+use crate::setup::endpoint::{CacheEndpoint, Registry, Scheme};
+use crate::setup::plan::{FileSource, Plan};
 
 const MAIN: &str = "/etc/containers/registries.conf";
 const FURTHER: &str = "/etc/containers/registries.conf.d";
 const OURS: &str = "/etc/containers/registries.conf.d/50-ifnewer.conf";
 
-pub(super) fn plan(way: &Way, force: bool, files: &dyn Files) -> Result<Plan, Refused> {
+pub(in crate::setup) fn plan(
+    endpoint: &CacheEndpoint,
+    force: bool,
+    files: &dyn FileSource,
+) -> Result<Plan, SetupError> {
     let mut others: Vec<PathBuf> = files.list(Path::new(FURTHER))?;
     others.retain(|path| {
         path.extension().is_some_and(|extension| extension == "conf") && path != Path::new(OURS)
@@ -27,15 +31,15 @@ pub(super) fn plan(way: &Way, force: bool, files: &dyn Files) -> Result<Plan, Re
     for path in others {
         if let Some(bytes) = files.read(&path)? {
             let text = Text::read(&path, Some(bytes))?;
-            objections(&path, &toml_text::read(&path, &text)?, way, force)?;
+            objections(&path, &edit_toml::read(&path, &text)?, endpoint, force)?;
         }
     }
     let mut plan = Plan::default();
     let ours = Path::new(OURS);
-    let wanted = registries(way);
+    let wanted = registries(endpoint);
     match files.read(ours)? {
         Some(held) if held != wanted.as_bytes() && !force => {
-            return Err(Refused::Conflict {
+            return Err(SetupError::Conflict {
                 path: ours.to_owned(),
                 what: "it is there and says something else".to_owned(),
                 remedy: "With --force it is replaced; --undo brings it back.".to_owned(),
@@ -43,23 +47,23 @@ pub(super) fn plan(way: &Way, force: bool, files: &dyn Files) -> Result<Plan, Re
         }
         _ => plan.file(ours, wanted),
     }
-    if let Some(authority) = &way.authority {
+    if let Some(authority) = &endpoint.ca {
         plan.file(
-            format!("/etc/containers/certs.d/{}/ca.crt", way.place()),
+            format!("/etc/containers/certs.d/{}/ca.crt", endpoint.host_port()),
             authority.pem(),
         );
     }
     plan.note(
         "podman, skopeo and buildah read it at every start; a running CRI-O after: systemctl reload crio",
     );
-    plan.notes.extend(way.warnings.iter().cloned());
+    plan.notes.extend(endpoint.warnings.iter().cloned());
     Ok(plan)
 }
 
 /// Of two sections for one prefix, the file read last wins whole; and version 1 of the format tolerates no other.
-fn objections(path: &Path, root: &Table, way: &Way, force: bool) -> Result<(), Refused> {
+fn objections(path: &Path, root: &Table, endpoint: &CacheEndpoint, force: bool) -> Result<(), SetupError> {
     if root.contains_key("registries") {
-        return Err(Refused::Conflict {
+        return Err(SetupError::Conflict {
             path: path.to_owned(),
             what: "it is in version 1 of the format ([registries.…]), beside which no other file is accepted"
                 .to_owned(),
@@ -70,8 +74,13 @@ fn objections(path: &Path, root: &Table, way: &Way, force: bool) -> Result<(), R
     for registry in registries.into_iter().flatten() {
         let text = |key: &str| registry.get(key).and_then(Value::as_str);
         let prefix = text("prefix").or_else(|| text("location")).unwrap_or_default();
-        if !force && way.upstreams.iter().any(|upstream| *upstream.name == *prefix) {
-            return Err(Refused::Conflict {
+        if !force
+            && endpoint
+                .upstreams
+                .iter()
+                .any(|upstream| *upstream.name == *prefix)
+        {
+            return Err(SetupError::Conflict {
                 path: path.to_owned(),
                 what: format!(
                     "it has a [[registry]] for {prefix} already; of two, the file read last wins whole"
@@ -79,7 +88,7 @@ fn objections(path: &Path, root: &Table, way: &Way, force: bool) -> Result<(), R
                 remedy: format!(
                     "Put our [[registry.mirror]] there (location = \"{}/{prefix}\") and disable the others, or \
                      use --force to write {OURS} nevertheless.",
-                    way.place()
+                    endpoint.host_port()
                 ),
             });
         }
@@ -87,18 +96,18 @@ fn objections(path: &Path, root: &Table, way: &Way, force: bool) -> Result<(), R
     Ok(())
 }
 
-fn registries(way: &Way) -> String {
+fn registries(endpoint: &CacheEndpoint) -> String {
     let mut text =
         String::from("# Written by `ifnewer setup podman`; `ifnewer setup podman --undo` takes it back.\n");
-    for Registry { name, plain_http } in &way.upstreams {
+    for Registry { name, plain_http } in &endpoint.upstreams {
         let insecure = if *plain_http { "insecure = true\n" } else { "" };
         let _ = write!(
             text,
             "\n[[registry]]\nprefix = \"{name}\"\nlocation = \"{name}\"\n{insecure}\n[[registry.mirror]]\n\
              location = \"{}/{name}\"\n",
-            way.place()
+            endpoint.host_port()
         );
-        if way.scheme == Scheme::Http {
+        if endpoint.scheme == Scheme::Http {
             text.push_str("insecure = true\n");
         }
     }

@@ -6,15 +6,15 @@ use std::path::Path;
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
-use super::Refused;
-use super::text::Text;
+use crate::setup::SetupError;
+use crate::setup::edit::text::Text;
 
 /// What a text means.
-pub(super) fn read(path: &Path, text: &Text) -> Result<Table, Refused> {
+pub(in crate::setup) fn read(path: &Path, text: &Text) -> Result<Table, SetupError> {
     toml::from_str(&text.body).map_err(|error: toml::de::Error| {
         let at = error.span().map_or(0, |span| span.start);
         let before = text.body.get(..at).unwrap_or(&text.body);
-        Refused::Unreadable {
+        SetupError::Unreadable {
             path: path.to_owned(),
             line: 1 + before.matches('\n').count(),
             detail: error.message().to_owned(),
@@ -23,14 +23,14 @@ pub(super) fn read(path: &Path, text: &Text) -> Result<Table, Refused> {
 }
 
 /// The table at `path`, as far as everything on the way is a table.
-pub(super) fn table<'a>(root: &'a Table, path: &[&str]) -> Option<&'a Table> {
+pub(in crate::setup) fn table<'a>(root: &'a Table, path: &[&str]) -> Option<&'a Table> {
     path.iter()
         .try_fold(root, |table, name| table.get(*name)?.as_table())
 }
 
 /// `key = value` in the section at `section`, which is begun at the end of the file if it has none. `None` if that
 /// cannot be done without changing something else.
-pub(super) fn set(text: &Text, section: &[&str], key: &str, value: &Value) -> Option<Text> {
+pub(in crate::setup) fn set(text: &Text, section: &[&str], key: &str, value: &Value) -> Option<Text> {
     let meant = {
         let mut root: Table = toml::from_str(&text.body).ok()?;
         let table = section.iter().try_fold(&mut root, |table, name| {
@@ -52,7 +52,7 @@ pub(super) fn set(text: &Text, section: &[&str], key: &str, value: &Value) -> Op
 
 /// The value of `key` in the section at `section` made `value`, its notation and all else kept. `None` where there is
 /// no such value, or nothing but a rewrite would do it.
-pub(super) fn replace(text: &Text, section: &[&str], key: &str, value: &Value) -> Option<Text> {
+pub(in crate::setup) fn replace(text: &Text, section: &[&str], key: &str, value: &Value) -> Option<Text> {
     let mut meant: Table = toml::from_str(&text.body).ok()?;
     let table = section
         .iter()
@@ -74,7 +74,7 @@ pub(super) fn replace(text: &Text, section: &[&str], key: &str, value: &Value) -
 }
 
 /// The text with `line` after a header of `section`, for each line that may be one.
-pub(super) fn after_headers(text: &Text, section: &[&str], line: &str) -> Vec<Text> {
+pub(in crate::setup) fn after_headers(text: &Text, section: &[&str], line: &str) -> Vec<Text> {
     headers(text)
         .filter(|(_, path)| path.iter().eq(section))
         .map(|(at, _)| text.inserted(at + 1, &format!("{}{line}", indent(text, at + 1))))
@@ -83,11 +83,16 @@ pub(super) fn after_headers(text: &Text, section: &[&str], line: &str) -> Vec<Te
 
 /// A whole section `[section]` with these lines, before the first section whose path begins with `before`, or at the
 /// end. `None` if that would change something else.
-pub(super) fn add(text: &Text, section: &[&str], body: &Table, before: Option<&str>) -> Option<Text> {
+pub(in crate::setup) fn add(
+    text: &Text,
+    section: &[&str],
+    body: &Table,
+    before: Option<&str>,
+) -> Option<Text> {
     let meant = {
         let mut root: Table = toml::from_str(&text.body).ok()?;
-        let (last, way) = section.split_last()?;
-        let parent = way.iter().try_fold(&mut root, |table, name| {
+        let (last, endpoint) = section.split_last()?;
+        let parent = endpoint.iter().try_fold(&mut root, |table, name| {
             let entry = table.entry((*name).to_owned());
             entry.or_insert_with(|| Value::Table(Table::new())).as_table_mut()
         })?;
@@ -112,7 +117,7 @@ pub(super) fn add(text: &Text, section: &[&str], body: &Table, before: Option<&s
 }
 
 /// `[a."b.c"]`
-pub(super) fn header(section: &[&str]) -> String {
+pub(in crate::setup) fn header(section: &[&str]) -> String {
     let names: Vec<String> = section.iter().map(|name| quoted(name)).collect();
     format!("[{}]", names.join("."))
 }

@@ -4,11 +4,11 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::Refused;
-use super::json::Object;
-use super::plan::{Files, Plan};
-use super::text::Text;
-use super::way::Way;
+use crate::setup::SetupError;
+use crate::setup::edit::json::Object;
+use crate::setup::edit::text::Text;
+use crate::setup::endpoint::CacheEndpoint;
+use crate::setup::plan::{FileSource, Plan};
 
 const DAEMON: &str = "/etc/docker/daemon.json";
 const MIRRORS: &str = "registry-mirrors";
@@ -16,22 +16,29 @@ const MIRRORS: &str = "registry-mirrors";
 /// Where the files for a dockerd in a container lie on the host, to be mounted.
 const INSIDE: &str = "/etc/ifnewer/dind";
 
-pub(super) fn plan(way: &Way, force: bool, files: &dyn Files) -> Result<Plan, Refused> {
+pub(in crate::setup) fn plan(
+    endpoint: &CacheEndpoint,
+    force: bool,
+    files: &dyn FileSource,
+) -> Result<Plan, SetupError> {
     let mut plan = Plan::default();
     let path = Path::new(DAEMON);
     let text = Text::read(path, files.read(path)?)?;
-    plan.file(path, daemon(path, &text, way, force)?.into_bytes());
-    authority(&mut plan, way, "/etc/docker");
+    plan.file(path, daemon(path, &text, endpoint, force)?.into_bytes());
+    authority(&mut plan, endpoint, "/etc/docker");
     plan.note("Docker mirrors Docker Hub only; for other registries: `ifnewer setup docker --proxy`, or the image name \
                with the cache in front (docs/clients.md)");
-    plan.notes.extend(way.warnings.iter().cloned());
+    plan.notes.extend(endpoint.warnings.iter().cloned());
     Ok(plan)
 }
 
 /// For a dockerd in a container: files to be mounted into it.
-pub(super) fn plan_inside(way: &Way, files: &dyn Files) -> Result<Plan, Refused> {
-    let mut plan = inside(way, files)?;
-    let mounts: Vec<String> = mounts(way)
+pub(in crate::setup) fn plan_inside(
+    endpoint: &CacheEndpoint,
+    files: &dyn FileSource,
+) -> Result<Plan, SetupError> {
+    let mut plan = inside(endpoint, files)?;
+    let mounts: Vec<String> = mounts(endpoint)
         .into_iter()
         .map(|mount| format!("--volume {mount}"))
         .collect();
@@ -39,51 +46,51 @@ pub(super) fn plan_inside(way: &Way, files: &dyn Files) -> Result<Plan, Refused>
     plan.by_hand(format!(
         "start each inner daemon with the files mounted: docker run --privileged {mounts} docker:dind"
     ));
-    if way.authority.is_none() {
+    if endpoint.ca.is_none() {
         plan.by_hand(format!(
             "or without a file: docker run --privileged docker:dind --registry-mirror {}; in .gitlab-ci.yml: \
              services: [{{ name: \"docker:dind\", command: [\"--registry-mirror\", \"{}\"] }}]",
-            way.url(),
-            way.url()
+            endpoint.url(),
+            endpoint.url()
         ));
     }
     Ok(plan)
 }
 
 /// The files that a dockerd in a container needs, on the host.
-pub(super) fn inside(way: &Way, files: &dyn Files) -> Result<Plan, Refused> {
+pub(in crate::setup) fn inside(endpoint: &CacheEndpoint, files: &dyn FileSource) -> Result<Plan, SetupError> {
     let mut plan = Plan::default();
     let path = Path::new(INSIDE).join("daemon.json");
     let text = Text::read(&path, files.read(&path)?)?;
-    plan.file(path.clone(), daemon(&path, &text, way, false)?.into_bytes());
-    authority(&mut plan, way, INSIDE);
-    plan.notes.extend(way.warnings.iter().cloned());
+    plan.file(path.clone(), daemon(&path, &text, endpoint, false)?.into_bytes());
+    authority(&mut plan, endpoint, INSIDE);
+    plan.notes.extend(endpoint.warnings.iter().cloned());
     Ok(plan)
 }
 
 /// How those files come into the container. One by one: dockerd writes a key of its own beside them.
-pub(super) fn mounts(way: &Way) -> Vec<String> {
+pub(in crate::setup) fn mounts(endpoint: &CacheEndpoint) -> Vec<String> {
     let mut mounts = vec![format!("{INSIDE}/daemon.json:{DAEMON}:ro")];
-    if way.authority.is_some() {
+    if endpoint.ca.is_some() {
         mounts.push(format!("{INSIDE}/certs.d:/etc/docker/certs.d:ro"));
     }
     mounts
 }
 
 /// dockerd trusts what lies in a folder named after host and port.
-fn authority(plan: &mut Plan, way: &Way, folder: &str) {
-    if let Some(authority) = &way.authority {
+fn authority(plan: &mut Plan, endpoint: &CacheEndpoint, folder: &str) {
+    if let Some(authority) = &endpoint.ca {
         plan.file(
-            format!("{folder}/certs.d/{}/ca.crt", way.place()),
+            format!("{folder}/certs.d/{}/ca.crt", endpoint.host_port()),
             authority.pem(),
         );
     }
 }
 
 /// `daemon.json` with us as mirror.
-fn daemon(path: &Path, text: &Text, way: &Way, force: bool) -> Result<Text, Refused> {
+fn daemon(path: &Path, text: &Text, endpoint: &CacheEndpoint, force: bool) -> Result<Text, SetupError> {
     let object = Object::read(path, text)?;
-    let url = Value::String(way.url());
+    let url = Value::String(endpoint.url());
     let Some(source) = object.source(MIRRORS) else {
         return object.with(MIRRORS, &format!("[{url}]"));
     };
@@ -91,7 +98,7 @@ fn daemon(path: &Path, text: &Text, way: &Way, force: bool) -> Result<Text, Refu
         let strings = |list: &Vec<Value>| list.iter().map(|item| item.as_str().map(str::to_owned)).collect();
         value.as_array().and_then(strings)
     }) else {
-        return Err(Refused::Conflict {
+        return Err(SetupError::Conflict {
             path: path.to_owned(),
             what: format!("\"{MIRRORS}\" is {source}, not a list of URLs"),
             remedy: "Mend it first.".to_owned(),
@@ -100,17 +107,17 @@ fn daemon(path: &Path, text: &Text, way: &Way, force: bool) -> Result<Text, Refu
     let mirrors: Vec<String> = mirrors;
     if mirrors
         .iter()
-        .any(|mirror| mirror.trim_end_matches('/') == way.url())
+        .any(|mirror| mirror.trim_end_matches('/') == endpoint.url())
     {
         return Ok(text.clone());
     }
     if !mirrors.is_empty() && !force {
-        return Err(Refused::Conflict {
+        return Err(SetupError::Conflict {
             path: path.to_owned(),
             what: format!("\"{MIRRORS}\" already names {}", mirrors.join(", ")),
             remedy: format!(
                 "With --force, {} goes before it and it stays as the next one to be tried.",
-                way.url()
+                endpoint.url()
             ),
         });
     }

@@ -10,11 +10,11 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::Refused;
-use super::text::Text;
+use crate::setup::SetupError;
+use crate::setup::edit::text::Text;
 
 /// The members of an object: their names, and where in the text their values stand.
-pub(super) struct Object<'a> {
+pub(in crate::setup) struct Object<'a> {
     path: &'a Path,
     text: &'a Text,
     members: Vec<(String, Range<usize>)>,
@@ -22,7 +22,7 @@ pub(super) struct Object<'a> {
 
 impl<'a> Object<'a> {
     /// Reads a text that is one object. A blank text is an empty object, as dockerd has it.
-    pub(super) fn read(path: &'a Path, text: &'a Text) -> Result<Self, Refused> {
+    pub(in crate::setup) fn read(path: &'a Path, text: &'a Text) -> Result<Self, SetupError> {
         if text.is_blank() {
             return Ok(Self {
                 path,
@@ -30,7 +30,7 @@ impl<'a> Object<'a> {
                 members: Vec::new(),
             });
         }
-        let read: Members<'_> = serde_json::from_str(&text.body).map_err(|error| Refused::Unreadable {
+        let read: Members<'_> = serde_json::from_str(&text.body).map_err(|error| SetupError::Unreadable {
             path: path.to_owned(),
             line: error.line(),
             detail: error.to_string(),
@@ -43,7 +43,7 @@ impl<'a> Object<'a> {
         let members: Vec<_> = members.collect();
         for (position, (name, at)) in members.iter().enumerate() {
             if members.iter().take(position).any(|(earlier, _)| earlier == name) {
-                return Err(Refused::Unreadable {
+                return Err(SetupError::Unreadable {
                     path: path.to_owned(),
                     line: 1 + text
                         .body
@@ -59,18 +59,18 @@ impl<'a> Object<'a> {
     }
 
     /// The value of a member.
-    pub(super) fn get(&self, name: &str) -> Option<Value> {
+    pub(in crate::setup) fn get(&self, name: &str) -> Option<Value> {
         serde_json::from_str(self.source(name)?).ok()
     }
 
     /// The text of a member's value.
-    pub(super) fn source(&self, name: &str) -> Option<&str> {
+    pub(in crate::setup) fn source(&self, name: &str) -> Option<&str> {
         let (_, at) = self.members.iter().find(|(held, _)| held == name)?;
         self.text.body.get(at.clone())
     }
 
     /// The text with this member set to `value` (JSON).
-    pub(super) fn with(&self, name: &str, value: &str) -> Result<Text, Refused> {
+    pub(in crate::setup) fn with(&self, name: &str, value: &str) -> Result<Text, SetupError> {
         let body = &self.text.body;
         let edited = match self.members.iter().find(|(held, _)| held == name) {
             Some((_, at)) => splice(body, at, value),
@@ -81,7 +81,7 @@ impl<'a> Object<'a> {
         self.proven(name, value, edited)
     }
 
-    /// Before the first member, as indented as that one.
+    /// Baseline the first member, as indented as that one.
     fn with_first(&self, name: &str, value: &str) -> String {
         let body = &self.text.body;
         let inside = body.find('{').map_or(0, |at| at + 1);
@@ -100,7 +100,7 @@ impl<'a> Object<'a> {
     }
 
     /// The edit is what was meant and nothing else, or nothing is written.
-    fn proven(&self, name: &str, value: &str, edited: Text) -> Result<Text, Refused> {
+    fn proven(&self, name: &str, value: &str, edited: Text) -> Result<Text, SetupError> {
         let read = |text: &str| serde_json::from_str::<Value>(text).ok();
         let before = if self.text.is_blank() {
             Some(Value::Object(serde_json::Map::new()))
@@ -113,7 +113,7 @@ impl<'a> Object<'a> {
         });
         match (meant, read(&edited.body)) {
             (Some(meant), Some(got)) if meant == got => Ok(edited),
-            _ => Err(Refused::Unreadable {
+            _ => Err(SetupError::Unreadable {
                 path: self.path.to_owned(),
                 line: 1,
                 detail: format!("\"{name}\" cannot be set by machine; set it to {value} by hand"),
@@ -156,7 +156,7 @@ impl<'de> Deserialize<'de> for Members<'de> {
 mod tests {
     use super::*;
 
-    fn set(body: &str) -> Result<String, Refused> {
+    fn set(body: &str) -> Result<String, SetupError> {
         let path = Path::new("/daemon.json");
         let text = Text::read(path, Some(body.as_bytes().to_vec()))?;
         let edited = Object::read(path, &text)?.with("m", r#"["u"]"#)?;
@@ -204,7 +204,7 @@ mod tests {
             ("{", 1),
         ] {
             match set(body) {
-                Err(Refused::Unreadable { line: told, .. }) => assert_eq!(told, line, "{body}"),
+                Err(SetupError::Unreadable { line: told, .. }) => assert_eq!(told, line, "{body}"),
                 other => panic!("{body}: {other:?}"),
             }
         }

@@ -4,27 +4,27 @@
 
 use std::path::Path;
 
-use super::Refused;
+use crate::setup::SetupError;
 
 const BOM: &str = "\u{feff}";
 
 /// The text of a file, without a byte order mark.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Text {
-    has_mark: bool,
-    pub(super) body: String,
+pub(in crate::setup) struct Text {
+    has_bom: bool,
+    pub(in crate::setup) body: String,
 }
 
 impl Text {
     /// Reads the bytes of `path`; an absent file is an empty one.
-    pub(super) fn read(path: &Path, bytes: Option<Vec<u8>>) -> Result<Self, Refused> {
+    pub(in crate::setup) fn read(path: &Path, bytes: Option<Vec<u8>>) -> Result<Self, SetupError> {
         let text = String::from_utf8(bytes.unwrap_or_default()).map_err(|error| {
             let good = error.as_bytes().get(..error.utf8_error().valid_up_to());
             let line = String::from_utf8_lossy(good.unwrap_or_default())
                 .matches('\n')
                 .count()
                 + 1;
-            Refused::Unreadable {
+            SetupError::Unreadable {
                 path: path.to_owned(),
                 line,
                 detail: "it is not UTF-8 text".to_owned(),
@@ -32,27 +32,27 @@ impl Text {
         })?;
         Ok(match text.strip_prefix(BOM) {
             Some(body) => Self {
-                has_mark: true,
+                has_bom: true,
                 body: body.to_owned(),
             },
             None => Self {
-                has_mark: false,
+                has_bom: false,
                 body: text,
             },
         })
     }
 
     /// The same file with another body.
-    pub(super) fn with(&self, body: String) -> Self {
+    pub(in crate::setup) fn with(&self, body: String) -> Self {
         Self {
-            has_mark: self.has_mark,
+            has_bom: self.has_bom,
             body,
         }
     }
 
     /// The bytes to write.
-    pub(super) fn into_bytes(self) -> Vec<u8> {
-        if self.has_mark {
+    pub(in crate::setup) fn into_bytes(self) -> Vec<u8> {
+        if self.has_bom {
             [BOM.as_bytes(), self.body.as_bytes()].concat()
         } else {
             self.body.into_bytes()
@@ -60,12 +60,12 @@ impl Text {
     }
 
     /// Whether there is nothing but blanks.
-    pub(super) fn is_blank(&self) -> bool {
+    pub(in crate::setup) fn is_blank(&self) -> bool {
         self.body.trim().is_empty()
     }
 
     /// How this file ends its lines.
-    pub(super) fn line_end(&self) -> &'static str {
+    pub(in crate::setup) fn line_end(&self) -> &'static str {
         match self.body.find('\n') {
             Some(at) if self.body.get(..at).is_some_and(|line| line.ends_with('\r')) => "\r\n",
             _ => "\n",
@@ -73,7 +73,7 @@ impl Text {
     }
 
     /// `block`, whose lines end in `\n`, at the end and apart from what is there.
-    pub(super) fn appended(&self, block: &str) -> Self {
+    pub(in crate::setup) fn appended(&self, block: &str) -> Self {
         let end = self.line_end();
         let mut body = self.body.clone();
         if !body.is_empty() {
@@ -87,7 +87,7 @@ impl Text {
     }
 
     /// `block`, whose lines end in `\n`, before the line with this number (from 0).
-    pub(super) fn inserted(&self, line: usize, block: &str) -> Self {
+    pub(in crate::setup) fn inserted(&self, line: usize, block: &str) -> Self {
         let end = self.line_end();
         let mut body = String::with_capacity(self.body.len() + block.len());
         let mut lines = self.body.split_inclusive('\n');
@@ -135,7 +135,7 @@ mod tests {
     fn what_is_not_text_is_refused_with_its_line() {
         let refused = Text::read(Path::new("/f"), Some(b"a\nb\xff".to_vec())).unwrap_err();
         assert!(
-            matches!(refused, Refused::Unreadable { line: 2, .. }),
+            matches!(refused, SetupError::Unreadable { line: 2, .. }),
             "{refused}"
         );
     }

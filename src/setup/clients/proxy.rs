@@ -3,28 +3,33 @@
 
 use std::path::{Path, PathBuf};
 
-use super::json::Object;
-use super::plan::{Files, Plan};
-use super::text::Text;
-use super::way::{Scheme, Way};
-use super::{Client, Refused};
+use crate::setup::edit::json::Object;
+use crate::setup::edit::text::Text;
+use crate::setup::endpoint::{CacheEndpoint, Scheme};
+use crate::setup::plan::{FileSource, Plan};
+use crate::setup::{Client, SetupError};
 
 /// Where units are extended, ours last but for what the operator calls later.
 const UNITS: &str = "/etc/systemd/system";
 const NAME: &str = "90-ifnewer.conf";
 
-pub(super) fn plan(client: Client, way: &Way, force: bool, files: &dyn Files) -> Result<Plan, Refused> {
+pub(in crate::setup) fn plan(
+    client: Client,
+    endpoint: &CacheEndpoint,
+    force: bool,
+    files: &dyn FileSource,
+) -> Result<Plan, SetupError> {
     let unit = match client {
         Client::Docker => "docker",
         Client::Containerd => "containerd",
         Client::K3s => "k3s",
         Client::Buildkit => "buildkit",
         Client::Podman | Client::GitlabRunner | Client::Dind => {
-            return Err(Refused::Impossible(format!(
+            return Err(SetupError::Unsupported(format!(
                 "--proxy writes a systemd unit's drop-in, and {} is no such service; set HTTPS_PROXY={} in its \
                  environment",
                 client.name(),
-                url(way)
+                url(endpoint)
             )));
         }
     };
@@ -37,27 +42,27 @@ pub(super) fn plan(client: Client, way: &Way, force: bool, files: &dyn Files) ->
         }
     }
     let mut plan = Plan::default();
-    plan.file(ours, drop_in(way));
+    plan.file(ours, drop_in(endpoint));
     plan.by_hand("trust the certificate authority on this host, for the service speaks TLS with it in the place of each \
                   registry: ifnewer ca install");
     plan.by_hand(format!(
         "restart the service, which alone reads its environment again: systemctl daemon-reload && systemctl restart \
          {unit}"
     ));
-    plan.notes.extend(way.warnings.iter().cloned());
+    plan.notes.extend(endpoint.warnings.iter().cloned());
     Ok(plan)
 }
 
 /// CONNECT is asked for without TLS where that is allowed, which every client can.
-fn url(way: &Way) -> String {
-    match way.scheme {
-        Scheme::Http => format!("http://{}", way.place()),
-        Scheme::Https => format!("https://{}", way.place()),
+fn url(endpoint: &CacheEndpoint) -> String {
+    match endpoint.scheme {
+        Scheme::Http => format!("http://{}", endpoint.host_port()),
+        Scheme::Https => format!("https://{}", endpoint.host_port()),
     }
 }
 
-fn drop_in(way: &Way) -> String {
-    let url = url(way);
+fn drop_in(endpoint: &CacheEndpoint) -> String {
+    let url = url(endpoint);
     format!(
         "# Written by `ifnewer setup --proxy`; --undo takes it back.\n[Service]\nEnvironment=\"HTTPS_PROXY={url}\"\n\
          Environment=\"NO_PROXY=localhost,127.0.0.0/8,::1\"\n"
@@ -65,7 +70,7 @@ fn drop_in(way: &Way) -> String {
 }
 
 /// Another proxy for the same unit: of two, one would be lost, and with it perhaps the only way out.
-fn objections(folder: &Path, ours: &Path, files: &dyn Files) -> Result<(), Refused> {
+fn objections(folder: &Path, ours: &Path, files: &dyn FileSource) -> Result<(), SetupError> {
     for path in files.list(folder)? {
         if path == ours {
             continue;
@@ -82,7 +87,7 @@ fn objections(folder: &Path, ours: &Path, files: &dyn Files) -> Result<(), Refus
     Ok(())
 }
 
-fn objection_of_daemon(files: &dyn Files) -> Result<(), Refused> {
+fn objection_of_daemon(files: &dyn FileSource) -> Result<(), SetupError> {
     let path = Path::new("/etc/docker/daemon.json");
     let text = Text::read(path, files.read(path)?)?;
     match Object::read(path, &text)?.get("proxies") {
@@ -94,8 +99,8 @@ fn objection_of_daemon(files: &dyn Files) -> Result<(), Refused> {
     }
 }
 
-fn another(path: &Path, what: &str) -> Refused {
-    Refused::Conflict {
+fn another(path: &Path, what: &str) -> SetupError {
+    SetupError::Conflict {
         path: path.to_owned(),
         what: what.to_owned(),
         remedy: "If that is the way out of this network, give it to ifnewer (`proxy` of the upstreams) and take it away \

@@ -8,7 +8,7 @@ use http::uri::{Authority as HostAndPort, Uri};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 
-use super::{Client, Options, Refused};
+use super::{Client, Options, SetupError};
 use crate::config::{Config, PlainHttp, UpstreamConfig};
 
 /// Whether the client speaks TLS with us.
@@ -22,7 +22,7 @@ pub enum Scheme {
 
 /// How a client reaches us.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Way {
+pub struct CacheEndpoint {
     /// Whether the client speaks TLS.
     pub scheme: Scheme,
     /// The host, an IPv6 address in brackets.
@@ -30,7 +30,7 @@ pub struct Way {
     /// The port.
     pub port: u16,
     /// What the client has to trust; `None` where TLS is not spoken, or its certificate is the operator's own.
-    pub authority: Option<Authority>,
+    pub ca: Option<CaBundle>,
     /// The registries that clients may ask us for.
     pub upstreams: Vec<Registry>,
     /// What the client should be warned of.
@@ -61,12 +61,12 @@ impl Registry {
 
 /// Certificates to trust, as PEM and nothing but certificates.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Authority(String);
+pub struct CaBundle(String);
 
-impl Authority {
+impl CaBundle {
     /// Reads the certificates of a file; a private key beside them is left out.
-    pub fn read(path: &Path) -> Result<Self, Refused> {
-        let unusable = |detail: String| Refused::Authority(format!("{}: {detail}", path.display()));
+    pub fn read(path: &Path) -> Result<Self, SetupError> {
+        let unusable = |detail: String| SetupError::NoCa(format!("{}: {detail}", path.display()));
         let bytes = std::fs::read(path).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => unusable(
                 "there is no certificate authority yet. It is made when `ifnewer` first starts. If its service has \
@@ -74,7 +74,7 @@ impl Authority {
                  take the output of `ifnewer ca export` there and name it by --ca"
                     .to_owned(),
             ),
-            _ => Refused::file("cannot read", path, error),
+            _ => SetupError::file("cannot read", path, error),
         })?;
         Self::of(&bytes).ok_or_else(|| unusable("it holds no certificate (PEM)".to_owned()))
     }
@@ -110,19 +110,19 @@ fn encode(der: &[u8]) -> String {
     text
 }
 
-impl Way {
+impl CacheEndpoint {
     /// From the configuration, or from the address given.
-    pub fn find(config: &Config, options: &Options) -> Result<Self, Refused> {
+    pub fn from_config(config: &Config, options: &Options) -> Result<Self, SetupError> {
         let (scheme, host, port) = match &options.address {
-            Some(address) => read(address)?,
-            None => listened(config, options)?,
+            Some(address) => parse_address(address)?,
+            None => listen_address(config, options)?,
         };
         let loopback = is_loopback(&host);
         if loopback && options.client.is_in_containers() {
             return Err(unreachable_from_containers(&host, port));
         }
         if host.starts_with('[') && !options.client.takes_ipv6() {
-            return Err(Refused::Address(format!(
+            return Err(SetupError::Address(format!(
                 "{} cannot be told of a mirror that is an IPv6 address ({host}); give a name or an IPv4 address by \
                  --address",
                 options.client.name()
@@ -137,37 +137,37 @@ impl Way {
         // dockerd does not verify certificates of 127.0.0.0/8, where a CA would be of no use to it. Of ::1 it does.
         let is_trusted = loopback && !host.starts_with('[') && options.client == Client::Docker;
         let verifies = scheme == Scheme::Https && !is_trusted;
-        let authority = match (&options.ca, &config.tls.certificate) {
-            (Some(path), _) => Some(Authority::read(path)?),
-            (None, None) if verifies => Some(Authority::read(&config.tls.folder.join("ca.pem"))?),
+        let ca = match (&options.ca, &config.tls.certificate) {
+            (Some(path), _) => Some(CaBundle::read(path)?),
+            (None, None) if verifies => Some(CaBundle::read(&config.tls.folder.join("ca.pem"))?),
             _ => None,
         };
-        let mut way = Self {
+        let mut endpoint = Self {
             scheme,
             host,
             port,
-            authority,
+            ca,
             upstreams: config.upstreams.iter().map(Registry::of).collect(),
             warnings: Vec::new(),
         };
-        way.warn(config, options);
-        Ok(way)
+        endpoint.warn(config, options);
+        Ok(endpoint)
     }
 
     fn warn(&mut self, config: &Config, options: &Options) {
         let name = self.host.trim_start_matches('[').trim_end_matches(']');
         let is_address = name.parse::<IpAddr>().is_ok();
-        let is_listened = || {
+        let is_listen_address = || {
             config
                 .listen
                 .registry
                 .iter()
-                .any(|held| held.ip().to_string() == name)
+                .any(|known| known.ip().to_string() == name)
         };
         let is_named = is_loopback(&self.host)
-            || config.tls.names.iter().any(|held| held == name)
-            || is_address && is_listened();
-        if self.scheme == Scheme::Https && self.authority.is_some() && options.ca.is_none() && !is_named {
+            || config.tls.names.iter().any(|known| known == name)
+            || is_address && is_listen_address();
+        if self.scheme == Scheme::Https && self.ca.is_some() && options.ca.is_none() && !is_named {
             self.warnings.push(format!(
                 "{name} must stand on our certificate: unless it is this host's own name, write it into `names` of \
                  [tls] (names = [\"{name}\"]) and reload ifnewer by SIGHUP"
@@ -181,11 +181,11 @@ impl Way {
             Scheme::Http => "http",
             Scheme::Https => "https",
         };
-        format!("{scheme}://{}", self.place())
+        format!("{scheme}://{}", self.host_port())
     }
 
     /// `127.0.0.1:5000`
-    pub fn place(&self) -> String {
+    pub fn host_port(&self) -> String {
         format!("{}:{}", self.host, self.port)
     }
 
@@ -196,51 +196,52 @@ impl Way {
 }
 
 /// `host:port`, or a URL without a path.
-fn read(address: &str) -> Result<(Option<Scheme>, String, u16), Refused> {
+fn parse_address(address: &str) -> Result<(Option<Scheme>, String, u16), SetupError> {
     let wrong = || {
-        Refused::Address(format!(
+        SetupError::Address(format!(
             "--address {address}: write a host and a port, as in cache.example.org:5000, or a URL, as in \
              https://cache.example.org"
         ))
     };
-    let (scheme, place) = match address.split_once("://") {
+    let (scheme, host_port) = match address.split_once("://") {
         Some(("http", _)) => (Some(Scheme::Http), address),
         Some(("https", _)) => (Some(Scheme::Https), address),
         Some(_) => return Err(wrong()),
         None => (None, address),
     };
-    let place: HostAndPort = if scheme.is_some() {
-        let uri: Uri = place.parse().map_err(|_| wrong())?;
+    let host_port: HostAndPort = if scheme.is_some() {
+        let uri: Uri = host_port.parse().map_err(|_| wrong())?;
         if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
             return Err(wrong());
         }
         uri.authority().cloned().ok_or_else(wrong)?
     } else {
-        place.parse().map_err(|_| wrong())?
+        host_port.parse().map_err(|_| wrong())?
     };
     let usual = match scheme {
         Some(Scheme::Http) => Some(80),
         Some(Scheme::Https) => Some(443),
         None => None,
     };
-    let port = place
+    let port = host_port
         .port_u16()
         .or(usual)
         .filter(|port| *port != 0)
         .ok_or_else(wrong)?;
-    let host = place.host().to_ascii_lowercase();
+    let host = host_port.host().to_ascii_lowercase();
     let allowed =
         |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '.' | '-' | ':' | '[' | ']');
-    if host.is_empty() || place.as_str().contains('@') || !host.chars().all(allowed) {
+    if host.is_empty() || host_port.as_str().contains('@') || !host.chars().all(allowed) {
         return Err(wrong());
     }
     Ok((scheme, host, port))
 }
 
 /// The address listened on that suits the client best.
-fn listened(config: &Config, options: &Options) -> Result<(Option<Scheme>, String, u16), Refused> {
+fn listen_address(config: &Config, options: &Options) -> Result<(Option<Scheme>, String, u16), SetupError> {
     let all = &config.listen.registry;
-    let usable = |address: &&SocketAddr| options.client.takes_ipv6() || !written(**address).starts_with('[');
+    let usable =
+        |address: &&SocketAddr| options.client.takes_ipv6() || !client_host(**address).starts_with('[');
     let chosen = if options.client.is_in_containers() {
         let from_outside =
             |address: &&SocketAddr| !address.ip().is_loopback() && !address.ip().is_unspecified();
@@ -256,7 +257,7 @@ fn listened(config: &Config, options: &Options) -> Result<(Option<Scheme>, Strin
     let Some(chosen) = chosen else {
         let port = all.first().map_or(5000, SocketAddr::port);
         return Err(match all.iter().find(|address| address.ip().is_unspecified()) {
-            Some(_) => Refused::Address(format!(
+            Some(_) => SetupError::Address(format!(
                 "which of this host's addresses containers reach is not known; give it by --address. On Docker's \
                  usual bridge it is 172.17.0.1:{port}"
             )),
@@ -264,27 +265,27 @@ fn listened(config: &Config, options: &Options) -> Result<(Option<Scheme>, Strin
         });
     };
     if chosen.port() == 0 {
-        return Err(Refused::Address(
+        return Err(SetupError::Address(
             "listen.registry lets the system choose the port; give the one that it chose by --address"
                 .to_owned(),
         ));
     }
-    Ok((None, written(*chosen), chosen.port()))
+    Ok((None, client_host(*chosen), chosen.port()))
 }
 
 /// The host to name for an address listened on: for "every address", the one that this host always has.
-fn written(address: SocketAddr) -> String {
+fn client_host(address: SocketAddr) -> String {
     match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.to_string(),
-        // Linux accepts IPv4 on it as well unless told otherwise; the IPv6 loopback is there either way.
+        // Linux accepts IPv4 on it as well unless told otherwise; the IPv6 loopback is there either endpoint.
         IpAddr::V6(ip) if ip.is_unspecified() => format!("[{}]", Ipv6Addr::LOCALHOST),
         IpAddr::V4(ip) => ip.to_string(),
         IpAddr::V6(ip) => format!("[{ip}]"),
     }
 }
 
-fn unreachable_from_containers(host: &str, port: u16) -> Refused {
-    Refused::Address(format!(
+fn unreachable_from_containers(host: &str, port: u16) -> SetupError {
+    SetupError::Address(format!(
         "{host} inside a container is the container, not this host. Let ifnewer listen where containers reach it \
          (listen.registry = [\"127.0.0.1:{port}\", \"172.17.0.1:{port}\"] on Docker's usual bridge), or give the \
          address by --address"

@@ -6,18 +6,18 @@ use std::path::Path;
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
-use super::Refused;
-use super::docker;
-use super::plan::{Files, Plan};
-use super::text::Text;
-use super::toml_text;
-use super::way::Way;
+use crate::setup::SetupError;
+use crate::setup::clients::docker;
+use crate::setup::edit::text::Text;
+use crate::setup::edit::toml as edit_toml;
+use crate::setup::endpoint::CacheEndpoint;
+use crate::setup::plan::{FileSource, Plan};
 
 const CONFIG: &str = "/etc/gitlab-runner/config.toml";
 
-pub(super) fn plan(way: &Way, files: &dyn Files) -> Result<Plan, Refused> {
-    let mut plan = docker::inside(way, files)?;
-    let mounts = docker::mounts(way);
+pub(in crate::setup) fn plan(endpoint: &CacheEndpoint, files: &dyn FileSource) -> Result<Plan, SetupError> {
+    let mut plan = docker::inside(endpoint, files)?;
+    let mounts = docker::mounts(endpoint);
     let path = Path::new(CONFIG);
     match files.read(path)? {
         None => {
@@ -37,13 +37,13 @@ pub(super) fn plan(way: &Way, files: &dyn Files) -> Result<Plan, Refused> {
     Ok(plan)
 }
 
-fn with_mounts(path: &Path, text: &Text, mounts: &[String]) -> Result<Text, Refused> {
-    let by_hand = |detail: &str| Refused::Conflict {
+fn with_mounts(path: &Path, text: &Text, mounts: &[String]) -> Result<Text, SetupError> {
+    let by_hand = |detail: &str| SetupError::Conflict {
         path: path.to_owned(),
         what: detail.to_owned(),
         remedy: format!("Add by hand to `volumes` in [runners.docker]: {mounts:?}"),
     };
-    let root = toml_text::read(path, text)?;
+    let root = edit_toml::read(path, text)?;
     let runners = root
         .get("runners")
         .and_then(Value::as_array)
@@ -100,7 +100,7 @@ fn with_volumes(text: &Text, runner: usize, mounts: &[String]) -> Option<Text> {
                 until.trim_end_matches([' ', '\t'])
             ))]
         }
-        None => toml_text::after_headers(text, &["runners", "docker"], &format!("volumes = [{list}]\n")),
+        None => edit_toml::after_headers(text, &["runners", "docker"], &format!("volumes = [{list}]\n")),
     };
     candidates
         .into_iter()

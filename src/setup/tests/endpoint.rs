@@ -6,8 +6,8 @@ fn config(toml: &str) -> Config {
     Config::read(toml, Path::new("/etc/ifnewer/ifnewer.toml")).unwrap()
 }
 
-fn way(toml: &str, options: &Options) -> Result<Way, Refused> {
-    Way::find(&config(toml), options)
+fn find_endpoint(toml: &str, options: &Options) -> Result<CacheEndpoint, SetupError> {
+    CacheEndpoint::from_config(&config(toml), options)
 }
 
 fn at(client: Client, address: &str) -> Options {
@@ -38,7 +38,7 @@ fn the_address_is_the_one_listened_on() {
             "http://10.0.0.5:1",
         ),
     ] {
-        let found = way(&format!("[listen]\n{listen}"), &options(client)).unwrap();
+        let found = find_endpoint(&format!("[listen]\n{listen}"), &options(client)).unwrap();
         assert_eq!(found.url(), url, "{listen}");
         assert_eq!(found.upstreams.len(), crate::config::WELL_KNOWN.len());
     }
@@ -56,12 +56,12 @@ fn what_cannot_be_known_is_asked_for() {
         ),
         ("registry = [\"[::1]:5000\"]", Client::Containerd, "IPv6"),
     ] {
-        let told = way(&format!("[listen]\n{listen}"), &options(client))
+        let told = find_endpoint(&format!("[listen]\n{listen}"), &options(client))
             .unwrap_err()
             .to_string();
         assert!(told.contains(part), "{told}");
     }
-    let told = way("", &at(Client::Dind, "localhost:5000"))
+    let told = find_endpoint("", &at(Client::Dind, "localhost:5000"))
         .unwrap_err()
         .to_string();
     assert!(told.contains("inside a container"), "{told}");
@@ -72,7 +72,7 @@ fn an_address_given_is_read_strictly() {
     let tls = |address: &str| {
         let mut options = at(Client::Docker, address);
         options.ca = Some(PathBuf::from("/nowhere/ca.pem"));
-        way("", &options)
+        find_endpoint("", &options)
     };
     for wrong in [
         "cache",
@@ -89,10 +89,10 @@ fn an_address_given_is_read_strictly() {
         "ca che:1",
         "cache\":1",
     ] {
-        assert!(matches!(tls(wrong), Err(Refused::Address(_))), "{wrong}");
+        assert!(matches!(tls(wrong), Err(SetupError::Address(_))), "{wrong}");
     }
     let told = tls("cache.example.org:5000").unwrap_err();
-    assert!(matches!(told, Refused::Authority(_)), "{told}");
+    assert!(matches!(told, SetupError::NoCa(_)), "{told}");
 }
 
 #[test]
@@ -108,19 +108,16 @@ fn another_host_needs_its_authority() {
     ] {
         let mut options = at(Client::Docker, address);
         options.ca = Some(ca.clone());
-        let found = way("", &options).unwrap();
+        let found = find_endpoint("", &options).unwrap();
         assert_eq!(found.url(), url);
-        assert_eq!(found.authority.unwrap().pem(), CA, "no key is handed on");
+        assert_eq!(found.ca.unwrap().pem(), CA, "no key is handed on");
     }
-    let plain = way(
+    let plain = find_endpoint(
         "[listen]\nplain_http = \"any\"",
         &at(Client::Docker, "10.0.0.5:5000"),
     )
     .unwrap();
-    assert_eq!(
-        (plain.url().as_str(), plain.authority),
-        ("http://10.0.0.5:5000", None)
-    );
+    assert_eq!((plain.url().as_str(), plain.ca), ("http://10.0.0.5:5000", None));
 }
 
 #[test]
@@ -133,8 +130,8 @@ fn docker_on_loopback_needs_an_authority_only_over_ipv6() {
         ("https://[::1]:1", true),
         ("http://[::1]:1", false),
     ] {
-        let found = way(&tls, &at(Client::Docker, address)).unwrap();
-        assert_eq!(found.authority.is_some(), needs, "{address}");
+        let found = find_endpoint(&tls, &at(Client::Docker, address)).unwrap();
+        assert_eq!(found.ca.is_some(), needs, "{address}");
     }
 }
 
@@ -146,7 +143,11 @@ fn a_name_that_is_not_on_the_certificate_is_warned_of() {
         "[tls]\nfolder = {:?}\nnames = [\"known\"]",
         folder.path().to_str().unwrap()
     );
-    let warnings = |address: &str| way(&tls, &at(Client::Docker, address)).unwrap().warnings;
+    let warnings = |address: &str| {
+        find_endpoint(&tls, &at(Client::Docker, address))
+            .unwrap()
+            .warnings
+    };
     assert!(warnings("known:5000").is_empty());
     assert!(warnings("unknown:5000")[0].contains("names = [\"unknown\"]"));
 }
