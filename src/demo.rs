@@ -8,7 +8,7 @@
 
 mod client;
 mod registry;
-mod story;
+mod scenario;
 
 use std::io::{self, BufRead as _, BufReader, Write};
 use std::net::SocketAddr;
@@ -22,7 +22,7 @@ use crate::admin::client::{Client as AdminClient, ClientError};
 use crate::config;
 use registry::Registry;
 
-/// Why the demonstration could not be played. That a line of it is wrong is told by [`Played`].
+/// Why the demonstration could not be summary. That a line of it is wrong is told by [`Summary`].
 #[derive(Debug, thiserror::Error)]
 pub enum DemoError {
     /// The system refused something.
@@ -41,7 +41,7 @@ pub enum DemoError {
 
 /// How it went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Played {
+pub struct Summary {
     /// Lines.
     pub lines: usize,
     /// Those that were not as they should be.
@@ -49,19 +49,19 @@ pub struct Played {
 }
 
 /// Plays the story to `out`. With `stay`, leaves the page up until `stay` is fulfilled.
-pub async fn play(
+pub async fn run(
     program: PathBuf,
     folder: PathBuf,
     colour: bool,
     out: &mut dyn Write,
     stay: Option<oneshot::Receiver<()>>,
-) -> Result<Played, DemoError> {
-    let folder = Folder::make(folder)?;
+) -> Result<Summary, DemoError> {
+    let folder = TempFolder::create(folder)?;
     let registry = Registry::start().await?;
     let mut cache = Cache::start(program, &folder, registry.address()).await?;
     let admin = AdminClient::new(config::Admin::Tcp(cache.admin), None);
     let ca = std::fs::read(folder.0.join("certs/ca.pem"))?;
-    let played = story::play(&registry, cache.registry, &ca, &admin, colour, out).await?;
+    let summary = scenario::run(&registry, cache.registry, &ca, &admin, colour, out).await?;
     if let Some(stay) = stay {
         writeln!(
             out,
@@ -72,20 +72,20 @@ pub async fn play(
         let _ = stay.await;
     }
     cache.end();
-    Ok(played)
+    Ok(summary)
 }
 
 /// Removed at the end.
-struct Folder(PathBuf);
+struct TempFolder(PathBuf);
 
-impl Folder {
-    fn make(path: PathBuf) -> io::Result<Self> {
+impl TempFolder {
+    fn create(path: PathBuf) -> io::Result<Self> {
         std::fs::create_dir(&path)?;
         Ok(Self(path))
     }
 }
 
-impl Drop for Folder {
+impl Drop for TempFolder {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
@@ -99,7 +99,7 @@ struct Cache {
 }
 
 impl Cache {
-    async fn start(program: PathBuf, folder: &Folder, upstream: SocketAddr) -> Result<Self, DemoError> {
+    async fn start(program: PathBuf, folder: &TempFolder, upstream: SocketAddr) -> Result<Self, DemoError> {
         let file = folder.0.join("ifnewer.toml");
         std::fs::write(&file, configuration(upstream))?;
         let mut child = Command::new(program)
@@ -164,6 +164,6 @@ fn configuration(upstream: SocketAddr) -> String {
          [tls]\nfolder = \"certs\"\n\
          [default]\nprefetch = false\n\
          [upstream.\"{name}\"]\nurl = \"http://{upstream}\"\nproxy = \"none\"\n",
-        name = story::UPSTREAM,
+        name = scenario::UPSTREAM,
     )
 }

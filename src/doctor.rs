@@ -13,9 +13,9 @@ mod canary;
 mod containerd;
 mod docker;
 mod host;
+mod http_probe;
 #[cfg(test)]
 mod tests;
-mod wire;
 
 use std::fmt::{self, Display, Formatter};
 use std::path::PathBuf;
@@ -159,7 +159,7 @@ impl Display for Report {
 }
 
 /// What every check may look at.
-struct Patient<'a> {
+struct CheckContext<'a> {
     config: &'a Config,
     options: &'a Options,
     root: &'a RootFs,
@@ -177,7 +177,7 @@ pub async fn examine(config: &Config, options: &Options, root: &RootFs, now: Sys
         by_proxy: false,
         force: false,
     };
-    let patient = Patient {
+    let context = CheckContext {
         config,
         options,
         root,
@@ -185,15 +185,15 @@ pub async fn examine(config: &Config, options: &Options, root: &RootFs, now: Sys
         now,
     };
     let mut report = Report::default();
-    report.0.extend(cache::listeners(&patient).await);
-    report.0.push(cache::ready(&patient).await);
-    report.0.extend(cache::upstreams(&patient).await);
-    report.0.push(host::disk(&patient));
-    report.0.push(host::descriptors(&patient));
-    report.0.push(host::variables(&patient));
-    report.0.push(host::clock(&patient).await);
-    report.0.extend(host::setups(&patient));
-    report.0.extend(containerd::examine(&patient));
-    report.0.extend(docker::examine(&patient).await);
+    report.0.extend(cache::listeners(&context).await);
+    report.0.push(cache::ready(&context).await);
+    report.0.extend(cache::upstreams(&context).await);
+    report.0.push(host::disk(&context));
+    report.0.push(host::descriptors(&context));
+    report.0.push(host::variables(&context));
+    report.0.push(host::clock(&context).await);
+    report.0.extend(host::setups(&context));
+    report.0.extend(containerd::examine(&context));
+    report.0.extend(docker::examine(&context).await);
     report
 }

@@ -289,8 +289,8 @@ async fn cmd_demo(stay: bool) -> ExitCode {
         ended
     });
     let colour = terminal::is_stdout_terminal() && cli::wants_colour();
-    match demo::play(program, folder, colour, &mut terminal::stdout(colour), stay).await {
-        Ok(played) if played.wrong == 0 => ExitCode::SUCCESS,
+    match demo::run(program, folder, colour, &mut terminal::stdout(colour), stay).await {
+        Ok(summary) if summary.wrong == 0 => ExitCode::SUCCESS,
         Ok(_) => ExitCode::from(FAILED),
         Err(error) => fail(FAILED, &error),
     }

@@ -108,7 +108,7 @@ const VENDORS: &[(&str, &[&str])] = &[
     ("rustls", TLS),
     (
         "tokio_rustls",
-        &["server/tls.rs", "upstream/tls.rs", "doctor/wire.rs"],
+        &["server/tls.rs", "upstream/tls.rs", "doctor/http_probe.rs"],
     ),
     ("hyper", HTTP),
     ("hyper_util", HTTP),
@@ -134,7 +134,7 @@ const TLS: &[&str] = &[
     "server/tls/client_cert.rs",
     "upstream/tls.rs",
     "upstream/tls/",
-    "doctor/wire.rs",
+    "doctor/http_probe.rs",
 ];
 
 /// Outwards it takes five: the client and what it hands on (`pass`), the connector it is given (`line`), the resolver beneath it (`tcp`), and the
@@ -150,7 +150,7 @@ const HTTP: &[&str] = &[
     "upstream/forward.rs",
     "upstream/tcp.rs",
     "upstream/proxy_rules.rs",
-    "doctor/wire.rs",
+    "doctor/http_probe.rs",
 ];
 
 /// The only file that reads the time of day.

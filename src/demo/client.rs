@@ -16,7 +16,7 @@ use crate::trace_context::TraceContext;
 use crate::upstream::{Caller, Credential, ProxyChoice, Settings, Transport, Upstream, UpstreamResponse};
 
 /// The largest thing the demo has.
-const BYTES_MAX: usize = 64 * 1024 * 1024;
+const RESPONSE_BYTES_MAX: usize = 64 * 1024 * 1024;
 
 /// A user of the cache, over TLS.
 pub(super) struct Client {
@@ -25,7 +25,7 @@ pub(super) struct Client {
 }
 
 /// What a pull brought.
-pub(super) struct Got {
+pub(super) struct PullResult {
     /// The image, if it came whole and right.
     pub(super) digest: Option<Digest>,
     /// Config and layers.
@@ -71,9 +71,9 @@ impl Client {
         })
     }
 
-    pub(super) async fn pull(&self, repository: &Repository, tag: &Reference) -> Got {
+    pub(super) async fn pull(&self, repository: &Repository, tag: &Reference) -> PullResult {
         let began = Instant::now();
-        let mut got = Got {
+        let mut got = PullResult {
             digest: None,
             blobs: 0,
             bytes: 0,
@@ -82,7 +82,7 @@ impl Client {
             message: String::new(),
             took: Duration::ZERO,
         };
-        if let Err(answer) = self.bring(repository, tag, &mut got).await {
+        if let Err(answer) = self.download(repository, tag, &mut got).await {
             got.digest = None;
             got.status = answer.status.map_or(0, |status| status.as_u16());
             got.message = answer.message.clone().unwrap_or_else(|| answer.kind.to_string());
@@ -91,11 +91,11 @@ impl Client {
         got
     }
 
-    async fn bring(
+    async fn download(
         &self,
         repository: &Repository,
         tag: &Reference,
-        got: &mut Got,
+        got: &mut PullResult,
     ) -> Result<(), Box<UpstreamResponse>> {
         let endpoint = Endpoint::Manifest {
             repository: repository.clone(),
@@ -116,7 +116,7 @@ impl Client {
         let broken = |cause| Box::new(UpstreamResponse::unavailable(cause));
         let wrong = || broken(crate::oci::UpstreamFailure::DigestMismatch);
         let promised = fetched.digest;
-        let bytes = fetched.collect(BYTES_MAX).await.map_err(broken)?;
+        let bytes = fetched.collect(RESPONSE_BYTES_MAX).await.map_err(broken)?;
         let digest = Digest::of(Algorithm::Sha256, &bytes);
         if promised != Some(digest) {
             return Err(wrong());
@@ -137,7 +137,7 @@ impl Client {
                 .get(&self.caller, &endpoint, &any, None)
                 .await
                 .map_err(Box::new)?;
-            let bytes = fetched.collect(BYTES_MAX).await.map_err(broken)?;
+            let bytes = fetched.collect(RESPONSE_BYTES_MAX).await.map_err(broken)?;
             if Digest::of(wanted.algorithm(), &bytes) != wanted {
                 return Err(wrong());
             }

@@ -41,10 +41,10 @@ pub(super) struct Registry {
 }
 
 #[derive(Default)]
-struct Shared(Mutex<Inside>);
+struct Shared(Mutex<State>);
 
 #[derive(Default)]
-struct Inside {
+struct State {
     manifests: HashMap<(String, String), Bytes>,
     blobs: HashMap<(String, String), Bytes>,
     /// Repositories that only this `Authorization` may read.
@@ -99,7 +99,7 @@ impl Registry {
 
     /// Pushes an image of these layers, so many bytes each.
     pub(super) fn push(&self, repository: &str, tag: &str, layers: &[(&str, usize)]) -> Image {
-        let mut inside = self.shared.inside();
+        let mut inside = self.shared.state();
         let mut keep = |bytes: Bytes| {
             let digest = Digest::of(Algorithm::Sha256, &bytes);
             let size = bytes.len();
@@ -137,26 +137,26 @@ impl Registry {
     }
 
     /// From now on only this credential may read the repository.
-    pub(super) fn keeps_private(&self, repository: &str, authorization: &HeaderValue) {
+    pub(super) fn require_auth(&self, repository: &str, authorization: &HeaderValue) {
         self.shared
-            .inside()
+            .state()
             .private
             .insert(repository.to_owned(), authorization.clone());
     }
 
     /// Answers 429 to everything, or not any more.
-    pub(super) fn limits(&self, is_limiting: bool) {
-        self.shared.inside().is_limiting = is_limiting;
+    pub(super) fn set_rate_limit(&self, is_limiting: bool) {
+        self.shared.state().is_limiting = is_limiting;
     }
 
     /// Ends it: from now on connections are refused.
-    pub(super) fn dies(&self) {
+    pub(super) fn stop(&self) {
         self.alive.cancel();
     }
 
     /// Requests answered and bytes of bodies sent, since the start.
     pub(super) fn sent(&self) -> (u64, u64) {
-        let inside = self.shared.inside();
+        let inside = self.shared.state();
         (inside.requests, inside.bytes)
     }
 }
@@ -168,12 +168,12 @@ impl Drop for Registry {
 }
 
 impl Shared {
-    fn inside(&self) -> MutexGuard<'_, Inside> {
+    fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        let mut inside = self.inside();
+        let mut inside = self.state();
         inside.requests += 1;
         let path = request.uri().path();
         if inside.is_limiting {

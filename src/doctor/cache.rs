@@ -5,8 +5,8 @@ use rustls_pki_types::pem::PemObject;
 use serde_json::Value;
 use tokio::task::JoinSet;
 
-use super::wire::{self, Place};
-use super::{Check, Patient, State};
+use super::http_probe::{self, Target};
+use super::{Check, CheckContext, State};
 use crate::config::{PlainHttp, UpstreamConfig};
 use crate::oci::{Accept, Endpoint, Reference, Repository, Tag, TlsFailure, UpstreamFailure};
 use crate::process;
@@ -15,25 +15,25 @@ use crate::trace_context::TraceContext;
 use crate::upstream::{Caller, Credential, LearnedState, Transport, Upstream};
 
 /// A name that nobody has: whatever the registry answers, it answers.
-const NOBODYS: &str = "ifnewer/doctor";
+const PROBE_REPOSITORY: &str = "ifnewer/doctor";
 
 /// Where clients of this host reach us: plainly where that is allowed, and by TLS with our authority.
-pub(super) async fn listeners(patient: &Patient<'_>) -> Vec<Check> {
+pub(super) async fn listeners(context: &CheckContext<'_>) -> Vec<Check> {
     const NAME: &str = "listener";
-    let endpoint = match &patient.endpoint {
+    let endpoint = match &context.endpoint {
         Ok(endpoint) => endpoint,
         Err(refused) => return vec![Check::failed(NAME, refused.to_string(), "")],
     };
     let place = endpoint.host_port();
     let mut checks = Vec::new();
-    let speaks_plain = match patient.config.listen.plain_http {
+    let speaks_plain = match context.config.listen.plain_http {
         PlainHttp::Any => true,
         PlainHttp::Loopback => endpoint.is_loopback(),
         PlainHttp::Off => false,
     };
     if speaks_plain {
         checks.push(
-            match wire::get(Place::Plain(&endpoint.host, endpoint.port), "/v2/").await {
+            match http_probe::get(Target::Plain(&endpoint.host, endpoint.port), "/v2/").await {
                 Ok(reply) if reply.status == 200 => Check::ok(NAME, format!("http://{place} answers")),
                 Ok(reply) => Check::failed(
                     NAME,
@@ -48,14 +48,14 @@ pub(super) async fn listeners(patient: &Patient<'_>) -> Vec<Check> {
             },
         );
     }
-    checks.push(tls(patient, &endpoint.host, endpoint.port).await);
+    checks.push(tls(context, &endpoint.host, endpoint.port).await);
     checks
 }
 
-async fn tls(patient: &Patient<'_>, host: &str, port: u16) -> Check {
+async fn tls(context: &CheckContext<'_>, host: &str, port: u16) -> Check {
     const NAME: &str = "listener-tls";
-    let config = patient.config;
-    let path = match (&patient.options.ca, &config.tls.certificate) {
+    let config = context.config;
+    let path = match (&context.options.ca, &config.tls.certificate) {
         (Some(path), _) => path.clone(),
         (None, Some(_)) => {
             return Check::skipped(
@@ -77,7 +77,7 @@ async fn tls(patient: &Patient<'_>, host: &str, port: u16) -> Check {
             );
         }
     };
-    match wire::get(Place::Tls(host, port, &roots), "/v2/").await {
+    match http_probe::get(Target::Tls(host, port, &roots), "/v2/").await {
         Ok(reply) if reply.status == 200 => Check::ok(
             NAME,
             format!("https://{host}:{port} answers, verified with {}", path.display()),
@@ -96,13 +96,13 @@ async fn tls(patient: &Patient<'_>, host: &str, port: u16) -> Check {
 }
 
 /// What we say of ourselves.
-pub(super) async fn ready(patient: &Patient<'_>) -> Check {
+pub(super) async fn ready(context: &CheckContext<'_>) -> Check {
     const NAME: &str = "ready";
     let mut host = String::new();
-    let Some(place) = Place::admin(&patient.config.listen.admin, &mut host) else {
+    let Some(place) = Target::admin(&context.config.listen.admin, &mut host) else {
         return Check::skipped(NAME, "listen.admin is off");
     };
-    match wire::get(place, "/readyz").await {
+    match http_probe::get(place, "/readyz").await {
         Ok(reply) if reply.status == 200 => {
             let text = reply.text();
             let lines: Vec<&str> = text.lines().collect();
@@ -125,10 +125,10 @@ pub(super) async fn ready(patient: &Patient<'_>) -> Check {
 }
 
 /// Each upstream, asked from here with the configuration's proxy and roots; and what it says is left of its allowance.
-pub(super) async fn upstreams(patient: &Patient<'_>) -> Vec<Check> {
+pub(super) async fn upstreams(context: &CheckContext<'_>) -> Vec<Check> {
     let connector = Transport::system();
     let mut asked = JoinSet::new();
-    for (position, upstream) in patient.config.upstreams.iter().enumerate() {
+    for (position, upstream) in context.config.upstreams.iter().enumerate() {
         let name = format!("upstream {}", upstream.name);
         match process::upstream(
             upstream,
@@ -137,7 +137,7 @@ pub(super) async fn upstreams(patient: &Patient<'_>) -> Vec<Check> {
             Default::default(),
         ) {
             Ok(client) => {
-                let endpoint = endpoint(upstream, &patient.options.canary);
+                let endpoint = endpoint(upstream, &context.options.canary);
                 asked.spawn(async move { (position, self::upstream(name, &client, endpoint).await) });
             }
             Err(error) => {
@@ -148,23 +148,23 @@ pub(super) async fn upstreams(patient: &Patient<'_>) -> Vec<Check> {
     }
     let mut checks = asked.join_all().await;
     checks.sort_by_key(|(position, _)| *position);
-    let seen = as_seen_by_the_cache(patient).await;
-    let names = patient.config.upstreams.iter().map(|upstream| &*upstream.name);
+    let seen = upstream_states(context).await;
+    let names = context.config.upstreams.iter().map(|upstream| &*upstream.name);
     let checks = checks.into_iter().map(|(_, check)| check).zip(names);
     checks
-        .map(|(check, name)| together(check, name, seen.as_ref()))
+        .map(|(check, name)| merge_results(check, name, seen.as_ref()))
         .collect()
 }
 
 /// What the running cache says about its upstreams, if it can be asked.
-async fn as_seen_by_the_cache(patient: &Patient<'_>) -> Option<Value> {
+async fn upstream_states(context: &CheckContext<'_>) -> Option<Value> {
     let mut host = String::new();
-    let place = Place::admin(&patient.config.listen.admin, &mut host)?;
-    wire::get(place, "/api/v1/upstreams").await.ok()?.json()
+    let place = Target::admin(&context.config.listen.admin, &mut host)?;
+    http_probe::get(place, "/api/v1/upstreams").await.ok()?.json()
 }
 
 /// What we found, and what the running cache finds: it may go out another endpoint, and under another credential.
-pub(super) fn together(mut check: Check, name: &str, seen: Option<&Value>) -> Check {
+pub(super) fn merge_results(mut check: Check, name: &str, seen: Option<&Value>) -> Check {
     let all = seen.and_then(|seen| seen.get("upstreams")?.as_array());
     let seen = all
         .into_iter()
@@ -215,7 +215,7 @@ fn endpoint(upstream: &UpstreamConfig, canary: &str) -> Option<Endpoint> {
         Some(image) if upstream.has_name(&image.registry) && !image.reference.contains(':') => {
             (image.repository, image.reference)
         }
-        _ => (NOBODYS.to_owned(), "latest".to_owned()),
+        _ => (PROBE_REPOSITORY.to_owned(), "latest".to_owned()),
     };
     let repository: Repository = repository.parse().ok()?;
     let tag: Tag = tag.parse().ok()?;

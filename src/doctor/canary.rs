@@ -7,11 +7,11 @@ use std::time::Duration;
 use http::Method;
 use serde_json::Value;
 
-use super::wire::{self, Place};
-use super::{Check, Patient};
+use super::http_probe::{self, Target};
+use super::{Check, CheckContext};
 
 /// Patience for a pull, of a small image.
-const PULL: Duration = Duration::from_secs(180);
+const PULL_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// An image as people write it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,14 +60,14 @@ impl Image {
         format!("{}/{}", self.registry, self.repository)
     }
 
-    fn whole(&self) -> String {
+    fn full_name(&self) -> String {
         let mark = if self.reference.contains(':') { '@' } else { ':' };
         format!("{}{mark}{}", self.name(), self.reference)
     }
 }
 
 /// No canary, said loudly.
-pub(super) fn unproven(why: &str) -> Check {
+pub(super) fn canary_skipped(why: &str) -> Check {
     Check::skipped(
         "canary",
         format!("{why}: whether the cache is used was NOT proven"),
@@ -75,32 +75,32 @@ pub(super) fn unproven(why: &str) -> Check {
 }
 
 /// Pulls an image through the daemon and looks for that in our own log.
-pub(super) async fn fly(patient: &Patient<'_>, socket: &Path) -> Check {
+pub(super) async fn pull_canary(context: &CheckContext<'_>, socket: &Path) -> Check {
     const NAME: &str = "canary";
-    let Some(image) = Image::read(&patient.options.canary) else {
+    let Some(image) = Image::read(&context.options.canary) else {
         return Check::failed(
             NAME,
-            format!("`{}` is no image", patient.options.canary),
+            format!("`{}` is no image", context.options.canary),
             "name one by --canary",
         );
     };
-    let before = match last_event(patient).await {
+    let before = match last_event(context).await {
         Ok(Some(number)) => number,
-        Ok(None) => return unproven("listen.admin is off, so that our own log cannot be asked"),
-        Err(error) => return unproven(&format!("the admin listener: {error}")),
+        Ok(None) => return canary_skipped("listen.admin is off, so that our own log cannot be asked"),
+        Err(error) => return canary_skipped(&format!("the admin listener: {error}")),
     };
-    let whole = image.whole();
-    let held = wire::get(Place::Unix(socket), &format!("/images/{whole}/json")).await;
+    let whole = image.full_name();
+    let held = http_probe::get(Target::Unix(socket), &format!("/images/{whole}/json")).await;
     let held = held.is_ok_and(|reply| reply.status == 200);
     let pulled = pull(socket, &image).await;
-    let events = events_after(patient, before).await.unwrap_or_default();
+    let events = events_after(context, before).await.unwrap_or_default();
     if !held && pulled.is_ok() {
         // It was not there before; a failure leaves an image, no harm.
-        let _ = wire::ask(
-            Place::Unix(socket),
+        let _ = http_probe::request(
+            Target::Unix(socket),
             Method::DELETE,
             &format!("/images/{whole}"),
-            PULL,
+            PULL_TIMEOUT,
         )
         .await;
     }
@@ -110,7 +110,7 @@ pub(super) async fn fly(patient: &Patient<'_>, socket: &Path) -> Check {
 /// What the pull and our log say together.
 pub(super) fn verdict(image: &Image, pulled: &Result<(), String>, events: &[Value]) -> Check {
     const NAME: &str = "canary";
-    let whole = image.whole();
+    let whole = image.full_name();
     let field = |event: &Value, name: &str| {
         event
             .get(name)
@@ -176,7 +176,7 @@ async fn pull(socket: &Path, image: &Image) -> Result<(), String> {
         "/images/create?fromImage={}&tag={tag}",
         image.name().replace(':', "%3A")
     );
-    let reply = wire::ask(Place::Unix(socket), Method::POST, &path, PULL)
+    let reply = http_probe::request(Target::Unix(socket), Method::POST, &path, PULL_TIMEOUT)
         .await
         .map_err(|error| error.to_string())?;
     let text = reply.text();
@@ -200,22 +200,22 @@ async fn pull(socket: &Path, image: &Image) -> Result<(), String> {
 }
 
 /// The number of our last decision; `None` without an admin listener.
-async fn last_event(patient: &Patient<'_>) -> io::Result<Option<u64>> {
+async fn last_event(context: &CheckContext<'_>) -> io::Result<Option<u64>> {
     let mut host = String::new();
-    let Some(place) = Place::admin(&patient.config.listen.admin, &mut host) else {
+    let Some(place) = Target::admin(&context.config.listen.admin, &mut host) else {
         return Ok(None);
     };
-    let reply = wire::get(place, "/api/v1/events?limit=1").await?;
+    let reply = http_probe::get(place, "/api/v1/events?limit=1").await?;
     let told = reply.json().filter(|_| reply.status == 200);
     let told = told.ok_or_else(|| io::Error::other(format!("/api/v1/events answers {}", reply.status)))?;
     let number = told.pointer("/events/0/id").and_then(Value::as_u64);
     Ok(Some(number.unwrap_or(0)))
 }
 
-async fn events_after(patient: &Patient<'_>, number: u64) -> Option<Vec<Value>> {
+async fn events_after(context: &CheckContext<'_>, number: u64) -> Option<Vec<Value>> {
     let mut host = String::new();
-    let place = Place::admin(&patient.config.listen.admin, &mut host)?;
-    let reply = wire::get(place, &format!("/api/v1/events?limit=1000&after={number}"))
+    let place = Target::admin(&context.config.listen.admin, &mut host)?;
+    let reply = http_probe::get(place, &format!("/api/v1/events?limit=1000&after={number}"))
         .await
         .ok()?;
     reply.json()?.get("events")?.as_array().cloned()

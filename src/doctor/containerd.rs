@@ -4,15 +4,15 @@ use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
 
-use super::{Check, Patient};
+use super::{Check, CheckContext};
 use crate::setup::{FileSource, REFERRERS_SINCE, Release};
 
 const CONFIG: &str = "/etc/containerd/config.toml";
 const HOSTS: &str = "/etc/containerd/certs.d";
 
-pub(super) fn examine(patient: &Patient<'_>) -> Vec<Check> {
+pub(super) fn examine(context: &CheckContext<'_>) -> Vec<Check> {
     const NAME: &str = "containerd";
-    let root = patient.root;
+    let root = context.root;
     let config = match root.read(Path::new(CONFIG)) {
         Ok(Some(bytes)) => bytes,
         Ok(None) => Vec::new(),
@@ -32,7 +32,7 @@ pub(super) fn examine(patient: &Patient<'_>) -> Vec<Check> {
     }
     let checked = parse(&config).and_then(|config| {
         let knows_referrers = Release::find(root, &config).map(|release| release >= REFERRERS_SINCE);
-        Ok(hosts(patient, &config_path(&config)?, knows_referrers))
+        Ok(hosts(context, &config_path(&config)?, knows_referrers))
     });
     vec![checked.unwrap_or_else(|(found, remedy)| Check::failed(NAME, found, remedy))]
 }
@@ -71,9 +71,9 @@ fn config_path(root: &Table) -> Result<PathBuf, (String, &'static str)> {
 
 /// How many registries name us, and whether a file would be passed by. `knows_referrers`: whether this containerd knows
 /// the capability of that name, where its release could be found out.
-fn hosts(patient: &Patient<'_>, folder: &Path, knows_referrers: Option<bool>) -> Check {
+fn hosts(context: &CheckContext<'_>, folder: &Path, knows_referrers: Option<bool>) -> Check {
     const NAME: &str = "containerd";
-    let names = patient
+    let names = context
         .config
         .upstreams
         .iter()
@@ -82,7 +82,7 @@ fn hosts(patient: &Patient<'_>, folder: &Path, knows_referrers: Option<bool>) ->
     let mut ours = 0;
     for name in names {
         let path = folder.join(name).join("hosts.toml");
-        let Ok(Some(bytes)) = patient.root.read(&path) else {
+        let Ok(Some(bytes)) = context.root.read(&path) else {
             continue;
         };
         let text = String::from_utf8_lossy(&bytes);
@@ -105,7 +105,7 @@ fn hosts(patient: &Patient<'_>, folder: &Path, knows_referrers: Option<bool>) ->
                 "name the cache by a name or an IPv4 address",
             );
         }
-        let Some((_, host)) = hosts.iter().find(|(host, _)| patient.is_ours(host)) else {
+        let Some((_, host)) = hosts.iter().find(|(host, _)| context.is_ours(host)) else {
             continue;
         };
         ours += 1;

@@ -9,8 +9,8 @@ use rustls_pki_types::pem::PemObject;
 use serde_json::Value;
 
 use super::host::without_password;
-use super::wire::{self, Place};
-use super::{Check, Patient, canary};
+use super::http_probe::{self, Target};
+use super::{Check, CheckContext, canary};
 use crate::setup::FileSource;
 
 /// Where the system keeps the list of authorities that Go programs read: Debian, RHEL, Alpine.
@@ -20,7 +20,7 @@ const BUNDLES: [&str; 3] = [
     "/etc/ssl/cert.pem",
 ];
 
-impl Patient<'_> {
+impl CheckContext<'_> {
     /// Whether a URL is one of our addresses. Where we listen on every address, any address with our port may be.
     pub(super) fn is_ours(&self, url: &str) -> bool {
         let place = url.split_once("://").map_or(url, |(_, rest)| rest);
@@ -56,9 +56,9 @@ impl Patient<'_> {
     }
 }
 
-pub(super) async fn examine(patient: &Patient<'_>) -> Vec<Check> {
-    let socket = patient.socket();
-    let info = wire::get(Place::Unix(&socket), "/info").await;
+pub(super) async fn examine(context: &CheckContext<'_>) -> Vec<Check> {
+    let socket = context.socket();
+    let info = http_probe::get(Target::Unix(&socket), "/info").await;
     let info = match info {
         Ok(reply) => reply
             .json()
@@ -70,7 +70,7 @@ pub(super) async fn examine(patient: &Patient<'_>) -> Vec<Check> {
         .is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
     let mut checks = Vec::new();
     if absent
-        && !patient
+        && !context
             .root
             .resolve(Path::new("/etc/docker/daemon.json"))
             .exists()
@@ -79,10 +79,10 @@ pub(super) async fn examine(patient: &Patient<'_>) -> Vec<Check> {
             "docker",
             format!("no Docker daemon here ({})", socket.display()),
         ));
-        checks.push(canary::unproven("there is no Docker daemon to pull with"));
+        checks.push(canary::canary_skipped("there is no Docker daemon to pull with"));
         return checks;
     }
-    checks.push(file(patient, info.as_ref().ok()));
+    checks.push(file(context, info.as_ref().ok()));
     let info = match info {
         Ok(info) => info,
         Err(error) => {
@@ -95,23 +95,23 @@ pub(super) async fn examine(patient: &Patient<'_>) -> Vec<Check> {
                 format!("the daemon at {}: {error}", socket.display()),
                 remedy,
             ));
-            checks.push(canary::unproven("the Docker daemon does not answer"));
+            checks.push(canary::canary_skipped("the Docker daemon does not answer"));
             return checks;
         }
     };
-    let uses = Uses::read(patient, &info);
+    let uses = Uses::read(context, &info);
     checks.push(uses.check(&info));
-    checks.push(trust(patient, &uses).await);
-    checks.push(detour(patient, &info, &uses));
-    checks.push(canary::fly(patient, &socket).await);
+    checks.push(trust(context, &uses).await);
+    checks.push(detour(context, &info, &uses));
+    checks.push(canary::pull_canary(context, &socket).await);
     checks
 }
 
 /// What `daemon.json` says. Not having one is no fault where the daemon is told on its command line or by a proxy.
-fn file(patient: &Patient<'_>, info: Option<&Value>) -> Check {
+fn file(context: &CheckContext<'_>, info: Option<&Value>) -> Check {
     const NAME: &str = "docker-file";
     let path = Path::new("/etc/docker/daemon.json");
-    let bytes = match patient.root.read(path) {
+    let bytes = match context.root.read(path) {
         Ok(Some(bytes)) => bytes,
         Ok(None) => return Check::skipped(NAME, format!("{} is not there", path.display())),
         Err(refused) => return Check::failed(NAME, refused.to_string(), ""),
@@ -130,7 +130,7 @@ fn file(patient: &Patient<'_>, info: Option<&Value>) -> Check {
     let in_effect = info
         .map(|info| texts(info.pointer("/RegistryConfig/Mirrors")))
         .unwrap_or_default();
-    match mirrors.iter().find(|mirror| patient.is_ours(mirror)) {
+    match mirrors.iter().find(|mirror| context.is_ours(mirror)) {
         Some(mirror) if info.is_some() && !in_effect.iter().any(|held| same(held, mirror)) => Check::failed(
             NAME,
             format!(
@@ -140,7 +140,7 @@ fn file(patient: &Patient<'_>, info: Option<&Value>) -> Check {
             "kill -HUP $(cat /run/docker.pid); if that does not help, it is started with another --config-file",
         ),
         Some(mirror) => Check::ok(NAME, format!("{} names {mirror}", path.display())),
-        None if in_effect.iter().any(|mirror| patient.is_ours(mirror)) => Check::skipped(
+        None if in_effect.iter().any(|mirror| context.is_ours(mirror)) => Check::skipped(
             NAME,
             format!(
                 "{} does not name this cache, though the daemon uses it: told on its command line, or until its next start",
@@ -163,13 +163,13 @@ enum Uses {
 }
 
 impl Uses {
-    fn read(patient: &Patient<'_>, info: &Value) -> Self {
+    fn read(context: &CheckContext<'_>, info: &Value) -> Self {
         let proxy = info.get("HttpsProxy").and_then(Value::as_str).unwrap_or_default();
-        if patient.is_ours(proxy) {
+        if context.is_ours(proxy) {
             return Self::Proxy(proxy.to_owned());
         }
         let mirrors = texts(info.pointer("/RegistryConfig/Mirrors"));
-        let position = mirrors.iter().position(|mirror| patient.is_ours(mirror));
+        let position = mirrors.iter().position(|mirror| context.is_ours(mirror));
         match position.and_then(|position| Some((position, mirrors.into_iter().nth(position)?))) {
             Some((position, url)) => Self::Mirror { url, position },
             None => Self::Nothing,
@@ -205,7 +205,7 @@ impl Uses {
 }
 
 /// The authority as the daemon sees it: its folder for our address, and the system's list.
-async fn trust(patient: &Patient<'_>, uses: &Uses) -> Check {
+async fn trust(context: &CheckContext<'_>, uses: &Uses) -> Check {
     const NAME: &str = "docker-trust";
     let (place, by_proxy) = match uses {
         Uses::Mirror { url, .. } => match url.trim_end_matches('/').split_once("://") {
@@ -217,10 +217,10 @@ async fn trust(patient: &Patient<'_>, uses: &Uses) -> Check {
     };
     let mut roots = Vec::new();
     for bundle in BUNDLES {
-        roots.extend(certificates(patient, Path::new(bundle)));
+        roots.extend(certificates(context, Path::new(bundle)));
     }
     if by_proxy {
-        let ours = CertificateDer::pem_file_iter(patient.config.tls.folder.join("ca.pem"))
+        let ours = CertificateDer::pem_file_iter(context.config.tls.folder.join("ca.pem"))
             .and_then(Iterator::collect::<Result<Vec<_>, _>>)
             .unwrap_or_default();
         return match ours.first() {
@@ -236,9 +236,9 @@ async fn trust(patient: &Patient<'_>, uses: &Uses) -> Check {
         };
     }
     let folder = Path::new("/etc/docker/certs.d").join(place);
-    for path in patient.root.list(&folder).unwrap_or_default() {
+    for path in context.root.list(&folder).unwrap_or_default() {
         if path.extension().is_some_and(|extension| extension == "crt") {
-            roots.extend(certificates(patient, &path));
+            roots.extend(certificates(context, &path));
         }
     }
     let Ok(authority) = place.parse::<http::uri::Authority>() else {
@@ -250,7 +250,7 @@ async fn trust(patient: &Patient<'_>, uses: &Uses) -> Check {
     };
     let port = authority.port_u16().unwrap_or(443);
     let loopback = authority.host().starts_with("127.") || authority.host() == "localhost";
-    match wire::get(Place::Tls(authority.host(), port, &roots), "/v2/").await {
+    match http_probe::get(Target::Tls(authority.host(), port, &roots), "/v2/").await {
         Ok(_) => Check::ok(NAME, format!("what dockerd trusts verifies https://{place}")),
         Err(_) if loopback => Check::ok(
             NAME,
@@ -264,15 +264,15 @@ async fn trust(patient: &Patient<'_>, uses: &Uses) -> Check {
     }
 }
 
-fn certificates(patient: &Patient<'_>, path: &Path) -> Vec<CertificateDer<'static>> {
-    let bytes = patient.root.read(path).ok().flatten().unwrap_or_default();
+fn certificates(context: &CheckContext<'_>, path: &Path) -> Vec<CertificateDer<'static>> {
+    let bytes = context.root.read(path).ok().flatten().unwrap_or_default();
     CertificateDer::pem_slice_iter(&bytes)
         .filter_map(Result::ok)
         .collect()
 }
 
 /// A proxy of the daemon's stands between it and a mirror that is not loopback, unless `NO_PROXY` says otherwise.
-fn detour(patient: &Patient<'_>, info: &Value, uses: &Uses) -> Check {
+fn detour(context: &CheckContext<'_>, info: &Value, uses: &Uses) -> Check {
     const NAME: &str = "docker-proxy";
     let text = |name: &str| info.get(name).and_then(Value::as_str).unwrap_or_default();
     let Uses::Mirror { url, .. } = uses else {
@@ -288,7 +288,7 @@ fn detour(patient: &Patient<'_>, info: &Value, uses: &Uses) -> Check {
         .map_or("", |(_, rest)| rest.trim_end_matches('/'));
     let authority = place.parse::<http::uri::Authority>().ok();
     let host = authority.as_ref().map_or("", |authority| authority.host());
-    let loopback = patient
+    let loopback = context
         .endpoint
         .as_ref()
         .is_ok_and(crate::setup::CacheEndpoint::is_loopback)

@@ -7,20 +7,20 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use rustls_pki_types::CertificateDer;
 
-use super::wire::{self, Place};
-use super::{Check, Patient};
+use super::http_probe::{self, Target};
+use super::{Check, CheckContext};
 use crate::setup::{Client, FileState, Job};
 
 /// A clock that is further off than this breaks certificates and tokens.
 const SKEW_MAX: Duration = Duration::from_secs(300);
 
 /// Besides connections and transfers: the index, listeners, the log.
-const DESCRIPTORS_BESIDES: u64 = 128;
+const DESCRIPTORS_RESERVED: u64 = 128;
 
-pub(super) fn disk(patient: &Patient<'_>) -> Check {
+pub(super) fn disk(context: &CheckContext<'_>) -> Check {
     const NAME: &str = "disk";
-    let data = &patient.config.data;
-    let wanted = patient.config.store.free_bytes_min;
+    let data = &context.config.data;
+    let wanted = context.config.store.free_bytes_min;
     let stats = match rustix::fs::statvfs(data) {
         Ok(stats) => stats,
         Err(error) => {
@@ -64,21 +64,21 @@ pub(super) fn disk(patient: &Patient<'_>) -> Check {
 }
 
 /// The process that has the data folder.
-fn process(patient: &Patient<'_>) -> Option<u32> {
-    let text = fs::read_to_string(patient.config.data.join("LOCK")).ok()?;
+fn process(context: &CheckContext<'_>) -> Option<u32> {
+    let text = fs::read_to_string(context.config.data.join("LOCK")).ok()?;
     let pid: u32 = text.trim().parse().ok()?;
     let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
     (name.trim() == "ifnewer").then_some(pid)
 }
 
-pub(super) fn descriptors(patient: &Patient<'_>) -> Check {
+pub(super) fn descriptors(context: &CheckContext<'_>) -> Check {
     const NAME: &str = "descriptors";
-    let Some(pid) = process(patient) else {
+    let Some(pid) = process(context) else {
         return Check::skipped(
             NAME,
             format!(
                 "no running ifnewer is named in {}/LOCK",
-                patient.config.data.display()
+                context.config.data.display()
             ),
         );
     };
@@ -89,8 +89,8 @@ pub(super) fn descriptors(patient: &Patient<'_>) -> Check {
     let Some(limit) = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()) else {
         return Check::skipped(NAME, format!("/proc/{pid}/limits cannot be read"));
     };
-    let limits = &patient.config.limits;
-    let needed = limits.connections_max as u64 + limits.downloads_max as u64 + DESCRIPTORS_BESIDES;
+    let limits = &context.config.limits;
+    let needed = limits.connections_max as u64 + limits.downloads_max as u64 + DESCRIPTORS_RESERVED;
     if limit < needed {
         return Check::failed(
             NAME,
@@ -109,9 +109,9 @@ pub(super) fn descriptors(patient: &Patient<'_>) -> Check {
 }
 
 /// A proxy for our own way out that is ourselves is a loop.
-pub(super) fn variables(patient: &Patient<'_>) -> Check {
+pub(super) fn variables(context: &CheckContext<'_>) -> Check {
     const NAME: &str = "proxy-variables";
-    let environment = process(patient).and_then(|pid| fs::read(format!("/proc/{pid}/environ")).ok());
+    let environment = process(context).and_then(|pid| fs::read(format!("/proc/{pid}/environ")).ok());
     let Some(environment) = environment else {
         return Check::skipped(
             NAME,
@@ -129,7 +129,7 @@ pub(super) fn variables(patient: &Patient<'_>) -> Check {
         .filter(|(_, value)| !value.is_empty())
         .collect();
     for (name, value) in &proxies {
-        if patient.is_ours(value) {
+        if context.is_ours(value) {
             return Check::failed(
                 NAME,
                 format!("the running ifnewer has {name}={value}, which is itself"),
@@ -162,9 +162,9 @@ pub(super) fn without_password(url: &str) -> String {
 }
 
 /// Against what the default upstream says is the time.
-pub(super) async fn clock(patient: &Patient<'_>) -> Check {
+pub(super) async fn clock(context: &CheckContext<'_>) -> Check {
     const NAME: &str = "clock";
-    let upstream = patient.config.upstream(&patient.config.default_upstream);
+    let upstream = context.config.upstream(&context.config.default_upstream);
     let url = upstream
         .and_then(|upstream| upstream.urls.first())
         .and_then(|url| url.address.parse::<http::Uri>().ok());
@@ -173,9 +173,9 @@ pub(super) async fn clock(patient: &Patient<'_>) -> Check {
     };
     let roots: Vec<CertificateDer<'static>> = rustls_native_certs::load_native_certs().certs;
     let reply = if url.scheme_str() == Some("http") {
-        wire::get(Place::Plain(host, url.port_u16().unwrap_or(80)), "/v2/").await
+        http_probe::get(Target::Plain(host, url.port_u16().unwrap_or(80)), "/v2/").await
     } else {
-        wire::get(Place::Tls(host, url.port_u16().unwrap_or(443), &roots), "/v2/").await
+        http_probe::get(Target::Tls(host, url.port_u16().unwrap_or(443), &roots), "/v2/").await
     };
     let date = match &reply {
         Ok(reply) => reply.headers.get(http::header::DATE),
@@ -184,7 +184,7 @@ pub(super) async fn clock(patient: &Patient<'_>) -> Check {
     let Some(theirs) = date.and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok()) else {
         return Check::skipped(NAME, format!("{host} does not say what time it is"));
     };
-    let skew = match patient.now.duration_since(theirs) {
+    let skew = match context.now.duration_since(theirs) {
         Ok(ahead) => ahead,
         Err(error) => error.duration(),
     };
@@ -202,11 +202,11 @@ pub(super) async fn clock(patient: &Patient<'_>) -> Check {
 }
 
 /// Whether what `setup` wrote is still there.
-pub(super) fn setups(patient: &Patient<'_>) -> Vec<Check> {
+pub(super) fn setups(context: &CheckContext<'_>) -> Vec<Check> {
     let mut checks = Vec::new();
     for client in Client::ALL {
         let name = format!("setup {}", client.name());
-        let states = match Job::setup(client).states(patient.root) {
+        let states = match Job::setup(client).states(context.root) {
             Ok(Some(states)) => states,
             Ok(None) => continue,
             Err(refused) => {
@@ -217,7 +217,7 @@ pub(super) fn setups(patient: &Patient<'_>) -> Vec<Check> {
         let changed: Vec<String> = states
             .iter()
             .filter(|(_, state)| *state != FileState::AsWritten)
-            .map(|(path, state)| told(path, *state))
+            .map(|(path, state)| describe(path, *state))
             .collect();
         let paths: Vec<String> = states
             .iter()
@@ -239,7 +239,7 @@ pub(super) fn setups(patient: &Patient<'_>) -> Vec<Check> {
     checks
 }
 
-fn told(path: &Path, state: FileState) -> String {
+fn describe(path: &Path, state: FileState) -> String {
     match state {
         FileState::AsBefore => format!("{} is as it was before", path.display()),
         FileState::AsWritten | FileState::Changed => format!("{} was changed since", path.display()),

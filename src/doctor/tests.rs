@@ -91,14 +91,14 @@ fn is_ours(listen: &str, url: &str) -> bool {
     let text = format!("[listen]\nregistry = {listen}\n[tls]\nnames = [\"cache.example.org\"]");
     let config = Config::read(&text, Path::new("/ifnewer.toml")).unwrap();
     let root = RootFs::open(Path::new("/")).unwrap();
-    let patient = Patient {
+    let context = CheckContext {
         config: &config,
         options: &options(),
         root: &root,
         endpoint: Err(SetupError::Address(String::new())),
         now: SystemTime::UNIX_EPOCH,
     };
-    patient.is_ours(url)
+    context.is_ours(url)
 }
 
 #[test]
@@ -152,7 +152,7 @@ fn what_the_running_cache_finds_counts_too() {
             .unwrap()
             .extend(further.as_object().unwrap().clone());
         let seen = json!({ "upstreams": [{ "name": "ghcr.io", "unavailable": { "text": "x" } }, upstream] });
-        cache::together(Check::ok("u", "answers"), "docker.io", Some(&seen))
+        cache::merge_results(Check::ok("u", "answers"), "docker.io", Some(&seen))
     };
     assert_eq!(told(json!({})).state, State::Ok);
     let limits = |left: u64| {

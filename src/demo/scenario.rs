@@ -7,9 +7,9 @@ use std::time::Duration;
 use http::HeaderValue;
 use serde_json::Value;
 
-use super::client::{Client, Got};
+use super::client::{Client, PullResult};
 use super::registry::{Image, RETRY_AFTER, Registry};
-use super::{DemoError, Played};
+use super::{DemoError, Summary};
 use crate::admin::client::Client as AdminClient;
 use crate::admin::format::{bytes, short_digest};
 use crate::oci::{Digest, Reference, Repository};
@@ -20,7 +20,7 @@ pub(super) const UPSTREAM: &str = "registry.demo";
 const BASE: (&str, usize) = ("base", 3_000_000);
 
 /// What a line must be.
-struct Expected {
+struct Expectation {
     /// The image that must have come, whole; none if the client must be refused.
     image: Option<Image>,
     /// The reason in the log, the metrics and `Cache-Status`.
@@ -33,7 +33,7 @@ struct Expected {
     status: u16,
 }
 
-impl Expected {
+impl Expectation {
     fn image(image: &Image, reason: &'static str) -> Self {
         Self {
             image: Some(image.clone()),
@@ -56,14 +56,14 @@ impl Expected {
         }
     }
 
-    fn because(self, cause: &'static str) -> Self {
+    fn with_cause(self, cause: &'static str) -> Self {
         Self {
             cause: Some(cause),
             ..self
         }
     }
 
-    fn costs(self, requests: u64, bytes_max: u64) -> Self {
+    fn with_cost(self, requests: u64, bytes_max: u64) -> Self {
         Self {
             requests,
             bytes_max,
@@ -73,14 +73,14 @@ impl Expected {
 }
 
 /// Plays all of it.
-pub(super) async fn play(
+pub(super) async fn run(
     registry: &Registry,
     cache: SocketAddr,
     ca: &[u8],
     admin: &AdminClient,
     colour: bool,
     out: &mut dyn Write,
-) -> Result<Played, DemoError> {
+) -> Result<Summary, DemoError> {
     let (alice, bob) = (
         HeaderValue::from_static("Basic YWxpY2U6MQ=="),
         HeaderValue::from_static("Basic Ym9iOjI="),
@@ -90,93 +90,95 @@ pub(super) async fn play(
         Client::new(cache, ca, Some(&alice))?,
         Client::new(cache, ca, Some(&bob))?,
     );
-    let mut stage = Stage {
+    let mut scenario = Scenario {
         registry,
         admin,
         colour,
         out,
-        played: Played { lines: 0, wrong: 0 },
+        summary: Summary { lines: 0, wrong: 0 },
     };
-    stage.begin(cache)?;
+    scenario.print_header(cache)?;
 
     let first = registry.push("library/app", "latest", &[BASE, ("code 1", 400_000)]);
     let (app, secret) = ("library/app:latest", "acme/secret:1");
-    let cold = Expected::image(&first, "not-cached").costs(4, 3_500_000);
-    stage.line("cold pull", &anyone, app, cold).await?;
-    stage
-        .line(
+    let cold = Expectation::image(&first, "not-cached").with_cost(4, 3_500_000);
+    scenario.step("cold pull", &anyone, app, cold).await?;
+    scenario
+        .step(
             "unchanged",
             &anyone,
             app,
-            Expected::image(&first, "revalidated").costs(1, 0),
+            Expectation::image(&first, "revalidated").with_cost(1, 0),
         )
         .await?;
     let second = registry.push("library/app", "latest", &[BASE, ("code 2", 400_000)]);
     // Asked, fetched, and of the layers only the one that changed.
-    let newer = Expected::image(&second, "new-digest").costs(4, 450_000);
-    stage.line("the tag moved", &anyone, app, newer).await?;
+    let newer = Expectation::image(&second, "new-digest").with_cost(4, 450_000);
+    scenario.step("the tag moved", &anyone, app, newer).await?;
     let private = registry.push("acme/secret", "1", &[("secret code", 500_000)]);
-    registry.keeps_private("acme/secret", &alice);
-    let cold = Expected::image(&private, "not-cached").costs(3, 550_000);
-    stage.line("private, for alice", &as_alice, secret, cold).await?;
-    stage
-        .line(
+    registry.require_auth("acme/secret", &alice);
+    let cold = Expectation::image(&private, "not-cached").with_cost(3, 550_000);
+    scenario
+        .step("private, for alice", &as_alice, secret, cold)
+        .await?;
+    scenario
+        .step(
             "private, for bob",
             &as_bob,
             secret,
-            Expected::refused("forbidden", 401).costs(1, 0),
+            Expectation::refused("forbidden", 401).with_cost(1, 0),
         )
         .await?;
-    registry.limits(true);
-    let held = |image: &Image, cause| Expected::image(image, "stale-if-error").because(cause);
-    stage
-        .line(
+    registry.set_rate_limit(true);
+    let held = |image: &Image, cause| Expectation::image(image, "stale-if-error").with_cause(cause);
+    scenario
+        .step(
             "rate limited (429)",
             &anyone,
             app,
-            held(&second, "rate-limited").costs(1, 0),
+            held(&second, "rate-limited").with_cost(1, 0),
         )
         .await?;
-    registry.limits(false);
-    registry.dies();
+    registry.set_rate_limit(false);
+    registry.stop();
     // Until then the limit, not the death, is why nobody asks.
     tokio::time::sleep(RETRY_AFTER + Duration::from_millis(200)).await;
-    stage
-        .line("registry dead", &anyone, app, held(&second, "connection-refused"))
+    scenario
+        .step("registry dead", &anyone, app, held(&second, "connection-refused"))
         .await?;
-    stage
-        .line(
+    scenario
+        .step(
             "dead, for alice",
             &as_alice,
             secret,
             held(&private, "connection-refused"),
         )
         .await?;
-    stage
-        .line(
+    scenario
+        .step(
             "dead, for bob",
             &as_bob,
             secret,
-            Expected::refused("upstream-unavailable", 502).because("connection-refused"),
+            Expectation::refused("upstream-unavailable", 502).with_cause("connection-refused"),
         )
         .await?;
-    let unseen = Expected::refused("upstream-unavailable", 502).because("connection-refused");
-    stage
-        .line("dead, never seen", &anyone, "library/unseen:latest", unseen)
+    let unseen = Expectation::refused("upstream-unavailable", 502).with_cause("connection-refused");
+    scenario
+        .step("dead, never seen", &anyone, "library/unseen:latest", unseen)
         .await?;
-    stage.end()
+    scenario.finish()
 }
 
-struct Stage<'a> {
+struct Scenario<'a> {
     registry: &'a Registry,
     admin: &'a AdminClient,
     colour: bool,
     out: &'a mut dyn Write,
-    played: Played,
+    summary: Summary,
 }
 
-impl Stage<'_> {
-    fn begin(&mut self, cache: SocketAddr) -> Result<(), DemoError> {
+impl Scenario<'_> {
+    fn print_header(&mut self, cache: SocketAddr) -> Result<(), DemoError> {
         writeln!(
             self.out,
             "a registry on loopback, and ifnewer with TLS in front of it at {cache}\n"
@@ -197,12 +199,12 @@ impl Stage<'_> {
         Ok(())
     }
 
-    async fn line(
+    async fn step(
         &mut self,
         name: &str,
         client: &Client,
         image: &str,
-        expected: Expected,
+        expected: Expectation,
     ) -> Result<(), DemoError> {
         let wrong = || DemoError::Client(format!("`{image}` is no image"));
         let (repository, tag) = image.rsplit_once(':').ok_or_else(wrong)?;
@@ -212,14 +214,14 @@ impl Stage<'_> {
         let got = client.pull(&repository, &tag).await;
         let after = self.registry.sent();
         let (requests, sent) = (after.0 - before.0, after.1 - before.1);
-        let told = self
+        let events = self
             .admin
             .get(&format!("/api/v1/events?limit=1&image={image}"))
             .await?;
-        let event = told.pointer("/events/0").cloned().unwrap_or_default();
-        let faults = faults(&got, &event, (requests, sent), &expected);
-        self.played.lines += 1;
-        self.played.wrong += usize::from(!faults.is_empty());
+        let event = events.pointer("/events/0").cloned().unwrap_or_default();
+        let mismatches = mismatches(&got, &event, (requests, sent), &expected);
+        self.summary.lines += 1;
+        self.summary.wrong += usize::from(!mismatches.is_empty());
         let what = match got.digest {
             Some(digest) => format!(
                 "{}, {} blobs, {}",
@@ -227,14 +229,14 @@ impl Stage<'_> {
                 got.blobs,
                 bytes(got.bytes)
             ),
-            None => format!("{} {}", got.status, first(&got.message)),
+            None => format!("{} {}", got.status, truncated(&got.message)),
         };
         let cost = match requests {
             0 => "nothing".to_owned(),
             1 => format!("1 request, {}", bytes(sent)),
             more => format!("{more} requests, {}", bytes(sent)),
         };
-        let (mark, code) = if faults.is_empty() {
+        let (mark, code) = if mismatches.is_empty() {
             ("ok", "32")
         } else {
             ("!!", "31")
@@ -250,44 +252,49 @@ impl Stage<'_> {
             self.out,
             "{mark} {name:<20} {what:<40} {cost:<23} {ms:>7}  {sentence}"
         )?;
-        for fault in faults {
-            writeln!(self.out, "   wrong: {fault}")?;
+        for mismatch in mismatches {
+            writeln!(self.out, "   wrong: {mismatch}")?;
         }
         Ok(())
     }
 
-    fn end(self) -> Result<Played, DemoError> {
-        let Played { lines, wrong } = self.played;
+    fn finish(self) -> Result<Summary, DemoError> {
+        let Summary { lines, wrong } = self.summary;
         let words = match wrong {
             0 => format!("all {lines} lines are as they should be"),
             wrong => format!("{wrong} of {lines} lines are WRONG"),
         };
         writeln!(self.out, "\n{words}")?;
-        Ok(self.played)
+        Ok(self.summary)
     }
 }
 
-fn faults(got: &Got, event: &Value, (requests, sent): (u64, u64), expected: &Expected) -> Vec<String> {
-    let mut faults = Vec::new();
+fn mismatches(
+    got: &PullResult,
+    event: &Value,
+    (requests, sent): (u64, u64),
+    expected: &Expectation,
+) -> Vec<String> {
+    let mut mismatches = Vec::new();
     let wanted = expected.image.as_ref().map(|image| image.digest);
     if got.digest != wanted {
         let shown =
             |digest: Option<Digest>| digest.map_or_else(|| "nothing".to_owned(), |digest| digest.to_string());
-        faults.push(format!(
+        mismatches.push(format!(
             "the client got {} instead of {}",
             shown(got.digest),
             shown(wanted)
         ));
     }
     if got.status != expected.status {
-        faults.push(format!(
+        mismatches.push(format!(
             "the status is {} instead of {}",
             got.status, expected.status
         ));
     }
     let told = |name: &str| event.get(name).and_then(Value::as_str);
     if told("reason") != Some(expected.reason) || told("cause") != expected.cause {
-        faults.push(format!(
+        mismatches.push(format!(
             "the reason is {} ({}) instead of {}",
             told("reason").unwrap_or("none"),
             told("cause").unwrap_or("no cause"),
@@ -295,19 +302,19 @@ fn faults(got: &Got, event: &Value, (requests, sent): (u64, u64), expected: &Exp
         ));
     }
     if got.digest.is_some() && !got.cache_status.contains(expected.reason) {
-        faults.push(format!("Cache-Status is `{}`", got.cache_status));
+        mismatches.push(format!("Cache-Status is `{}`", got.cache_status));
     }
     if requests != expected.requests || sent > expected.bytes_max {
-        faults.push(format!(
+        mismatches.push(format!(
             "upstream had {requests} requests and sent {sent} bytes instead of {} and at most {}",
             expected.requests, expected.bytes_max
         ));
     }
-    faults
+    mismatches
 }
 
 /// As much of an error as fits into a line.
-fn first(text: &str) -> String {
+fn truncated(text: &str) -> String {
     const CHARS_MAX: usize = 32;
     if text.chars().count() <= CHARS_MAX {
         return text.to_owned();

@@ -20,13 +20,13 @@ use tokio_rustls::TlsConnector;
 use crate::config::Admin;
 
 /// Patience for what should answer at once.
-pub(super) const SOON: Duration = Duration::from_secs(5);
+pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
 const BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
 
 /// Where a request goes.
 #[derive(Clone, Debug)]
-pub(super) enum Place<'a> {
+pub(super) enum Target<'a> {
     /// Host and port.
     Plain(&'a str, u16),
     /// Host and port, and whom to trust there.
@@ -35,7 +35,7 @@ pub(super) enum Place<'a> {
     Unix(&'a Path),
 }
 
-impl<'a> Place<'a> {
+impl<'a> Target<'a> {
     /// The admin listener.
     pub(super) fn admin(admin: &'a Admin, host: &'a mut String) -> Option<Self> {
         match admin {
@@ -51,13 +51,13 @@ impl<'a> Place<'a> {
 
 /// What came back.
 #[derive(Debug)]
-pub(super) struct Reply {
+pub(super) struct Response {
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
 }
 
-impl Reply {
+impl Response {
     pub(super) fn json(&self) -> Option<serde_json::Value> {
         serde_json::from_slice(&self.body).ok()
     }
@@ -68,30 +68,31 @@ impl Reply {
 }
 
 /// `GET`.
-pub(super) async fn get(place: Place<'_>, path: &str) -> io::Result<Reply> {
-    ask(place, Method::GET, path, SOON).await
+pub(super) async fn get(target: Target<'_>, path: &str) -> io::Result<Response> {
+    request(target, Method::GET, path, PROBE_TIMEOUT).await
 }
 
 /// Any request without a body.
-pub(super) async fn ask(
-    place: Place<'_>,
+pub(super) async fn request(
+    target: Target<'_>,
     method: Method,
     path: &str,
     patience: Duration,
-) -> io::Result<Reply> {
+) -> io::Result<Response> {
     let asked = async {
-        match place {
-            Place::Plain(host, port) => {
-                let stream = TcpStream::connect((bare(host), port)).await?;
+        match target {
+            Target::Plain(host, port) => {
+                let stream = TcpStream::connect((without_brackets(host), port)).await?;
                 exchange(stream, &format!("{host}:{port}"), method, path).await
             }
-            Place::Tls(host, port, roots) => {
-                let stream = TcpStream::connect((bare(host), port)).await?;
-                let name = ServerName::try_from(bare(host).to_owned()).map_err(io::Error::other)?;
+            Target::Tls(host, port, roots) => {
+                let stream = TcpStream::connect((without_brackets(host), port)).await?;
+                let name =
+                    ServerName::try_from(without_brackets(host).to_owned()).map_err(io::Error::other)?;
                 let stream = connector(roots)?.connect(name, stream).await?;
                 exchange(stream, &format!("{host}:{port}"), method, path).await
             }
-            Place::Unix(path_of_socket) => {
+            Target::Unix(path_of_socket) => {
                 exchange(
                     UnixStream::connect(path_of_socket).await?,
                     "localhost",
@@ -111,7 +112,7 @@ pub(super) async fn ask(
     tokio::time::timeout(patience, asked).await.unwrap_or_else(late)
 }
 
-fn bare(host: &str) -> &str {
+fn without_brackets(host: &str) -> &str {
     host.trim_start_matches('[').trim_end_matches(']')
 }
 
@@ -127,7 +128,7 @@ fn connector(roots: &[CertificateDer<'static>]) -> io::Result<TlsConnector> {
     Ok(TlsConnector::from(Arc::new(config)))
 }
 
-async fn exchange<S>(stream: S, host: &str, method: Method, path: &str) -> io::Result<Reply>
+async fn exchange<S>(stream: S, host: &str, method: Method, path: &str) -> io::Result<Response>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -154,7 +155,7 @@ where
         .collect()
         .await
         .map_err(io::Error::other)?;
-    Ok(Reply {
+    Ok(Response {
         status: head.status,
         headers: head.headers,
         body: body.to_bytes(),
