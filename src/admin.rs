@@ -1,14 +1,16 @@
-//! What an operator sees and steers: health, metrics, the API under `/api/v1/`, and the page at `/` that is made from it.
-//! On a listener of its own.
+//! The admin side: health, metrics, the API under `/api/v1/` and the HTML page at `/`, on a listener of its own.
 //!
-//! * `serving`: a thread of its own, connections, places. * `health`: what is answered whatever the rest waits for.
-//! * `guard`: who may come, and who may change something. * `routes`: which path is what. * `reply`:
-//!   how it is answered.
-//! * `metrics`, `status`, `images`, `keeping`, `why`, `upstreams`, `transfers`, `telemetry`, `work`, `archive`: one kind of thing each; `words`: the same
-//!   words everywhere. * `page`: all of it for people. * `probe`, `client`: asking a running cache from the command line.
+//! * `listener`: the admin thread and its connections, bounded by `concurrency_limit`.
+//! * `auth`: admin token, host check and CSRF protection. `router`: paths and methods. `response`: responses and their
+//!   bodies.
+//! * `health`: `/healthz`, `/readyz` and `/metrics`, served independently of the main runtime.
+//! * `metrics`, `status`, `images`, `explain`, `upstreams`, `events`, `pull_jobs`, `maintenance`, `archive`: one group
+//!   of endpoints each.
+//! * `image_ref`: image names. `format`: values and decisions as text. `page`: the HTML page. `client`: the client
+//!   used by the command line.
 //!
-//! The page and the command line know nothing that the API does not say. `openapi.json` describes it, and the tests hold
-//! every answer against that.
+//! The page and the command line use only data that the API returns. `openapi.json` describes the API, and tests
+//! validate every response against it.
 
 mod archive;
 mod auth;
@@ -54,50 +56,49 @@ use health::{BlockingReads, Heartbeat};
 use pull_jobs::PullJobs;
 use response::FlashMessages;
 
-/// Connections at a time, and where the process may open few files. Half of them is for one address, half for requests,
-/// a quarter for event streams.
+/// Bounds of concurrent connections. One address may use half of them, requests half, event streams a quarter.
 const CONNECTIONS_MAX: usize = 256;
 const CONNECTIONS_MIN: usize = 16;
 
-/// How often the counts are noted for the plots.
+/// Interval at which counters are sampled for the plots.
 const SAMPLE_EVERY: Duration = Duration::from_secs(10);
 
-/// Answers the operator. Cheap to clone.
+/// The admin service. Cheap to clone.
 #[derive(Clone)]
 pub struct Admin(Arc<Inner>);
 
-/// What the operator's side knows of the rest.
+/// Dependencies of the admin service.
 pub struct AdminDeps {
-    /// The registry now in effect.
+    /// The current registry.
     pub registry: Arc<ArcSwap<ServingState>>,
-    /// What was counted.
+    /// Counters, events and seen clients.
     pub telemetry: Telemetry,
-    /// The budget of response bytes.
+    /// The memory budget of response bodies.
     pub egress: Egress,
-    /// The time of day.
+    /// The wall clock.
     pub clock: Clock,
-    /// The switch that keeps every upstream from being asked.
+    /// The offline switch: while it is on, no upstream request is sent.
     pub offline: Offline,
-    /// Who may come.
+    /// Authorization of admin requests.
     pub auth: Arc<AdminAuth>,
-    /// The certificates now in effect.
+    /// The current TLS configuration.
     pub tls: Arc<ArcSwap<ServerTls>>,
-    /// The certificate that clients may have to trust, PEM; none where the operator brought one.
+    /// Path of the CA certificate (PEM) that clients have to trust. `None` if the operator configured a certificate.
     pub ca: Option<PathBuf>,
-    /// Where clients reach the registry.
+    /// Addresses of the registry listener.
     pub registry_addresses: Vec<SocketAddr>,
-    /// Set when the process is to end.
+    /// Cancelled at shutdown.
     pub ending: CancellationToken,
-    /// Connections at a time; see [`connections_max`].
+    /// Maximum number of concurrent connections; see [`connections_max`].
     pub connections_max: usize,
 }
 
-/// Connections of the admin listener at a time in a process that may open so many files.
+/// Maximum number of concurrent admin connections, derived from the file descriptor limit.
 pub fn connections_max(descriptors: usize) -> usize {
     (descriptors / 16).clamp(CONNECTIONS_MIN, CONNECTIONS_MAX)
 }
 
-/// Reached through [`Admin`].
+/// State shared by all clones of [`Admin`].
 pub struct Inner {
     deps: AdminDeps,
     started_at: SystemTime,
@@ -127,7 +128,7 @@ impl std::ops::Deref for Inner {
 }
 
 impl Admin {
-    /// Nothing asked yet.
+    /// Creates the service.
     pub fn new(deps: AdminDeps) -> Self {
         let started_at = deps.clock.now();
         let connections_max = deps.connections_max;
@@ -144,7 +145,7 @@ impl Admin {
         }))
     }
 
-    /// Notes what was counted, for the plots, until the process ends.
+    /// Samples the counters for the plots until shutdown.
     pub async fn sample(self) {
         loop {
             let fetched = self.registry.load().proxy.downloads().fetched_bytes();

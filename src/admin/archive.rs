@@ -1,4 +1,4 @@
-//! Images as archives: `GET /api/v1/export` and `POST /api/v1/import`.
+//! Archive endpoints: `GET /api/v1/export` and `POST /api/v1/import`.
 
 use std::time::Duration;
 
@@ -23,13 +23,13 @@ use crate::oci::Query;
 use crate::server::ServingState;
 use crate::store::StoreError;
 
-/// The type of an archive.
+/// Content type of an archive.
 pub(super) const TAR: &str = "application/x-tar";
 
-/// Archives on their way at a time, in both directions together.
+/// Maximum number of concurrent imports and exports.
 pub(super) const ARCHIVES_MAX: usize = 2;
 
-/// Who is refused in the middle of an upload may not have read the refusal yet: what still comes is taken for so long.
+/// How long a rejected upload is still read. A client that is still sending may not have read the error response yet.
 const DRAIN_MAX: Duration = Duration::from_secs(10);
 
 impl Admin {
@@ -61,7 +61,7 @@ impl Admin {
             let _permit = permit;
             let written = plan.write(registry.proxy.store().blocking(), &mut writer);
             if let Err(error) = &written {
-                tracing::warn!(%error, "an export broke off");
+                tracing::warn!(%error, "export failed");
             }
             writer.finish(written);
         });
@@ -100,7 +100,7 @@ impl Admin {
         })
         .await?;
         for image in &imported.images {
-            tracing::info!(image = image.name, digest = %image.digest, is_public, "imported at the operator's wish");
+            tracing::info!(image = image.name, digest = %image.digest, is_public, "image imported");
         }
         Ok(import_response(&imported, is_public))
     }
@@ -129,8 +129,8 @@ fn resolve(name: &str, registry: &ServingState) -> Result<Image, String> {
     named.map(image_of).map_err(|problem| problem.detail)
 }
 
-/// Hands a request's body on to the thread that reads it. When that has had enough, the rest is taken and thrown away for
-/// a while: a connection that is closed on a sender takes the answer away from it.
+/// Forwards a request body to the import thread. When the import stops, the remaining body is discarded for a while,
+/// because closing the connection on a sender would lose the response.
 async fn forward_body(mut body: Incoming, chunks: tokio::sync::mpsc::Sender<crate::archive::pipe::Chunk>) {
     while let Some(frame) = body.frame().await {
         let chunk = match frame {
@@ -145,7 +145,8 @@ async fn forward_body(mut body: Incoming, chunks: tokio::sync::mpsc::Sender<crat
         }
     }
     let drain = async { while let Some(Ok(_)) = body.frame().await {} };
-    // Whoever still sends then is cut off.
+    // After the timeout the connection is closed.
+    //
     let _ = tokio::time::timeout(DRAIN_MAX, drain).await;
 }
 

@@ -1,15 +1,15 @@
-//! Who may do what here.
+//! Authorization of admin requests: token, host check and CSRF protection.
 //!
-//! The listener names private repositories, and it can change things. Three ways lead to it: from this machine, through
-//! a unix socket, and from elsewhere if the operator says so and names a token. Besides people there are browsers, which
-//! send requests that a page of another site made up. Hence:
+//! The admin API names private repositories and can change the cache. It is reachable over loopback, over a unix
+//! socket and, if the operator configures an address and a token, over the network. Browsers can send requests on
+//! behalf of pages of other sites. Therefore:
 //!
-//! * The host asked for must be this one, or an address: else a name that resolves to us (DNS rebinding) would make us
-//!   the same site as the attacker's page.
-//! * Where a token is configured it is asked for on TCP, for everything but health and metrics. Wrong ones are limited
-//!   (`failed_tokens`), logged and counted.
-//! * A change must come from our own page (its form carries a secret of this process) or from a program: JSON and
-//!   `DELETE` are what no page of another site can send without asking first, and nobody is told yes.
+//! * The `Host` header must name this machine or an IP address. Otherwise a name that resolves to this address (DNS
+//!   rebinding) would make the attacker's page same-origin.
+//! * If a token is configured, TCP requests must carry it, except for health and metrics. Wrong tokens are
+//!   rate-limited (`failed_tokens`), logged and counted.
+//! * A change must come from a form of the admin page, which carries a secret of this process, or from a program. A
+//!   page of another site can send JSON or `DELETE` only after a CORS preflight, and preflights are never allowed.
 
 mod failed_tokens;
 
@@ -35,42 +35,42 @@ use crate::oci::digest::hmac_sha256;
 use crate::store::LogLimit;
 use crate::telemetry::{Telemetry, TokenRejection};
 
-/// How a connection reached the listener.
+/// The kind of listener that accepted a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ListenerKind {
-    /// Over a TCP address of this machine alone.
+    /// A loopback TCP address.
     Loopback,
-    /// Over a TCP address that others may reach.
+    /// A TCP address reachable from other machines.
     Network,
-    /// Through a unix socket, whose permissions say who may.
+    /// A unix socket, protected by its file permissions.
     Socket,
 }
 
-/// Who sent a request.
+/// The origin of a request.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Caller {
     pub(super) listener: ListenerKind,
-    /// The address; none on a unix socket.
+    /// The client address; `None` on a unix socket.
     pub(super) client: Option<IpAddr>,
 }
 
 const TOKEN_REQUIRED: &str =
     "the admin token is needed: Authorization: Bearer <content of listen.admin_token_file>";
 
-/// Shorter than this is failures.
+/// Minimum length; shorter tokens can be guessed.
 const TOKEN_BYTES_MIN: usize = 16;
 
-/// The admin token cannot be used. The operator's to mend.
+/// The configured admin token cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("listen.admin_token_file = \"{}\": {reason}", .path.display())]
 pub struct TokenError {
     /// The file.
     pub path: PathBuf,
-    /// Why not.
+    /// The reason.
     pub reason: String,
 }
 
-/// The token that is asked for, if one is configured; without the line feed that editors add.
+/// Reads the configured admin token, without the trailing line feed that editors add.
 pub fn token(listen: &Listen) -> Result<Option<Zeroizing<String>>, TokenError> {
     let Some(path) = &listen.admin_token_file else {
         return Ok(None);
@@ -90,19 +90,20 @@ pub fn token(listen: &Listen) -> Result<Option<Zeroizing<String>>, TokenError> {
     Ok(Some(Zeroizing::new(token.to_owned())))
 }
 
-/// What is asked of those who come.
+/// Authorization rules of the admin listener.
 pub struct AdminAuth {
     token: Option<Zeroizing<String>>,
-    /// Host names that are ours, besides addresses.
+    /// Host names accepted in `Host`, besides IP addresses.
     names: Vec<String>,
-    /// Keys the comparison of tokens, and the secret in forms. New with each process.
+    /// Key for comparing tokens and for the form secret. New with each process.
     secret: [u8; 32],
     failed_tokens: FailedTokens,
     logged: LogLimit,
 }
 
 impl AdminAuth {
-    /// Asks for `token`, if there is one. `names` are ours besides addresses; `secret` is new with each process.
+    /// Requires `token` if it is set. `names` are accepted hosts besides IP addresses; `secret` is new with each
+    /// process.
     pub fn new(token: Option<Zeroizing<String>>, names: Vec<String>, secret: [u8; 32]) -> Arc<Self> {
         Arc::new(Self {
             token,
@@ -113,7 +114,7 @@ impl AdminAuth {
         })
     }
 
-    /// Lets a request in, or says why not. The form of a page is looked at apart, by [`Self::authorize_form`].
+    /// Authorizes a request. The secret of a form is checked separately, by [`Self::authorize_form`].
     pub(super) fn authorize(
         &self,
         head: &Parts,
@@ -140,7 +141,7 @@ impl AdminAuth {
             .unwrap_or_default();
         let kind = kind.split(';').next().unwrap_or_default().trim();
         let is_form = kind.eq_ignore_ascii_case("application/x-www-form-urlencoded");
-        // Neither is what a form of another site's page can send.
+        // A form of another site's page cannot send either of these content types.
         let expected = if path == "/api/v1/import" {
             TAR
         } else {
@@ -162,20 +163,20 @@ impl AdminAuth {
         Ok(())
     }
 
-    /// How long a request with a token waits before it is compared, because its address has sent too many wrong ones.
+    /// Delay before the token of a request is compared, if its address has exceeded the limit of wrong tokens.
     pub(super) fn delay(&self, head: &Parts, caller: Caller) -> Option<Duration> {
         let client = caller.client.filter(|_| self.token.is_some())?;
         token_of(&head.headers)?;
         self.failed_tokens.wait(client, Instant::now())
     }
 
-    /// The secret that our own page puts into its forms.
+    /// The CSRF secret in the forms of the admin page.
     pub(super) fn form_secret(&self) -> String {
         let sum = hmac_sha256(&self.secret, b"form");
         base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(sum)
     }
 
-    /// Whether a form came from our own page.
+    /// Checks the CSRF secret of a form.
     pub(super) fn authorize_form(&self, secret: &str) -> Result<(), Problem> {
         if self.is_same(secret, &self.form_secret()) {
             return Ok(());
@@ -209,8 +210,8 @@ impl AdminAuth {
         ))
     }
 
-    /// Wants the token. Each address may be wrong so often; then its tokens are not compared for a while, and those of
-    /// others are.
+    /// Checks the admin token. An address that exceeds the limit of wrong tokens gets 429 without a comparison; other
+    /// addresses are not affected.
     fn token(
         &self,
         headers: &HeaderMap,
@@ -236,18 +237,18 @@ impl AdminAuth {
         let wrong = client.map_or(1, |client| self.failed_tokens.note(client, now));
         if let Some(skipped) = self.logged.admits() {
             let client = client.map(tracing::field::display);
-            tracing::warn!(client, wrong, skipped, "a wrong admin token was sent");
+            tracing::warn!(client, wrong, skipped, "wrong admin token");
         }
         Err(Problem::new(StatusCode::UNAUTHORIZED, TOKEN_REQUIRED))
     }
 
-    /// Compared by their keyed hashes: how long that takes says nothing about where the two differ.
+    /// Compares keyed hashes, so that the duration does not reveal where the values differ.
     fn is_same(&self, one: &str, other: &str) -> bool {
         hmac_sha256(&self.secret, one.as_bytes()) == hmac_sha256(&self.secret, other.as_bytes())
     }
 }
 
-/// `Bearer <token>`, or the password of `Basic`, which browsers can ask for.
+/// The token of a `Bearer` header, or the password of a `Basic` header, for which browsers can prompt.
 fn token_of(headers: &HeaderMap) -> Option<Zeroizing<String>> {
     let value = headers.get(AUTHORIZATION)?.to_str().ok()?;
     let (scheme, value) = value.split_once(' ')?;
@@ -262,7 +263,7 @@ fn token_of(headers: &HeaderMap) -> Option<Zeroizing<String>> {
     Some(Zeroizing::new(password.to_owned()))
 }
 
-/// A browser says which site's page sent a change. Programs say nothing.
+/// Rejects changes that a browser marks as coming from another site. Programs send none of these headers.
 fn same_origin(head: &Parts) -> Result<(), Problem> {
     let text = |name: &str| head.headers.get(name).and_then(|value| value.to_str().ok());
     let is_cross_site = matches!(text("sec-fetch-site"), Some("cross-site" | "same-site"));
@@ -288,7 +289,7 @@ mod tests {
     use super::*;
     use http::Request;
 
-    /// Method, path, headers, and the status of a refusal.
+    /// Method, path, headers and the expected error status.
     type Case<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)], Option<u16>);
 
     fn auth(token: Option<&str>) -> Arc<AdminAuth> {

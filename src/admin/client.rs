@@ -1,4 +1,4 @@
-//! Asks a running cache over its admin listener: for the command line.
+//! HTTP client of the admin API, for the command line.
 
 use std::io;
 use std::time::Duration;
@@ -23,48 +23,48 @@ use super::response::StreamBody;
 use crate::archive::pipe::Chunk;
 use crate::config;
 
-/// The longest answer read.
+/// Maximum size of a response body.
 const RESPONSE_BYTES_MAX: usize = 64 * 1024 * 1024;
 
-/// A refresh waits for the upstream, so an answer may take as long as that may.
+/// Response timeout. A refresh waits for the upstream, so it covers the upstream timeout.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Why there is no answer.
+/// Error of an admin request.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// The configuration has no admin listener.
+    /// The admin listener is disabled.
     #[error("the admin listener is off (`listen.admin = \"off\"`), so nobody can be asked")]
     Off,
-    /// Nobody answers there.
+    /// The connection failed.
     #[error("no ifnewer answers at {address}: {reason}; is `ifnewer serve` running, and is `--admin` right?")]
     Unreachable {
-        /// Where.
+        /// The address.
         address: String,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// It said no.
+    /// The API returned an error.
     #[error("{detail}{}", did_you_mean(.nearest))]
     Refused {
-        /// The status.
+        /// The HTTP status.
         status: u16,
-        /// Why, in its words.
+        /// The problem detail.
         detail: String,
-        /// What may have been meant.
+        /// Similar names.
         nearest: Vec<String>,
     },
-    /// It stopped in the middle of its answer, or before the first byte of it.
+    /// The connection closed before the end of the response.
     #[error("the answer from {address} broke off; the cache's log says why")]
     Truncated {
-        /// From where.
+        /// The address.
         address: String,
     },
-    /// It answered what cannot be read.
+    /// The response is not valid.
     #[error("the answer from {address} cannot be read: {reason}")]
     InvalidResponse {
-        /// From where.
+        /// The address.
         address: String,
-        /// Why not.
+        /// The reason.
         reason: String,
     },
 }
@@ -76,7 +76,7 @@ fn did_you_mean(names: &[String]) -> String {
     }
 }
 
-/// Where to ask, and with what right.
+/// An admin API client: address and token.
 #[derive(Clone)]
 pub struct Client {
     admin: config::Admin,
@@ -84,7 +84,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Asks at `admin`, with the token if there is one.
+    /// Creates a client for `admin`, with the token if there is one.
     pub fn new(admin: config::Admin, token: Option<Zeroizing<String>>) -> Self {
         Self { admin, token }
     }
@@ -104,7 +104,7 @@ impl Client {
         self.request_json(Method::DELETE, path, None).await
     }
 
-    /// `GET` of an archive: its length, if that is said, and the archive.
+    /// `GET` of an archive.
     pub async fn download(&self, path: &str) -> Result<Download, ClientError> {
         let request = self.request(Method::GET, path, None)?;
         let answered = tokio::time::timeout(
@@ -127,7 +127,7 @@ impl Client {
         })
     }
 
-    /// `POST` of an archive, as it comes out of `chunks`. Takes as long as that.
+    /// `POST` of an archive, streamed from `chunks`. Has no timeout.
     pub async fn upload(&self, path: &str, chunks: mpsc::Receiver<Chunk>) -> Result<Value, ClientError> {
         let request = self.request(Method::POST, path, Some(TAR))?;
         let response = self.send(request.body(StreamBody::new(chunks, None))).await?;
@@ -181,7 +181,7 @@ impl Client {
         let unreachable = |reason: String| self.unreachable(reason);
         let failed = |error: hyper::Error| {
             if error.is_incomplete_message() {
-                // An answer that ends by an error may end before its head is written.
+                // A response that fails may fail before its head is written.
                 ClientError::Truncated {
                     address: self.address(),
                 }
@@ -235,16 +235,16 @@ impl Client {
     }
 }
 
-/// An archive that comes.
+/// An archive being downloaded.
 pub struct Download {
-    /// How long it is, if that was said.
+    /// The content length, if the response states it.
     pub bytes: Option<u64>,
     address: String,
     body: Incoming,
 }
 
 impl Download {
-    /// The next chunk; `None` at the end of a whole archive.
+    /// The next chunk; `None` at the end of a complete archive.
     pub async fn next(&mut self) -> Result<Option<Bytes>, ClientError> {
         while let Some(frame) = self.body.frame().await {
             let frame = frame.map_err(|_| ClientError::Truncated {

@@ -1,10 +1,10 @@
-//! ConcurrencyLimit of the admin listener for one kind of work: so many in all, and so many for one client address.
+//! Concurrency limit with permits per client address and in total.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Cheap to clone.
+/// A limit of concurrent operations. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct ConcurrencyLimit(Arc<Inner>);
 
@@ -17,12 +17,12 @@ struct Inner {
 #[derive(Default)]
 struct InUse {
     all: usize,
-    /// Of those that have any. What comes through a unix socket counts in `all` alone.
+    /// Permits by address. Clients of a unix socket count in `all` only.
     by_address: HashMap<IpAddr, usize>,
 }
 
 impl ConcurrencyLimit {
-    /// All of them free.
+    /// A limit with all permits available.
     pub(super) fn new(max: usize, per_address_max: usize) -> Self {
         Self(Arc::new(Inner {
             max,
@@ -35,7 +35,7 @@ impl ConcurrencyLimit {
         self.0.in_use.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for this client, if there is one.
+    /// A permit for this client, or `None` if a limit is reached.
     pub(super) fn try_acquire(&self, client: Option<IpAddr>) -> Option<Permit> {
         let mut in_use = self.in_use();
         if in_use.all >= self.0.max {
@@ -56,7 +56,7 @@ impl ConcurrencyLimit {
     }
 }
 
-/// Free again when dropped.
+/// A permit, released when dropped.
 pub(super) struct Permit {
     limit: ConcurrencyLimit,
     client: Option<IpAddr>,

@@ -1,4 +1,4 @@
-//! The last decisions, and new ones as they are made; and who was seen.
+//! The decision log over the API: recent decisions, a live stream of new ones, and the clients seen.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -16,13 +16,13 @@ use super::response::{ApiResponse, Problem, event_stream};
 use crate::oci::{Query, UpstreamFailure};
 use crate::telemetry::{Client, DecisionRecord, ResourceKind};
 
-/// Decisions in one answer, unless `limit` says fewer.
+/// Maximum number of decisions in one response.
 const EVENTS_MAX: usize = 1_000;
 
-/// Lines on their way to a watcher.
+/// Buffered lines of one event stream.
 const LINES_MAX: usize = 64;
 
-/// So that a connection that is gone is noticed, and one that is not is kept by what is in between.
+/// Heartbeat interval. It detects closed connections and keeps intermediaries from closing idle ones.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 
 /// One decision.
@@ -34,13 +34,13 @@ pub(super) struct Event {
     pub(super) route: &'static str,
     pub(super) image: String,
     pub(super) repository: String,
-    /// The tag or digest; empty where neither was understood.
+    /// The tag or digest; empty if the request could not be parsed.
     pub(super) reference: String,
     pub(super) kind: &'static str,
     pub(super) result: &'static str,
     pub(super) reason: &'static str,
     pub(super) cause: Option<&'static str>,
-    /// What happened, in words.
+    /// The decision as a sentence.
     pub(super) sentence: String,
     pub(super) digest: Option<String>,
     pub(super) status: u16,
@@ -91,7 +91,7 @@ impl Event {
     }
 }
 
-/// Which decisions are wanted.
+/// Filter of decisions.
 #[derive(Clone, Default)]
 pub(super) struct Filter {
     image: String,
@@ -102,7 +102,7 @@ pub(super) struct Filter {
     trace: Option<String>,
     since: u64,
     limit: usize,
-    /// Leaves out what was asked for by digest and came: it follows from a pull by tag.
+    /// Omits successful requests by digest, which follow from a pull by tag.
     only_pulls: bool,
 }
 
@@ -130,7 +130,7 @@ impl Filter {
         })
     }
 
-    /// The newest pulls by tag, and what was refused or failed.
+    /// The newest pulls by tag, and failed or denied requests.
     pub(super) fn newest(limit: usize, image: &str) -> Self {
         Self {
             limit,
@@ -169,7 +169,7 @@ impl Filter {
 }
 
 impl Admin {
-    /// The decisions wanted, the newest first.
+    /// The matching decisions, newest first.
     pub(super) fn decisions(&self, filter: &Filter) -> Vec<Event> {
         let decisions = self.telemetry.decisions();
         let wanted = decisions.iter().filter(|decision| filter.admits(decision));
@@ -179,7 +179,7 @@ impl Admin {
             .collect()
     }
 
-    /// Sends decisions as they are made, as server-sent events: those after `after` first.
+    /// Streams decisions as server-sent events, starting with those after `after`.
     pub(super) fn watch(&self, filter: Filter, client: Option<IpAddr>) -> Result<ApiResponse, Problem> {
         let Some(permit) = self.watchers.try_acquire(client) else {
             return Err(Problem::busy(
@@ -187,7 +187,7 @@ impl Admin {
             ));
         };
         let (lines, replies) = mpsc::channel(LINES_MAX);
-        // Before the look at what is kept, so that nothing falls in between.
+        // Subscribe before reading the log, so that no decision is missed in between.
         let news = self.telemetry.subscribe();
         let missed = match filter.since {
             0 => Vec::new(),
@@ -200,7 +200,7 @@ impl Admin {
         Ok(event_stream(replies))
     }
 
-    /// Who was seen, the last first.
+    /// Clients seen, most recent first.
     pub(super) fn clients_seen(&self, now: SystemTime) -> Vec<ClientView> {
         self.telemetry
             .clients()
@@ -240,7 +240,7 @@ async fn send(
                 lines.send(line(&Event::of(&decision))).await
             }
             Ok(Ok(_)) => Ok(()),
-            // The numbers show the gap, and /api/v1/events?after= fills it.
+            // Decision numbers reveal the gap, and /api/v1/events?after= fills it.
             Ok(Err(RecvError::Lagged(_))) => {
                 lines.send(Bytes::from_static(b"event: gap\ndata: {}\n\n")).await
             }
@@ -258,7 +258,7 @@ fn line(event: &Event) -> Bytes {
     format!("id: {}\nevent: decision\ndata: {data}\n\n", event.id).into()
 }
 
-/// A client program on a machine.
+/// A client program on one machine.
 #[derive(Serialize)]
 pub(super) struct ClientView {
     pub(super) address: String,

@@ -1,4 +1,4 @@
-//! Explanation a client would get what it would get now: the situation and the verdict, in words.
+//! Explain endpoint: the decision that a client would get now, with its reasons.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -18,7 +18,7 @@ use crate::policy::{
 use crate::server::ServingState;
 use crate::store::tags::NEVER_CONFIRMED;
 
-/// The answer to "why".
+/// Response of the explain endpoint.
 #[derive(Serialize)]
 pub(super) struct Explanation {
     pub(super) image: String,
@@ -31,15 +31,15 @@ pub(super) struct Explanation {
     pub(super) stale_if_error_seconds: Option<u64>,
     pub(super) on_not_found: &'static str,
     pub(super) upstream_unavailable: Option<&'static str>,
-    /// The reason's name.
+    /// Name of the decision's reason.
     pub(super) reason: &'static str,
-    /// What would be done now.
+    /// The decision as a sentence.
     pub(super) sentence: String,
-    /// From what that follows.
+    /// Facts that lead to the decision.
     pub(super) because: Vec<String>,
-    /// What would follow from each thing the upstream may say.
+    /// The decision for each possible upstream response.
     pub(super) what_if: Vec<WhatIf>,
-    /// The verdict and the facts it follows from, as `name=value`, for a report of a fault.
+    /// The decision and its facts as `name=value`, for bug reports.
     pub(super) explanation: String,
 }
 
@@ -56,7 +56,7 @@ pub(super) struct WhatIf {
     pub(super) client_gets: String,
 }
 
-/// What would be decided now for a client with this `Authorization`. Asks nobody.
+/// Explains the decision for a client with this `Authorization`. Sends no upstream request.
 pub(super) async fn explain(
     registry: &ServingState,
     named: &ImageRef,
@@ -75,7 +75,7 @@ pub(super) async fn explain(
         )
         .await;
     let silent = upstream_registry.upstream().unavailable_now();
-    // A silence that is known already is heard before anybody is asked.
+    // A known outage is applied before any request is sent.
     let told = match (verdict, silent) {
         (Decision::Revalidate, Some(cause)) => {
             decide(&situation.with_revalidation(Revalidation::Unavailable(cause)))
@@ -113,7 +113,7 @@ pub(super) async fn explain(
     }
 }
 
-/// The facts of a decision in one line, each under the name that it has in the log, the configuration or the API.
+/// The facts of a decision in one line, named as in the log, the configuration and the API.
 fn facts(verdict: Decision, situation: &CacheState) -> String {
     let subject = match situation.kind {
         ContentKind::Tag => "tag",
@@ -225,7 +225,7 @@ fn describe_copy(held: &CachedEntry, situation: &CacheState) -> String {
     }
 }
 
-/// Each thing the upstream may say, judged.
+/// The decision for each possible upstream response.
 fn what_ifs(situation: &CacheState, upstream: &str) -> Vec<WhatIf> {
     let same = situation
         .cached

@@ -1,4 +1,4 @@
-//! Times, sizes and decisions in parts, the same for the page, the API and the command line.
+//! Text rendering of times, sizes and decisions, shared by the page, the API and the command line.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,12 +7,12 @@ use crate::policy::{DenyReason, HitReason, MissReason};
 use crate::store::tags::NEVER_CONFIRMED;
 use crate::telemetry::{BodyEnd, CacheResult, DecisionRecord};
 
-/// RFC 3339, in seconds.
+/// RFC 3339 with seconds.
 pub(super) fn rfc3339(at: SystemTime) -> String {
     humantime::format_rfc3339_seconds(at).to_string()
 }
 
-/// When an upstream last confirmed something; `None` if none ever did.
+/// Time of the last upstream confirmation; `None` if there was none.
 pub(super) fn confirmed(at: SystemTime) -> Option<String> {
     (at != NEVER_CONFIRMED).then(|| rfc3339(at))
 }
@@ -22,7 +22,7 @@ pub fn bytes(bytes: u64) -> String {
     bytesize::ByteSize(bytes).display().iec().to_string()
 }
 
-/// The two largest units: `3h 20m`, `5d 2h`, `12s`.
+/// The two largest units, as in `3h 20m`, `5d 2h` or `12s`.
 pub fn duration(duration: Duration) -> String {
     let seconds = duration.as_secs();
     let units = [(86_400, "d"), (3_600, "h"), (60, "m"), (1, "s")];
@@ -46,7 +46,7 @@ pub fn duration(duration: Duration) -> String {
     parts.join(" ")
 }
 
-/// A digest as people compare it: the algorithm and the first twelve digits.
+/// Shortened digest: the algorithm and twelve hex digits.
 pub fn short_digest(digest: &str) -> String {
     match digest.split_once(':') {
         Some((algorithm, hex)) => format!("{algorithm}:{}", hex.get(..12).unwrap_or(hex)),
@@ -54,7 +54,7 @@ pub fn short_digest(digest: &str) -> String {
     }
 }
 
-/// Why a client got what it got, or did not get it whole, as the end of a story about `upstream`.
+/// One-sentence explanation of a logged decision.
 pub(super) fn describe_decision(decision: &DecisionRecord) -> String {
     let so_far = bytes(decision.bytes);
     let upstream = &*decision.upstream;
@@ -123,7 +123,7 @@ fn describe_complete(decision: &DecisionRecord) -> String {
     }
 }
 
-/// What a verdict to serve means.
+/// Describes a decision to serve.
 pub(super) fn describe_serve(served: HitReason, upstream: &str) -> String {
     let after = |cause: Option<UpstreamFailure>| {
         cause.map_or(String::new(), |cause| format!(", because {upstream} {cause}"))
@@ -157,7 +157,7 @@ pub(super) fn describe_serve(served: HitReason, upstream: &str) -> String {
     }
 }
 
-/// Why something would be fetched.
+/// Describes a decision to fetch.
 pub(super) fn describe_fetch(why: MissReason, upstream: &str) -> String {
     match why {
         MissReason::NotCached => format!("fetch it from {upstream}: it is not held"),
@@ -166,7 +166,7 @@ pub(super) fn describe_fetch(why: MissReason, upstream: &str) -> String {
     }
 }
 
-/// Why it would be refused.
+/// Describes a decision to deny.
 pub(super) fn describe_denial(refusal: DenyReason, upstream: &str) -> String {
     match refusal {
         DenyReason::NotCached => "refuse: it is not held, and the policy `never` forbids asking".to_owned(),

@@ -1,7 +1,8 @@
-//! Health and metrics, which are answered whatever the rest of the process waits for.
+//! Health and metrics endpoints, served independently of the main runtime.
 //!
-//! They are answered on the admin listener's own thread. What they tell of the rest is read on a thread that may wait,
-//! one at a time and not for long: a lock that is never released costs its words, and not the answer. No disk is asked.
+//! They run on the admin listener's own thread. State of other subsystems is read on a blocking thread with a timeout,
+//! one read of each kind at a time. A lock that is never released therefore delays the details, not the response. No
+//! disk is accessed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,19 +17,19 @@ use tokio::time::{Instant, timeout};
 use super::response::{ApiResponse, Problem, full};
 use super::{Admin, metrics};
 
-/// How often the threads that answer requests show that they run.
+/// Interval of the worker heartbeat.
 const BEAT_EVERY: Duration = Duration::from_secs(1);
 
-/// Without a beat for so long, no request is answered. Longer than a busy machine lets a task wait.
+/// Heartbeat timeout after which the workers count as stalled. Longer than a busy machine delays a task.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long words and metrics are waited for; Prometheus waits for 10 s.
+/// Timeouts for reading problems and metrics; Prometheus waits for 10 s.
 const PROBLEMS_TIMEOUT: Duration = Duration::from_secs(1);
 const METRICS_TIMEOUT: Duration = Duration::from_secs(5);
 
 const PLAIN: &str = "text/plain; charset=utf-8";
 
-/// Whether the threads that answer requests run.
+/// Heartbeat of the worker threads that serve requests.
 pub(super) struct Heartbeat {
     began: Instant,
     last_ms: AtomicU64,
@@ -46,7 +47,7 @@ impl Heartbeat {
         self.last_ms.store(self.ms(now), Ordering::Relaxed);
     }
 
-    /// For how long they have not run, if that is too long.
+    /// Time since the last heartbeat, if it exceeds the timeout.
     fn stalled_for(&self, now: Instant) -> Option<Duration> {
         let last = self.last_ms.load(Ordering::Relaxed);
         let stalled = Duration::from_millis(self.ms(now).saturating_sub(last));
@@ -58,7 +59,7 @@ impl Heartbeat {
     }
 }
 
-/// A request that is answered here.
+/// An endpoint served on the admin thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum HealthEndpoint {
     /// `/healthz`
@@ -85,13 +86,13 @@ impl HealthEndpoint {
     }
 }
 
-/// BlockingReads of what the rest of the process knows: of each kind one at a time.
+/// Limits reads of other subsystems: one of each kind at a time.
 pub(super) struct BlockingReads {
     problems: Arc<Semaphore>,
     metrics: Arc<Semaphore>,
 }
 
-/// Threads that such reads need.
+/// Threads needed for blocking reads.
 pub(super) const READS_MAX: usize = 2;
 
 impl Default for BlockingReads {
@@ -104,7 +105,7 @@ impl Default for BlockingReads {
 }
 
 impl Admin {
-    /// Shows that the threads that answer requests run, for as long as they do.
+    /// Updates the heartbeat for as long as the worker threads run.
     pub async fn beat(self) {
         loop {
             self.worker_heartbeat.beat(Instant::now());
@@ -112,7 +113,7 @@ impl Admin {
         }
     }
 
-    /// The answers of this module.
+    /// Serves a health endpoint.
     pub(super) async fn health(&self, endpoint: HealthEndpoint) -> Result<ApiResponse, Problem> {
         match endpoint {
             HealthEndpoint::Alive => self.alive().map(|()| full(StatusCode::OK, PLAIN, "ok\n")),
@@ -134,8 +135,8 @@ impl Admin {
         ))
     }
 
-    /// Ready as long as requests are answered: a silent upstream, a disk that hangs or a broken index makes a slower cache,
-    /// not a dead one.
+    /// Ready while requests are served. An unavailable upstream, a slow disk or a broken index degrades the cache but
+    /// does not make it unready.
     async fn ready(&self) -> Result<ApiResponse, Problem> {
         self.alive()?;
         let admin = self.clone();
@@ -168,7 +169,7 @@ impl Admin {
     }
 }
 
-/// What `work` reads on a thread that may wait; `None` if that takes too long. It is one of its kind until it has ended.
+/// Runs `work` on a blocking thread; `None` on timeout. The permit is held until `work` returns.
 async fn read<T: Send + 'static>(
     kind: &Arc<Semaphore>,
     within: Duration,
@@ -214,7 +215,7 @@ mod tests {
         let (release, held) = std::sync::mpsc::channel::<()>();
         let stuck = read(&kind, Duration::from_millis(20), move || held.recv());
         assert!(stuck.await.is_none());
-        // It still is one of its kind: a second one takes no further thread.
+        // The stuck read still holds the permit, so a second read takes no further thread.
         let next = read(&kind, Duration::from_millis(20), || "read");
         assert_eq!(next.await, None);
         drop(release);

@@ -1,4 +1,4 @@
-//! An image as people write it.
+//! Image references as users write them.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use crate::proxy::UpstreamRegistry;
 use crate::server::ServingState;
 use crate::store::tags::TagKey;
 
-/// An image, read.
+/// A parsed image reference with its upstream.
 #[derive(Clone)]
 pub(super) struct ImageRef {
     pub(super) upstream_registry: Arc<UpstreamRegistry>,
@@ -17,12 +17,12 @@ pub(super) struct ImageRef {
 }
 
 impl ImageRef {
-    /// Of a query's `image`.
+    /// Parses the query parameter `image`.
     pub(super) fn from_query(query: &Query, registry: &ServingState) -> Result<Self, Problem> {
         Self::parse(query.get("image").unwrap_or_default(), registry)
     }
 
-    /// Reads `docker.io/library/alpine:3.20`, and the short forms that docker knows.
+    /// Parses `docker.io/library/alpine:3.20` and the short forms that docker accepts.
     pub(super) fn parse(image: &str, registry: &ServingState) -> Result<Self, Problem> {
         if image.is_empty() {
             return Err(Problem::bad_request(
@@ -57,7 +57,7 @@ impl ImageRef {
         })
     }
 
-    /// The key of its tag; a digest has none.
+    /// The tag key; `None` for a digest.
     pub(super) fn tag_key(&self) -> Option<TagKey> {
         match &self.reference {
             Reference::Tag(tag) => Some(TagKey {
@@ -70,7 +70,7 @@ impl ImageRef {
     }
 }
 
-/// In full.
+/// The fully qualified name.
 impl std::fmt::Display for ImageRef {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mark = match &self.reference {
@@ -87,15 +87,16 @@ impl std::fmt::Display for ImageRef {
     }
 }
 
-/// The name of a tag, in full.
+/// The fully qualified name of a tag.
 pub(super) fn full_name(key: &TagKey) -> String {
     format!("{}/{}:{}", key.upstream, key.repository, key.tag)
 }
 
-/// The few names that are nearest to one that is not known.
+/// The known names most similar to an unknown one.
 pub(super) struct Nearest<'a> {
     text: &'a str,
-    /// With how like they are, the nearest first.
+    /// Candidates with their similarity, most similar first.
+    ///
     likely: Vec<(f64, String)>,
 }
 

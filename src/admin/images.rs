@@ -1,4 +1,4 @@
-//! The images held: all of them, and one in full; and letting go of them.
+//! Cached images: list, details, removal and pins.
 
 use std::cmp::Reverse;
 use std::ops::ControlFlow;
@@ -22,10 +22,10 @@ use crate::store::pins::Pin;
 use crate::store::tags::{HistoryEntry, NEVER_CONFIRMED, ResolvedTag, TagKey, TagReader, TagRecord};
 use crate::store::usage_report::{ReferenceCounts, TagUsage};
 
-/// Images on one page of the list, unless `limit` says fewer.
+/// Maximum page size of the image list.
 pub(super) const IMAGES_MAX: usize = 1_000;
 
-/// One line of the list.
+/// One image of the list.
 #[derive(Clone, Serialize)]
 pub(super) struct Image {
     #[serde(rename = "image")]
@@ -33,41 +33,41 @@ pub(super) struct Image {
     pub(super) upstream: String,
     pub(super) repository: String,
     pub(super) tag: String,
-    /// What the tag names, as last confirmed.
+    /// The digest of the tag, as last confirmed.
     pub(super) digest: String,
     pub(super) media_type: String,
-    /// Those that can be pulled from here alone.
+    /// Platforms that are completely cached.
     pub(super) platforms: Vec<String>,
-    /// Whether it can be pulled from here alone.
+    /// Whether the image is completely cached.
     pub(super) complete: bool,
     pub(super) bytes: u64,
-    /// What no other image needs.
+    /// Bytes of objects that no other image uses.
     pub(super) unique_bytes: u64,
     pub(super) confirmed_at: Option<String>,
     pub(super) confirmed_seconds_ago: Option<u64>,
-    /// Until when it is served without asking.
+    /// Time until which it is served without revalidation.
     pub(super) fresh_until: Option<String>,
-    /// When a client was last given its manifest, or the cache got it.
+    /// Time of the last pull of its manifest, or of its storage.
     pub(super) last_pulled_at: Option<String>,
     pub(super) rule: String,
     pub(super) policy: &'static str,
-    /// Kept from eviction.
+    /// Pinned: excluded from eviction.
     pub(super) pinned: bool,
 }
 
-/// One image in full.
+/// Details of one image.
 #[derive(Serialize)]
 pub(super) struct ImageDetails {
     #[serde(flatten)]
     pub(super) image: Image,
-    /// For each set of media types that clients asked with.
+    /// One variant for each set of accepted media types.
     pub(super) variants: Vec<Variation>,
-    /// What the images of its platforms are made of.
+    /// Manifests, configs and layers of the image.
     pub(super) contents: Vec<Part>,
-    /// What the tag named before, the last first.
+    /// Previous digests of the tag, most recent first.
     pub(super) history: Vec<PastImage>,
     pub(super) grants: usize,
-    /// When anyone was last proven to be able to read it.
+    /// Time at which the repository was last confirmed to be public.
     pub(super) public_since: Option<String>,
 }
 
@@ -79,7 +79,7 @@ pub(super) struct Variation {
     pub(super) complete: bool,
     pub(super) confirmed_at: Option<String>,
     pub(super) first_seen_at: String,
-    /// The last whole image that the tag named before.
+    /// The last complete image that the tag named before.
     pub(super) previous: Option<PreviousImage>,
 }
 
@@ -90,7 +90,7 @@ pub(super) struct PastImage {
     pub(super) confirmed_at: String,
 }
 
-/// The last one that was whole.
+/// The last complete image before the current one.
 #[derive(Serialize)]
 pub(super) struct PreviousImage {
     pub(super) digest: String,
@@ -105,11 +105,11 @@ pub(super) struct Part {
     pub(super) platform: Option<String>,
     pub(super) bytes: Option<u64>,
     pub(super) cached: bool,
-    /// How many other images need it.
+    /// Number of other images that use it.
     pub(super) shared_with: usize,
 }
 
-/// How the list is query.
+/// Filter, order and page of the image list.
 pub(super) struct ListQuery {
     filter: String,
     upstream: Option<String>,
@@ -138,7 +138,7 @@ impl Default for ListQuery {
 }
 
 impl ListQuery {
-    /// By name, so many from `offset` on.
+    /// A page in name order, starting at `offset`.
     pub(super) fn by_name(filter: &str, offset: usize, limit: usize) -> Self {
         Self {
             filter: filter.to_lowercase(),
@@ -193,7 +193,7 @@ impl ListQuery {
     }
 }
 
-/// The images query, and how many there are in all. Without a filter, only what is shown is looked at. Blocks.
+/// The page of images and the total count. Without a filter, only the page is read from the store. Blocks.
 pub(super) fn list(registry: &ServingState, query: &ListQuery, now: SystemTime) -> (Vec<Image>, usize) {
     let store = registry.proxy.store().blocking();
     let usage = store.usage();
@@ -227,7 +227,7 @@ pub(super) fn list(registry: &ServingState, query: &ListQuery, now: SystemTime) 
     (lines.collect(), total)
 }
 
-/// The names of the page, and how many fit in all.
+/// The tags of the page in name order, and the total count.
 fn first_by_name(store: &Store, query: &ListQuery) -> (Vec<TagKey>, usize) {
     let (mut page, mut total) = (Vec::new(), 0);
     store.each_tag(|key, _| {
@@ -242,8 +242,8 @@ fn first_by_name(store: &Store, query: &ListQuery) -> (Vec<TagKey>, usize) {
     (page, total)
 }
 
-/// The names of the page in the order of `weight`, the heaviest first, and how many fit in all. Names and weights of the
-/// pages up to this one are in memory, twice as many at most.
+/// The tags of the page by descending `weight`, and the total count. At most twice the tags of the pages up to this
+/// one are in memory.
 fn first_by<W: Ord>(
     store: &Store,
     query: &ListQuery,
@@ -268,7 +268,7 @@ fn first_by<W: Ord>(
     (page.map(|(_, key)| key).collect(), total)
 }
 
-/// The list, as JSON.
+/// The list as a JSON response.
 pub(super) fn list_response(registry: &ServingState, query: &ListQuery, now: SystemTime) -> ApiResponse {
     let (images, total) = list(registry, query, now);
     let end = query.offset + images.len();
@@ -276,7 +276,7 @@ pub(super) fn list_response(registry: &ServingState, query: &ListQuery, now: Sys
     json_response(&json!({ "images": images, "total": total, "next": next }))
 }
 
-/// One image, in full.
+/// The details of one image.
 pub(super) fn details(
     registry: &ServingState,
     named: &ImageRef,
@@ -343,7 +343,7 @@ pub(super) fn not_cached(key: &TagKey, store: &Store) -> Problem {
     }
 }
 
-/// Of all variants together, the last first.
+/// Previous digests of all variants, most recent first.
 fn history(record: &TagRecord) -> Vec<PastImage> {
     let mut all: Vec<&HistoryEntry> = record
         .variants
@@ -359,7 +359,7 @@ fn history(record: &TagRecord) -> Vec<PastImage> {
     views.collect()
 }
 
-/// The image that a client of today is given for the tag.
+/// The image that a current client gets for the tag.
 fn newest(registry: &ServingState, image: &TagUsage) -> Option<ResolvedTag> {
     let store = registry.proxy.store().blocking();
     store.resolve_tag(&image.key, &image.record, TagReader::Operator)
@@ -415,7 +415,7 @@ fn summary(
     })
 }
 
-/// Of an index, the platforms that can be pulled from here alone.
+/// Platforms of an index that are completely cached.
 fn platforms(registry: &ServingState, key: &TagKey, manifest: &Arc<StoredManifest>) -> Vec<String> {
     if manifest.manifest.kind != ManifestKind::Index {
         return Vec::new();
@@ -427,7 +427,7 @@ fn platforms(registry: &ServingState, key: &TagKey, manifest: &Arc<StoredManifes
     named.collect()
 }
 
-/// What a manifest is made of; of an index, the manifests, and of those held what they are made of.
+/// Collects the children of a manifest. For an index, these are its manifests and the children of the cached ones.
 fn collect_parts(
     registry: &ServingState,
     shares: &ReferenceCounts,
@@ -456,7 +456,7 @@ fn collect_parts(
             cached: content.is_some(),
             shared_with: known.map_or(0, |digest| shares.count(&digest).saturating_sub(1)),
         });
-        // Two levels are an index and its images; nothing deeper is shown.
+        // Two levels cover an index and its images; deeper levels are not shown.
         let is_index = manifest.manifest.kind == ManifestKind::Index;
         if let (true, DescriptorKind::Manifest, Some(digest)) = (is_index, child.kind, known)
             && let Ok(Some(held)) = registry.proxy.store().blocking().manifest(&digest)
@@ -467,7 +467,7 @@ fn collect_parts(
     }
 }
 
-/// Lets go of a tag, or of all tags of a repository; with `is_trial`, only says what that would free.
+/// Removes a tag, or all tags of a repository. With `is_trial`, only reports what that would free.
 pub(super) fn remove(
     registry: &ServingState,
     named: &ImageRef,
@@ -504,7 +504,7 @@ pub(super) fn remove(
     }
     let freed = store.delete_images(&keys, is_trial)?;
     if !is_trial {
-        tracing::info!(image = %named, tags = freed.tags, bytes = freed.bytes, "let go of at the operator's wish");
+        tracing::info!(image = %named, tags = freed.tags, bytes = freed.bytes, "images removed on request");
     }
     Ok(json_response(&json!({
         "dry_run": is_trial,
@@ -527,7 +527,7 @@ fn tags_of(store: &Store, upstream: &str, repository: &Repository) -> Vec<TagKey
     keys
 }
 
-/// Everything pinned, as it is named.
+/// Names of all pinned tags and digests.
 pub(super) fn pins(registry: &ServingState) -> Vec<String> {
     let pins = registry.proxy.store().blocking().pins();
     let name = |pin: &Pin| match pin {
@@ -537,8 +537,8 @@ pub(super) fn pins(registry: &ServingState) -> Vec<String> {
     pins.iter().map(name).collect()
 }
 
-/// Keeps a tag, with what it names now and later, or a digest, from eviction; or ends that. Says how it was. It need not
-/// be held yet.
+/// Pins a tag or a digest, or removes the pin. A pinned tag protects its current and later images. Returns the
+/// previous state. The image need not be cached yet.
 pub(super) fn pin(registry: &ServingState, named: &ImageRef, pinned: bool) -> Result<bool, Problem> {
     let pin = match (named.tag_key(), &named.reference) {
         (Some(key), _) => Pin::Tag(key),

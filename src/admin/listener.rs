@@ -1,11 +1,11 @@
-//! The admin listener's thread and connections.
+//! Admin listener: its own thread, runtime and connections.
 //!
-//! It has a thread and a runtime of its own. Health and metrics are answered there (`health`); everything else is handed to
-//! the runtime that the rest of the process uses, so that its work delays none of them.
+//! Health and metrics are served on this thread (`health`). Other requests run on the main runtime, so that they do
+//! not delay health checks.
 //!
-//! Connections have places (`server::connections`): in all, and for one address, which makes room by closing the oldest
-//! quiet one. Requests, and event streams apart from them, have fewer places than there are connections: whatever they do,
-//! a connection that asks for health finds a place.
+//! Connections are limited in total and per address (`server::connections`); an address at its limit gets its oldest
+//! idle connection closed. Requests and event streams have lower limits than connections, so that a health check
+//! always finds a free connection.
 
 use std::convert::Infallible;
 use std::io;
@@ -37,29 +37,29 @@ use crate::server::{IdlePause, IdlePauseGuard, IdleTimeoutStream};
 
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long nothing may move on a connection while an answer is sent. Event streams move every 15 s.
+/// Idle timeout while a response is sent. Event streams send every 15 s.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a connection waits for a place of its address.
+/// How long a new connection waits for a free slot of its address.
 const SLOT_TIMEOUT: Duration = Duration::from_secs(5);
 
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// A connection, whatever it comes by.
+/// A TCP or unix stream.
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
 
-/// What is listened on.
+/// A bound admin listener.
 pub enum Listener {
-    /// A TCP address.
+    /// TCP.
     Tcp(TcpListener),
-    /// A unix socket.
+    /// Unix socket.
     Unix(UnixListener),
 }
 
 impl Admin {
-    /// Serves a listener on a thread of its own. What is given completes when no further connection is taken, because the
-    /// process is to end; those that are there are served as long as it lives.
+    /// Serves the listener on its own thread. The returned future completes when accepting stops at shutdown. Open
+    /// connections are served until the process exits.
     pub fn serve(self, listener: Listener) -> io::Result<impl Future<Output = ()>> {
         let runtime = Builder::new_current_thread()
             .enable_all()
@@ -73,7 +73,7 @@ impl Admin {
             runtime.block_on(async move {
                 match listener.attach() {
                     Ok(listener) => server.accept(listener).await,
-                    Err(error) => tracing::error!(%error, "the admin listener cannot be used"),
+                    Err(error) => tracing::error!(%error, "failed to start the admin listener"),
                 }
                 drop(closed);
                 std::future::pending::<()>().await;
@@ -83,7 +83,7 @@ impl Admin {
     }
 }
 
-/// A listener between two runtimes: each has its own poll of the system.
+/// A listener detached from its runtime, because each runtime has its own poller.
 enum DetachedListener {
     Tcp(std::net::TcpListener),
     Unix(std::os::unix::net::UnixListener),
@@ -127,11 +127,11 @@ impl Listener {
     }
 }
 
-/// What every connection shares. Cheap to clone.
+/// State shared by all connections. Cheap to clone.
 #[derive(Clone)]
 struct AdminServer {
     admin: Admin,
-    /// Where requests that are not of health are answered.
+    /// Runtime for requests other than health and metrics.
     workers: Runtime,
     connections: Connections,
     requests: ConcurrencyLimit,
@@ -154,7 +154,7 @@ impl AdminServer {
         }
     }
 
-    /// Accepts until the process is to end.
+    /// Accepts connections until shutdown.
     async fn accept(&self, listener: Listener) {
         let kind = listener.kind();
         let ending = self.admin.ending.clone();
@@ -166,7 +166,7 @@ impl AdminServer {
             let (stream, client) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    tracing::warn!(%error, "an admin connection could not be accepted");
+                    tracing::warn!(%error, "failed to accept an admin connection");
                     self.connections.accept_failed(&error);
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;
@@ -195,7 +195,7 @@ impl AdminServer {
                 }
                 Entering::Refused(_) => self.refuse(caller),
             }
-            // Those that are told to make room do so before more are accepted.
+            // Connections that are asked to close get a turn before more are accepted.
             tokio::task::yield_now().await;
         }
     }
@@ -207,7 +207,7 @@ impl AdminServer {
             tracing::warn!(
                 client,
                 skipped,
-                "an admin connection was closed: its address has too many with requests"
+                "admin connection refused: too many active connections from its address"
             );
         }
     }
@@ -237,11 +237,11 @@ impl AdminServer {
             }
         };
         if let Err(error) = ended {
-            tracing::debug!(%error, "an admin connection ended badly");
+            tracing::debug!(%error, "admin connection failed");
         }
     }
 
-    /// Answers one request. Total.
+    /// Serves one request.
     async fn respond(&self, request: Request<Incoming>, caller: Caller) -> Response<PermittedBody> {
         let (head, body) = request.into_parts();
         let (admin, auth) = (&self.admin, &self.admin.auth);
@@ -264,7 +264,7 @@ impl AdminServer {
             return Admin::finish(&head, Err(problem)).map(PermittedBody::without_permit);
         }
         let admin = self.admin.clone();
-        // Ends with the client, as it would if it were polled here.
+        // Aborted when the client disconnects.
         let answered = AbortOnDropHandle::new(self.workers.spawn(async move {
             let reply = admin.route(&head, body, caller.client).await;
             Admin::finish(&head, reply)
@@ -280,7 +280,7 @@ impl AdminServer {
     }
 }
 
-/// A body, and the place of its request.
+/// A response body with the permit of its request.
 struct PermittedBody {
     body: Body,
     permit: Option<Permit>,
@@ -291,7 +291,8 @@ impl PermittedBody {
         Self { body, permit: None }
     }
 
-    /// An event stream has a place of its own kind. Archives are read and written at the pace of a disk or of a pipe.
+    /// Attaches what is held until the end of the body. An event stream releases the request permit, because it has a
+    /// permit of its own. Archives pause the idle timer, because a disk or pipe sets their pace.
     fn for_connection(self, busy: InFlight, unhurried: IdlePauseGuard) -> ConnectionBody {
         let (is_live, is_piped) = (
             matches!(self.body, Body::Events(_)),
@@ -306,7 +307,7 @@ impl PermittedBody {
     }
 }
 
-/// A body on its way, with what is held until its end.
+/// A response body with the guards that are released at its end.
 struct ConnectionBody {
     body: Body,
     _permit: Option<Permit>,

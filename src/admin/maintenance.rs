@@ -1,4 +1,4 @@
-//! What the operator has the store do: read everything again, let go of what is unused, make its index anew.
+//! Store maintenance endpoints: verification, garbage collection and index rebuild.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use super::response::{ApiResponse, Problem, json_response, json_with_status};
 use super::router::{blocking, parse_json};
 use crate::store::{EVICTION_MIN_AGE, Store};
 
-/// What was not used for so long goes, if nothing else is said.
+/// Default of `unused_for`.
 const UNUSED_FOR_DEFAULT: Duration = Duration::from_secs(7 * 24 * 3600);
 
 impl Admin {
@@ -42,7 +42,7 @@ impl Admin {
         })))
     }
 
-    /// `POST /api/v1/verify`. The reading goes on when whoever asked for it has gone.
+    /// `POST /api/v1/verify`. The verification continues when the client disconnects.
     pub(super) async fn verify_posted(&self, body: &[u8]) -> Result<ApiResponse, Problem> {
         #[derive(Deserialize)]
         #[serde(deny_unknown_fields)]
@@ -55,7 +55,7 @@ impl Admin {
         blocking(move || {
             let store = registry.proxy.store().blocking();
             if request.rebuild_index {
-                tracing::info!("the index is made anew at the operator's wish");
+                tracing::info!("index rebuild requested");
                 store.rebuild_index();
             }
             store.start_verification()?;

@@ -1,4 +1,4 @@
-//! `/metrics`: what was counted, with the levels of this moment.
+//! `/metrics`: counters, and gauges sampled at scrape time.
 
 use std::time::SystemTime;
 
@@ -12,13 +12,13 @@ use crate::queue::{Class, Counts, Queue};
 use crate::server::ServingState;
 use crate::telemetry::{Gauges, QueueGauges};
 
-/// The type of what everybody else gets.
+/// Content type of the Prometheus text format, for clients that do not accept `OpenMetrics`.
 const PLAIN_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// The metrics' type: `OpenMetrics`, which Prometheus and its kin ask for.
+/// Content type of `OpenMetrics`, which Prometheus requests.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Whether this client takes `OpenMetrics`.
+/// Whether the client accepts `OpenMetrics`.
 pub(super) fn wants_openmetrics(head: &Parts) -> bool {
     let accepted = head.headers.get_all(ACCEPT).iter();
     accepted
@@ -27,7 +27,7 @@ pub(super) fn wants_openmetrics(head: &Parts) -> bool {
 }
 
 impl Admin {
-    /// May wait for locks.
+    /// May block on locks.
     pub(super) fn metrics(&self, as_openmetrics: bool, now: SystemTime) -> ApiResponse {
         let gauges = self.gauges(now);
         if as_openmetrics {
@@ -93,7 +93,7 @@ impl Admin {
     }
 }
 
-/// The queues: of requests to all upstreams together, and of downloads.
+/// The request queues of all upstreams combined, and the download queue.
 fn queues(registry: &ServingState) -> Vec<QueueGauges> {
     let upstream_registries = registry.router.all().iter();
     let requests: Vec<&Queue> = upstream_registries

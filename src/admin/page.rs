@@ -1,8 +1,8 @@
-//! The page: everything the API says, for people. Made here full, so that it works without scripts; with them it keeps
-//! itself current by fetching itself and exchanging the parts that changed.
+//! HTML page of the admin side. It is rendered on the server and works without scripts; the script reloads the page
+//! and replaces changed parts.
 //!
-//! One glance answers: is it well, what does it save, is my daemon using it, why did I get that image. Below it, what can
-//! be done. A form carries the secret of our own pages; what deletes shows first what it would free.
+//! It shows health, savings, clients and the reasons of recent decisions, and offers the actions of the API. Forms
+//! carry a CSRF secret. A removal shows first what it would free.
 
 mod plot;
 mod sections;
@@ -29,10 +29,10 @@ pub(super) const STYLE: &str = include_str!("page/style.css");
 pub(super) const SCRIPT: &str = include_str!("page/live.js");
 pub(super) const ICON: &str = include_str!("page/icon.svg");
 
-/// Images on the page; the rest is a search away.
+/// Images per page.
 const IMAGES_SHOWN: usize = 50;
 
-/// Decisions on the page.
+/// Decisions shown.
 const DECISIONS_SHOWN: usize = 15;
 
 /// The page at `/`.
@@ -98,7 +98,7 @@ pub(super) async fn page(admin: &Admin, query: &Query, head: &Parts) -> Result<A
     ))
 }
 
-/// What the address bar says is to be shown.
+/// Query parameters of the page.
 pub(super) struct PageQuery {
     images: String,
     from: usize,
@@ -129,7 +129,7 @@ impl PageQuery {
     }
 }
 
-/// What removing an image would free.
+/// What a removal would free.
 struct RemovalPreview {
     image: String,
     tags: u64,
@@ -152,10 +152,10 @@ async fn removal_preview(admin: &Admin, image: &str) -> Result<RemovalPreview, P
     })
 }
 
-/// Does what a form of the page asks for, and sends the browser back to the page.
+/// Executes a form action and redirects back to the page.
 pub(super) async fn submit_form(admin: &Admin, body: &[u8]) -> Result<ApiResponse, Problem> {
     let body = std::str::from_utf8(body).map_err(|_| Problem::bad_request("the form is not UTF-8"))?;
-    // A form writes a blank as `+`, which a query of the registry's API never is.
+    // A form encodes a space as `+`, which API queries do not use.
     let (form, _) = Query::parse(Some(&body.replace('+', "%20")))
         .map_err(|error| Problem::bad_request(error.to_string()))?;
     admin
@@ -205,7 +205,7 @@ pub(super) async fn submit_form(admin: &Admin, body: &[u8]) -> Result<ApiRespons
     Ok(see_other(&format!("/?notice={notice}")))
 }
 
-/// What came of asking about a tag, in words.
+/// Describes the result of a revalidation.
 pub(super) fn describe_refresh(refreshed: Refreshed, upstream: &str) -> String {
     match refreshed {
         Refreshed::Unchanged(_) => format!("unchanged at {upstream}"),
@@ -219,7 +219,7 @@ pub(super) fn describe_refresh(refreshed: Refreshed, upstream: &str) -> String {
     }
 }
 
-/// A time ago, in words.
+/// A relative time.
 fn ago(seconds: u64) -> Markup {
     let words = match seconds {
         0 => "now".to_owned(),

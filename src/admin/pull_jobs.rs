@@ -1,7 +1,7 @@
-//! Pulls at the operator's wish: an image result into the cache before anybody asks, by the same road as a client's.
+//! Pull jobs: images pulled into the cache on request of the operator, through the same path as client pulls.
 //!
-//! The tag, then of an index the manifests of the platforms wanted, then every config and layer. What is held is not
-//! fetched again. The job goes on when whoever asked for it has gone; its progress can be looked at by its number.
+//! A job fetches the tag, for an index the manifests of the selected platforms, then every config and layer. Cached
+//! objects are not fetched again. A job continues when the requester disconnects; its progress is available by id.
 
 mod run;
 
@@ -24,13 +24,13 @@ use crate::trace_context::TraceContext;
 
 use self::run::run;
 
-/// Pulls remembered; finished ones go first.
+/// Maximum number of stored jobs. Finished ones are dropped first.
 const JOBS_MAX: usize = 100;
 
-/// Pulls at a time; further ones wait.
+/// Maximum number of running jobs; others wait.
 const RUNNING_MAX: usize = 4;
 
-/// Every pull at the operator's wish.
+/// All pull jobs.
 #[derive(Clone)]
 pub(super) struct PullJobs {
     list: Arc<Mutex<JobList>>,
@@ -52,7 +52,7 @@ impl Default for PullJobs {
     }
 }
 
-/// One pull.
+/// One pull job.
 struct PullJob {
     id: u64,
     image: String,
@@ -92,13 +92,13 @@ struct Layer {
 pub(super) enum LayerState {
     Waiting,
     Fetching,
-    /// Held before this pull.
+    /// Cached before this job.
     Held,
     Fetched,
     Failed,
 }
 
-/// A pull as it is told.
+/// A pull job as returned by the API.
 #[derive(Serialize)]
 pub(super) struct PullView {
     pub(super) id: u64,
@@ -106,13 +106,13 @@ pub(super) struct PullView {
     pub(super) state: State,
     pub(super) began_at: String,
     pub(super) digest: Option<String>,
-    /// Why the manifest came from where it came.
+    /// Reason of the manifest decision.
     pub(super) reason: Option<&'static str>,
     pub(super) error: Option<String>,
     pub(super) layers: Vec<LayerView>,
 }
 
-/// One of its configs and layers.
+/// A config or layer of the job.
 #[derive(Serialize)]
 pub(super) struct LayerView {
     pub(super) digest: String,
@@ -123,7 +123,7 @@ pub(super) struct LayerView {
     pub(super) state: LayerState,
 }
 
-/// Which platforms of an index are wanted.
+/// Platform selection for an index.
 #[derive(Clone)]
 pub(super) enum Platforms {
     All,
@@ -132,7 +132,7 @@ pub(super) enum Platforms {
 }
 
 impl Platforms {
-    /// That of this machine.
+    /// The platform of this machine.
     pub(super) fn local() -> Self {
         let architecture = match std::env::consts::ARCH {
             "x86_64" => "amd64",
@@ -155,16 +155,16 @@ impl Platforms {
     }
 }
 
-/// What is to be pulled.
+/// Parameters of a pull job.
 pub(super) struct PullSpec {
     pub(super) named: ImageRef,
     pub(super) platforms: Platforms,
-    /// With which credential; as a client's, it is jobs by nobody.
+    /// Credential for the upstream. It is not stored.
     pub(super) authorization: Option<HeaderValue>,
 }
 
 impl PullJobs {
-    /// Begins a pull; its number. `None` if too many are under way already.
+    /// Starts a job and returns its id; `None` if too many are unfinished.
     pub(super) fn begin(&self, proxy: &Arc<ProxyService>, spec: PullSpec, clock: Clock) -> Option<u64> {
         let job = {
             let mut list = self.locked();
@@ -185,7 +185,7 @@ impl PullJobs {
         };
         let (proxy, permits, id) = (Arc::clone(proxy), Arc::clone(&self.permits), job.id);
         tokio::spawn(async move {
-            // Never closed.
+            // The semaphore is never closed.
             let _permit = permits.acquire().await.ok();
             job.progress().state = State::Fetching;
             let result = run(&proxy, &job, spec, clock).await;
@@ -193,7 +193,7 @@ impl PullJobs {
             match result {
                 Ok(()) => progress.state = State::Done,
                 Err(error) => {
-                    tracing::warn!(image = job.image, error, "a pull at the operator's wish failed");
+                    tracing::warn!(image = job.image, error, "requested pull failed");
                     progress.state = State::Failed;
                     progress.error = Some(error);
                 }
@@ -202,13 +202,13 @@ impl PullJobs {
         Some(id)
     }
 
-    /// All that are remembered, the newest first.
+    /// All stored jobs, newest first.
     pub(super) fn list(&self, downloads: &Downloads) -> Vec<PullView> {
         let jobs: Vec<Arc<PullJob>> = self.locked().jobs.iter().rev().cloned().collect();
         jobs.iter().map(|job| job.view(downloads)).collect()
     }
 
-    /// The pull of this number.
+    /// The job with this id.
     pub(super) fn find(&self, id: u64, downloads: &Downloads) -> Option<PullView> {
         let job = self.locked().jobs.iter().find(|job| job.id == id).cloned();
         job.map(|job| job.view(downloads))
@@ -220,7 +220,7 @@ impl PullJobs {
 }
 
 impl PullJob {
-    /// Each change under this lock is one assignment.
+    /// Each change under this lock is a single assignment, so a poisoned lock is consistent.
     fn progress(&self) -> MutexGuard<'_, Progress> {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -266,7 +266,7 @@ impl PullJob {
     }
 }
 
-/// As a client's.
+/// A request as a client would send it.
 pub(super) fn request(spec: &PullSpec, endpoint: Endpoint, clock: Clock) -> Request {
     Request {
         registry: Arc::clone(&spec.named.upstream_registry),

@@ -1,4 +1,4 @@
-//! Answers of the admin listener, and the bodies they have.
+//! Responses and response bodies of the admin listener, and flash messages.
 
 use std::collections::VecDeque;
 use std::io;
@@ -18,22 +18,22 @@ use tokio::sync::mpsc;
 
 use crate::archive::pipe::Chunk;
 
-/// An answer.
+/// An admin response.
 pub(super) type ApiResponse = Response<Body>;
 
-/// The page may load what is here and nothing else, and nobody may frame it.
+/// The page may load its own resources only, and may not be framed.
 const CONTENT_POLICY: HeaderValue = HeaderValue::from_static(
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; \
      form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
 );
 
-/// The body of an answer.
+/// A response body.
 pub(super) enum Body {
-    /// All of it.
+    /// A complete body.
     Full(Option<Bytes>),
-    /// As it comes, until its sender is gone.
+    /// Server-sent events, until the sender is dropped.
     Events(mpsc::Receiver<Bytes>),
-    /// An archive.
+    /// An archive stream.
     Stream(StreamBody),
 }
 
@@ -67,14 +67,14 @@ impl http_body::Body for Body {
     }
 }
 
-/// Why a request is not done (RFC 9457), in words for the operator.
+/// Problem details of a failed request (RFC 9457).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Problem {
     pub(super) status: StatusCode,
     pub(super) detail: String,
-    /// What may have been meant.
+    /// Similar names.
     pub(super) nearest: Vec<String>,
-    /// After how many seconds it may be tried again.
+    /// Value of `Retry-After` in seconds.
     pub(super) retry_after_s: Option<u64>,
 }
 
@@ -88,13 +88,13 @@ impl Problem {
         }
     }
 
-    /// Too much of this is under way.
+    /// 503: a limit is reached.
     pub(super) fn busy(detail: impl Into<String>) -> Self {
         let problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, detail);
         problem.retry_after(1)
     }
 
-    /// The task that was to answer ended in a panic, or with the process.
+    /// 500: the task panicked or was cancelled.
     pub(super) fn task_failed() -> Self {
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,
@@ -149,12 +149,12 @@ pub(super) fn json_response(value: &Value) -> ApiResponse {
     json_with_status(StatusCode::OK, value)
 }
 
-/// JSON under this status.
+/// JSON with this status.
 pub(super) fn json_with_status(status: StatusCode, value: &Value) -> ApiResponse {
     full(status, "application/json", value.to_string())
 }
 
-/// A whole body of this type.
+/// A complete body of this content type.
 pub(super) fn full(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> ApiResponse {
     let body = body.into();
     let length = body.len();
@@ -163,12 +163,12 @@ pub(super) fn full(status: StatusCode, kind: &'static str, body: impl Into<Bytes
     response
 }
 
-/// Events as they come (server-sent events).
+/// A stream of server-sent events.
 pub(super) fn event_stream(lines: mpsc::Receiver<Bytes>) -> ApiResponse {
     with_headers(StatusCode::OK, "text/event-stream", Body::Events(lines))
 }
 
-/// An archive of so many bytes, as it is written.
+/// An archive stream of known length.
 pub(super) fn stream(kind: &'static str, chunks: mpsc::Receiver<Chunk>, bytes: u64) -> ApiResponse {
     with_headers(
         StatusCode::OK,
@@ -177,7 +177,7 @@ pub(super) fn stream(kind: &'static str, chunks: mpsc::Receiver<Chunk>, bytes: u
     )
 }
 
-/// Sends a browser on, after a form was done.
+/// 303 redirect after a form submission.
 pub(super) fn see_other(to: &str) -> ApiResponse {
     let mut response = full(StatusCode::SEE_OTHER, "text/plain; charset=utf-8", Bytes::new());
     if let Ok(to) = HeaderValue::from_str(to) {
@@ -202,10 +202,10 @@ fn with_headers(status: StatusCode, kind: &'static str, body: Body) -> ApiRespon
     response
 }
 
-/// What comes out of a pipe, as the body of a message. An error breaks the message off.
+/// A body read from an archive pipe. A pipe error aborts the message.
 pub(super) struct StreamBody {
     chunks: mpsc::Receiver<Chunk>,
-    /// How much will come, where that is known.
+    /// The length, if known.
     bytes: Option<u64>,
 }
 
@@ -233,7 +233,7 @@ impl http_body::Body for StreamBody {
     }
 }
 
-/// FlashMessages remembered.
+/// Maximum number of stored messages.
 const FLASH_MESSAGES_MAX: usize = 32;
 
 /// The last messages shown after a form redirect. Stored on the server, because a message in the URL could be forged.

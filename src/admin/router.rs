@@ -1,4 +1,4 @@
-//! Which path is what.
+//! Request routing of the admin API: paths and methods.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -24,16 +24,16 @@ use super::{Admin, explain, page, status, upstreams};
 use crate::oci::{Endpoint, Query, Reference};
 use crate::proxy::Refreshed;
 
-/// The largest body of a request.
+/// Maximum size of a request body.
 const BODY_BYTES_MAX: usize = 64 * 1024;
 
-/// How long it may take to come.
+/// Timeout for reading a request body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The description of the API.
+/// OpenAPI description.
 pub(super) const OPENAPI: &str = include_str!("openapi.json");
 
-/// The paths that can be changed, and how; for those who use the wrong method.
+/// Allowed methods of paths that take others than GET, for 405 responses.
 const METHODS: &[(&str, &str)] = &[
     ("/api/v1/images", "GET, HEAD, DELETE"),
     ("/api/v1/pulls", "GET, HEAD, POST"),
@@ -47,7 +47,7 @@ const METHODS: &[(&str, &str)] = &[
 ];
 
 impl Admin {
-    /// A reply as its request wants it.
+    /// Finishes a response: renders a problem, and drops the body for HEAD.
     pub(super) fn finish(head: &Parts, reply: Result<ApiResponse, Problem>) -> ApiResponse {
         let mut reply = reply.unwrap_or_else(|problem| Self::problem_response(head, &problem));
         if head.method == Method::HEAD {
@@ -56,7 +56,7 @@ impl Admin {
         reply
     }
 
-    /// Answers what the guard has admitted.
+    /// Routes an authorized request.
     pub(super) async fn route(
         &self,
         head: &Parts,
@@ -169,7 +169,7 @@ impl Admin {
         let mut reply = problem.response();
         let headers = reply.headers_mut();
         if problem.status == StatusCode::UNAUTHORIZED {
-            // A browser asks its user for the token as a password.
+            // A browser prompts for the token as a password.
             headers.append(
                 WWW_AUTHENTICATE,
                 HeaderValue::from_static("Bearer realm=\"ifnewer admin\""),
@@ -203,16 +203,16 @@ impl Admin {
     }
 }
 
-/// `POST /api/v1/why`, `/refresh` and `/pulls`: an image, and with whose credential.
+/// Body of `POST /api/v1/why`, `/refresh` and `/pulls`: an image, and an optional credential.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ImageRequest {
     image: String,
     username: Option<String>,
     password: Option<String>,
-    /// A whole `Authorization` value instead.
+    /// A complete `Authorization` value, as an alternative.
     authorization: Option<String>,
-    /// For pulls: as `linux/amd64`; `all` for every one.
+    /// Pulls only: platforms as `linux/amd64`, or `all`.
     platforms: Option<Vec<String>>,
 }
 
@@ -264,7 +264,7 @@ impl Admin {
         Ok(json_with_status(StatusCode::ACCEPTED, &json!(view)))
     }
 
-    /// Begins a pull; its number.
+    /// Starts a pull job and returns its id.
     pub(super) fn begin_pull(
         &self,
         image: &str,
@@ -320,7 +320,7 @@ impl Admin {
         })))
     }
 
-    /// Asks the upstream about a tag now.
+    /// Revalidates a tag now.
     pub(super) async fn refresh(
         &self,
         image: &str,
@@ -363,13 +363,13 @@ impl Admin {
         ))
     }
 
-    /// Pins or unpins; the full name, and how it was.
+    /// Pins or unpins an image. Returns its full name and the previous state.
     pub(super) async fn pin(&self, image: &str, pinned: bool) -> Result<(String, bool), Problem> {
         let registry = self.registry.load_full();
         let named = ImageRef::parse(image, &registry)?;
         let name = named.to_string();
         let was = blocking(move || images::pin(&registry, &named, pinned)).await?;
-        tracing::info!(image = name, pinned, "pinned or unpinned at the operator's wish");
+        tracing::info!(image = name, pinned, "pin changed on request");
         Ok((name, was))
     }
 
@@ -384,17 +384,17 @@ impl Admin {
         Ok(json_response(&json!({ "offline": request.offline, "was": was })))
     }
 
-    /// Turns asking off or on, also for after a restart; says how it was.
+    /// Switches offline mode and persists it. Returns the previous state.
     pub(super) async fn switch_offline(&self, on: bool) -> Result<bool, Problem> {
         let was = self.offline.set(on);
         let registry = self.registry.load_full();
         if let Err(fault) =
             blocking(move || Ok(registry.proxy.store().blocking().persist_offline(on))).await?
         {
-            tracing::error!(%fault, offline = on, "switched, and after a restart it will be as it was");
+            tracing::error!(%fault, offline = on, "failed to persist offline mode");
         }
         if was != on {
-            tracing::warn!(offline = on, "switched by the operator");
+            tracing::warn!(offline = on, "offline mode switched by the operator");
         }
         Ok(was)
     }
@@ -407,7 +407,7 @@ impl Admin {
     }
 }
 
-/// A parameter that is said or not.
+/// A boolean query parameter.
 pub(super) fn bool_param(query: &Query, name: &str) -> Result<bool, Problem> {
     match query.get(name) {
         None | Some("" | "false") => Ok(false),
@@ -443,7 +443,7 @@ pub(super) fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem>
         .map_err(|error| Problem::bad_request(format!("the body is not what is expected: {error}")))
 }
 
-/// Work that may touch the disk, on a thread that may wait.
+/// Runs blocking work on a blocking thread.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {

@@ -1,4 +1,4 @@
-//! How the cache is doing, in one look.
+//! Status endpoint: health, counters and downloads.
 
 use std::time::{Duration, SystemTime};
 
@@ -10,31 +10,31 @@ use crate::server::ServingState;
 use crate::store::AsyncStore;
 use crate::telemetry::Totals;
 
-/// How the cache is doing.
+/// Status of the cache.
 #[derive(Serialize)]
 pub(super) struct Status {
     pub(super) version: &'static str,
     pub(super) now: String,
     pub(super) started_at: String,
     pub(super) uptime_seconds: u64,
-    /// Whether nothing needs anybody's attention.
+    /// Whether there are no problems.
     pub(super) healthy: bool,
-    /// One sentence.
+    /// Summary in one sentence.
     pub(super) verdict: String,
-    /// What is wrong, one sentence each.
+    /// Problems, one sentence each.
     pub(super) problems: Vec<String>,
     pub(super) offline: bool,
     pub(super) store: StoreStatus,
     pub(super) since_start: Counters,
     pub(super) last_day: Counters,
-    /// The allowance that is nearest to its end.
+    /// The upstream rate limit closest to exhaustion.
     pub(super) quota: Option<Quota>,
     pub(super) transfers: usize,
 }
 
 #[derive(Serialize)]
 pub(super) struct StoreStatus {
-    /// What keeps it from its work.
+    /// Problems of the store.
     pub(super) troubles: Vec<String>,
     pub(super) bytes: u64,
     pub(super) blobs: u64,
@@ -42,7 +42,7 @@ pub(super) struct StoreStatus {
     pub(super) manifests: u64,
     pub(super) manifest_bytes: u64,
     pub(super) tags: u64,
-    /// Whether what an earlier process left has been counted in full.
+    /// Whether the initial count of the store is complete.
     pub(super) is_counted: bool,
     /// `store.size`.
     pub(super) size: u64,
@@ -50,12 +50,12 @@ pub(super) struct StoreStatus {
     pub(super) free: u64,
     pub(super) disk_free_bytes: Option<u64>,
     pub(super) pins: usize,
-    /// Since the start.
+    /// Since the start of the process.
     pub(super) scrubbed: Scrubbed,
     pub(super) evicted: Evicted,
 }
 
-/// What was read again, to find what the disk changed.
+/// Objects re-read to detect disk corruption.
 #[derive(Serialize)]
 pub(super) struct Scrubbed {
     pub(super) objects: u64,
@@ -69,7 +69,7 @@ pub(super) struct Evicted {
     pub(super) for_free: u64,
     pub(super) tags: u64,
     pub(super) bytes: u64,
-    /// Blobs that found no room, and were passed through.
+    /// Blobs passed through because no space was available.
     pub(super) without_room: u64,
 }
 
@@ -169,7 +169,7 @@ impl Admin {
         }
     }
 
-    /// What an operator should know, the worst first.
+    /// Current problems, most severe first.
     pub(super) fn problems(&self) -> Vec<String> {
         let registry = self.registry.load();
         let mut problems = Vec::new();
@@ -215,7 +215,7 @@ impl Admin {
                 })
             })
         });
-        // One whose window is over says nothing about now.
+        // A limit whose window has passed says nothing about the present.
         let counts = |quota: &Quota| {
             quota
                 .window_seconds
@@ -234,12 +234,12 @@ fn verdict(offline: bool, problems: &[String]) -> String {
     }
 }
 
-/// Spans of the plots: how many, of so many minutes each.
+/// Plot resolution of one hour: number of intervals, and minutes of each.
 pub(super) const HOUR: (u64, u64) = (60, 1);
-/// As [`HOUR`], for a day.
+/// Plot resolution of one day.
 pub(super) const DAY: (u64, u64) = (96, 15);
 
-/// One span of a plot.
+/// One interval of a plot.
 #[derive(Serialize)]
 pub(super) struct Point {
     pub(super) until: String,
@@ -248,7 +248,7 @@ pub(super) struct Point {
 }
 
 impl Admin {
-    /// What was counted, span by span, the oldest first.
+    /// Counters per interval, oldest first.
     pub(super) fn series(&self, (count, minutes): (u64, u64), now: SystemTime) -> Vec<Point> {
         let registry = self.registry.load();
         let fetched = registry.proxy.downloads().fetched_bytes();
@@ -268,22 +268,22 @@ impl Admin {
     }
 }
 
-/// A download under way.
+/// A running download.
 #[derive(Serialize)]
 pub(super) struct TransferView {
     pub(super) digest: String,
     pub(super) size: Option<u64>,
     pub(super) received: u64,
-    /// Since it began, on average.
+    /// Average since the start.
     pub(super) bytes_per_second: u64,
     pub(super) seconds: f64,
-    /// Clients that read it now.
+    /// Current readers.
     pub(super) readers: usize,
-    /// Whether it waits for a place.
+    /// Whether it waits in the download queue.
     pub(super) queued: bool,
 }
 
-/// The longest running first.
+/// Running downloads, longest running first.
 pub(super) fn transfers(registry: &ServingState) -> Vec<TransferView> {
     let transfers = registry.proxy.downloads().statuses();
     transfers

@@ -1,4 +1,4 @@
-//! The upstreams as an operator sees them: how each is doing, and what is left of whose allowance there.
+//! Upstreams endpoint: state of each upstream and its rate limits.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -12,7 +12,7 @@ use crate::queue::Queue;
 use crate::server::ServingState;
 use crate::telemetry::QuotaGauge;
 
-/// All upstreams, as JSON. Credentials are told by kind, a client's by an id that means nothing elsewhere.
+/// All upstreams as JSON. A credential is identified by its kind, a client's by an id that is meaningless elsewhere.
 pub(super) fn to_json(registry: &ServingState, now: SystemTime) -> Value {
     let upstream_registries = registry.router.all().iter();
     let upstreams: Vec<Value> = upstream_registries
@@ -68,7 +68,8 @@ fn upstream_json(upstream_registry: &UpstreamRegistry, downloads: &Queue, now: S
     })
 }
 
-/// What is left of whose allowance: of several clients, of the one with the fewest pulls left.
+/// Rate limits per upstream and kind of credential. Of several clients, the one with the fewest remaining pulls
+/// counts.
 pub(super) fn allowances(registry: &ServingState, now: SystemTime) -> Vec<QuotaGauge> {
     let mut levels = Vec::new();
     for upstream_registry in registry.router.all() {

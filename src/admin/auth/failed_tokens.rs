@@ -1,7 +1,8 @@
-//! Rate limit of wrong admin tokens, per client address (GCRA: a burst, then one in a while).
+//! Rate limit for wrong admin tokens, per client address (GCRA: a burst, then a constant rate).
 //!
-//! A token of an address that used up its allowance waits until one more may be tried. Of those that wait together one is
-//! compared, or the limit would only slow the refusals. No other address is concerned. The addresses remembered have a bound; one that is forgotten has its whole burst again.
+//! An address that has used up its allowance waits until another token may be tried. Of concurrent waiting requests
+//! one is compared; otherwise the limit would only delay the errors. Other addresses are not affected. The number of
+//! remembered addresses is bounded; a forgotten address starts with a complete burst.
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,27 +13,27 @@ use tokio::time::Instant;
 
 use crate::server::host_network;
 
-/// Wrong tokens in a row, and how long it takes until one more may be tried.
+/// Burst of wrong tokens, and the interval at which further ones are compared.
 const BURST: u32 = 10;
 const ONE_MORE_AFTER: Duration = Duration::from_secs(1);
 
-/// Addresses remembered.
+/// Maximum number of remembered addresses.
 const ADDRESSES_MAX: usize = 4096;
 
-/// The wrong tokens of each address.
+/// Wrong tokens per address.
 pub(super) struct FailedTokens(Cache<IpAddr, Arc<Mutex<Failures>>>);
 
-/// The wrong tokens of one address.
+/// Wrong tokens of one address.
 #[derive(Debug, Default)]
 struct Failures {
-    /// Since the address is remembered.
+    /// Count since the address was first remembered.
     wrong: u64,
-    /// When the whole burst is there again.
+    /// Time at which the complete burst is available again.
     full_at: Option<Instant>,
 }
 
 impl Failures {
-    /// How long until another token may be tried; `None`: it may now.
+    /// Time until another token may be compared; `None` if it may be now.
     fn wait(&self, now: Instant) -> Option<Duration> {
         let used = self.full_at?.saturating_duration_since(now);
         let wait = (used + ONE_MORE_AFTER).saturating_sub(ONE_MORE_AFTER * BURST);
@@ -54,13 +55,13 @@ impl Default for FailedTokens {
 }
 
 impl FailedTokens {
-    /// How long a client waits until another of its tokens is compared.
+    /// Time until another token of this client is compared.
     pub(super) fn wait(&self, client: IpAddr, now: Instant) -> Option<Duration> {
         let failures = self.0.get(&host_network(client))?;
         locked(&failures).wait(now)
     }
 
-    /// Notes a wrong token; how many it were from this address.
+    /// Records a wrong token and returns the count of this address.
     pub(super) fn note(&self, client: IpAddr, now: Instant) -> u64 {
         let made = || Ok::<_, std::convert::Infallible>(Arc::default());
         let Ok(failures) = self.0.get_or_insert_with(&host_network(client), made);
@@ -84,7 +85,7 @@ mod tests {
     fn t14_wrong_tokens_are_slowed_to_one_a_second() {
         let (failed_tokens, start) = (FailedTokens::default(), Instant::now());
         let mut compared = 0;
-        // As fast as 6,517 a second, for a minute.
+        // 6,517 attempts a second, for a minute.
         for at in 0..60 * 6_517_u32 {
             let now = start + Duration::from_secs(1) / 6_517 * at;
             if failed_tokens.wait(ONE, now).is_none() {

@@ -1,4 +1,4 @@
-//! Plots of the last hour and day: what clients got, and how much of it came from upstreams.
+//! Plots of the last hour and day: bytes sent to clients and fetched from upstreams.
 
 use maud::{Markup, html};
 
@@ -39,7 +39,7 @@ fn figure(name: &str, points: &[Point]) -> Markup {
     }
 }
 
-/// A bar for each span: below, what upstreams had to send; above it, what the cache gave; a dot where it stood in.
+/// One bar per interval: bytes from upstreams below, bytes from the cache above, and a dot for pulls served stale.
 fn drawing(points: &[Point], words: &str) -> Markup {
     let tallest = points
         .iter()
@@ -50,7 +50,7 @@ fn drawing(points: &[Point], words: &str) -> Markup {
     let count = u64::try_from(points.len()).unwrap_or(1).max(1);
     let step = WIDTH / count;
     let tall = |value: u64| {
-        // What is there is seen.
+        // Values above zero stay visible.
         let height =
             u64::try_from(u128::from(value) * u128::from(HEIGHT) / u128::from(tallest)).unwrap_or(HEIGHT);
         if value > 0 { height.max(2) } else { 0 }

@@ -1,4 +1,4 @@
-//! The parts of the page. What changes by itself is marked `data-live` and has an id.
+//! Sections of the page. A section that updates itself has `data-live` and an id.
 
 use maud::{Markup, html};
 
@@ -106,7 +106,7 @@ fn quota(quota: Option<&Quota>) -> Markup {
     }
 }
 
-/// A size whose unit is small.
+/// A size with a small unit.
 fn sized(size: u64) -> Markup {
     let words = bytes(size);
     let (number, unit) = words.split_once(' ').unwrap_or((&words, ""));
@@ -214,7 +214,7 @@ fn clock(at: &str) -> &str {
     at.get(11..19).unwrap_or(at)
 }
 
-/// What a client calls itself, without what it says of the rest.
+/// The first product of a user agent.
 fn program(agent: &str) -> &str {
     agent.split(' ').next().unwrap_or(agent)
 }
@@ -234,7 +234,7 @@ fn image_name(upstream: &str, image: &str) -> Markup {
     }
 }
 
-/// A name that breaks between its components, and not inside a word of it: after each `/`, before a `:` and a `@`.
+/// A name that wraps after `/` and before `:` and `@` only.
 fn breaking(name: &str) -> Markup {
     let parts = name.split_inclusive('/').map(|part| {
         let at = part.find([':', '@']).unwrap_or(part.len());

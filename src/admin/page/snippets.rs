@@ -1,4 +1,4 @@
-//! What to tell each client so that it uses this cache, filled in with its address.
+//! Client configuration snippets with the address of the cache.
 
 use std::net::IpAddr;
 
@@ -6,7 +6,7 @@ use maud::{Markup, html};
 
 use super::super::Admin;
 
-/// Where a client that sees this page under `host` reaches the registry.
+/// The registry address for a client that opened this page under `host`.
 pub(super) fn address(admin: &Admin, host: &str) -> String {
     let first = admin.registry_addresses.first();
     let Some(first) = first else {
@@ -15,7 +15,7 @@ pub(super) fn address(admin: &Admin, host: &str) -> String {
     if !first.ip().is_unspecified() {
         return first.to_string();
     }
-    // Every address: then also the one by which this page was found.
+    // If the listener accepts every address, it accepts that of the page too.
     let name = host.rsplit_once(':').map_or(host, |(name, port)| {
         if port.bytes().all(|c| c.is_ascii_digit()) {
             name

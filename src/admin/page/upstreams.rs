@@ -1,4 +1,4 @@
-//! The upstreams on the page.
+//! Upstreams section of the page.
 
 use std::time::Duration;
 
@@ -8,7 +8,8 @@ use serde_json::Value;
 use super::super::format::duration;
 use super::ago;
 
-/// How each upstream is doing.
+/// State of each upstream.
+///
 pub(super) fn section(listed: &Value) -> Markup {
     let upstreams = listed.get("upstreams").and_then(Value::as_array);
     let text = |value: &Value, name: &str| {

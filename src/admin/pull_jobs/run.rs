@@ -1,4 +1,4 @@
-//! One pull at the operator's wish, from its tag to its last layer; what it does shows in its [`PullJob`].
+//! Execution of one pull job, from its tag to its last layer. Progress is recorded in the [`PullJob`].
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -14,13 +14,13 @@ use crate::oci::{AnyDigest, Digest, Endpoint, Reference};
 use crate::proxy::{BlobBody, ProxyResponse, ProxyService};
 use crate::store::manifests::StoredManifest;
 
-/// Layers of one image at a time.
+/// Layers of one image fetched in parallel.
 const LAYERS_PARALLEL_MAX: usize = 3;
 
-/// How deep indexes may lie in each other.
+/// Maximum nesting depth of indexes.
 const DEPTH_MAX: u32 = 2;
 
-/// The whole road of one pull.
+/// Runs the job.
 pub(super) async fn run(
     proxy: &Arc<ProxyService>,
     job: &Arc<PullJob>,
@@ -45,7 +45,7 @@ pub(super) async fn run(
                 .iter()
                 .filter(|child| child.kind == DescriptorKind::Manifest)
             {
-                // It comes with the image that it attests.
+                // Attestations are fetched with the image that they refer to.
                 if child.attests.is_some() {
                     continue;
                 }
@@ -70,7 +70,7 @@ pub(super) async fn run(
             repository: spec.named.repository.clone(),
             reference,
         };
-        // An image without its attestation is whole all the same, so that it cannot be had fails nothing.
+        // An image is complete without its attestation, so a failure to fetch it does not fail the job.
         proxy
             .fetch_attestation(&request(&spec, endpoint, clock), &stored.digest)
             .await;
