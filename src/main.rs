@@ -1,4 +1,5 @@
-//! The `ifnewer` program: arguments, configuration, run, exit code. 0: done, 1: failed, 2: wrong usage or configuration.
+//! The `ifnewer` program: arguments, configuration, commands and exit codes. 0: success, 1: failure, 2: usage or
+//! configuration error.
 
 use std::fmt::Display;
 use std::io::Write;
@@ -25,14 +26,14 @@ const USAGE_ERROR: u8 = 2;
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        // It quotes the command line, which may hold names that others chose.
+        // The message quotes arguments, which may contain text of others.
         Err(error) if error.use_stderr() => {
             let _ = write!(terminal::stderr(), "{error}");
             return ExitCode::from(USAGE_ERROR);
         }
         Err(help) => help.exit(),
     };
-    // Before any port is bound: a wrong configuration must not take a running cache's place.
+    // Load before binding ports: an invalid configuration must not replace a running cache.
     let config = match load(&cli.options) {
         Ok(config) => config,
         Err(faults) => return fail(USAGE_ERROR, &faults),
@@ -88,16 +89,16 @@ fn main() -> ExitCode {
             init_logging(&config.log);
             let descriptors = raise_fd_limit();
             disable_core_dumps();
-            // Before any thread runs: it reads and clears variables.
+            // Before any thread starts, because it reads and clears environment variables.
             let inherited = inherited_sockets();
             block_on(cmd_serve(cli.options, config, inherited, descriptors))
         }
     }
 }
 
-/// Starts the program again in its own place, with the settings of the allocator that it can only be started with. glibc
-/// gives each of many threads an arena of its own, and keeps in it what a peak needed. Measured with 4,000 tags: 400 views
-/// of the list leave 68 MiB, and 59 with one arena; 2,000 unread responses leave 92 MiB, and 69.
+/// Re-executes the program with allocator settings that glibc reads only at program start. By default, glibc gives
+/// many threads an arena each, which retain their peak memory. Measured with 4,000 tags: 400 views of the list leave
+/// 68 MiB, and 59 with one arena; 2,000 unread responses leave 92 MiB, and 69.
 fn limit_heap() {
     use std::os::unix::process::CommandExt as _;
     let (Some(settings), Ok(program)) = (cli::heap_settings(), std::env::current_exe()) else {
@@ -109,7 +110,7 @@ fn limit_heap() {
         again.arg0(name);
     }
     again.args(arguments).envs(settings);
-    // It returns only where it failed: then this one serves, in more memory.
+    // `exec` returns only on failure. Then this process serves, with more memory.
     let _ = again.exec();
 }
 
@@ -131,7 +132,7 @@ async fn cmd_serve(
     #[cfg(not(feature = "otlp"))]
     if cli::collector().is_some() {
         tracing::warn!(
-            "OTEL_EXPORTER_OTLP_ENDPOINT is set, and this program was built without the feature `otlp`: no traces are recorded"
+            "OTEL_EXPORTER_OTLP_ENDPOINT is ignored, because this program was built without the feature `otlp`"
         );
     }
     let served = serve(
@@ -235,7 +236,7 @@ fn print_result(done: Result<Applied, SetupError>) -> ExitCode {
     }
 }
 
-/// The sockets that the service manager opened for us. Those of other kinds are left alone.
+/// Sockets passed by the service manager. Sockets of other types are ignored.
 fn inherited_sockets() -> InheritedSockets {
     let mut given = ListenFd::from_env();
     let mut inherited = InheritedSockets::default();
@@ -249,13 +250,13 @@ fn inherited_sockets() -> InheritedSockets {
     inherited
 }
 
-/// As many files as the system lets us have: the limit that shells start programs with is meant for `select`. Says how
-/// many.
+/// Raises the file descriptor limit to the hard limit, because the usual soft limit is sized for `select`. Returns the
+/// limit.
 fn raise_fd_limit() -> usize {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
-    // Fewer will do until there are many clients; `doctor` tells.
+    // On failure the lower limit is used; `doctor` reports it.
     let _ = setrlimit(Resource::Nofile, limit);
     let current = getrlimit(Resource::Nofile).current;
     current.map_or(usize::MAX, |current| {
@@ -263,7 +264,7 @@ fn raise_fd_limit() -> usize {
     })
 }
 
-/// A core would hold the credentials that are in memory at that moment.
+/// Disables core dumps, because a core would contain credentials in memory.
 fn disable_core_dumps() {
     use rustix::process::{Resource, Rlimit, setrlimit};
     let none = Rlimit {
@@ -282,7 +283,7 @@ async fn cmd_demo(stay: bool) -> ExitCode {
     let stay = stay.then(|| {
         let (end, ended) = tokio::sync::oneshot::channel();
         tokio::spawn(async move {
-            // Nobody left to tell is an end too.
+            // A closed receiver means that the demo has ended.
             let _ = tokio::signal::ctrl_c().await;
             let _ = end.send(());
         });
@@ -312,7 +313,7 @@ async fn cmd_operate(config: &Config, command: commands::Command) -> ExitCode {
     };
     match commands::run(&client, &command, &mut output).await {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever read our output has enough: `ifnewer ls | head`.
+        // The reader of the output has closed it: `ifnewer ls | head`.
         Err(commands::Failed::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
             ExitCode::SUCCESS
         }
@@ -324,7 +325,7 @@ fn block_on(command: impl Future<Output = ExitCode>) -> ExitCode {
     match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => {
             let code = runtime.block_on(command);
-            // Downloads that nobody waits for any more are given up; what they wrote is gone on with after the next start.
+            // Downloads without readers are aborted. Their partial files are resumed after the next start.
             runtime.shutdown_background();
             code
         }
@@ -333,7 +334,8 @@ fn block_on(command: impl Future<Output = ExitCode>) -> ExitCode {
 }
 
 fn init_logging(log: &Log) {
-    // The level was checked with the configuration.
+    // The level was validated with the configuration.
+    //
     let filter = EnvFilter::try_new(&log.level).unwrap_or_else(|_| EnvFilter::new("info"));
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)

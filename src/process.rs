@@ -1,4 +1,4 @@
-//! The life of the process: built from a configuration, announced, reloaded, drained.
+//! Process lifecycle: startup, reload on SIGHUP, and graceful shutdown.
 
 mod certificate_renewal;
 mod registry;
@@ -34,17 +34,17 @@ pub use registry::upstream;
 use registry::{ServedRepositories, SharedState, UpstreamContext, registry};
 use signals::{Signal, Signals};
 
-/// How long the end waits for downloads that no client waits for any more.
+/// How long shutdown waits for downloads that have no readers.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often the store is context the time and looks after itself, and how many times rarer it tidies up.
+/// Interval of store maintenance, and how many runs pass between two cleanups.
 const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(5);
 const TIDY_EVERY_RUNS: u32 = 60;
 
-/// Why the process cannot run.
+/// Error that prevents or ends serving.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// The operating system refused something.
+    /// An operating system call failed.
     #[error("{0}")]
     Io(#[from] std::io::Error),
     /// The data folder cannot be used.
@@ -53,23 +53,23 @@ pub enum RunError {
     /// The certificate cannot be used.
     #[error("{0}")]
     Tls(#[from] TlsError),
-    /// An upstream cannot be set up.
+    /// An upstream has invalid settings.
     #[error("upstream {name}: {error}")]
     Upstream {
-        /// Which.
+        /// The upstream.
         name: Arc<str>,
-        /// Why.
+        /// The reason.
         error: SettingsError,
     },
-    /// An address of an upstream cannot be used.
+    /// A URL of an upstream is invalid.
     #[error("upstream {name}: {error}")]
     Url {
-        /// Which.
+        /// The upstream.
         name: Arc<str>,
-        /// Why.
+        /// The reason.
         error: OriginError,
     },
-    /// An admin listener that others could reach.
+    /// The admin listener is reachable from other machines and has no token.
     #[error(
         "listen.admin = \"{0}\" can be reached from other machines, and it names private repositories; \
              use a loopback address or \"unix:/run/ifnewer/admin.sock\", or name a token with listen.admin_token_file"
@@ -78,14 +78,13 @@ pub enum RunError {
     /// The admin token cannot be used.
     #[error("{0}")]
     AdminToken(#[from] TokenError),
-    /// Nothing would be served.
+    /// No upstream is configured.
     #[error("no upstream is configured")]
     NoUpstream,
 }
 
-/// Serves until a signal ends it, on the sockets that were `inherited` to the process, if any. It may have so many
-/// `descriptors` open. `reload` reads the configuration again, on SIGHUP. What happens is context to
-/// `telemetry`.
+/// Serves until SIGTERM or SIGINT, on the `inherited` sockets if there are any. `descriptors` is the file descriptor
+/// limit. `reload` reads the configuration again on SIGHUP.
 pub async fn serve(
     config: Config,
     inherited: InheritedSockets,
@@ -97,7 +96,7 @@ pub async fn serve(
     let token = admin_token(&config)?;
     let mut signals = Signals::new()?;
     let limits = cap_limits_to_descriptors(&config, descriptors);
-    // The lock first: a second process must refuse before it disturbs anything of the first.
+    // Take the lock first: a second process must fail before it disturbs the first one.
     let (store, offline) = block_in_place(|| open_store(&config, descriptors, clock))?;
     let context = UpstreamContext {
         telemetry,
@@ -155,7 +154,7 @@ pub async fn serve(
         ending: shutdown.clone(),
         connections_max: admin::connections_max(descriptors),
     });
-    // Not waited for at the end, which may take its time.
+    // Not awaited at shutdown, which may take long.
     tokio::spawn(admin.clone().beat());
     tasks.spawn(admin.clone().sample());
     tasks.spawn(maintenance_loop(Arc::clone(&store), clock, shutdown.clone()));
@@ -181,39 +180,39 @@ pub async fn serve(
                 tls.store(Arc::new(certificate));
                 block_in_place(|| apply_store_settings(&store, &new));
                 warn_restart_needed(&config, &new);
-                tracing::info!("the configuration was read again and is in effect");
+                tracing::info!("configuration reloaded");
             }
             (Err(error), _) => {
-                tracing::error!(%error, "the new configuration cannot be used; the old one stays");
+                tracing::error!(%error, "failed to apply the new configuration, keeping the current one");
             }
             (_, Err(error)) => {
-                tracing::error!(%error, "the new certificate cannot be used; the old one stays");
+                tracing::error!(%error, "failed to load the new certificate, keeping the current one");
             }
         }
     }
-    tracing::info!("ending: finishing what is under way");
+    tracing::info!("shutting down: finishing running requests");
     systemd::stopping();
     watchdog.abort();
     shutdown.cancel();
     drain(tasks, &mut signals, &downloads, store).await;
-    tracing::info!("ended");
+    tracing::info!("shutdown complete");
     Ok(())
 }
 
-/// Waits for what is under way, but not for ever, and closes the store.
+/// Waits for running requests and downloads within limits, and closes the store.
 async fn drain(mut tasks: JoinSet<()>, signals: &mut Signals, downloads: &Downloads, store: Arc<Store>) {
     tokio::select! {
         () = async { while tasks.join_next().await.is_some() {} } => {}
-        () = signals.wait_for_shutdown() => tracing::warn!("a second signal: ending now"),
+        () = signals.wait_for_shutdown() => tracing::warn!("second signal received, terminating now"),
     }
-    // The last client has its last byte a moment before the blob has its name.
+    // Responses complete before the blob is committed, so wait briefly for commits.
     if tokio::time::timeout(COMMIT_TIMEOUT, downloads.idle())
         .await
         .is_err()
     {
-        tracing::info!("downloads that nobody waits for are given up");
+        tracing::info!("aborting downloads without readers");
     }
-    // Flushing the index is the last write; it blocks, and nothing else runs any more.
+    // Flushing the index blocks. No other task runs at this point.
     let _ = tokio::task::spawn_blocking(move || store.close()).await;
 }
 
@@ -227,7 +226,7 @@ fn certificates(config: &Config, addresses: &[IpAddr], clock: Clock) -> Result<S
     )
 }
 
-/// The limits that a process with so few descriptors can keep.
+/// Limits that fit the file descriptor limit.
 fn cap_limits_to_descriptors(config: &Config, descriptors: usize) -> Limits {
     let limits = config.limits.capped_to(descriptors);
     if limits != config.limits {
@@ -235,7 +234,7 @@ fn cap_limits_to_descriptors(config: &Config, descriptors: usize) -> Limits {
             descriptors,
             connections = limits.connections_max,
             downloads = limits.downloads_max,
-            "the process may open few files, which lowers [limits]; raise LimitNOFILE= of its unit"
+            "limits lowered to the file descriptor limit, raise LimitNOFILE= of the unit"
         );
     }
     limits
@@ -251,7 +250,7 @@ fn store_settings(config: &Config, descriptors: usize) -> StoreSettings {
     }
 }
 
-/// What a reload changes of the store.
+/// Applies the store settings that a reload may change.
 fn apply_store_settings(store: &Store, new: &Config) {
     store.set_limits(store_limits(new));
     store.set_scrub_rate(new.store.scrub_rate);
@@ -265,13 +264,11 @@ fn open_store(config: &Config, descriptors: usize, clock: Clock) -> Result<(Arc<
     Ok((Arc::new(store), offline))
 }
 
-/// An operator who switched offline mode on before an upgrade must not find upstreams asked after it.
+/// Restores offline mode, so that an upgrade does not resume upstream requests.
 fn restore_offline_mode(store: &Store) -> Offline {
     let offline = Offline::default();
     if store.is_offline_persisted() {
-        tracing::warn!(
-            "offline mode is on, as it was left: no upstream is asked until `ifnewer offline off`"
-        );
+        tracing::warn!("offline mode restored, no upstream is requested until `ifnewer offline off`");
         offline.set(true);
     }
     offline
@@ -280,7 +277,7 @@ fn restore_offline_mode(store: &Store) -> Offline {
 fn log_config_error(loaded: Result<Config, Diagnostics>) -> Option<Config> {
     loaded
         .inspect_err(|faults| {
-            tracing::error!("the new configuration is wrong; the old one stays:\n{faults}");
+            tracing::error!("the new configuration is invalid, keeping the current one:\n{faults}");
         })
         .ok()
 }
@@ -292,7 +289,7 @@ fn store_limits(config: &Config) -> StoreLimits {
     }
 }
 
-/// Lets the store look after itself until the end.
+/// Runs store maintenance until shutdown.
 async fn maintenance_loop(store: Arc<Store>, clock: Clock, shutdown: CancellationToken) {
     let mut runs = 0_u32;
     while shutdown
@@ -309,12 +306,12 @@ async fn maintenance_loop(store: Arc<Store>, clock: Clock, shutdown: Cancellatio
             }
         });
         if done.await.is_err() {
-            tracing::error!("looking after the store ended in a panic; it is tried again");
+            tracing::error!("store maintenance panicked, retrying");
         }
     }
 }
 
-/// The token that the admin listener asks for; one that others can reach must have one.
+/// The admin token. A listener that is reachable from other machines requires one.
 fn admin_token(config: &Config) -> Result<Option<Zeroizing<String>>, RunError> {
     let token = admin::token(&config.listen)?;
     match config.listen.admin {
@@ -325,7 +322,7 @@ fn admin_token(config: &Config) -> Result<Option<Zeroizing<String>>, RunError> {
     }
 }
 
-/// New with each process, and as secret as the store's own.
+/// A secret of this process, derived from the secret of the installation.
 fn process_secret(store: &Store, clock: Clock) -> [u8; 32] {
     hmac_sha256(
         store.install_secret(),
@@ -355,10 +352,10 @@ fn spawn_admin(
     }
 }
 
-/// On standard output, for people and for scripts that let the system choose the port.
+/// Prints a listening address to standard output, for people and for scripts that use port 0.
 fn print_listening(what: &str, address: &str) {
     let mut out = terminal::stdout(false);
-    // A closed standard output is no reason not to serve.
+    // A closed standard output does not prevent serving.
     let _ = writeln!(out, "{what} listening on {address}");
     let _ = out.flush();
 }

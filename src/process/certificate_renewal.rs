@@ -1,4 +1,4 @@
-//! Renewal of the server certificate in the running process, and warnings of certificates that end.
+//! Renewal of the server certificate at run time, and expiry warnings.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -9,14 +9,14 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::Clock;
 use crate::server::tls::ServerTls;
 
-/// How often the certificates are checked at, by the time of day.
+/// Interval of certificate checks, in wall-clock time.
 const CHECK_INTERVAL: Duration = Duration::from_secs(3_600);
-/// How often the time of day is checked at: a machine may sleep, and its clock may be set.
+/// Interval at which the wall clock is read, because a machine may sleep and its clock may be set.
 const WAKE_INTERVAL: Duration = Duration::from_secs(5);
-/// How often the same warning is logged.
+/// Interval at which a warning is repeated.
 const WARN_INTERVAL: Duration = Duration::from_secs(86_400);
 
-/// Looks after the certificates until the end.
+/// Renews certificates and logs expiry warnings until shutdown.
 pub(super) async fn renewal_loop(tls: Arc<ArcSwap<ServerTls>>, clock: Clock, shutdown: CancellationToken) {
     let (mut checked, mut warned) = (None, None);
     while !shutdown.is_cancelled() {
@@ -35,7 +35,7 @@ pub(super) async fn renewal_loop(tls: Arc<ArcSwap<ServerTls>>, clock: Clock, shu
                 }
             };
             if tokio::task::spawn_blocking(check).await.is_err() {
-                tracing::error!("looking after the certificates ended in a panic; it is tried again");
+                tracing::error!("certificate check panicked, retrying");
             }
         }
         let _ = shutdown
@@ -44,12 +44,12 @@ pub(super) async fn renewal_loop(tls: Arc<ArcSwap<ServerTls>>, clock: Clock, shu
     }
 }
 
-/// Also after the clock was set back.
+/// Also true if the clock was set back.
 fn is_due(last: Option<SystemTime>, now: SystemTime, every: Duration) -> bool {
     last.is_none_or(|last| now.duration_since(last).map_or(true, |since| since >= every))
 }
 
-/// Puts a new server certificate into effect if the one in effect ends soon. Blocks.
+/// Replaces the server certificate if it expires soon. Blocks.
 fn renew_if_due(tls: &ArcSwap<ServerTls>) {
     let old = tls.load_full();
     match old.renew_if_due() {
@@ -57,14 +57,14 @@ fn renew_if_due(tls: &ArcSwap<ServerTls>) {
         Some(Ok(new)) => {
             let until = new.expiries().into_iter().find(|(name, _)| *name == "server");
             let until = until.map(|(_, at)| humantime::format_rfc3339_seconds(at).to_string());
-            // A reload in the meantime has made its own.
+            // A concurrent reload has created its own certificate.
             let found = tls.compare_and_swap(&old, Arc::new(new));
             if Arc::ptr_eq(&found, &old) {
-                tracing::info!(until, "the server certificate ended soon and was renewed");
+                tracing::info!(until, "server certificate renewed before its expiry");
             }
         }
         Some(Err(error)) => {
-            tracing::error!(%error, "the server certificate ends soon and cannot be renewed; it is tried again");
+            tracing::error!(%error, "failed to renew the expiring server certificate, retrying");
         }
     }
 }
@@ -110,7 +110,7 @@ mod tests {
         renew_if_due(&tls);
         assert_eq!(end(&tls, "server"), first, "it is not due");
 
-        // A month before its end, and long after it.
+        // A month before its expiry, and long after it.
         for day in [800, 900, 1_700] {
             TODAY.store(day, Ordering::SeqCst);
             renew_if_due(&tls);
@@ -119,11 +119,11 @@ mod tests {
         assert_eq!(end(&tls, "ca"), ca, "clients trust the same CA");
         assert!(!tls.load().warn_of_expiry(now()));
 
-        // It is on the disk as well: a start finds it.
+        // It is stored on disk, so a restart loads it.
         let started = ArcSwap::from_pointee(prepared(folder.path()));
         assert_eq!(end(&started, "server"), end(&tls, "server"));
 
-        // Of the CA's end there are warnings half a year before.
+        // Warnings about the CA start half a year before its expiry.
         TODAY.store(3_500, Ordering::SeqCst);
         renew_if_due(&tls);
         assert!(tls.load().warn_of_expiry(now()));

@@ -1,4 +1,4 @@
-//! Construction of the registry side from the configuration: upstreams, routes, tunnels and authentication.
+//! Construction of the registry from the configuration: upstreams, routes, tunnels and authentication.
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ use crate::upstream::{
 use super::RunError;
 use crate::oci::Repository;
 
-/// What every upstream shares, over all configurations of this process.
+/// What all upstreams share across reloads.
 pub(super) struct UpstreamContext {
     pub(super) telemetry: Telemetry,
     pub(super) offline: Offline,
@@ -29,7 +29,7 @@ pub(super) struct UpstreamContext {
 }
 
 impl UpstreamContext {
-    /// Tells of exchanges with an upstream.
+    /// Records upstream requests in the telemetry.
     pub(super) fn observer(&self) -> Observer {
         let (telemetry, clock) = (self.telemetry.clone(), self.clock);
         Observer::new(move |exchanged| {
@@ -45,7 +45,7 @@ impl UpstreamContext {
     }
 }
 
-/// What is learned and under way, over all configurations of this process: a reload exchanges settings alone.
+/// State that survives a reload. A reload replaces settings only.
 pub(super) struct SharedState {
     pub(super) proxy: Arc<ProxyService>,
     pub(super) upstream_registries: RegistryStates,
@@ -69,7 +69,7 @@ impl SharedState {
     }
 }
 
-/// What serves requests, from the configuration.
+/// Builds the registry from the configuration.
 pub(super) fn registry(
     config: &Config,
     shared: &SharedState,
@@ -146,7 +146,7 @@ fn upstream_registry(
     Ok(upstream_registry.with_local_tokens(realm))
 }
 
-/// The client side of one upstream, as its section says, over what is known of it.
+/// Builds the client of one upstream from its configuration and learned state.
 pub fn upstream(
     config: &UpstreamConfig,
     downloads_max: usize,
@@ -194,14 +194,15 @@ pub fn upstream(
     });
     settings.hosts.clone_from(&config.hosts);
     settings.token_hosts.clone_from(&config.token_hosts);
-    // Who names it trusts it.
+    // A configured token host is trusted.
     settings
         .token_hosts
         .extend(config.token_host().map(str::to_owned));
     Upstream::with_state(state, settings, connector).map_err(refused)
 }
 
-/// Kept beside the proofs of what a repository has, so that both are lost together or not at all.
+/// Durable record of which URL has served which repository. It is stored beside the repository memberships, so that
+/// both are lost together or not at all.
 pub(super) struct ServedRepositories(pub(super) Arc<Store>);
 
 impl ServedStore for ServedRepositories {
@@ -211,7 +212,7 @@ impl ServedStore for ServedRepositories {
 
     fn record_served(&self, upstream: &str, url: &str, repository: &Repository) {
         if let Err(fault) = self.0.record_served(upstream, url, repository) {
-            tracing::warn!(upstream, url, %repository, %fault, "the note that a URL served a repository is lost");
+            tracing::warn!(upstream, url, %repository, %fault, "failed to record that a URL served a repository");
         }
     }
 }

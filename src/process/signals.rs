@@ -1,14 +1,14 @@
-//! What ends the process, and what has it read its configuration again.
+//! Signals for shutdown and reload.
 
 use tokio::signal::unix::{self, SignalKind, signal};
 
-/// What a signal asks for.
+/// A received signal.
 pub(super) enum Signal {
     Reload,
     Shutdown,
 }
 
-/// The signals that the process listens to.
+/// The signal streams of the process.
 pub(super) struct Signals {
     hangup: unix::Signal,
     terminate: unix::Signal,
@@ -24,10 +24,10 @@ impl Signals {
         })
     }
 
-    /// Waits for one that ends the process. There is nothing left to be read again for.
+    /// Waits for a shutdown signal. Reload signals are ignored.
     pub(super) async fn wait_for_shutdown(&mut self) {
         while matches!(self.next().await, Signal::Reload) {
-            tracing::info!("ending already: the configuration is not read again");
+            tracing::info!("reload ignored during shutdown");
         }
     }
 

@@ -1,15 +1,16 @@
-//! What a service manager is told (`sd_notify`): ready, alive, ending. Without one nothing happens.
+//! Service manager notifications (`sd_notify`): ready, reloading, watchdog, stopping. Without a service manager they
+//! do nothing.
 
 use std::time::Duration;
 
 use sd_notify::NotifyState;
 
-/// Requests are answered from now on.
+/// Reports that requests are served.
 pub(super) fn ready() {
     notify(&[NotifyState::Ready]);
 }
 
-/// A reload of the configuration, which the service manager waits for. Dropped when it is over, whichever way.
+/// A running reload. Dropping it reports ready.
 pub(super) struct Reloading;
 
 impl Reloading {
@@ -27,12 +28,13 @@ impl Drop for Reloading {
     }
 }
 
-/// What is under way is finished, and then the process ends.
+/// Reports that shutdown has begun.
 pub(super) fn stopping() {
     notify(&[NotifyState::Stopping]);
 }
 
-/// Shows that tasks still get their turn, if the service manager wants to see that (`WatchdogSec=`).
+/// Sends watchdog notifications while the runtime makes progress, if the service manager expects them
+/// (`WatchdogSec=`).
 pub(super) async fn watchdog() {
     let Some(within) = sd_notify::watchdog_enabled() else {
         return;
@@ -46,6 +48,6 @@ pub(super) async fn watchdog() {
 
 fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
-        tracing::warn!(%error, "the service manager could not be told how it goes");
+        tracing::warn!(%error, "failed to notify the service manager");
     }
 }

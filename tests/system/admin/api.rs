@@ -586,7 +586,7 @@ async fn offline_stays_on_over_a_restart_and_off_again() {
     let (upstream, proxy, image) = busy().await;
     post(&proxy, "/api/v1/offline", &json!({ "offline": true })).await;
     let proxy = proxy.restart().await;
-    proxy.program().says("offline mode is on, as it was left").await;
+    proxy.program().says("offline mode restored").await;
     upstream.clear_log();
     proxy.pull("library/demo", "latest", &image).await.is_stale();
     assert_eq!(upstream.requests().len(), 0);

@@ -205,7 +205,7 @@ async fn r13_plain_http_storage_only_where_redirects_names_it() {
         let setup = proxy.setup().clone().upstream_keys("docker.io", &keys);
         setup.file("ifnewer.toml", &setup.toml());
         proxy.program().reload();
-        proxy.program().says("is in effect").await;
+        proxy.program().says("configuration reloaded").await;
         proxy.pull("library/demo", "1", &image).await;
     }
     assert!(storage.requests().iter().all(|seen| !seen.authorized()));

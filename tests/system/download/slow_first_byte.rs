@@ -35,7 +35,7 @@ async fn r12_the_504_names_first_byte_timeout() {
     let text = proxy.setup().toml().replace("200ms", "5m");
     proxy.setup().file("ifnewer.toml", &text);
     proxy.program().reload();
-    proxy.program().says("is in effect").await;
+    proxy.program().says("configuration reloaded").await;
     let gate = upstream.holds_answers(|seen| seen.path.contains("/blobs/"));
     let digest = &image.layer(0).digest;
     let (blob, ()) = tokio::join!(async { proxy.blob("library/demo", digest).await }, async {

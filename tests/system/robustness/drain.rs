@@ -99,7 +99,7 @@ async fn a_reload_while_it_drains_does_not_cut_a_pull() {
     proxy.terminate();
     proxy.until_closed().await;
     proxy.program().reload();
-    proxy.program().says("the configuration is not read again").await;
+    proxy.program().says("reload ignored during shutdown").await;
     gate.release();
     assert!(cold.rest().await.expect("a whole body") == layer.bytes);
     assert_eq!(proxy.exit().await, Some(0), "{}", proxy.program().stderr());

@@ -218,10 +218,7 @@ async fn a_ca_taken_back_counts_for_who_is_there_already() {
 
     proxy.setup().file("clients.pem", new.pem());
     proxy.program().reload();
-    proxy
-        .program()
-        .says("the configuration was read again and is in effect")
-        .await;
+    proxy.program().says("configuration reloaded").await;
     let refused = open.ask_unchecked("GET", "/v2/").await;
     refused.is_refused(403);
     assert!(

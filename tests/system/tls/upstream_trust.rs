@@ -225,7 +225,7 @@ async fn r14_a_reload_reads_the_client_certificate_again() {
         .await;
     proxy.setup().file("client.key", &key);
     proxy.program().reload();
-    proxy.program().says("is in effect").await;
+    proxy.program().says("configuration reloaded").await;
     proxy.pull("library/demo", "1", &image).await;
 }
 
