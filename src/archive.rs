@@ -1,13 +1,14 @@
-//! Images as an OCI image layout in a tar archive: out of the store ([`export`]), and into it ([`import`]).
+//! Export and import of images as OCI image layouts in tar archives.
 //!
-//! For caches that no registry reaches: what one has pulled is carried to another, or what skopeo, buildah or `BuildKit`
-//! wrote. The layout is that of image-spec, image-layout.md; `index.json` names each image in full.
+//! They carry images to caches without access to a registry. An import also accepts archives written by skopeo,
+//! buildah or `BuildKit`. The layout follows image-spec, image-layout.md; `index.json` contains the full name of each
+//! image.
 //!
-//! * `layout`: its documents and the names of its files; pure. * `export`, `import`: one direction each. * `pipe`: an
-//!   archive on its way between a thread that may wait and a connection.
+//! * `layout`: documents and file names; pure. * `export`, `import`: one direction each. * `pipe`: byte channel
+//!   between a blocking thread and a connection.
 //!
-//! Both directions are whole or refused: no half image leaves or enters, and nothing is believed of an archive but the
-//! bytes it brings. Whether a caller may export or import at all is not decided here.
+//! An image is transferred completely or not at all. An import verifies every object by its digest. Authorization of
+//! the caller is not decided here.
 
 pub mod export;
 pub mod import;
@@ -18,23 +19,23 @@ use std::sync::Arc;
 
 use crate::oci::{Reference, Repository};
 
-/// How deep indexes may lie in each other.
+/// Maximum nesting depth of indexes.
 const INDEX_DEPTH_MAX: u32 = 2;
 
-/// What is read, hashed and written at a time.
+/// Buffer size for reading, hashing and writing.
 const BUFFER_BYTES: usize = 256 * 1024;
 
-/// Missing digests that are named; more are only counted.
+/// Maximum number of missing digests listed in an error.
 const MISSING_LISTED_MAX: usize = 20;
 
-/// An image and its whole name: what an archive must tell so that another cache knows it.
+/// An image with its full name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
-    /// In full, as in `docker.io/library/alpine:3.20`.
+    /// Fully qualified, as in `docker.io/library/alpine:3.20`.
     pub name: String,
     /// The name of its upstream.
     pub upstream: Arc<str>,
-    /// The repository there.
+    /// The repository at the upstream.
     pub repository: Repository,
     /// The tag or digest.
     pub reference: Reference,

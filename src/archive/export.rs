@@ -1,8 +1,8 @@
-//! Out of the store: planned first, so that what is missing is said before the first byte.
+//! Export: resolves the images first, so that missing objects are reported before the first byte.
 //!
-//! The same content gives the same archive, to the byte: no times, no names of machines, an order that follows from the
-//! manifests. What the manifests name of platforms that are not held stays out, as image-layout.md allows; their bytes,
-//! and so their digests, are never changed.
+//! The same content gives the same archive, byte for byte: no times, no host names, and an order given by the
+//! manifests. Platforms of an index that are not cached are left out, as image-layout.md allows. Manifests are never
+//! changed, so their digests stay valid.
 
 mod resolve;
 
@@ -22,45 +22,45 @@ use crate::store::{Store, StoreError};
 use self::resolve::ImageResolver;
 pub(super) use self::resolve::referrers_key;
 
-/// The unit of a tar archive, and what it ends with.
+/// Block size and end marker of a tar archive.
 const BLOCK_BYTES: u64 = 512;
 const END_BYTES: u64 = 2 * BLOCK_BYTES;
 
-/// A longer name takes an entry of its own (GNU tar, "long name").
+/// A longer name needs an extra entry (GNU tar, "long name").
 const TAR_NAME_BYTES_MAX: usize = 100;
 
-/// Why nothing is exported.
+/// Error of an export.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
-    /// It is not held at all.
-    #[error("{0} is not held; `ifnewer pull` it first")]
+    /// The image is not cached.
+    #[error("{0} is not cached; run `ifnewer pull` first")]
     NotHeld(String),
-    /// Of an index, no image of a platform wanted is held whole.
-    #[error("{0} is not held whole for the platform wanted; `ifnewer pull --platform …` it first")]
+    /// No selected platform of the index is completely cached.
+    #[error("{0} is incomplete for the selected platform; run `ifnewer pull --platform …` first")]
     NoPlatform(String),
-    /// Something of it is not held.
-    #[error("{image} is not held whole: {} {}; `ifnewer pull` it first", list_missing(.missing), if missing.len() == 1 { "is missing" } else { "are missing" })]
+    /// The image is incomplete.
+    #[error("{image} is incomplete: {} {}; run `ifnewer pull` first", list_missing(.missing), if missing.len() == 1 { "is missing" } else { "are missing" })]
     Incomplete {
         /// The image.
         image: String,
-        /// What is missing, in the order of the manifests.
+        /// The missing digests, in manifest order.
         missing: Vec<String>,
     },
-    /// The disk cannot be read.
+    /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// Which platforms of an index are wanted.
+/// Platform selection for an index.
 #[derive(Clone, Copy)]
 pub enum Platforms<'a> {
-    /// Those held whole.
+    /// All that are completely cached.
     Cached,
-    /// Those of which this says yes, all of which must be held whole.
+    /// Those that the predicate accepts, all of which must be complete.
     Selected(&'a dyn Fn(&str) -> bool),
 }
 
-/// What an archive will hold, all of it in the store.
+/// The resolved content of an archive.
 #[derive(Debug)]
 pub struct Plan {
     entries: Vec<Entry>,
@@ -90,8 +90,8 @@ impl ArchiveObject {
 }
 
 impl Plan {
-    /// Looks everything up that belongs to `images`, their referrers too as far as those are held. It counts as used at
-    /// `now`, so that nothing of it is evicted meanwhile. Blocks.
+    /// Resolves `images` with their cached referrers. Marks all objects as used at `now`, so that they are not evicted
+    /// during the export. Blocks.
     pub fn new(
         store: &Store,
         images: &[Image],
@@ -137,7 +137,7 @@ impl Plan {
         Ok(plan)
     }
 
-    /// The length of the archive.
+    /// The length of the archive in bytes.
     pub fn bytes(&self) -> u64 {
         let documents = [
             entry_bytes(LAYOUT_FILE.len(), layout::layout_document().len() as u64),
@@ -152,7 +152,7 @@ impl Plan {
         layout::index_document(self.entries.iter())
     }
 
-    /// Writes the archive. After an error what was written is no archive: its end is missing. Blocks.
+    /// Writes the archive. After an error the output lacks the end marker and is not a valid archive. Blocks.
     pub fn write(&self, store: &Store, out: impl Write) -> io::Result<()> {
         let mut archive = tar::Builder::new(out);
         append(&mut archive, LAYOUT_FILE, &layout::layout_document())?;
@@ -164,13 +164,13 @@ impl Plan {
                 ArchiveObject::Blob { digest, size } => {
                     let held = store.blob(digest).map_err(io::Error::other)?;
                     let held = held.filter(|held| held.size == *size);
-                    let held =
-                        held.ok_or_else(|| io::Error::other(format!("{digest} has gone meanwhile")))?;
+                    let held = held
+                        .ok_or_else(|| io::Error::other(format!("{digest} was removed during the export")))?;
                     let mut content = VerifyingReader::new(&held, *digest);
                     archive.append_data(&mut header(*size), &name, &mut content)?;
                     if !content.is_verified() {
                         store.quarantine_blob(digest);
-                        return Err(io::Error::other(format!("{digest} is not what its name says")));
+                        return Err(io::Error::other(format!("{digest} does not match its digest")));
                     }
                 }
             }
@@ -193,7 +193,7 @@ fn append(archive: &mut tar::Builder<impl Write>, name: &str, bytes: &[u8]) -> i
     archive.append_data(&mut header(bytes.len() as u64), name, bytes)
 }
 
-/// Without a time, an owner, or anything else that two machines would not agree on.
+/// A header without time and owner, so that archives are reproducible.
 fn header(size: u64) -> tar::Header {
     let mut header = tar::Header::new_gnu();
     header.set_size(size);
@@ -204,7 +204,7 @@ fn header(size: u64) -> tar::Header {
     header
 }
 
-/// A blob as it leaves, hashed on the way.
+/// A blob reader that verifies the digest.
 struct VerifyingReader<'a> {
     held: &'a BlobHandle,
     digest: Digest,

@@ -1,18 +1,18 @@
-//! Into the store: every byte verified, nothing known of it until all of it is there.
+//! Import: every object is verified, and nothing is referenced before the complete archive is stored.
 //!
-//! The files come in any order, so all of them are received first, as blobs, each under the digest that it has. Then
-//! `index.json` is followed. Only when every image turned out whole is anything said about it: first its manifests, then
-//! that its digests are in its repository, its tag last. What the archive transaction and did not need goes again; and
-//! all that it transaction, if it is refused.
+//! Files come in any order, so all are first stored as blobs under their own digests. Then the images of `index.json`
+//! are resolved. If all are complete, the import stores their manifests, then the repository memberships, and the tags
+//! last. Objects that no image needs are removed; if the import fails, all new objects are removed.
 //!
-//! What an import says is the operator's word, and no more than that:
+//! An import has the authority of the operator only:
 //!
-//! * The tag is there, and no upstream has confirmed it ([`crate::store::tags::NEVER_CONFIRMED`]): it is never fresh, and asked about as soon
-//!   as anyone answers.
-//! * The digests whose bytes the archive *transaction* may be read through the repository, by those who may read that. What it
-//!   only names proves nothing, also where it is held: else an archive could name another's private layer and open it.
-//! * It grants nobody anything. With [`ImportOptions::is_public`] the repository counts as public until the upstream says no, which
-//!   is asked first wherever it answers.
+//! * No upstream has confirmed the tag ([`crate::store::tags::NEVER_CONFIRMED`]). It is never fresh, and is
+//!   revalidated as soon as an upstream is available.
+//! * A digest whose bytes the archive *contains* may be read through the repository by clients that may read the
+//!   repository. A digest that it only names becomes no member, even if it is cached. Otherwise an archive could name
+//!   another repository's private layer and make it readable.
+//! * It creates no grants. With [`ImportOptions::is_public`] the repository counts as public until the upstream denies
+//!   access, and the upstream is requested first while it is available.
 
 mod resolve;
 mod unpack;
@@ -28,73 +28,74 @@ use crate::store::{Store, StoreError};
 use self::resolve::{ResolvedImage, ResolvedImport};
 use self::unpack::unpack;
 
-/// Files and folders in an archive.
+/// Maximum number of files and folders in an archive.
 pub const ENTRIES_MAX: usize = 100_000;
 
-/// Images in an archive.
+/// Maximum number of images in an archive.
 pub const IMAGES_MAX: usize = 1_000;
 
-/// Why an archive is not imported. No name of it is known.
+/// Error of an import.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
-    /// It ended early, or is no tar archive. A compressed one has to be unpacked first.
+    /// The archive is truncated or not a tar archive. A compressed one must be decompressed first.
     #[error("the archive cannot be read (an uncompressed tar is expected): {0}")]
     Unreadable(#[from] io::Error),
-    /// Something that no layout has: a link, a device, a way out of it, a file of another format.
+    /// An entry that is not part of an OCI image layout: a link, a device, a path outside it, or a file of another
+    /// format.
     #[error(
-        "`{name}` is {what}, which no OCI image layout has; was it written by an old `docker save`? then use `skopeo copy docker-archive:FILE oci-archive:OUT`"
+        "`{name}` is {what} that is not part of an OCI image layout; convert an old `docker save` archive with `skopeo copy docker-archive:FILE oci-archive:OUT`"
     )]
     UnexpectedEntry {
-        /// As the archive calls it.
+        /// The name in the archive.
         name: String,
-        /// What is wrong.
+        /// The kind of the entry.
         what: &'static str,
     },
-    /// The same file twice.
-    #[error("`{0}` is in the archive twice")]
+    /// A duplicate file.
+    #[error("`{0}` is a duplicate in the archive")]
     Duplicate(String),
-    /// More than is taken.
-    #[error("the archive has too many or too large {0}: at most {1} are taken")]
+    /// A limit is exceeded.
+    #[error("the archive exceeds the limit of {1} {0}")]
     TooMany(&'static str, u64),
-    /// The bytes are not those of the name.
+    /// The content does not match its digest.
     #[error("the archive is damaged: {0}")]
     DigestMismatch(String),
-    /// A document of the layout is missing or wrong.
+    /// A document of the layout is missing or invalid.
     #[error("{file}: {reason}")]
     Document {
-        /// Which.
+        /// Which one.
         file: &'static str,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// A manifest is missing, wrong, or of an unknown type.
+    /// A manifest is missing, invalid or of an unknown type.
     #[error("manifest {digest}: {reason}")]
     Manifest {
-        /// Which.
+        /// Which one.
         digest: Digest,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// An image has no name, or a short one.
-    #[error("{digest} is called {}: say what it is with `--as` (`image=`), as in docker.io/library/alpine:3.20", quoted(.name.as_deref()))]
+    /// An image has no name, or a name without a registry.
+    #[error("{digest} is named {}: set its name with `--as` (`image=`), as in docker.io/library/alpine:3.20", quoted(.name.as_deref()))]
     Unnamed {
-        /// Which.
+        /// Which one.
         digest: Digest,
-        /// As the archive calls it.
+        /// The name in the archive.
         name: Option<String>,
     },
-    /// The name is not one of an image here.
+    /// The name does not resolve to an image.
     #[error("{0}")]
     Unknown(String),
-    /// Something of an image is not in the archive.
-    #[error("{image} is not whole in the archive: {}", list_missing(.missing))]
+    /// An image is incomplete in the archive.
+    #[error("{image} is incomplete in the archive: {}", list_missing(.missing))]
     Incomplete {
         /// The image.
         image: String,
-        /// What is missing.
+        /// The missing digests.
         missing: Vec<String>,
     },
-    /// Our own fault: no room, or a disk that refuses.
+    /// The store failed, for example because the disk is full.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -103,41 +104,41 @@ fn quoted(name: Option<&str>) -> String {
     name.map_or_else(|| "nothing".to_owned(), |name| format!("`{name}`"))
 }
 
-/// How it is to be imported.
+/// Options of an import.
 pub struct ImportOptions<'a> {
-    /// What an image is that has this name in the archive; or why there is none.
+    /// Resolves a name of the archive to an image, or explains why it cannot.
     pub resolve: &'a dyn Fn(&str) -> Result<Image, String>,
-    /// The name of the archive's only image, whatever it says.
+    /// The name for the only image of the archive, instead of its own.
     pub name: Option<String>,
-    /// Whether everybody may read the repositories, until their upstream says otherwise.
+    /// Whether the repositories become readable for all clients, until their upstream denies access.
     pub is_public: bool,
-    /// The time of day.
+    /// The wall-clock time.
     pub now: SystemTime,
 }
 
-/// What an archive transaction.
+/// The result of an import.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Imported {
-    /// Each image.
+    /// The images.
     pub images: Vec<ImportedImage>,
-    /// Manifests and blobs in the archive that were needed, and their bytes.
+    /// Number of required manifests and blobs in the archive.
     pub objects: u64,
-    /// Of those, the ones that were not held before.
+    /// Number of those that were not cached before.
     pub new_objects: u64,
-    /// Their bytes.
+    /// Bytes of the new objects.
     pub new_bytes: u64,
 }
 
-/// What became of one image.
+/// An imported image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImportedImage {
-    /// Its full name.
+    /// The full name.
     pub name: String,
-    /// What it names.
+    /// The digest.
     pub digest: Digest,
-    /// The platforms that can be pulled, of an index.
+    /// The complete platforms of an index.
     pub platforms: Vec<String>,
-    /// Whether the tag named this before, with all of it held.
+    /// Whether the tag already named this image and all of it was cached.
     pub was_held: bool,
 }
 
@@ -156,7 +157,7 @@ pub fn import(
     Ok(imported)
 }
 
-/// Something the archive transaction.
+/// An object of the archive.
 #[derive(Clone, Copy)]
 struct Object {
     bytes: u64,
@@ -164,7 +165,7 @@ struct Object {
     is_new: bool,
 }
 
-/// What the archive transaction. Dropped, all that is new goes again; whoever reads it reads it to its end.
+/// The objects stored by this import. Dropping it before the commit removes the new ones.
 struct ImportTransaction<'a> {
     store: &'a Store,
     objects: HashMap<Digest, Object>,
@@ -178,7 +179,7 @@ impl<'a> ImportTransaction<'a> {
         }
     }
 
-    /// Lets go of what no image needs, and of the blobs whose bytes are manifests.
+    /// Removes objects that no image needs, and blobs whose bytes are stored as manifests.
     fn commit(mut self, found: &ResolvedImport) -> Imported {
         let mut imported = Imported {
             images: found.images.iter().map(ResolvedImage::report).collect(),
@@ -204,7 +205,8 @@ impl<'a> ImportTransaction<'a> {
 impl Drop for ImportTransaction<'_> {
     fn drop(&mut self) {
         for (digest, _) in self.objects.iter().filter(|(_, object)| object.is_new) {
-            // What cannot be removed is named by nothing, and goes like everything that is not used.
+            // A blob that cannot be removed is unreferenced, so garbage collection removes it.
+            //
             let _ = self.store.remove_blob(digest);
         }
     }

@@ -6,23 +6,23 @@ use serde_json::Value;
 use crate::oci::manifest::DESCRIPTORS_MAX;
 use crate::oci::{Algorithm, Digest, MediaType};
 
-/// The file that says what this is.
+/// Marker file of the layout.
 pub const LAYOUT_FILE: &str = "oci-layout";
-/// The file that names the images.
+/// Index of the images.
 pub const INDEX_FILE: &str = "index.json";
 
-/// The longest `oci-layout` read, in bytes.
+/// Maximum size of `oci-layout` in bytes.
 pub const LAYOUT_BYTES_MAX: u64 = 4096;
 
-/// What containerd, docker and `BuildKit` call an image by.
+/// Image name annotation of containerd, docker and `BuildKit`.
 const IMAGE_NAME: &str = "io.containerd.image.name";
-/// image-spec, annotations.md: what an image in a layout is called.
+/// Image name annotation of image-spec, annotations.md.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
 const VERSION: &str = "1.0.0";
 const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
 
-/// A file or folder of a layout, by its name in an archive.
+/// Kind of an archive entry in a layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EntryKind {
     /// `oci-layout`.
@@ -33,12 +33,12 @@ pub enum EntryKind {
     Blob(Digest),
     /// `.`, `blobs`, `blobs/<algorithm>`: a folder.
     Folder,
-    /// What docker writes beside the layout, for its older versions.
+    /// Additional files that docker writes for older versions.
     Docker,
 }
 
 impl EntryKind {
-    /// What has this name; `None` for everything that no layout has, and for every way out of it.
+    /// Classifies a name; `None` if it is not part of a layout, including paths that lead outside.
     pub fn of(name: &str) -> Option<Self> {
         let name = name.strip_prefix("./").unwrap_or(name);
         match name.strip_suffix('/').unwrap_or(name) {
@@ -55,7 +55,7 @@ impl EntryKind {
     }
 }
 
-/// The name of a blob's file.
+/// The file name of a blob.
 pub fn blob_name(digest: &Digest) -> String {
     format!("blobs/{}/{}", digest.algorithm(), digest.hex())
 }

@@ -1,6 +1,6 @@
-//! An archive on its way: a thread that may wait writes or reads it, and the other end is a connection that must not.
+//! Byte channel between a blocking thread that writes or reads an archive and an async connection.
 //!
-//! The end of an archive is said, never guessed: whoever breaks off leaves an error behind, and not an end.
+//! The writer must signal the end explicitly; dropping it early is an error for the reader.
 
 use std::io::{self, Read, Write};
 use std::time::Duration;
@@ -11,21 +11,21 @@ use tokio::sync::mpsc;
 
 use super::BUFFER_BYTES;
 
-/// Pieces on their way at a time, of 256 KiB at most.
+/// Maximum number of buffered chunks, of 256 KiB each.
 const CHUNKS_MAX: usize = 8;
 
-/// The other end may be slow: it may be waiting for a registry. But not for ever.
+/// Timeout for the other end, which may be waiting for a registry.
 const IDLE_MAX: Duration = Duration::from_secs(300);
 
-/// A chunk of an archive, or why there is no more.
+/// A chunk of an archive, or the error that ended it.
 pub type Chunk = io::Result<Bytes>;
 
-/// The two ends of a pipe.
+/// Creates a pipe.
 pub fn pipe() -> (mpsc::Sender<Chunk>, mpsc::Receiver<Chunk>) {
     mpsc::channel(CHUNKS_MAX)
 }
 
-/// The writing end, for a thread that may wait.
+/// The writing end, for a blocking thread.
 pub struct PipeWriter {
     chunks: mpsc::Sender<Chunk>,
     buffer: BytesMut,
@@ -33,7 +33,7 @@ pub struct PipeWriter {
 }
 
 impl PipeWriter {
-    /// Writes into `chunks`. To be made within a runtime, and used on a thread of its blocking pool.
+    /// Writes to `chunks`. Must be created within a runtime and used on a thread of its blocking pool.
     pub fn new(chunks: mpsc::Sender<Chunk>) -> Self {
         Self {
             chunks,
@@ -42,11 +42,11 @@ impl PipeWriter {
         }
     }
 
-    /// Tells the other end how it ended: an archive whose end nobody says is a broken one.
+    /// Ends the archive with its result. Without this call, the reader sees a broken archive.
     pub fn finish(mut self, result: io::Result<()>) {
         let last = result.and_then(|()| self.flush()).err();
         if let Some(error) = last {
-            // Whoever has gone needs no reason.
+            // A closed receiver needs no error.
             let _ = self.send(Err(error));
         }
     }
@@ -77,7 +77,7 @@ impl Write for PipeWriter {
     }
 }
 
-/// The reading end, for a thread that may wait.
+/// The reading end, for a blocking thread.
 pub struct PipeReader {
     chunks: mpsc::Receiver<Chunk>,
     unread: Bytes,
@@ -85,7 +85,7 @@ pub struct PipeReader {
 }
 
 impl PipeReader {
-    /// Reads from `chunks`. To be made within a runtime, and used on a thread of its blocking pool.
+    /// Reads from `chunks`. Must be created within a runtime and used on a thread of its blocking pool.
     pub fn new(chunks: mpsc::Receiver<Chunk>) -> Self {
         Self {
             chunks,

@@ -1,4 +1,4 @@
-//! Archives between two stores, and archives that nobody should take.
+//! Export and import between two stores, and rejected archives.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -41,7 +41,7 @@ fn descriptor(media_type: &str, bytes: &[u8]) -> Value {
     json!({ "mediaType": media_type, "digest": digest(bytes).to_string(), "size": bytes.len() })
 }
 
-/// As the admin API reads a full name.
+/// Resolves a full name as the admin API does.
 fn named(name: &str) -> Result<Image, String> {
     let (place, tag) = name.rsplit_once(':').ok_or("no tag")?;
     let (upstream, repository) = place.split_once('/').ok_or("no upstream")?;
@@ -68,7 +68,7 @@ fn key(name: &str) -> TagKey {
     }
 }
 
-/// A store, and what keeps it from the disk.
+/// A store with its folder.
 struct Ground {
     fs: Arc<MemoryFs>,
     store: Store,
@@ -96,7 +96,7 @@ impl Ground {
         ingest.commit(proof).unwrap();
     }
 
-    /// In the repository of `name`.
+    /// Stores a blob as a member of the repository of `name`.
     fn has(&self, name: &str, bytes: &[u8]) {
         self.holds_blob(bytes);
         let image = named(name).unwrap();
@@ -136,7 +136,7 @@ impl Ground {
         self.store.put_tag(&key(name), variant).unwrap();
     }
 
-    /// An image of one layer, tagged.
+    /// A tagged image with one layer.
     fn has_image(&self, name: &str, layer: &[u8]) -> Vec<u8> {
         let config = [b"config of ", layer].concat();
         let manifest = manifest(&config, layer);
@@ -205,7 +205,7 @@ impl Ground {
     }
 }
 
-/// A manifest, with a spelling that only its own bytes have.
+/// A manifest with unusual formatting, so that only its original bytes match the digest.
 fn manifest(config: &[u8], layer: &[u8]) -> Vec<u8> {
     let text = json!({
         "schemaVersion": 2,
@@ -230,7 +230,7 @@ fn index_of(children: &[(&str, &[u8])]) -> Vec<u8> {
         .into_bytes()
 }
 
-/// A store with an image of three platforms, two of them held.
+/// A store with an image of three platforms, two of them complete.
 fn several_platforms() -> (Ground, Vec<u8>, [Vec<u8>; 3]) {
     let ground = Ground::new();
     let amd64 = ground.has_image(NAME, b"amd64");
@@ -353,7 +353,7 @@ fn an_imported_tag_is_nobodys_word_but_the_operators() {
         "public for an outage, asked about while anyone answers"
     );
 
-    // What the upstream confirmed meanwhile is not made doubtful by importing the same.
+    // An import of a confirmed image keeps its confirmation.
     to.has_tag(NAME, IMAGE, &old, now());
     to.store
         .set_public(&image.upstream, &image.repository, Some(now()))

@@ -1,4 +1,4 @@
-//! The look at an image: what belongs to it, and whether all of that is held and proven in its repository.
+//! Resolution of an image for export: its objects, and whether all are cached and members of its repository.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use crate::store::manifests::StoredManifest;
 use crate::store::tags::{TagKey, TagReader};
 use crate::store::{Store, StoreError};
 
-/// The look at one image.
+/// Resolver of one image.
 pub(super) struct ImageResolver<'a> {
     pub(super) store: &'a Store,
     pub(super) image: &'a Image,
@@ -21,7 +21,7 @@ pub(super) struct ImageResolver<'a> {
 }
 
 impl ImageResolver<'_> {
-    /// What the image's name stands for: of a tag the image that it names for the operator.
+    /// The manifest of the image. For a tag, the one that the tag names for the operator.
     pub(super) fn root(&self) -> Result<Arc<StoredManifest>, ExportError> {
         let not_held = || ExportError::NotHeld(self.image.name.clone());
         let tag = match &self.image.reference {
@@ -56,7 +56,7 @@ impl ImageResolver<'_> {
             .is_member(&self.image.upstream, &self.image.repository, digest)
     }
 
-    /// Adds a manifest and everything it needs.
+    /// Adds a manifest and its children.
     pub(super) fn add(&mut self, held: &Arc<StoredManifest>, depth: u32) -> Result<(), ExportError> {
         self.objects.push(ArchiveObject::Manifest(Arc::clone(held)));
         let children = &held.manifest.descriptors;
@@ -88,10 +88,10 @@ impl ImageResolver<'_> {
         Ok(())
     }
 
-    /// Says whether it is an image that was added.
+    /// Adds a child manifest. Returns whether an image was added.
     fn add_child(&mut self, child: &Descriptor, depth: u32) -> Result<bool, ExportError> {
         let platform = child.platform.as_ref().map(ToString::to_string);
-        // Attestations are listed beside the images as of an unknown platform: they come along where they are held.
+        // Attestations are listed with platform `unknown`. They are included if they are cached.
         let is_image = child
             .platform
             .as_ref()
@@ -148,7 +148,7 @@ impl ImageResolver<'_> {
         }
     }
 
-    /// The referrers of what was added, as the registry last listed them and as far as they are held whole.
+    /// Adds the cached and complete referrers of the added manifests, from the last list of the registry.
     pub(super) fn referrers(&mut self) -> Vec<Entry> {
         let subjects: Vec<Digest> = self
             .objects
@@ -177,7 +177,7 @@ impl ImageResolver<'_> {
     }
 }
 
-/// The question about all that refers to `subject` in an image's repository.
+/// Key of the referrers list of `subject` in the image's repository.
 pub(in crate::archive) fn referrers_key(image: &Image, subject: Digest) -> ListingKey {
     let endpoint = Endpoint::Referrers {
         repository: image.repository.clone(),

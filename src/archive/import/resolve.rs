@@ -1,4 +1,4 @@
-//! What `index.json` leads to: manifest_digests whole before anything is said about it.
+//! Resolution of the images that `index.json` names. All are resolved before anything is stored under a name.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::store::manifests::StoredManifest;
 use crate::store::tags::{NEVER_CONFIRMED, TagKey, Variant};
 use crate::store::{Store, StoreError};
 
-/// What `index.json` leads to.
+/// The images that `index.json` names.
 pub(super) struct ResolvedImport {
     pub(super) images: Vec<ResolvedImage>,
 }
@@ -25,14 +25,14 @@ pub(super) struct ResolvedImport {
 pub(super) struct ResolvedImage {
     image: Image,
     root: Digest,
-    /// Children before those that name them.
+    /// Manifests, children before their parents.
     manifests: Vec<(Digest, MediaType)>,
-    /// The same digests, for look-ups.
+    /// The digests of `manifests`, for lookups.
     manifest_digests: HashSet<Digest>,
     blobs: BTreeSet<Digest>,
     platforms: Vec<String>,
     was_held: bool,
-    /// What refers to each of its manifests, as a list of referrers says it.
+    /// Referrers of each manifest, as entries of a referrers list.
     referrers: BTreeMap<Digest, Vec<Entry>>,
 }
 
@@ -74,7 +74,7 @@ impl ResolvedImport {
             return Err(ImportError::TooMany("images", IMAGES_MAX as u64));
         }
         let resolver = Resolver { store, transaction };
-        // What has a subject and no name is a referrer; whatever else is there has to have a name.
+        // An entry with a subject and without a name is a referrer. Every other entry needs a name.
         let (mut images, mut referrers) = (Vec::new(), Vec::new());
         for entry in entries {
             let held = resolver.manifest(&entry.digest, &entry.media_type)?;
@@ -98,19 +98,19 @@ impl ResolvedImport {
         Ok(Self { images: found })
     }
 
-    /// Every digest that is needed, once, and whether it is a manifest.
+    /// Every required digest, and whether it is a manifest.
     pub(super) fn needed(&self) -> BTreeMap<Digest, bool> {
         let manifests = self.images.iter().flat_map(|image| &image.manifests);
         let blobs = self.images.iter().flat_map(|image| &image.blobs);
         let blobs = blobs.map(|digest| (*digest, false));
-        // Should something be both, it stays as a blob too.
+        // If a digest is both, it stays a blob too.
         manifests
             .map(|(digest, _)| (*digest, true))
             .chain(blobs)
             .collect()
     }
 
-    /// Says what is here, but for the names.
+    /// Stores manifests, memberships and referrers, but no tags.
     pub(super) fn store_content(
         &self,
         store: &Store,
@@ -128,7 +128,7 @@ impl ResolvedImport {
             }
             for (subject, entries) in &found.referrers {
                 let key = referrers_key(&found.image, *subject);
-                // The upstream's own list says more.
+                // A list from the upstream is more complete.
                 if store.listing(&key)?.is_none()
                     && let Ok(media_type) = "application/vnd.oci.image.index.v1+json".parse()
                 {
@@ -138,7 +138,7 @@ impl ResolvedImport {
                 }
             }
             if options.is_public && store.public_since(upstream, repository).is_none() {
-                // Long ago: it opens the repository in an outage, and is asked about while the upstream answers.
+                // The oldest time: it grants access in an outage, and is revalidated while the upstream is available.
                 store.set_public(upstream, repository, Some(NEVER_CONFIRMED))?;
             }
         }
@@ -187,13 +187,13 @@ fn read_manifest(
         reason,
     };
     if !media_type.is_manifest() {
-        return Err(wrong(format!("`{media_type}` is no known type of manifest")));
+        return Err(wrong(format!("unknown manifest type `{media_type}`")));
     }
     let bytes = if let Some(held) = store.manifest(digest)? {
         held.bytes.clone()
     } else {
         let held = store.blob(digest)?;
-        let held = held.ok_or_else(|| wrong("it has gone meanwhile".to_owned()))?;
+        let held = held.ok_or_else(|| wrong("it was removed during the import".to_owned()))?;
         let bytes = held.read_all(MANIFEST_BYTES_MAX as u64);
         Bytes::from(bytes.map_err(|error| wrong(error.to_string()))?)
     };
@@ -201,13 +201,13 @@ fn read_manifest(
     let held = held.map_err(|fault| wrong(fault.to_string()))?;
     match &held.manifest.media_type {
         Some(own) if own != media_type => Err(wrong(format!(
-            "it says that it is `{own}`, and the archive says `{media_type}`"
+            "its mediaType is `{own}`, but the archive states `{media_type}`"
         ))),
         _ => Ok(held),
     }
 }
 
-/// What an entry is here.
+/// Resolves an entry to an image.
 fn image_of(entry: &Entry, is_only: bool, options: &ImportOptions<'_>) -> Result<Image, ImportError> {
     let unnamed = || ImportError::Unnamed {
         digest: entry.digest,
@@ -217,10 +217,10 @@ fn image_of(entry: &Entry, is_only: bool, options: &ImportOptions<'_>) -> Result
         (Some(name), _) if is_only => name,
         (Some(_), _) => {
             return Err(ImportError::Unknown(
-                "one name was given, but the archive has several images".to_owned(),
+                "one name was given, but the archive contains several images".to_owned(),
             ));
         }
-        // A mere tag, which is what skopeo and BuildKit may write, says nothing about where it is from.
+        // A bare tag, as written by skopeo and BuildKit, does not name a registry.
         (None, Some(name)) if name.contains('/') => name,
         (None, _) => return Err(unnamed()),
     };
@@ -265,7 +265,7 @@ impl Resolver<'_> {
         Ok(found)
     }
 
-    /// Whether an import changes nothing.
+    /// Whether the tag already names this image and all objects are cached.
     fn was_held(&self, found: &ResolvedImage) -> Result<bool, StoreError> {
         let Some(key) = found.key() else { return Ok(false) };
         let record = self.store.tag(&key)?;
@@ -283,7 +283,7 @@ impl Resolver<'_> {
             && manifests.chain(&found.blobs).all(was_here))
     }
 
-    /// Adds a manifest with all that it needs.
+    /// Adds a manifest with its children.
     fn add_manifest(
         &self,
         found: &mut ResolvedImage,
@@ -305,13 +305,13 @@ impl Resolver<'_> {
             match (child.kind, known) {
                 (DescriptorKind::Manifest, known) => {
                     children += 1;
-                    // Of an index one image is enough; which of them are here is told.
+                    // One image of an index is enough; the report lists those that are present.
                     let (Some(child_digest), Some(depth)) = (known, depth.checked_sub(1)) else {
                         continue;
                     };
                     let media_type = child.media_type.clone().ok_or_else(|| ImportError::Manifest {
                         digest: *child_digest,
-                        reason: "the index does not say its type".to_owned(),
+                        reason: "the index does not state its media type".to_owned(),
                     })?;
                     self.add_manifest(found, *child_digest, &media_type, depth)?;
                     let platform = child

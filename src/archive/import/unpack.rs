@@ -1,5 +1,4 @@
-//! The files of an archive, as they come: blobs into the store, each under the digest that it has; the documents to whoever
-//! follows them.
+//! Unpacking of an archive: blobs are verified and written to the store, documents are returned.
 
 use std::cell::Cell;
 use std::io::{self, Read};
@@ -13,10 +12,11 @@ use crate::store::blobs::Verified;
 use crate::store::ingest::Ingest;
 use crate::store::{Store, StoreError};
 
-/// What may stand between two files: headers, long names, extended attributes. The tar crate keeps it in memory.
+/// Maximum size of data between two files: headers, long names, extended attributes. The tar crate buffers it in
+/// memory.
 const HEADER_BYTES_MAX: u64 = 64 * 1024;
 
-/// A reader that gives out a set number of bytes, and then an error.
+/// A reader that fails after a given number of bytes.
 struct HeaderLimit<'a, R> {
     inner: R,
     remaining: &'a Cell<u64>,
@@ -26,7 +26,7 @@ impl<R: Read> Read for HeaderLimit<'_, R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let remaining = usize::try_from(self.remaining.get()).unwrap_or(usize::MAX);
         if remaining == 0 {
-            return Err(io::Error::other("too much stands before a file"));
+            return Err(io::Error::other("the data before a file is too large"));
         }
         let count = into.len().min(remaining);
         let read = self.inner.read(into.get_mut(..count).unwrap_or_default())?;
@@ -35,7 +35,7 @@ impl<R: Read> Read for HeaderLimit<'_, R> {
     }
 }
 
-/// Takes every blob; gives `index.json`.
+/// Stores every blob and returns `index.json`.
 pub(super) fn unpack(
     store: &Store,
     archive: impl Read,
@@ -54,7 +54,7 @@ pub(super) fn unpack(
         }
         let (kind, name) = entry_kind(&entry)?;
         let size = entry.size();
-        // For its content, and the rest of its last block.
+        // For its content and the padding of its last block.
         remaining.set(size.saturating_add(HEADER_BYTES_MAX));
         match kind {
             EntryKind::Folder => {}
@@ -73,19 +73,19 @@ pub(super) fn unpack(
     }
     let absent = |file| ImportError::Document {
         file,
-        reason: "it is not in the archive, so this is no OCI image layout".to_owned(),
+        reason: "it is missing, so the archive is not an OCI image layout".to_owned(),
     };
     let layout: Vec<u8> = layout.ok_or_else(|| absent(layout::LAYOUT_FILE))?;
     if !layout::is_layout(&layout) {
         return Err(ImportError::Document {
             file: layout::LAYOUT_FILE,
-            reason: "it is of another version than 1.0.0".to_owned(),
+            reason: "unsupported layout version, expected 1.0.0".to_owned(),
         });
     }
     index.ok_or_else(|| absent(layout::INDEX_FILE))
 }
 
-/// Where an entry belongs. Only files and folders of a layout do.
+/// Classifies an entry. Only files and folders of a layout are accepted.
 fn entry_kind<R: Read>(entry: &tar::Entry<'_, R>) -> Result<(EntryKind, String), ImportError> {
     let path = entry.path_bytes();
     let name = String::from_utf8_lossy(&path).into_owned();
@@ -117,8 +117,8 @@ fn document(
     Ok(())
 }
 
-/// Receives a blob by the way that every blob takes. One that is held is only read: that its bytes are here is the proof
-/// that whoever made the archive had them.
+/// Stores a blob. A blob that is cached is only verified: its presence in the archive proves that the archive's
+/// creator had it.
 fn blob(store: &Store, entry: &mut impl Read, digest: Digest, size: u64) -> Result<Object, ImportError> {
     let is_cached = store.blob(&digest)?.is_some() || store.manifest(&digest)?.is_some();
     let ingest = if is_cached {

@@ -1,4 +1,4 @@
-//! Archives made by someone who means harm, and archives that are only broken: nothing of them is kept.
+//! Malicious and damaged archives, which leave nothing in the store.
 
 use std::io::Read;
 
@@ -8,12 +8,12 @@ use proptest::sample::Index;
 use super::*;
 use crate::archive::import::ImportError;
 
-/// An archive in the making.
+/// Builder of an archive.
 #[derive(Default)]
 struct Archive(Vec<(tar::EntryType, String, Vec<u8>)>);
 
 impl Archive {
-    /// A layout that names `manifest`, of one layer.
+    /// A layout with `manifest` and one layer.
     fn of(manifest: &[u8], blobs: &[&[u8]]) -> Self {
         let mut archive = Self::default();
         archive.file("oci-layout", &layout::layout_document());
@@ -41,7 +41,7 @@ impl Archive {
         self.0.push((kind, name.to_owned(), Vec::new()));
     }
 
-    /// Without the checks that the tar crate makes of its own user.
+    /// Bypasses the checks of the tar crate for writers.
     fn bytes(&self) -> Vec<u8> {
         let mut archive = Vec::new();
         for (kind, name, bytes) in &self.0 {
@@ -72,7 +72,7 @@ fn index(media_type: &str, manifest: &[u8], name: &str) -> Vec<u8> {
         .into_bytes()
 }
 
-/// The archive is refused, and leaves neither a name nor a byte.
+/// Asserts that the archive is rejected and leaves no name and no bytes.
 fn refused(archive: impl Read) -> ImportError {
     let ground = Ground::new();
     let options = ImportOptions {
@@ -204,7 +204,7 @@ fn a_store_that_is_full_takes_nothing_and_is_as_it_was() {
 
 #[test]
 fn what_has_no_end_is_given_up() {
-    // A long name that goes on for ever is more than may stand before a file, at the beginning and later.
+    // An endless long name exceeds the limit of data before a file, at the start and later.
     let mut whole = Archive::whole().bytes();
     whole.truncate(whole.len() - 1024);
     for before in [&[][..], &whole] {
@@ -212,11 +212,13 @@ fn what_has_no_end_is_given_up() {
         let endless = std::io::repeat(b'a').take(1 << 20);
         let refused = refused(before.chain(&long_name[..]).chain(endless));
         assert!(
-            refused.to_string().contains("too much stands before a file"),
+            refused
+                .to_string()
+                .contains("the data before a file is too large"),
             "{refused}"
         );
     }
-    // So are files without number: each is counted.
+    // The number of files is limited.
     let folder = head(tar::EntryType::Directory, "blobs/", 0);
     let folders = folder.repeat(import::ENTRIES_MAX + 1);
     assert!(matches!(refused(&folders[..]), ImportError::TooMany(..)));
@@ -311,10 +313,10 @@ fn what_an_archive_only_names_is_not_opened_by_it() {
     assert!(matches!(refused, ImportError::Incomplete { .. }), "{refused}");
     assert!(!ground.is_member(NAME, b"layer"));
     assert_eq!(ground.blob(b"layer").unwrap(), b"layer", "what was held stays");
-    // With its bytes it proves nothing new: whoever made the archive had them.
+    // With its bytes, it is accepted: the archive's creator had them.
     ground.import_as(&Archive::whole().bytes(), None, true).unwrap();
     assert!(ground.is_member(NAME, b"layer"));
-    // And an archive that claims to have them has to have them.
+    // An archive must contain the bytes that it declares.
     let mut liar = Archive::of(&manifest(b"config", b"layer"), &[b"config"]);
     liar.file(&layout::blob_name(&digest(b"layer")), b"loyer");
     let other = Ground::new();
@@ -374,7 +376,8 @@ proptest! {
         let ground = Ground::new();
         ground.fs.set_bytes_max(1 << 24);
         if let Ok(imported) = ground.import(&archive) {
-            // Its name may be another one now; its content is not.
+            // Its name may differ, but not its content.
+            //
             let taken = &imported.images[0];
             prop_assert_eq!(taken.digest, digest(&image));
             prop_assert!(ground.is_whole(&taken.name, &image));
