@@ -1,17 +1,16 @@
-//! `ifnewer setup`: makes a container client use this cache, and takes that back.
+//! `ifnewer setup`: configures container clients to use the cache, and undoes it.
 //!
-//! What would be written is worked out from what is there, without writing ([`plan`]); carrying it out keeps what was
-//! there, byte for byte, so that undoing is exact ([`apply`]). A file that cannot be read, or that already says something
-//! else about mirrors, is reported and left alone: nothing is guessed and nothing is written by halves.
+//! The changes are planned from the current files without writing ([`plan`]). Applying them saves the current files,
+//! so that undoing restores them byte for byte ([`apply`]). A file that cannot be parsed or that has conflicting
+//! mirrors is reported and not changed.
 //!
-//! * `way`: the address, the scheme and the certificate authority that the client needs.
-//! * `docker`, `containerd`, `k3s`, `podman`, `buildkit`, `gitlab`, `proxy`: what each client's files should say.
-//! * `text`, `json`, `toml_text`: edits that leave the rest of a file alone. * `disk`: the files below a root.
-//! * `record`: what was written and what was there before. * `before`: a plan against that. * `apply`: carrying out and
-//!   undoing. * `show`: in words.
+//! * `endpoint`: address, scheme and CA that the client needs. * `clients`: the desired files of each client.
+//! * `edit`: edits of text, JSON and TOML that preserve the rest of a file. * `root_fs`: files below a root.
+//! * `plan`: the desired files. * `baseline`: the plan compared with the current files. * `apply`: applying and
+//!   undoing. * `undo`: the undo record.
 //!
-//! Deliberately not here: installing a client, restarting a service (only dockerd is told, by SIGHUP, which costs
-//! nothing), and whether the mirror is then used (`doctor`).
+//! Not included: installing a client, restarting a service (only dockerd gets SIGHUP, which is harmless), and checking
+//! that the mirror is used (`doctor`).
 
 mod apply;
 mod baseline;
@@ -36,7 +35,7 @@ pub use plan::{DesiredFile, FileSource, Plan};
 pub use root_fs::RootFs;
 pub use undo::FileState;
 
-/// A client that can be set up.
+/// A supported container client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Client {
     /// dockerd on this host: `/etc/docker/daemon.json`.
@@ -56,7 +55,7 @@ pub enum Client {
 }
 
 impl Client {
-    /// Every client, in the order in which they are told of.
+    /// All clients in display order.
     pub const ALL: [Self; 7] = [
         Self::Docker,
         Self::Containerd,
@@ -80,110 +79,110 @@ impl Client {
         }
     }
 
-    /// Whether it runs in containers, where this host's loopback addresses are not this host.
+    /// Whether it runs in containers, where loopback is not this host.
     fn is_in_containers(self) -> bool {
         matches!(self, Self::GitlabRunner | Self::Dind)
     }
 
-    /// Whether it can be told of a mirror that is an IPv6 address. containerd's TOML parser rejects `]` in a quoted key
-    /// (1.6), and podman refuses such a location.
+    /// Whether it accepts a mirror with an IPv6 address. containerd's TOML parser rejects `]` in a quoted key (1.6),
+    /// and podman refuses such a location.
     fn takes_ipv6(self) -> bool {
         matches!(self, Self::Docker | Self::Dind | Self::GitlabRunner)
     }
 }
 
-/// What to set up, and how.
+/// Options of a setup.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Which client.
+    /// The client.
     pub client: Client,
-    /// Where the client reaches us, if not as the configuration says: `host:port` or a URL.
+    /// The address at which the client reaches the cache, if different from the configuration: `host:port` or a URL.
     pub address: Option<String>,
-    /// The certificate authority to trust, if not our own.
+    /// The certificate authority to trust, if not that of this cache.
     pub ca: Option<PathBuf>,
-    /// By `HTTPS_PROXY` instead of mirrors.
+    /// Uses `HTTPS_PROXY` instead of mirrors.
     pub by_proxy: bool,
-    /// Goes over objections that name this flag.
+    /// Overrides conflicts that name this flag.
     pub force: bool,
 }
 
-/// Why nothing was done. The operator's to mend; nothing was written unless it says so.
+/// Error of a setup. Nothing was written unless the error says so.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
     /// A file could not be read or written.
     #[error("{action} {}: {error}{}", path.display(), as_root(error))]
     File {
-        /// What was tried.
+        /// The action.
         action: &'static str,
-        /// With which file.
+        /// The file.
         path: PathBuf,
-        /// Why it failed.
+        /// The reason.
         error: io::Error,
     },
-    /// A file that is not what its name says.
+    /// A file cannot be parsed.
     #[error("{}:{line}: {detail}; mend it first, nothing was written", path.display())]
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// The line, from 1.
+        /// The line, starting at 1.
         line: usize,
-        /// What is wrong there.
+        /// The problem.
         detail: String,
     },
-    /// The client is already told something else.
+    /// The client has a conflicting configuration.
     #[error("{}: {what}; nothing was written. {remedy}", path.display())]
     Conflict {
-        /// The file that says so.
+        /// The file.
         path: PathBuf,
-        /// What it says.
+        /// The conflict.
         what: String,
-        /// What to do.
+        /// The remedy.
         remedy: String,
     },
-    /// How the client should reach us is not known.
+    /// The address for the client cannot be determined.
     #[error("{0}")]
     Address(String),
-    /// The client needs our certificate authority, and there is none.
+    /// The client needs the CA, and there is none.
     #[error("{0}")]
     NoCa(String),
-    /// What was set up was changed since.
+    /// A written file was modified since.
     #[error(
         "{} was changed since `ifnewer {job}` wrote it; nothing was done. Take the change back, or use --force \
          to lose it:\n{difference}",
         path.display()
     )]
     Changed {
-        /// What had written it.
+        /// The command that wrote it.
         job: String,
         /// The file.
         path: PathBuf,
-        /// A unified diff, from what was written to what is there.
+        /// A unified diff from the written to the current content.
         difference: String,
     },
     /// There is nothing to undo.
     #[error("`ifnewer {0}` has changed nothing here, so there is nothing to undo")]
     NothingToUndo(String),
-    /// The record of what was done cannot be used.
+    /// The undo record is unusable.
     #[error("{}: {detail}; what was there before is beside it, under the digest of its bytes", path.display())]
     BadRecord {
         /// The record.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         detail: String,
     },
-    /// A link leads out of the root, or nowhere.
+    /// A symbolic link leads out of the root or to nothing.
     #[error("{} is a link that leads out of --root or nowhere; nothing was written", path.display())]
     OutsideRoot {
         /// The link.
         path: PathBuf,
     },
-    /// Another setup is at work.
+    /// Another setup is running.
     #[error("another `ifnewer setup` or `ifnewer ca` is at work here ({}); try again", path.display())]
     Locked {
-        /// The lock.
+        /// The lock file.
         path: PathBuf,
     },
-    /// This client cannot be set up so.
+    /// The combination is not supported.
     #[error("{0}")]
     Unsupported(String),
 }
@@ -205,7 +204,7 @@ impl SetupError {
     }
 }
 
-/// What would be written for `options`, given what `files` hold.
+/// Plans the changes for `options`, given the current files.
 pub fn plan(config: &Config, options: &Options, files: &dyn FileSource) -> Result<Plan, SetupError> {
     let endpoint = CacheEndpoint::from_config(config, options)?;
     plan_for(&endpoint, options, files)
@@ -226,7 +225,7 @@ fn plan_for(endpoint: &CacheEndpoint, options: &Options, files: &dyn FileSource)
     }
 }
 
-/// Shows what would be written: the text, and the objection there was to it. Then the text is as on a fresh host.
+/// Renders the changes, with the error if there is one. With an error, the text shows a host without configuration.
 pub fn show(config: &Config, options: &Options, root: &RootFs) -> (String, Option<SetupError>) {
     let job = Job::setup(options.client);
     let planned = CacheEndpoint::from_config(config, options).map(|endpoint| {
@@ -245,14 +244,14 @@ pub fn show(config: &Config, options: &Options, root: &RootFs) -> (String, Optio
     planned.unwrap_or_else(|refused| (String::new(), Some(refused)))
 }
 
-/// Writes it, keeping what was there.
+/// Applies the changes and saves the current files.
 pub fn apply(config: &Config, options: &Options, root: &RootFs) -> Result<Applied, SetupError> {
     let endpoint = CacheEndpoint::from_config(config, options)?;
     let job = Job::setup(options.client);
     job.apply(root, options.force, &|files| plan_for(&endpoint, options, files))
 }
 
-/// Puts back what was there before.
+/// Restores the saved files.
 pub fn undo(client: Client, force: bool, root: &RootFs) -> Result<Applied, SetupError> {
     Job::setup(client).undo(root, force)
 }

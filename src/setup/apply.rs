@@ -1,8 +1,8 @@
-//! Carrying a plan out, and taking it back.
+//! Applying a plan, and undoing it.
 //!
-//! A plan is made on what was there before our own last time, so that applying again with another address, or after
-//! an upstream was added, is the same as undoing and applying; and undoing leads back to the very beginning. The record
-//! is on the disk before the first file changes: whenever this is stopped, undoing works.
+//! A plan starts from the files before the first application. Applying again with another address or upstream
+//! therefore equals undoing and applying, and undoing restores the original state. The undo record is on disk before
+//! the first file changes, so that undoing works after an interruption at any point.
 
 use std::fmt::{self, Display, Formatter};
 use std::fs;
@@ -16,28 +16,28 @@ use super::root_fs::RootFs;
 use super::undo::{BackupDir, FileState};
 use super::{Client, SetupError};
 
-/// What dockerd reads again when it is told to.
+/// Configuration that dockerd reloads on SIGHUP.
 const DAEMON: &str = "/etc/docker/daemon.json";
 
-/// What is applied and undone as one.
+/// A set of changes that is applied and undone together.
 #[derive(Clone, Debug)]
 pub struct Job {
-    /// The folder of its record.
+    /// Folder of its undo record.
     record_name: String,
-    /// As it is called on the command line.
+    /// The command line, for messages.
     command: String,
 }
 
-/// What was applied.
+/// Report of an applied or undone job.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Applied {
-    /// One line for each file that was changed.
+    /// One line per changed file.
     pub changed: Vec<String>,
-    /// What was told to whom.
+    /// Processes that were notified.
     pub notified: Vec<String>,
-    /// What is left to do by hand, if anything was changed.
+    /// Remaining manual steps, if anything was changed.
     pub by_hand: Vec<String>,
-    /// What is worth knowing.
+    /// Notes.
     pub notes: Vec<String>,
 }
 
@@ -50,7 +50,7 @@ impl Job {
         }
     }
 
-    /// Another command that writes into others' files.
+    /// A job of another command.
     pub fn named(record_name: &str, command: &str) -> Self {
         Self {
             record_name: record_name.to_owned(),
@@ -63,7 +63,7 @@ impl Job {
         Baseline::open(&self.record_name, root)
     }
 
-    /// Each file of this job, and how it stands to what was written; `None` if it was never applied.
+    /// The state of each file of this job; `None` if it was never applied.
     pub fn states(&self, root: &RootFs) -> Result<Option<Vec<(PathBuf, FileState)>>, SetupError> {
         let Some(record) = BackupDir::of(&self.record_name, root).load()? else {
             return Ok(None);
@@ -75,14 +75,14 @@ impl Job {
         states.collect::<Result<_, _>>().map(Some)
     }
 
-    /// Makes a plan and carries it out.
+    /// Plans and applies the changes.
     pub fn apply(
         &self,
         root: &RootFs,
         force: bool,
         plan: &dyn Fn(&dyn FileSource) -> Result<Plan, SetupError>,
     ) -> Result<Applied, SetupError> {
-        // First without the lock, which writes: an objection must leave nothing behind, not even a folder.
+        // Plan without the lock first, because locking creates files, and an error must leave nothing behind.
         self.baseline(root)?.plan(force, &self.command, plan)?;
         let _lock = BackupDir::of(&self.record_name, root).lock()?;
         let baseline = self.baseline(root)?;
@@ -119,7 +119,7 @@ impl Job {
         Ok(applied)
     }
 
-    /// Puts everything back as it was before.
+    /// Restores all files.
     pub fn undo(&self, root: &RootFs, force: bool) -> Result<Applied, SetupError> {
         let backup = BackupDir::of(&self.record_name, root);
         if backup.load()?.is_none() {
@@ -176,7 +176,7 @@ impl Job {
 }
 
 impl Applied {
-    /// dockerd reads its mirrors again on SIGHUP, and running containers notice nothing.
+    /// dockerd reloads its mirrors on SIGHUP without affecting running containers.
     fn reload_dockerd(&mut self, root: &RootFs) {
         match dockerd(root) {
             Some(pid) if kill_process(pid, Signal::HUP).is_ok() => {
@@ -196,14 +196,14 @@ impl Applied {
     }
 }
 
-/// Whether `daemon.json` says anything about mirrors: what it says nothing about stays as it is on SIGHUP.
+/// Whether `daemon.json` sets mirrors. On SIGHUP dockerd keeps settings that the file does not contain.
 fn names_mirrors(root: &RootFs) -> Result<bool, SetupError> {
     let bytes = root.read(Path::new(DAEMON))?.unwrap_or_default();
     let object: Option<serde_json::Map<String, serde_json::Value>> = serde_json::from_slice(&bytes).ok();
     Ok(object.is_some_and(|object| object.contains_key("registry-mirrors")))
 }
 
-/// The daemon that its pid file names, if the process is one.
+/// The process of dockerd's pid file, if it is a dockerd.
 fn dockerd(root: &RootFs) -> Option<Pid> {
     ["/run/docker.pid", "/var/run/docker.pid"]
         .iter()

@@ -1,4 +1,4 @@
-//! A plan against what is there: which files change, from what, and the way back if one of them cannot be written.
+//! Baseline of a job and the changes from the current files, with a rollback on failure.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use super::root_fs::{Owner, RootFs};
 use super::undo::{BackupDir, FileState, Original, UndoRecord, WrittenFile};
 use super::{SetupError, plan};
 
-/// The files as they were before the job; those changed since by someone else, as they are.
+/// The files as they were before the job. Files modified since by others are read as they are.
 pub(super) struct Baseline<'a> {
     root: &'a RootFs,
     backup: BackupDir<'a>,
@@ -45,26 +45,26 @@ impl FileSource for Baseline<'_> {
     }
 }
 
-/// One file of a plan.
+/// The change of one file.
 pub(super) struct FileChange {
     pub(super) path: PathBuf,
-    /// What is there.
+    /// The current content.
     pub(super) now: Option<Vec<u8>>,
-    /// What undoing is to lead back to.
+    /// The content that undoing restores.
     baseline: Option<Vec<u8>>,
-    /// What is to be there.
+    /// The desired content.
     pub(super) after: Option<Vec<u8>>,
 }
 
 impl<'a> Baseline<'a> {
-    /// With what the job whose record has this name has written.
+    /// Opens the baseline with the undo record of this name.
     pub(super) fn open(record_name: &str, root: &'a RootFs) -> Result<Self, SetupError> {
         let backup = BackupDir::of(record_name, root);
         let record = backup.load()?;
         Ok(Self { root, backup, record })
     }
 
-    /// Makes the plan. An objection to what stands in a file that was changed since we wrote it is about that change.
+    /// Makes the plan. If a written file was modified since, its errors are reported as that modification.
     pub(super) fn plan(
         &self,
         force: bool,
@@ -77,7 +77,7 @@ impl<'a> Baseline<'a> {
         })
     }
 
-    /// A file that someone else has changed since must not lose that without being asked.
+    /// Fails if a written file was modified since, so that the modification is not lost.
     pub(super) fn check_unmodified(&self, command: &str) -> Result<(), SetupError> {
         for written in self.record.iter().flat_map(|record| &record.files) {
             let now = self.root.read(&written.path)?;
@@ -93,7 +93,7 @@ impl<'a> Baseline<'a> {
         Ok(())
     }
 
-    /// What the plan means for each file, and for those of the last time that it leaves out.
+    /// The change of each planned file, and of earlier written files that the plan omits.
     pub(super) fn changes(&self, plan: &Plan) -> Result<Vec<FileChange>, SetupError> {
         let original = self
             .record
@@ -169,7 +169,7 @@ impl<'a> Baseline<'a> {
         Ok(UndoRecord::new(files, folders))
     }
 
-    /// As it was before our first time: the file is ours since then, its mode need not be.
+    /// The owner before the first application, because the mode may have changed since.
     fn former_owner(&self, path: &Path) -> Result<Owner, SetupError> {
         let recorded = self
             .record
@@ -187,7 +187,7 @@ impl<'a> Baseline<'a> {
         if change.now == change.after {
             return Ok(());
         }
-        // Someone else may have been at it between our reading and now.
+        // Another process may have changed the file since it was read.
         if self.root.read(&change.path)? != change.now {
             return Err(SetupError::Conflict {
                 path: self.root.resolve(&change.path),
@@ -210,7 +210,7 @@ impl<'a> Baseline<'a> {
         }
     }
 
-    /// As far as it goes: what fails here is told by the error that led here, and undone by --undo.
+    /// Best effort: the caller reports the first error, and --undo repairs the remainder.
     fn roll_back(&self, changes: &[FileChange], record: &UndoRecord) {
         let mut complete = true;
         for change in changes.iter().filter(|change| change.now != change.after) {

@@ -1,4 +1,4 @@
-//! How a client reaches us: the address, the scheme, and the certificate authority where it is needed.
+//! Endpoint of the cache for a client: address, scheme, and CA if needed.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
@@ -11,43 +11,43 @@ use rustls_pki_types::pem::PemObject;
 use super::{Client, Options, SetupError};
 use crate::config::{Config, PlainHttp, UpstreamConfig};
 
-/// Whether the client speaks TLS with us.
+/// Scheme of the endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scheme {
-    /// It does not.
+    /// Plain HTTP.
     Http,
-    /// It does, and verifies our certificate.
+    /// HTTPS with certificate verification.
     Https,
 }
 
-/// How a client reaches us.
+/// Endpoint of the cache for a client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CacheEndpoint {
-    /// Whether the client speaks TLS.
+    /// The scheme.
     pub scheme: Scheme,
-    /// The host, an IPv6 address in brackets.
+    /// The host; an IPv6 address in brackets.
     pub host: String,
     /// The port.
     pub port: u16,
-    /// What the client has to trust; `None` where TLS is not spoken, or its certificate is the operator's own.
+    /// The CA to trust; `None` for plain HTTP and for a certificate configured by the operator.
     pub ca: Option<CaBundle>,
-    /// The registries that clients may ask us for.
+    /// The registries that the cache serves.
     pub upstreams: Vec<Registry>,
-    /// What the client should be warned of.
+    /// Warnings for the operator.
     pub warnings: Vec<String>,
 }
 
-/// A registry as clients know it without a mirror.
+/// A registry as clients name it without a mirror.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Registry {
-    /// The upstream's name, with a port where it has one.
+    /// The upstream's name, with a port if it has one.
     pub name: Arc<str>,
-    /// Whether the registry of that name speaks plain HTTP, so that a client may fall back to it only so.
+    /// Whether the registry is plain HTTP, so that a client can fall back to it only by HTTP.
     pub plain_http: bool,
 }
 
 impl Registry {
-    /// The registry that an upstream stands for.
+    /// The registry of an upstream.
     fn of(upstream: &UpstreamConfig) -> Self {
         let name = Arc::clone(&upstream.name);
         let own = format!("http://{name}");
@@ -59,12 +59,12 @@ impl Registry {
     }
 }
 
-/// Certificates to trust, as PEM and nothing but certificates.
+/// CA certificates as PEM, without anything else.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CaBundle(String);
 
 impl CaBundle {
-    /// Reads the certificates of a file; a private key beside them is left out.
+    /// Reads the certificates of a file; a private key in it is ignored.
     pub fn read(path: &Path) -> Result<Self, SetupError> {
         let unusable = |detail: String| SetupError::NoCa(format!("{}: {detail}", path.display()));
         let bytes = std::fs::read(path).map_err(|error| match error.kind() {
@@ -111,7 +111,7 @@ fn encode(der: &[u8]) -> String {
 }
 
 impl CacheEndpoint {
-    /// From the configuration, or from the address given.
+    /// Determines the endpoint from the options or the configuration.
     pub fn from_config(config: &Config, options: &Options) -> Result<Self, SetupError> {
         let (scheme, host, port) = match &options.address {
             Some(address) => parse_address(address)?,
@@ -134,7 +134,7 @@ impl CacheEndpoint {
             PlainHttp::Off => false,
         };
         let scheme = scheme.unwrap_or(if plain { Scheme::Http } else { Scheme::Https });
-        // dockerd does not verify certificates of 127.0.0.0/8, where a CA would be of no use to it. Of ::1 it does.
+        // dockerd does not verify certificates of 127.0.0.0/8, so it needs no CA for them. It verifies those of ::1.
         let is_trusted = loopback && !host.starts_with('[') && options.client == Client::Docker;
         let verifies = scheme == Scheme::Https && !is_trusted;
         let ca = match (&options.ca, &config.tls.certificate) {
@@ -189,7 +189,7 @@ impl CacheEndpoint {
         format!("{}:{}", self.host, self.port)
     }
 
-    /// Whether the client reaches us without a network.
+    /// Whether the endpoint is on loopback.
     pub fn is_loopback(&self) -> bool {
         is_loopback(&self.host)
     }
@@ -237,7 +237,7 @@ fn parse_address(address: &str) -> Result<(Option<Scheme>, String, u16), SetupEr
     Ok((scheme, host, port))
 }
 
-/// The address listened on that suits the client best.
+/// The listening address best suited for the client.
 fn listen_address(config: &Config, options: &Options) -> Result<(Option<Scheme>, String, u16), SetupError> {
     let all = &config.listen.registry;
     let usable =
@@ -273,11 +273,11 @@ fn listen_address(config: &Config, options: &Options) -> Result<(Option<Scheme>,
     Ok((None, client_host(*chosen), chosen.port()))
 }
 
-/// The host to name for an address listened on: for "every address", the one that this host always has.
+/// The host for a listening address; loopback for the unspecified address.
 fn client_host(address: SocketAddr) -> String {
     match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.to_string(),
-        // Linux accepts IPv4 on it as well unless told otherwise; the IPv6 loopback is there either endpoint.
+        // Linux usually accepts IPv4 on it too; the IPv6 loopback is accepted in any case.
         IpAddr::V6(ip) if ip.is_unspecified() => format!("[{}]", Ipv6Addr::LOCALHOST),
         IpAddr::V4(ip) => ip.to_string(),
         IpAddr::V6(ip) => format!("[{ip}]"),

@@ -1,4 +1,4 @@
-//! What should be on the disk, before anything is written.
+//! Plan of a setup: desired files and manual steps, and their rendering.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -7,21 +7,21 @@ use similar::TextDiff;
 
 use super::SetupError;
 
-/// What is on the disk. Paths are absolute, as the client sees them.
+/// A source of files. Paths are absolute, as the client sees them.
 pub trait FileSource {
-    /// The bytes of a file; `None` if there is none.
+    /// Content of a file; `None` if it does not exist.
     fn read(&self, path: &Path) -> Result<Option<Vec<u8>>, SetupError>;
 
-    /// The files of a folder, sorted by name; none if there is no folder.
+    /// Files of a folder, sorted by name; empty if it does not exist.
     fn list(&self, folder: &Path) -> Result<Vec<PathBuf>, SetupError>;
 
-    /// What `PROGRAM --version` prints; `None` where the program is absent or belongs to another root.
+    /// Output of `PROGRAM --version`; `None` if the program is absent or belongs to another root.
     fn version_of(&self, _program: &str) -> Option<String> {
         None
     }
 }
 
-/// A host on which nothing is configured.
+/// A host without configuration.
 pub(super) struct EmptyFs;
 
 impl FileSource for EmptyFs {
@@ -34,23 +34,23 @@ impl FileSource for EmptyFs {
     }
 }
 
-/// A file as it should be.
+/// A desired file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DesiredFile {
-    /// Where.
+    /// The path.
     pub path: PathBuf,
-    /// What it holds.
+    /// The content.
     pub bytes: Vec<u8>,
 }
 
-/// What should be on the disk, and what else there is to do.
+/// A plan: desired files, manual steps and notes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// The files.
     pub files: Vec<DesiredFile>,
-    /// What has to be done by hand when something was changed, one sentence each.
+    /// Manual steps if anything changes, one sentence each.
     pub by_hand: Vec<String>,
-    /// What is worth knowing either endpoint.
+    /// Notes that apply in any case.
     pub notes: Vec<String>,
 }
 
@@ -71,7 +71,7 @@ impl Plan {
     }
 }
 
-/// The files whole where they are new, and else what changes in them. Beside it an objection, if a file cannot be read.
+/// Renders new files completely and changed ones as a diff. Returns an error if a file cannot be read.
 pub(super) fn render(plan: &Plan, files: &dyn FileSource) -> (String, Option<SetupError>) {
     let mut text = String::new();
     let mut objection = None;

@@ -1,4 +1,4 @@
-//! The files below a root: read, written so that a stop in the middle leaves the old or the new, and put back.
+//! Files below a root folder, written atomically.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
@@ -9,14 +9,14 @@ use std::process::Command;
 use super::SetupError;
 use super::plan::FileSource;
 
-/// A configuration longer than this is something else.
+/// Maximum size of a configuration file.
 const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
-/// The folder in the full_path of `/`, for images and tests.
+/// The folder that stands for `/`, for images and tests.
 #[derive(Clone, Debug)]
 pub struct RootFs(PathBuf);
 
-/// Whose a file is, and who may read it.
+/// Owner and mode of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) struct Owner {
     pub(super) mode: u32,
@@ -25,7 +25,7 @@ pub(super) struct Owner {
 }
 
 impl RootFs {
-    /// The folder at `path`, which has to exist.
+    /// Opens the folder at `path`, which must exist.
     pub fn open(path: &Path) -> Result<Self, SetupError> {
         match fs::canonicalize(path) {
             Ok(path) => Ok(Self(path)),
@@ -33,12 +33,12 @@ impl RootFs {
         }
     }
 
-    /// Whether this is the machine's own root: only there commands can be run and processes told.
+    /// Whether this is `/` of the machine. Only there commands are run and processes notified.
     pub fn is_real(&self) -> bool {
         self.0 == Path::new("/")
     }
 
-    /// Where `path`, absolute as the client sees it, is.
+    /// The location of `path`, which is absolute as the client sees it.
     pub fn resolve(&self, path: &Path) -> PathBuf {
         let below = path
             .components()
@@ -46,13 +46,13 @@ impl RootFs {
         self.0.join(below.collect::<PathBuf>())
     }
 
-    /// The file that is meant by `path`, through links: a link stays one, its target is what is read and written.
+    /// Resolves symbolic links: the link stays, its target is read and written.
     pub(super) fn target(&self, path: &Path) -> Result<PathBuf, SetupError> {
         let full_path = self.resolve(path);
         let outside = || SetupError::OutsideRoot {
             path: full_path.clone(),
         };
-        // The deepest part that is there decides; what is missing below it is made.
+        // Resolve the deepest existing part; missing parts below it are created.
         let mut existing = full_path.as_path();
         let mut missing = Vec::new();
         loop {
@@ -75,7 +75,7 @@ impl RootFs {
         Ok(target)
     }
 
-    /// Who owns a file that is there.
+    /// Owner of an existing file.
     pub(super) fn owner(&self, path: &Path) -> Result<Option<Owner>, SetupError> {
         let target = self.target(path)?;
         match fs::metadata(&target) {
@@ -89,7 +89,7 @@ impl RootFs {
         }
     }
 
-    /// Writes a whole file: under another name, synced, then renamed. Folders are made.
+    /// Writes a file atomically: temporary file, sync, rename. Creates missing folders.
     pub(super) fn write(&self, path: &Path, bytes: &[u8], owner: Option<Owner>) -> Result<(), SetupError> {
         let target = self.target(path)?;
         let folder = target.parent().unwrap_or(&self.0);
@@ -106,7 +106,7 @@ impl RootFs {
         sync(folder)
     }
 
-    /// Removes a file, if it is there.
+    /// Removes a file if it exists.
     pub(super) fn remove(&self, path: &Path) -> Result<(), SetupError> {
         let target = self.target(path)?;
         match fs::remove_file(&target) {
@@ -116,7 +116,7 @@ impl RootFs {
         }
     }
 
-    /// The folders on the way to `path` that are not there, the outermost first.
+    /// Missing parent folders of `path`, outermost first.
     pub(super) fn missing_folders(&self, path: &Path) -> Vec<PathBuf> {
         let mut missing: Vec<PathBuf> = path
             .ancestors()
@@ -128,7 +128,7 @@ impl RootFs {
         missing
     }
 
-    /// Removes a folder that is empty; one that is not stays.
+    /// Removes a folder if it is empty.
     pub(super) fn remove_folder(&self, folder: &Path) {
         if let Ok(target) = self.target(folder) {
             let _ = fs::remove_dir(target);
@@ -180,7 +180,7 @@ impl FileSource for RootFs {
 }
 
 fn write_new(path: &Path, bytes: &[u8], owner: Option<Owner>) -> io::Result<()> {
-    // Nobody else reads it before its mode is right: what is edited may hold credentials.
+    // Created with restricted mode, because the file may contain credentials.
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)

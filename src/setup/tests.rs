@@ -16,14 +16,14 @@ use std::path::{Path, PathBuf};
 use super::plan::Plan;
 use super::*;
 
-/// A certificate authority that is none: only its bytes matter here.
+/// A placeholder CA; only its bytes matter.
 const CA: &str = "-----BEGIN CERTIFICATE-----\nAAEC\n-----END CERTIFICATE-----\n";
 
-/// A disk in memory.
+/// Files in memory.
 #[derive(Default)]
 struct MemoryFs {
     files: BTreeMap<PathBuf, Vec<u8>>,
-    /// What the client's program prints as its version.
+    /// Version output of the client's program.
     version: Option<&'static str>,
 }
 
@@ -77,7 +77,7 @@ fn https(name: &str) -> Registry {
     }
 }
 
-/// Plain, on loopback, with two upstreams.
+/// Plain HTTP on loopback, with two upstreams.
 fn local() -> CacheEndpoint {
     CacheEndpoint {
         scheme: Scheme::Http,
@@ -89,7 +89,7 @@ fn local() -> CacheEndpoint {
     }
 }
 
-/// Another host's, with TLS and its authority.
+/// TLS on another host, with its CA.
 fn remote() -> CacheEndpoint {
     CacheEndpoint {
         scheme: Scheme::Https,
@@ -105,7 +105,7 @@ fn text<'a>(plan: &'a Plan, path: &str) -> &'a str {
     std::str::from_utf8(&wanted.bytes).unwrap()
 }
 
-/// What a plan makes of the files, to plan on again.
+/// The files after a plan, as input of another plan.
 fn carried_out(held: &MemoryFs, plan: &Plan) -> MemoryFs {
     let mut after = MemoryFs {
         files: held.files.clone(),

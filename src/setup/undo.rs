@@ -1,4 +1,4 @@
-//! What was written and what was there before: a small JSON file, and the bytes beside it under their digest.
+//! Undo record: a JSON file, and the original contents beside it, named by their digests.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -12,47 +12,47 @@ use super::plan::FileSource;
 use super::root_fs::{Owner, RootFs};
 use crate::oci::digest::{Algorithm, Digest};
 
-/// Where records are kept. Not in the cache's folders: what is put back as root must not lie where the cache's user
-/// could change it.
+/// Folder of undo records. Not in the cache's folders: contents restored as root must not be writable by the cache's
+/// user.
 const RECORDS_FOLDER: &str = "/var/lib/ifnewer-setup";
 
-/// The records of one job are for the eyes of who did it: what was there before may hold credentials.
+/// Readable by the owner only, because original files may contain credentials.
 const OWNER_ONLY: u32 = 0o600;
 
-/// What one job has written.
+/// The files written by one job.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct UndoRecord {
     version: u32,
     pub(super) files: Vec<WrittenFile>,
-    /// Made on the endpoint, the outermost first.
+    /// Created folders, outermost first.
     pub(super) folders: Vec<PathBuf>,
 }
 
-/// One file that was written.
+/// A written file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct WrittenFile {
     pub(super) path: PathBuf,
-    /// What was there; nothing if the file is ours alone.
+    /// The original; `None` if the file did not exist.
     pub(super) before: Option<Original>,
-    /// The digest of what was written.
+    /// Digest of the written content.
     pub(super) after: String,
 }
 
-/// A file as it was before.
+/// The original of a file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Original {
     pub(super) digest: String,
     pub(super) owner: Owner,
 }
 
-/// How a file stands to what was written.
+/// State of a written file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileState {
-    /// As it was written.
+    /// As written.
     AsWritten,
-    /// As it was before: someone took it back by hand.
+    /// As before the job: restored by hand.
     AsBefore,
-    /// Something else.
+    /// Modified.
     Changed,
 }
 
@@ -69,7 +69,7 @@ impl UndoRecord {
         self.files.iter().find(|written| written.path == path)
     }
 
-    /// Every digest that undoing or explaining needs.
+    /// Digests that undoing or a diff needs.
     fn digests(&self) -> impl Iterator<Item = &str> {
         self.files.iter().flat_map(|written| {
             let before = written.before.as_ref().map(|original| original.digest.as_str());
@@ -79,7 +79,7 @@ impl UndoRecord {
 }
 
 impl WrittenFile {
-    /// How what is there now stands to this.
+    /// Compares the current content with the written one.
     pub(super) fn state(&self, now: Option<&[u8]>) -> FileState {
         let digest = now.map(digest);
         if digest.as_ref() == Some(&self.after) {
@@ -92,12 +92,12 @@ impl WrittenFile {
     }
 }
 
-/// The digest under which bytes are kept.
+/// The digest that names saved contents.
 pub(super) fn digest(bytes: &[u8]) -> String {
     Digest::of(Algorithm::Sha256, bytes).hex()
 }
 
-/// The folder of one job's record.
+/// Folder of one job's undo record.
 pub(super) struct BackupDir<'a> {
     root: &'a RootFs,
     folder: PathBuf,
@@ -115,7 +115,7 @@ impl<'a> BackupDir<'a> {
         self.folder.join("record.json")
     }
 
-    /// Keeps others out until dropped.
+    /// Takes the lock, which is released when dropped.
     pub(super) fn lock(&self) -> Result<File, SetupError> {
         let folder = self.root.target(Path::new(RECORDS_FOLDER))?;
         fs::DirBuilder::new()
@@ -138,7 +138,7 @@ impl<'a> BackupDir<'a> {
         }
     }
 
-    /// What the job has written, if it has.
+    /// Loads the record, if there is one.
     pub(super) fn load(&self) -> Result<Option<UndoRecord>, SetupError> {
         let Some(bytes) = self.root.read(&self.record())? else {
             return Ok(None);
@@ -154,7 +154,7 @@ impl<'a> BackupDir<'a> {
         }
     }
 
-    /// Keeps bytes that a record will name.
+    /// Saves contents that a record will name.
     pub(super) fn save_bytes(&self, bytes: &[u8]) -> Result<String, SetupError> {
         let name = digest(bytes);
         let path = self.folder.join(&name);
@@ -164,7 +164,7 @@ impl<'a> BackupDir<'a> {
         Ok(name)
     }
 
-    /// Bytes that were kept.
+    /// Reads saved contents.
     pub(super) fn read_bytes(&self, name: &str) -> Result<Vec<u8>, SetupError> {
         let wrong = |detail: &str| SetupError::BadRecord {
             path: self.root.resolve(&self.record()),
@@ -181,7 +181,7 @@ impl<'a> BackupDir<'a> {
         }
     }
 
-    /// Writes the record, after all that it names; then drops what no record names any more.
+    /// Writes the record after its contents, then removes contents that it does not name.
     pub(super) fn save(&self, record: &UndoRecord) -> Result<(), SetupError> {
         let text = serde_json::to_vec_pretty(record).unwrap_or_default();
         self.root.write(&self.record(), &text, Some(private()))?;
@@ -197,7 +197,8 @@ impl<'a> BackupDir<'a> {
         Ok(())
     }
 
-    /// Forgets the job. The record goes first: what is left without it is litter, not a half record.
+    /// Removes the record first and its contents after it, so that an interruption leaves no partial record.
+    ///
     pub(super) fn clear(&self) -> Result<(), SetupError> {
         self.root.remove(&self.record())?;
         for path in self.root.list(&self.folder)? {

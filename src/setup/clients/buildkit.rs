@@ -1,4 +1,4 @@
-//! buildkitd: `buildkitd.toml`. It says `?ns=` to a mirror, as containerd does, so one mirror serves every registry.
+//! buildkitd: `buildkitd.toml`. It sends `?ns=` to a mirror, as containerd does, so one mirror serves every registry.
 
 use std::path::Path;
 
@@ -50,7 +50,7 @@ pub(in crate::setup) fn plan(endpoint: &CacheEndpoint, files: &dyn FileSource) -
     Ok(plan)
 }
 
-/// `[registry."name"] key = value`, unless it is so already.
+/// Sets `[registry."name"] key = value`, unless it is set already.
 fn with(path: &Path, text: &Text, name: &str, (key, value): (&str, &Value)) -> Result<Text, SetupError> {
     let conflict = |what: String, remedy: String| SetupError::Conflict {
         path: path.to_owned(),
@@ -80,7 +80,7 @@ fn with(path: &Path, text: &Text, name: &str, (key, value): (&str, &Value)) -> R
     }
 }
 
-/// Whether a list begins with what the other list holds.
+/// Whether a list begins with the elements of another.
 fn names(held: &Value, wanted: &Value) -> bool {
     match (held.as_array(), wanted.as_array()) {
         (Some(held), Some(wanted)) => held.starts_with(wanted),

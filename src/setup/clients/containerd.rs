@@ -14,22 +14,22 @@ const CONFIG: &str = "/etc/containerd/config.toml";
 const HOSTS: &str = "/etc/containerd/certs.d";
 const AUTHORITY: &str = "/etc/containerd/ifnewer-ca.crt";
 
-/// What `containerd config default` writes since 2.2.0, which then reads neither folder.
+/// The default `config_path` since containerd 2.2.0, which reads neither of its folders.
 const HOSTS_BY_DEFAULT: &str = "/etc/containerd/certs.d:/etc/docker/certs.d";
 
-/// Where the registries of the CRI plugin are configured, by the version of the file.
+/// Section of the CRI plugin's registries, by the version of the file.
 const REGISTRY_OF_2: &[&str] = &["plugins", "io.containerd.grpc.v1.cri", "registry"];
 const REGISTRY_OF_3: &[&str] = &["plugins", "io.containerd.cri.v1.images", "registry"];
 
-/// A release of containerd, as far as its configuration depends on it.
+/// A containerd release, as far as its configuration depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Release(u32, u32);
 
-/// The first release that knows the capability `referrers`. Earlier ones pass over a whole hosts.toml that names it.
+/// The first release with the capability `referrers`. Earlier ones skip a whole hosts.toml that names it.
 pub(crate) const REFERRERS_SINCE: Release = Release(2, 2);
 
 impl Release {
-    /// From what `containerd --version` prints: `containerd github.com/containerd/containerd/v2 v2.3.0 1c4457e`.
+    /// Parses the output of `containerd --version`: `containerd github.com/containerd/containerd/v2 v2.3.0 1c4457e`.
     pub(crate) fn read(printed: &str) -> Option<Self> {
         printed.split_whitespace().find_map(|word| {
             let mut numbers = word.trim_start_matches('v').split('.');
@@ -47,7 +47,7 @@ impl Release {
         }
     }
 
-    /// The release here: as the program says, or at least as new as its configuration shows.
+    /// The installed release as printed by the program, or the oldest one that its configuration allows.
     pub(crate) fn find(files: &dyn FileSource, config: &Table) -> Option<Self> {
         let printed = files.version_of("containerd");
         let configured = config.get("version").and_then(Value::as_integer);
@@ -101,7 +101,7 @@ pub(in crate::setup) fn plan(
     Ok(plan)
 }
 
-/// The configuration with a folder for `hosts.toml`, and which folder that is.
+/// The configuration with a folder for `hosts.toml`, and that folder.
 fn config_path(path: &Path, text: &Text) -> Result<(Text, PathBuf), SetupError> {
     let conflict = |what: String, remedy: &str| SetupError::Conflict {
         path: path.to_owned(),
@@ -118,7 +118,7 @@ fn config_path(path: &Path, text: &Text) -> Result<(Text, PathBuf), SetupError> 
     let root = edit_toml::read(path, text)?;
     let section = match root.get("version").and_then(Value::as_integer) {
         Some(2) => REGISTRY_OF_2,
-        // The names of the plugins did not change with version 4.
+        // Version 4 has the same plugin names.
         Some(3 | 4) => REGISTRY_OF_3,
         other => {
             let version = other.map_or("no version, which means 1".to_owned(), |version| {
@@ -131,7 +131,7 @@ fn config_path(path: &Path, text: &Text) -> Result<(Text, PathBuf), SetupError> 
         }
     };
     let registry = edit_toml::table(&root, section);
-    // `containerd config default` of 1.x writes both as empty sections, which hinder nothing.
+    // `containerd config default` of 1.x writes both as empty sections, which are harmless.
     let is_used = |name: &str| {
         let section = registry.and_then(|registry| registry.get(name)?.as_table());
         section.is_some_and(|section| !section.is_empty())
@@ -178,14 +178,14 @@ fn config_path(path: &Path, text: &Text) -> Result<(Text, PathBuf), SetupError> 
     Ok((edited, PathBuf::from(HOSTS)))
 }
 
-/// This cache as a host in a `hosts.toml`.
+/// The cache as a host in a `hosts.toml`.
 struct Host {
     url: String,
     settings: Table,
 }
 
 impl Host {
-    /// What the section says for this release of containerd; for an unknown one, what every release reads.
+    /// The settings for this release of containerd; for an unknown one, those that every release accepts.
     fn new(endpoint: &CacheEndpoint, release: Option<Release>) -> Self {
         let knows_referrers = release >= Some(REFERRERS_SINCE);
         let capabilities = ["pull", "resolve"]
@@ -203,7 +203,7 @@ impl Host {
         }
     }
 
-    /// Whether a section differs only by capabilities that the cache has for some release.
+    /// Whether a section differs only in capabilities written for another release.
     fn differs_by_release(&self, section: &Table) -> bool {
         let mut same = section.clone();
         let capabilities = same.insert("capabilities".to_owned(), Value::Array(Vec::new()));
@@ -282,7 +282,7 @@ impl Host {
     }
 }
 
-/// Where the registry itself is, for what we cannot answer.
+/// The registry itself, as the fallback host.
 fn server(upstream: &Registry) -> String {
     match &*upstream.name {
         "docker.io" => "https://registry-1.docker.io".to_owned(),

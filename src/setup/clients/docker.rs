@@ -1,4 +1,4 @@
-//! dockerd: `daemon.json`, and the certificate authority in `certs.d`. On a host, and inside a container.
+//! dockerd: `daemon.json` and the CA in `certs.d`, on a host or in a container.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use crate::setup::plan::{FileSource, Plan};
 const DAEMON: &str = "/etc/docker/daemon.json";
 const MIRRORS: &str = "registry-mirrors";
 
-/// Where the files for a dockerd in a container lie on the host, to be mounted.
+/// Folder on the host for files that are mounted into a dockerd container.
 const INSIDE: &str = "/etc/ifnewer/dind";
 
 pub(in crate::setup) fn plan(
@@ -32,7 +32,7 @@ pub(in crate::setup) fn plan(
     Ok(plan)
 }
 
-/// For a dockerd in a container: files to be mounted into it.
+/// Plan for a dockerd in a container: files to mount.
 pub(in crate::setup) fn plan_inside(
     endpoint: &CacheEndpoint,
     files: &dyn FileSource,
@@ -57,7 +57,7 @@ pub(in crate::setup) fn plan_inside(
     Ok(plan)
 }
 
-/// The files that a dockerd in a container needs, on the host.
+/// The files that a dockerd in a container needs.
 pub(in crate::setup) fn inside(endpoint: &CacheEndpoint, files: &dyn FileSource) -> Result<Plan, SetupError> {
     let mut plan = Plan::default();
     let path = Path::new(INSIDE).join("daemon.json");
@@ -68,7 +68,7 @@ pub(in crate::setup) fn inside(endpoint: &CacheEndpoint, files: &dyn FileSource)
     Ok(plan)
 }
 
-/// How those files come into the container. One by one: dockerd writes a key of its own beside them.
+/// The mounts of those files. Each is mounted separately, because dockerd writes a key beside them.
 pub(in crate::setup) fn mounts(endpoint: &CacheEndpoint) -> Vec<String> {
     let mut mounts = vec![format!("{INSIDE}/daemon.json:{DAEMON}:ro")];
     if endpoint.ca.is_some() {
@@ -77,7 +77,7 @@ pub(in crate::setup) fn mounts(endpoint: &CacheEndpoint) -> Vec<String> {
     mounts
 }
 
-/// dockerd trusts what lies in a folder named after host and port.
+/// dockerd trusts the CA in a folder named after host and port.
 fn authority(plan: &mut Plan, endpoint: &CacheEndpoint, folder: &str) {
     if let Some(authority) = &endpoint.ca {
         plan.file(
@@ -87,7 +87,7 @@ fn authority(plan: &mut Plan, endpoint: &CacheEndpoint, folder: &str) {
     }
 }
 
-/// `daemon.json` with us as mirror.
+/// `daemon.json` with the cache as mirror.
 fn daemon(path: &Path, text: &Text, endpoint: &CacheEndpoint, force: bool) -> Result<Text, SetupError> {
     let object = Object::read(path, text)?;
     let url = Value::String(endpoint.url());

@@ -1,5 +1,5 @@
-//! GitLab Runner's docker executor. Its jobs' images are pulled by the daemon of the host (`setup docker`); its
-//! docker:dind services run daemons of their own, into which a `daemon.json` is mounted by `volumes` in `config.toml`.
+//! GitLab Runner's docker executor. The host's daemon pulls the job images (`setup docker`). The docker:dind services
+//! run their own daemons, into which `volumes` of `config.toml` mounts a `daemon.json`.
 
 use std::path::Path;
 
@@ -107,8 +107,7 @@ fn with_volumes(text: &Text, runner: usize, mounts: &[String]) -> Option<Text> {
         .find(|edited| toml::from_str::<Table>(&edited.body).is_ok_and(|got| got == meant))
 }
 
-/// Where something can be added to a runner's `volumes`: the end of its last element, and whether a comma is needed
-/// before what is added.
+/// Insertion position in a runner's `volumes`: the end of the last element, and whether a comma is needed.
 fn end_of_volumes(body: &str, runner: usize) -> Option<(usize, bool)> {
     let root = DeTable::parse(body).ok()?;
     let DeValue::Array(runners) = root.get_ref().get("runners")?.get_ref() else {

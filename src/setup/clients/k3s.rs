@@ -1,5 +1,5 @@
-//! k3s: `registries.yaml`, from which it makes containerd's files. There is no folder for further files, and YAML is not
-//! edited by machine here: one that says something else is left alone.
+//! k3s: `registries.yaml`, from which k3s generates containerd's files. It has no folder for additional files, and
+//! YAML is not edited here: a file with other content is reported.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -42,7 +42,7 @@ fn registries(endpoint: &CacheEndpoint) -> String {
             "  \"{name}\":\n    endpoint:\n      - \"{}\"\n",
             endpoint.url()
         );
-        // k3s adds the registry itself as the last endpoint, by HTTPS.
+        // k3s adds the registry itself as the last endpoint, over HTTPS.
         if *plain_http {
             let _ = writeln!(text, "      - \"http://{name}\"");
         }

@@ -1,7 +1,7 @@
-//! podman, CRI-O, skopeo and buildah: a file of our own in `registries.conf.d`, which names us as mirror of each registry.
+//! podman, CRI-O, skopeo and buildah: a separate file in `registries.conf.d` with the cache as mirror of each
+//! registry.
 //!
-//! They say nothing about which registry they mean when they ask a mirror, so each mirror's location ends in the
-//! registry's name.
+//! These clients do not tell a mirror which registry they mean, so each mirror location ends with the registry's name.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -60,7 +60,8 @@ pub(in crate::setup) fn plan(
     Ok(plan)
 }
 
-/// Of two sections for one prefix, the file read last wins whole; and version 1 of the format tolerates no other.
+/// Of two sections for one prefix, the last one read replaces the other completely. Version 1 of the format allows no
+/// other file.
 fn objections(path: &Path, root: &Table, endpoint: &CacheEndpoint, force: bool) -> Result<(), SetupError> {
     if root.contains_key("registries") {
         return Err(SetupError::Conflict {

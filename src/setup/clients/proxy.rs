@@ -1,5 +1,5 @@
-//! Interception by `HTTPS_PROXY`: a drop-in for the service's systemd unit. Unlike mirrors it holds for every registry,
-//! and the client cannot fall back past it.
+//! Interception by `HTTPS_PROXY`: a systemd drop-in for the client's service. Unlike mirrors, it covers every registry
+//! and has no fallback.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use crate::setup::endpoint::{CacheEndpoint, Scheme};
 use crate::setup::plan::{FileSource, Plan};
 use crate::setup::{Client, SetupError};
 
-/// Where units are extended, ours last but for what the operator calls later.
+/// Name of the drop-in, which sorts after most others.
 const UNITS: &str = "/etc/systemd/system";
 const NAME: &str = "90-ifnewer.conf";
 
@@ -53,7 +53,7 @@ pub(in crate::setup) fn plan(
     Ok(plan)
 }
 
-/// CONNECT is asked for without TLS where that is allowed, which every client can.
+/// The proxy URL. CONNECT uses plain HTTP where allowed, because every client supports that.
 fn url(endpoint: &CacheEndpoint) -> String {
     match endpoint.scheme {
         Scheme::Http => format!("http://{}", endpoint.host_port()),
@@ -69,7 +69,7 @@ fn drop_in(endpoint: &CacheEndpoint) -> String {
     )
 }
 
-/// Another proxy for the same unit: of two, one would be lost, and with it perhaps the only way out.
+/// Reports another proxy of the same unit. Replacing it could remove the only route to the network.
 fn objections(folder: &Path, ours: &Path, files: &dyn FileSource) -> Result<(), SetupError> {
     for path in files.list(folder)? {
         if path == ours {
@@ -109,7 +109,7 @@ fn another(path: &Path, what: &str) -> SetupError {
     }
 }
 
-/// `user:password@` of a proxy's URL is not repeated.
+/// Hides `user:password@` of a proxy URL.
 fn without_password(line: &str) -> String {
     match (line.find("://"), line.rfind('@')) {
         (Some(scheme), Some(at)) if scheme < at => {

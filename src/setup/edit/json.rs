@@ -1,5 +1,5 @@
-//! One member of a JSON object, set in its text. Everything else keeps its bytes: order, indentation, numbers that no
-//! parser of ours could hold.
+//! JSON edit: sets one member of an object in its text. Everything else keeps its bytes: order, indentation, and
+//! numbers beyond the parser's range.
 
 use std::fmt;
 use std::ops::Range;
@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 use crate::setup::SetupError;
 use crate::setup::edit::text::Text;
 
-/// The members of an object: their names, and where in the text their values stand.
+/// Members of an object with the positions of their values.
 pub(in crate::setup) struct Object<'a> {
     path: &'a Path,
     text: &'a Text,
@@ -21,7 +21,7 @@ pub(in crate::setup) struct Object<'a> {
 }
 
 impl<'a> Object<'a> {
-    /// Reads a text that is one object. A blank text is an empty object, as dockerd has it.
+    /// Parses a text that is one object. A blank text is an empty object, as for dockerd.
     pub(in crate::setup) fn read(path: &'a Path, text: &'a Text) -> Result<Self, SetupError> {
         if text.is_blank() {
             return Ok(Self {
@@ -69,7 +69,7 @@ impl<'a> Object<'a> {
         self.text.body.get(at.clone())
     }
 
-    /// The text with this member set to `value` (JSON).
+    /// Sets a member to `value` (JSON).
     pub(in crate::setup) fn with(&self, name: &str, value: &str) -> Result<Text, SetupError> {
         let body = &self.text.body;
         let edited = match self.members.iter().find(|(held, _)| held == name) {
@@ -81,7 +81,7 @@ impl<'a> Object<'a> {
         self.proven(name, value, edited)
     }
 
-    /// Baseline the first member, as indented as that one.
+    /// Inserts before the first member, with its indentation.
     fn with_first(&self, name: &str, value: &str) -> String {
         let body = &self.text.body;
         let inside = body.find('{').map_or(0, |at| at + 1);
@@ -99,7 +99,7 @@ impl<'a> Object<'a> {
         )
     }
 
-    /// The edit is what was meant and nothing else, or nothing is written.
+    /// Verifies the edit: the result must equal the old object plus the change, or nothing is written.
     fn proven(&self, name: &str, value: &str, edited: Text) -> Result<Text, SetupError> {
         let read = |text: &str| serde_json::from_str::<Value>(text).ok();
         let before = if self.text.is_blank() {
@@ -127,7 +127,7 @@ fn splice(body: &str, at: &Range<usize>, value: &str) -> String {
     format!("{head}{value}{}", rest.get(at.len()..).unwrap_or_default())
 }
 
-/// The members in the order of the text, doubles included.
+/// Members in text order, including duplicates.
 struct Members<'a>(Vec<(String, &'a RawValue)>);
 
 impl<'de> Deserialize<'de> for Members<'de> {
@@ -187,7 +187,7 @@ mod tests {
         ] {
             match set(before) {
                 Ok(got) => assert_eq!(got, after),
-                // A number no f64 holds is no number to serde_json: refused, never mangled.
+                // A number that f64 cannot represent is rejected by serde_json, not changed.
                 Err(refused) => assert!(before.contains("1e400"), "{before}: {refused}"),
             }
         }

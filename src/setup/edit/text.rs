@@ -1,6 +1,5 @@
-//! A configuration file as its owner wrote it: edited in the text, so that comments, order, line ends and whatever a
-//! rewriting parser would lose stay as they are. What a text means is for `json` and `toml`, which also prove that an
-//! edit did what it should.
+//! Text edits of a configuration file that preserve comments, order and line ends. `json` and `toml` interpret the
+//! text and verify each edit.
 
 use std::path::Path;
 
@@ -8,7 +7,7 @@ use crate::setup::SetupError;
 
 const BOM: &str = "\u{feff}";
 
-/// The text of a file, without a byte order mark.
+/// The text of a file without its byte order mark.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::setup) struct Text {
     has_bom: bool,
@@ -16,7 +15,7 @@ pub(in crate::setup) struct Text {
 }
 
 impl Text {
-    /// Reads the bytes of `path`; an absent file is an empty one.
+    /// Decodes the bytes of `path`; a missing file is empty.
     pub(in crate::setup) fn read(path: &Path, bytes: Option<Vec<u8>>) -> Result<Self, SetupError> {
         let text = String::from_utf8(bytes.unwrap_or_default()).map_err(|error| {
             let good = error.as_bytes().get(..error.utf8_error().valid_up_to());
@@ -42,7 +41,7 @@ impl Text {
         })
     }
 
-    /// The same file with another body.
+    /// The same file with another text.
     pub(in crate::setup) fn with(&self, body: String) -> Self {
         Self {
             has_bom: self.has_bom,
@@ -59,12 +58,12 @@ impl Text {
         }
     }
 
-    /// Whether there is nothing but blanks.
+    /// Whether the text is blank.
     pub(in crate::setup) fn is_blank(&self) -> bool {
         self.body.trim().is_empty()
     }
 
-    /// How this file ends its lines.
+    /// Line ending of the file.
     pub(in crate::setup) fn line_end(&self) -> &'static str {
         match self.body.find('\n') {
             Some(at) if self.body.get(..at).is_some_and(|line| line.ends_with('\r')) => "\r\n",
@@ -72,7 +71,7 @@ impl Text {
         }
     }
 
-    /// `block`, whose lines end in `\n`, at the end and apart from what is there.
+    /// Appends `block`, whose lines end in `\n`, after a blank line.
     pub(in crate::setup) fn appended(&self, block: &str) -> Self {
         let end = self.line_end();
         let mut body = self.body.clone();
@@ -86,7 +85,7 @@ impl Text {
         self.with(body)
     }
 
-    /// `block`, whose lines end in `\n`, before the line with this number (from 0).
+    /// Inserts `block`, whose lines end in `\n`, before this line (from 0).
     pub(in crate::setup) fn inserted(&self, line: usize, block: &str) -> Self {
         let end = self.line_end();
         let mut body = String::with_capacity(self.body.len() + block.len());

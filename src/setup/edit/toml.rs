@@ -1,5 +1,5 @@
-//! Keys and sections of a TOML file, set in its text. An edit is tried where it would look natural, and kept only if the
-//! file then means what it meant before and the new key: whatever notation its owner prefers, nothing is guessed.
+//! TOML edit: sets keys and sections in the text. After an edit the text is parsed again, and the edit is kept only if
+//! the result equals the old document plus the key.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use toml::{Table, Value};
 use crate::setup::SetupError;
 use crate::setup::edit::text::Text;
 
-/// What a text means.
+/// Parses the text.
 pub(in crate::setup) fn read(path: &Path, text: &Text) -> Result<Table, SetupError> {
     toml::from_str(&text.body).map_err(|error: toml::de::Error| {
         let at = error.span().map_or(0, |span| span.start);
@@ -22,14 +22,13 @@ pub(in crate::setup) fn read(path: &Path, text: &Text) -> Result<Table, SetupErr
     })
 }
 
-/// The table at `path`, as far as everything on the way is a table.
+/// The table at `path`, if every element on the way is a table.
 pub(in crate::setup) fn table<'a>(root: &'a Table, path: &[&str]) -> Option<&'a Table> {
     path.iter()
         .try_fold(root, |table, name| table.get(*name)?.as_table())
 }
 
-/// `key = value` in the section at `section`, which is begun at the end of the file if it has none. `None` if that
-/// cannot be done without changing something else.
+/// Sets `key = value` in `section`, which is appended if it is missing. `None` if that would change something else.
 pub(in crate::setup) fn set(text: &Text, section: &[&str], key: &str, value: &Value) -> Option<Text> {
     let meant = {
         let mut root: Table = toml::from_str(&text.body).ok()?;
@@ -50,8 +49,8 @@ pub(in crate::setup) fn set(text: &Text, section: &[&str], key: &str, value: &Va
         .find(|edited| toml::from_str::<Table>(&edited.body).is_ok_and(|got| got == meant))
 }
 
-/// The value of `key` in the section at `section` made `value`, its notation and all else kept. `None` where there is
-/// no such value, or nothing but a rewrite would do it.
+/// Replaces the value of `key` in `section` and keeps everything else. `None` if there is no such value, or only a
+/// rewrite could do it.
 pub(in crate::setup) fn replace(text: &Text, section: &[&str], key: &str, value: &Value) -> Option<Text> {
     let mut meant: Table = toml::from_str(&text.body).ok()?;
     let table = section
@@ -73,7 +72,7 @@ pub(in crate::setup) fn replace(text: &Text, section: &[&str], key: &str, value:
         .then_some(edited)
 }
 
-/// The text with `line` after a header of `section`, for each line that may be one.
+/// Candidates with `line` inserted after each possible header of `section`.
 pub(in crate::setup) fn after_headers(text: &Text, section: &[&str], line: &str) -> Vec<Text> {
     headers(text)
         .filter(|(_, path)| path.iter().eq(section))
@@ -81,8 +80,8 @@ pub(in crate::setup) fn after_headers(text: &Text, section: &[&str], line: &str)
         .collect()
 }
 
-/// A whole section `[section]` with these lines, before the first section whose path begins with `before`, or at the
-/// end. `None` if that would change something else.
+/// Adds a section with these lines before the first section whose path begins with `before`, or at the end. `None` if
+/// that would change something else.
 pub(in crate::setup) fn add(
     text: &Text,
     section: &[&str],
@@ -122,7 +121,7 @@ pub(in crate::setup) fn header(section: &[&str]) -> String {
     format!("[{}]", names.join("."))
 }
 
-/// A key as it stands in TOML: bare if it may be.
+/// A key in TOML notation, bare if possible.
 fn quoted(name: &str) -> String {
     let is_bare = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '_' | '-');
     if !name.is_empty() && name.chars().all(is_bare) {
@@ -132,8 +131,8 @@ fn quoted(name: &str) -> String {
     }
 }
 
-/// Lines that look like a header, and the path each names. One inside a string of several lines is found as well; the
-/// proof turns it away.
+/// Lines that look like a header, with the path of each. A line within a multi-line string also matches; the
+/// verification rejects it.
 fn headers(text: &Text) -> impl Iterator<Item = (usize, Vec<String>)> + '_ {
     text.body.lines().enumerate().filter_map(|(at, line)| {
         if !line.trim_start().starts_with('[') {
@@ -157,7 +156,7 @@ fn headers(text: &Text) -> impl Iterator<Item = (usize, Vec<String>)> + '_ {
     })
 }
 
-/// How far the line with this number is indented.
+/// Indentation of a line.
 fn indent(text: &Text, line: usize) -> String {
     let held = text.body.lines().nth(line).unwrap_or_default();
     let blank = held.len() - held.trim_start().len();

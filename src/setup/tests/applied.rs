@@ -1,4 +1,4 @@
-//! Written, written again, and taken back: byte for byte, whatever was there.
+//! Applying, applying again and undoing, with the originals restored byte for byte.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -9,7 +9,7 @@ use super::*;
 
 const DAEMON: &str = "/etc/docker/daemon.json";
 
-/// A root in a folder that is deleted at the end.
+/// A root in a temporary folder.
 struct Host {
     folder: TempDir,
     root: RootFs,
@@ -48,7 +48,7 @@ impl Host {
         undo(Client::Docker, force, &self.root)
     }
 
-    /// Every file and folder but the lock, which stays.
+    /// Every file and folder except the lock.
     fn all(&self) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
         let mut found = BTreeMap::new();
         let mut folders = vec![self.folder.path().to_owned()];
@@ -249,7 +249,7 @@ fn a_stop_after_the_record_and_before_the_files_can_be_undone() {
     host.put(DAEMON, b"{\"a\":1}");
     let all = host.all();
     host.apply(&remote(), false).unwrap();
-    // As if it had been stopped after the first of its two files.
+    // As after an interruption between the two files.
     host.put(DAEMON, b"{\"a\":1}");
     host.undo(false).unwrap();
     assert_eq!(host.all(), all);
@@ -259,7 +259,7 @@ fn a_stop_after_the_record_and_before_the_files_can_be_undone() {
 fn a_failure_in_the_middle_leaves_what_was_there() {
     let host = Host::new();
     host.put(DAEMON, b"{\"a\":1}");
-    // The second file's folder is a file, so that it cannot be written.
+    // The folder of the second file is a file, so that writing fails.
     host.put("/etc/docker/certs.d", b"");
     let all = host.all();
     host.apply(&remote(), false).unwrap_err();

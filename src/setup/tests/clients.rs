@@ -1,4 +1,4 @@
-//! What each client's files should say, on a fresh host, beside what is there, and again.
+//! Planned files of each client: on a fresh host, beside existing files, and repeated.
 
 use super::*;
 
@@ -157,7 +157,7 @@ fn containerds_own_folder_is_used() {
     assert!(text(&plan, "/opt/hosts/docker.io/hosts.toml").contains("127.0.0.1:5000"));
 }
 
-/// What `containerd config default` writes: 1.6, 2.1, 2.3.
+/// Defaults of `containerd config default`: 1.6, 2.1, 2.3.
 #[test]
 fn m04_each_default_configuration_gets_its_config_path() {
     let of_1 = "version = 2\n[plugins]\n  [plugins.\"io.containerd.grpc.v1.cri\".registry]\n    config_path = \"\"\n\n    \
@@ -187,7 +187,7 @@ fn m04_each_default_configuration_gets_its_config_path() {
     }
 }
 
-/// containerd 1.6 to 2.1 pass over a whole hosts.toml with a capability that they do not know.
+/// containerd 1.6 to 2.1 skip a whole hosts.toml with an unknown capability.
 #[test]
 fn m05_referrers_are_named_where_containerd_knows_them() {
     let config = |version: u8| format!("version = {version}\n");
@@ -232,7 +232,7 @@ fn m05_referrers_are_named_where_containerd_knows_them() {
         let unknown = plan.notes.iter().any(|note| note.contains("referrers"));
         assert_eq!(unknown, printed.is_none() && version == 2, "{printed:?}");
 
-        // What an earlier release was given is brought up to date, and the other way round.
+        // A file written for an earlier release is updated, and vice versa.
         for former in [both, three] {
             let hosts =
                 format!("server = \"s\"\n\n[host.\"http://127.0.0.1:5000\"] # the cache\n{former}# end\n");

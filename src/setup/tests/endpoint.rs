@@ -1,4 +1,5 @@
-//! How a client reaches us.
+//! Endpoints derived from configuration and options.
+//!
 
 use super::*;
 
