@@ -1,7 +1,7 @@
-//! `ifnewer ca`: our certificate authority handed out, trusted and replaced.
+//! `ifnewer ca`: export, installation and rotation of the certificate authority.
 //!
-//! The key never leaves its folder: what is handed out is read as certificates and written as such. InstallOptions stores are
-//! changed as `setup` changes clients' files, so that it can be taken back.
+//! The private key never leaves its folder: only certificates are read and written elsewhere. Trust stores are changed
+//! with the same undo mechanism as clients' files in `setup`.
 
 use std::fmt::{self, Display, Formatter};
 use std::fs;
@@ -18,49 +18,49 @@ use crate::setup::{
     Applied, CaBundle, CacheEndpoint, Client, DesiredFile, FileSource, Job, Options, Plan, RootFs, SetupError,
 };
 
-/// Who is to trust us.
+/// A trust store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum TrustStore {
-    /// Everything on this host that uses the system's list: Debian's and Alpine's, or RHEL's.
+    /// The system bundle of this host: Debian, Alpine or RHEL
     System,
-    /// dockerd, for our address alone: `/etc/docker/certs.d`.
+    /// dockerd, for the cache's address only: `/etc/docker/certs.d`
     Docker,
-    /// containerd, for our address alone: `/etc/containerd/certs.d`.
+    /// containerd, for the cache's address only: `/etc/containerd/certs.d`
     Containerd,
 }
 
-/// Why a new authority was not made.
+/// Error of a rotation.
 #[derive(Debug, thiserror::Error)]
 pub enum RotateError {
-    /// There is none yet.
+    /// There is no CA yet.
     #[error("{}: there is no certificate authority yet; it is made when `ifnewer` first starts", .0.display())]
     NoCa(PathBuf),
-    /// The new one could not be made. The old one is in place.
+    /// The new CA could not be created. The old one stays in place.
     #[error("nothing was changed: {0}")]
     Generate(#[from] TlsError),
-    /// A file could not be kept or put into its place.
+    /// A file could not be saved or replaced.
     #[error("cannot {action} {}: {error}; run `ifnewer ca rotate` again, which begins anew", path.display())]
     File {
-        /// What was tried.
+        /// The action.
         action: &'static str,
-        /// With which file.
+        /// The file.
         path: PathBuf,
-        /// Why it failed.
+        /// The reason.
         error: std::io::Error,
     },
 }
 
-/// In the order in which new ones take their places. The certificate that clients trust is last: as long as it is
-/// the old one, doing it again begins anew and loses nothing.
+/// Order of replacement. The CA certificate, which clients trust, is last: until it is replaced, a repeated rotation
+/// starts over and loses nothing.
 const FILES: [&str; 4] = ["server.key", "server.pem", "ca.key", "ca.pem"];
 
-/// The certificate authority in use, as PEM. With a certificate of the operator's own, it still vouches for the
-/// registries' names that clients come by.
+/// The current CA certificate as PEM. If the operator configured a server certificate, the CA still issues
+/// certificates for intercepted registry names.
 pub fn export(config: &Config) -> Result<CaBundle, SetupError> {
     CaBundle::read(&config.tls.folder.join("ca.pem"))
 }
 
-/// Lets `store` trust us.
+/// Installs the CA in `store`.
 pub fn install(
     config: &Config,
     store: TrustStore,
@@ -126,7 +126,7 @@ pub fn install(
     Ok(applied)
 }
 
-/// Takes that back.
+/// Removes the CA from `store`.
 pub fn uninstall(store: TrustStore, force: bool, root: &RootFs) -> Result<Applied, SetupError> {
     let mut applied = job(store).undo(root, force)?;
     applied.by_hand.clear();
@@ -136,18 +136,18 @@ pub fn uninstall(store: TrustStore, force: bool, root: &RootFs) -> Result<Applie
     Ok(applied)
 }
 
-/// Whom to trust, and how.
+/// Options of an installation.
 #[derive(Clone, Debug, Default)]
 pub struct InstallOptions {
-    /// Where the client reaches us, if not as the configuration says.
+    /// The address at which the client reaches the cache, if different from the configuration.
     pub address: Option<String>,
-    /// The certificate authority, if not our own.
+    /// The certificate authority, if not that of this cache.
     pub ca: Option<PathBuf>,
-    /// Goes over objections.
+    /// Replaces an existing certificate.
     pub force: bool,
 }
 
-/// Makes a new authority and a new server certificate. Returns the folder where the old ones are kept.
+/// Creates a new CA and server certificate. Returns the folder with the old files.
 pub fn rotate(config: &Config, clock: Clock) -> Result<PathBuf, RotateError> {
     let folder = &config.tls.folder;
     if !folder.join("ca.key").exists() {
@@ -172,7 +172,7 @@ pub fn rotate(config: &Config, clock: Clock) -> Result<PathBuf, RotateError> {
     create_dir(&old)?;
     for name in FILES {
         let (from, to) = (folder.join(name), old.join(name));
-        // A link keeps mode and owner, and needs no room.
+        // A hard link preserves mode and owner, and needs no space.
         if from.exists() && !to.exists() {
             fs::hard_link(&from, &to)
                 .or_else(|_| fs::copy(&from, &to).map(drop))
@@ -197,7 +197,7 @@ pub fn rotate(config: &Config, clock: Clock) -> Result<PathBuf, RotateError> {
     Ok(old)
 }
 
-/// The cache seldom runs as who rotates, and has to read its key.
+/// Copies the owner, because the cache usually runs as another user than the operator and must read its key.
 fn copy_owner(held: &Path, new: &Path) -> std::io::Result<()> {
     let new_owner = fs::metadata(new)?;
     let Ok(held) = fs::metadata(held) else {
@@ -209,10 +209,10 @@ fn copy_owner(held: &Path, new: &Path) -> std::io::Result<()> {
     chown(new, Some(held.uid()), Some(held.gid()))
 }
 
-/// What an operator has to know after `rotate`.
+/// Instructions after a rotation.
 #[derive(Debug)]
 pub struct RotateReport<'a> {
-    /// Where the old files are.
+    /// The folder with the old files.
     pub old: &'a Path,
 }
 
@@ -274,7 +274,7 @@ fn job(store: TrustStore) -> Job {
     }
 }
 
-/// A system's list of trusted authorities.
+/// The CA bundle of an operating system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum OsTrustStore {
     /// Debian, Ubuntu, Alpine.
@@ -291,7 +291,8 @@ impl OsTrustStore {
         })
     }
 
-    /// What makes the list anew; without `--fresh`, Debian's leaves what was removed.
+    /// The command that rebuilds the bundle. Without `--fresh`, Debian's keeps removed certificates.
+    ///
     fn command(self, removed: bool) -> &'static [&'static str] {
         match (self, removed) {
             (Self::Debian, false) => &["update-ca-certificates"],

@@ -1,10 +1,10 @@
-//! `ifnewer demo`: the whole story on this machine alone, without network, daemon or configuration.
+//! `ifnewer demo`: a demonstration on this machine, without network, daemon or configuration.
 //!
-//! A scripted registry and a real ifnewer with TLS are started on loopback, in a folder that is removed afterwards. Then
-//! it plays: a cold pull, the same again, a tag that moves, a rate limit, a private image, a registry that dies. Each
-//! line says what the client got, what that cost upstream, and why; and each is checked. A wrong line is exit code 1.
+//! It starts a scripted registry and an ifnewer process with TLS on loopback, in a temporary folder. The scenario
+//! covers a cold pull, a repeated pull, a moved tag, a rate limit, a private image and an outage. Each step prints the
+//! response, the upstream traffic and the reason, and verifies them. A failed step gives exit code 1.
 //!
-//! * `registry`: the scripted upstream. * `client`: pulls as a client does. * `story`: the lines.
+//! * `registry`: the scripted upstream. * `client`: a pulling client. * `scenario`: the steps.
 
 mod client;
 mod registry;
@@ -22,33 +22,33 @@ use crate::admin::client::{Client as AdminClient, ClientError};
 use crate::config;
 use registry::Registry;
 
-/// Why the demonstration could not be summary. That a line of it is wrong is told by [`Summary`].
+/// Error that prevents the demo. Failed steps are reported in [`Summary`].
 #[derive(Debug, thiserror::Error)]
 pub enum DemoError {
-    /// The system refused something.
+    /// An operating system call failed.
     #[error("the demo cannot be set up: {0}")]
     Io(#[from] io::Error),
-    /// The cache under demonstration did not come up.
+    /// The cache did not start.
     #[error("ifnewer did not start: {0}")]
     NotStarted(String),
-    /// Its admin listener did not answer.
+    /// The admin API did not respond.
     #[error(transparent)]
     Ask(#[from] ClientError),
-    /// The client cannot be set up.
+    /// The client cannot be created.
     #[error("the demo's client cannot be set up: {0}")]
     Client(String),
 }
 
-/// How it went.
+/// Result of the demo.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Summary {
-    /// Lines.
+    /// Number of steps.
     pub lines: usize,
-    /// Those that were not as they should be.
+    /// Number of failed steps.
     pub wrong: usize,
 }
 
-/// Plays the story to `out`. With `stay`, leaves the page up until `stay` is fulfilled.
+/// Runs the demo with output to `out`. With `stay`, keeps the admin page running until `stay` resolves.
 pub async fn run(
     program: PathBuf,
     folder: PathBuf,
@@ -68,14 +68,14 @@ pub async fn run(
             "\nthe page is at http://{}/ ; press Ctrl-C to end",
             cache.admin
         )?;
-        // Dropped or fulfilled: both mean the end.
+        // Both a dropped and a resolved sender end the demo.
         let _ = stay.await;
     }
     cache.end();
     Ok(summary)
 }
 
-/// Removed at the end.
+/// A folder that is removed when dropped.
 struct TempFolder(PathBuf);
 
 impl TempFolder {
@@ -91,7 +91,7 @@ impl Drop for TempFolder {
     }
 }
 
-/// The cache under demonstration: this program once more, as a process of its own.
+/// The cache did not start.
 struct Cache {
     child: Child,
     registry: SocketAddr,
@@ -138,7 +138,7 @@ impl Cache {
         })
     }
 
-    /// Ends it as a service manager does.
+    /// Stops it with SIGTERM, as a service manager does.
     fn end(&mut self) {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         if let Some(pid) = pid {
@@ -155,7 +155,7 @@ impl Drop for Cache {
     }
 }
 
-/// Everything lies beside the configuration's file.
+/// All paths are relative to the configuration file.
 fn configuration(upstream: SocketAddr) -> String {
     format!(
         "data = \"data\"\n\

@@ -1,12 +1,14 @@
-//! `ifnewer doctor`: is the mirror really used? A client that is not configured right says nothing and goes past the cache;
-//! this looks at every place where that happens, and in the end pulls an image and looks for it in our own log.
+//! `ifnewer doctor`: checks that clients use the cache.
 //!
-//! * `cache`: our listener, our readiness, the upstreams. * `host`: disk, descriptors, clock, the process' variables, the
-//!   files that `setup` wrote. * `docker`: dockerd's configuration, in the file and in effect; its trust.
-//! * `canary`: the pull that must appear in our own log.
-//! * `containerd`: its files. * `wire`: one HTTP request, over TCP, TLS or a unix socket.
+//! A misconfigured client bypasses the cache silently. The checks cover every place where that can happen; the last
+//! one pulls an image and searches for the pull in the cache's log.
 //!
-//! Each check ends as ok, failed or skipped, in one line: what, where, what to do. Nothing is mended here.
+//! * `cache`: listener, readiness and upstreams. * `host`: disk, file descriptors, clock, environment of the process,
+//!   files written by `setup`.
+//! * `docker`: configuration of dockerd, in the file and in effect, and its trust. * `containerd`: its files.
+//! * `canary`: the test pull. * `http_probe`: one HTTP request over TCP, TLS or a unix socket.
+//!
+//! Each check is ok, failed or skipped, and prints one line: what, where, and what to do. No check changes anything.
 
 mod cache;
 mod canary;
@@ -26,30 +28,30 @@ use serde_json::{Value, json};
 use crate::config::Config;
 use crate::setup::{CacheEndpoint, Client, Options as SetupOptions, RootFs, SetupError};
 
-/// An exit code counts no further, so that it is not taken for a signal's.
+/// Maximum of the exit code, because larger ones are confused with signals.
 const FAILED_MAX: usize = 100;
 
-/// What to look at.
+/// Options of the checks.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Where clients reach us, if not as the configuration says.
+    /// The address at which clients reach the cache, if different from the configuration.
     pub address: Option<String>,
-    /// The certificate authority, if not our own.
+    /// The certificate authority, if not that of this cache.
     pub ca: Option<PathBuf>,
     /// The image to pull.
     pub canary: String,
-    /// Docker's socket, below the root.
+    /// Docker socket, below the root.
     pub docker: PathBuf,
 }
 
-/// How a check ended.
+/// Result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// As it should be.
+    /// Passed.
     Ok,
-    /// Not as it should be.
+    /// Failed.
     Failed,
-    /// Not looked at.
+    /// Skipped.
     Skipped,
 }
 
@@ -63,16 +65,16 @@ impl State {
     }
 }
 
-/// One check.
+/// One check with its result.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Check {
-    /// What is looked at.
+    /// Name of the check.
     pub name: String,
-    /// How it ended.
+    /// The result.
     pub state: State,
     /// What was found, and where.
     pub found: String,
-    /// What to do about it; empty where nothing is to be done.
+    /// The remedy; empty if none is needed.
     pub remedy: String,
 }
 
@@ -105,22 +107,22 @@ impl Check {
     }
 }
 
-/// All checks, in the order in which one depends on the other.
+/// All checks, in dependency order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report(pub Vec<Check>);
 
 impl Report {
-    /// How many failed.
+    /// Number of failed checks.
     pub fn failed(&self) -> usize {
         self.0.iter().filter(|check| check.state == State::Failed).count()
     }
 
-    /// The exit code: how many failed.
+    /// Exit code: the number of failed checks.
     pub fn exit_code(&self) -> u8 {
         u8::try_from(self.failed().min(FAILED_MAX)).unwrap_or(u8::MAX)
     }
 
-    /// For programs.
+    /// The report as JSON.
     pub fn json(&self) -> Value {
         let checks = self.0.iter().map(|check| {
             json!({
@@ -158,17 +160,17 @@ impl Display for Report {
     }
 }
 
-/// What every check may look at.
+/// Context of all checks.
 struct CheckContext<'a> {
     config: &'a Config,
     options: &'a Options,
     root: &'a RootFs,
-    /// How a client on this host reaches us.
+    /// The endpoint for a client on this host.
     endpoint: Result<CacheEndpoint, SetupError>,
     now: SystemTime,
 }
 
-/// Looks at everything.
+/// Runs all checks.
 pub async fn examine(config: &Config, options: &Options, root: &RootFs, now: SystemTime) -> Report {
     let setup = SetupOptions {
         client: Client::Docker,

@@ -1,4 +1,4 @@
-//! Pulls as a client does: the manifest by tag, then everything it names, verified.
+//! Pulling client: the manifest by tag, then all its children, verified.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -15,32 +15,32 @@ use crate::queue::{Class, Peer};
 use crate::trace_context::TraceContext;
 use crate::upstream::{Caller, Credential, ProxyChoice, Settings, Transport, Upstream, UpstreamResponse};
 
-/// The largest thing the demo has.
+/// Maximum size of a response.
 const RESPONSE_BYTES_MAX: usize = 64 * 1024 * 1024;
 
-/// A user of the cache, over TLS.
+/// A client of the cache, over TLS.
 pub(super) struct Client {
     cache: Upstream,
     caller: Caller,
 }
 
-/// What a pull brought.
+/// Result of a pull.
 pub(super) struct PullResult {
-    /// The image, if it came whole and right.
+    /// The digest of the manifest, if the image is complete and verified.
     pub(super) digest: Option<Digest>,
-    /// Config and layers.
+    /// Number of configs and layers.
     pub(super) blobs: usize,
     pub(super) bytes: u64,
     pub(super) status: u16,
-    /// The manifest's `Cache-Status`.
+    /// `Cache-Status` of the manifest.
     pub(super) cache_status: String,
-    /// What was said instead.
+    /// The error message.
     pub(super) message: String,
     pub(super) took: Duration,
 }
 
 impl Client {
-    /// A user who trusts the cache's own CA, and shows this credential.
+    /// Creates a client that trusts the cache's CA and sends this credential.
     pub(super) fn new(
         address: SocketAddr,
         ca: &[u8],

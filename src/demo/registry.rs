@@ -1,4 +1,4 @@
-//! The scripted upstream: a few images, one of them private, and three moods.
+//! Scripted upstream registry: a few images, one of them private, with rate limiting and shutdown.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -22,18 +22,18 @@ use tokio_util::sync::CancellationToken;
 use crate::oci::header::DOCKER_CONTENT_DIGEST;
 use crate::oci::{Algorithm, Digest};
 
-/// What it asks for when it limits the rate.
+/// `Retry-After` while rate limiting.
 pub(super) const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 
-/// An image as it was pushed.
+/// A pushed image.
 #[derive(Clone)]
 pub(super) struct Image {
     pub(super) digest: Digest,
 }
 
-/// The registry. Dropping it ends it.
+/// The registry. Dropping it stops it.
 pub(super) struct Registry {
     shared: Arc<Shared>,
     address: SocketAddr,
@@ -47,7 +47,7 @@ struct Shared(Mutex<State>);
 struct State {
     manifests: HashMap<(String, String), Bytes>,
     blobs: HashMap<(String, String), Bytes>,
-    /// Repositories that only this `Authorization` may read.
+    /// Repositories that require this `Authorization`.
     private: HashMap<String, HeaderValue>,
     is_limiting: bool,
     requests: u64,
@@ -97,7 +97,7 @@ impl Registry {
         self.address
     }
 
-    /// Pushes an image of these layers, so many bytes each.
+    /// Pushes an image with layers of these sizes.
     pub(super) fn push(&self, repository: &str, tag: &str, layers: &[(&str, usize)]) -> Image {
         let mut inside = self.shared.state();
         let mut keep = |bytes: Bytes| {
@@ -136,7 +136,7 @@ impl Registry {
         Image { digest }
     }
 
-    /// From now on only this credential may read the repository.
+    /// Requires this credential for the repository.
     pub(super) fn require_auth(&self, repository: &str, authorization: &HeaderValue) {
         self.shared
             .state()
@@ -144,17 +144,17 @@ impl Registry {
             .insert(repository.to_owned(), authorization.clone());
     }
 
-    /// Answers 429 to everything, or not any more.
+    /// Enables or disables 429 for every request.
     pub(super) fn set_rate_limit(&self, is_limiting: bool) {
         self.shared.state().is_limiting = is_limiting;
     }
 
-    /// Ends it: from now on connections are refused.
+    /// Stops it; connections are refused from then on.
     pub(super) fn stop(&self) {
         self.alive.cancel();
     }
 
-    /// Requests answered and bytes of bodies sent, since the start.
+    /// Number of requests, and bytes of bodies sent.
     pub(super) fn sent(&self) -> (u64, u64) {
         let inside = self.shared.state();
         (inside.requests, inside.bytes)
@@ -242,7 +242,7 @@ fn refusal(status: StatusCode, code: &str) -> Response<Full<Bytes>> {
     respond(status, "application/json", body.to_string().into())
 }
 
-/// Bytes that differ from name to name.
+/// Content that differs by name.
 fn content(name: &str, size: usize) -> Bytes {
     let pairs = name.bytes().cycle().zip((0_u8..=250).cycle());
     pairs.map(|(one, other)| one ^ other).take(size).collect()

@@ -1,4 +1,4 @@
-//! The lines of the story, each with what it must be.
+//! Scenario of the demo: its steps with their expected results.
 
 use std::io::Write;
 use std::net::SocketAddr;
@@ -14,21 +14,21 @@ use crate::admin::client::Client as AdminClient;
 use crate::admin::format::{bytes, short_digest};
 use crate::oci::{Digest, Reference, Repository};
 
-/// The upstream's name in images.
+/// Name of the upstream in image references.
 pub(super) const UPSTREAM: &str = "registry.demo";
 
 const BASE: (&str, usize) = ("base", 3_000_000);
 
-/// What a line must be.
+/// Expected result of a step.
 struct Expectation {
-    /// The image that must have come, whole; none if the client must be refused.
+    /// The expected image; `None` if the request must be denied.
     image: Option<Image>,
-    /// The reason in the log, the metrics and `Cache-Status`.
+    /// The reason in log, metrics and `Cache-Status`.
     reason: &'static str,
     cause: Option<&'static str>,
-    /// Requests that reach the upstream; where it is dead, none can.
+    /// Expected upstream requests; none reach a stopped registry.
     requests: u64,
-    /// The largest number of bytes it may have to send.
+    /// Maximum upstream bytes.
     bytes_max: u64,
     status: u16,
 }
@@ -72,7 +72,7 @@ impl Expectation {
     }
 }
 
-/// Plays all of it.
+/// Runs all steps.
 pub(super) async fn run(
     registry: &Registry,
     cache: SocketAddr,
@@ -112,7 +112,7 @@ pub(super) async fn run(
         )
         .await?;
     let second = registry.push("library/app", "latest", &[BASE, ("code 2", 400_000)]);
-    // Asked, fetched, and of the layers only the one that changed.
+    // Revalidated and fetched; only the changed layer is downloaded.
     let newer = Expectation::image(&second, "new-digest").with_cost(4, 450_000);
     scenario.step("the tag moved", &anyone, app, newer).await?;
     let private = registry.push("acme/secret", "1", &[("secret code", 500_000)]);
@@ -141,7 +141,7 @@ pub(super) async fn run(
         .await?;
     registry.set_rate_limit(false);
     registry.stop();
-    // Until then the limit, not the death, is why nobody asks.
+    // Wait until the rate limit is over, so that the outage is the reason of the next step.
     tokio::time::sleep(RETRY_AFTER + Duration::from_millis(200)).await;
     scenario
         .step("registry dead", &anyone, app, held(&second, "connection-refused"))
@@ -313,7 +313,7 @@ fn mismatches(
     mismatches
 }
 
-/// As much of an error as fits into a line.
+/// Truncates an error to the width of a column.
 fn truncated(text: &str) -> String {
     const CHARS_MAX: usize = 32;
     if text.chars().count() <= CHARS_MAX {

@@ -1,4 +1,4 @@
-//! Ourselves: is the port answered, is the certificate right, are the upstreams there.
+//! Checks of the cache: listener, TLS certificate, readiness and upstreams.
 
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
@@ -14,10 +14,10 @@ use crate::queue::{Class, Peer};
 use crate::trace_context::TraceContext;
 use crate::upstream::{Caller, Credential, LearnedState, Transport, Upstream};
 
-/// A name that nobody has: whatever the registry answers, it answers.
+/// A repository that does not exist: any response shows that the registry is available.
 const PROBE_REPOSITORY: &str = "ifnewer/doctor";
 
-/// Where clients of this host reach us: plainly where that is allowed, and by TLS with our authority.
+/// Requests the registry listener as a client of this host: plain HTTP if allowed, and TLS with the cache's CA.
 pub(super) async fn listeners(context: &CheckContext<'_>) -> Vec<Check> {
     const NAME: &str = "listener";
     let endpoint = match &context.endpoint {
@@ -95,7 +95,7 @@ async fn tls(context: &CheckContext<'_>, host: &str, port: u16) -> Check {
     }
 }
 
-/// What we say of ourselves.
+/// Checks `/readyz`.
 pub(super) async fn ready(context: &CheckContext<'_>) -> Check {
     const NAME: &str = "ready";
     let mut host = String::new();
@@ -124,7 +124,7 @@ pub(super) async fn ready(context: &CheckContext<'_>) -> Check {
     }
 }
 
-/// Each upstream, asked from here with the configuration's proxy and roots; and what it says is left of its allowance.
+/// Requests each upstream from this process with the configured proxy and roots, and reports its rate limit.
 pub(super) async fn upstreams(context: &CheckContext<'_>) -> Vec<Check> {
     let connector = Transport::system();
     let mut asked = JoinSet::new();
@@ -156,14 +156,14 @@ pub(super) async fn upstreams(context: &CheckContext<'_>) -> Vec<Check> {
         .collect()
 }
 
-/// What the running cache says about its upstreams, if it can be asked.
+/// State of the upstreams as reported by the running cache, if it is reachable.
 async fn upstream_states(context: &CheckContext<'_>) -> Option<Value> {
     let mut host = String::new();
     let place = Target::admin(&context.config.listen.admin, &mut host)?;
     http_probe::get(place, "/api/v1/upstreams").await.ok()?.json()
 }
 
-/// What we found, and what the running cache finds: it may go out another endpoint, and under another credential.
+/// Combines the local result with that of the running cache, which may use another network path or credential.
 pub(super) fn merge_results(mut check: Check, name: &str, seen: Option<&Value>) -> Check {
     let all = seen.and_then(|seen| seen.get("upstreams")?.as_array());
     let seen = all
@@ -208,7 +208,7 @@ pub(super) fn merge_results(mut check: Check, name: &str, seen: Option<&Value>) 
     }
 }
 
-/// The canary where it is this upstream's, which is what a registry counts pulls by.
+/// The canary image if it belongs to this upstream, because a registry counts its rate limit by pulls.
 fn endpoint(upstream: &UpstreamConfig, canary: &str) -> Option<Endpoint> {
     let image = super::canary::Image::read(canary);
     let (repository, tag) = match image {
@@ -264,7 +264,7 @@ async fn upstream(name: String, upstream: &Upstream, endpoint: Option<Endpoint>)
     }
 }
 
-/// What to do where an upstream is unavailable. The detail beside it names what to write.
+/// Remedy for an unavailable upstream. The detail beside it names the setting.
 fn remedy(registry: &str, cause: UpstreamFailure) -> String {
     let section = format!("[upstream.\"{registry}\"]");
     match (cause, cause.setting()) {

@@ -1,4 +1,5 @@
-//! The canary: an image pulled through the daemon, and looked for in our own log. The only proof that the cache is used.
+//! Canary check: pulls an image through dockerd and searches for it in the cache's log. Only this proves that the
+//! cache is used.
 
 use std::io;
 use std::path::Path;
@@ -10,20 +11,20 @@ use serde_json::Value;
 use super::http_probe::{self, Target};
 use super::{Check, CheckContext};
 
-/// Patience for a pull, of a small image.
+/// Timeout for pulling a small image.
 const PULL_TIMEOUT: Duration = Duration::from_secs(180);
 
-/// An image as people write it.
+/// An image reference as users write it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Image {
     pub(super) registry: String,
-    /// With `library/` where the Hub means it.
+    /// With `library/` for official images of Docker Hub.
     pub(super) repository: String,
     pub(super) reference: String,
 }
 
 impl Image {
-    /// By Docker's rules: without a registry it is the Hub's, without a tag `latest`.
+    /// Docker's defaults: Docker Hub without a registry, `latest` without a tag.
     pub(super) fn read(text: &str) -> Option<Self> {
         let (name, reference) = match (text.split_once('@'), text.rsplit_once(':')) {
             (Some((name, digest)), _) => (name, digest),
@@ -66,7 +67,7 @@ impl Image {
     }
 }
 
-/// No canary, said loudly.
+/// A skipped canary check.
 pub(super) fn canary_skipped(why: &str) -> Check {
     Check::skipped(
         "canary",
@@ -74,7 +75,7 @@ pub(super) fn canary_skipped(why: &str) -> Check {
     )
 }
 
-/// Pulls an image through the daemon and looks for that in our own log.
+/// Pulls the image through dockerd and searches for it in the cache's log.
 pub(super) async fn pull_canary(context: &CheckContext<'_>, socket: &Path) -> Check {
     const NAME: &str = "canary";
     let Some(image) = Image::read(&context.options.canary) else {
@@ -95,7 +96,7 @@ pub(super) async fn pull_canary(context: &CheckContext<'_>, socket: &Path) -> Ch
     let pulled = pull(socket, &image).await;
     let events = events_after(context, before).await.unwrap_or_default();
     if !held && pulled.is_ok() {
-        // It was not there before; a failure leaves an image, no harm.
+        // The image was not present before. If the removal fails, an unused image remains.
         let _ = http_probe::request(
             Target::Unix(socket),
             Method::DELETE,
@@ -107,7 +108,7 @@ pub(super) async fn pull_canary(context: &CheckContext<'_>, socket: &Path) -> Ch
     verdict(&image, &pulled, &events)
 }
 
-/// What the pull and our log say together.
+/// The result from the pull and the log.
 pub(super) fn verdict(image: &Image, pulled: &Result<(), String>, events: &[Value]) -> Check {
     const NAME: &str = "canary";
     let whole = image.full_name();
@@ -118,7 +119,7 @@ pub(super) fn verdict(image: &Image, pulled: &Result<(), String>, events: &[Valu
             .unwrap_or_default()
             .to_owned()
     };
-    // Events are newest first; the tag is asked for before what it names.
+    // Events are newest first; the tag is requested before its content.
     let seen = events.iter().rev().find(|event| {
         let reference = field(event, "reference");
         field(event, "repository") == image.repository
@@ -180,7 +181,7 @@ async fn pull(socket: &Path, image: &Image) -> Result<(), String> {
         .await
         .map_err(|error| error.to_string())?;
     let text = reply.text();
-    // One JSON object a line; a failure after the status is one of them.
+    // One JSON object per line; an error after the status is one of them.
     let lines = text
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok());
@@ -199,7 +200,7 @@ async fn pull(socket: &Path, image: &Image) -> Result<(), String> {
     }
 }
 
-/// The number of our last decision; `None` without an admin listener.
+/// Id of the latest decision; `None` without an admin listener.
 async fn last_event(context: &CheckContext<'_>) -> io::Result<Option<u64>> {
     let mut host = String::new();
     let Some(place) = Target::admin(&context.config.listen.admin, &mut host) else {

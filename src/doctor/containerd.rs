@@ -1,4 +1,4 @@
-//! containerd's files, where there are some: it passes a file by that it cannot read, with one line in its log.
+//! Checks of containerd's files, if present. containerd skips a file that it cannot parse, with one line in its log.
 
 use std::path::{Path, PathBuf};
 
@@ -46,7 +46,7 @@ fn parse(config: &[u8]) -> Result<Table, (String, &'static str)> {
     })
 }
 
-/// The folder of `hosts.toml` files. Without `config_path` the kubelet reads none; nerdctl reads the usual one.
+/// The folder of `hosts.toml` files. Without `config_path` the kubelet uses none; nerdctl uses the default.
 fn config_path(root: &Table) -> Result<PathBuf, (String, &'static str)> {
     let plugins = root.get("plugins").and_then(Value::as_table);
     let registry = plugins
@@ -69,8 +69,8 @@ fn config_path(root: &Table) -> Result<PathBuf, (String, &'static str)> {
     }
 }
 
-/// How many registries name us, and whether a file would be passed by. `knows_referrers`: whether this containerd knows
-/// the capability of that name, where its release could be found out.
+/// Counts the registries that name the cache, and finds files that containerd would skip. `knows_referrers`: whether
+/// this containerd release supports the capability `referrers`, if its release is known.
 fn hosts(context: &CheckContext<'_>, folder: &Path, knows_referrers: Option<bool>) -> Check {
     const NAME: &str = "containerd";
     let names = context

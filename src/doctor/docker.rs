@@ -1,4 +1,4 @@
-//! dockerd: what its file says, what is in effect, whom it trusts.
+//! Checks of dockerd: configuration file, effective configuration and trust.
 
 use std::io;
 use std::net::IpAddr;
@@ -13,7 +13,7 @@ use super::http_probe::{self, Target};
 use super::{Check, CheckContext, canary};
 use crate::setup::FileSource;
 
-/// Where the system keeps the list of authorities that Go programs read: Debian, RHEL, Alpine.
+/// System CA bundles read by Go programs: Debian, RHEL, Alpine.
 const BUNDLES: [&str; 3] = [
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
@@ -21,7 +21,8 @@ const BUNDLES: [&str; 3] = [
 ];
 
 impl CheckContext<'_> {
-    /// Whether a URL is one of our addresses. Where we listen on every address, any address with our port may be.
+    /// Whether a URL is an address of the cache. If the cache listens on every address, any address with its port may
+    /// be.
     pub(super) fn is_ours(&self, url: &str) -> bool {
         let place = url.split_once("://").map_or(url, |(_, rest)| rest);
         let place = place.split('/').next().unwrap_or_default();
@@ -107,7 +108,7 @@ pub(super) async fn examine(context: &CheckContext<'_>) -> Vec<Check> {
     checks
 }
 
-/// What `daemon.json` says. Not having one is no fault where the daemon is told on its command line or by a proxy.
+/// Checks `daemon.json`. A missing file is not a failure if dockerd is configured by its command line or a proxy.
 fn file(context: &CheckContext<'_>, info: Option<&Value>) -> Check {
     const NAME: &str = "docker-file";
     let path = Path::new("/etc/docker/daemon.json");
@@ -154,7 +155,7 @@ fn file(context: &CheckContext<'_>, info: Option<&Value>) -> Check {
     }
 }
 
-/// How the daemon comes to us.
+/// Whether dockerd uses a mirror, a proxy or neither.
 #[derive(Debug, PartialEq, Eq)]
 enum Uses {
     Mirror { url: String, position: usize },
@@ -204,7 +205,7 @@ impl Uses {
     }
 }
 
-/// The authority as the daemon sees it: its folder for our address, and the system's list.
+/// The CA as dockerd sees it: its folder for the cache's address, and the system bundle.
 async fn trust(context: &CheckContext<'_>, uses: &Uses) -> Check {
     const NAME: &str = "docker-trust";
     let (place, by_proxy) = match uses {
@@ -271,7 +272,7 @@ fn certificates(context: &CheckContext<'_>, path: &Path) -> Vec<CertificateDer<'
         .collect()
 }
 
-/// A proxy of the daemon's stands between it and a mirror that is not loopback, unless `NO_PROXY` says otherwise.
+/// dockerd uses its proxy for a mirror that is not on loopback, unless `NO_PROXY` excludes it.
 fn detour(context: &CheckContext<'_>, info: &Value, uses: &Uses) -> Check {
     const NAME: &str = "docker-proxy";
     let text = |name: &str| info.get(name).and_then(Value::as_str).unwrap_or_default();
@@ -325,7 +326,7 @@ fn texts(list: Option<&Value>) -> Vec<String> {
         .collect()
 }
 
-/// dockerd adds a slash to its mirrors.
+/// dockerd appends a slash to its mirrors.
 fn same(one: &str, other: &str) -> bool {
     one.trim_end_matches('/') == other.trim_end_matches('/')
 }

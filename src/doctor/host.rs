@@ -1,4 +1,5 @@
-//! The machine: disk, descriptors, clock, the variables of the running process, and the files that `setup` wrote.
+//! Checks of the host: disk, file descriptors, clock, environment of the running process, and files written by
+//! `setup`.
 
 use std::fs;
 use std::path::Path;
@@ -11,10 +12,10 @@ use super::http_probe::{self, Target};
 use super::{Check, CheckContext};
 use crate::setup::{Client, FileState, Job};
 
-/// A clock that is further off than this breaks certificates and tokens.
+/// Maximum clock skew; a larger one breaks certificates and tokens.
 const SKEW_MAX: Duration = Duration::from_secs(300);
 
-/// Besides connections and transfers: the index, listeners, the log.
+/// File descriptors needed besides connections and downloads: index, listeners, log.
 const DESCRIPTORS_RESERVED: u64 = 128;
 
 pub(super) fn disk(context: &CheckContext<'_>) -> Check {
@@ -52,7 +53,7 @@ pub(super) fn disk(context: &CheckContext<'_>) -> Check {
             "make room, or nothing new is kept: pulls pass through",
         );
     }
-    // File systems that count no inodes say 0 of 0.
+    // File systems without inode counts report 0 of 0.
     if stats.f_files > 0 && stats.f_favail < 10_000 {
         return Check::failed(
             NAME,
@@ -63,7 +64,7 @@ pub(super) fn disk(context: &CheckContext<'_>) -> Check {
     Check::ok(NAME, format!("{} has {} free", data.display(), ByteSize(free)))
 }
 
-/// The process that has the data folder.
+/// The process that locks the data folder.
 fn process(context: &CheckContext<'_>) -> Option<u32> {
     let text = fs::read_to_string(context.config.data.join("LOCK")).ok()?;
     let pid: u32 = text.trim().parse().ok()?;
@@ -108,7 +109,7 @@ pub(super) fn descriptors(context: &CheckContext<'_>) -> Check {
     Check::ok(NAME, format!("process {pid} may open {limit} files{open}"))
 }
 
-/// A proxy for our own way out that is ourselves is a loop.
+/// Detects a proxy that points to the cache itself, which would be a loop.
 pub(super) fn variables(context: &CheckContext<'_>) -> Check {
     const NAME: &str = "proxy-variables";
     let environment = process(context).and_then(|pid| fs::read(format!("/proc/{pid}/environ")).ok());
@@ -161,7 +162,7 @@ pub(super) fn without_password(url: &str) -> String {
     }
 }
 
-/// Against what the default upstream says is the time.
+/// Compares the clock with the `Date` of the default upstream.
 pub(super) async fn clock(context: &CheckContext<'_>) -> Check {
     const NAME: &str = "clock";
     let upstream = context.config.upstream(&context.config.default_upstream);
@@ -201,7 +202,7 @@ pub(super) async fn clock(context: &CheckContext<'_>) -> Check {
     )
 }
 
-/// Whether what `setup` wrote is still there.
+/// Checks that files written by `setup` are unmodified.
 pub(super) fn setups(context: &CheckContext<'_>) -> Vec<Check> {
     let mut checks = Vec::new();
     for client in Client::ALL {

@@ -1,5 +1,5 @@
-//! One HTTP request, over TCP, TLS or a unix socket, and its whole answer. No redirects, no proxy, no reuse: what is asked
-//! is answered by the very address that it was put to.
+//! HTTP probe: one request over TCP, TLS or a unix socket. No redirects, proxies or connection reuse, so that the
+//! response is from the requested address.
 
 use std::io;
 use std::path::Path;
@@ -19,19 +19,19 @@ use tokio_rustls::TlsConnector;
 
 use crate::config::Admin;
 
-/// Patience for what should answer at once.
+/// Timeout of a probe.
 pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
 const BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
 
-/// Where a request goes.
+/// Target of a probe.
 #[derive(Clone, Debug)]
 pub(super) enum Target<'a> {
     /// Host and port.
     Plain(&'a str, u16),
-    /// Host and port, and whom to trust there.
+    /// Host and port, with trusted roots.
     Tls(&'a str, u16, &'a [CertificateDer<'static>]),
-    /// A socket.
+    /// A unix socket.
     Unix(&'a Path),
 }
 
@@ -49,7 +49,7 @@ impl<'a> Target<'a> {
     }
 }
 
-/// What came back.
+/// The response.
 #[derive(Debug)]
 pub(super) struct Response {
     pub(super) status: StatusCode,
@@ -72,7 +72,7 @@ pub(super) async fn get(target: Target<'_>, path: &str) -> io::Result<Response> 
     request(target, Method::GET, path, PROBE_TIMEOUT).await
 }
 
-/// Any request without a body.
+/// A request without a body.
 pub(super) async fn request(
     target: Target<'_>,
     method: Method,
