@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn t15_what_steers_a_terminal_is_escaped() {
+    fn t15_control_sequences_are_escaped() {
         for (text, wanted) in [
             ("a\tb\nc é 漢 🦀", "a\tb\nc é 漢 🦀"),
             ("\u{1b}]0;title\u{7}", "\\u001b]0;title\\u0007"),
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn t15_colours_pass_where_they_are_wanted_and_nothing_else() {
+    fn t15_only_enabled_colours_pass() {
         let red = "\u{1b}[31mno\u{1b}[0m";
         assert_eq!(shown(&[red.as_bytes()], true), red);
         assert_eq!(shown(&[red.as_bytes()], false), "\\u001b[31mno\\u001b[0m");
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn t15_pieces_are_put_together_wherever_they_are_cut() {
+    fn t15_split_sequences_are_reassembled() {
         let text = "\u{1b}[32mé\u{202e}\u{1b}[0m\u{1b}[2J漢";
         let wanted = shown(&[text.as_bytes()], true);
         assert_eq!(wanted, "\u{1b}[32mé\\u202e\u{1b}[0m\\u001b[2J漢");

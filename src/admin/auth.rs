@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_is_not_ours_is_misdirected() {
+    fn unknown_host_is_misdirected() {
         let auth = auth(None);
         for (listener, host, expected) in [
             (ListenerKind::Loopback, "127.0.0.1:5001", None),
@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn the_token_is_asked_for_on_tcp_but_for_health_and_metrics() {
+    fn token_required_on_tcp_except_health_and_metrics() {
         let auth = auth(Some("canary"));
         let host = ("host", "127.0.0.1");
         let basic = format!("Basic {}", STANDARD.encode("anyone:canary"));
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_of_another_site_changes_nothing() {
+    fn cross_site_change_is_rejected() {
         let auth = auth(None);
         let (host, json) = (("host", "127.0.0.1:5001"), ("content-type", "application/json"));
         let form = ("content-type", "application/x-www-form-urlencoded");

@@ -82,7 +82,7 @@ mod tests {
     use std::net::Ipv4Addr;
 
     #[test]
-    fn t14_one_address_leaves_places_for_others_and_gives_its_own_back() {
+    fn t14_address_limit_leaves_permits_for_others() {
         let host = |last| Some(Ipv4Addr::new(192, 0, 2, last).into());
         let limit = ConcurrencyLimit::new(4, 2);
         let mut first_address: Vec<_> = (0..3).filter_map(|_| limit.try_acquire(host(1))).collect();

@@ -193,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_are_told_in_their_two_largest_units() {
+    fn duration_shows_two_largest_units() {
         for (seconds, parts) in [
             (0, "0s"),
             (59, "59s"),

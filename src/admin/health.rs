@@ -192,7 +192,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn e15_health_is_told_by_the_pulse_of_the_workers() {
+    fn e15_health_follows_the_worker_heartbeat() {
         let start = Instant::now();
         let worker_heartbeat = Heartbeat::new(start);
         let after = |seconds| start + Duration::from_secs(seconds);
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn e15_a_read_that_waits_for_a_lock_costs_its_words_alone() {
+    async fn e15_blocked_read_does_not_delay_the_response() {
         let kind = Arc::new(Semaphore::new(1));
         let (release, held) = std::sync::mpsc::channel::<()>();
         let stuck = read(&kind, Duration::from_millis(20), move || held.recv());

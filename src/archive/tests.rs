@@ -243,7 +243,7 @@ fn several_platforms() -> (Ground, Vec<u8>, [Vec<u8>; 3]) {
 }
 
 #[test]
-fn what_one_cache_holds_another_has_byte_for_byte() {
+fn exported_image_is_imported_byte_for_byte() {
     let (from, index, [amd64, arm64, s390x]) = several_platforms();
     let archive = from.export(&[NAME], Platforms::Cached).unwrap();
     let to = Ground::new();
@@ -274,7 +274,7 @@ fn what_one_cache_holds_another_has_byte_for_byte() {
 }
 
 #[test]
-fn a_platform_asked_for_comes_alone_and_whole_or_not_at_all() {
+fn selected_platform_is_exported_alone_and_complete() {
     let (from, index, [amd64, arm64, s390x]) = several_platforms();
     let only = |wanted: &'static str| move |platform: &str| platform == wanted;
     let archive = from
@@ -298,7 +298,7 @@ fn a_platform_asked_for_comes_alone_and_whole_or_not_at_all() {
 }
 
 #[test]
-fn half_an_image_is_refused_and_what_is_missing_is_named() {
+fn incomplete_image_is_rejected_with_missing_digests() {
     let ground = Ground::new();
     ground.has_image(NAME, b"layer");
     ground.store.remove_blob(&digest(b"layer")).unwrap();
@@ -314,7 +314,7 @@ fn half_an_image_is_refused_and_what_is_missing_is_named() {
 }
 
 #[test]
-fn what_is_only_held_for_another_repository_is_not_exported() {
+fn export_omits_objects_of_other_repositories() {
     let ground = Ground::new();
     let manifest = manifest(b"config", b"of another");
     ground.has(NAME, b"config");
@@ -329,7 +329,7 @@ fn what_is_only_held_for_another_repository_is_not_exported() {
 }
 
 #[test]
-fn an_imported_tag_is_nobodys_word_but_the_operators() {
+fn imported_tag_is_unconfirmed_and_grants_nothing() {
     let from = Ground::new();
     let old = from.has_image(NAME, b"layer");
     let archive = from.export(&[NAME], Platforms::Cached).unwrap();
@@ -367,7 +367,7 @@ fn an_imported_tag_is_nobodys_word_but_the_operators() {
 }
 
 #[test]
-fn an_import_names_the_tag_for_every_set_of_media_types() {
+fn imported_tag_serves_every_accept_set() {
     let from = Ground::new();
     let new = from.has_image(NAME, b"new");
     let archive = from.export(&[NAME], Platforms::Cached).unwrap();
@@ -386,7 +386,7 @@ fn an_import_names_the_tag_for_every_set_of_media_types() {
 }
 
 #[test]
-fn referrers_come_along_and_are_listed_and_name_nothing() {
+fn referrers_are_exported_and_listed_without_tag() {
     let from = Ground::new();
     let subject = from.has_image(NAME, b"layer");
     from.has(NAME, b"{}");
@@ -460,7 +460,7 @@ fn an_image_by_digest_has_no_tag() {
 }
 
 #[test]
-fn a_blob_that_changed_on_the_disk_breaks_the_archive_off() {
+fn damaged_blob_aborts_the_export() {
     let ground = Ground::new();
     ground.has_image(NAME, b"layer");
     let images = [named(NAME).unwrap()];

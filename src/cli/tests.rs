@@ -48,7 +48,7 @@ fn serve_is_the_default() {
 }
 
 #[test]
-fn options_may_stand_before_and_after_the_command() {
+fn global_options_work_before_and_after_the_command() {
     let before = parse("ifnewer --config c.toml --listen 127.0.0.1:1 --listen 127.0.0.1:2 --admin off serve");
     let after = parse("ifnewer serve --config c.toml --listen 127.0.0.1:1 --listen 127.0.0.1:2 --admin off");
     let without = parse("ifnewer --config c.toml --listen 127.0.0.1:1 --listen 127.0.0.1:2 --admin off");
@@ -155,7 +155,7 @@ fn what_is_not_text_is_told() {
 }
 
 #[test]
-fn setup_is_shown_unless_it_is_to_be_applied_or_undone() {
+fn setup_only_prints_without_apply_or_undo() {
     let Command::Setup(words) = parse("ifnewer setup gitlab-runner --address cache:1 --proxy").wanted()
     else {
         panic!("not setup");
@@ -184,7 +184,7 @@ fn setup_is_shown_unless_it_is_to_be_applied_or_undone() {
 }
 
 #[test]
-fn o05_a_folder_of_other_certificates_is_not_taken_for_ours() {
+fn o05_foreign_certificate_folder_is_not_used() {
     let folder = tempfile::tempdir().unwrap();
     let certs = folder.path().join("certs");
     assert!(!may_be_ours(&certs), "it is not there");

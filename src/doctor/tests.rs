@@ -51,7 +51,7 @@ fn event(repository: &str, reference: &str, outcome: &str) -> Value {
 }
 
 #[test]
-fn a_pull_that_we_did_not_see_is_a_failure_however_well_it_went() {
+fn pull_missing_from_the_log_fails_the_canary() {
     let hello = image("hello-world");
     let other = [
         event("library/other", "latest", "hit"),

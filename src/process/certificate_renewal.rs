@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn o04_the_server_certificate_is_renewed_while_it_runs() {
+    fn o04_server_certificate_is_renewed_at_run_time() {
         let folder = tempfile::tempdir().unwrap();
         let tls = ArcSwap::from_pointee(prepared(folder.path()));
         let (first, ca) = (end(&tls, "server"), end(&tls, "ca"));
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn o04_certificates_are_looked_at_again_when_the_clock_is_set() {
+    fn o04_certificates_are_checked_after_clock_change() {
         let at = SystemTime::UNIX_EPOCH + DAY;
         assert!(is_due(None, at, CHECK_INTERVAL));
         assert!(!is_due(Some(at), at + CHECK_INTERVAL / 2, CHECK_INTERVAL));

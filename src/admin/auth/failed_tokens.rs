@@ -82,7 +82,7 @@ mod tests {
     const OTHER: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
 
     #[test]
-    fn t14_wrong_tokens_are_slowed_to_one_a_second() {
+    fn t14_wrong_tokens_are_limited_to_one_a_second() {
         let (failed_tokens, start) = (FailedTokens::default(), Instant::now());
         let mut compared = 0;
         // 6,517 attempts a second, for a minute.

@@ -103,14 +103,14 @@ fn refused_with(change: impl FnOnce(&mut Archive)) -> ImportError {
 }
 
 #[test]
-fn the_archive_that_the_others_are_made_from_is_taken() {
+fn unmodified_archive_is_imported() {
     let ground = Ground::new();
     ground.import(&Archive::whole().bytes()).unwrap();
     assert!(ground.is_whole(NAME, &manifest(b"config", b"layer")));
 }
 
 #[test]
-fn names_that_climb_and_files_that_are_none_have_no_place() {
+fn path_traversal_and_special_files_are_rejected() {
     for name in [
         "../../etc/passwd",
         "/etc/passwd",
@@ -161,7 +161,7 @@ fn bytes_of_another_digest_are_not_kept() {
 }
 
 #[test]
-fn the_same_file_twice_is_refused() {
+fn duplicate_file_is_rejected() {
     for twice in [
         refused_with(|archive| archive.blob(b"layer")),
         refused_with(|archive| archive.file("index.json", b"{}")),
@@ -172,7 +172,7 @@ fn the_same_file_twice_is_refused() {
 }
 
 #[test]
-fn a_size_that_nobody_has_room_for_is_refused_at_once() {
+fn oversized_blob_is_rejected_at_once() {
     let mut archive = Archive::whole().bytes();
     archive.truncate(archive.len() - 1024);
     let name = layout::blob_name(&digest(b"huge"));
@@ -188,7 +188,7 @@ fn a_size_that_nobody_has_room_for_is_refused_at_once() {
 }
 
 #[test]
-fn a_store_that_is_full_takes_nothing_and_is_as_it_was() {
+fn full_store_is_unchanged_by_a_failed_import() {
     let ground = Ground::new();
     let layer = vec![7; 1 << 20];
     let image = manifest(b"config", &layer);
@@ -231,7 +231,7 @@ fn what_has_no_end_is_given_up() {
 }
 
 #[test]
-fn what_breaks_off_is_no_archive() {
+fn truncated_archive_is_rejected() {
     let whole = Archive::whole().bytes();
     for length in (0..whole.len() - 1024).step_by(97) {
         refused(&whole[..length]);
@@ -249,7 +249,7 @@ impl Read for Broken {
 }
 
 #[test]
-fn an_image_that_is_not_all_there_is_refused() {
+fn incomplete_archive_is_rejected() {
     let image = manifest(b"config", b"layer");
     let refused_layer = refused(&Archive::of(&image, &[b"config"]).bytes()[..]);
     assert!(
@@ -269,7 +269,7 @@ fn an_image_that_is_not_all_there_is_refused() {
 }
 
 #[test]
-fn types_that_are_unknown_or_contradict_each_other_are_refused() {
+fn unknown_or_conflicting_media_types_are_rejected() {
     for media_type in ["application/json", "text/html", INDEX] {
         let refused = refused_with(|archive| {
             archive.0[1].2 = index(media_type, &manifest(b"config", b"layer"), NAME);
@@ -305,7 +305,7 @@ fn a_name_that_says_too_little_has_to_be_said() {
 }
 
 #[test]
-fn what_an_archive_only_names_is_not_opened_by_it() {
+fn digest_without_bytes_grants_no_access() {
     let ground = Ground::new();
     ground.has("docker.io/acme/secret:1", b"layer");
     let archive = Archive::of(&manifest(b"config", b"layer"), &[b"config"]).bytes();
@@ -336,7 +336,7 @@ fn what_no_image_needs_does_not_stay() {
 }
 
 #[test]
-fn indexes_that_name_each_other_many_times_are_followed_once() {
+fn shared_child_indexes_are_resolved_once() {
     let leaf = manifest(b"config", b"layer");
     let child = |number: usize, inner: &[u8]| {
         let list: Vec<Value> = (0..500)
@@ -358,7 +358,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
-    fn an_archive_with_anything_changed_is_taken_whole_or_not_at_all(
+    fn modified_archive_is_imported_completely_or_rejected(
         place in any::<Index>(), other in any::<Index>(), change in 1_u8.., kind in 0_u8..4
     ) {
         let image = manifest(b"config", b"layer");

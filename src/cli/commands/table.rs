@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_are_as_wide_as_they_need_to_be() {
+    fn columns_fit_their_content() {
         let mut table = Table::new(&["image", ">size"]);
         table.row(vec!["alpine".to_owned(), "7 MiB".to_owned()]);
         table.row(vec!["é".to_owned(), "900 KiB".to_owned()]);

@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_refused_with_its_line() {
+    fn invalid_file_is_rejected_with_its_line() {
         for (body, line) in [
             ("{\n  \"a\": 1,\n}", 3),
             ("{\n// hello\n}", 2),

@@ -76,7 +76,7 @@ impl Host {
 }
 
 #[test]
-fn undoing_leaves_files_as_they_were_byte_for_byte() {
+fn undo_restores_files_byte_for_byte() {
     let before: [Option<&[u8]>; 7] = [
         None,
         Some(b""),
@@ -118,7 +118,7 @@ fn the_second_time_changes_nothing_and_says_so() {
 }
 
 #[test]
-fn another_address_takes_the_place_of_the_first_and_undoing_leads_to_the_beginning() {
+fn reapply_replaces_address_and_undo_restores_original() {
     let host = Host::new();
     host.put(DAEMON, b"{\"a\":1}");
     let all = host.all();
@@ -161,7 +161,7 @@ fn mode_owner_and_link_stay() {
 }
 
 #[test]
-fn a_link_out_of_the_root_or_to_nowhere_is_not_followed() {
+fn link_out_of_root_or_dangling_is_rejected() {
     let outside = tempfile::tempdir().unwrap();
     fs::write(outside.path().join("daemon.json"), "{}").unwrap();
     for target in [outside.path().join("daemon.json"), outside.path().join("absent")] {
@@ -182,7 +182,7 @@ fn a_link_out_of_the_root_or_to_nowhere_is_not_followed() {
 }
 
 #[test]
-fn records_are_not_kept_outside_the_root_either() {
+fn undo_record_stays_below_the_root() {
     let outside = tempfile::tempdir().unwrap();
     let host = Host::new();
     fs::create_dir_all(host.resolve("/var")).unwrap();
@@ -207,7 +207,7 @@ fn an_objection_leaves_nothing_behind() {
 }
 
 #[test]
-fn what_was_changed_since_is_not_lost() {
+fn modified_file_is_not_overwritten() {
     let host = Host::new();
     host.put(DAEMON, b"{\"a\":1}\n");
     host.apply(&local(), false).unwrap();
@@ -244,7 +244,7 @@ fn what_was_taken_back_by_hand_is_no_change() {
 }
 
 #[test]
-fn a_stop_after_the_record_and_before_the_files_can_be_undone() {
+fn interrupted_apply_can_be_undone() {
     let host = Host::new();
     host.put(DAEMON, b"{\"a\":1}");
     let all = host.all();
@@ -256,7 +256,7 @@ fn a_stop_after_the_record_and_before_the_files_can_be_undone() {
 }
 
 #[test]
-fn a_failure_in_the_middle_leaves_what_was_there() {
+fn failed_apply_rolls_back() {
     let host = Host::new();
     host.put(DAEMON, b"{\"a\":1}");
     // The folder of the second file is a file, so that writing fails.
@@ -281,7 +281,7 @@ fn two_at_once_do_not_mix() {
 }
 
 #[test]
-fn what_was_there_before_is_readable_by_its_owner_alone() {
+fn saved_originals_are_readable_by_owner_only() {
     let host = Host::new();
     host.put(DAEMON, b"{\"token\":1}");
     host.apply(&local(), false).unwrap();

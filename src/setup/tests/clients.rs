@@ -189,7 +189,7 @@ fn m04_each_default_configuration_gets_its_config_path() {
 
 /// containerd 1.6 to 2.1 skip a whole hosts.toml with an unknown capability.
 #[test]
-fn m05_referrers_are_named_where_containerd_knows_them() {
+fn m05_referrers_capability_by_containerd_release() {
     let config = |version: u8| format!("version = {version}\n");
     let both = "capabilities = [\"pull\", \"resolve\"]\n";
     let three = "capabilities = [\"pull\", \"resolve\", \"referrers\"]\n";
@@ -245,7 +245,7 @@ fn m05_referrers_are_named_where_containerd_knows_them() {
 }
 
 #[test]
-fn k7_a_registry_with_a_port_keeps_its_name_and_scheme() {
+fn k7_registry_with_port_keeps_name_and_scheme() {
     let mut endpoint = local();
     endpoint.upstreams = vec![
         https("tls.example:5000"),
@@ -289,7 +289,7 @@ fn k7_a_registry_with_a_port_keeps_its_name_and_scheme() {
 }
 
 #[test]
-fn containerd_that_says_something_else_is_left_alone() {
+fn conflicting_containerd_config_is_not_changed() {
     let registry = "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\n";
     for (config, part) in [
         ("root = \"/r\"\n".to_owned(), "version"),
@@ -375,7 +375,7 @@ fn podman_gets_a_file_of_ours() {
 }
 
 #[test]
-fn podman_with_another_file_for_the_same_registry_is_asked_about() {
+fn conflicting_podman_registry_is_reported() {
     let theirs = "[[registry]]\nlocation = \"ghcr.io\"\n";
     let held = MemoryFs::with("/etc/containers/registries.conf.d/99-mine.conf", theirs);
     let told = refused(Client::Podman, &held).to_string();
@@ -531,7 +531,7 @@ fn a_proxy_is_a_drop_in_of_the_unit() {
 }
 
 #[test]
-fn another_proxy_is_asked_about_without_its_password() {
+fn conflicting_proxy_is_reported_without_password() {
     let path = "/etc/systemd/system/docker.service.d/http-proxy.conf";
     let held = MemoryFs::with(
         path,

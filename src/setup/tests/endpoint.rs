@@ -122,7 +122,7 @@ fn another_host_needs_its_authority() {
 }
 
 #[test]
-fn docker_on_loopback_needs_an_authority_only_over_ipv6() {
+fn docker_on_loopback_needs_ca_only_over_ipv6() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("ca.pem"), CA).unwrap();
     let tls = format!("[tls]\nfolder = {:?}", folder.path().to_str().unwrap());
@@ -137,7 +137,7 @@ fn docker_on_loopback_needs_an_authority_only_over_ipv6() {
 }
 
 #[test]
-fn a_name_that_is_not_on_the_certificate_is_warned_of() {
+fn name_missing_from_certificate_gives_a_warning() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("ca.pem"), CA).unwrap();
     let tls = format!(
