@@ -1,5 +1,4 @@
-//! The command line, and what of the environment belongs to it. Only arguments become values here; what a command does
-//! is elsewhere.
+//! Command-line arguments and the environment variables that belong to them. Commands are implemented elsewhere.
 
 pub mod commands;
 #[cfg(test)]
@@ -18,36 +17,36 @@ use crate::config::{
 };
 use crate::setup::Client;
 
-/// Read when neither `--config` nor `IFNEWER_CONFIG` names a file; it need not exist.
-pub const CONFIG_OF_SYSTEM: &str = "/etc/ifnewer/ifnewer.toml";
+/// System configuration file, used if neither `--config` nor `IFNEWER_CONFIG` names one. It need not exist.
+pub const SYSTEM_CONFIG_FILE: &str = "/etc/ifnewer/ifnewer.toml";
 
-/// What the program was asked to do.
+/// Parsed command line.
 #[derive(Clone, Debug, Parser, PartialEq, Eq)]
 #[command(name = "ifnewer", version, about, max_term_width = 100)]
 #[command(after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.")]
 pub struct Cli {
-    /// The command; without one, `serve`.
+    /// The command; `serve` if none is given.
     #[command(subcommand)]
     command: Option<Command>,
-    /// What every command takes.
+    /// Options of every command.
     #[command(flatten)]
     pub options: Options,
 }
 
 impl Cli {
-    /// The command given, or the default.
-    pub fn wanted(&self) -> Command {
+    /// The given command, or the default.
+    pub fn selected_command(&self) -> Command {
         self.command.clone().unwrap_or(Command::Serve)
     }
 }
 
-/// Writes completions for a shell.
+/// Writes shell completions.
 pub fn completions(shell: Shell, out: &mut dyn std::io::Write) {
     let mut command = Cli::command();
     clap_complete::generate(shell, &mut command, "ifnewer", &mut { out });
 }
 
-/// Writes the manual page to `out`, or all pages into a folder.
+/// Writes the manual page to `out`, or all pages to a folder.
 pub fn manual(folder: Option<&Path>, out: &mut dyn std::io::Write) -> std::io::Result<()> {
     match folder {
         Some(folder) => {
@@ -58,44 +57,44 @@ pub fn manual(folder: Option<&Path>, out: &mut dyn std::io::Write) -> std::io::R
     }
 }
 
-/// What to do.
+/// A command.
 #[derive(Clone, Debug, PartialEq, Eq, Subcommand)]
 pub enum Command {
     /// Run the cache (the default)
     Serve,
-    /// Check the configuration and print what is in effect
+    /// Check the configuration and print the effective settings
     Check,
-    /// Every setting: what it is now and where it comes from, or what there is to set
+    /// Print the effective settings with their origin, or the reference of all settings
     #[command(subcommand)]
-    Config(Settings),
-    /// Ask the running cache whether it is ready; exit 0 if it is
+    Config(ConfigCommand),
+    /// Check whether the running cache is ready; exit 0 if it is
     Healthcheck,
-    /// Make a container client on this host use the cache: print what to write, write it, or take it back
+    /// Configure a container client on this host to use the cache: print the changes, apply them, or undo them
     Setup(Setup),
-    /// The cache's certificate authority: hand it out, let this host trust it, replace it
+    /// Manage the cache's certificate authority: export it, trust it on this host, replace it
     #[command(subcommand)]
     Ca(Ca),
-    /// Check whether the cache is really used: configuration, trust, disk, upstreams, and a pull through Docker that must
-    /// appear in the cache's own log; exits with the number of failed checks
+    /// Check whether clients use the cache: configuration, trust, disk, upstreams, and a pull through Docker that must
+    /// appear in the cache's log. The exit code is the number of failed checks
     Doctor(Doctor),
-    /// What a running cache is asked and told
+    /// Commands for a running cache
     #[command(flatten)]
-    Operate(commands::Command),
-    /// Play the whole story on this machine alone: a registry, a cache, an outage; exit 1 if a line is wrong
+    Remote(commands::Command),
+    /// Run a demo on this machine with a local registry, a cache and an outage; exit 1 if a step fails
     Demo {
-        /// Leave the page up at the end, until Ctrl-C
+        /// Keep the admin page running at the end, until Ctrl-C
         #[arg(long)]
         stay: bool,
     },
     /// Print completions for a shell
     Completions {
-        /// Which shell
+        /// The shell
         #[arg(value_enum)]
         shell: Shell,
     },
-    /// Print the manual page, or write one for each command
+    /// Print the manual page, or write one page per command
     Man {
-        /// Write `ifnewer.1` and one page for each command into this folder
+        /// Write `ifnewer.1` and one page per command into this folder
         #[arg(long, value_name = "FOLDER")]
         out: Option<PathBuf>,
     },
@@ -103,10 +102,10 @@ pub enum Command {
 
 /// `ifnewer config`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
-pub enum Settings {
-    /// Print the settings in effect, as a configuration file
+pub enum ConfigCommand {
+    /// Print the effective settings as a configuration file
     Show {
-        /// Say for each where it comes from: a flag, a variable, a line of the file, or the default
+        /// Show the origin of each: flag, environment variable, line of the file, or default
         #[arg(long)]
         origin: bool,
     },
@@ -117,32 +116,32 @@ pub enum Settings {
 /// `ifnewer doctor`.
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub struct Doctor {
-    /// The image to pull through Docker; removed again if it was not there
+    /// The image to pull through Docker; removed afterwards if it was not present
     #[arg(
         long,
         value_name = "IMAGE",
         default_value = "docker.io/library/hello-world:latest"
     )]
     pub canary: String,
-    /// One JSON object instead of lines
+    /// Print one JSON object instead of lines
     #[arg(long)]
     pub json: bool,
-    /// Where clients reach the cache, if not as the configuration says
+    /// The address at which clients reach the cache, if different from the configuration
     #[arg(long, value_name = "HOST:PORT|URL")]
     pub address: Option<String>,
-    /// The certificate authority (PEM), if not this cache's own
+    /// The certificate authority (PEM), if not that of this cache
     #[arg(long, value_name = "FILE")]
     pub ca: Option<PathBuf>,
-    /// Docker's socket
+    /// Docker socket
     #[arg(long, value_name = "FILE", default_value = "/var/run/docker.sock")]
     pub docker: PathBuf,
-    /// A folder in the place of `/`
+    /// A folder to use instead of `/`, for example the root of an image
     #[arg(long, value_name = "FOLDER", default_value = "/")]
     pub root: PathBuf,
 }
 
 impl Doctor {
-    /// What to look at.
+    /// The options of `doctor`.
     pub fn options(&self) -> crate::doctor::Options {
         crate::doctor::Options {
             address: self.address.clone(),
@@ -160,31 +159,31 @@ pub struct Setup {
     /// The client
     #[arg(value_enum)]
     pub client: Client,
-    /// Write it, keeping what was there
+    /// Apply the changes, with a backup of the current files
     #[arg(long, conflicts_with = "undo")]
     pub apply: bool,
-    /// Put back what was there before, byte for byte
+    /// Restore the previous files byte for byte
     #[arg(long)]
     pub undo: bool,
-    /// Where the client reaches the cache, if not as the configuration says
+    /// The address at which the client reaches the cache, if different from the configuration
     #[arg(long, value_name = "HOST:PORT|URL")]
     pub address: Option<String>,
-    /// The certificate authority to trust (PEM), if not this cache's own
+    /// The certificate authority to trust (PEM), if not that of this cache
     #[arg(long, value_name = "FILE")]
     pub ca: Option<PathBuf>,
-    /// By `HTTPS_PROXY` instead of mirrors: every registry, also private ones, and no way around it
+    /// Use `HTTPS_PROXY` instead of mirrors: covers every registry, also private ones, without a fallback
     #[arg(long)]
     pub proxy: bool,
-    /// Go before mirrors that are already there; undo although a file was changed since
+    /// Put the cache before existing mirrors; undo although a file was modified since
     #[arg(long)]
     pub force: bool,
-    /// A folder in the place of `/`, as for an image
+    /// A folder to use instead of `/`, for example the root of an image
     #[arg(long, value_name = "FOLDER", default_value = "/")]
     pub root: PathBuf,
 }
 
 impl Setup {
-    /// What to set up, and how.
+    /// The options of `setup`.
     pub fn options(&self) -> crate::setup::Options {
         crate::setup::Options {
             client: self.client,
@@ -199,41 +198,41 @@ impl Setup {
 /// `ifnewer ca`.
 #[derive(Clone, Debug, PartialEq, Eq, Subcommand)]
 pub enum Ca {
-    /// Print the certificate (PEM), never the key
+    /// Print the CA certificate (PEM), never the key
     Export {
-        /// Write it there instead
+        /// Write it to this file instead
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
     },
-    /// Let this host trust the cache's certificates
+    /// Trust the cache's certificates on this host
     Install(Trust),
-    /// Take that back
+    /// Undo `ca install`
     Uninstall(Trust),
-    /// Make a new certificate authority and server certificate, keeping the old ones beside them
+    /// Create a new certificate authority and server certificate, and keep the old ones beside them
     Rotate,
 }
 
-/// Who is to trust the certificate authority, and where.
+/// Options of `ca install` and `ca uninstall`.
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub struct Trust {
-    /// Whose trust store
+    /// The trust store
     #[arg(long, value_enum, default_value = "system")]
     pub into: TrustStore,
-    /// Where docker or containerd reaches the cache, if not as the configuration says
+    /// The address at which docker or containerd reaches the cache, if different from the configuration
     #[arg(long, value_name = "HOST:PORT|URL")]
     pub address: Option<String>,
-    /// The certificate authority (PEM), if not this cache's own
+    /// The certificate authority (PEM), if not that of this cache
     #[arg(long, value_name = "FILE")]
     pub ca: Option<PathBuf>,
-    /// Go over objections: a file that was changed since
+    /// Proceed although a file was modified since
     #[arg(long)]
     pub force: bool,
-    /// A folder in the place of `/`, as for an image
+    /// A folder to use instead of `/`, for example the root of an image
     #[arg(long, value_name = "FOLDER", default_value = "/")]
     pub root: PathBuf,
 }
 
-/// What every command takes. Each overrides the environment, which overrides the file.
+/// Options of every command.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
     /// The configuration file [default: /etc/ifnewer/ifnewer.toml if it exists]
@@ -245,16 +244,16 @@ pub struct Options {
         hide_env_values = true
     )]
     pub config: Option<PathBuf>,
-    /// The cache's folder
+    /// The data folder of the cache
     #[arg(long, global = true, value_name = "FOLDER")]
     pub data: Option<String>,
-    /// An address for clients; may be given several times
+    /// A listening address for clients; may be given several times
     #[arg(long, global = true, value_name = "ADDRESS:PORT")]
     pub listen: Vec<String>,
-    /// The address for health, metrics and the admin API; or "off", or a unix socket as `unix:/path`
+    /// The listening address for health, metrics and the admin API; or "off", or a unix socket as `unix:/path`
     #[arg(long, global = true, value_name = "ADDRESS:PORT")]
     pub admin: Option<String>,
-    /// How much is told: error, warn, info, debug, trace, or a filter
+    /// The log level: error, warn, info, debug, trace, or a filter
     #[arg(long, global = true, value_name = "LEVEL")]
     pub log: Option<String>,
 }
@@ -275,39 +274,39 @@ impl Options {
     }
 }
 
-/// Whether a terminal may be given colours, by <https://no-color.org>.
-pub fn wants_colour() -> bool {
+/// Whether colours are allowed on a terminal, see <https://no-color.org>.
+pub fn colour_allowed() -> bool {
     #[expect(clippy::disallowed_methods, reason = "the one variable besides our own")]
     let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     !refused
 }
 
-/// Settings of glibc's allocator, which reads them from the environment at the start of a program and nowhere else.
-const HEAP: [(&str, &str); 3] = [
+/// Allocator settings that glibc reads from the environment at program start only.
+const ALLOCATOR_VARIABLES: [(&str, &str); 3] = [
     ("MALLOC_ARENA_MAX", "1"),
     ("MALLOC_MMAP_THRESHOLD_", "131072"),
     ("MALLOC_TRIM_THRESHOLD_", "131072"),
 ];
 
-/// Whether the program has started itself again. glibc takes its own variables out of the environment of a program with
-/// capabilities of its file (`AT_SECURE`), so they cannot say it.
-const STARTED_AGAIN: (&str, &str) = ("_IFNEWER_STARTED_AGAIN", "1");
+/// Marks a re-executed program. glibc removes its own variables from the environment of a program with file
+/// capabilities (`AT_SECURE`), so they cannot serve as the mark.
+const REEXECUTED: (&str, &str) = ("_IFNEWER_STARTED_AGAIN", "1");
 
-/// Variables that a server needs for its allocator and was not started with; none where it was started with any of them, or
-/// has started itself again.
-pub fn heap_settings() -> Option<impl Iterator<Item = (&'static str, &'static str)>> {
+/// Allocator variables to set before re-executing the server. `None` if any of them is set already or the program was
+/// re-executed.
+pub fn allocator_settings() -> Option<impl Iterator<Item = (&'static str, &'static str)>> {
     #[expect(
         clippy::disallowed_methods,
         reason = "variables of the C library, not our own"
     )]
     let is_set = |(name, _): &(&str, &str)| std::env::var_os(name).is_some();
-    let has_any = HEAP.iter().chain([&STARTED_AGAIN]).any(is_set);
-    let settings = HEAP.into_iter().chain([STARTED_AGAIN]);
+    let has_any = ALLOCATOR_VARIABLES.iter().chain([&REEXECUTED]).any(is_set);
+    let settings = ALLOCATOR_VARIABLES.into_iter().chain([REEXECUTED]);
     (cfg!(target_env = "gnu") && !has_any).then_some(settings)
 }
 
-/// Where traces are sent, and as which service, by the variables that every program with OpenTelemetry reads. `None`: nowhere.
-pub fn collector() -> Option<(String, String)> {
+/// Trace endpoint and service name from the standard OpenTelemetry variables. `None` disables tracing.
+pub fn otlp_endpoint() -> Option<(String, String)> {
     #[expect(
         clippy::disallowed_methods,
         reason = "named by OpenTelemetry's specification, for whoever sets them for all programs of a host"
@@ -325,17 +324,17 @@ pub fn collector() -> Option<(String, String)> {
     Some((url, service))
 }
 
-/// Reads the file, the environment and the flags. Called again on SIGHUP.
+/// Loads the configuration from the file, the environment and the flags. Called again on SIGHUP.
 pub fn load(options: &Options) -> Result<Config, Diagnostics> {
-    gathered(options, Config::gather)
+    with_sources(options, Config::gather)
 }
 
-/// The settings in effect, from the same sources.
-pub fn settings(options: &Options) -> Result<config::Settings, Diagnostics> {
-    gathered(options, config::Settings::read)
+/// The effective settings from the same sources.
+pub fn effective_settings(options: &Options) -> Result<config::Settings, Diagnostics> {
+    with_sources(options, config::Settings::read)
 }
 
-fn gathered<T>(
+fn with_sources<T>(
     options: &Options,
     read: impl FnOnce(&Sources<'_>) -> Result<T, Diagnostics>,
 ) -> Result<T, Diagnostics> {
@@ -344,26 +343,26 @@ fn gathered<T>(
         reason = "the one place where the environment is read for the configuration"
     )]
     let environment = std::env::vars_os();
-    gathered_from(options, environment, rustix::process::geteuid().is_root(), read)
+    with_sources_from(options, environment, rustix::process::geteuid().is_root(), read)
 }
 
-/// The same with an environment of one's own.
-fn gathered_from<T>(
+/// The same with a given environment.
+fn with_sources_from<T>(
     options: &Options,
     environment: impl Iterator<Item = (OsString, OsString)>,
     is_root: bool,
     read: impl FnOnce(&Sources<'_>) -> Result<T, Diagnostics>,
 ) -> Result<T, Diagnostics> {
     let mut variables = Vec::new();
-    let mut surroundings = Surroundings {
+    let mut environment_dirs = Environment {
         is_root,
-        ..Surroundings::default()
+        ..Environment::default()
     };
     for (name, value) in environment {
         let Some(name) = name.to_str() else { continue };
         match name {
-            "HOME" => surroundings.home = Some(PathBuf::from(value)),
-            "XDG_CACHE_HOME" => surroundings.cache = Some(PathBuf::from(value)),
+            "HOME" => environment_dirs.home = Some(PathBuf::from(value)),
+            "XDG_CACHE_HOME" => environment_dirs.cache = Some(PathBuf::from(value)),
             name if name.starts_with("IFNEWER_") => match value.into_string() {
                 Ok(value) => variables.push((name.to_owned(), value)),
                 Err(_) => {
@@ -385,12 +384,12 @@ fn gathered_from<T>(
             .as_deref()
             .filter(|path| !path.as_os_str().is_empty()),
     )?;
-    let data = surroundings.data();
+    let data = environment_dirs.data();
     let flags = options.flags();
-    let here = Path::new(CERTIFICATES_HERE);
+    let here = Path::new(LOCAL_CERTIFICATE_FOLDER);
     read(&Sources {
         data,
-        working_dir_certs: may_be_ours(here).then(|| here.to_owned()),
+        working_dir_certs: is_certificate_folder(here).then(|| here.to_owned()),
         text: &text,
         origin: &origin,
         variables,
@@ -398,32 +397,33 @@ fn gathered_from<T>(
     })
 }
 
-/// The folder that a checkout has for certificates.
-const CERTIFICATES_HERE: &str = "certs";
+/// Certificate folder of a source checkout.
+const LOCAL_CERTIFICATE_FOLDER: &str = "certs";
 
-/// What may lie in it beside what we write.
-const BESIDE_CERTIFICATES: [&str; 3] = ["README.md", ".gitignore", ".gitkeep"];
+/// Files allowed in it besides generated ones.
+const ALLOWED_BESIDE_CERTIFICATES: [&str; 3] = ["README.md", ".gitignore", ".gitkeep"];
 
-/// Whether our CA is in this folder, or the folder is empty enough to be meant for it. `/etc/ssl/certs` is not.
-fn may_be_ours(folder: &Path) -> bool {
+/// Whether the folder contains the cache's CA, or nothing that belongs to something else. `/etc/ssl/certs` does not
+/// qualify.
+fn is_certificate_folder(folder: &Path) -> bool {
     let Ok(entries) = std::fs::read_dir(folder) else {
         return false;
     };
     let mut names = entries.filter_map(|entry| Some(entry.ok()?.file_name()));
     folder.join("ca.key").exists()
-        || names.all(|name| BESIDE_CERTIFICATES.iter().any(|beside| name == *beside))
+        || names.all(|name| ALLOWED_BESIDE_CERTIFICATES.iter().any(|beside| name == *beside))
 }
 
-/// What decides where a cache is that nobody has placed.
+/// Environment values that determine the default data folder.
 #[derive(Default)]
-struct Surroundings {
+struct Environment {
     home: Option<PathBuf>,
     cache: Option<PathBuf>,
     is_root: bool,
 }
 
-impl Surroundings {
-    /// The user's cache folder by the XDG base directory specification, which says that relative paths are ignored.
+impl Environment {
+    /// The user's cache folder by the XDG base directory specification, which ignores relative paths.
     fn data(&self) -> PathBuf {
         let usable = |path: &Option<PathBuf>| path.clone().filter(|path| path.is_absolute());
         let of_user = || usable(&self.cache).or_else(|| usable(&self.home).map(|home| home.join(".cache")));
@@ -434,9 +434,9 @@ impl Surroundings {
     }
 }
 
-/// The file's name and text; both empty without one.
+/// Name and text of the configuration file; both empty if there is none.
 fn read_config(given: Option<&Path>) -> Result<(PathBuf, String), Diagnostics> {
-    let path = given.unwrap_or(Path::new(CONFIG_OF_SYSTEM));
+    let path = given.unwrap_or(Path::new(SYSTEM_CONFIG_FILE));
     let mut bytes = Vec::new();
     let read = std::fs::File::open(path)
         .and_then(|file| file.take(TEXT_BYTES_MAX as u64 + 1).read_to_end(&mut bytes));

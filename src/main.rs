@@ -38,7 +38,7 @@ fn main() -> ExitCode {
         Ok(config) => config,
         Err(faults) => return fail(USAGE_ERROR, &faults),
     };
-    match cli.wanted() {
+    match cli.selected_command() {
         Command::Check => {
             let mut out = terminal::stdout(false);
             let _ = write!(out, "{}", config.summary());
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
             }
             ExitCode::SUCCESS
         }
-        Command::Config(cli::Settings::Show { origin }) => match cli::settings(&cli.options) {
+        Command::Config(cli::ConfigCommand::Show { origin }) => match cli::effective_settings(&cli.options) {
             Ok(mut settings) => {
                 settings.with_origin = origin;
                 let _ = write!(terminal::stdout(false), "{settings}");
@@ -58,7 +58,7 @@ fn main() -> ExitCode {
             }
             Err(faults) => fail(USAGE_ERROR, &faults),
         },
-        Command::Config(cli::Settings::Reference) => {
+        Command::Config(cli::ConfigCommand::Reference) => {
             let _ = write!(terminal::stdout(false), "{}", ifnewer::config::reference());
             ExitCode::SUCCESS
         }
@@ -83,7 +83,7 @@ fn main() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(FAILED, &format!("cannot write the manual: {error}")),
         },
-        Command::Operate(command) => block_on(cmd_operate(&config, command)),
+        Command::Remote(command) => block_on(cmd_operate(&config, command)),
         Command::Serve => {
             limit_heap();
             init_logging(&config.log);
@@ -101,7 +101,7 @@ fn main() -> ExitCode {
 /// 68 MiB, and 59 with one arena; 2,000 unread responses leave 92 MiB, and 69.
 fn limit_heap() {
     use std::os::unix::process::CommandExt as _;
-    let (Some(settings), Ok(program)) = (cli::heap_settings(), std::env::current_exe()) else {
+    let (Some(settings), Ok(program)) = (cli::allocator_settings(), std::env::current_exe()) else {
         return;
     };
     let mut arguments = std::env::args_os();
@@ -122,7 +122,7 @@ async fn cmd_serve(
 ) -> ExitCode {
     let telemetry = Telemetry::new();
     #[cfg(feature = "otlp")]
-    let recording = match cli::collector() {
+    let recording = match cli::otlp_endpoint() {
         Some(collector) => match otlp::start(&collector, &telemetry) {
             Ok(recording) => Some(recording),
             Err(error) => return fail(USAGE_ERROR, &error),
@@ -130,7 +130,7 @@ async fn cmd_serve(
         None => None,
     };
     #[cfg(not(feature = "otlp"))]
-    if cli::collector().is_some() {
+    if cli::otlp_endpoint().is_some() {
         tracing::warn!(
             "OTEL_EXPORTER_OTLP_ENDPOINT is ignored, because this program was built without the feature `otlp`"
         );
@@ -289,7 +289,7 @@ async fn cmd_demo(stay: bool) -> ExitCode {
         });
         ended
     });
-    let colour = terminal::is_stdout_terminal() && cli::wants_colour();
+    let colour = terminal::is_stdout_terminal() && cli::colour_allowed();
     match demo::run(program, folder, colour, &mut terminal::stdout(colour), stay).await {
         Ok(summary) if summary.wrong == 0 => ExitCode::SUCCESS,
         Ok(_) => ExitCode::from(FAILED),
@@ -304,7 +304,7 @@ async fn cmd_operate(config: &Config, command: commands::Command) -> ExitCode {
     };
     let client = admin::client::Client::new(config.listen.admin.clone(), token);
     let is_terminal = terminal::is_stdout_terminal();
-    let colour = is_terminal && cli::wants_colour();
+    let colour = is_terminal && cli::colour_allowed();
     let mut out = terminal::stdout(colour);
     let mut output = commands::Output {
         colour,
@@ -314,7 +314,7 @@ async fn cmd_operate(config: &Config, command: commands::Command) -> ExitCode {
     match commands::run(&client, &command, &mut output).await {
         Ok(()) => ExitCode::SUCCESS,
         // The reader of the output has closed it: `ifnewer ls | head`.
-        Err(commands::Failed::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+        Err(commands::CommandError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
             ExitCode::SUCCESS
         }
         Err(error) => fail(FAILED, &error),

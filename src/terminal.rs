@@ -1,43 +1,44 @@
-//! Standard output and standard error, and the one way to them: text of others cannot steer the terminal it is shown on.
+//! Standard output and standard error with escaping of terminal control sequences. All output goes through this
+//! module.
 //!
-//! Names, numbers, errors and log fields come from archives, registries, clients and files. Control characters, C1,
-//! bidirectional overrides and characters of no width are written as JSON escapes them (`\u001b`): readable in text, and
-//! exact in JSON. What this program itself says in colour passes where colours are wanted.
+//! Names, numbers, errors and log fields come from archives, registries, clients and files. C0 and C1 control
+//! characters, bidirectional overrides and zero-width characters are written as JSON escapes (`\u001b`): readable as
+//! text and exact in JSON. Colours of this program are passed through if enabled.
 
 use std::borrow::Cow;
 use std::io::{self, IsTerminal, Write};
 
 use tracing_subscriber::fmt::MakeWriter;
 
-/// The longest beginning of a colour, which is held back until its end is there.
+/// Length of the longest incomplete colour sequence, which is buffered until it is complete.
 const HELD_BYTES_MAX: usize = 4;
 
-/// Standard output. With `colour`, colours pass.
+/// Standard output. If `colour` is set, colour sequences are passed through.
 pub fn stdout(colour: bool) -> Printable<io::Stdout> {
     Printable::new(io::stdout(), colour)
 }
 
-/// Standard error, without colours.
+/// Standard error without colours.
 pub fn stderr() -> Printable<io::Stderr> {
     Printable::new(io::stderr(), false)
 }
 
-/// Standard output for bytes that are no text. Not for a terminal.
+/// Standard output for binary data. Not for a terminal.
 pub fn raw_stdout() -> io::Stdout {
     io::stdout()
 }
 
-/// Whether a terminal is at standard output.
+/// Whether standard output is a terminal.
 pub fn is_stdout_terminal() -> bool {
     io::stdout().is_terminal()
 }
 
-/// Whether a terminal is at standard error.
+/// Whether standard error is a terminal.
 pub fn is_stderr_terminal() -> bool {
     io::stderr().is_terminal()
 }
 
-/// Where the log goes: standard error, with colours on a terminal.
+/// Log writer: standard error, with colours on a terminal.
 #[derive(Clone, Copy, Debug)]
 pub struct Log;
 
@@ -49,16 +50,16 @@ impl<'a> MakeWriter<'a> for Log {
     }
 }
 
-/// A writer of text that passes what is printable, and the rest escaped.
+/// A text writer that escapes unprintable characters.
 pub struct Printable<W: Write> {
     inner: W,
     colour: bool,
-    /// The beginning of a character or a colour whose end has not been written yet.
+    /// An incomplete character or colour sequence.
     held: Vec<u8>,
 }
 
 impl<W: Write> Printable<W> {
-    /// Writes to `inner`. With `colour`, colours pass.
+    /// Writes to `inner`. If `colour` is set, colour sequences are passed through.
     pub fn new(inner: W, colour: bool) -> Self {
         Self {
             inner,
@@ -77,7 +78,7 @@ impl<W: Write> Printable<W> {
         self.inner.write_all(printable(rest).as_bytes())
     }
 
-    /// The part of `bytes` that can be written now: the rest may be completed by what comes.
+    /// Length of the prefix of `bytes` that can be written now. The remainder may be completed by the next write.
     fn whole(&self, bytes: &[u8]) -> usize {
         let tail = bytes.len().saturating_sub(HELD_BYTES_MAX);
         let last_escape = bytes
@@ -118,22 +119,22 @@ impl<W: Write> Write for Printable<W> {
 
 impl<W: Write> Drop for Printable<W> {
     fn drop(&mut self) {
-        // A stream that is closed has nobody left to tell.
+        // Errors of a closed stream cannot be reported.
         let _ = self.pass_held().and_then(|()| self.inner.flush());
     }
 }
 
-/// `text` as [`stdout`] would write it, for what is shown by another way: beside a bar of progress.
+/// `text` as [`stdout`] would write it, for output next to a progress bar.
 pub fn line(text: &str, colour: bool) -> String {
     let mut line = Vec::with_capacity(text.len());
     let mut writer = Printable::new(&mut line, colour);
-    // Memory takes every byte.
+    // Writing to memory does not fail.
     let _ = writer.write_all(text.as_bytes());
     drop(writer);
     String::from_utf8_lossy(&line).into_owned()
 }
 
-/// `text` with whatever could steer a terminal escaped.
+/// `text` with control sequences escaped.
 pub fn printable(text: &str) -> Cow<'_, str> {
     use std::fmt::Write as _;
     if !text.chars().any(steers) {
@@ -144,7 +145,7 @@ pub fn printable(text: &str) -> Cow<'_, str> {
         if steers(c) {
             let mut units = [0; 2];
             for unit in c.encode_utf16(&mut units) {
-                // Writing to a string cannot fail.
+                // Writing to a string does not fail.
                 let _ = write!(escaped, "\\u{unit:04x}");
             }
         } else {
@@ -154,8 +155,9 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     escaped.into()
 }
 
-/// Whether a character does something else than being shown: C0 but for tab and newline, DEL and C1; bidirectional marks,
-/// embeddings, overrides and isolates; what has no width; separators of lines; tags and annotations.
+/// Whether a character is a control or formatting character: C0 except tab and newline, DEL and C1; bidirectional
+/// marks, embeddings, overrides and isolates; zero-width characters; line and paragraph separators; tags and
+/// annotations.
 fn steers(c: char) -> bool {
     match c {
         '\n' | '\t' => false,
@@ -172,11 +174,11 @@ fn steers(c: char) -> bool {
     }
 }
 
-/// The colours that this program and its log use (ECMA-48 SGR, `ESC [ 31 m`). None of them hides text: one that gets into
-/// text of others colours it, and does no more.
+/// Colours used by this program and its log (ECMA-48 SGR, `ESC [ 31 m`). None of them hides text, so one inside text
+/// of others can only colour it.
 const COLOURS: [&str; 10] = ["0", "1", "2", "3", "31", "32", "33", "34", "35", "36"];
 
-/// The first colour in `text`, with what is before and after it.
+/// The first colour sequence in `text`, with the text before and after it.
 fn next_colour(text: &str) -> Option<(&str, &str, &str)> {
     text.match_indices("\u{1b}[").find_map(|(at, _)| {
         let (before, from) = text.split_at_checked(at)?;
@@ -186,7 +188,7 @@ fn next_colour(text: &str) -> Option<(&str, &str, &str)> {
     })
 }
 
-/// Whether these bytes after an ESC may yet become a colour.
+/// Whether these bytes after ESC may be completed to a colour sequence.
 fn is_begun_colour(bytes: &[u8]) -> bool {
     match bytes.split_first() {
         None => true,

@@ -109,7 +109,7 @@ impl Admin {
         self.archive_permits.clone().try_acquire_owned().map_err(|_| {
             Problem::new(
                 StatusCode::SERVICE_UNAVAILABLE,
-                format!("{ARCHIVES_MAX} archives are on their way already; try again when one has ended"),
+                format!("{ARCHIVES_MAX} imports or exports are already running; try again later"),
             )
         })
     }

@@ -55,7 +55,7 @@ pub(super) struct Caller {
 }
 
 const TOKEN_REQUIRED: &str =
-    "the admin token is needed: Authorization: Bearer <content of listen.admin_token_file>";
+    "admin token required: Authorization: Bearer <content of listen.admin_token_file>";
 
 /// Minimum length; shorter tokens can be guessed.
 const TOKEN_BYTES_MIN: usize = 16;
@@ -151,13 +151,13 @@ impl AdminAuth {
         {
             return Err(Problem::new(
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                format!("Content-Type: {expected} is what is taken here"),
+                format!("Content-Type must be {expected}"),
             ));
         }
         if !path.starts_with("/api/") && !is_form {
             return Err(Problem::new(
                 StatusCode::METHOD_NOT_ALLOWED,
-                format!("nothing can be changed at {path}; the API is under /api/v1/"),
+                format!("{path} does not accept changes; the API is under /api/v1/"),
             ));
         }
         Ok(())
@@ -183,7 +183,7 @@ impl AdminAuth {
         }
         Err(Problem::new(
             StatusCode::FORBIDDEN,
-            "this form is not of this page, or of an earlier run of ifnewer; load the page again",
+            "invalid form secret: the form belongs to another page or an earlier run of ifnewer; reload the page",
         ))
     }
 
@@ -226,7 +226,7 @@ impl AdminAuth {
         let wait = client.and_then(|client| self.failed_tokens.wait(client, now));
         if let Some(wait) = wait {
             telemetry.record_admin_token_refused(TokenRejection::TooMany);
-            let detail = "too many wrong admin tokens came from this address; wait a moment";
+            let detail = "too many wrong admin tokens from this address; try again later";
             let problem = Problem::new(StatusCode::TOO_MANY_REQUESTS, detail);
             return Err(problem.retry_after(wait.as_secs() + 1));
         }
@@ -275,10 +275,7 @@ fn same_origin(head: &Parts) -> Result<(), Problem> {
         (Some(_), None) => true,
     };
     if is_cross_site || is_cross_origin {
-        return Err(Problem::new(
-            StatusCode::FORBIDDEN,
-            "a page of another site may change nothing here",
-        ));
+        return Err(Problem::new(StatusCode::FORBIDDEN, "cross-site request rejected"));
     }
     Ok(())
 }

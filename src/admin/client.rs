@@ -33,10 +33,12 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_secs(120);
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The admin listener is disabled.
-    #[error("the admin listener is off (`listen.admin = \"off\"`), so nobody can be asked")]
+    #[error("the admin listener is disabled (`listen.admin = \"off\"`)")]
     Off,
     /// The connection failed.
-    #[error("no ifnewer answers at {address}: {reason}; is `ifnewer serve` running, and is `--admin` right?")]
+    #[error(
+        "cannot reach ifnewer at {address}: {reason}; check that `ifnewer serve` is running and that `--admin` is correct"
+    )]
     Unreachable {
         /// The address.
         address: String,
@@ -54,13 +56,13 @@ pub enum ClientError {
         nearest: Vec<String>,
     },
     /// The connection closed before the end of the response.
-    #[error("the answer from {address} broke off; the cache's log says why")]
+    #[error("the response from {address} is incomplete; see the log of the cache")]
     Truncated {
         /// The address.
         address: String,
     },
     /// The response is not valid.
-    #[error("the answer from {address} cannot be read: {reason}")]
+    #[error("invalid response from {address}: {reason}")]
     InvalidResponse {
         /// The address.
         address: String,
@@ -116,7 +118,7 @@ impl Client {
             let refused = self.read_json(response).await?;
             return Err(ClientError::InvalidResponse {
                 address: self.address(),
-                reason: format!("an archive was expected, not {refused}"),
+                reason: format!("expected an archive, got {refused}"),
             });
         }
         let length = response.headers().get(CONTENT_LENGTH);
@@ -215,7 +217,7 @@ impl Client {
 
     fn or_timeout<T>(&self, answered: Result<Result<T, ClientError>, Elapsed>) -> Result<T, ClientError> {
         answered.unwrap_or_else(|_| {
-            Err(self.unreachable(format!("no answer in {} s", RESPONSE_TIMEOUT.as_secs())))
+            Err(self.unreachable(format!("no response within {} s", RESPONSE_TIMEOUT.as_secs())))
         })
     }
 
@@ -303,9 +305,7 @@ const HEALTHCHECK_TIMEOUT: Duration = Duration::from_secs(5);
 pub async fn check_ready(admin: &config::Admin) -> io::Result<()> {
     let checked = async {
         match admin {
-            config::Admin::Off => Err(io::Error::other(
-                "the admin listener is off, so nobody can be asked",
-            )),
+            config::Admin::Off => Err(io::Error::other("the admin listener is disabled")),
             config::Admin::Tcp(address) => request_readyz(TcpStream::connect(address).await?).await,
             config::Admin::Unix(path) => request_readyz(UnixStream::connect(path).await?).await,
         }
@@ -326,6 +326,6 @@ where
     let response = exchange(stream, request).await.map_err(io::Error::other)?;
     match response.status() {
         StatusCode::OK => Ok(()),
-        status => Err(io::Error::other(format!("it answered {status}"))),
+        status => Err(io::Error::other(format!("status {status}"))),
     }
 }

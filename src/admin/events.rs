@@ -183,7 +183,7 @@ impl Admin {
     pub(super) fn watch(&self, filter: Filter, client: Option<IpAddr>) -> Result<ApiResponse, Problem> {
         let Some(permit) = self.watchers.try_acquire(client) else {
             return Err(Problem::busy(
-                "too many are watching already, in all or from this address; close a page, or ask for /api/v1/events now and then",
+                "too many event streams, in total or from this address; close a page, or poll /api/v1/events",
             ));
         };
         let (lines, replies) = mpsc::channel(LINES_MAX);

@@ -126,7 +126,7 @@ fn facts(verdict: Decision, situation: &CacheState) -> String {
         |held| {
             let whole = match held.completeness {
                 Completeness::Complete => "yes",
-                Completeness::Incomplete { previous: Some(_) } => "no, an earlier image is",
+                Completeness::Incomplete { previous: Some(_) } => "no, a previous image is",
                 Completeness::Incomplete { previous: None } => "no",
             };
             let confirmed_at = confirmed(held.confirmed_at).unwrap_or_else(|| "never".to_owned());
@@ -153,11 +153,11 @@ fn facts(verdict: Decision, situation: &CacheState) -> String {
 fn sentence(verdict: Decision, upstream: &str) -> String {
     match verdict {
         Decision::Revalidate => {
-            format!("ask {upstream} by HEAD which digest it names now, with the client's own credential")
+            format!("revalidate at {upstream} by HEAD, with the client's credential")
         }
         Decision::Serve(how) => describe_serve(how, upstream),
         Decision::ProbeLayers(how) => format!(
-            "{}, if {upstream} has the rest of it",
+            "{}, if {upstream} has the missing layers",
             describe_serve(how, upstream)
         ),
         Decision::Fetch(why) => describe_fetch(why, upstream),
@@ -174,7 +174,7 @@ fn reasons(
 ) -> Vec<String> {
     let mut lines = vec![format!("policy {}, by {rule}", situation.policy)];
     lines.push(match situation.cached {
-        None => "no copy is held that this client could be given".to_owned(),
+        None => "no cached copy is available to this client".to_owned(),
         Some(held) => describe_copy(&held, situation),
     });
     let who = if has_credential {
@@ -183,17 +183,17 @@ fn reasons(
         "a client without a credential"
     };
     lines.push(match situation.authorization {
-        Authorization::Granted => format!("{upstream} has lately let {who} read this repository"),
+        Authorization::Granted => format!("{upstream} has authorized {who} for this repository"),
         Authorization::Expired => {
-            format!("{upstream} let {who} read this repository, too long ago to count while it answers")
+            format!("the grant of {who} for this repository at {upstream} has expired")
         }
-        Authorization::Unknown => format!("{upstream} never let {who} read this repository"),
+        Authorization::Unknown => format!("{upstream} has not authorized {who} for this repository"),
     });
     if let Some(cause) = silent {
         lines.push(format!("{upstream} {cause}"));
     }
     if situation.on_not_found == OnNotFound::ServeStale {
-        lines.push(format!("what is gone at {upstream} is kept, as the rule says"));
+        lines.push(format!("images deleted at {upstream} are retained, by policy"));
     }
     lines
 }
@@ -201,9 +201,9 @@ fn reasons(
 fn describe_copy(held: &CachedEntry, situation: &CacheState) -> String {
     let digest = short_digest(&held.digest.to_string());
     let whole = match held.completeness {
-        Completeness::Complete => "held whole",
-        Completeness::Incomplete { previous: Some(_) } => "held in part, and an earlier image whole",
-        Completeness::Incomplete { previous: None } => "held in part",
+        Completeness::Complete => "complete",
+        Completeness::Incomplete { previous: Some(_) } => "incomplete, and a previous image complete",
+        Completeness::Incomplete { previous: None } => "incomplete",
     };
     let age = situation
         .now
@@ -211,11 +211,11 @@ fn describe_copy(held: &CachedEntry, situation: &CacheState) -> String {
         .unwrap_or_default();
     match situation.kind {
         ContentKind::Tag if held.confirmed_at == NEVER_CONFIRMED => {
-            format!("{digest} is {whole}, imported and never confirmed")
+            format!("{digest} is {whole}, imported, not confirmed")
         }
         ContentKind::Tag => {
             let moved = if held.is_moved {
-                "; another client was told of another image since, so it is not fresh"
+                "; another client has received a newer image, so it is not fresh"
             } else {
                 ""
             };

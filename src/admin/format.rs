@@ -61,14 +61,14 @@ pub(super) fn describe_decision(decision: &DecisionRecord) -> String {
     match decision.ended {
         BodyEnd::Complete => describe_complete(decision),
         BodyEnd::Aborted if decision.reason == "client-left" => {
-            "the client left before it was answered".to_owned()
+            "the client disconnected before the response".to_owned()
         }
-        BodyEnd::Aborted => format!("the client left after {so_far}"),
-        BodyEnd::Upstream => format!("{upstream} broke off after {so_far}; the client has a part only"),
-        BodyEnd::Disk => format!("the disk failed after {so_far}; the client has a part only"),
+        BodyEnd::Aborted => format!("the client disconnected after {so_far}"),
+        BodyEnd::Upstream => format!("{upstream} failed after {so_far}; the response is incomplete"),
+        BodyEnd::Disk => format!("the disk failed after {so_far}; the response is incomplete"),
         BodyEnd::Damage => {
             format!(
-                "the cached bytes were damaged; the client has {so_far} of them, and the next one gets new ones"
+                "the cached data was damaged after {so_far}; the response is incomplete, and the next request fetches it again"
             )
         }
     }
@@ -82,43 +82,39 @@ fn describe_complete(decision: &DecisionRecord) -> String {
     };
     match (decision.result, decision.reason) {
         (_, "revalidated") => format!("unchanged at {upstream}"),
-        (_, "fresh") => "confirmed a moment ago, so not asked again".to_owned(),
-        (_, "immutable") => "asked for by digest, which cannot change".to_owned(),
-        (_, "not-revalidated") => "held, and the policy says not to ask".to_owned(),
-        (_, "tag-moved") => format!("{upstream} names another digest now, which is held as well"),
-        (CacheResult::Stale, "stale-if-error") => silent("served the held copy"),
-        (_, "expired-grant") => silent("served by digest, on a right shown before"),
-        (_, "stale-fetch-failed") => {
-            silent("there is a newer image that could not be had; served the held one")
-        }
-        (_, "previous-complete") => silent("the newest image is not held whole; served the last one that is"),
-        (_, "retained-deleted") => format!("gone at {upstream}, kept as the rule says"),
+        (_, "fresh") => "recently confirmed, not revalidated".to_owned(),
+        (_, "immutable") => "requested by digest, which is immutable".to_owned(),
+        (_, "not-revalidated") => "cached, and the policy does not revalidate".to_owned(),
+        (_, "tag-moved") => format!("the tag has moved at {upstream} to an image that is cached"),
+        (CacheResult::Stale, "stale-if-error") => silent("served the cached copy"),
+        (_, "expired-grant") => silent("served by digest, on an expired grant"),
+        (_, "stale-fetch-failed") => silent("a newer image could not be fetched; served the cached one"),
+        (_, "previous-complete") => silent("the newest image is incomplete; served the last complete one"),
+        (_, "retained-deleted") => format!("deleted at {upstream}, retained by the policy"),
         (_, "cache-credential-rejected") => {
-            format!("{upstream} refuses the credential of the cache; served the held copy")
+            format!("{upstream} rejects the cache's credential; served the cached copy")
         }
-        (CacheResult::Miss, "not-cached") => format!("not held yet: fetched from {upstream}"),
-        (CacheResult::Miss, "new-digest") => format!("newer at {upstream}: fetched"),
-        (CacheResult::Miss, "no-digest") => format!("{upstream} does not say which digest it is: fetched"),
-        (CacheResult::Miss, "head") => format!("asked {upstream} for the head alone"),
-        (_, "collapsed") => "joined a download under way".to_owned(),
+        (CacheResult::Miss, "not-cached") => format!("not cached: fetched from {upstream}"),
+        (CacheResult::Miss, "new-digest") => format!("new digest at {upstream}: fetched"),
+        (CacheResult::Miss, "no-digest") => format!("{upstream} returns no digest: fetched"),
+        (CacheResult::Miss, "head") => format!("HEAD forwarded to {upstream}"),
+        (_, "collapsed") => "joined a running download".to_owned(),
         (_, "passthrough") => "passed through, not stored".to_owned(),
-        (_, "local-token") => silent("gave a token of ours"),
+        (_, "local-token") => silent("issued a local token"),
         (CacheResult::Refused, "forbidden") => {
-            format!("refused: {upstream} does not let this credential read it")
+            format!("denied: {upstream} does not authorize this credential")
         }
-        (CacheResult::Refused, "auth-required") => format!("{upstream} wants a credential first"),
-        (CacheResult::Refused, "not-found") => format!("refused: {upstream} says there is no such image"),
-        (CacheResult::Refused, "upstream-unavailable") => {
-            silent("nothing is held that may be served instead")
-        }
+        (CacheResult::Refused, "auth-required") => format!("{upstream} requires authentication"),
+        (CacheResult::Refused, "not-found") => format!("denied: the image does not exist at {upstream}"),
+        (CacheResult::Refused, "upstream-unavailable") => silent("no cached copy may be served instead"),
         (CacheResult::Refused, "stale-limit-exceeded") => {
-            silent("the held copy is older than `stale_if_error` allows")
+            silent("the cached copy is older than `stale_if_error` allows")
         }
-        (CacheResult::Refused, "incomplete") => silent("only a part of the image is held"),
+        (CacheResult::Refused, "incomplete") => silent("the cached image is incomplete"),
         (CacheResult::Refused, "not-cached" | "not-authorized") => {
-            "refused: the policy `never` forbids asking".to_owned()
+            "denied: the policy `never` disables upstream requests".to_owned()
         }
-        (CacheResult::Refused, reason) => format!("refused: {reason}"),
+        (CacheResult::Refused, reason) => format!("denied: {reason}"),
         (_, reason) => reason.to_owned(),
     }
 }
@@ -130,29 +126,28 @@ pub(super) fn describe_serve(served: HitReason, upstream: &str) -> String {
     };
     match served {
         HitReason::Fresh => {
-            "serve the held copy without asking: it was confirmed less than `max_age` ago".to_owned()
+            "serve the cached copy without revalidation: it was confirmed less than `max_age` ago".to_owned()
         }
-        HitReason::Revalidated => "serve the held copy: the tag still names it".to_owned(),
-        HitReason::TagMoved => "serve the image that the tag names now, which is held too".to_owned(),
-        HitReason::Immutable => "serve it without asking: what is asked by digest cannot change".to_owned(),
-        HitReason::NotRevalidated => {
-            "serve the held copy without asking for a newer one, as the policy says".to_owned()
+        HitReason::Revalidated => "serve the cached copy: the tag is unchanged".to_owned(),
+        HitReason::TagMoved => "serve the image that the tag names now, which is cached".to_owned(),
+        HitReason::Immutable => "serve it without revalidation: a digest is immutable".to_owned(),
+        HitReason::NotRevalidated => "serve the cached copy without revalidation, by policy".to_owned(),
+        HitReason::StaleIfError(cause) => {
+            format!("serve the cached copy with a warning{}", after(Some(cause)))
         }
-        HitReason::StaleIfError(cause) => format!("serve the held copy with a warning{}", after(Some(cause))),
-        HitReason::ExpiredGrant(cause) => format!("serve it on a right shown before{}", after(Some(cause))),
+        HitReason::ExpiredGrant(cause) => format!("serve it on an expired grant{}", after(Some(cause))),
         HitReason::StaleOnFetchError(cause) => format!(
-            "serve the held copy with a warning, not the newer one{}",
+            "serve the cached copy with a warning instead of the newer one{}",
             after(Some(cause))
         ),
-        HitReason::PreviousComplete(cause) => format!(
-            "serve the last image that is held whole, with a warning{}",
-            after(cause)
-        ),
+        HitReason::PreviousComplete(cause) => {
+            format!("serve the last complete image with a warning{}", after(cause))
+        }
         HitReason::RetainedDeleted => {
-            "serve the held copy with a warning: the rule says to keep what is gone".to_owned()
+            "serve the cached copy with a warning: the policy retains deleted images".to_owned()
         }
         HitReason::CacheCredentialRejected => {
-            "serve the held copy with a warning: the cache's own credential is refused".to_owned()
+            "serve the cached copy with a warning: the cache's credential is rejected".to_owned()
         }
     }
 }
@@ -160,30 +155,32 @@ pub(super) fn describe_serve(served: HitReason, upstream: &str) -> String {
 /// Describes a decision to fetch.
 pub(super) fn describe_fetch(why: MissReason, upstream: &str) -> String {
     match why {
-        MissReason::NotCached => format!("fetch it from {upstream}: it is not held"),
-        MissReason::NewDigest => format!("fetch the newer one from {upstream}"),
-        MissReason::NoDigest => format!("fetch it from {upstream}, which does not say which digest it is"),
+        MissReason::NotCached => format!("fetch it from {upstream}: it is not cached"),
+        MissReason::NewDigest => format!("fetch the new digest from {upstream}"),
+        MissReason::NoDigest => format!("fetch it from {upstream}, which returns no digest"),
     }
 }
 
 /// Describes a decision to deny.
 pub(super) fn describe_denial(refusal: DenyReason, upstream: &str) -> String {
     match refusal {
-        DenyReason::NotCached => "refuse: it is not held, and the policy `never` forbids asking".to_owned(),
+        DenyReason::NotCached => {
+            "deny: it is not cached, and the policy `never` disables upstream requests".to_owned()
+        }
         DenyReason::NotAuthorized => format!(
-            "refuse: {upstream} never said yes to this principal for this, and the policy `never` forbids asking"
+            "deny: {upstream} has not authorized this client, and the policy `never` disables upstream requests"
         ),
-        DenyReason::Forbidden => format!("refuse: {upstream} does not let this credential read it"),
-        DenyReason::AuthRequired => format!("refuse: {upstream} wants a credential first"),
-        DenyReason::NotFound => format!("refuse: {upstream} says there is no such image"),
+        DenyReason::Forbidden => format!("deny: {upstream} does not authorize this credential"),
+        DenyReason::AuthRequired => format!("deny: {upstream} requires authentication"),
+        DenyReason::NotFound => format!("deny: the image does not exist at {upstream}"),
         DenyReason::UpstreamUnavailable(cause) => {
-            format!("refuse: {upstream} {cause}, and nothing may be served instead")
+            format!("deny: {upstream} {cause}, and no cached copy may be served instead")
         }
         DenyReason::StaleLimitExceeded(cause) => {
-            format!("refuse: {upstream} {cause}, and the held copy is older than `stale_if_error` allows")
+            format!("deny: {upstream} {cause}, and the cached copy is older than `stale_if_error` allows")
         }
         DenyReason::Incomplete(cause) => {
-            format!("refuse: {upstream} {cause}, and only a part of the image is held")
+            format!("deny: {upstream} {cause}, and the cached image is incomplete")
         }
     }
 }

@@ -129,7 +129,7 @@ impl Admin {
         Err(Problem::new(
             StatusCode::SERVICE_UNAVAILABLE,
             format!(
-                "no request has been answered for {} s: the threads that answer them do not run; restart ifnewer",
+                "the worker threads have not run for {} s; restart ifnewer",
                 stalled.as_secs()
             ),
         ))
@@ -144,9 +144,8 @@ impl Admin {
             admin.problems()
         })
         .await;
-        let problems = problems.unwrap_or_else(|| {
-            vec!["degraded: what else is wrong could not be read within a second".to_owned()]
-        });
+        let problems = problems
+            .unwrap_or_else(|| vec!["degraded: problems could not be read within a second".to_owned()]);
         let mut lines = vec!["ready".to_owned()];
         lines.extend(problems);
         lines.push(String::new());

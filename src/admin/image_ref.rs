@@ -26,7 +26,7 @@ impl ImageRef {
     pub(super) fn parse(image: &str, registry: &ServingState) -> Result<Self, Problem> {
         if image.is_empty() {
             return Err(Problem::bad_request(
-                "say which image, as in image=docker.io/library/alpine:3.20",
+                "missing image, as in image=docker.io/library/alpine:3.20",
             ));
         }
         let (name, reference) = match (image.split_once('@'), image.rsplit_once(':')) {
@@ -43,7 +43,7 @@ impl ImageRef {
             None => (registry.router.default_registry(), name),
         };
         let wrong = |error: &dyn std::fmt::Display| {
-            Problem::bad_request(format!("`{image}` is not an image: {error}"))
+            Problem::bad_request(format!("`{image}` is not an image reference: {error}"))
         };
         let repository: Repository = rest.parse().map_err(|error| wrong(&error))?;
         let repository = upstream_registry

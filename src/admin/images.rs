@@ -283,9 +283,7 @@ pub(super) fn details(
     now: SystemTime,
 ) -> Result<ImageDetails, Problem> {
     let Some(key) = named.tag_key() else {
-        return Err(Problem::bad_request(
-            "name a tag: what is asked by digest has no history",
-        ));
+        return Err(Problem::bad_request("a tag is required: a digest has no history"));
     };
     let store = registry.proxy.store().blocking();
     let Some(stocked) = store.tag_usage(&key)? else {
@@ -339,7 +337,7 @@ pub(super) fn not_cached(key: &TagKey, store: &Store) -> Problem {
     });
     Problem {
         nearest: near.names(),
-        ..Problem::new(StatusCode::NOT_FOUND, format!("{name} is not held"))
+        ..Problem::new(StatusCode::NOT_FOUND, format!("{name} is not cached"))
     }
 }
 
@@ -407,7 +405,7 @@ fn summary(
         fresh_until: fresh_until.map(rfc3339),
         last_pulled_at: store.last_access(ContentId::Manifest(named.digest)).map(rfc3339),
         rule: rule.map_or_else(
-            || "its upstream is not configured any more".to_owned(),
+            || "its upstream is no longer configured".to_owned(),
             |rule| rule.name.to_string(),
         ),
         policy: rule.map_or("never", |rule| rule.policy.name()),
@@ -485,14 +483,14 @@ pub(super) fn remove(
         }
         (false, Reference::Digest(_)) => {
             return Err(Problem::bad_request(
-                "name a tag, or a repository with all_tags=true",
+                "a tag is required, or a repository with all_tags=true",
             ));
         }
     };
     if keys.is_empty() {
         return Err(match named.tag_key() {
             Some(key) => not_cached(&key, store),
-            None => Problem::not_found(format!("no tag of {upstream}/{repository} is held")),
+            None => Problem::not_found(format!("no tag of {upstream}/{repository} is cached")),
         });
     }
     let pinned = keys.iter().find(|key| store.is_pinned(&Pin::Tag((*key).clone())));
@@ -545,7 +543,7 @@ pub(super) fn pin(registry: &ServingState, named: &ImageRef, pinned: bool) -> Re
         (None, Reference::Digest(AnyDigest::Supported(digest))) => Pin::Digest(*digest),
         (None, _) => {
             return Err(Problem::bad_request(
-                "such a digest cannot be verified, so it is never held",
+                "digests of this algorithm cannot be verified, so they are not cached",
             ));
         }
     };

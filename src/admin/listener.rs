@@ -253,8 +253,7 @@ impl AdminServer {
             return Admin::finish(&head, reply).map(PermittedBody::without_permit);
         }
         let Some(permit) = self.requests.try_acquire(caller.client) else {
-            let problem =
-                Problem::busy("as many requests are answered at a time as may be, in all or of this address");
+            let problem = Problem::busy("too many concurrent admin requests, in total or from this address");
             return Admin::finish(&head, Err(problem)).map(PermittedBody::without_permit);
         };
         if let Some(delay) = auth.delay(&head, caller) {

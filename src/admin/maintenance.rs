@@ -27,7 +27,7 @@ impl Admin {
         let unused_for = match request.unused_for {
             None => UNUSED_FOR_DEFAULT,
             Some(text) => humantime::parse_duration(&text).map_err(|_| {
-                Problem::bad_request(format!("`unused_for` is a time as in 7d, not `{text}`"))
+                Problem::bad_request(format!("`unused_for` must be a duration as in 7d, not `{text}`"))
             })?,
         };
         let (registry, is_trial) = (self.registry.load_full(), request.dry_run);

@@ -141,7 +141,7 @@ async fn removal_preview(admin: &Admin, image: &str) -> Result<RemovalPreview, P
     let registry = admin.registry.load_full();
     let named = ImageRef::parse(image, &registry)?;
     let Some(key) = named.tag_key() else {
-        return Err(Problem::bad_request("name a tag"));
+        return Err(Problem::bad_request("a tag is required"));
     };
     let freed = blocking(move || Ok(registry.proxy.store().blocking().delete_images(&[key], true)?)).await?;
     Ok(RemovalPreview {
@@ -178,7 +178,7 @@ pub(super) async fn submit_form(admin: &Admin, body: &[u8]) -> Result<ApiRespons
             let registry = admin.registry.load_full();
             let named = ImageRef::parse(image, &registry)?;
             let Some(key) = named.tag_key() else {
-                return Err(Problem::bad_request("name a tag"));
+                return Err(Problem::bad_request("a tag is required"));
             };
             let freed =
                 blocking(move || Ok(registry.proxy.store().blocking().delete_images(&[key], false)?)).await?;
@@ -187,19 +187,19 @@ pub(super) async fn submit_form(admin: &Admin, body: &[u8]) -> Result<ApiRespons
         deed @ ("pin" | "unpin") => {
             let (name, _) = admin.pin(image, deed == "pin").await?;
             match deed {
-                "pin" => format!("{name} is pinned: it stays, whatever else has to go."),
-                _ => format!("{name} is not pinned any more."),
+                "pin" => format!("{name} is pinned: it is excluded from eviction."),
+                _ => format!("{name} is no longer pinned."),
             }
         }
         "offline" => {
             admin.switch_offline(true).await?;
-            "Offline: no upstream is asked until this is switched off.".to_owned()
+            "Offline: no upstream requests until this is switched off.".to_owned()
         }
         "online" => {
             admin.switch_offline(false).await?;
             "Online again.".to_owned()
         }
-        other => return Err(Problem::bad_request(format!("there is no deed `{other}`"))),
+        other => return Err(Problem::bad_request(format!("unknown action `{other}`"))),
     };
     let notice = admin.flash.add(message);
     Ok(see_other(&format!("/?notice={notice}")))
@@ -209,12 +209,12 @@ pub(super) async fn submit_form(admin: &Admin, body: &[u8]) -> Result<ApiRespons
 pub(super) fn describe_refresh(refreshed: Refreshed, upstream: &str) -> String {
     match refreshed {
         Refreshed::Unchanged(_) => format!("unchanged at {upstream}"),
-        Refreshed::Newer(_) => format!("{upstream} has a newer image, which is held now"),
-        Refreshed::NotFound => format!("gone at {upstream}; kept here until a client is told so"),
-        Refreshed::Denied => format!("{upstream} does not let this credential read it"),
-        Refreshed::Unavailable(cause) => format!("{upstream} {cause}; what is held stays"),
+        Refreshed::Newer(_) => format!("{upstream} has a newer image, which is cached now"),
+        Refreshed::NotFound => format!("deleted at {upstream}; retained until a client requests it"),
+        Refreshed::Denied => format!("{upstream} does not authorize this credential"),
+        Refreshed::Unavailable(cause) => format!("{upstream} {cause}; the cached image is kept"),
         Refreshed::FetchFailed(cause) => {
-            format!("there is something newer that could not be had: {upstream} {cause}")
+            format!("a newer image could not be fetched: {upstream} {cause}")
         }
     }
 }

@@ -98,7 +98,7 @@ impl Problem {
     pub(super) fn task_failed() -> Self {
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,
-            "the task ended without an answer; the log says why",
+            "internal error: the task panicked; see the log",
         )
     }
 

@@ -151,17 +151,17 @@ impl Admin {
         if METHODS.iter().any(|(known, _)| *known == path) {
             return Problem::new(
                 StatusCode::METHOD_NOT_ALLOWED,
-                format!("{method} is not what {path} takes"),
+                format!("{path} does not accept {method}"),
             );
         }
         if method == Method::GET {
             return Problem::not_found(format!(
-                "there is no {path} here; the API is described in /api/openapi.json"
+                "unknown path {path}; the API is described in /api/openapi.json"
             ));
         }
         Problem::new(
             StatusCode::METHOD_NOT_ALLOWED,
-            format!("nothing can be changed at {path}"),
+            format!("{path} does not accept changes"),
         )
     }
 
@@ -191,7 +191,7 @@ impl Admin {
     async fn ca(&self) -> Result<ApiResponse, Problem> {
         let Some(path) = self.ca.clone() else {
             return Err(Problem::not_found(
-                "the certificate is the operator's own; ask whoever made it for its CA",
+                "the certificate is configured by the operator; its CA is not known here",
             ));
         };
         let read = blocking(move || Ok(std::fs::read(path))).await?;
@@ -222,7 +222,7 @@ impl ImageRequest {
         let text = match (&self.authorization, &self.username) {
             (Some(_), Some(_)) => {
                 return Err(Problem::bad_request(
-                    "give a username and password, or authorization; not both",
+                    "give either a username and password, or authorization",
                 ));
             }
             (Some(text), None) => text.clone(),
@@ -233,7 +233,7 @@ impl ImageRequest {
             (None, None) => return Ok(None),
         };
         let mut value = HeaderValue::from_str(&text)
-            .map_err(|_| Problem::bad_request("the credential is no header value"))?;
+            .map_err(|_| Problem::bad_request("the credential is not a valid header value"))?;
         value.set_sensitive(true);
         Ok(Some(value))
     }
@@ -281,7 +281,7 @@ impl Admin {
         begun.ok_or_else(|| {
             Problem::new(
                 StatusCode::SERVICE_UNAVAILABLE,
-                "too many pulls are under way; wait until one has ended",
+                "too many unfinished pulls; try again later",
             )
         })
     }
@@ -293,9 +293,7 @@ impl Admin {
         let registry = self.registry.load();
         match self.pull_jobs.find(id, registry.proxy.downloads()) {
             Some(view) => json_of(&view),
-            None => Err(Problem::not_found(format!(
-                "there is no pull {id}, or it was long ago"
-            ))),
+            None => Err(Problem::not_found(format!("pull {id} is unknown or has expired"))),
         }
     }
 
@@ -329,9 +327,7 @@ impl Admin {
         let registry = self.registry.load_full();
         let named = ImageRef::parse(image, &registry)?;
         if matches!(named.reference, Reference::Digest(_)) {
-            return Err(Problem::bad_request(
-                "name a tag: what is asked by digest cannot change",
-            ));
+            return Err(Problem::bad_request("a tag is required: a digest is immutable"));
         }
         let endpoint = Endpoint::Manifest {
             repository: named.repository.clone(),
@@ -423,14 +419,14 @@ async fn read_body(body: Incoming) -> Result<Bytes, Problem> {
     let Ok(collected) = collected.await else {
         return Err(Problem::new(
             StatusCode::REQUEST_TIMEOUT,
-            format!("the body did not come within {} s", BODY_TIMEOUT.as_secs()),
+            format!("the body was not received within {} s", BODY_TIMEOUT.as_secs()),
         ));
     };
     match collected {
         Ok(body) => Ok(body.to_bytes()),
         Err(error) if error.is::<http_body_util::LengthLimitError>() => Err(Problem::new(
             StatusCode::PAYLOAD_TOO_LARGE,
-            format!("a body may have {BODY_BYTES_MAX} bytes"),
+            format!("the body is larger than {BODY_BYTES_MAX} bytes"),
         )),
         Err(error) => Err(Problem::bad_request(format!(
             "the body could not be read: {error}"
@@ -440,7 +436,7 @@ async fn read_body(body: Incoming) -> Result<Bytes, Problem> {
 
 pub(super) fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     serde_json::from_slice(body)
-        .map_err(|error| Problem::bad_request(format!("the body is not what is expected: {error}")))
+        .map_err(|error| Problem::bad_request(format!("the body is invalid: {error}")))
 }
 
 /// Runs blocking work on a blocking thread.
@@ -457,7 +453,7 @@ fn json_of(value: &impl serde::Serialize) -> Result<ApiResponse, Problem> {
     value.map(|value| json_response(&value)).map_err(|error| {
         Problem::new(
             StatusCode::INTERNAL_SERVER_ERROR,
-            format!("the answer cannot be written: {error}"),
+            format!("failed to serialize the response: {error}"),
         )
     })
 }

@@ -174,14 +174,14 @@ impl Admin {
         let registry = self.registry.load();
         let mut problems = Vec::new();
         if self.offline.is_on() {
-            problems.push("Offline mode is on: no upstream is asked".to_owned());
+            problems.push("Offline mode is on: no upstream requests are sent".to_owned());
         }
         for upstream_registry in registry.router.all() {
             if let Some(open) = upstream_registry.upstream().status().open {
                 let (cause, scope) = (open.cause, open.scope);
                 let words = duration(open.open.unwrap_or_default());
                 problems.push(format!(
-                    "{} {cause} (circuit breaker: {scope}), for {words}; what is held is served",
+                    "{} {cause} (circuit breaker: {scope}), for {words}; serving cached images",
                     upstream_registry.name()
                 ));
             }
@@ -191,7 +191,7 @@ impl Admin {
         }
         if let Some(quota) = self.quota().filter(|quota| quota.remaining == 0) {
             problems.push(format!(
-                "{} allows {} no further pulls for now",
+                "the rate limit of {} for {} is exhausted",
                 quota.upstream, quota.credential
             ));
         }
@@ -227,10 +227,10 @@ impl Admin {
 
 fn verdict(offline: bool, problems: &[String]) -> String {
     match (offline, problems.first()) {
-        (_, None) => "Healthy: every upstream that was asked answers".to_owned(),
-        (true, Some(_)) => "Offline: serving what is held, asking nobody".to_owned(),
+        (_, None) => "Healthy: all requested upstreams respond".to_owned(),
+        (true, Some(_)) => "Offline: serving cached images, no upstream requests".to_owned(),
         (false, Some(only)) if problems.len() == 1 => only.clone(),
-        (false, Some(_)) => format!("{} things to know; what is held is served", problems.len()),
+        (false, Some(_)) => format!("{} problems; serving cached images", problems.len()),
     }
 }
 

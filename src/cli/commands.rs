@@ -1,17 +1,19 @@
-//! The operator's commands: what a running cache is asked and told from the command line. All of it goes through the
-//! admin API; nothing here knows more than that says.
+//! Operator commands for a running cache. They use the admin API only.
 //!
-//! Each command that reads prints a table for people or, with `--json`, the API's own answer. Colours are for terminals.
+//! A command that reads prints a table or, with `--json`, the API response. Colours are used on terminals only.
 //!
-//! * `table`: columns. * `pull`: progress. * `upkeep`: what the store is to do. * `archive`: images in files. * `show`: the rest.
+//! * `images`: refresh, removal and pins. `inspect`: lists and details. `stats`: statistics. `pull`: pull jobs with
+//!   progress.
+//! * `maintenance`: verification, garbage collection, offline mode. `archive`: export and import. `table`: text
+//!   tables.
 
 mod archive;
+mod images;
+mod inspect;
+mod maintenance;
 mod pull;
-mod show;
 mod stats;
-mod steer;
 mod table;
-mod upkeep;
 
 use std::io::{Read as _, Write};
 use std::path::PathBuf;
@@ -22,62 +24,62 @@ use serde_json::{Value, json};
 use crate::admin::client::{Client, ClientError};
 use crate::terminal::printable;
 
-/// What can be asked and told.
+/// A command for a running cache.
 #[derive(Clone, Debug, PartialEq, Eq, Subcommand)]
 pub enum Command {
-    /// List the images held
+    /// List cached images
     Ls(Ls),
-    /// Show one image: what it is made of, what it shares, when it was confirmed, which rule holds
+    /// Show one image: its parts, shared data, last confirmation and policy rule
     Show(Show),
     /// Explain what a client would get now for an image, and why
     Why(Why),
-    /// Show how the cache is doing: hits, bytes saved, upstreams, quotas, clients
+    /// Show statistics: hits, bytes saved, upstreams, rate limits, clients
     Stats(Stats),
-    /// Show the last decisions: what each client got, and why
+    /// Show the latest decisions: the result and reason of each request
     Log(Log),
-    /// Bring images into the cache before anybody asks
+    /// Pull images into the cache ahead of use
     Pull(Pull),
-    /// Ask the upstream now what a tag names, and fetch what is newer
+    /// Revalidate tags at the upstream now, and fetch newer images
     Refresh(Refresh),
-    /// Let go of an image, and say what that frees
+    /// Remove images from the cache, and report the freed space
     Rm(Rm),
-    /// Keep images, whatever else has to go; they need not be held yet
+    /// Pin images: exclude them from eviction; they need not be cached yet
     Pin(Pin),
-    /// End that
+    /// Remove pins
     Unpin(Pin),
-    /// Ask no upstream at all, serve what is held; or end that
+    /// Switch offline mode: send no upstream requests and serve cached images only
     Offline(Offline),
-    /// Read everything held, and set aside what is not what its name says
+    /// Verify the digests of all cached objects, and quarantine damaged ones
     Verify(Verify),
-    /// Write images into an archive (an OCI image layout), for a cache that no registry reaches
+    /// Export images to an archive (OCI image layout), for a cache without access to a registry
     Export(Export),
-    /// Read images out of such an archive, from another cache or by skopeo
+    /// Import images from an archive written by another cache or by skopeo
     Import(Import),
-    /// Let go of what no tag leads to and nobody uses, and say what that frees
+    /// Remove unused objects that no tag references, and report the freed space
     Gc(Gc),
 }
 
 /// `ifnewer ls`.
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub struct Ls {
-    /// A part of the name
+    /// A part of the image name
     pub filter: Option<String>,
-    /// In which order
+    /// The sort order
     #[arg(long, value_enum, default_value = "name")]
     pub sort: Sort,
-    /// Print the API's answer
+    /// Print the API response
     #[arg(long)]
     pub json: bool,
 }
 
-/// The order of a list.
+/// Sort order of a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Sort {
     /// By name
     Name,
-    /// The largest first
+    /// Largest first
     Size,
-    /// The last confirmed first
+    /// Most recently confirmed first
     Confirmed,
 }
 
@@ -86,7 +88,7 @@ pub enum Sort {
 pub struct Show {
     /// The image, as in docker.io/library/alpine:3.20 or alpine
     pub image: String,
-    /// Print the API's answer
+    /// Print the API response
     #[arg(long)]
     pub json: bool,
 }
@@ -96,10 +98,10 @@ pub struct Show {
 pub struct Why {
     /// The image, as in docker.io/library/alpine:3.20 or alpine
     pub image: String,
-    /// For a client with which credential
+    /// Credential of the client
     #[command(flatten)]
-    pub login: Login,
-    /// Print the API's answer
+    pub credential: CredentialArgs,
+    /// Print the API response
     #[arg(long)]
     pub json: bool,
 }
@@ -107,7 +109,7 @@ pub struct Why {
 /// `ifnewer stats`.
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub struct Stats {
-    /// Print the API's answer
+    /// Print the API response
     #[arg(long)]
     pub json: bool,
 }
@@ -115,12 +117,12 @@ pub struct Stats {
 /// `ifnewer log`.
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub struct Log {
-    /// A part of the image's name
+    /// A part of the image name
     pub image: Option<String>,
-    /// How many
+    /// Maximum number of decisions
     #[arg(short = 'n', long, default_value_t = 20)]
     pub limit: usize,
-    /// Print the API's answer
+    /// Print the API response
     #[arg(long)]
     pub json: bool,
 }
@@ -131,13 +133,14 @@ pub struct Pull {
     /// The images
     #[arg(required = true)]
     pub images: Vec<String>,
-    /// A platform, as in linux/arm64, or all; may be given several times [default: that of the cache's machine]
+    /// A platform, as in linux/arm64, or all; may be given several times [default: the platform of the cache's
+    /// machine]
     #[arg(long)]
     pub platform: Vec<String>,
-    /// With which credential
+    /// Credential for the upstream
     #[command(flatten)]
-    pub login: Login,
-    /// Print the API's answer at the end, one object a line
+    pub credential: CredentialArgs,
+    /// Print the API response at the end, one object per line
     #[arg(long)]
     pub json: bool,
 }
@@ -148,10 +151,10 @@ pub struct Refresh {
     /// The images, with tags
     #[arg(required = true)]
     pub images: Vec<String>,
-    /// With which credential
+    /// Credential for the upstream
     #[command(flatten)]
-    pub login: Login,
-    /// Print the API's answer, one object a line
+    pub credential: CredentialArgs,
+    /// Print the API response, one object per line
     #[arg(long)]
     pub json: bool,
 }
@@ -165,10 +168,10 @@ pub struct Rm {
     /// All tags of the repository
     #[arg(long)]
     pub all_tags: bool,
-    /// Do it; without this, only say what it would free
+    /// Apply the removal; without this, only report what it would free
     #[arg(short, long)]
     pub yes: bool,
-    /// Print the API's answer, one object a line
+    /// Print the API response, one object per line
     #[arg(long)]
     pub json: bool,
 }
@@ -176,10 +179,10 @@ pub struct Rm {
 /// `ifnewer pin` and `unpin`.
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub struct Pin {
-    /// The images: tags, with what they name now and later, or digests
+    /// The images: tags, including their later digests, or digests
     #[arg(required = true)]
     pub images: Vec<String>,
-    /// Print the API's answer, one object a line
+    /// Print the API response, one object per line
     #[arg(long)]
     pub json: bool,
 }
@@ -187,10 +190,10 @@ pub struct Pin {
 /// `ifnewer offline`.
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub struct Offline {
-    /// On or off; without it, say which
+    /// On or off; without it, print the current state
     #[arg(value_enum)]
     pub state: Option<OnOff>,
-    /// Print the API's answer
+    /// Print the API response
     #[arg(long)]
     pub json: bool,
 }
@@ -198,10 +201,10 @@ pub struct Offline {
 /// `ifnewer verify`.
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub struct Verify {
-    /// Make the index anew from the files too; who pulled private images is asked for at the registry again
+    /// Also rebuild the index from the files. Clients must be authorized again at the registry for private images
     #[arg(long)]
     pub rebuild_index: bool,
-    /// Print the API's answer
+    /// Print the API response
     #[arg(long)]
     pub json: bool,
 }
@@ -209,13 +212,13 @@ pub struct Verify {
 /// `ifnewer gc`.
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub struct Gc {
-    /// What was used within this time stays
+    /// Keep objects used within this time
     #[arg(long, value_name = "TIME", default_value = "7d")]
     pub unused_for: String,
-    /// Do it; without this, only say what it would free
+    /// Apply the removal; without this, only report what it would free
     #[arg(short, long)]
     pub yes: bool,
-    /// Print the API's answer
+    /// Print the API response
     #[arg(long)]
     pub json: bool,
 }
@@ -226,10 +229,10 @@ pub struct Export {
     /// The images
     #[arg(required = true)]
     pub images: Vec<String>,
-    /// Where to: a file that ends in .tar, a folder, or `-` for the standard output
+    /// The destination: a file that ends in .tar, a folder, or `-` for standard output
     #[arg(short, long, value_name = "FILE.tar|FOLDER|-", default_value = "-")]
     pub output: PathBuf,
-    /// A platform, as in linux/arm64; may be given several times [default: all that are held whole]
+    /// A platform, as in linux/arm64; may be given several times [default: all that are completely cached]
     #[arg(long)]
     pub platform: Vec<String>,
 }
@@ -237,44 +240,44 @@ pub struct Export {
 /// `ifnewer import`.
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub struct Import {
-    /// The archive: a tar file, a folder, or `-` for the standard input
+    /// The archive: a tar file, a folder, or `-` for standard input
     #[arg(value_name = "FILE.tar|FOLDER|-")]
     pub archive: PathBuf,
-    /// What the only image in it is called here, as in docker.io/library/alpine:3.20
+    /// The name for the only image in the archive, as in docker.io/library/alpine:3.20
     #[arg(long = "as", value_name = "IMAGE")]
     pub name: Option<String>,
-    /// Everybody may read the repositories, until their registry says otherwise. Without this, only those to whom the
-    /// registry says yes
+    /// Make the repositories readable for all clients, until their registry denies access. Without this, only clients
+    /// that the registry authorizes may read them
     #[arg(long)]
     pub public: bool,
-    /// Print the API's answer
+    /// Print the API response
     #[arg(long)]
     pub json: bool,
 }
 
-/// A switch.
+/// An on/off switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnOff {
-    /// No upstream is asked
+    /// Send no upstream requests
     On,
-    /// As the rules say
+    /// Follow the policy rules
     Off,
 }
 
-/// A credential at the upstream. It is given to the cache for this once, and kept by nobody.
+/// A credential for the upstream. The cache uses it for this request and does not store it.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
-pub struct Login {
-    /// The user at the registry
+pub struct CredentialArgs {
+    /// The user name at the registry
     #[arg(long, value_name = "USER")]
     pub username: Option<String>,
-    /// Read the password from a file; `-` is the standard input
+    /// Read the password from a file; `-` is standard input
     #[arg(long, value_name = "FILE", requires = "username")]
     pub password_file: Option<PathBuf>,
 }
 
-impl Login {
-    /// Adds the credential to a request's body.
-    fn add_to(&self, body: &mut Value) -> Result<(), Failed> {
+impl CredentialArgs {
+    /// Adds the credential to a request body.
+    fn write_to(&self, body: &mut Value) -> Result<(), CommandError> {
         let (Some(username), Some(fields)) = (&self.username, body.as_object_mut()) else {
             return Ok(());
         };
@@ -286,7 +289,7 @@ impl Login {
             } else {
                 std::fs::File::open(path).and_then(|mut file| file.read_to_string(&mut text))
             };
-            read.map_err(|error| Failed::Password {
+            read.map_err(|error| CommandError::Password {
                 path: path.clone(),
                 error,
             })?;
@@ -297,69 +300,69 @@ impl Login {
     }
 }
 
-/// Why a command is not done.
+/// Error of a command.
 #[derive(Debug, thiserror::Error)]
-pub enum Failed {
-    /// The cache said no, or nothing.
+pub enum CommandError {
+    /// The admin request failed.
     #[error(transparent)]
-    Ask(#[from] ClientError),
-    /// What was asked for did not come about, and has been told.
+    Client(#[from] ClientError),
+    /// The command was not completed; its output contains the details.
     #[error("{0}")]
-    Undone(String),
-    /// The password cannot be read.
+    Incomplete(String),
+    /// The password file cannot be read.
     #[error("the password in {}: {error}", .path.display())]
     Password {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The reason.
         error: std::io::Error,
     },
-    /// A file of the operator's cannot be read or written.
+    /// A file cannot be read or written.
     #[error("{}: {error}", .path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The reason.
         error: std::io::Error,
     },
-    /// The output cannot be written, for whoever read it is gone.
+    /// The output cannot be written, because its reader has closed it.
     #[error(transparent)]
     Output(#[from] std::io::Error),
 }
 
-/// Where the answer goes, and how it may look there.
+/// Output of a command.
 pub struct Output<'a> {
     /// Standard output.
     pub out: &'a mut dyn Write,
-    /// Whether that takes colours.
+    /// Whether colours are used.
     pub colour: bool,
-    /// Whether a terminal shows progress.
+    /// Whether progress is shown on a terminal.
     pub progress: bool,
 }
 
 impl Output<'_> {
-    /// One line.
-    fn line(&mut self, text: &str) -> Result<(), Failed> {
+    /// Prints one line.
+    fn line(&mut self, text: &str) -> Result<(), CommandError> {
         writeln!(self.out, "{text}")?;
         Ok(())
     }
 
-    fn json(&mut self, value: &Value) -> Result<(), Failed> {
+    fn json(&mut self, value: &Value) -> Result<(), CommandError> {
         self.line(&serde_json::to_string_pretty(value).unwrap_or_default())
     }
 
-    fn json_line(&mut self, value: &Value) -> Result<(), Failed> {
+    fn json_line(&mut self, value: &Value) -> Result<(), CommandError> {
         self.line(&value.to_string())
     }
 
-    /// `text`, coloured where that is wanted.
-    fn paint(&self, tone: Tone, text: &str) -> String {
-        let code = match tone {
-            Tone::Good => "32",
-            Tone::Warm => "33",
-            Tone::Bad => "31",
-            Tone::Dim => "2",
-            Tone::Strong => "1",
+    /// `text`, coloured if enabled.
+    fn paint(&self, style: Style, text: &str) -> String {
+        let code = match style {
+            Style::Success => "32",
+            Style::Warning => "33",
+            Style::Error => "31",
+            Style::Dim => "2",
+            Style::Bold => "1",
         };
         if self.colour {
             format!("\x1b[{code}m{}\x1b[0m", printable(text))
@@ -370,37 +373,37 @@ impl Output<'_> {
 }
 
 #[derive(Clone, Copy)]
-enum Tone {
-    Good,
-    Warm,
-    Bad,
+enum Style {
+    Success,
+    Warning,
+    Error,
     Dim,
-    Strong,
+    Bold,
 }
 
-/// Runs a command against the cache that `client` reaches.
-pub async fn run(client: &Client, command: &Command, output: &mut Output<'_>) -> Result<(), Failed> {
+/// Runs a command with `client`.
+pub async fn run(client: &Client, command: &Command, output: &mut Output<'_>) -> Result<(), CommandError> {
     match command {
-        Command::Ls(words) => show::ls(client, words, output).await,
-        Command::Show(words) => show::show(client, words, output).await,
-        Command::Why(words) => show::why(client, words, output).await,
-        Command::Stats(words) => stats::stats(client, words, output).await,
-        Command::Log(words) => show::log(client, words, output).await,
-        Command::Pull(words) => pull::pull(client, words, output).await,
-        Command::Refresh(words) => steer::refresh(client, words, output).await,
-        Command::Rm(words) => steer::rm(client, words, output).await,
-        Command::Pin(words) => steer::pin(client, words, true, output).await,
-        Command::Unpin(words) => steer::pin(client, words, false, output).await,
-        Command::Offline(words) => steer::offline(client, words, output).await,
-        Command::Verify(words) => upkeep::verify(client, words, output).await,
-        Command::Gc(words) => upkeep::gc(client, words, output).await,
-        Command::Export(words) => archive::export(client, words, output).await,
-        Command::Import(words) => archive::import(client, words, output).await,
+        Command::Ls(args) => inspect::ls(client, args, output).await,
+        Command::Show(args) => inspect::show(client, args, output).await,
+        Command::Why(args) => inspect::why(client, args, output).await,
+        Command::Stats(args) => stats::stats(client, args, output).await,
+        Command::Log(args) => inspect::log(client, args, output).await,
+        Command::Pull(args) => pull::pull(client, args, output).await,
+        Command::Refresh(args) => images::refresh(client, args, output).await,
+        Command::Rm(args) => images::rm(client, args, output).await,
+        Command::Pin(args) => images::pin(client, args, true, output).await,
+        Command::Unpin(args) => images::pin(client, args, false, output).await,
+        Command::Offline(args) => maintenance::offline(client, args, output).await,
+        Command::Verify(args) => maintenance::verify(client, args, output).await,
+        Command::Gc(args) => maintenance::gc(client, args, output).await,
+        Command::Export(args) => archive::export(client, args, output).await,
+        Command::Import(args) => archive::import(client, args, output).await,
     }
 }
 
-/// For a query.
-fn escaped(text: &str) -> String {
+/// Percent-encodes a query value.
+fn percent_encode(text: &str) -> String {
     let plain = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_' | b'/' | b':');
     let part = |c: u8| {
         if plain(c) {
@@ -412,17 +415,18 @@ fn escaped(text: &str) -> String {
     text.bytes().map(part).collect()
 }
 
-/// A field of an answer as text; empty where there is none.
+/// A text field of a response; empty if absent.
 fn text<'a>(value: &'a Value, name: &str) -> &'a str {
     value.get(name).and_then(Value::as_str).unwrap_or_default()
 }
 
-/// A field of an answer as a number; 0 where there is none.
+/// A number field of a response; 0 if absent.
 fn number(value: &Value, name: &str) -> u64 {
     value.get(name).and_then(Value::as_u64).unwrap_or_default()
 }
 
-/// A field of an answer as a list; empty where there is none.
+/// A list field of a response; empty if absent.
+///
 fn list<'a>(value: &'a Value, name: &str) -> &'a [Value] {
     value
         .get(name)

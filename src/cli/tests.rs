@@ -23,7 +23,8 @@ fn environment(variables: &[(&str, &str)]) -> impl Iterator<Item = (OsString, Os
     owned.into_iter()
 }
 
-/// Options that do not depend on what the machine has under /etc.
+/// Options that do not depend on files in /etc.
+///
 fn options_with_empty_file(folder: &tempfile::TempDir) -> Options {
     let config = folder.path().join("ifnewer.toml");
     std::fs::write(&config, "").unwrap();
@@ -41,10 +42,13 @@ fn the_command_line_is_well_formed() {
 
 #[test]
 fn serve_is_the_default() {
-    assert_eq!(parse("ifnewer").wanted(), Command::Serve);
-    assert_eq!(parse("ifnewer serve").wanted(), Command::Serve);
-    assert_eq!(parse("ifnewer check").wanted(), Command::Check);
-    assert_eq!(parse("ifnewer healthcheck").wanted(), Command::Healthcheck);
+    assert_eq!(parse("ifnewer").selected_command(), Command::Serve);
+    assert_eq!(parse("ifnewer serve").selected_command(), Command::Serve);
+    assert_eq!(parse("ifnewer check").selected_command(), Command::Check);
+    assert_eq!(
+        parse("ifnewer healthcheck").selected_command(),
+        Command::Healthcheck
+    );
 }
 
 #[test]
@@ -81,7 +85,7 @@ fn every_flag_sets_its_key() {
         ("IFNEWER_LOG", "error"),
         ("IFNEWER_LISTEN_ADMIN", "x"),
     ];
-    let config = gathered_from(&options, environment(&variables), false, Config::gather).unwrap();
+    let config = with_sources_from(&options, environment(&variables), false, Config::gather).unwrap();
     assert_eq!(config.data, Path::new("d"));
     assert_eq!(
         config.listen.registry,
@@ -95,7 +99,7 @@ fn every_flag_sets_its_key() {
 #[test]
 fn a_file_that_was_named_must_exist() {
     let options = parse("ifnewer --config /nowhere/ifnewer.toml").options;
-    let faults = gathered_from(&options, environment(&[]), false, Config::gather)
+    let faults = with_sources_from(&options, environment(&[]), false, Config::gather)
         .unwrap_err()
         .to_string();
     assert!(
@@ -133,7 +137,7 @@ fn the_cache_is_in_the_users_folder() {
         (&[], false, "/var/cache/ifnewer"),
     ];
     for (variables, is_root, expected) in table {
-        let config = gathered_from(&options, environment(variables), is_root, Config::gather).unwrap();
+        let config = with_sources_from(&options, environment(variables), is_root, Config::gather).unwrap();
         assert_eq!(config.data, Path::new(expected), "{variables:?}");
     }
 }
@@ -144,11 +148,11 @@ fn what_is_not_text_is_told() {
     let folder = tempfile::tempdir().unwrap();
     let options = options_with_empty_file(&folder);
     let variable = (OsString::from("IFNEWER_DATA"), OsString::from_vec(vec![0xff]));
-    let faults = gathered_from(&options, [variable].into_iter(), false, Config::gather).unwrap_err();
+    let faults = with_sources_from(&options, [variable].into_iter(), false, Config::gather).unwrap_err();
     assert_eq!(faults.to_string(), "IFNEWER_DATA: the value is not UTF-8");
 
     std::fs::write(options.config.as_ref().unwrap(), [0xff]).unwrap();
-    let faults = gathered_from(&options, environment(&[]), false, Config::gather)
+    let faults = with_sources_from(&options, environment(&[]), false, Config::gather)
         .unwrap_err()
         .to_string();
     assert!(faults.ends_with("ifnewer.toml: is not UTF-8 text"), "{faults}");
@@ -156,7 +160,8 @@ fn what_is_not_text_is_told() {
 
 #[test]
 fn setup_only_prints_without_apply_or_undo() {
-    let Command::Setup(words) = parse("ifnewer setup gitlab-runner --address cache:1 --proxy").wanted()
+    let Command::Setup(words) =
+        parse("ifnewer setup gitlab-runner --address cache:1 --proxy").selected_command()
     else {
         panic!("not setup");
     };
@@ -187,13 +192,13 @@ fn setup_only_prints_without_apply_or_undo() {
 fn o05_foreign_certificate_folder_is_not_used() {
     let folder = tempfile::tempdir().unwrap();
     let certs = folder.path().join("certs");
-    assert!(!may_be_ours(&certs), "it is not there");
+    assert!(!is_certificate_folder(&certs), "it is not there");
     std::fs::create_dir(&certs).unwrap();
-    assert!(may_be_ours(&certs));
+    assert!(is_certificate_folder(&certs));
     std::fs::write(certs.join("README.md"), "").unwrap();
-    assert!(may_be_ours(&certs), "as a checkout has it");
+    assert!(is_certificate_folder(&certs), "as a checkout has it");
     std::fs::write(certs.join("ca-certificates.crt"), "").unwrap();
-    assert!(!may_be_ours(&certs), "as /etc/ssl has it");
+    assert!(!is_certificate_folder(&certs), "as /etc/ssl has it");
     std::fs::write(certs.join("ca.key"), "").unwrap();
-    assert!(may_be_ours(&certs));
+    assert!(is_certificate_folder(&certs));
 }

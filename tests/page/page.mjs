@@ -90,7 +90,7 @@ try {
     await tab.goto(page);
     await tab.waitForFunction(() => document.documentElement.dataset.live === "yes");
     await pull("library/python", "3.12");
-    await tab.getByText("not held yet: fetched from docker.io").first().waitFor({ timeout: 15000 });
+    await tab.getByText("not cached: fetched from docker.io").first().waitFor({ timeout: 15000 });
     await tab.locator("#images").getByText("library/python").first().waitFor();
     await tab.locator("#clients").getByText("docker", { exact: true }).waitFor();
   });
@@ -112,7 +112,7 @@ try {
     await tab.getByText("docker.io/library/python:3.12 is pinned").waitFor();
     await tab.getByRole("button", { name: "Unpin docker.io/library/python:3.12" }).click();
     await tab.getByRole("button", { name: "Go offline" }).click();
-    await tab.getByText("Offline: serving what is held, asking nobody").waitFor();
+    await tab.getByText("Offline: serving cached images, no upstream requests").waitFor();
     await tab.getByRole("button", { name: "Go online" }).click();
     await tab.getByRole("button", { name: "Remove docker.io/acme/web:main" }).click();
     await tab.getByRole("heading", { name: "Remove docker.io/acme/web:main?" }).waitFor();

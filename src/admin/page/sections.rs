@@ -29,7 +29,7 @@ pub(super) fn header(status: &Status, secret: &str) -> Markup {
                     @if status.offline {
                         button.warm name="deed" value="online" { "Go online" }
                     } @else {
-                        button.quiet name="deed" value="offline" title="Ask no upstream; serve what is held" { "Go offline" }
+                        button.quiet name="deed" value="offline" title="Send no upstream requests; serve cached images" { "Go offline" }
                     }
                 }
             }
@@ -272,7 +272,7 @@ pub(super) fn images(
             }
             div #images-list data-live {
                 @if images.is_empty() {
-                    p.empty { @if shown.images.is_empty() { "No image is held yet." } @else { "No held image is called so." } }
+                    p.empty { @if shown.images.is_empty() { "No image is cached yet." } @else { "No cached image matches." } }
                 } @else {
                     table {
                         thead { tr { th scope="col" { "Image" } th scope="col" { "State" } th.end scope="col" { "Size" } th.wide scope="col" { "Confirmed" } th.wide scope="col" { "Policy" } th scope="col" { span.hidden { "Actions" } } } }
@@ -366,7 +366,7 @@ pub(super) fn confirm(trial: &RemovalPreview, secret: &str) -> Markup {
         section.confirm role="alertdialog" aria-labelledby="confirm-title" aria-describedby="confirm-text" {
             h2 #confirm-title { "Remove " (breaking(&trial.image)) "?" }
             p #confirm-text {
-                @if trial.tags == 0 { "It is not held." } @else {
+                @if trial.tags == 0 { "It is not cached." } @else {
                     "This frees " strong { (bytes(trial.bytes)) } " in " (trial.blobs) " blobs that nothing else needs. "
                     "The next pull fetches it again."
                 }

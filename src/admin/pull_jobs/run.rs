@@ -76,7 +76,7 @@ pub(super) async fn run(
             .await;
     }
     if found_none {
-        return Err(format!("{} has no image for the platform wanted", spec.named));
+        return Err(format!("{} has no image for the selected platforms", spec.named));
     }
     Ok(())
 }
@@ -140,8 +140,7 @@ async fn layers(
     }
     let mut failed = Ok(());
     while let Some(result) = tasks.join_next().await {
-        let result = result
-            .unwrap_or_else(|_| Err("the task that fetched a layer ended without an answer".to_owned()));
+        let result = result.unwrap_or_else(|_| Err("the task that fetched a layer panicked".to_owned()));
         failed = failed.and(result);
     }
     failed
@@ -172,7 +171,7 @@ async fn layer(
                 }
                 Err(failure) => Err(format!("{digest}: {failure}")),
             },
-            BlobBody::Passthrough(_) => Err(format!("{digest}: the disk cannot take it")),
+            BlobBody::Passthrough(_) => Err(format!("{digest}: it cannot be stored on the disk")),
         },
         ProxyResponse::Denied(refused) => Err(format!(
             "{digest}: {}",

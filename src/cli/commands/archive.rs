@@ -1,6 +1,6 @@
-//! `export` and `import`: images in files. The cache writes and reads archives; here they become files and folders.
+//! `export` and `import` commands: transfer of archives between the API and files, folders or pipes.
 //!
-//! What is exported has its name only when it is whole.
+//! An export gets its final name only when it is complete.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 use tokio::task::spawn_blocking;
 
-use super::{Export, Failed, Import, Output, Tone, escaped, list, number, text};
+use super::{CommandError, Export, Import, Output, Style, list, number, percent_encode, text};
 use crate::admin::client::{Client, Download};
 use crate::admin::format::{bytes, short_digest};
 use crate::archive::layout::EntryKind;
@@ -19,12 +19,16 @@ use crate::terminal;
 
 const STANDARD: &str = "-";
 
-pub(super) async fn export(client: &Client, words: &Export, output: &mut Output<'_>) -> Result<(), Failed> {
-    let target = Target::of(&words.output)?;
-    let mut path = format!("/api/v1/export?image={}", escaped(&words.images.join(",")));
-    if !words.platform.is_empty() {
+pub(super) async fn export(
+    client: &Client,
+    args: &Export,
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
+    let target = Target::of(&args.output)?;
+    let mut path = format!("/api/v1/export?image={}", percent_encode(&args.images.join(",")));
+    if !args.platform.is_empty() {
         path.push_str("&platform=");
-        path.push_str(&escaped(&words.platform.join(",")));
+        path.push_str(&percent_encode(&args.platform.join(",")));
     }
     let mut download = client.download(&path).await?;
     let bar = bar(
@@ -54,20 +58,24 @@ pub(super) async fn export(client: &Client, words: &Export, output: &mut Output<
         let size = bytes(download.bytes.unwrap_or_default());
         output.line(&format!(
             "{}: {}",
-            words.output.display(),
-            output.paint(Tone::Strong, &size)
+            args.output.display(),
+            output.paint(Style::Bold, &size)
         ))?;
     }
     Ok(())
 }
 
-pub(super) async fn import(client: &Client, words: &Import, output: &mut Output<'_>) -> Result<(), Failed> {
-    let mut path = format!("/api/v1/import?public={}", words.public);
-    if let Some(name) = &words.name {
+pub(super) async fn import(
+    client: &Client,
+    args: &Import,
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
+    let mut path = format!("/api/v1/import?public={}", args.public);
+    if let Some(name) = &args.name {
         path.push_str("&image=");
-        path.push_str(&escaped(name));
+        path.push_str(&percent_encode(name));
     }
-    let source = Source::of(&words.archive)?;
+    let source = Source::of(&args.archive)?;
     let bar = bar(output.progress, source.bytes());
     let (chunks, archive) = pipe();
     let mut writer = PipeWriter::new(chunks);
@@ -84,16 +92,16 @@ pub(super) async fn import(client: &Client, words: &Import, output: &mut Output<
     bar.finish_and_clear();
     let imported = match imported {
         Ok(imported) => imported,
-        // An archive that cannot be read here is no fault of the cache.
+        // An unreadable local archive is not an error of the cache.
         Err(_) if reading.is_finished() => match (reading.await, imported) {
             (Ok(Err(error)), _) if error.kind() != io::ErrorKind::BrokenPipe => {
-                return Err(failed(&words.archive, error));
+                return Err(failed(&args.archive, error));
             }
             (_, imported) => imported?,
         },
         Err(error) => return Err(error.into()),
     };
-    if words.json {
+    if args.json {
         return output.json(&imported);
     }
     for image in list(&imported, "images") {
@@ -104,7 +112,7 @@ pub(super) async fn import(client: &Client, words: &Import, output: &mut Output<
         "{} new in {new} of {all} manifests and blobs",
         bytes(number(&imported, "new_bytes"))
     );
-    output.line(&output.paint(Tone::Dim, &summary))
+    output.line(&output.paint(Style::Dim, &summary))
 }
 
 fn line(image: &Value, output: &Output<'_>) -> String {
@@ -122,11 +130,14 @@ fn line(image: &Value, output: &Output<'_>) -> String {
         "{} {}{platforms}: {}",
         text(image, "image"),
         short_digest(text(image, "digest")),
-        output.paint(Tone::Good, if was_held { "already cached" } else { "imported" })
+        output.paint(
+            Style::Success,
+            if was_held { "already cached" } else { "imported" }
+        )
     )
 }
 
-/// Where an export goes.
+/// Destination of an export.
 enum Target {
     Standard,
     File { part: PathBuf, whole: PathBuf },
@@ -134,11 +145,11 @@ enum Target {
 }
 
 impl Target {
-    fn of(path: &Path) -> Result<Self, Failed> {
+    fn of(path: &Path) -> Result<Self, CommandError> {
         if path.as_os_str() == STANDARD {
             if terminal::is_stdout_terminal() {
-                return Err(Failed::Undone(
-                    "an archive is nothing for a terminal; say where to with --output".to_owned(),
+                return Err(CommandError::Incomplete(
+                    "refusing to write an archive to a terminal; use --output".to_owned(),
                 ));
             }
             return Ok(Self::Standard);
@@ -160,15 +171,15 @@ impl Target {
         }
     }
 
-    /// Gives what was written its name, or removes it.
-    fn settle(&self, written: Result<(), Failed>) -> Result<(), Failed> {
+    /// Renames the complete export to its final name, or removes it on failure.
+    fn settle(&self, written: Result<(), CommandError>) -> Result<(), CommandError> {
         let (part, whole) = match self {
             Self::Standard => return written,
             Self::File { part, whole } | Self::Folder { part, whole } => (part, whole),
         };
         let named = written.and_then(|()| fs::rename(part, whole).map_err(|error| failed(whole, error)));
         if named.is_err() {
-            // The first failure is the one to tell.
+            // Report the first error.
             let _ = match self {
                 Self::Folder { .. } => fs::remove_dir_all(part),
                 _ => fs::remove_file(part),
@@ -183,7 +194,7 @@ async fn copy(
     bar: &ProgressBar,
     into: &mut dyn Write,
     path: &Path,
-) -> Result<(), Failed> {
+) -> Result<(), CommandError> {
     while let Some(chunk) = download.next().await? {
         into.write_all(&chunk).map_err(|error| failed(path, error))?;
         bar.inc(chunk.len() as u64);
@@ -191,7 +202,7 @@ async fn copy(
     into.flush().map_err(|error| failed(path, error))
 }
 
-async fn unpacked(download: &mut Download, bar: &ProgressBar, folder: &Path) -> Result<(), Failed> {
+async fn unpacked(download: &mut Download, bar: &ProgressBar, folder: &Path) -> Result<(), CommandError> {
     let (chunks, archive) = pipe();
     let mut archive = PipeReader::new(archive);
     let into = folder.to_owned();
@@ -219,7 +230,7 @@ async fn unpacked(download: &mut Download, bar: &ProgressBar, folder: &Path) -> 
     broken.and(unpacked.map_err(|error| failed(folder, error)))
 }
 
-/// Only what a layout has, so that no name leads out of the folder.
+/// Unpacks files of an OCI image layout only, so that no name leads out of the folder.
 fn unpack(archive: &mut impl Read, folder: &Path) -> io::Result<()> {
     let mut archive = tar::Archive::new(archive);
     for entry in archive.entries()? {
@@ -230,7 +241,7 @@ fn unpack(archive: &mut impl Read, folder: &Path) -> io::Result<()> {
             Some(EntryKind::Layout | EntryKind::Index | EntryKind::Blob(_))
         ) {
             return Err(io::Error::other(format!(
-                "`{name}` is no file of an OCI image layout"
+                "`{name}` is not part of an OCI image layout"
             )));
         }
         let path = folder.join(&name);
@@ -244,14 +255,14 @@ fn unpack(archive: &mut impl Read, folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Where an import comes from.
+/// Source of an import.
 enum Source {
     Stream(Box<dyn Read + Send>, Option<u64>),
     Folder(Vec<(String, PathBuf, u64)>),
 }
 
 impl Source {
-    fn of(path: &Path) -> Result<Self, Failed> {
+    fn of(path: &Path) -> Result<Self, CommandError> {
         if path.as_os_str() == STANDARD {
             return Ok(Self::Stream(Box::new(io::stdin()), None));
         }
@@ -289,7 +300,7 @@ impl Source {
     }
 }
 
-/// The files of a layout, in the order of their names; whatever else is there stays there.
+/// The layout files of a folder, sorted by name. Other files are ignored.
 fn gather(folder: &Path, name: &str, files: &mut Vec<(String, PathBuf, u64)>) -> io::Result<()> {
     let mut entries = fs::read_dir(folder)?.collect::<io::Result<Vec<_>>>()?;
     entries.sort_by_key(fs::DirEntry::file_name);
@@ -319,12 +330,12 @@ fn bar(is_shown: bool, bytes: Option<u64>) -> ProgressBar {
     let style = ProgressStyle::with_template(
         "{wide_bar:.cyan/dim} {binary_bytes:>11} of {binary_total_bytes:<11} {binary_bytes_per_sec:>13}",
     );
-    // A template of ours cannot be wrong, and if it were, a plain bar would do.
+    // The template is constant. If it were invalid, a plain bar would be used.
     bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-fn failed(path: &Path, error: io::Error) -> Failed {
-    Failed::File {
+fn failed(path: &Path, error: io::Error) -> CommandError {
+    CommandError::File {
         path: path.to_owned(),
         error,
     }

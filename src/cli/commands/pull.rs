@@ -1,4 +1,4 @@
-//! `ifnewer pull`: one bar for each image and each of its layers on a terminal, plain lines elsewhere.
+//! `ifnewer pull`: progress bars for images and layers on a terminal, plain lines elsewhere.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -6,72 +6,72 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use super::{Failed, Output, Pull, Tone, list, number, text};
+use super::{CommandError, Output, Pull, Style, list, number, text};
 use crate::admin::client::{Client, ClientError};
 use crate::admin::format::{bytes, short_digest};
 use crate::terminal;
 
-/// How often progress is asked for.
-const LOOK_EVERY: Duration = Duration::from_millis(150);
+/// Polling interval.
+const POLL_INTERVAL: Duration = Duration::from_millis(150);
 
-pub(super) async fn pull(client: &Client, words: &Pull, output: &mut Output<'_>) -> Result<(), Failed> {
+pub(super) async fn pull(client: &Client, args: &Pull, output: &mut Output<'_>) -> Result<(), CommandError> {
     let (mut begun, mut failed) = (Vec::new(), 0);
-    for image in &words.images {
+    for image in &args.images {
         let mut body = json!({ "image": image });
-        words.login.add_to(&mut body)?;
-        if let (false, Some(fields)) = (words.platform.is_empty(), body.as_object_mut()) {
-            fields.insert("platforms".to_owned(), json!(words.platform));
+        args.credential.write_to(&mut body)?;
+        if let (false, Some(fields)) = (args.platform.is_empty(), body.as_object_mut()) {
+            fields.insert("platforms".to_owned(), json!(args.platform));
         }
         match client.post("/api/v1/pulls", &body).await {
             Ok(pull) => begun.push(number(&pull, "id")),
             Err(ClientError::Refused { detail, .. }) => {
                 failed += 1;
-                output.line(&format!("{image}: {}", output.paint(Tone::Bad, &detail)))?;
+                output.line(&format!("{image}: {}", output.paint(Style::Error, &detail)))?;
             }
             Err(error) => return Err(error.into()),
         }
     }
-    let mut bars = (output.progress && !words.json).then(Bars::default);
+    let mut bars = (output.progress && !args.json).then(Bars::default);
     let mut lines = Lines::default();
     while let Some(id) = begun.first().copied() {
-        // All of them, so that each bar moves; the first that is not done is waited for.
+        // Poll all jobs, so that each bar moves; wait for the first unfinished one.
         for id in &begun {
             let pull = client.get(&format!("/api/v1/pulls/{id}")).await?;
             match &mut bars {
                 Some(bars) => bars.show(&pull),
-                None if !words.json => lines.show(&pull, output)?,
+                None if !args.json => lines.show(&pull, output)?,
                 None => {}
             }
         }
         let pull = client.get(&format!("/api/v1/pulls/{id}")).await?;
         if !matches!(text(&pull, "state"), "done" | "failed") {
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
             continue;
         }
         begun.remove(0);
         failed += usize::from(text(&pull, "state") == "failed");
         match &mut bars {
-            Some(bars) => bars.end(&pull, output),
-            None if words.json => output.json_line(&pull)?,
-            None => lines.end(&pull, output)?,
+            Some(bars) => bars.finish(&pull, output),
+            None if args.json => output.json_line(&pull)?,
+            None => lines.finish(&pull, output)?,
         }
     }
     if failed > 0 {
-        return Err(Failed::Undone(format!(
+        return Err(CommandError::Incomplete(format!(
             "{failed} of {} could not be pulled",
-            words.images.len()
+            args.images.len()
         )));
     }
     Ok(())
 }
 
-/// What became of a pull, in one line.
-fn outcome(pull: &Value, output: &Output<'_>) -> String {
+/// Result of a pull in one line.
+fn result_line(pull: &Value, output: &Output<'_>) -> String {
     if text(pull, "state") == "failed" {
         return format!(
             "{}: {}",
             text(pull, "image"),
-            output.paint(Tone::Bad, text(pull, "error"))
+            output.paint(Style::Error, text(pull, "error"))
         );
     }
     let layers = list(pull, "layers");
@@ -95,7 +95,7 @@ fn outcome(pull: &Value, output: &Output<'_>) -> String {
     format!(
         "{} {digest}: {}",
         text(pull, "image"),
-        output.paint(Tone::Good, &what)
+        output.paint(Style::Success, &what)
     )
 }
 
@@ -112,8 +112,8 @@ impl Bars {
         let all = &self.all;
         let image = self.images.entry(id).or_insert_with(|| {
             let bar = all.add(ProgressBar::new(0));
-            // What is long is cut, so that a line stays one line on a narrow terminal.
-            bar.set_style(style("{wide_msg} {bar:12.cyan/dim} {binary_bytes:>10}"));
+            // Long text is truncated, so that a bar stays one line on a narrow terminal.
+            bar.set_style(bar_style("{wide_msg} {bar:12.cyan/dim} {binary_bytes:>10}"));
             bar
         });
         image.set_message(terminal::line(text(pull, "image"), false));
@@ -125,7 +125,7 @@ impl Bars {
             let last = image.clone();
             let bar = self.layers.entry((id, digest.clone())).or_insert_with(|| {
                 let bar = all.insert_after(&last, ProgressBar::new(number(layer, "size")));
-                bar.set_style(style("  {wide_msg} {bar:8.dim} {binary_total_bytes:>10}"));
+                bar.set_style(bar_style("  {wide_msg} {bar:8.dim} {binary_total_bytes:>10}"));
                 bar
             });
             bar.set_position(number(layer, "received"));
@@ -136,14 +136,14 @@ impl Bars {
                 "waiting" => "waiting",
                 _ => "fetching",
             };
-            // The state first: what is cut off on a narrow terminal is the digest.
+            // The state comes first, because a narrow terminal cuts off the end.
             let digest = short_digest(&digest);
             let digest = digest.rsplit_once(':').map_or(digest.as_str(), |(_, hex)| hex);
             bar.set_message(terminal::line(&format!("{state} {digest}"), false));
         }
     }
 
-    fn end(&mut self, pull: &Value, output: &Output<'_>) {
+    fn finish(&mut self, pull: &Value, output: &Output<'_>) {
         let id = number(pull, "id");
         self.layers.retain(|(of, _), bar| {
             if *of == id {
@@ -154,26 +154,26 @@ impl Bars {
         if let Some(bar) = self.images.remove(&id) {
             bar.finish_and_clear();
         }
-        // A terminal that is gone shows nothing; the exit code says the same.
+        // Errors of a closed terminal are ignored; the exit code reports the result.
         let _ = self
             .all
-            .println(terminal::line(&outcome(pull, output), output.colour));
+            .println(terminal::line(&result_line(pull, output), output.colour));
     }
 }
 
-/// A template of ours cannot be wrong, and if it were, a plain bar would do.
-fn style(template: &str) -> ProgressStyle {
+/// The template is constant. If it were invalid, a plain bar would be used.
+fn bar_style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
-/// Tells each change once.
+/// Prints each change once.
 #[derive(Default)]
 struct Lines {
     told: HashMap<(u64, String), String>,
 }
 
 impl Lines {
-    fn show(&mut self, pull: &Value, output: &mut Output<'_>) -> Result<(), Failed> {
+    fn show(&mut self, pull: &Value, output: &mut Output<'_>) -> Result<(), CommandError> {
         let id = number(pull, "id");
         for layer in list(pull, "layers") {
             let (digest, state) = (text(layer, "digest"), text(layer, "state"));
@@ -183,14 +183,14 @@ impl Lines {
             let told = self.told.entry((id, digest.to_owned())).or_default();
             if told != state {
                 state.clone_into(told);
-                let words = if state == "cached" {
+                let args = if state == "cached" {
                     "already cached"
                 } else {
                     state
                 };
                 let size = bytes(number(layer, "size"));
                 output.line(&format!(
-                    "{} {} {words}, {size}",
+                    "{} {} {args}, {size}",
                     text(pull, "image"),
                     short_digest(digest)
                 ))?;
@@ -199,9 +199,9 @@ impl Lines {
         Ok(())
     }
 
-    fn end(&mut self, pull: &Value, output: &mut Output<'_>) -> Result<(), Failed> {
+    fn finish(&mut self, pull: &Value, output: &mut Output<'_>) -> Result<(), CommandError> {
         self.show(pull, output)?;
-        let line = outcome(pull, output);
+        let line = result_line(pull, output);
         output.line(&line)
     }
 }

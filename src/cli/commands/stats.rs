@@ -1,20 +1,24 @@
-//! `ifnewer stats`: is it well, what does it save, how does each upstream do, who was here.
+//! `ifnewer stats`: health, savings, upstreams and clients.
 
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::show::{ago, print};
+use super::inspect::{ago, print};
 use super::table::Table;
-use super::{Failed, Output, Stats, Tone, list, number, text};
+use super::{CommandError, Output, Stats, Style, list, number, text};
 use crate::admin::client::Client;
 use crate::admin::format::{bytes, duration};
 
-pub(super) async fn stats(client: &Client, words: &Stats, output: &mut Output<'_>) -> Result<(), Failed> {
+pub(super) async fn stats(
+    client: &Client,
+    args: &Stats,
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
     let status = client.get("/api/v1/status").await?;
     let upstreams = client.get("/api/v1/upstreams").await?;
     let clients = client.get("/api/v1/clients").await?;
-    if words.json {
+    if args.json {
         return output.json(&json!({
             "status": status,
             "upstreams": upstreams.get("upstreams"),
@@ -22,14 +26,18 @@ pub(super) async fn stats(client: &Client, words: &Stats, output: &mut Output<'_
         }));
     }
     let is_healthy = status.get("healthy").and_then(Value::as_bool).unwrap_or_default();
-    let tone = if is_healthy { Tone::Good } else { Tone::Warm };
-    output.line(&output.paint(tone, text(&status, "verdict")))?;
+    let style = if is_healthy {
+        Style::Success
+    } else {
+        Style::Warning
+    };
+    output.line(&output.paint(style, text(&status, "verdict")))?;
     for problem in list(&status, "problems")
         .iter()
         .filter(|_| list(&status, "problems").len() > 1)
         .filter_map(Value::as_str)
     {
-        output.line(&output.paint(Tone::Warm, problem))?;
+        output.line(&output.paint(Style::Warning, problem))?;
     }
     let part = |name: &str| status.get(name).cloned().unwrap_or_default();
     let (start, day, store) = (part("since_start"), part("last_day"), part("store"));
@@ -65,7 +73,7 @@ pub(super) async fn stats(client: &Client, words: &Stats, output: &mut Output<'_
     print(&table, output)?;
     output.line("")?;
     output.line(&format!(
-        "holding {} of {} in {} tags, {} blobs; up {}",
+        "{} of {} used by {} tags and {} blobs; up {}",
         bytes(number(&store, "bytes")),
         bytes(number(&store, "size")),
         number(&store, "tags"),
@@ -75,7 +83,7 @@ pub(super) async fn stats(client: &Client, words: &Stats, output: &mut Output<'_
     output.line("")?;
     print(&upstream_table(&upstreams), output)?;
     output.line("")?;
-    let mut table = Table::new(&["client", "where", "last seen", ">pulls", "last image"]);
+    let mut table = Table::new(&["client", "address", "last seen", ">pulls", "last image"]);
     for client in list(&clients, "clients") {
         table.row(vec![
             text(client, "kind").to_owned(),
@@ -92,21 +100,21 @@ fn upstream_table(upstreams: &Value) -> Table {
     let mut table = Table::new(&[
         "upstream",
         "state",
-        "last asked",
+        "last request",
         "as",
-        "last trouble",
-        "quota left",
+        "last failure",
+        "rate limit left",
     ]);
     for upstream in list(upstreams, "upstreams") {
-        let silence = |name: &str| upstream.get(name).filter(|one| one.is_object());
-        let state = match silence("unavailable") {
-            Some(silent) => format!(
-                "silent for {}",
-                duration(Duration::from_secs(number(silent, "seconds")))
+        let object = |name: &str| upstream.get(name).filter(|one| one.is_object());
+        let state = match object("unavailable") {
+            Some(failure) => format!(
+                "unavailable for {}",
+                duration(Duration::from_secs(number(failure, "seconds")))
             ),
             None => "ok".to_owned(),
         };
-        let trouble = silence("last_failure").map_or_else(
+        let last_failure = object("last_failure").map_or_else(
             || "-".to_owned(),
             |last| format!("{}, {}", text(last, "cause"), ago(number(last, "seconds"))),
         );
@@ -115,7 +123,7 @@ fn upstream_table(upstreams: &Value) -> Table {
             .filter_map(|limit| {
                 let left = limit.get("remaining").and_then(Value::as_u64)?;
                 let reset = text(limit, "resets_at").get(11..16);
-                let until = reset.map_or_else(String::new, |hour| format!(", all by {hour} UTC"));
+                let until = reset.map_or_else(String::new, |hour| format!(", reset by {hour} UTC"));
                 Some(format!("{}: {left}{until}", text(limit, "credential")))
             })
             .collect();
@@ -124,16 +132,16 @@ fn upstream_table(upstreams: &Value) -> Table {
         } else {
             quotas.join(", ")
         };
-        let asked = silence("last_head").map_or_else(
+        let last_request = object("last_head").map_or_else(
             || "-".to_owned(),
             |head| format!("{}, {} ms", ago(number(head, "seconds_ago")), number(head, "ms")),
         );
         table.row(vec![
             text(upstream, "name").to_owned(),
             state,
-            asked,
+            last_request,
             text(upstream, "identity").to_owned(),
-            trouble,
+            last_failure,
             quotas,
         ]);
     }

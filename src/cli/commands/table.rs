@@ -1,17 +1,17 @@
-//! Columns for people: as wide as they need to be, numbers to the right.
+//! Text tables with aligned columns.
 
 use std::borrow::Cow;
 
 use crate::terminal::printable;
 
-/// A table in the making.
+/// A table.
 pub(super) struct Table {
     heads: Vec<&'static str>,
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    /// Columns of these names; one whose name begins with `>` is set to the right.
+    /// Creates a table with these column names. A name that begins with `>` is right-aligned.
     pub(super) fn new(heads: &[&'static str]) -> Self {
         Self {
             heads: heads.to_vec(),
@@ -20,15 +20,16 @@ impl Table {
     }
 
     pub(super) fn row(&mut self, cells: Vec<String>) {
-        // As wide as it is shown.
+        // The width is that of the escaped text.
         let cells = cells.into_iter().map(|cell| match printable(&cell) {
             Cow::Borrowed(_) => cell,
-            Cow::Owned(escaped) => escaped,
+            Cow::Owned(percent_encode) => percent_encode,
         });
         self.rows.push(cells.collect());
     }
 
-    /// Its lines, the heads first, without blanks at their ends.
+    /// The lines including the header, without trailing spaces.
+    ///
     pub(super) fn lines(&self) -> Vec<String> {
         let names: Vec<String> = self
             .heads

@@ -279,7 +279,10 @@ async fn a_decision_is_told_with_its_reason_and_the_clients_trace() {
     );
     assert_eq!(event["digest"], json!(image.digest));
     let sentence = event["sentence"].as_str().unwrap();
-    assert_eq!(sentence, "docker.io refused the connection: served the held copy");
+    assert_eq!(
+        sentence,
+        "docker.io refused the connection: served the cached copy"
+    );
     proxy.program().says(trace).await;
 }
 
@@ -510,8 +513,8 @@ async fn why_says_in_words_what_would_be_done_and_from_what() {
     let because = why["because"].to_string();
     for part in [
         "policy if-newer, by default",
-        "held whole",
-        "docker.io has lately let a client without a credential",
+        "complete",
+        "docker.io has authorized a client without a credential",
     ] {
         assert!(because.contains(part), "{part}: {because}");
     }
@@ -521,7 +524,7 @@ async fn why_says_in_words_what_would_be_done_and_from_what() {
     assert!(
         why["because"]
             .to_string()
-            .contains("never let this credential read"),
+            .contains("has not authorized this credential"),
         "{why}"
     );
     assert!(!why.to_string().contains("canary"));

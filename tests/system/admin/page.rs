@@ -43,7 +43,7 @@ async fn the_page_says_it_all_without_scripts_and_its_forms_work() {
     for part in [
         "Healthy",
         "Byte hit ratio",
-        "not held yet: fetched from docker.io",
+        "not cached: fetched from docker.io",
         &image.digest,
         "registry-mirrors",
         "/ca.pem",
@@ -61,7 +61,7 @@ async fn the_page_says_it_all_without_scripts_and_its_forms_work() {
     assert_eq!(offline.status, 303, "{offline:#?}");
     let after = page(&proxy, offline.header("location").unwrap()).await;
     assert!(
-        after.contains("Offline: no upstream is asked until") && after.contains("Go online"),
+        after.contains("Offline: no upstream requests until") && after.contains("Go online"),
         "{after}"
     );
     submit(&proxy, &format!("secret={secret}&deed=online")).await;
@@ -74,7 +74,7 @@ async fn the_page_says_it_all_without_scripts_and_its_forms_work() {
     .await;
     let after = page(&proxy, removed.header("location").unwrap()).await;
     assert!(
-        after.contains("Removed docker.io/library/demo:latest") && after.contains("No image is held yet."),
+        after.contains("Removed docker.io/library/demo:latest") && after.contains("No image is cached yet."),
         "{after}"
     );
 }

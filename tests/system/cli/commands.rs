@@ -54,11 +54,16 @@ async fn what_is_held_is_listed_shown_and_explained() {
         assert!(shown.contains(part), "{part}: {shown}");
     }
     let why = done(&proxy, &["why", "demo"]).await;
-    for part in ["ask docker.io by HEAD", "because", "held whole", "another digest"] {
+    for part in [
+        "revalidate at docker.io by HEAD",
+        "because",
+        "complete",
+        "another digest",
+    ] {
         assert!(why.contains(part), "{part}: {why}");
     }
     let log = done(&proxy, &["log", "demo"]).await;
-    assert!(log.contains("not held yet: fetched from docker.io"), "{log}");
+    assert!(log.contains("not cached: fetched from docker.io"), "{log}");
     let stats = done(&proxy, &["stats"]).await;
     for part in ["Healthy", "byte hit ratio", "docker.io", "127.0.0.1"] {
         assert!(stats.contains(part), "{part}: {stats}");
@@ -197,7 +202,7 @@ async fn a_pull_tells_what_was_fetched_and_what_was_there() {
     );
     let (code, out, err) = run(&proxy, &["pull", "library/absent"]).await;
     assert_eq!(code, Some(1), "{out}{err}");
-    assert!(out.contains("docker.io says there is no such image"), "{out}");
+    assert!(out.contains("the image does not exist at docker.io"), "{out}");
     upstream.refuses();
     proxy.pull("library/demo", "latest", &image).await.is_stale();
 }
@@ -222,7 +227,7 @@ async fn a_removal_is_shown_first_and_done_with_yes() {
     let (code, _, err) = run(&proxy, &["rm", "demo"]).await;
     assert_eq!(
         (code, err.trim()),
-        (Some(1), "docker.io/library/demo:latest is not held")
+        (Some(1), "docker.io/library/demo:latest is not cached")
     );
 }
 

@@ -1,53 +1,57 @@
-//! The commands that change something, each with what came of it.
+//! Commands that change images: `refresh`, `rm`, `pin` and `unpin`.
 
 use serde_json::{Value, json};
 
-use super::{Failed, Offline, OnOff, Output, Pin, Refresh, Rm, Tone, escaped, list, number, text};
+use super::{CommandError, Output, Pin, Refresh, Rm, Style, list, number, percent_encode, text};
 use crate::admin::client::Client;
 use crate::admin::format::bytes;
 
-pub(super) async fn refresh(client: &Client, words: &Refresh, output: &mut Output<'_>) -> Result<(), Failed> {
+pub(super) async fn refresh(
+    client: &Client,
+    args: &Refresh,
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
     let mut undone = 0;
-    for image in &words.images {
+    for image in &args.images {
         let mut body = json!({ "image": image });
-        words.login.add_to(&mut body)?;
+        args.credential.write_to(&mut body)?;
         let refreshed = client.post("/api/v1/refresh", &body).await?;
         let result = text(&refreshed, "result");
         let is_done = matches!(result, "revalidated" | "new-digest");
         undone += usize::from(!is_done);
-        if words.json {
+        if args.json {
             output.json_line(&refreshed)?;
             continue;
         }
-        let tone = if is_done { Tone::Good } else { Tone::Warm };
+        let style = if is_done { Style::Success } else { Style::Warning };
         let (name, sentence) = (text(&refreshed, "image"), text(&refreshed, "sentence"));
-        output.line(&format!("{name}: {}", output.paint(tone, sentence)))?;
+        output.line(&format!("{name}: {}", output.paint(style, sentence)))?;
     }
     if undone > 0 {
-        return Err(Failed::Undone(format!(
+        return Err(CommandError::Incomplete(format!(
             "{undone} of {} could not be refreshed",
-            words.images.len()
+            args.images.len()
         )));
     }
     Ok(())
 }
 
-pub(super) async fn rm(client: &Client, words: &Rm, output: &mut Output<'_>) -> Result<(), Failed> {
-    for image in &words.images {
+pub(super) async fn rm(client: &Client, args: &Rm, output: &mut Output<'_>) -> Result<(), CommandError> {
+    for image in &args.images {
         let path = format!(
             "/api/v1/images?image={}&all_tags={}&dry_run={}",
-            escaped(image),
-            words.all_tags,
-            !words.yes
+            percent_encode(image),
+            args.all_tags,
+            !args.yes
         );
         let freed = client.delete(&path).await?;
-        if words.json {
+        if args.json {
             output.json_line(&freed)?;
             continue;
         }
         let (tags, blobs) = (number(&freed, "tags"), number(&freed, "blobs"));
         let (deed, size) = (
-            if words.yes { "removed" } else { "would remove" },
+            if args.yes { "removed" } else { "would remove" },
             bytes(number(&freed, "bytes_freed")),
         );
         for name in list(&freed, "images").iter().filter_map(Value::as_str) {
@@ -55,25 +59,25 @@ pub(super) async fn rm(client: &Client, words: &Rm, output: &mut Output<'_>) -> 
         }
         output.line(&format!(
             "{} in {tags} tags and {blobs} blobs",
-            output.paint(Tone::Strong, &size)
+            output.paint(Style::Bold, &size)
         ))?;
     }
-    if !words.yes && !words.json {
-        output.line(&output.paint(Tone::Dim, "nothing was removed; add --yes to do it"))?;
+    if !args.yes && !args.json {
+        output.line(&output.paint(Style::Dim, "nothing was removed; add --yes to do it"))?;
     }
     Ok(())
 }
 
 pub(super) async fn pin(
     client: &Client,
-    words: &Pin,
+    args: &Pin,
     pinned: bool,
     output: &mut Output<'_>,
-) -> Result<(), Failed> {
-    for image in &words.images {
+) -> Result<(), CommandError> {
+    for image in &args.images {
         let body = json!({ "image": image, "pinned": pinned });
         let answer = client.post("/api/v1/pins", &body).await?;
-        if words.json {
+        if args.json {
             output.json_line(&answer)?;
             continue;
         }
@@ -87,23 +91,4 @@ pub(super) async fn pin(
         output.line(&format!("{} {state}", text(&answer, "image")))?;
     }
     Ok(())
-}
-
-pub(super) async fn offline(client: &Client, words: &Offline, output: &mut Output<'_>) -> Result<(), Failed> {
-    let answer = match words.state {
-        None => client.get("/api/v1/offline").await?,
-        Some(state) => {
-            let body = json!({ "offline": state == OnOff::On });
-            client.post("/api/v1/offline", &body).await?
-        }
-    };
-    if words.json {
-        return output.json(&answer);
-    }
-    let is_on = answer.get("offline").and_then(Value::as_bool).unwrap_or_default();
-    output.line(if is_on {
-        "offline: no upstream is asked; what is held is served"
-    } else {
-        "online: upstreams are asked as the rules say"
-    })
 }

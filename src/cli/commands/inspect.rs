@@ -1,20 +1,20 @@
-//! The commands that ask about images and print.
+//! Commands that print information: `ls`, `show`, `why` and `log`.
 
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::table::Table;
-use super::{Failed, Log, Ls, Output, Show, Sort, Tone, Why, escaped, list, number, text};
+use super::{CommandError, Log, Ls, Output, Show, Sort, Style, Why, list, number, percent_encode, text};
 use crate::admin::client::Client;
 use crate::admin::format::{bytes, duration, short_digest};
 
-/// Images asked for at a time.
+/// Page size of image lists.
 const PAGE: usize = 1_000;
 
-pub(super) async fn ls(client: &Client, words: &Ls, output: &mut Output<'_>) -> Result<(), Failed> {
-    let filter = escaped(words.filter.as_deref().unwrap_or_default());
-    let sort = match words.sort {
+pub(super) async fn ls(client: &Client, args: &Ls, output: &mut Output<'_>) -> Result<(), CommandError> {
+    let filter = percent_encode(args.filter.as_deref().unwrap_or_default());
+    let sort = match args.sort {
         Sort::Name => "name",
         Sort::Size => "size",
         Sort::Confirmed => "confirmed",
@@ -30,7 +30,7 @@ pub(super) async fn ls(client: &Client, words: &Ls, output: &mut Output<'_>) -> 
             None => break,
         }
     }
-    if words.json {
+    if args.json {
         return output.json(&json!({ "images": images, "total": total }));
     }
     let mut table = Table::new(&[
@@ -56,31 +56,31 @@ pub(super) async fn ls(client: &Client, words: &Ls, output: &mut Output<'_>) -> 
     }
     print(&table, output)?;
     if images.is_empty() {
-        output.line(&output.paint(Tone::Dim, "no image is held"))?;
+        output.line(&output.paint(Style::Dim, "no image is cached"))?;
     }
     Ok(())
 }
 
-pub(super) async fn show(client: &Client, words: &Show, output: &mut Output<'_>) -> Result<(), Failed> {
+pub(super) async fn show(client: &Client, args: &Show, output: &mut Output<'_>) -> Result<(), CommandError> {
     let image = client
-        .get(&format!("/api/v1/image?image={}", escaped(&words.image)))
+        .get(&format!("/api/v1/image?image={}", percent_encode(&args.image)))
         .await?;
-    if words.json {
+    if args.json {
         return output.json(&image);
     }
-    output.line(&output.paint(Tone::Strong, text(&image, "image")))?;
+    output.line(&output.paint(Style::Bold, text(&image, "image")))?;
     let is_whole = image.get("complete").and_then(Value::as_bool).unwrap_or_default();
     let state = if is_whole {
-        output.paint(Tone::Good, "whole: it can be pulled without the upstream")
+        output.paint(Style::Success, "complete: it can be pulled without the upstream")
     } else {
-        output.paint(Tone::Warm, "in part: the rest must still be fetched")
+        output.paint(Style::Warning, "incomplete: layers must still be fetched")
     };
     let confirmed = match text(&image, "confirmed_at") {
         "" => confirmed(&image),
         at => format!("{at} ({})", confirmed(&image)),
     };
     let fresh = match text(&image, "fresh_until") {
-        "" => "no: it is asked about at the next pull".to_owned(),
+        "" => "no: it is revalidated at the next pull".to_owned(),
         until => format!("until {until}"),
     };
     let pulled = match text(&image, "last_pulled_at") {
@@ -88,17 +88,17 @@ pub(super) async fn show(client: &Client, words: &Show, output: &mut Output<'_>)
         at => at,
     };
     let size = format!(
-        "{}, {} its own",
+        "{}, {} unique",
         bytes(number(&image, "bytes")),
         bytes(number(&image, "unique_bytes"))
     );
     let readers = match (text(&image, "public_since"), number(&image, "grants")) {
-        ("", grants) => format!("{grants} credentials have been let in by the upstream"),
-        (since, grants) => format!("anyone, proven at {since}; {grants} credentials besides"),
+        ("", grants) => format!("{grants} credentials authorized by the upstream"),
+        (since, grants) => format!("public, confirmed at {since}; {grants} credentials"),
     };
     for (name, value) in [
         ("digest", text(&image, "digest").to_owned()),
-        ("held", state),
+        ("cached", state),
         ("size", size),
         ("confirmed", confirmed),
         ("fresh", fresh),
@@ -111,33 +111,33 @@ pub(super) async fn show(client: &Client, words: &Show, output: &mut Output<'_>)
     ] {
         output.line(&format!("  {name:<10} {value}"))?;
     }
-    let earlier = list(&image, "variants")
+    let previous = list(&image, "variants")
         .iter()
         .filter_map(|variant| variant.get("previous"))
         .find(|one| one.is_object());
-    if let Some(earlier) = earlier {
-        let at = earlier
+    if let Some(previous) = previous {
+        let at = previous
             .get("confirmed_at")
             .and_then(Value::as_str)
             .unwrap_or("never");
-        let digest = text(earlier, "digest");
+        let digest = text(previous, "digest");
         output.line(&format!(
-            "  {:<10} {} (the last whole one, confirmed {at})",
-            "before",
+            "  {:<10} {} (the last complete one, confirmed {at})",
+            "previous",
             short_digest(digest)
         ))?;
     }
     for past in list(&image, "history") {
         output.line(&format!(
             "  {:<10} {} from {} to {}",
-            "named",
+            "history",
             short_digest(text(past, "digest")),
             text(past, "first_seen_at"),
             text(past, "confirmed_at"),
         ))?;
     }
     output.line("")?;
-    let mut table = Table::new(&["part", "digest", "platform", ">size", "held", ">shared with"]);
+    let mut table = Table::new(&["part", "digest", "platform", ">size", "cached", ">shared with"]);
     for part in list(&image, "contents") {
         let is_held = part.get("cached").and_then(Value::as_bool).unwrap_or_default();
         table.row(vec![
@@ -152,24 +152,24 @@ pub(super) async fn show(client: &Client, words: &Show, output: &mut Output<'_>)
     print(&table, output)
 }
 
-pub(super) async fn why(client: &Client, words: &Why, output: &mut Output<'_>) -> Result<(), Failed> {
-    let mut body = json!({ "image": words.image });
-    words.login.add_to(&mut body)?;
+pub(super) async fn why(client: &Client, args: &Why, output: &mut Output<'_>) -> Result<(), CommandError> {
+    let mut body = json!({ "image": args.image });
+    args.credential.write_to(&mut body)?;
     let why = client.post("/api/v1/why", &body).await?;
-    if words.json {
+    if args.json {
         return output.json(&why);
     }
     output.line(&format!(
         "{}: {}",
-        output.paint(Tone::Strong, text(&why, "image")),
+        output.paint(Style::Bold, text(&why, "image")),
         text(&why, "sentence")
     ))?;
-    output.line(&output.paint(Tone::Dim, "because"))?;
+    output.line(&output.paint(Style::Dim, "because"))?;
     for line in list(&why, "because").iter().filter_map(Value::as_str) {
         output.line(&format!("  - {line}"))?;
     }
     if !list(&why, "what_if").is_empty() {
-        output.line(&output.paint(Tone::Dim, "then, if the upstream says"))?;
+        output.line(&output.paint(Style::Dim, "then, if the upstream returns"))?;
         for case in list(&why, "what_if") {
             output.line(&format!(
                 "  {:<16} {}",
@@ -181,20 +181,20 @@ pub(super) async fn why(client: &Client, words: &Why, output: &mut Output<'_>) -
     Ok(())
 }
 
-pub(super) async fn log(client: &Client, words: &Log, output: &mut Output<'_>) -> Result<(), Failed> {
-    let image = escaped(words.image.as_deref().unwrap_or_default());
+pub(super) async fn log(client: &Client, args: &Log, output: &mut Output<'_>) -> Result<(), CommandError> {
+    let image = percent_encode(args.image.as_deref().unwrap_or_default());
     let events = client
-        .get(&format!("/api/v1/events?limit={}&image={image}", words.limit))
+        .get(&format!("/api/v1/events?limit={}&image={image}", args.limit))
         .await?;
-    if words.json {
+    if args.json {
         return output.json(&events);
     }
     for event in list(&events, "events").iter().rev() {
-        let tone = match text(event, "result") {
-            "hit" | "collapsed" => Tone::Good,
-            "stale" => Tone::Warm,
-            "denied" => Tone::Bad,
-            _ => Tone::Strong,
+        let style = match text(event, "result") {
+            "hit" | "collapsed" => Style::Success,
+            "stale" => Style::Warning,
+            "denied" => Style::Error,
+            _ => Style::Bold,
         };
         let name = match text(event, "image").split_once('@') {
             Some((name, digest)) => format!("{name}@{}", short_digest(digest)),
@@ -207,8 +207,8 @@ pub(super) async fn log(client: &Client, words: &Log, output: &mut Output<'_>) -
             .collect::<String>();
         output.line(&format!(
             "{}  {}  {}/{name}  {}",
-            output.paint(Tone::Dim, &at),
-            output.paint(tone, &format!("{:<9}", text(event, "result"))),
+            output.paint(Style::Dim, &at),
+            output.paint(style, &format!("{:<9}", text(event, "result"))),
             text(event, "upstream"),
             text(event, "sentence"),
         ))?;
@@ -216,10 +216,10 @@ pub(super) async fn log(client: &Client, words: &Log, output: &mut Output<'_>) -
     Ok(())
 }
 
-pub(super) fn print(table: &Table, output: &mut Output<'_>) -> Result<(), Failed> {
+pub(super) fn print(table: &Table, output: &mut Output<'_>) -> Result<(), CommandError> {
     for (place, line) in table.lines().iter().enumerate() {
         let line = if place == 0 {
-            output.paint(Tone::Dim, line)
+            output.paint(Style::Dim, line)
         } else {
             line.clone()
         };
