@@ -1,39 +1,43 @@
-//! The disk: what is held, durable and verified.
+//! On-disk store of blobs, manifests, tags, grants and small records.
 //!
-//! The truth is in files that describe themselves, so that a look into the folder explains it and nothing else is
-//! needed to use it again:
+//! All state is in self-describing files. The folder can be read by a person and reused without any other state:
 //!
 //! ```text
-//! LOCK                        the one process that has the folder
-//! install-secret              keys the principals; 32 bytes, readable by the owner only
-//! store-id                    identity and generation, to notice a lost index
-//! blobs/sha256/ab/<hex>       bytes, verified, read-only
-//! manifests/sha256/ab/<hex>   bytes, verified; <hex>.meta: media type, where it was seen
-//! tags/ab/<hash>              upstream, repository, tag → digest, per set of accepted media types
-//! seen/ab/<hash>              which digests the upstream was seen to have in a repository; whether it is public
-//! listings/<slot>             the last list of tags or referrers, for an outage
-//! ingest/<n>                  what is being written; ingest/<digest>: what an interrupted download left
-//! doubts/ab/<hash>            which tag or digest a write may have changed
-//! challenges/ab/<hash>        how an upstream asks for a credential, for an outage
-//! scrub                       how far the last reading of everything came
-//! pins/ab/<hash>              what is never evicted
-//! offline                     here while the operator wants no upstream asked, over restarts
-//! quarantine/                 what failed verification
-//! index/                      sled: a projection, may be lost
+//! LOCK                        held by the process that uses the folder
+//! install-secret              key of the principal hashes; 32 bytes, readable by the owner only
+//! store-id                    identity and generation, to detect a lost or foreign index
+//! blobs/sha256/ab/<hex>       verified bytes, read-only
+//! manifests/sha256/ab/<hex>   verified bytes; <hex>.meta: media type and source repositories
+//! refs/ab/<hash>              tag record: upstream, repository, tag → digest, per set of accepted media types
+//! seen/ab/<hash>              membership: the digests that the upstream has in a repository; whether it is public
+//! listings/<slot>             last tag list or referrers list, for outages
+//! ingest/<n>                  files being written; ingest/<digest>: partial downloads
+//! doubts/ab/<hash>            invalidations: tags and digests that a write may have changed
+//! challenges/ab/<hash>        last authentication challenge of an upstream, for outages
+//! scrub                       position of the background scrub
+//! pins/ab/<hash>              tags and digests that are never evicted
+//! offline                     present while offline mode is on; survives restarts
+//! quarantine/                 files that failed verification
+//! index/                      sled: a projection of the files, may be lost
 //! ```
 //!
-//! The laws. Bytes before names: a file is written under `ingest/`, fsynced, renamed and its folder fsynced before
-//! anything refers to it. A blob is visible only with proof of its digest ([`blobs::Verified`]). Small records carry a
-//! checksum. What is damaged is a miss and goes to `quarantine/`. The index answers nothing alone: a miss there is
-//! looked up in the files. Whatever fails here is a [`StoreError`]: ours, told, and never a reason to fail a pull.
+//! Rules:
 //!
-//! Hot reads come from memory: open handles, manifests, tags, proofs and grants are kept in bounded caches that are
-//! looked up by borrowed keys. Everything that may touch the disk blocks: async tasks come in by [`AsyncStore`] alone.
+//! 1. Bytes before names: a file is written under `ingest/`, fsynced, renamed and its folder fsynced before anything
+//!    refers to it.
+//! 2. A blob becomes visible only with proof of its digest ([`blobs::Verified`]).
+//! 3. Small records carry a checksum.
+//! 4. A damaged file is a cache miss and goes to `quarantine/`.
+//! 5. A miss in the index is never final: the files are consulted as well.
+//! 6. A failure here is a [`StoreError`]. It is logged and never fails a pull.
 //!
-//! When content was last used is told by the time of its file. The least recently used images make room for others
-//! (`plan`, `evict`).
+//! Hot reads come from memory: open files, manifests, tags, membership and grants are in bounded caches that are looked
+//! up by borrowed keys. Every call that may touch the disk blocks; async tasks use [`AsyncStore`] only.
 //!
-//! Not here: whether a caller may read.
+//! The modification time of a content file is its last access time. The least recently used images are evicted to make
+//! room (`evict`).
+//!
+//! Not here: authorization of callers.
 
 pub mod access_times;
 mod async_store;
@@ -103,21 +107,21 @@ pub use self::view::View;
 
 const QUARANTINE_FOLDER: &str = "quarantine";
 
-/// Files of one name that are set aside. One more takes the place of the first.
+/// Quarantined files kept per name. Beyond that, the first one is replaced.
 const QUARANTINED_AGAIN_MAX: u32 = 4;
 
-/// What the operator may choose.
+/// Configuration of the store.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Manifests kept ready in memory.
+    /// Byte limit of the in-memory manifest cache.
     pub manifest_cache_bytes_max: u64,
-    /// Blobs of at most [`blobs::SMALL_BLOB_BYTES_MAX`] kept ready in memory.
+    /// Byte limit of the in-memory cache of blobs of at most [`blobs::SMALL_BLOB_BYTES_MAX`].
     pub small_blob_cache_bytes_max: u64,
-    /// Blob files kept open.
+    /// Maximum number of cached open blob files.
     pub open_blobs_max: usize,
-    /// How much the store may take.
+    /// Disk quota.
     pub limits: Limits,
-    /// Bytes in a second that are read again in the background; 0 is none.
+    /// Rate of the background scrub in bytes per second; 0 disables it.
     pub scrub_rate: u64,
 }
 
@@ -133,7 +137,7 @@ impl Default for Settings {
     }
 }
 
-/// Everything held. One per data folder.
+/// The store. One per data folder.
 pub struct Store {
     fs: Arc<MonitoredFs>,
     disk_health: DiskHealth,
@@ -158,16 +162,17 @@ pub struct Store {
     secret: [u8; 32],
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
-    /// Fills an index that lost something.
+    /// Rebuilds index entries that were lost.
     reindexing: Mutex<Option<JoinHandle<()>>>,
     verify_job: verify::VerifyJob,
-    // Last but for the lock, so that the database is closed while the folder is still ours.
+    // Dropped before the lock, so the database is closed while this process still owns the folder.
     index: Arc<IndexHandle>,
     _lock: Option<Lock>,
 }
 
 impl Store {
-    /// Opens the store on `fs`, taking its folder for this process. Waits neither for the index nor for the counts.
+    /// Opens the store on `fs` and locks its folder for this process. Does not wait for the index or for the usage
+    /// scan.
     pub fn open(settings: &Settings, fs: Arc<dyn FileSystem>, now: SystemTime) -> Result<Self, OpenError> {
         Self::open_with(settings, fs, now, |fs| {
             fs.folder().map_or(Location::Memory, |folder| Location::Folder {
@@ -292,7 +297,7 @@ impl Store {
         Ok(store)
     }
 
-    /// Makes what is kept in the index durable. To be called before the program ends.
+    /// Flushes access times and the index. Call it before the process ends.
     pub fn close(&self) {
         self.stop.store(true, Ordering::Relaxed);
         self.evictor.wake();
@@ -300,7 +305,8 @@ impl Store {
         self.index.flush();
     }
 
-    /// What is to be done from time to time; to be called every few seconds. Blocks.
+    /// Periodic work: disk probe, eviction check, pending index removals, index rebuild. Call it every few seconds.
+    /// Blocks.
     pub fn tick(&self, now: SystemTime) {
         self.access_times.set_now(now);
         self.fs.probe();
@@ -309,7 +315,7 @@ impl Store {
         self.rebuild_index_if_needed();
     }
 
-    /// Fills the index from the files where it has lost something since the start.
+    /// Rebuilds the index from the files, in a thread, if it lost entries since the start.
     fn rebuild_index_if_needed(&self) {
         let is_lacking = self.usage.read().is_complete
             && self.index.state() == IndexState::Ready
@@ -319,12 +325,12 @@ impl Store {
             return;
         }
         let (tags, stop) = (Arc::clone(&self.tags), Arc::clone(&self.stop));
-        let thread = std::thread::Builder::new().name("store-heal".to_owned());
-        // Where there is no thread to be had, the next call tries again.
+        let thread = std::thread::Builder::new().name("store-reindex".to_owned());
+        // If no thread can be started, the next call retries.
         *reindexing = thread.spawn(move || _ = tags.reindex(&stop)).ok();
     }
 
-    /// Writes down what is kept in memory until now, and clears away what nobody needs. To be called every few minutes.
+    /// Writes access times and pending membership lines, and prunes membership files. Call it every few minutes.
     pub fn housekeeping(&self) {
         self.evictor.tidy();
         let is_held = |digest: &Digest| self.blobs.has(digest) || self.manifests.has(digest);
@@ -333,18 +339,18 @@ impl Store {
             .prune(self.access_times.now(), &is_held, &self.stop);
     }
 
-    /// Changes how much may be held; what is too much then goes.
+    /// Changes the quota and evicts what exceeds it.
     pub fn set_limits(&self, limits: Limits) {
         self.quota.set_limits(limits);
         self.evictor.wake_if_needed();
     }
 
-    /// How much may be held.
+    /// The quota.
     pub fn limits(&self) -> Limits {
         self.quota.limits()
     }
 
-    /// What keeps the store from doing its work, if anything does. It serves what it can all the same.
+    /// Current health issues. The store keeps serving what it can.
     pub fn health_issues(&self) -> Vec<HealthIssue> {
         let mut issues: Vec<_> = self
             .disk_health
@@ -359,7 +365,7 @@ impl Store {
         if let IndexState::Degraded { reason } = self.index.state() {
             issues.push(HealthIssue::Index { reason });
         } else if self.index.is_stuck() {
-            let reason = "it does not answer".to_owned();
+            let reason = "timeout".to_owned();
             issues.push(HealthIssue::Index { reason });
         }
         if self.evictor.is_short() {
@@ -370,42 +376,42 @@ impl Store {
         issues
     }
 
-    /// Errors of the disk since the start, by operation.
+    /// Disk errors since the start, by operation.
     pub fn errors(&self) -> Vec<(&'static str, u64)> {
         self.fs.errors()
     }
 
-    /// Changes how many bytes in a second are read again in the background; 0 is none.
+    /// Changes the rate of the background scrub in bytes per second; 0 disables it.
     pub fn set_scrub_rate(&self, rate: u64) {
         self.scrub.set_rate(rate);
     }
 
-    /// What was read again since the start.
+    /// Totals of the background scrub since the start.
     pub fn scrubbed(&self) -> ScrubTotals {
         self.scrub.scrubbed()
     }
 
-    /// What was evicted since the start.
+    /// Eviction totals since the start.
     pub fn evictions(&self) -> Evictions {
         self.evictor.totals()
     }
 
-    /// The secret under which principals are hashed. Never leaves this machine.
+    /// The key of the principal hashes. Never leaves this machine.
     pub fn install_secret(&self) -> &[u8; 32] {
         &self.secret
     }
 
-    /// How the index is; the store works without it.
+    /// State of the index. The store works without it.
     pub fn index_state(&self) -> IndexState {
         self.index.state()
     }
 
-    /// How much is held.
+    /// Current usage.
     pub fn usage(&self) -> Usage {
         self.usage.read()
     }
 
-    /// How many bytes the disk still takes.
+    /// Free bytes on the disk.
     pub fn free_bytes(&self) -> Result<u64, StoreError> {
         self.quota.free_bytes()
     }
@@ -419,7 +425,7 @@ impl Drop for Store {
         let reindexing = self.reindexing.get_mut().unwrap_or_else(PoisonError::into_inner);
         let others = [reindexing.take(), self.verify_job.take()].into_iter().flatten();
         for thread in self.threads.drain(..).chain(others) {
-            // A panic there has been told by the panic hook.
+            // The panic hook has already logged a panic of this thread.
             let _ = thread.join();
         }
     }
@@ -433,35 +439,35 @@ impl std::fmt::Debug for Store {
     }
 }
 
-/// Begins what is done in the background.
+/// Starts a background thread.
 fn spawn_thread(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StoreError> {
     let thread = std::thread::Builder::new().name(name.to_owned());
     let begun = thread.spawn(work);
     begun.map_err(|error| StoreError::io("start a thread", name, &error))
 }
 
-/// Moves a damaged file out of the way, for whoever wants to look into it; it is a miss from now on. Says whether it was
-/// this call that did it.
+/// Moves a damaged file to quarantine, where it can be inspected; from then on it is a cache miss. Returns whether this
+/// call removed it.
 fn quarantine(fs: &dyn FileSystem, path: &Path, why: &str) -> bool {
-    tracing::error!(path = %path.display(), "{why}; it is set aside in {QUARANTINE_FOLDER} and fetched again when asked for");
+    tracing::error!(path = %path.display(), "{why}: quarantined");
     let (tree, name) = (path.iter().next(), path.file_name());
     let name = [tree, name].map(|part| part.unwrap_or_default().to_string_lossy());
     let name = Path::new(QUARANTINE_FOLDER).join(name.join("-"));
-    // A blob and a manifest may have one digest, and what was fetched again may be damaged again.
+    // A blob and a manifest can have the same digest, and a refetched file can be damaged again.
     let again = (2..=QUARANTINED_AGAIN_MAX).map(|nth| PathBuf::from(format!("{}-{nth}", name.display())));
     let mut names = std::iter::once(name.clone()).chain(again);
     let free = names.find(|name| fs.open(name).is_err()).unwrap_or(name);
-    // What cannot be moved may yet be removed; and what stays is found damaged again.
+    // If the rename fails, delete the file; if that fails as well, the next read finds the damage again.
     let moved = fs.rename(path, &free);
     moved.or_else(|_| fs.remove(path)).is_ok()
 }
 
-/// The size of a file, if it is there.
+/// Size of a file, if it exists.
 fn size_of(fs: &dyn FileSystem, path: &Path) -> Option<u64> {
     fs.open(path).and_then(|file| file.size()).ok()
 }
 
-/// Removes a file; says how long it was, if it was there.
+/// Removes a file. Returns its size if it existed.
 fn remove_file(fs: &dyn FileSystem, path: &Path) -> Result<Option<u64>, StoreError> {
     let size = size_of(fs, path);
     match fs.remove(path) {
@@ -471,7 +477,7 @@ fn remove_file(fs: &dyn FileSystem, path: &Path) -> Result<Option<u64>, StoreErr
     }
 }
 
-/// `<tree>/<algorithm>/<first two digits>/<hex>`.
+/// Path of content: `<tree>/<algorithm>/<first two digits>/<hex>`.
 fn content_path(tree: &str, digest: &Digest) -> PathBuf {
     let hex = digest.hex();
     let shard = hex.get(..2).unwrap_or_default();
@@ -480,7 +486,7 @@ fn content_path(tree: &str, digest: &Digest) -> PathBuf {
         .collect()
 }
 
-/// `<tree>/<first two digits>/<hash>` for what is named by text.
+/// Path of a record: `<tree>/<first two digits>/<hash>`, where the hash is over `parts`.
 fn hashed_path(tree: &str, parts: &[&str]) -> PathBuf {
     let hash = Digest::of(crate::oci::Algorithm::Sha256, parts.join("\0").as_bytes()).hex();
     let shard = hash.get(..2).unwrap_or_default();

@@ -1,8 +1,8 @@
-//! The async face of the store: its only entry for the tasks that serve requests.
+//! Async API of the store, the only one for tasks that serve requests.
 //!
-//! What is in memory is answered on the spot. Everything else runs on a thread that may block, and its caller alone
-//! waits for it. Reads and writes have places of their own, so that neither a slow disk nor one kind of work takes all
-//! of the runtime's blocking threads.
+//! Reads that memory can answer return at once. Everything else runs on a blocking thread, and only its caller waits.
+//! Reads and writes have separate permits, so that neither a slow disk nor one kind of operation occupies all blocking
+//! threads of the runtime.
 
 use std::future::pending;
 use std::panic::resume_unwind;
@@ -16,16 +16,16 @@ use super::access_times::ContentId;
 use super::invalidations::InvalidationKey;
 use super::{Evictions, HealthIssue, Limits, ScrubTotals, Store, Usage, View};
 
-/// Reads of the disk at a time. Others wait their turn, without a thread.
+/// Maximum concurrent disk reads. Further reads wait without a thread.
 const READS_MAX: usize = 64;
 
-/// Writes at a time. Most of their time is an fsync.
+/// Maximum concurrent writes. Most of their time is an fsync.
 const WRITES_MAX: usize = 64;
 
-/// Waits for the index at a time. Where it lets one wait in vain, the others no longer wait.
+/// Maximum concurrent waits for the index. After one has timed out, the others fail fast.
 const INDEX_WAITS_MAX: usize = 32;
 
-/// The store as async tasks see it. Cheap to clone.
+/// Async handle of the store. Cheap to clone.
 #[derive(Clone)]
 pub struct AsyncStore {
     pub(super) store: Arc<Store>,
@@ -35,7 +35,7 @@ pub struct AsyncStore {
 }
 
 impl AsyncStore {
-    /// The async face of `store`.
+    /// Creates a handle of `store`.
     pub fn new(store: Arc<Store>) -> Self {
         Self {
             store,
@@ -45,12 +45,13 @@ impl AsyncStore {
         }
     }
 
-    /// What `read` finds in memory; `None` where it takes the disk to know.
+    /// Runs `read` on the memory caches; `None` if it needed the disk.
     pub fn in_memory<T>(&self, read: impl FnOnce(&View<'_>) -> T) -> Option<T> {
         View::in_memory(&self.store, read)
     }
 
-    /// What `read` finds: in memory, or else on the disk. It has no effect but its result, which counts once.
+    /// Runs `read` on the memory caches and, if it needed the disk, again on a blocking thread. `read` must have no
+    /// side effects.
     pub async fn read<T: Send + 'static>(&self, read: impl Fn(&View<'_>) -> T + Send + 'static) -> T {
         match self.in_memory(&read) {
             Some(found) => found,
@@ -58,13 +59,13 @@ impl AsyncStore {
         }
     }
 
-    /// What `read` finds on the disk, for what [`Self::in_memory`] did not know.
+    /// Runs `read` on a blocking thread, after [`Self::in_memory`] returned `None`.
     pub async fn on_disk<T: Send + 'static>(&self, read: impl FnOnce(&View<'_>) -> T + Send + 'static) -> T {
         let permit = Arc::clone(&self.reads).acquire_owned().await.ok();
         self.on_thread(permit, move |store| read(&store.view())).await
     }
 
-    /// What the index says in time.
+    /// Runs `wait`, which waits for the index, on a blocking thread.
     pub(super) async fn on_index<T: Send + 'static>(
         &self,
         wait: impl FnOnce(&Store) -> T + Send + 'static,
@@ -73,15 +74,15 @@ impl AsyncStore {
         self.on_thread(permit, wait).await
     }
 
-    /// Does something to the store. It is done also where the caller does not wait for the end.
+    /// Runs a write on a blocking thread. It also runs to its end if the caller is cancelled.
     pub async fn write<T: Send + 'static>(&self, operation: impl FnOnce(&Store) -> T + Send + 'static) -> T {
         if let Ok(permit) = Arc::clone(&self.writes).try_acquire_owned() {
             return self.on_thread(Some(permit), operation).await;
         }
-        let own = self.clone();
+        let this = self.clone();
         let queued = tokio::spawn(async move {
-            let permit = Arc::clone(&own.writes).acquire_owned().await.ok();
-            own.on_thread(permit, operation).await
+            let permit = Arc::clone(&this.writes).acquire_owned().await.ok();
+            this.on_thread(permit, operation).await
         });
         finished(queued.await).await
     }
@@ -93,81 +94,81 @@ impl AsyncStore {
     ) -> T {
         let store = Arc::clone(&self.store);
         let work = spawn_blocking(move || {
-            // Its place is free when the work ends, not when its caller leaves.
+            // The permit is released when the operation ends, not when the caller is cancelled.
             let _permit = permit;
             operation(&store)
         });
         finished(work.await).await
     }
 
-    /// The store itself, for threads that may block. On an async worker its calls panic in debug builds.
+    /// The blocking API, for threads that may block. On an async worker its calls panic in debug builds.
     pub fn blocking(&self) -> &Store {
         &self.store
     }
 
-    /// The secret under which principals are hashed. Never leaves this machine.
+    /// The key of the principal hashes. Never leaves this machine.
     pub fn install_secret(&self) -> &[u8; 32] {
         self.store.install_secret()
     }
 
-    /// Notes that a client was given this at `now`.
+    /// Sets the access time of this content to `now`.
     pub fn touch(&self, used: ContentId, now: SystemTime) {
         self.store.touch(used, now);
     }
 
-    /// Whether anything is in doubt.
+    /// Whether any tag or digest is invalidated.
     pub fn has_invalidations(&self) -> bool {
         self.store.has_invalidations()
     }
 
-    /// Since when `key` is in doubt.
+    /// The time since when `key` is invalidated.
     pub fn invalidated_since(&self, key: &InvalidationKey) -> Option<SystemTime> {
         self.store.invalidated_since(key)
     }
 
-    /// What keeps the store from doing its work, if anything does.
+    /// Current health issues.
     pub fn health_issues(&self) -> Vec<HealthIssue> {
         self.store.health_issues()
     }
 
-    /// Errors of the disk since the start, by operation.
+    /// Disk errors since the start, by operation.
     pub fn errors(&self) -> Vec<(&'static str, u64)> {
         self.store.errors()
     }
 
-    /// How much is held.
+    /// Current usage.
     pub fn usage(&self) -> Usage {
         self.store.usage()
     }
 
-    /// How much may be held.
+    /// The quota.
     pub fn limits(&self) -> Limits {
         self.store.limits()
     }
 
-    /// What was evicted since the start.
+    /// Eviction totals since the start.
     pub fn evictions(&self) -> Evictions {
         self.store.evictions()
     }
 
-    /// How many bytes the disk still took when that was last measured, some seconds ago.
+    /// Free bytes on the disk, as measured some seconds ago.
     pub fn free_bytes(&self) -> Option<u64> {
         self.store.quota.last_free_bytes()
     }
 
-    /// How much is pinned.
+    /// Number of pins.
     pub fn pins_count(&self) -> usize {
         self.store.pins.count()
     }
 
-    /// What was read again since the start.
+    /// Totals of the background scrub since the start.
     pub fn scrubbed(&self) -> ScrubTotals {
         self.store.scrubbed()
     }
 }
 
-/// The result of work on another thread. A panic goes on in the caller; work that the end of the process cut off has no
-/// result, and its caller ends with the process too.
+/// The result of a spawned operation. A panic is resumed in the caller. An operation that was cancelled by the end of
+/// the process has no result; its caller ends with the process too.
 async fn finished<T>(done: Result<T, JoinError>) -> T {
     match done {
         Ok(done) => done,

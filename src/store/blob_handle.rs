@@ -1,4 +1,4 @@
-//! A blob that is held, and whether the disk can still read it.
+//! Open blob handle that records read errors of the disk.
 
 use std::fmt;
 use std::io;
@@ -9,12 +9,12 @@ use rustix::io::Errno;
 
 use super::fs::{FsFile, read_all};
 
-/// A blob that can be read. Stays readable while it is used, even when it is removed meanwhile.
+/// An open blob. Stays readable while in use, also if the blob is removed.
 #[derive(Clone)]
 pub struct BlobHandle {
     /// In bytes.
     pub size: u64,
-    /// Its bytes.
+    /// The open file.
     pub file: Arc<dyn FsFile>,
     is_unreadable: Arc<AtomicBool>,
 }
@@ -33,18 +33,18 @@ impl BlobHandle {
         }
     }
 
-    /// All of it, if it has at most `bytes_max`.
+    /// The complete blob, if it has at most `bytes_max`.
     pub fn read_all(&self, bytes_max: u64) -> io::Result<Vec<u8>> {
         read_all(self.file.as_ref(), bytes_max)
     }
 
-    /// Whether the disk failed to read it: asked for again, it would fail again.
+    /// Whether a read failed with an I/O error. A retry would fail too.
     pub(super) fn is_unreadable(&self) -> bool {
         self.is_unreadable.load(Ordering::Relaxed)
     }
 }
 
-/// Notes that the disk could not read it, for whoever asks for the blob next.
+/// Records an I/O error for later callers.
 struct BlobFile {
     file: Arc<dyn FsFile>,
     is_unreadable: Arc<AtomicBool>,
@@ -104,7 +104,7 @@ mod tests {
     use crate::store::fs::{FileSystem, MemoryFs};
     use std::path::Path;
 
-    /// Of its bytes, the disk has lost all from the fifth on.
+    /// A file whose bytes from the fifth on are unreadable.
     struct Bad(Arc<dyn FsFile>);
 
     impl FsFile for Bad {

@@ -366,7 +366,7 @@ impl Blobs {
 
     fn drop_from_caches(&self, digest: &Digest) {
         self.removals.fetch_add(1, Ordering::SeqCst);
-        self.removed.note(digest);
+        self.removed.record(digest);
         self.open.remove(digest);
         self.small.remove(digest);
         self.index.remove(size_key(digest));

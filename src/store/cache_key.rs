@@ -1,4 +1,4 @@
-//! Keys of the memory caches that can be looked up by borrowed parts, so that a hit allocates nothing.
+//! Keys of the memory caches. They can be looked up by borrowed parts, so that a hit allocates nothing.
 
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
@@ -8,10 +8,10 @@ use quick_cache::{DefaultHashBuilder, Equivalent, OptionsBuilder, UnitWeighter, 
 
 use crate::oci::{Digest, Repository};
 
-/// Few enough that a shard has room for the largest entries, enough that readers seldom meet.
+/// Few enough that a shard holds the largest entries, enough that readers rarely contend.
 const SHARDS: usize = 16;
 
-/// A repository of an upstream.
+/// Key of a repository of an upstream.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct RepoKey {
     pub(super) upstream: Arc<str>,
@@ -62,7 +62,7 @@ impl Equivalent<RepoKey> for RepoKeyRef<'_> {
     }
 }
 
-/// A principal in a repository, or at an upstream's token service.
+/// Key of a grant: a principal in a repository, or at an upstream's token service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct GrantKey {
     pub(super) upstream: Arc<str>,
@@ -111,7 +111,7 @@ impl Equivalent<GrantKey> for GrantRef<'_> {
     }
 }
 
-/// A digest in a repository.
+/// Key of a digest in a repository.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct ImageKey {
     pub(super) repo: RepoKey,
@@ -146,7 +146,7 @@ impl Equivalent<ImageKey> for ImageRef<'_> {
     }
 }
 
-/// A cache of at most `weight_max`, of entries that weigh about `entry_weight` each.
+/// A cache bounded by weight. `entry_weight` is the typical weight of an entry.
 pub(super) fn weighted_cache<K: Eq + Hash, V: Clone, W: Weighter<K, V> + Clone>(
     weight_max: u64,
     entry_weight: u64,
@@ -167,12 +167,12 @@ pub(super) fn weighted_cache<K: Eq + Hash, V: Clone, W: Weighter<K, V> + Clone>(
             DefaultHashBuilder::default(),
             quick_cache::sync::DefaultLifecycle::default(),
         ),
-        // Both mandatory options are given above.
+        // Both mandatory options are set above.
         Err(_) => Cache::with_weighter(items, weight_max, weighter),
     }
 }
 
-/// A cache of at most `items_max` entries.
+/// A cache bounded by number of entries.
 pub(super) fn bounded_cache<K: Eq + Hash, V: Clone>(items_max: usize) -> Cache<K, V, UnitWeighter> {
     weighted_cache(items_max as u64, 1, UnitWeighter)
 }

@@ -1,7 +1,7 @@
-//! How each upstream last answered `/v2/` to someone without a credential.
+//! Stored authentication challenges: each upstream's last response to `/v2/` without a credential.
 //!
-//! Docker, podman and crane learn there how to log in, and can do nothing while it cannot be had; so it is kept, also
-//! across restarts. One small file for each upstream; a lost one costs one question.
+//! Docker, podman and crane learn from it how to authenticate, and cannot start without it, so it is stored for outages
+//! and across restarts. One small file per upstream; a lost one costs one request.
 
 use std::collections::HashMap;
 use std::io;
@@ -15,17 +15,17 @@ use super::checksummed_json::{RECORD_BYTES_MAX, decode, encode, from_millis, to_
 use super::fs::FileSystem;
 use super::{Store, StoreError, hashed_path};
 
-/// Longer challenges are not kept.
+/// Longer challenges are not stored.
 pub const CHALLENGE_BYTES_MAX: usize = 64 * 1024;
 
 const TREE: &str = "challenges";
 
-/// What an upstream says to who has no credential.
+/// Response of an upstream to a request without a credential.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredChallenge {
-    /// The lines of `WWW-Authenticate`, byte for byte; none where it wants no credential.
+    /// The `WWW-Authenticate` header lines, byte for byte; none if no credential is needed.
     pub lines: Vec<String>,
-    /// When it said so.
+    /// When it was received.
     pub given_at: SystemTime,
 }
 
@@ -37,12 +37,12 @@ struct Record {
 }
 
 impl Store {
-    /// What the upstream last said, as far as that is kept.
+    /// The stored challenge of an upstream.
     pub fn challenge(&self, upstream: &str) -> Option<Arc<StoredChallenge>> {
         self.challenges.find(upstream)
     }
 
-    /// Keeps what it says now. Known at once, even where the disk then fails.
+    /// Stores a challenge. Visible at once, also if the disk write fails.
     pub fn put_challenge(&self, upstream: &str, challenge: StoredChallenge) -> Result<(), StoreError> {
         self.challenges.put(upstream, challenge)
     }
@@ -50,7 +50,7 @@ impl Store {
 
 pub(super) struct Challenges {
     fs: Arc<dyn FileSystem>,
-    /// As many as there are upstreams. `None`: looked for, and not there.
+    /// One per upstream. `None`: no file exists.
     ready: Mutex<HashMap<String, Option<Arc<StoredChallenge>>>>,
 }
 
@@ -62,7 +62,7 @@ impl Challenges {
         }
     }
 
-    /// What the upstream last said; `None` where that takes the file to know.
+    /// The cached challenge; the outer `None` if the file must be read.
     #[expect(clippy::option_option, reason = "whether it is known, and what is known")]
     pub(super) fn ready(&self, upstream: &str) -> Option<Option<Arc<StoredChallenge>>> {
         self.entries().get(upstream).cloned()
@@ -79,10 +79,10 @@ impl Challenges {
         let found = match self.fs.read_file(&path(upstream), RECORD_BYTES_MAX) {
             Ok(bytes) => read(upstream, &bytes).map(Arc::new),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            // Perhaps it can be read later.
+            // Not cached: the next read may succeed.
             Err(_) => return None,
         };
-        // Not over what was kept meanwhile.
+        // Do not overwrite a concurrent put.
         self.entries().entry(upstream.to_owned()).or_insert(found).clone()
     }
 

@@ -1,21 +1,21 @@
-//! Small JSON files that notice their own damage.
+//! Checksummed JSON records.
 //!
-//! The last member of the object is a checksum of every byte before it, so a record stays plain JSON for whoever looks
-//! into it, and need not be written again to be checked.
+//! The last member of the object is a checksum of every byte before it. So a record stays plain JSON that a person can
+//! read, and is verified without re-encoding it.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::oci::{Algorithm, Digest};
 
-/// No record is longer: eight variants of a tag, or a manifest's list of places.
+/// Size limit of a record: eight variants of a tag, or the source repositories of a manifest.
 pub(super) const RECORD_BYTES_MAX: u64 = 256 * 1024;
 
 const MEMBER: &str = ",\"checksum\":\"";
 const END: &str = "\"}\n";
 const CHECKSUM_HEX: usize = 16;
 
-/// The first eight bytes of the SHA-256 of `bytes`: enough against decay, and no claim against forgery.
+/// The first eight bytes of the SHA-256 of `bytes`: detects decay, not forgery.
 pub(super) fn checksum(bytes: &[u8]) -> [u8; 8] {
     let mut first = [0; 8];
     for (to, from) in first
@@ -39,9 +39,9 @@ pub(super) fn hex(bytes: &[u8]) -> String {
         })
 }
 
-/// `value`, which must serialise as a non-empty object, with its checksum.
+/// Encodes `value`, which must serialise as a non-empty object, and appends its checksum.
 pub(super) fn encode(value: &impl Serialize) -> Vec<u8> {
-    // Structs of strings and numbers always serialise; an empty record would be read as damaged.
+    // Structs of strings and numbers always serialise; an empty record would be detected as damaged.
     let mut text = serde_json::to_string(value).unwrap_or_default();
     text.pop();
     let sum = hex(&checksum(text.as_bytes()));
@@ -51,7 +51,7 @@ pub(super) fn encode(value: &impl Serialize) -> Vec<u8> {
     text.into_bytes()
 }
 
-/// The value of a record whose checksum is right and whose members are there.
+/// Decodes a record. `None` if its checksum is wrong or a member is missing.
 pub(super) fn decode<T: DeserializeOwned>(record: &[u8]) -> Option<T> {
     let text = record.strip_suffix(END.as_bytes())?;
     let (text, sum) = text.split_at_checked(text.len().checked_sub(CHECKSUM_HEX)?)?;
@@ -62,13 +62,13 @@ pub(super) fn decode<T: DeserializeOwned>(record: &[u8]) -> Option<T> {
     serde_json::from_slice(record).ok()
 }
 
-/// Milliseconds since 1970; a moment before it counts as 1970.
+/// Milliseconds since 1970; earlier times count as 1970.
 pub(super) fn to_millis(time: std::time::SystemTime) -> u64 {
     let since = time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// The inverse of [`to_millis`]; what no clock can hold counts as 1970, that is: long ago.
+/// The inverse of [`to_millis`]; an unrepresentable time counts as 1970.
 pub(super) fn from_millis(millis: u64) -> std::time::SystemTime {
     let since = std::time::Duration::from_millis(millis);
     std::time::UNIX_EPOCH
@@ -91,7 +91,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_sealed_opens_again(map in proptest::collection::btree_map(".{0,8}", ".{0,40}", 1..6)) {
+        fn encoded_record_decodes_to_same_value(map in proptest::collection::btree_map(".{0,8}", ".{0,40}", 1..6)) {
             let map: BTreeMap<String, String> = map.into_iter().filter(|(key, _)| key != "checksum").collect();
             prop_assume!(!map.is_empty());
             let record = encode(&map);
@@ -101,21 +101,21 @@ mod tests {
         }
 
         #[test]
-        fn any_changed_byte_is_noticed(place in 0_usize..64, change in 1_u8..) {
+        fn changed_byte_is_detected(position in 0_usize..64, change in 1_u8..) {
             let mut record = encode(&BTreeMap::from([("name", "value of some length that is enough")]));
-            let place = place % record.len();
-            record[place] ^= change;
+            let position = position % record.len();
+            record[position] ^= change;
             prop_assert_eq!(decode::<BTreeMap<String, String>>(&record), None);
         }
 
         #[test]
-        fn garbage_is_no_record(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn garbage_does_not_decode(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             prop_assert_eq!(decode::<BTreeMap<String, String>>(&bytes), None);
         }
     }
 
     #[test]
-    fn a_cut_record_is_noticed() {
+    fn truncated_record_is_detected() {
         let record = encode(&BTreeMap::from([("name", "value")]));
         for length in 0..record.len() {
             assert_eq!(

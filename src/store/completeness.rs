@@ -1,12 +1,12 @@
-//! Whether an image can be pulled whole from what is held.
+//! Image completeness: whether a manifest and everything it refers to are cached.
 //!
-//! A manifest promises its config and layers. Whoever is given one while the upstream is silent relies on that promise,
-//! so it is looked at before the manifest is served: every blob must be here, and proven in the same repository, for
-//! else this repository's readers could not have it. Of an index one image is enough: which one a client wants is not
-//! known, and most are only ever pulled for one platform.
+//! A client that gets a manifest during an outage relies on its config and layers. So completeness is checked before
+//! the manifest is served: every blob must be cached and be a member of the same repository, because otherwise the
+//! repository's readers could not pull it. An index is complete if one of its images is: the platform that a client
+//! needs is unknown, and most indexes are only ever pulled for one platform.
 //!
-//! What was found whole stays so until a part of it is removed (`RemovedDigests`); so a hot tag costs one look-up, also while
-//! other content is evicted.
+//! A complete image stays so until one of its parts is removed (`RemovedDigests`). So a hot tag costs one lookup, also
+//! while other content is evicted.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -21,30 +21,30 @@ use super::{Store, View};
 use crate::oci::manifest::{Descriptor, DescriptorKind, ManifestKind};
 use crate::oci::{AnyDigest, Digest, Repository};
 
-/// Images remembered as whole.
+/// Maximum number of cached completeness results.
 const COMPLETE_MAX: usize = 16_384;
 
-/// Removals remembered. After so many, what was found whole is looked at once more.
+/// Maximum number of recorded removals. Beyond it, earlier results are checked again.
 const REMOVED_MAX: usize = 65_536;
 
-/// How deep indexes may lie in each other. Real ones do not.
+/// Maximum nesting depth of indexes. Real indexes are not nested.
 const INDEX_DEPTH_MAX: u32 = 2;
 
-/// Blobs that are not held but arriving count as held, where what arrives may be read in the repository looked at.
+/// Whether a missing blob is being downloaded and may be read in this repository; it then counts as cached.
 pub type InFlight<'a> = &'a dyn Fn(&Digest) -> bool;
 
-/// Where an image is looked at.
+/// Parameters of one completeness check.
 #[derive(Clone, Copy)]
 struct Scope<'a> {
     upstream: &'a str,
     repository: &'a Repository,
     in_flight: InFlight<'a>,
-    /// What was looked at, where that is to be remembered.
+    /// Collects the digests checked, if the result is to be cached.
     prefixes: Option<&'a RefCell<Vec<DigestPrefix>>>,
 }
 
 impl Store {
-    /// [`View::is_image_complete`] of everything that is held. Blocks.
+    /// [`View::is_image_complete`] on the disk view. Blocks.
     pub fn is_image_complete(
         &self,
         upstream: &str,
@@ -58,7 +58,7 @@ impl Store {
 }
 
 impl View<'_> {
-    /// Whether all that `manifest` points to is held, or `in_flight`, and was seen in this repository.
+    /// Whether everything that `manifest` refers to is cached, or `in_flight`, and is a member of this repository.
     pub fn is_image_complete(
         &self,
         upstream: &str,
@@ -73,7 +73,7 @@ impl View<'_> {
         {
             return true;
         }
-        // Read first: a removal during the look makes what was found outdated, not wrong.
+        // Read first: a removal during the check makes the cached result outdated, not wrong.
         let removals = self.store.removed.count();
         let lacks_any = Cell::new(false);
         let prefixes = RefCell::default();
@@ -87,17 +87,17 @@ impl View<'_> {
             prefixes: Some(&prefixes),
         };
         let is_complete = self.is_complete_in(scope, manifest, INDEX_DEPTH_MAX);
-        // What is only arriving may yet fail.
+        // A download in flight may still fail, so the result is not cached.
         if is_complete && !lacks_any.get() && self.needed_no_disk() {
             let repo = RepoKey::of(upstream, repository);
             self.store
                 .complete_images
-                .note(repo, manifest.digest, removals, prefixes.into_inner());
+                .insert(repo, manifest.digest, removals, prefixes.into_inner());
         }
         is_complete
     }
 
-    /// The blobs that `manifest` points to and that are missing here, in its order: the config first.
+    /// The missing blobs of `manifest`, in its order: the config first.
     pub fn missing_blobs<'a>(
         &'a self,
         upstream: &'a str,
@@ -115,7 +115,7 @@ impl View<'_> {
         blobs.filter(move |child| child.kind != DescriptorKind::Manifest && !self.has_blob(scope, child))
     }
 
-    /// The images of an index that can be pulled whole.
+    /// The complete images of an index.
     pub fn complete_children<'a>(
         &'a self,
         upstream: &'a str,
@@ -147,14 +147,14 @@ impl View<'_> {
     }
 
     fn has_blob(&self, scope: Scope<'_>, child: &Descriptor) -> bool {
-        // Its own place is named in the manifest; the registry need not have it.
+        // It is fetched from the URLs in the manifest; the registry need not have it.
         if child.has_urls {
             return true;
         }
         let AnyDigest::Supported(digest) = &child.digest else {
             return false;
         };
-        scope.note(digest);
+        scope.collect(digest);
         let is_held = self.is_member(scope.upstream, scope.repository, digest) && self.has_blob_file(digest);
         is_held || (scope.in_flight)(digest)
     }
@@ -163,27 +163,27 @@ impl View<'_> {
         let (AnyDigest::Supported(digest), Some(depth)) = (&child.digest, depth.checked_sub(1)) else {
             return false;
         };
-        scope.note(digest);
+        scope.collect(digest);
         self.is_member(scope.upstream, scope.repository, digest)
             && matches!(self.manifest(digest), Ok(Some(held)) if self.is_complete_in(scope, &held, depth))
     }
 }
 
-/// Not an attestation, which `BuildKit` lists beside the images as of an unknown platform.
+/// True unless it is an attestation, which `BuildKit` lists beside the images with an unknown platform.
 fn is_image(child: &Descriptor) -> bool {
     let is_known = |platform: &crate::oci::manifest::Platform| platform.os != "unknown";
     child.kind == DescriptorKind::Manifest && child.platform.as_ref().is_none_or(is_known)
 }
 
 impl Scope<'_> {
-    fn note(&self, digest: &Digest) {
+    fn collect(&self, digest: &Digest) {
         if let Some(prefixes) = self.prefixes {
             prefixes.borrow_mut().push(prefix(digest));
         }
     }
 }
 
-/// The beginning of a digest, which tells content apart well enough: taken for another, it is looked at once more.
+/// The first 8 bytes of a digest. A collision only costs an extra check.
 type DigestPrefix = u64;
 
 fn prefix(digest: &Digest) -> DigestPrefix {
@@ -191,7 +191,7 @@ fn prefix(digest: &Digest) -> DigestPrefix {
     first.map_or(0, |first| u64::from_be_bytes(*first))
 }
 
-/// The content removed of late.
+/// Recently removed digests.
 #[derive(Default)]
 pub(super) struct RemovedDigests {
     count: AtomicU64,
@@ -200,15 +200,15 @@ pub(super) struct RemovedDigests {
 
 #[derive(Default)]
 struct Recent {
-    /// What was removed earlier is forgotten.
+    /// Removals before this one are no longer recorded.
     since: u64,
-    /// Which removal it was.
+    /// Sequence number of the last removal, by digest.
     nth: HashMap<DigestPrefix, u64>,
 }
 
 impl RemovedDigests {
-    /// A blob or manifest was removed, or is no longer known to be in a repository.
-    pub(super) fn note(&self, digest: &Digest) {
+    /// Records the removal of a blob or manifest, or of a repository member.
+    pub(super) fn record(&self, digest: &Digest) {
         let mut recent = self.recent.write().unwrap_or_else(PoisonError::into_inner);
         let nth = self.count.fetch_add(1, Ordering::AcqRel) + 1;
         if recent.nth.len() >= REMOVED_MAX {
@@ -222,7 +222,7 @@ impl RemovedDigests {
         self.count.load(Ordering::Acquire)
     }
 
-    /// How many removals there were by now, if none since `count` was of one of these parts.
+    /// The current number of removals, if none since `count` was of one of these digests.
     fn none_since(&self, count: u64, prefixes: &[DigestPrefix]) -> Option<u64> {
         let recent = self.recent.read().unwrap_or_else(PoisonError::into_inner);
         let is_gone = |prefix: &DigestPrefix| recent.nth.get(prefix).is_some_and(|nth| *nth > count);
@@ -230,14 +230,14 @@ impl RemovedDigests {
     }
 }
 
-/// An image found whole.
+/// A cached result: this image was complete.
 struct CompleteImage {
-    /// Of the removals up to this one, none was of a part.
+    /// No removal up to this one concerned the image.
     removals: AtomicU64,
     prefixes: Box<[DigestPrefix]>,
 }
 
-/// The images found whole.
+/// Cache of complete images.
 pub(super) struct CompleteImages {
     entries: Cache<ImageKey, Arc<CompleteImage>>,
     removed: Arc<RemovedDigests>,
@@ -268,7 +268,7 @@ impl CompleteImages {
         false
     }
 
-    fn note(&self, repo: RepoKey, digest: Digest, removals: u64, prefixes: Vec<DigestPrefix>) {
+    fn insert(&self, repo: RepoKey, digest: Digest, removals: u64, prefixes: Vec<DigestPrefix>) {
         let entry = CompleteImage {
             removals: removals.into(),
             prefixes: prefixes.into(),
@@ -287,31 +287,31 @@ mod tests {
     }
 
     #[test]
-    fn e10_removal_of_other_content_leaves_an_image_complete() {
+    fn e10_unrelated_removal_keeps_image_complete() {
         let removed = Arc::new(RemovedDigests::default());
         let complete = CompleteImages::new(&removed);
         let repository = "library/alpine".parse().unwrap();
         let repo = || RepoKey::of("docker.io", &repository);
         let image = digest(0);
         let prefixes = vec![prefix(&digest(1)), prefix(&digest(2))];
-        complete.note(repo(), image, removed.count(), prefixes.clone());
+        complete.insert(repo(), image, removed.count(), prefixes.clone());
         for other in 10..10_010 {
-            removed.note(&digest(other));
+            removed.record(&digest(other));
             assert!(complete.contains(repo().borrowed(), &image));
         }
-        removed.note(&digest(2));
+        removed.record(&digest(2));
         assert!(!complete.contains(repo().borrowed(), &image));
 
-        // A removal during the look counts.
+        // A removal during the check counts.
         let before = removed.count();
-        removed.note(&digest(1));
-        complete.note(repo(), image, before, prefixes.clone());
+        removed.record(&digest(1));
+        complete.insert(repo(), image, before, prefixes.clone());
         assert!(!complete.contains(repo().borrowed(), &image));
 
-        // What is forgotten may have been a part.
-        complete.note(repo(), image, removed.count(), prefixes);
+        // A removal that is no longer recorded may have been of this image.
+        complete.insert(repo(), image, removed.count(), prefixes);
         for other in 0..=REMOVED_MAX as u64 {
-            removed.note(&digest(100_000 + other));
+            removed.record(&digest(100_000 + other));
         }
         assert!(!complete.contains(repo().borrowed(), &image));
     }

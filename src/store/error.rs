@@ -1,4 +1,4 @@
-//! What goes wrong here, and whose it is to mend.
+//! Store errors and health issues.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,10 +7,10 @@ use super::Limits;
 use super::blobs::WrongDigest;
 use crate::oci::Digest;
 
-/// Why the store cannot be opened. The operator's to mend.
+/// Reason why the store cannot be opened. The operator must fix it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
-    /// Another process has the folder.
+    /// Another process uses the folder.
     #[error(
         "{} is in use by {}; stop it or choose another folder with `data`",
         .folder.display(),
@@ -19,7 +19,7 @@ pub enum OpenError {
     Locked {
         /// The data folder.
         folder: PathBuf,
-        /// The process that has it, where its number could be read.
+        /// The process ID of the other process, if it could be read.
         pid: Option<u32>,
     },
     /// The folder cannot be used.
@@ -29,12 +29,12 @@ pub enum OpenError {
     Folder {
         /// The data folder.
         folder: PathBuf,
-        /// What of it failed: itself, a folder above it, or a file in it.
+        /// The path that failed: the folder itself, a parent folder, or a file in it.
         path: PathBuf,
-        /// What the system says.
+        /// The error kind that the system returned.
         kind: io::ErrorKind,
     },
-    /// Others may read the install secret.
+    /// The install secret is readable by other users.
     #[error("{} has mode {mode:04o}, so others may read it; run `chmod 600 {}`", .path.display(), .path.display())]
     SecretReadable {
         /// Its path.
@@ -43,17 +43,17 @@ pub enum OpenError {
         mode: u32,
     },
     /// The install secret is not 32 bytes.
-    #[error("{} is damaged; remove it and a new one is made (clients will have to be vouched for again)", .path.display())]
+    #[error("{} is damaged; remove it to create a new one (this invalidates all stored grants, so clients must authenticate again)", .path.display())]
     SecretDamaged {
         /// Its path.
         path: PathBuf,
     },
-    /// Something below the folder cannot be used.
+    /// A file below the folder cannot be used.
     #[error(transparent)]
     StoreError(#[from] StoreError),
 }
 
-/// What to do about a data folder, by what the system says.
+/// Advice for the operator, by error kind.
 fn remedy(kind: io::ErrorKind) -> &'static str {
     match kind {
         io::ErrorKind::PermissionDenied => {
@@ -69,74 +69,74 @@ fn remedy(kind: io::ErrorKind) -> &'static str {
     }
 }
 
-/// What went wrong on our side of a pull.
+/// An error of the local store.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
-    /// No room: no bytes, no inodes, or no quota.
+    /// The disk is full: no bytes, no inodes, or no file-system quota.
     #[error(
         "the disk is full: could not {what} {}: {reason}; free some space (`df`, and `df -i`) or lower `store.size`",
         .path.display()
     )]
     Full {
-        /// What was tried.
+        /// The attempted operation.
         what: &'static str,
-        /// With which file.
+        /// The path.
         path: PathBuf,
-        /// As the system says it.
+        /// The error message of the system.
         reason: String,
     },
-    /// The file system takes no writes.
+    /// The file system is read-only.
     #[error("the disk is read-only: could not {what} {}; look into the kernel's log", .path.display())]
     ReadOnly {
-        /// What was tried.
+        /// The attempted operation.
         what: &'static str,
-        /// With which file.
+        /// The path.
         path: PathBuf,
     },
-    /// Anything else that the system refuses.
+    /// Any other I/O error.
     #[error("could not {what} {}: {reason}", .path.display())]
     Io {
-        /// What was tried.
+        /// The attempted operation.
         what: &'static str,
-        /// With which file.
+        /// The path.
         path: PathBuf,
         /// The kind of error.
         kind: io::ErrorKind,
-        /// As the system says it.
+        /// The error message of the system.
         reason: String,
     },
-    /// A file is not what it was; it is fetched again.
+    /// A file is damaged. Its content is fetched again.
     #[error("{} is damaged", .path.display())]
     Corrupt {
         /// The file.
         path: PathBuf,
     },
-    /// The limits leave no room for a blob, and nothing else may go for it.
+    /// The quota has no room for a blob, and nothing can be evicted for it.
     #[error(
-        "no room for {bytes} bytes within `store.{limit}`: what is held is pinned, in use or younger than an hour; {}",
+        "no room for {bytes} bytes within `store.{limit}`: everything cached is pinned, in use or younger than an hour; {}",
         if *limit == "size" { "raise `store.size`" } else { "free some of the disk or lower `store.free`" }
     )]
     OverQuota {
-        /// How large it is, as far as is known.
+        /// Size of the blob, as far as known.
         bytes: u64,
-        /// The setting that is in the way.
+        /// The setting that is exceeded.
         limit: &'static str,
     },
-    /// The bytes to be kept are not those of the digest they were to be kept under. Nothing was kept.
+    /// The bytes do not match the digest. Nothing was stored.
     #[error(transparent)]
     DigestMismatch(#[from] Box<WrongDigest>),
-    /// The bytes to be kept as a manifest are none. Nothing was kept.
+    /// The bytes are not a manifest. Nothing was stored.
     #[error("{digest} is not a manifest: {reason}")]
     NotAManifest {
-        /// Their digest.
+        /// The digest of the bytes.
         digest: Digest,
-        /// Why not.
+        /// The parse error.
         reason: String,
     },
 }
 
 impl StoreError {
-    /// The fault behind `error`, met when trying to do `what` (a verb, such as "write") with the file `path`.
+    /// Wraps an I/O error met when trying to do `what` (a verb, such as "write") with the file `path`.
     pub fn io(what: &'static str, path: impl AsRef<Path>, error: &io::Error) -> Self {
         let path = path.as_ref().to_owned();
         match error.kind() {
@@ -156,37 +156,39 @@ impl StoreError {
     }
 }
 
-/// What keeps the store from doing its work. For the operator.
+/// A health issue of the store, for the operator.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HealthIssue {
-    /// Times and grants are not kept.
-    #[error("the index is down; serving from the files ({reason})")]
+    /// The index is unavailable: confirmation times and grants are not persisted.
+    #[error("index unavailable: {reason}; serving from the files, grants are not persisted")]
     Index {
-        /// Why.
+        /// The cause.
         reason: String,
     },
-    /// The disk refuses to be written.
-    #[error("{0}; what is held is served, the rest passes through unstored; tried again every few seconds")]
-    Disk(StoreError),
-    /// The disk hangs, or is very slow.
+    /// The disk cannot be written.
     #[error(
-        "the disk has not finished to {operation} a file for {seconds} s; what is in memory is served, and what needs \
-         the disk waits for it"
+        "{0}; cached content is served, other pulls are forwarded without caching; retried every few seconds"
+    )]
+    Disk(StoreError),
+    /// The disk hangs or is very slow.
+    #[error(
+        "disk operation `{operation}` has been running for {seconds} s; requests that need the disk wait, others are \
+         served from memory"
     )]
     Slow {
-        /// What it was asked to do.
+        /// The operation.
         operation: &'static str,
-        /// For how long it has done that.
+        /// How long it has been running.
         seconds: u64,
     },
-    /// The limits are reached, and nothing else may go.
+    /// The quota is reached, and nothing can be evicted.
     #[error(
-        "no room: `store.size` ({} bytes) or `store.free` ({} bytes) is reached, and what is held is pinned, in use or \
-         younger than an hour; pulls pass through unstored until that changes",
+        "no room: `store.size` ({} bytes) or `store.free` ({} bytes) is reached, and everything cached is pinned, in use \
+         or younger than an hour; pulls are forwarded without caching",
         .limits.bytes_max, .limits.free_bytes_min
     )]
     OverQuota {
-        /// As set.
+        /// The configured quota.
         limits: Limits,
     },
 }

@@ -1,7 +1,7 @@
-//! Reading a file in large steps without leaving the thread while the kernel has the bytes.
+//! File reads in large chunks, without leaving the thread while the page cache has the bytes.
 //!
-//! Measured as server CPU per byte against 64 KiB reads through a pool of threads, a 256 KiB `preadv2` with
-//! `RWF_NOWAIT` on the event loop costs a third; only what is not in the page cache goes to the blocking pool.
+//! Measured as server CPU per byte, a 256 KiB `preadv2` with `RWF_NOWAIT` on the event loop costs a third of 64 KiB
+//! reads through a thread pool. Only reads that miss the page cache go to the blocking pool.
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,17 +11,16 @@ use tokio::task::spawn_blocking;
 
 use super::fs::FsFile;
 
-/// How much is read at a time.
+/// Maximum bytes per read.
 pub const READ_CHUNK_BYTES: usize = 256 * 1024;
 
-/// Steps of this size or less are read into a buffer of the exact size: they are for small blobs, and for when memory is
-/// short.
+/// Reads of at most this size use a buffer of the exact size: for small blobs, and when memory is short.
 const SMALL_READ_BYTES_MAX: usize = 64 * 1024;
 
-/// How many idle buffers are kept: 4 MiB.
+/// Maximum number of idle buffers: 4 MiB.
 const IDLE_BUFFERS_MAX: usize = 16;
 
-/// The memory that a chunk of so many bytes keeps.
+/// Memory retained by a chunk of this length.
 pub const fn buffer_bytes(length: usize) -> usize {
     if length <= SMALL_READ_BYTES_MAX {
         length
@@ -30,7 +29,7 @@ pub const fn buffer_bytes(length: usize) -> usize {
     }
 }
 
-/// Buffers of [`READ_CHUNK_BYTES`] that are used again, so that they are neither allocated nor cleared for every step.
+/// Pool of buffers of [`READ_CHUNK_BYTES`], which saves allocating and zeroing one per read.
 #[derive(Clone, Default)]
 pub struct BufferPool {
     idle: Arc<Mutex<Vec<Vec<u8>>>>,
@@ -62,7 +61,7 @@ impl BufferPool {
     }
 }
 
-/// A buffer on loan; goes back to the pool when the last `Bytes` made of it is dropped.
+/// A buffer on loan. It returns to the pool when the last `Bytes` made of it is dropped.
 struct Buffer {
     bytes: Vec<u8>,
     used: usize,
@@ -77,7 +76,7 @@ impl Buffer {
     fn filled(mut self, length: usize) -> Bytes {
         self.used = length.min(self.used);
         if self.pool.is_some() && self.used <= SMALL_READ_BYTES_MAX {
-            // A short read must not keep a whole buffer.
+            // A short read must not retain a full buffer.
             return Bytes::copy_from_slice(self.as_ref());
         }
         Bytes::from_owner(self)
@@ -98,14 +97,14 @@ impl Drop for Buffer {
     }
 }
 
-/// Reads up to `length` bytes at `offset` if the kernel has them at hand; otherwise [`io::ErrorKind::WouldBlock`].
+/// Reads up to `length` bytes at `offset` from the page cache; otherwise [`io::ErrorKind::WouldBlock`].
 pub fn read_nowait(file: &dyn FsFile, offset: u64, length: usize, buffers: &BufferPool) -> io::Result<Bytes> {
     let mut buffer = buffers.take(length.min(READ_CHUNK_BYTES));
     let read = file.read_at_nowait(buffer.space(), offset)?;
     not_short(buffer, read)
 }
 
-/// Reads up to `length` bytes at `offset`, waiting for the disk.
+/// Reads up to `length` bytes at `offset`. Blocks.
 pub fn read_blocking(
     file: &dyn FsFile,
     offset: u64,
@@ -117,7 +116,7 @@ pub fn read_blocking(
     not_short(buffer, read)
 }
 
-/// Reads up to `length` bytes at `offset`: here if the kernel has them, on the blocking pool if it must wait.
+/// Reads up to `length` bytes at `offset`: from the page cache, otherwise on the blocking pool.
 pub async fn read_chunk(
     file: &Arc<dyn FsFile>,
     offset: u64,
@@ -135,7 +134,7 @@ pub async fn read_chunk(
     }
 }
 
-/// A file that ends before its known size was cut behind our back.
+/// A file shorter than its known size was truncated by someone else.
 fn not_short(buffer: Buffer, read: usize) -> io::Result<Bytes> {
     if read == 0 {
         Err(io::ErrorKind::UnexpectedEof.into())

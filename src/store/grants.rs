@@ -1,8 +1,10 @@
-//! Grants: when an upstream last said yes to a principal in a repository, or gave it a token. In memory and in the index only: a lost one
-//! costs one question. One that was taken back must not be found again, so that is made durable at once.
+//! Grants: when an upstream last authorized a principal in a repository, or issued it a token.
 //!
-//! Most principals that are looked up have no grant: each CI job brings a token of its own. So memory also has a hash of
-//! every grant in the index, and the index is asked only where one may be there.
+//! Grants are in memory and in the index only: a lost grant costs one upstream request. A revoked grant must never be
+//! found again, so a revocation is made durable at once.
+//!
+//! Most principals that are looked up have no grant, because each CI job brings its own token. So memory also has a
+//! hash of every grant in the index, and the index is read only if it may have one.
 
 mod filter;
 
@@ -20,37 +22,37 @@ use super::index::handle::{DurableRemoval, IndexHandle};
 use super::{AsyncStore, Store};
 use crate::oci::Repository;
 
-/// Grants kept in the index. CI jobs bring a credential of their own each, so there is no end to them.
+/// Maximum number of grants in the index. CI jobs bring a new credential each, so their number is unbounded.
 const GRANTS_MAX: usize = 65_536;
 
-/// Grants kept ready in memory, and the knowledge that there is none.
+/// Cached lookups, including negative ones.
 const READY_MAX: usize = 65_536;
 
-/// No configuration makes use of an older one.
+/// No configuration uses an older grant.
 const RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// So many new grants later, the old ones are looked through.
+/// Number of puts between two prunings.
 const PRUNE_EVERY: u64 = 16_384;
 
-/// How often a look-up begins again because a grant was taken back meanwhile.
+/// How often a lookup is retried because of a concurrent revocation.
 const LOOKUP_ATTEMPTS_MAX: usize = 4;
 
 const KEY_PREFIX: u8 = b'g';
 const SCAN_PAGE: usize = 1000;
 
-/// A principal's right: to a repository, or (without one) to a token of the upstream's token service.
+/// Key of a grant: a principal in a repository or, without one, at the upstream's token service.
 #[derive(Clone, Copy)]
 pub struct GrantId<'a> {
     /// The name of the upstream.
     pub upstream: &'a str,
-    /// The repository there.
+    /// The repository at the upstream.
     pub repository: Option<&'a Repository>,
-    /// Whose right.
+    /// Hash of the credential or account.
     pub principal: &'a [u8; 32],
 }
 
 impl Store {
-    /// How many principals the upstream has said yes to in this repository, as far as is remembered.
+    /// Number of principals with a grant in this repository.
     pub fn grants_count(&self, upstream: &str, repository: &Repository) -> usize {
         let prefix = [
             &[KEY_PREFIX],
@@ -66,12 +68,12 @@ impl Store {
 }
 
 impl AsyncStore {
-    /// When the upstream last said yes; `None` where it takes the index to know.
+    /// When the upstream last authorized this; the outer `None` if the index must be read.
     pub fn grant_in_memory(&self, id: GrantId<'_>) -> Option<Option<SystemTime>> {
         self.store.grants.in_memory(id.key(), || id.owned())
     }
 
-    /// When the upstream last said yes, as far as the index says in time.
+    /// When the upstream last authorized this, as far as the index answers in time.
     pub async fn grant(&self, id: GrantId<'_>) -> Option<SystemTime> {
         if let Some(known) = self.grant_in_memory(id) {
             return known;
@@ -80,20 +82,20 @@ impl AsyncStore {
         self.on_index(move |store| store.grants.find(&key)).await
     }
 
-    /// Keeps that the upstream said yes at `at`.
+    /// Records that the upstream authorized this at `at`.
     pub fn put_grant(&self, id: GrantId<'_>, at: SystemTime) {
         self.store.grants.put(id, at);
     }
 
-    /// Forgets the upstream's yes: at once, and when the future ends so that no crash brings it back, if that says `true`.
+    /// Revokes a grant: in memory at once, and durably when the future resolves to `true`.
     pub fn revoke_grant(&self, id: GrantId<'_>) -> impl Future<Output = bool> + Send + use<> {
         let revocation = self.store.grants.revoke(id);
-        let own = self.clone();
+        let this = self.clone();
         async move {
             match revocation {
                 None => true,
                 Some(revocation) => {
-                    own.on_index(move |store| store.grants.finish_revocation(revocation))
+                    this.on_index(move |store| store.grants.finish_revocation(revocation))
                         .await
                 }
             }
@@ -101,18 +103,18 @@ impl AsyncStore {
     }
 }
 
-/// A right that is being taken back.
+/// A revocation that is not yet durable.
 struct Revocation {
     key: GrantKey,
     expunging: DurableRemoval,
 }
 
-/// What is known of a right.
+/// Cached result of a grant lookup.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum CachedGrant {
     Granted(SystemTime),
     Absent,
-    /// Not durably so yet, as far as is known.
+    /// Revoked; not known to be durable yet.
     Revoked,
 }
 
@@ -128,9 +130,9 @@ impl CachedGrant {
 pub(super) struct Grants {
     index: Arc<IndexHandle>,
     ready: Cache<GrantKey, CachedGrant>,
-    /// Held for a change of `ready` and the message to the index that belongs to it, so that both come in one order.
+    /// Held while `ready` and the index are changed together, to keep both in the same order.
     order: Mutex<()>,
-    /// How often a right was taken back: a look-up that was overtaken by one looks again.
+    /// Number of revocations. A lookup that overlaps one is retried.
     revocations: AtomicU64,
     filter: GrantFilter,
     puts: AtomicU64,
@@ -148,7 +150,7 @@ impl Grants {
         }
     }
 
-    /// What memory knows of a right; `None` where it takes the index to know.
+    /// The cached grant; `None` if the index must be read.
     #[expect(clippy::option_option, reason = "whether it is known, and what is known")]
     fn in_memory(&self, key: GrantRef<'_>, owned: impl FnOnce() -> GrantKey) -> Option<Option<SystemTime>> {
         if let Some(known) = self.ready.get(&key) {
@@ -157,14 +159,14 @@ impl Grants {
         if !self.filter.excludes(&index_key(key)) {
             return None;
         }
-        // Not over what was noted meanwhile.
+        // Do not overwrite a concurrent put.
         let known = self.ready.get_or_insert_with(&owned(), || {
             Ok::<_, std::convert::Infallible>(CachedGrant::Absent)
         });
         Some(known.ok().and_then(CachedGrant::at))
     }
 
-    /// Blocks.
+    /// Reads the index if needed. Blocks.
     fn find(&self, key: &GrantKey) -> Option<SystemTime> {
         for _ in 0..LOOKUP_ATTEMPTS_MAX {
             if let Some(known) = self.in_memory(key.borrowed(), || key.clone()) {
@@ -176,7 +178,7 @@ impl Grants {
             let _order = self.order();
             if self.revocations.load(Ordering::SeqCst) == revocations {
                 let found = at.map_or(CachedGrant::Absent, CachedGrant::Granted);
-                // Not over what was noted meanwhile.
+                // Do not overwrite a concurrent put.
                 let known = self
                     .ready
                     .get_or_insert_with(key, || Ok::<_, std::convert::Infallible>(found));
@@ -195,17 +197,17 @@ impl Grants {
             self.ready.insert(id.owned(), CachedGrant::Granted(at));
         }
         if self.puts.fetch_add(1, Ordering::Relaxed) % PRUNE_EVERY == PRUNE_EVERY - 1 {
-            let own = Arc::downgrade(self);
+            let this = Arc::downgrade(self);
             let pruning = std::thread::Builder::new()
                 .name("grants-prune".to_owned())
-                .spawn(move || own.upgrade().map(|own| own.prune(at)));
-            // Without a thread now, the next time.
+                .spawn(move || this.upgrade().map(|this| this.prune(at)));
+            // If no thread can be started, the next put retries.
             drop(pruning);
         }
     }
 
-    /// Begins to take a right back; `None` where it is known that there is none. A second refusal, while the first is not
-    /// durable yet, is one more: its client waits as well.
+    /// Starts a revocation; `None` if there is no grant. If an earlier revocation of the same grant is not durable yet,
+    /// this one waits for durability as well.
     fn revoke(&self, id: GrantId<'_>) -> Option<Revocation> {
         let key = id.owned();
         let _order = self.order();
@@ -218,7 +220,7 @@ impl Grants {
         Some(Revocation { key, expunging })
     }
 
-    /// Waits for it to be durable; `false` if that is not sure. Blocks.
+    /// Waits until the revocation is durable; `false` if it may not be. Blocks.
     fn finish_revocation(&self, revocation: Revocation) -> bool {
         let Revocation { key, expunging } = revocation;
         let is_expunged = self.index.wait_durable(expunging);
@@ -235,14 +237,14 @@ impl Grants {
         self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether memory knows which grants are in the index.
+    /// Whether the filter covers all grants in the index.
     pub(super) fn is_filter_complete(&self) -> bool {
         self.filter.is_complete()
     }
 
-    /// Removes from the index what is too old, and what is too many, the oldest first, and lists the rest. Blocks.
+    /// Removes grants from the index that are too old or, the oldest first, too many, and rebuilds the filter. Blocks.
     pub(super) fn prune(&self, now: SystemTime) {
-        // In turn with `note`: a grant is either put before the look begins, or listed by it.
+        // Under the same lock as `put`: a grant is either put before the scan begins, or added to the filter by `put`.
         let rebuild = {
             let order = self.order();
             self.filter.begin(&order)
@@ -251,7 +253,7 @@ impl Grants {
             return;
         };
         let oldest = to_millis(now.checked_sub(RETENTION).unwrap_or(SystemTime::UNIX_EPOCH));
-        let mut kept: Vec<(u64, Vec<u8>)> = Vec::new();
+        let mut remaining: Vec<(u64, Vec<u8>)> = Vec::new();
         let mut after = Vec::new();
         while let Ok(page) = self.index.scan(vec![KEY_PREFIX], after.clone(), SCAN_PAGE) {
             let Some((last, _)) = page.last() else {
@@ -265,13 +267,13 @@ impl Grants {
                 if at < oldest {
                     self.index.remove(key);
                 } else {
-                    kept.push((at, key));
+                    remaining.push((at, key));
                 }
             }
         }
-        let surplus = kept.len().saturating_sub(GRANTS_MAX);
-        kept.sort_unstable();
-        for (_, key) in kept.into_iter().take(surplus) {
+        let surplus = remaining.len().saturating_sub(GRANTS_MAX);
+        remaining.sort_unstable();
+        for (_, key) in remaining.into_iter().take(surplus) {
             self.index.remove(key);
         }
     }
@@ -306,7 +308,7 @@ fn index_key(key: GrantRef<'_>) -> Vec<u8> {
     .concat()
 }
 
-/// For tests that have no runtime.
+/// Blocking API for tests without a runtime.
 #[cfg(test)]
 impl Store {
     pub(super) fn grant(
@@ -360,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn t07_first_grant_waits_for_no_revocation_of_another() {
+    fn t07_put_grant_does_not_wait_for_another_revocation() {
         let (index, flushes) = slow_index();
         let grants = Arc::new(Grants::new(&index));
         grants.prune(NOW);
@@ -371,12 +373,12 @@ mod tests {
         assert_eq!(cached(&grants, id(alice)), Some(Some(NOW)));
         let first = grants.revoke(id(alice)).unwrap();
         flushes.begun();
-        // Nothing of this asks the index, which is in its flush.
+        // None of these calls reads the index, which is busy with a flush.
         assert_eq!(cached(&grants, id(alice)), Some(None));
         assert_eq!(cached(&grants, id(bob)), Some(None));
         grants.put(id(bob), NOW);
         assert_eq!(cached(&grants, id(bob)), Some(Some(NOW)));
-        // Refused again meanwhile, the client waits as well.
+        // A second revocation waits for its own flush.
         let second = grants.revoke(id(alice)).unwrap();
         flushes.let_through();
         assert!(grants.finish_revocation(first));
@@ -388,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn t07_grant_of_an_earlier_process_is_found_beside_the_list() {
+    fn t07_grant_of_earlier_process_found_after_rebuild() {
         let (index, flushes) = slow_index();
         drop(flushes);
         let repository = "acme/app".parse().unwrap();
@@ -396,7 +398,7 @@ mod tests {
         let (alice, bob) = (&[1; 32], &[2; 32]);
         Arc::new(Grants::new(&index)).put(id(alice), NOW);
         let grants = Arc::new(Grants::new(&index));
-        // Before the index was looked through, only it knows.
+        // Until the filter is built, the index must be read.
         assert_eq!(cached(&grants, id(alice)), None);
         assert_eq!(cached(&grants, id(bob)), None);
         grants.prune(NOW);

@@ -1,10 +1,11 @@
-//! Doubts: cached tags and digests which a write that was handed on may have changed.
+//! Invalidations (RFC 9111 §4.4): cached tags and digests that a forwarded write may have changed.
 //!
-//! A doubt is durable before its write is handed on, so that neither a crash nor a lost response makes the cache serve for
-//! good what was pushed over or deleted. It is settled by the response to the write, or by a revalidation asked later.
+//! An invalidation is durable before its write is forwarded. So neither a crash nor a lost response makes the cache
+//! serve overwritten or deleted content as current. It is cleared by the response to the write, or by a later
+//! revalidation.
 //!
-//! One small file for each, and all of them in memory. Only what is cached can be in doubt, which bounds their number,
-//! and so does `INVALIDATIONS_MAX`.
+//! Each is a small file, and all are in memory. Only cached tags and digests are invalidated, which bounds their
+//! number, as does `INVALIDATIONS_MAX`.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -20,19 +21,19 @@ use super::tags::TagKey;
 use super::{Store, StoreError, hashed_path, remove_file};
 use crate::oci::{AnyDigest, Reference, Repository, Tag};
 
-/// Doubts kept. A further write is handed on without one.
+/// Maximum number of invalidations. A further write is forwarded without one.
 const INVALIDATIONS_MAX: usize = 65_536;
 
 const STRIPES: usize = 64;
 
 const TREE: &str = "doubts";
 
-/// What is in doubt.
+/// Key of an invalidation.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct InvalidationKey {
     /// The name of the upstream.
     pub upstream: Arc<str>,
-    /// The repository there.
+    /// The repository at the upstream.
     pub repository: Repository,
     /// The tag, or the digest of a manifest or blob.
     pub reference: Reference,
@@ -82,12 +83,12 @@ impl From<&TagKey> for InvalidationKey {
 }
 
 impl Store {
-    /// Puts `key` in doubt, durably when this returns. `true` if it was not in doubt before.
+    /// Invalidates `key`, durably when this returns. `true` if it was not invalidated before.
     pub fn invalidate(&self, key: &InvalidationKey, since: SystemTime) -> Result<bool, StoreError> {
         self.invalidations.add(key, since)
     }
 
-    /// Whether anything of `key` is cached, or may be. Blocks.
+    /// Whether `key` is cached, or may be. Blocks.
     pub fn has_cached(&self, key: &InvalidationKey) -> bool {
         match &key.reference {
             Reference::Tag(tag) => !matches!(self.tag(&key.tag_key(tag)), Ok(None)),
@@ -98,17 +99,17 @@ impl Store {
         }
     }
 
-    /// Since when it is in doubt.
+    /// The time since when `key` is invalidated.
     pub fn invalidated_since(&self, key: &InvalidationKey) -> Option<SystemTime> {
         self.invalidations.since(key)
     }
 
-    /// Whether anything is in doubt.
+    /// Whether any tag or digest is invalidated.
     pub fn has_invalidations(&self) -> bool {
         self.invalidations.count.load(Ordering::Acquire) > 0
     }
 
-    /// Ends the doubt if `is_superseded`, given since when it is in doubt; in turn with [`Self::invalidation`].
+    /// Clears the invalidation if `is_superseded` holds for its time. Serialised with [`Self::invalidate`].
     pub fn clear_invalidation(
         &self,
         key: &InvalidationKey,
@@ -117,7 +118,7 @@ impl Store {
         self.invalidations.clear(key, is_superseded)
     }
 
-    /// Whether the index may have a tag of which it does not tell now.
+    /// Whether the index may have this tag but cannot be read.
     fn may_be_indexed(&self, key: &InvalidationKey) -> bool {
         match &key.reference {
             Reference::Tag(tag) => self.tags.is_index_unavailable(&key.tag_key(tag)),
@@ -125,13 +126,13 @@ impl Store {
         }
     }
 
-    /// Reads the doubts of earlier processes; those about what is no longer cached are removed.
+    /// Loads the invalidations of earlier processes. Those of content that is no longer cached are removed.
     pub(super) fn load_invalidations(&self) {
         for (key, since) in self.invalidations.read() {
             if self.has_cached(&key) || self.may_be_indexed(&key) {
                 self.invalidations.lock().insert(key, since);
-            } else if let Err(fault) = remove_file(self.invalidations.fs.as_ref(), &key.path()) {
-                tracing::debug!(%fault, "a doubt about what is no longer cached stays");
+            } else if let Err(error) = remove_file(self.invalidations.fs.as_ref(), &key.path()) {
+                tracing::debug!(%error, "failed to remove an obsolete invalidation");
             }
         }
         let count = self.invalidations.lock().len();
@@ -142,9 +143,9 @@ impl Store {
 pub(super) struct Invalidations {
     fs: Arc<dyn FileSystem>,
     entries: Mutex<HashMap<InvalidationKey, SystemTime>>,
-    /// Of `entries`: most of the time there is none, and nothing to look for.
+    /// Number of `entries`. Usually 0, which saves the lock.
     count: AtomicUsize,
-    /// Held while a file is written or removed. Readers do not wait for it.
+    /// Held while a file is written or removed. Readers do not take it.
     writers: [Mutex<()>; STRIPES],
 }
 
@@ -174,7 +175,7 @@ impl Invalidations {
                 return Err(StoreError::io(
                     "write",
                     path,
-                    &std::io::Error::other(format!("{INVALIDATIONS_MAX} tags are in doubt already")),
+                    &std::io::Error::other(format!("{INVALIDATIONS_MAX} invalidations exist already")),
                 ));
             }
             let is_new = entries.insert(key.clone(), since).is_none();
@@ -206,7 +207,7 @@ impl Invalidations {
         if !self.since(key).is_some_and(is_superseded) {
             return Ok(());
         }
-        // The file first: a crash in between leaves a doubt too many, which costs a question.
+        // The file first: a crash in between leaves a superfluous invalidation, which costs one revalidation.
         remove_file(self.fs.as_ref(), &path)?;
         let mut entries = self.lock();
         entries.remove(key);
@@ -235,7 +236,7 @@ impl Invalidations {
         Some(stripe.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The map is whole between any two statements under its lock.
+    /// The map is consistent between any two statements under its lock, so poisoning is ignored.
     fn lock(&self) -> MutexGuard<'_, HashMap<InvalidationKey, SystemTime>> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }

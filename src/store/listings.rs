@@ -1,10 +1,10 @@
-//! The last answers to questions for lists of tags and of referrers, for an outage: a page of a list, or a 404.
+//! Last responses to tag-list and referrers requests, for outages: a page of a list, or a 404.
 //!
-//! A list is no content with a name of its own: it can be had again, and a lost one is a miss. So there is a fixed number
-//! of places for them, chosen by the hash of the question; a newer list takes the place of an older one. Long lists have
-//! fewer places of their own.
+//! A list is not content-addressed: it can be fetched again, and a lost one is a miss. So it is stored in a fixed
+//! number of slots, selected by the hash of the request; a newer list overwrites an older one. Long lists have fewer
+//! slots of their own.
 //!
-//! A file is one line of JSON with a checksum, then the list as the upstream sent it.
+//! A file is one line of JSON with a checksum, followed by the list as the upstream sent it.
 
 use std::io;
 use std::path::PathBuf;
@@ -22,59 +22,59 @@ use super::fs::FileSystem;
 use super::{Store, StoreError};
 use crate::oci::{Algorithm, Digest, MediaType};
 
-/// A longer list is not kept. The longest of 20,000 images at gcr.io has 5.9 MB.
+/// Longer lists are not stored. The longest of 20,000 images at gcr.io has 5.9 MB.
 pub const LISTING_BYTES_MAX: usize = 8 * 1024 * 1024;
 
-/// A list longer than this goes to the places of the long ones. With it, neither kind ever takes more than 2 GiB.
+/// Longer lists use the slots for long lists. With this bound, neither kind takes more than 2 GiB.
 const SHORT_BYTES_MAX: usize = 512 * 1024;
 
-/// Hexadecimal digits of a place: 4096 of them …
+/// Hexadecimal digits of a slot: 4096 slots for short lists …
 const SLOT_HEX: usize = 3;
 
 /// … and 256 for long lists.
 const LONG_SLOT_HEX: usize = 2;
 
-/// Long lists of which it is known what was written last, and when.
+/// Number of long lists whose last write is remembered.
 const WRITTEN_MAX: usize = 1024;
 
-/// Room for the first line: a question of 2 KiB and the answer's header lines.
+/// Limit of the first line: a request of 2 KiB and the response headers.
 const RECORD_BYTES_MAX: u64 = 64 * 1024;
 
 const READY_BYTES_MAX: u64 = 8 * 1024 * 1024;
 
-/// How far the time of a file may fall behind that of the last same answer.
+/// An unchanged response is rewritten after this time, to update its date.
 const REWRITE_AFTER: Duration = Duration::from_secs(3600);
 
 const TREE: &str = "listings";
 
-/// What was asked.
+/// Key of a list request.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ListingKey {
     /// The name of the upstream.
     pub upstream: Arc<str>,
-    /// Path and query, as asked of the upstream.
+    /// Path and query of the upstream request.
     pub path: String,
 }
 
-/// A page of a list, as the upstream last gave it.
+/// A page of a list, as last received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredListing {
-    /// Of these bytes, to compare lists by.
+    /// Digest of `bytes`, to compare lists.
     pub digest: Digest,
-    /// The list, as sent.
+    /// The exact body.
     pub bytes: Bytes,
     /// Its media type.
     pub media_type: MediaType,
-    /// Path and query of the next page, if there was one.
+    /// Path and query of the next page, if any.
     pub next: Option<String>,
-    /// The filters that the upstream said it applied.
+    /// The filters that the upstream applied (`OCI-Filters-Applied`).
     pub filters: Option<String>,
-    /// When the upstream gave it.
+    /// When it was received.
     pub listed_at: SystemTime,
 }
 
 impl StoredListing {
-    /// A list given at `listed_at`.
+    /// A list received at `listed_at`.
     pub fn new(
         bytes: Bytes,
         media_type: MediaType,
@@ -93,16 +93,16 @@ impl StoredListing {
     }
 }
 
-/// The upstream said that there is no such list (404).
+/// A 404 response to a list request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredNotFound {
-    /// The registry's error code, where it gave one.
+    /// The registry's error code, if it sent one.
     pub code: Option<String>,
-    /// When the upstream said so.
+    /// When it was received.
     pub received_at: SystemTime,
 }
 
-/// What the upstream last answered to a question for a list.
+/// The last response to a list request.
 #[derive(Clone, Debug)]
 pub enum StoredListResponse {
     /// A page of a list.
@@ -112,7 +112,7 @@ pub enum StoredListResponse {
 }
 
 impl StoredListResponse {
-    /// When the upstream gave it.
+    /// When it was received.
     pub fn received_at(&self) -> SystemTime {
         match self {
             Self::List(listing) => listing.listed_at,
@@ -127,7 +127,7 @@ impl StoredListResponse {
         }
     }
 
-    /// Whether it is the same answer, whenever it was given.
+    /// Whether both have the same content.
     fn is_same(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::List(one), Self::List(other)) => one.digest == other.digest,
@@ -148,29 +148,29 @@ struct Record {
     next: Option<String>,
     filters: Option<String>,
     listed_at_ms: u64,
-    /// There is no such list; the registry's error code, or nothing.
+    /// Present for a 404; the registry's error code, or empty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     absent: Option<String>,
 }
 
 impl Store {
-    /// The last list given to this question, if it is still kept and no 404 came since.
+    /// The last list for this request, if still stored and not superseded by a 404.
     pub fn listing(&self, key: &ListingKey) -> Result<Option<Arc<StoredListing>>, StoreError> {
         self.view().listing(key)
     }
 
-    /// The last answer to this question, if it is still kept.
+    /// The last response to this request, if still stored.
     pub fn listing_response(&self, key: &ListingKey) -> Result<Option<StoredListResponse>, StoreError> {
         self.listings.find(key)
     }
 
-    /// Keeps a list in place of the last answer. One longer than [`LISTING_BYTES_MAX`] is not kept.
+    /// Stores a list in place of the last response. A list longer than [`LISTING_BYTES_MAX`] is not stored.
     pub fn put_listing(&self, key: &ListingKey, listing: StoredListing) -> Result<(), StoreError> {
         self.listings
             .put(key, StoredListResponse::List(Arc::new(listing)))
     }
 
-    /// Keeps in place of the last answer that there is no such list.
+    /// Stores a 404 in place of the last response.
     pub fn put_listing_not_found(&self, key: &ListingKey, absence: StoredNotFound) -> Result<(), StoreError> {
         self.listings.put(key, StoredListResponse::NotFound(absence))
     }
@@ -188,7 +188,7 @@ impl Weighter<ListingKey, StoredListResponse> for ByLength {
 pub(super) struct Listings {
     fs: Arc<dyn FileSystem>,
     ready: Cache<ListingKey, StoredListResponse, ByLength>,
-    /// What is in the places of long lists, which are too long to be ready.
+    /// Last write of each long list; long lists are not cached in memory.
     written: Cache<ListingKey, (Digest, SystemTime)>,
 }
 
@@ -201,7 +201,7 @@ impl Listings {
         }
     }
 
-    /// The last answer, if it is in memory.
+    /// The last response, if in memory.
     pub(super) fn ready(&self, key: &ListingKey) -> Option<StoredListResponse> {
         self.ready.get(key)
     }
@@ -212,7 +212,7 @@ impl Listings {
         }
         let short = self.read_at(key, Slot::Short)?;
         let long = self.read_at(key, Slot::Long)?;
-        // A list that grew or shrank has left an older one in a place of the other kind.
+        // A list that grew or shrank may have an older version in a slot of the other kind.
         let newest = short
             .into_iter()
             .chain(long)
@@ -223,7 +223,7 @@ impl Listings {
         if Slot::of(&response) == Slot::Long {
             return Ok(Some(response));
         }
-        // Not over what was kept meanwhile.
+        // Do not overwrite a concurrent put.
         self.ready.get_or_insert_with(key, || Ok(response)).map(Some)
     }
 
@@ -270,7 +270,7 @@ impl Listings {
     }
 }
 
-/// Where an answer is kept.
+/// Kind of slot.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Slot {
     Short,
@@ -310,7 +310,7 @@ impl Slot {
     }
 }
 
-/// The same answer again is written again only to keep its time from falling far behind.
+/// An unchanged response is only rewritten to keep its date from falling far behind.
 fn needs_rewrite(before: &StoredListResponse, now: &StoredListResponse) -> bool {
     let age = now.received_at().duration_since(before.received_at());
     age.map_or(true, |age| age >= REWRITE_AFTER)
@@ -333,7 +333,7 @@ fn record(key: &ListingKey, response: &StoredListResponse) -> Record {
     }
 }
 
-/// `None` for a damaged file, and for the answer to another question in the same place.
+/// `None` for a damaged file, and for another request in the same slot.
 fn read(key: &ListingKey, file: &Bytes) -> Option<StoredListResponse> {
     let end = file.iter().position(|byte| *byte == b'\n')? + 1;
     let record: Record = decode(file.get(..end)?)?;

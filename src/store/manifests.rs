@@ -1,4 +1,4 @@
-//! Manifests: their exact bytes, and beside them the media type and the repositories they were seen in.
+//! Manifest store: the exact bytes and, in a metadata file, the media type and source repositories.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,29 +20,29 @@ use super::{Settings, Store, StoreError, content_path, remove_file, size_of};
 use crate::oci::manifest::{MANIFEST_BYTES_MAX, ManifestKind};
 use crate::oci::{AnyDigest, Digest, Manifest, MediaType, Repository};
 
-/// How many repositories a manifest's record names; the oldest go first.
+/// Maximum number of source repositories per manifest; the oldest are dropped.
 pub const SOURCES_MAX: usize = 256;
 
 pub(super) const TREE: &str = "manifests";
 
-/// Writers of records that share a lock do so by the digest's first byte.
+/// Number of writer locks, selected by the first byte of the digest.
 const STRIPES: usize = 16;
 
-/// A manifest with all that is needed to serve it.
+/// A verified manifest, ready to be served.
 #[derive(Clone, Debug)]
 pub struct StoredManifest {
-    /// Of exactly these bytes.
+    /// Digest of `bytes`.
     pub digest: Digest,
-    /// As the upstream sent them.
+    /// The exact bytes that the upstream sent.
     pub bytes: Bytes,
-    /// As the upstream named it.
+    /// The media type that the upstream sent.
     pub media_type: MediaType,
-    /// What it refers to.
+    /// The parsed manifest.
     pub manifest: Manifest,
 }
 
 impl StoredManifest {
-    /// Reads and verifies: the bytes must be those of `digest`, and a manifest.
+    /// Verifies that the bytes match `digest` and are a manifest.
     pub fn verify(bytes: Bytes, media_type: MediaType, digest: Digest) -> Result<Self, StoreError> {
         let manifest = read(&bytes, digest)?;
         Ok(Self {
@@ -69,7 +69,7 @@ fn read(bytes: &Bytes, digest: Digest) -> Result<Manifest, StoreError> {
     })
 }
 
-/// The record beside a manifest.
+/// Metadata file of a manifest.
 #[derive(Serialize, Deserialize)]
 struct ManifestMetadata {
     media_type: String,
@@ -84,12 +84,12 @@ struct SourceRepository {
 }
 
 impl Store {
-    /// The manifest, if it is held: verified when it comes from the disk, ready when it comes from memory.
+    /// The manifest, if cached: verified when read from the disk, without I/O when in memory.
     pub fn manifest(&self, digest: &Digest) -> Result<Option<Arc<StoredManifest>>, StoreError> {
         self.manifests.find(digest)
     }
 
-    /// Keeps a manifest that `upstream` has in `repository`. One that is held already keeps its media type.
+    /// Stores a manifest that `upstream` has in `repository`. If it is stored already, its media type stays.
     pub fn put_manifest(
         &self,
         bytes: Bytes,
@@ -106,7 +106,7 @@ impl Store {
             .put(StoredManifest::verify(bytes, media_type, digest)?, source)
     }
 
-    /// Removes a manifest; says whether it was there.
+    /// Removes a manifest. Returns whether it existed.
     pub fn remove_manifest(&self, digest: &Digest) -> Result<bool, StoreError> {
         self.manifests.remove(digest)
     }
@@ -116,9 +116,9 @@ impl Store {
 struct ByLength;
 
 impl Weighter<Digest, Arc<StoredManifest>> for ByLength {
-    /// The bytes, and about as much for what was read from them.
-    fn weight(&self, _: &Digest, held: &Arc<StoredManifest>) -> u64 {
-        held.bytes.len() as u64 + 192 * held.manifest.descriptors.len() as u64 + 512
+    /// The size of the bytes plus an estimate for the parsed manifest.
+    fn weight(&self, _: &Digest, cached: &Arc<StoredManifest>) -> u64 {
+        cached.bytes.len() as u64 + 192 * cached.manifest.descriptors.len() as u64 + 512
     }
 }
 
@@ -149,14 +149,14 @@ impl Manifests {
         }
     }
 
-    /// The manifest, if it is in memory.
+    /// The manifest, if in memory.
     pub(super) fn ready(&self, digest: &Digest) -> Option<Arc<StoredManifest>> {
         self.ready.get(digest)
     }
 
     pub(super) fn find(&self, digest: &Digest) -> Result<Option<Arc<StoredManifest>>, StoreError> {
-        if let Some(held) = self.ready.get(digest) {
-            return Ok(Some(held));
+        if let Some(cached) = self.ready.get(digest) {
+            return Ok(Some(cached));
         }
         let path = content_path(TREE, digest);
         let bytes = match self.fs.read_file(&path, MANIFEST_BYTES_MAX as u64) {
@@ -166,7 +166,7 @@ impl Manifests {
             Err(error) => return Err(StoreError::io("read", path, &error)),
         };
         let Ok(manifest) = read(&bytes, *digest) else {
-            self.quarantine(digest, "a manifest is not what its name says");
+            self.quarantine(digest, "manifest does not match its digest");
             return Ok(None);
         };
         let stored = self
@@ -174,35 +174,35 @@ impl Manifests {
             .and_then(|metadata| metadata.media_type.parse().ok());
         let is_stored = stored.is_some();
         let Some(media_type) = stored.or_else(|| media_type(&manifest)) else {
-            self.quarantine(digest, "the media type of a manifest is lost");
+            self.quarantine(digest, "media type of a manifest lost");
             return Ok(None);
         };
         if !is_stored {
             self.repair_metadata(digest, &media_type);
         }
-        let held = Arc::new(StoredManifest {
+        let cached = Arc::new(StoredManifest {
             digest: *digest,
             bytes,
             media_type,
             manifest,
         });
-        self.ready.insert(*digest, Arc::clone(&held));
-        Ok(Some(held))
+        self.ready.insert(*digest, Arc::clone(&cached));
+        Ok(Some(cached))
     }
 
-    /// Whether the manifest is here.
+    /// Whether the manifest is cached.
     pub(super) fn has(&self, digest: &Digest) -> bool {
         self.ready.peek(digest).is_some() || size_of(self.fs.as_ref(), &content_path(TREE, digest)).is_some()
     }
 
-    /// Writes a record anew that was lost or damaged. Where a writer is at it, or the disk refuses, that is left for later.
+    /// Recreates lost or damaged metadata. Skipped if a writer is active or the disk write fails.
     fn repair_metadata(&self, digest: &Digest, media_type: &MediaType) {
         let Some(Ok(_writing)) = self.stripe(digest).map(Mutex::try_lock) else {
             return;
         };
-        // Not beside a manifest that was removed meanwhile.
+        // The manifest may have been removed in the meantime.
         if size_of(self.fs.as_ref(), &content_path(TREE, digest)).is_some() {
-            tracing::warn!(%digest, "the record beside a manifest was lost or damaged; it is written anew");
+            tracing::warn!(%digest, "manifest metadata lost or damaged, recreated");
             let media_type = media_type.as_str().to_owned();
             let metadata = ManifestMetadata {
                 media_type,
@@ -231,7 +231,7 @@ impl Manifests {
         self.access_times.record_arrival(ContentId::Manifest(digest));
         self.access_times.mark_needed(children.iter().copied());
         let written = self.write(checked, source);
-        // An eviction that began since the first note, and listed the manifests before the write, knows of neither.
+        // An eviction that began after the first call and listed the manifests before the write has seen neither.
         self.access_times.mark_needed(children);
         written
     }
@@ -244,11 +244,11 @@ impl Manifests {
         let digest = checked.digest;
         let _writing = self.lock_writer(&digest);
         let path = content_path(TREE, &digest);
-        // In memory it may outlive its file by a moment.
+        // The cached manifest can briefly outlive its file.
         let is_on_disk = size_of(self.fs.as_ref(), &path).is_some();
-        if let Some(held) = self.find(&digest)?.filter(|_| is_on_disk) {
-            self.add_source(&held, source)?;
-            return Ok(held);
+        if let Some(cached) = self.find(&digest)?.filter(|_| is_on_disk) {
+            self.add_source(&cached, source)?;
+            return Ok(cached);
         }
         let size = checked.bytes.len() as u64;
         let written = self.usage.on_add(ContentKind::Manifest, &path, size, || {
@@ -260,28 +260,28 @@ impl Manifests {
             sources: vec![source],
         };
         self.write_metadata(&digest, &metadata)?;
-        let held = Arc::new(checked);
-        self.ready.insert(digest, Arc::clone(&held));
-        Ok(held)
+        let cached = Arc::new(checked);
+        self.ready.insert(digest, Arc::clone(&cached));
+        Ok(cached)
     }
 
-    fn add_source(&self, held: &StoredManifest, source: SourceRepository) -> Result<(), StoreError> {
-        let stored = self.metadata(&held.digest);
-        let is_complete = stored.is_some();
+    fn add_source(&self, cached: &StoredManifest, source: SourceRepository) -> Result<(), StoreError> {
+        let stored = self.metadata(&cached.digest);
+        let had_metadata = stored.is_some();
         let mut metadata = stored.unwrap_or_else(|| ManifestMetadata {
-            media_type: held.media_type.as_str().to_owned(),
+            media_type: cached.media_type.as_str().to_owned(),
             sources: Vec::new(),
         });
-        if is_complete && metadata.sources.contains(&source) {
+        if had_metadata && metadata.sources.contains(&source) {
             return Ok(());
         }
         metadata.sources.push(source);
         let surplus = metadata.sources.len().saturating_sub(SOURCES_MAX);
         metadata.sources.drain(..surplus);
-        self.write_metadata(&held.digest, &metadata)
+        self.write_metadata(&cached.digest, &metadata)
     }
 
-    /// Makes the folder durable too, and with it the name of the manifest.
+    /// Also fsyncs the folder, which makes the name of the manifest durable.
     fn write_metadata(&self, digest: &Digest, metadata: &ManifestMetadata) -> Result<(), StoreError> {
         let path = metadata_path(digest);
         let written = self.fs.write_durable(&path, &encode(metadata));
@@ -293,7 +293,7 @@ impl Manifests {
         self.remove_locked(digest)
     }
 
-    /// Removes a manifest if it `is_free` to go, and says how long it was; `None` where it is not.
+    /// Removes a manifest if `is_free` allows it. Returns its size, or `None` if it does not.
     pub(super) fn evict(
         &self,
         digest: &Digest,
@@ -307,7 +307,7 @@ impl Manifests {
         self.remove_locked(digest).map(|_| Some(size))
     }
 
-    /// Writers of one manifest and its record come one after the other.
+    /// Serialises writers of one manifest and its metadata.
     fn lock_writer(&self, digest: &Digest) -> Option<MutexGuard<'_, ()>> {
         let stripe = self.stripe(digest)?;
         Some(stripe.lock().unwrap_or_else(PoisonError::into_inner))
@@ -323,10 +323,10 @@ impl Manifests {
         let was_there = self.usage.on_remove(ContentKind::Manifest, &path, || {
             remove_file(self.fs.as_ref(), &path)
         })?;
-        // After the file, so that nobody reads it into memory in between; who was quicker is told by `keep`.
+        // After the file, so that no reader caches it in between; `put` checks the file.
         self.ready.remove(digest);
-        self.removed.note(digest);
-        // Without its manifest the record says nothing.
+        self.removed.record(digest);
+        // Metadata without a manifest has no effect.
         let _ = self.fs.remove(&metadata_path(digest));
         Ok(was_there)
     }
@@ -339,11 +339,11 @@ impl Manifests {
             &content_path(TREE, digest),
             why,
         );
-        self.removed.note(digest);
+        self.removed.record(digest);
     }
 }
 
-/// Where its record is lost: what a manifest says of itself or looks like.
+/// The media type if the metadata is lost: as stated in the manifest, or guessed from its structure.
 fn media_type(manifest: &Manifest) -> Option<MediaType> {
     manifest.media_type.clone().or_else(|| {
         let like = match manifest.kind {

@@ -1,6 +1,9 @@
-//! What an upstream was seen to have in a repository: the proof that a digest may be read through it.
+//! Repository membership: the digests that an upstream was observed to have in a repository.
 //!
-//! One file per repository, of lines that are only ever appended:
+//! A digest is served through a repository only if it is a member, because one digest can be public in one repository
+//! and private in another.
+//!
+//! One append-only file of lines per repository:
 //!
 //! ```text
 //! repository <upstream> <repository> <checksum>
@@ -11,9 +14,9 @@
 //! served <url> <checksum>
 //! ```
 //!
-//! Each checksum is over the line *and* the names, so that a line proves nothing in another repository's file. Lines
-//! that are torn, wrong or unknown are ignored: a lost proof costs one question. Each append begins with a line feed,
-//! so that a torn line before it spoils nothing after it. How much the files may take together has a limit (`limit`).
+//! Each checksum covers the line *and* the names, so a line is invalid in another repository's file. Torn, invalid or
+//! unknown lines are ignored: a lost line costs one upstream request. Each append begins with a line feed, so that a
+//! torn line does not damage the next one. The total size of the files is limited (`prune`).
 
 mod append;
 mod in_use;
@@ -38,39 +41,40 @@ use super::fs::FileSystem;
 use super::{Store, StoreError, hashed_path};
 use crate::oci::{Digest, Repository};
 
-/// How many digests one repository's file names. Beyond it, proofs are kept in memory only.
+/// Maximum number of digests in one repository's file. Further members are kept in memory only.
 pub const REPO_DIGESTS_MAX: usize = 200_000;
 
 /// Enough for [`REPO_DIGESTS_MAX`] lines of the longest digest, twice.
 const FILE_BYTES_MAX: u64 = 64 * 1024 * 1024;
 
-/// Digests kept ready in memory, of all repositories together: some 20 MiB.
+/// Digests cached in memory, over all repositories: some 20 MiB.
 const READY_DIGESTS_MAX: u64 = 262_144;
 
-/// What a repository without digests counts for.
+/// Cache weight of a repository without digests.
 const REPO_WEIGHT: u64 = 8;
 
-/// URLs of one upstream that have served one repository. More are not kept: their noes then count as noes of a stranger.
+/// Maximum number of endpoint URLs recorded per repository. A denial from an unrecorded URL is treated as from one that
+/// never served the repository.
 const SERVED_URLS_MAX: usize = 32;
 
-/// A repository that stays public is written down anew this often, not each time someone proves it.
+/// Minimum time between two `public` lines of one repository.
 const PUBLIC_AGAIN_AFTER: Duration = Duration::from_secs(3600);
 
-/// A file with this many lines too many is written anew.
+/// A file with this many superfluous lines is rewritten.
 const SURPLUS_LINES_MAX: usize = 1024;
 
 const TREE: &str = "seen";
 const CHECKSUM_HEX: usize = 8;
 
 impl Store {
-    /// Whether the upstream was seen to have `digest` in this repository.
+    /// Whether `digest` is a member of this repository.
     pub fn is_member(&self, upstream: &str, repository: &Repository, digest: &Digest) -> bool {
         self.membership
             .get(upstream, repository)
             .is_some_and(|repo| repo.read(|repo| repo.digests.contains(digest)))
     }
 
-    /// Keeps the proof that the upstream has `digest` in this repository. Written once for each.
+    /// Records that the upstream has `digest` in this repository. Written once per digest.
     pub fn add_member(
         &self,
         upstream: &str,
@@ -80,7 +84,7 @@ impl Store {
         self.membership.add(upstream, repository, digest)
     }
 
-    /// The upstream no longer has `digest` in this repository: it was deleted there.
+    /// Removes a member that was deleted at the upstream.
     pub fn remove_member(
         &self,
         upstream: &str,
@@ -90,14 +94,14 @@ impl Store {
         self.membership.remove_member(upstream, repository, digest)
     }
 
-    /// When the repository was last proven readable by anyone, if that still holds.
+    /// When the repository was last proven readable anonymously, if it is public.
     pub fn public_since(&self, upstream: &str, repository: &Repository) -> Option<SystemTime> {
         self.membership
             .get(upstream, repository)?
             .read(|repo| repo.public)
     }
 
-    /// Keeps that the repository is public, proven at `since`, or that it is not (`None`).
+    /// Records that the repository was public at `since`, or that it is private (`None`).
     pub fn set_public(
         &self,
         upstream: &str,
@@ -107,8 +111,8 @@ impl Store {
         self.membership.set_public(upstream, repository, since)
     }
 
-    /// Whether this URL of the upstream has served the repository. Also true where nothing is known of any URL, and the
-    /// repository has been served: that was before URLs were noted.
+    /// Whether this URL of the upstream has served the repository. Also true if the repository has members but no
+    /// recorded URL: it was served before URLs were recorded.
     pub fn has_served(&self, upstream: &str, url: &str, repository: &Repository) -> bool {
         let Some(repo) = self.membership.get(upstream, repository) else {
             return true;
@@ -119,7 +123,7 @@ impl Store {
         })
     }
 
-    /// Keeps that this URL of the upstream has served the repository. Written once for each.
+    /// Records that this URL of the upstream has served the repository. Written once per URL.
     pub fn record_served(
         &self,
         upstream: &str,
@@ -130,26 +134,26 @@ impl Store {
     }
 }
 
-/// One repository's proofs.
+/// Members and visibility of one repository.
 #[derive(Debug, Default)]
 struct RepoDigests {
     digests: HashSet<Digest>,
     public: Option<SystemTime>,
-    /// What the file says of it.
+    /// The value of `public` in the file.
     persisted_public: Option<SystemTime>,
-    /// The URLs that have served it, of an upstream with several.
+    /// The URLs that have served it, for an upstream with several endpoints.
     served: Vec<String>,
-    /// Whether the file has its first line.
+    /// Whether the file has its header line.
     has_header: bool,
-    /// Lines that are not in the file yet, in order.
+    /// Lines that are not yet in the file, in order.
     pending_lines: Vec<String>,
 }
 
-/// [`RepoDigests`], shared by all who look at one repository.
+/// [`RepoDigests`], shared by all users of one repository.
 #[derive(Default)]
 struct SharedRepoDigests {
     repo: RwLock<RepoDigests>,
-    /// Held while lines are appended, so that they come in order.
+    /// Held while lines are appended, to keep them in order.
     appending: Mutex<()>,
 }
 
@@ -163,7 +167,7 @@ impl SharedRepoDigests {
     }
 }
 
-/// A cached repository with its weight when it was put there, which must not change in place.
+/// A cached repository with its weight at insertion, because a weight must not change in place.
 #[derive(Clone)]
 struct CachedRepo {
     repo: Arc<SharedRepoDigests>,
@@ -183,10 +187,10 @@ pub(super) struct MembershipStore {
     fs: Arc<dyn FileSystem>,
     ready: Cache<RepoKey, CachedRepo, ByDigests>,
     in_use: in_use::LiveRepos,
-    /// About how much the files take.
+    /// Estimated size of all files.
     bytes: AtomicU64,
     bytes_max: u64,
-    /// Whoever writes down something holds it to read, whoever removes a file to write.
+    /// Shared lock for appends, exclusive lock for the removal of a file.
     order: RwLock<()>,
     removed: Arc<RemovedDigests>,
 }
@@ -211,7 +215,7 @@ impl MembershipStore {
         }
     }
 
-    /// Whether `digest` was seen; `None` where that takes the file to know.
+    /// Whether `digest` is a member; `None` if the file must be read.
     pub(super) fn contains_in_memory(
         &self,
         upstream: &str,
@@ -222,7 +226,7 @@ impl MembershipStore {
         Some(ready.repo.read(|repo| repo.digests.contains(digest)))
     }
 
-    /// Since when the repository is public, if it is; `None` where that takes the file to know.
+    /// Since when the repository is public, if it is; the outer `None` if the file must be read.
     #[expect(clippy::option_option, reason = "whether it is known, and what is known")]
     pub(super) fn public_in_memory(
         &self,
@@ -233,7 +237,7 @@ impl MembershipStore {
         Some(ready.repo.read(|repo| repo.public))
     }
 
-    /// `None` where the file cannot be read now: no proof, and nothing remembered of it.
+    /// `None` if the file cannot be read now; nothing is cached then.
     fn get(&self, upstream: &str, repository: &Repository) -> Option<Arc<SharedRepoDigests>> {
         let known = self.ready.get(&RepoKeyRef::new(upstream, repository));
         known
@@ -258,7 +262,7 @@ impl MembershipStore {
             };
             let (repo, lines) = RepoDigests::from_lines(&key, &text);
             if lines > repo.digests.len() + SURPLUS_LINES_MAX {
-                // It is as good as before where this fails, only longer.
+                // If the rewrite fails, the file is still valid, only longer.
                 let _ = self.fs.write_durable(&path, &repo.to_lines(&key));
             }
             let weight = weight(&repo);
@@ -292,7 +296,7 @@ impl MembershipStore {
         }
     }
 
-    /// Keeps the proof in memory. Its place, if it is to be written down.
+    /// Adds the member in memory. Returns the key if it must be persisted.
     fn add_in_memory(
         &self,
         upstream: &str,
@@ -325,7 +329,7 @@ impl MembershipStore {
             },
         );
         if count > REPO_DIGESTS_MAX {
-            tracing::warn!(upstream, %repository, "too many digests were seen here to keep the proof of one more");
+            tracing::warn!(upstream, %repository, "repository membership is full; new digests are kept in memory only");
             return None;
         }
         has_quota.then_some(key)
@@ -339,17 +343,17 @@ impl MembershipStore {
     ) -> Result<(), StoreError> {
         let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
         let repo = self.get_or_load(upstream, repository)?;
-        let was_seen = repo.write(|repo| {
-            let was_seen = repo.digests.remove(digest);
-            if was_seen {
+        let was_member = repo.write(|repo| {
+            let was_member = repo.digests.remove(digest);
+            if was_member {
                 repo.pending_lines.push(format!("gone {digest}"));
             }
-            was_seen
+            was_member
         });
-        if !was_seen {
+        if !was_member {
             return Ok(());
         }
-        self.removed.note(digest);
+        self.removed.record(digest);
         self.append(&RepoKey::of(upstream, repository), &repo)
     }
 
@@ -366,7 +370,7 @@ impl MembershipStore {
             repo.public = since;
             let is_changed = match (repo.persisted_public, since) {
                 (None, None) => false,
-                // Also when the clock was set back: what is written must not be in the future.
+                // Also if the clock was set back: the recorded time must not be in the future.
                 (Some(written), Some(since)) => since
                     .duration_since(written)
                     .map_or(true, |age| age >= PUBLIC_AGAIN_AFTER),
@@ -403,7 +407,7 @@ impl MembershipStore {
 }
 
 impl RepoDigests {
-    /// What the lines of a file say, and how many there are.
+    /// Parses the lines of a file. Also returns the number of lines.
     fn from_lines(key: &RepoKey, text: &[u8]) -> (Self, usize) {
         let mut repo = Self::default();
         let mut lines = 0;
@@ -444,7 +448,7 @@ impl RepoDigests {
         }
     }
 
-    /// Whether that is news.
+    /// Returns whether the URL is new.
     fn add_served(&mut self, url: &str) -> bool {
         let is_changed =
             self.served.len() < SERVED_URLS_MAX && !self.served.iter().any(|served| served == url);
@@ -454,7 +458,7 @@ impl RepoDigests {
         is_changed
     }
 
-    /// The file is gone, and with it all that is written down.
+    /// Resets the state after the file was removed; only pending lines remain.
     fn forget_file(&mut self) {
         *self = Self {
             pending_lines: std::mem::take(&mut self.pending_lines),
@@ -511,7 +515,7 @@ fn push_line(lines: &mut String, key: &RepoKey, content: &str) {
     lines.push('\n');
 }
 
-/// The content of a line whose checksum is right.
+/// The content of a line with a valid checksum.
 fn content_of<'a>(key: &RepoKey, line: &'a [u8]) -> Option<&'a str> {
     let line = std::str::from_utf8(line).ok()?;
     let (content, sum) = line.rsplit_once(' ')?;

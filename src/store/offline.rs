@@ -1,7 +1,7 @@
-//! Whether the operator wants no upstream to be asked: kept over restarts, for an upgrade in the middle of an outage must
-//! not begin to ask.
+//! Persisted offline mode. It survives restarts, because an upgrade in the middle of an outage must not start to
+//! contact upstreams.
 //!
-//! A file that is there says yes. It explains itself to whoever finds it, and can be removed by hand.
+//! The presence of a file means "on". The file explains itself and can be removed by hand.
 
 use std::io;
 use std::path::Path;
@@ -11,17 +11,18 @@ use super::{Store, StoreError, remove_file};
 
 const FILE: &str = "offline";
 
-const TEXT: &[u8] = b"While this file is here, ifnewer asks no upstream. `ifnewer offline off` removes it.\n";
+const TEXT: &[u8] =
+    b"While this file is here, ifnewer contacts no upstream. `ifnewer offline off` removes it.\n";
 
 impl Store {
-    /// What the operator wanted last.
+    /// Whether offline mode was last on.
     pub fn is_offline_persisted(&self) -> bool {
-        // A file that is there and cannot be opened still says yes.
+        // A file that exists but cannot be opened counts as present.
         let opened = self.fs.open(Path::new(FILE));
         !matches!(opened, Err(error) if error.kind() == io::ErrorKind::NotFound)
     }
 
-    /// Keeps what the operator wants. Durable when it returns.
+    /// Persists offline mode. Durable when it returns.
     pub fn persist_offline(&self, on: bool) -> Result<(), StoreError> {
         let path = Path::new(FILE);
         if on {

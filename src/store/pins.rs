@@ -1,6 +1,6 @@
-//! What must not be evicted, whatever else has to go: a tag with all that it names at any time, or a digest.
+//! Pins: tags (with everything they point to at any time) and digests that are never evicted.
 //!
-//! Each pin is a small file that explains itself. All of them are in memory: an operator sets them by hand.
+//! Each pin is a small self-describing file. All are in memory: an operator sets them by hand, so there are few.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,12 +17,12 @@ use crate::oci::Digest;
 
 const TREE: &str = "pins";
 
-/// What is kept.
+/// A pin.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Pin {
-    /// A tag, with what it names now and later.
+    /// A tag, with everything it points to now and later.
     Tag(TagKey),
-    /// A manifest with all that it leads to, or a blob. It need not be held yet.
+    /// A manifest with everything it refers to, or a blob. It need not be cached yet.
     Digest(Digest),
 }
 
@@ -40,22 +40,22 @@ enum Record {
 }
 
 impl Store {
-    /// Keeps this from eviction; says whether it was news. Durable when it returns.
+    /// Adds a pin. Returns whether it is new. Durable when it returns.
     pub fn pin(&self, pin: &Pin) -> Result<bool, StoreError> {
         self.pins.add(pin)
     }
 
-    /// Ends a pin; says whether there was one. Durable when it returns.
+    /// Removes a pin. Returns whether it existed. Durable when it returns.
     pub fn unpin(&self, pin: &Pin) -> Result<bool, StoreError> {
         self.pins.remove(pin)
     }
 
-    /// Whether just this is pinned.
+    /// Whether exactly this pin exists.
     pub fn is_pinned(&self, pin: &Pin) -> bool {
         self.pins.has(pin)
     }
 
-    /// Everything pinned, in order.
+    /// All pins, in order.
     pub fn pins(&self) -> Vec<Pin> {
         self.pins.all()
     }
@@ -64,36 +64,32 @@ impl Store {
 pub(super) struct Pins {
     fs: Arc<dyn FileSystem>,
     access_times: Arc<AccessTimes>,
-    /// With the file of each. Not held while a file is written or removed.
-    known: RwLock<BTreeMap<Pin, PathBuf>>,
-    /// Changes come one after the other.
+    /// All pins with the path of their file. Not locked while a file is written or removed.
+    entries: RwLock<BTreeMap<Pin, PathBuf>>,
+    /// Serialises changes.
     changing: Mutex<()>,
-    /// Held between the look whether something is pinned and its removal.
+    /// Held by an eviction between its check for pins and the removal.
     evicting: Mutex<()>,
 }
 
 impl Pins {
-    /// Reads the pins. One that cannot be read is told, and set aside.
+    /// Loads the pins. An unreadable one is logged; a damaged one is quarantined.
     pub(super) fn read(fs: &Arc<dyn FileSystem>, access_times: &Arc<AccessTimes>) -> Self {
-        let mut known = BTreeMap::new();
+        let mut entries = BTreeMap::new();
         for folder in fs.list(Path::new(TREE)).unwrap_or_default() {
             let folder = Path::new(TREE).join(folder.name);
             for file in fs.list(&folder).unwrap_or_default() {
                 let path = folder.join(file.name);
                 let Ok(bytes) = fs.read_file(&path, RECORD_BYTES_MAX) else {
-                    tracing::error!(path = %path.display(), "a pin cannot be read; what it kept may be evicted");
+                    tracing::error!(path = %path.display(), "failed to read pin; its content may be evicted");
                     continue;
                 };
                 match decode(&bytes).and_then(|record: Record| record.pin()) {
                     Some(pin) => {
-                        known.insert(pin, path);
+                        entries.insert(pin, path);
                     }
                     None => {
-                        quarantine(
-                            fs.as_ref(),
-                            &path,
-                            "a pin is damaged, and what it kept may be evicted",
-                        );
+                        quarantine(fs.as_ref(), &path, "damaged pin, its content may be evicted");
                     }
                 }
             }
@@ -101,35 +97,35 @@ impl Pins {
         Self {
             fs: Arc::clone(fs),
             access_times: Arc::clone(access_times),
-            known: RwLock::new(known),
+            entries: RwLock::new(entries),
             changing: Mutex::default(),
             evicting: Mutex::default(),
         }
     }
 
     pub(super) fn has(&self, pin: &Pin) -> bool {
-        self.known
+        self.entries
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .contains_key(pin)
     }
 
-    /// Held by an eviction from the look whether something is pinned until it is gone.
+    /// Locked by an eviction before it checks for pins, until the removal is done.
     pub(super) fn evicting(&self) -> MutexGuard<'_, ()> {
         self.evicting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn all(&self) -> Vec<Pin> {
-        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-        known.keys().cloned().collect()
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        entries.keys().cloned().collect()
     }
 
     pub(super) fn count(&self) -> usize {
-        self.known.read().unwrap_or_else(PoisonError::into_inner).len()
+        self.entries.read().unwrap_or_else(PoisonError::into_inner).len()
     }
 
     fn change(&self) -> RwLockWriteGuard<'_, BTreeMap<Pin, PathBuf>> {
-        self.known.write().unwrap_or_else(PoisonError::into_inner)
+        self.entries.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn add(&self, pin: &Pin) -> Result<bool, StoreError> {
@@ -138,13 +134,14 @@ impl Pins {
             return Ok(false);
         }
         let path = pin.path();
-        // First: nothing is evicted any more while the file is written.
+        // In memory first, so that nothing pinned is evicted while the file is written.
         self.change().insert(pin.clone(), path.clone());
-        // After the insertion: an eviction that begins later finds the pin.
+        // After the insertion: an eviction that begins later sees the pin.
         if let Pin::Digest(digest) = pin {
             self.access_times.mark_needed([*digest]);
         }
-        // What was found to be free before goes now, and not after it is said to be pinned.
+        // Wait for a running eviction that has already checked for pins, so that it cannot remove content after the pin
+        // is acknowledged.
         drop(self.evicting());
         let written = self.fs.write_durable(&path, &encode(&Record::of(pin)));
         written.map_err(|error| {
@@ -157,15 +154,15 @@ impl Pins {
     fn remove(&self, pin: &Pin) -> Result<bool, StoreError> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let path = {
-            let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-            known.get(pin).cloned()
+            let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+            entries.get(pin).cloned()
         };
         let Some(path) = path else {
             return Ok(false);
         };
         remove_file(self.fs.as_ref(), &path)?;
         self.change().remove(pin);
-        // A power cut would bring it back.
+        // Without this, a power cut could restore the pin.
         if let Some(folder) = path.parent() {
             self.fs
                 .sync_dir(folder)

@@ -1,4 +1,4 @@
-//! The install secret: what makes the principals of this installation mean nothing elsewhere.
+//! The install secret: key of the principal hashes, so that they are useless outside this installation.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -10,10 +10,10 @@ use super::{OpenError, StoreError};
 const NAME: &str = "install-secret";
 const RANDOM_SOURCE: &str = "/dev/urandom";
 
-/// Bits that let anyone but the owner read or write.
+/// Permission bits of group and others.
 const GROUP_OTHER_BITS: u32 = 0o077;
 
-/// Reads the secret, or makes it at the first start.
+/// Reads the secret, or creates it at the first start.
 pub(super) fn read_or_create(fs: &dyn FileSystem) -> Result<[u8; 32], OpenError> {
     let path = Path::new(NAME);
     let shown = || {
@@ -53,7 +53,7 @@ pub(super) fn read_or_create(fs: &dyn FileSystem) -> Result<[u8; 32], OpenError>
     }
 }
 
-/// Bytes that nobody can guess, from the system.
+/// Random bytes from the system.
 pub(super) fn random<const BYTES: usize>() -> io::Result<[u8; BYTES]> {
     let mut bytes = [0; BYTES];
     File::open(RANDOM_SOURCE)?.read_exact(&mut bytes)?;

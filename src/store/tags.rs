@@ -1,7 +1,7 @@
-//! Tags: which digest a tag named when the upstream was last asked.
+//! Tag records: the digest that a tag had at the last revalidation.
 //!
-//! The file of a tag is written only when a digest changes; the time of each confirmation goes to the index, where
-//! losing it costs one question. What is in memory is the newest of both.
+//! The file of a tag is written only when a digest changes. The time of each confirmation goes to the index; losing it
+//! costs one revalidation. The record in memory merges both.
 
 mod encoding;
 mod merge;
@@ -33,25 +33,25 @@ pub use self::record::{
 use self::record::{KEY_PREFIX, TREE};
 pub use self::resolve::{ResolvedTag, TagReader};
 
-/// Tags kept ready in memory.
+/// Tag records cached in memory.
 const READY_MAX: usize = 16_384;
 
 const STRIPES: usize = 64;
 
 impl Store {
-    /// What is known of a tag: from memory, else from its file and the index together.
+    /// The record of a tag: from memory, or from its file and the index together.
     pub fn tag(&self, key: &TagKey) -> Result<Option<Arc<TagRecord>>, StoreError> {
         self.tags.find(key)
     }
 
-    /// Keeps what a tag names since `variant.confirmed_at`. Known to readers at once, even where the disk then fails.
+    /// Stores a tag as confirmed at `variant.confirmed_at`. Visible to readers at once, also if the disk write fails.
     pub fn put_tag(&self, key: &TagKey, variant: Variant) -> Result<(), StoreError> {
         let received_at = variant.confirmed_at;
         self.record_response(key, variant, received_at)
     }
 
-    /// Keeps what the upstream answered at `received_at` to a request sent at `variant.confirmed_at`, unless a later one
-    /// is known. Known to readers at once, even where the disk then fails.
+    /// Stores an upstream response that arrived at `received_at` to a request sent at `variant.confirmed_at`, unless a
+    /// later response is stored. Visible to readers at once, also if the disk write fails.
     pub fn record_response(
         &self,
         key: &TagKey,
@@ -62,13 +62,13 @@ impl Store {
         self.access_times.mark_needed([digest]);
         let view = self.view();
         let is_complete = |digest: &Digest| view.is_tag_complete(key, digest);
-        let kept = self.tags.put(key, variant, received_at, &is_complete);
-        // An eviction that began since the first note, and listed the tags before the write, knows of neither.
+        let result = self.tags.put(key, variant, received_at, &is_complete);
+        // An eviction that began after the first call and listed the tags before the write has seen neither.
         self.access_times.mark_needed([digest]);
-        kept
+        result
     }
 
-    /// [`View::resolve_tag`] in everything that is held. Blocks.
+    /// [`View::resolve_tag`] on the disk view. Blocks.
     pub fn resolve_tag(
         &self,
         key: &TagKey,
@@ -78,7 +78,7 @@ impl Store {
         self.view().resolve_tag(key, record, reader)
     }
 
-    /// [`View::last_complete`] in everything that is held. Blocks.
+    /// [`View::last_complete`] on the disk view. Blocks.
     pub fn last_complete(
         &self,
         record: &TagRecord,
@@ -88,14 +88,14 @@ impl Store {
         self.view().last_complete(record, reader, is_complete)
     }
 
-    /// Forgets a tag, and a doubt about it, so that no crash brings it back; says whether it was known. Where that is not
-    /// sure, the tag is in doubt: after a restart it is revalidated before it is served.
+    /// Removes a tag and its invalidation durably. Returns whether the tag was known. If the removal may not be
+    /// durable, the tag is invalidated: after a restart it is revalidated before it is served.
     pub fn remove_tag(&self, key: &TagKey) -> Result<bool, StoreError> {
         let invalidation = InvalidationKey::from(key);
         let since = self.invalidated_since(&invalidation);
         let removed = self.tags.remove(key, since.is_some());
         match &removed {
-            // A doubt of a later write is not settled by this one.
+            // An invalidation by a later write stays.
             Ok(removed) if removed.is_durable => {
                 self.clear_invalidation(&invalidation, |now| Some(now) == since)?
             }
@@ -107,21 +107,21 @@ impl Store {
         removed.map(|removed| removed.was_known)
     }
 
-    /// At most `limit` tags in order, from the first after `after` on. From the index, or while that is not whole, from
-    /// the files, which is slower.
+    /// At most `limit` tags in order, after `after`. Read from the index or, while it is incomplete, from the files,
+    /// which is slower.
     pub fn tags(&self, after: Option<&TagKey>, limit: usize) -> Vec<(TagKey, TagRecord)> {
         self.tags
             .list(&after.map(TagKey::to_index).unwrap_or_default(), limit)
     }
 
-    /// At most `limit` tags in order, after the first `skip`: of those, no more than the keys is looked at.
+    /// At most `limit` tags in order, after the first `skip`, of which only the keys are read.
     pub fn tags_from(&self, skip: usize, limit: usize) -> Vec<(TagKey, TagRecord)> {
         self.tags.list_from(skip, limit)
     }
 }
 
 impl AsyncStore {
-    /// [`Store::record_response`]: in memory, where it changes nothing that is in the tag's file.
+    /// [`Store::record_response`]. Does not write to the disk if the tag's file does not change.
     pub async fn record_response(
         &self,
         key: TagKey,
@@ -129,8 +129,8 @@ impl AsyncStore {
         received_at: SystemTime,
     ) -> Result<(), StoreError> {
         self.store.access_times.mark_needed([variant.digest]);
-        let kept = self.in_memory(|view| self.store.tags.put_in_memory(&key, &variant, received_at, view));
-        if kept == Some(true) {
+        let result = self.in_memory(|view| self.store.tags.put_in_memory(&key, &variant, received_at, view));
+        if result == Some(true) {
             return Ok(());
         }
         self.write(move |store| store.record_response(&key, variant, received_at))
@@ -139,13 +139,15 @@ impl AsyncStore {
 }
 
 impl View<'_> {
-    /// Whether the manifest is held, and with all that it points to.
+    /// Whether the manifest and everything it refers to are cached.
     fn is_tag_complete(&self, key: &TagKey, digest: &Digest) -> bool {
         let manifest = self.manifest(digest).ok().flatten();
-        manifest.is_some_and(|held| self.is_image_complete(&key.upstream, &key.repository, &held, &|_| false))
+        manifest
+            .is_some_and(|stored| self.is_image_complete(&key.upstream, &key.repository, &stored, &|_| false))
     }
 
-    /// What a tag names for this reader: the newest that is cached, or if nothing is, the newest. See `newest`.
+    /// The image that a tag resolves to for this reader: the newest cached one or, if none is cached, the newest. See
+    /// `resolve`.
     pub fn resolve_tag(
         &self,
         key: &TagKey,
@@ -157,7 +159,7 @@ impl View<'_> {
             self.is_member(&key.upstream, &key.repository, digest)
                 && matches!(self.manifest(digest), Ok(Some(_)))
         };
-        // One answer leaves no choice, whether it is cached or not.
+        // With one variant there is no choice, whether it is cached or not.
         if record.variants.len() == 1 {
             return record.newest(reader, &lists, &|_| true);
         }
@@ -165,7 +167,7 @@ impl View<'_> {
         newest.or_else(|| record.newest(reader, &lists, &|_| true))
     }
 
-    /// The last image that a tag names, or named before, and that `is_complete`.
+    /// The newest image, current or previous, for which `is_complete` holds.
     pub fn last_complete(
         &self,
         record: &TagRecord,
@@ -174,15 +176,16 @@ impl View<'_> {
     ) -> Option<ResolvedTag> {
         let lists = |index: &Digest, image: &Digest| self.lists(index, image);
         let complete =
-            |digest: &Digest| matches!(self.manifest(digest), Ok(Some(held)) if is_complete(&held));
+            |digest: &Digest| matches!(self.manifest(digest), Ok(Some(stored)) if is_complete(&stored));
         record.newest_or_previous(reader, &lists, &complete)
     }
 
     fn lists(&self, index: &Digest, image: &Digest) -> Option<bool> {
-        let held = self.manifest(index).ok().flatten()?;
+        let stored = self.manifest(index).ok().flatten()?;
         let image = AnyDigest::Supported(*image);
         Some(
-            held.manifest
+            stored
+                .manifest
                 .descriptors
                 .iter()
                 .any(|child| child.digest == image),
@@ -190,28 +193,28 @@ impl View<'_> {
     }
 }
 
-/// Tags passed over at a time.
+/// Index keys read per page while skipping.
 const SKIP_PAGE: usize = 256;
 
-/// A tag as it was found on the disk.
+/// A tag record loaded from the disk.
 struct Loaded {
     record: Arc<TagRecord>,
-    /// Not so where a write failed, or the file was damaged, and only the index knew.
+    /// False if a write failed or the file was damaged, and only the index has the tag.
     has_file: bool,
-    /// Not so where the index has lost it, or does not answer.
+    /// False if the index lost the tag or is unavailable.
     is_indexed: bool,
 }
 
-/// Where a tag was when it was taken away.
+/// Where a removed tag was found.
 struct UnlinkedTag {
     had_file: bool,
     was_ready: bool,
 }
 
-/// A tag that was taken away.
+/// Result of a tag removal.
 struct RemovedTag {
     was_known: bool,
-    /// Whether no crash brings it back.
+    /// Whether the removal survives a crash.
     is_durable: bool,
 }
 
@@ -221,9 +224,9 @@ pub(super) struct Tags {
     usage: Arc<Counters>,
     ready: Cache<TagKey, Arc<TagRecord>>,
     writers: [Mutex<()>; STRIPES],
-    /// How many tags were taken away: whoever read one in between looks again.
+    /// Number of removals. A reader that loaded a tag during a removal loads it again.
     removals: AtomicU64,
-    /// Held while the index is filled from the files.
+    /// Serialises [`Self::reindex`].
     reindexing: Mutex<()>,
 }
 
@@ -240,7 +243,7 @@ impl Tags {
         }
     }
 
-    /// What is known of a tag, if that is in memory.
+    /// The record of a tag, if in memory.
     pub(super) fn ready(&self, key: &TagKey) -> Option<Arc<TagRecord>> {
         self.ready.get(key)
     }
@@ -254,11 +257,12 @@ impl Tags {
             return Ok(None);
         };
         if self.removals.load(Ordering::SeqCst) != removals {
-            // Perhaps this one, after it was read and before it was put into memory: in turn with its writers, then.
+            // The removal may have been of this tag, between the load and the cache insertion. Load it again under the
+            // writer lock.
             let _writing = self.lock_writer(&key.path());
             self.ready.remove(key);
             match self.load(key)? {
-                Some(again) => loaded = again,
+                Some(reloaded) => loaded = reloaded,
                 None => return Ok(None),
             }
         }
@@ -269,12 +273,12 @@ impl Tags {
     }
 
     fn load(&self, key: &TagKey) -> Result<Option<Loaded>, StoreError> {
-        let (filed, indexed) = (self.read_file(key)?, self.read_index(key));
-        let (has_file, is_indexed) = (filed.is_some(), indexed.is_some());
-        let Some(record) = TagRecord::merge(filed, indexed) else {
+        let (on_disk, indexed) = (self.read_file(key)?, self.read_index(key));
+        let (has_file, is_indexed) = (on_disk.is_some(), indexed.is_some());
+        let Some(record) = TagRecord::merge(on_disk, indexed) else {
             return Ok(None);
         };
-        // Not over what a writer has put there meanwhile.
+        // Do not overwrite a record that a writer cached in the meantime.
         let record = self
             .ready
             .get_or_insert_with(key, || Ok::<_, StoreError>(Arc::new(record)))?;
@@ -285,23 +289,24 @@ impl Tags {
         }))
     }
 
-    /// Writes a tag to where it was missing, in turn with its other writers.
+    /// Writes a tag to the index or file that lacked it, under the writer lock.
     fn complete(&self, key: &TagKey, loaded: &Loaded) {
         let path = key.path();
         let _writing = self.lock_writer(&path);
-        // Newer than what was loaded, if another writer was quicker; gone, if it was removed.
+        // The cached record is newer than `loaded` if another writer was first, and absent if the tag was removed.
         let Some(record) = self.ready.get(key) else { return };
         if !loaded.is_indexed {
             self.write_index(key, &record);
         }
         if !loaded.has_file
-            && let Err(fault) = self.write_file(key, &record, &path)
+            && let Err(error) = self.write_file(key, &record, &path)
         {
-            tracing::debug!(%fault, "a tag that only the index knows is still without a file");
+            tracing::debug!(%error, "failed to write the file of a tag that only the index has");
         }
     }
 
-    /// [`Self::keep`] where the answer changes nothing that is in the file, and nobody writes to the tag. Whether it is kept.
+    /// [`Self::put`], if the tag's file does not change and no other writer holds the lock. Returns whether it was
+    /// done.
     fn put_in_memory(
         &self,
         key: &TagKey,
@@ -347,7 +352,7 @@ impl Tags {
                 has_file: true,
                 is_indexed: true,
             }),
-            // A file that cannot be read is written anew.
+            // An unreadable file is overwritten.
             None => self.load(key).unwrap_or_default(),
         };
         let before = loaded.as_ref().map(|loaded| loaded.record.as_ref());
@@ -375,13 +380,13 @@ impl Tags {
         }
     }
 
-    /// Writers of one tag come one after the other.
+    /// Serialises writers of one tag.
     fn lock_writer(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
         let stripe = self.stripe(path)?;
         Some(stripe.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// [`Self::writing`], unless there is another writer.
+    /// [`Self::lock_writer`], unless another writer holds the lock.
     fn try_lock_writer(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
         match self.stripe(path)?.try_lock() {
             Ok(writing) => Some(writing),
@@ -395,16 +400,16 @@ impl Tags {
         self.writers.get(usize::from(sum.first().copied()?) % STRIPES)
     }
 
-    /// Forgets a tag. `is_invalidated`: an earlier removal of its file may not be durable.
+    /// Removes a tag. `is_invalidated`: an earlier removal of its file may not be durable.
     fn remove(&self, key: &TagKey, is_invalidated: bool) -> Result<RemovedTag, StoreError> {
         let path = key.path();
-        let (gone, expunging) = {
+        let (unlinked, expunging) = {
             let _writing = self.lock_writer(&path);
             self.remove_locked(key, &path, IndexHandle::remove_durable)
         };
-        let UnlinkedTag { had_file, was_ready } = gone?;
+        let UnlinkedTag { had_file, was_ready } = unlinked?;
         let is_unlinked = !(had_file || is_invalidated) || self.sync_folder_of(&path);
-        // Its other writers do not wait for that, and all removals share one flush.
+        // Outside the writer lock, because concurrent removals share one flush.
         let is_expunged = self.index.wait_durable(expunging);
         Ok(RemovedTag {
             was_known: had_file || was_ready,
@@ -412,7 +417,7 @@ impl Tags {
         })
     }
 
-    /// Makes durable that a file is gone.
+    /// Makes the removal of a file durable.
     fn sync_folder_of(&self, path: &Path) -> bool {
         let Some(folder) = path.parent() else {
             return false;
@@ -423,7 +428,8 @@ impl Tags {
         }
     }
 
-    /// Forgets a tag that names just `names`, if it `is_free` to go; `None` where not, or where it names something else.
+    /// Removes a tag that points to exactly `names`, if `is_free` allows it. `None` if it does not, or if the tag
+    /// points to other digests.
     pub(super) fn evict(
         &self,
         key: &TagKey,
@@ -432,25 +438,26 @@ impl Tags {
     ) -> Result<Option<u64>, StoreError> {
         let path = key.path();
         let _writing = self.lock_writer(&path);
-        let filed = self.read_file(key)?;
-        let known = filed.map(|filed| self.digests_of(key, &filed));
+        let on_disk = self.read_file(key)?;
+        let known = on_disk.map(|on_disk| self.digests_of(key, &on_disk));
         if !is_free() || known.is_some_and(|known| known != names) {
             return Ok(None);
         }
-        let (gone, ()) = self.remove_locked(key, &path, IndexHandle::remove);
-        gone.map(|_| Some(0))
+        let (unlinked, ()) = self.remove_locked(key, &path, IndexHandle::remove);
+        unlinked.map(|_| Some(0))
     }
 
-    /// What a tag names, by its file or, where more is known, by memory; in order.
-    pub(super) fn digests_of(&self, key: &TagKey, filed: &TagRecord) -> Vec<Digest> {
+    /// The digests that a tag refers to, sorted: from memory if cached, otherwise from its file.
+    pub(super) fn digests_of(&self, key: &TagKey, on_disk: &TagRecord) -> Vec<Digest> {
         let ready = self.ready.get(key);
-        let mut named = ready.as_deref().unwrap_or(filed).digests();
+        let mut named = ready.as_deref().unwrap_or(on_disk).digests();
         named.sort_unstable();
         named.dedup();
         named
     }
 
-    /// The file first, and memory last: who read the file just before is made to look again.
+    /// Removes the file first and the cached record last, so that a reader that loaded the file just before loads it
+    /// again.
     fn remove_locked<T>(
         &self,
         key: &TagKey,
@@ -463,11 +470,11 @@ impl Tags {
         let on_remove = remove_from_index(&self.index, key.to_index());
         self.removals.fetch_add(1, Ordering::SeqCst);
         let was_ready = self.ready.remove(key).is_some();
-        let gone = had_file.map(|had_file| UnlinkedTag { had_file, was_ready });
-        (gone, on_remove)
+        let unlinked = had_file.map(|had_file| UnlinkedTag { had_file, was_ready });
+        (unlinked, on_remove)
     }
 
-    /// Whether the index does not say what it has of a tag.
+    /// Whether the index cannot be read for this tag.
     pub(super) fn is_index_unavailable(&self, key: &TagKey) -> bool {
         self.index.get(key.to_index()).is_err()
     }
@@ -501,12 +508,8 @@ impl Tags {
     }
 
     fn quarantine(&self, path: &Path) {
-        self.usage.quarantine(
-            ContentKind::Tag,
-            self.fs.as_ref(),
-            path,
-            "the record of a tag is damaged",
-        );
+        self.usage
+            .quarantine(ContentKind::Tag, self.fs.as_ref(), path, "damaged tag record");
     }
 
     fn read_index(&self, key: &TagKey) -> Option<TagRecord> {
@@ -518,7 +521,7 @@ impl Tags {
         self.index.put(key.to_index(), record.to_index(VALUE_BYTES_MAX));
     }
 
-    /// From the first after the index's key `after` on; from the first of all where that is empty.
+    /// Tags after the index key `after`; from the first tag if `after` is empty.
     fn list(&self, after: &[u8], limit: usize) -> Vec<(TagKey, TagRecord)> {
         if self.index.is_complete()
             && let Ok(pairs) = self.index.scan(vec![KEY_PREFIX], after.to_vec(), limit)
@@ -547,8 +550,8 @@ impl Tags {
         tags
     }
 
-    /// The index's key of the last of the first `skip` tags, or of the last one of all; empty where there is none. `None`
-    /// where the index does not answer.
+    /// The index key of the last of the first `skip` tags, or of the last tag; empty if there is none. `None` if the
+    /// index is unavailable.
     fn key_before(&self, skip: usize) -> Option<Vec<u8>> {
         let (mut left, mut last) = (skip, Vec::new());
         while left > 0 {
@@ -563,18 +566,18 @@ impl Tags {
         Some(last)
     }
 
-    /// The first `limit` of the tags wanted, from their files. No more than twice as many are in memory.
+    /// The first `limit` matching tags, read from their files. At most twice as many are in memory.
     fn list_files(&self, matches: impl Fn(&TagKey) -> bool, limit: usize) -> Vec<(TagKey, TagRecord)> {
         let mut first = Vec::new();
         let shorten = |tags: &mut Vec<(TagKey, TagRecord)>| {
             tags.sort_by(|(a, _), (b, _)| a.cmp(b));
             tags.truncate(limit);
         };
-        self.walk_with_times(&AtomicBool::new(false), |key, filed, _| {
+        self.walk_with_times(&AtomicBool::new(false), |key, on_disk, _| {
             if matches(&key) {
                 let indexed = self.read_index(&key);
-                let whole = TagRecord::merge(Some(filed), indexed).unwrap_or_default();
-                first.push((key, whole));
+                let merged = TagRecord::merge(Some(on_disk), indexed).unwrap_or_default();
+                first.push((key, merged));
                 if first.len() / 2 > limit {
                     shorten(&mut first);
                 }
@@ -589,7 +592,7 @@ impl Tags {
         first
     }
 
-    /// Every tag that has a file, with the time of the file. Says whether it came to the end.
+    /// Visits every tag file with its modification time. Returns whether it reached the end.
     pub(super) fn walk_with_times(
         &self,
         stop: &AtomicBool,
@@ -601,7 +604,7 @@ impl Tags {
                 if stop.load(Ordering::Relaxed) {
                     return false;
                 }
-                // What is damaged or gone is found so by whoever asks for that tag.
+                // Damaged or removed files are handled when their tag is read.
                 let bytes = self.fs.read_file(&folder.join(file.name), RECORD_BYTES_MAX);
                 if let Some((key, record)) = bytes.ok().and_then(|bytes| TagRecord::from_file(&bytes)) {
                     each(key, record, file.modified);

@@ -218,5 +218,5 @@ pub(super) fn counted_usage(store: &Store) -> Usage {
         std::thread::yield_now();
         std::thread::sleep(Duration::from_millis(1));
     }
-    panic!("the count does not end");
+    panic!("the usage scan does not finish");
 }

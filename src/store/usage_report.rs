@@ -1,13 +1,13 @@
-//! The images held: how large each is, what it shares with others, and what letting one go would free.
+//! Per-image usage: size, size shared with other images, and what deleting an image would reclaim.
 //!
-//! For the operator, not for a pull. Content is named by many: a layer belongs to every manifest that lists it, and a
-//! manifest to every tag and index that names it. So the size of an image is told twice: all of it, and what of it no
-//! other image needs.
+//! For the operator, not for pulls. Content is referenced many times: a layer by every manifest that lists it, and a
+//! manifest by every tag and index that refers to it. So an image has two sizes: the total, and the part that no other
+//! image needs.
 //!
-//! A page of images costs what it shows. Only what is shared is a matter of all images: [`ReferenceCounts`] counts that in some
-//! 16 bytes for each digest, and is kept until something changes. Tags are always gone through a page at a time.
+//! A page of images costs only what it shows. Only sharing concerns all images: [`ReferenceCounts`] counts references
+//! in some 16 bytes per digest, and is cached until something changes. Tags are always read a page at a time.
 //!
-//! What goes with an image is what nothing else needs: no other tag, and no manifest that was pulled by its digest alone.
+//! Deleting an image deletes only what no other tag needs, and no manifest that was pulled by digest.
 
 use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -25,39 +25,39 @@ use super::{Store, StoreError, content_path, size_of};
 use crate::oci::manifest::DescriptorKind;
 use crate::oci::{Algorithm, AnyDigest, Digest};
 
-/// Tags looked at for what they share. In a store with more, what only later ones need counts as nobody's.
+/// Maximum number of tags counted. In a larger store, content that only later tags need counts as unshared.
 pub const TAGS_MAX: usize = 50_000;
 
 const TAGS_PER_PAGE: usize = 256;
 
-/// How deep indexes may lie in each other.
+/// Maximum nesting depth of indexes.
 const DEPTH_MAX: u32 = 3;
 
-/// In a store with more tags, a count of what is shared is used for a while after a change, so that counting takes at most
-/// a twentieth of the time.
+/// In a store with more tags, an outdated count is used for a while after a change, so that counting takes at most a
+/// twentieth of the time.
 const EXACT_TAGS_MAX: usize = 1_000;
 const RECOUNT_PAUSE_FACTOR: u32 = 20;
 
-/// How many tags need each digest held.
+/// Number of tags that reference each cached digest.
 #[derive(Debug, Default)]
 pub struct ReferenceCounts {
-    /// By a keyed hash of the digest: a stranger cannot make two digests count as one.
+    /// By a keyed hash of the digest, so that a client cannot craft two digests with one hash.
     counts: HashMap<u64, u32>,
     keys: RandomState,
 }
 
 impl ReferenceCounts {
-    /// How many images need what is held under this digest.
+    /// Number of tags that reference this digest.
     pub fn count(&self, digest: &Digest) -> usize {
         let count = self.counts.get(&self.keys.hash_one(digest));
         count.map_or(0, |count| usize::try_from(*count).unwrap_or(usize::MAX))
     }
 
-    /// The bytes of an image: all that is held of it, and what of that no other image needs.
+    /// Bytes of an image: the total cached, and the part that no other image references.
     pub fn sizes(&self, image: &TagUsage) -> (u64, u64) {
-        let own = |(digest, _): &(&Digest, &Content)| self.count(digest) <= 1;
-        let own = image.content.iter().filter(own);
-        (image.bytes(), own.map(|(_, content)| content.bytes).sum())
+        let unshared = |(digest, _): &(&Digest, &Content)| self.count(digest) <= 1;
+        let unshared = image.content.iter().filter(unshared);
+        (image.bytes(), unshared.map(|(_, content)| content.bytes).sum())
     }
 
     fn add<'a>(&mut self, content: impl Iterator<Item = &'a Digest>) {
@@ -68,13 +68,13 @@ impl ReferenceCounts {
     }
 }
 
-/// The last [`ReferenceCounts`] counted.
+/// The last result, cached.
 #[derive(Default)]
 pub(super) struct ReferenceCountCache(Mutex<Option<Counted>>);
 
 struct Counted {
     counts: Arc<ReferenceCounts>,
-    /// The count of changes before the look.
+    /// The change counter before counting.
     changes: u64,
     tags: usize,
     ended: Instant,
@@ -88,48 +88,48 @@ impl Counted {
     }
 }
 
-/// A tag, and what of it is held.
+/// A tag and its cached content.
 #[derive(Debug)]
 pub struct TagUsage {
-    /// Which.
+    /// The tag.
     pub key: TagKey,
-    /// What is known of it.
+    /// The tag record.
     pub record: TagRecord,
-    /// The manifests and blobs held that it names, directly or not, with their sizes in bytes.
+    /// The cached manifests and blobs that it references, directly or not, with their sizes in bytes.
     pub content: BTreeMap<Digest, Content>,
 }
 
-/// Something held.
+/// A cached manifest or blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Content {
-    /// Its size in bytes.
+    /// Size in bytes.
     pub bytes: u64,
     /// Whether it is a manifest, not a blob.
     pub is_manifest: bool,
 }
 
-/// What went, or would go.
+/// What was deleted, or would be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reclaimed {
-    /// Tags forgotten.
+    /// Deleted tags.
     pub tags: u64,
-    /// Manifests removed.
+    /// Deleted manifests.
     pub manifests: u64,
-    /// Blobs removed.
+    /// Deleted blobs.
     pub blobs: u64,
-    /// Their size together.
+    /// Their total size in bytes.
     pub bytes: u64,
 }
 
 impl TagUsage {
-    /// The bytes of all that is held of it.
+    /// Total cached bytes.
     pub fn bytes(&self) -> u64 {
         self.content.values().map(|content| content.bytes).sum()
     }
 }
 
 impl Store {
-    /// Goes through all tags in order, until `each` breaks off. Blocks.
+    /// Visits all tags in order, until `each` breaks. Blocks.
     pub fn each_tag(&self, mut each: impl FnMut(TagKey, TagRecord) -> ControlFlow<()>) {
         let mut after: Option<TagKey> = None;
         loop {
@@ -147,15 +147,15 @@ impl Store {
         }
     }
 
-    /// What is shared. One look at everything after a change, and none until the next. Blocks.
+    /// Reference counts of all tags. Counts once after a change and returns the cached result until the next. Blocks.
     pub fn reference_counts(&self) -> Arc<ReferenceCounts> {
-        // Held during the look: those that wait want the same.
+        // Held while counting: concurrent callers wait for the same result.
         let mut known = self
             .reference_counts
             .0
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        // Read first: a change during the look makes what was found outdated, not wrong.
+        // Read first: a change while counting makes the result outdated, not wrong.
         let (changes, began) = (self.usage.changes(), Instant::now());
         if let Some(known) = known.as_ref().filter(|known| known.is_current(changes)) {
             return Arc::clone(&known.counts);
@@ -181,13 +181,13 @@ impl Store {
         counts
     }
 
-    /// At most `limit` images in the order of their names, after the first `skip`. Blocks.
+    /// Usage of at most `limit` tags in order, after the first `skip`. Blocks.
     pub fn tag_usages(&self, skip: usize, limit: usize) -> Vec<TagUsage> {
         let tags = self.tags_from(skip, limit).into_iter();
         tags.map(|(key, record)| self.usage_of(key, record)).collect()
     }
 
-    /// What of a tag is held. Blocks.
+    /// Usage of a tag with this record. Blocks.
     pub fn usage_of(&self, key: TagKey, record: TagRecord) -> TagUsage {
         TagUsage {
             key,
@@ -196,28 +196,28 @@ impl Store {
         }
     }
 
-    /// What of one tag is held. Blocks.
+    /// Usage of one tag, if it is known. Blocks.
     pub fn tag_usage(&self, key: &TagKey) -> Result<Option<TagUsage>, StoreError> {
         let record = self.tag(key)?;
         Ok(record.map(|record| self.usage_of(key.clone(), (*record).clone())))
     }
 
-    /// Forgets these tags and removes what nothing else needs; with `is_dry_run`, only says what that would be. A client
-    /// that reads such a blob now reads it to its end. Blocks.
+    /// Deletes these tags and the content that nothing else references; with `is_dry_run`, only computes it. A client
+    /// that is reading such a blob can read it to its end. Blocks.
     pub fn delete_images(&self, keys: &[TagKey], is_dry_run: bool) -> Result<Reclaimed, StoreError> {
-        let going: HashSet<&TagKey> = keys.iter().collect();
+        let deleted_keys: HashSet<&TagKey> = keys.iter().collect();
         let (mut candidates, mut found) = (BTreeMap::new(), Vec::new());
-        for key in &going {
+        for key in &deleted_keys {
             if let Some(image) = self.tag_usage(key)? {
                 candidates.extend(image.content);
                 found.push(*key);
             }
         }
-        let (mut needed, mut sizes) = (HashSet::new(), HashMap::new());
+        let (mut referenced, mut sizes) = (HashSet::new(), HashMap::new());
         self.each_tag(|key, record| {
-            if !going.contains(&key) {
+            if !deleted_keys.contains(&key) {
                 let content = self.content(&record, &mut sizes);
-                needed.extend(
+                referenced.extend(
                     content
                         .into_keys()
                         .filter(|digest| candidates.contains_key(digest)),
@@ -225,7 +225,7 @@ impl Store {
             }
             ControlFlow::Continue(())
         });
-        self.needed_by_untagged(&candidates, &mut needed);
+        self.add_untagged_references(&candidates, &mut referenced);
         let mut reclaimed = Reclaimed {
             tags: found.len() as u64,
             ..Reclaimed::default()
@@ -236,7 +236,7 @@ impl Store {
             }
         }
         for (digest, content) in candidates {
-            if needed.contains(&digest) {
+            if referenced.contains(&digest) {
                 continue;
             }
             let was_there = match (is_dry_run, content.is_manifest) {
@@ -256,8 +256,12 @@ impl Store {
         Ok(reclaimed)
     }
 
-    /// Adds what manifests need that no tag leads to: they were pulled by their digest.
-    fn needed_by_untagged(&self, candidates: &BTreeMap<Digest, Content>, needed: &mut HashSet<Digest>) {
+    /// Adds the digests that untagged manifests reference: those were pulled by digest.
+    fn add_untagged_references(
+        &self,
+        candidates: &BTreeMap<Digest, Content>,
+        referenced: &mut HashSet<Digest>,
+    ) {
         for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
             let tree = format!("manifests/{algorithm}");
             for folder in self.fs.list(Path::new(&tree)).unwrap_or_default() {
@@ -269,12 +273,13 @@ impl Store {
                     if candidates.contains_key(&digest) {
                         continue;
                     }
-                    if let Ok(Some(held)) = self.manifest(&digest) {
-                        needed.extend(
-                            held.manifest
+                    if let Ok(Some(stored)) = self.manifest(&digest) {
+                        referenced.extend(
+                            stored
+                                .manifest
                                 .descriptors
                                 .iter()
-                                .filter_map(|child| known(&child.digest)),
+                                .filter_map(|child| supported(&child.digest)),
                         );
                     }
                 }
@@ -289,15 +294,15 @@ impl Store {
     ) -> BTreeMap<Digest, Content> {
         let mut content = BTreeMap::new();
         for variant in &record.variants {
-            self.gather(&variant.digest, DEPTH_MAX, &mut content, sizes);
+            self.collect_content(&variant.digest, DEPTH_MAX, &mut content, sizes);
             if let Some(previous) = &variant.previous {
-                self.gather(&previous.digest, DEPTH_MAX, &mut content, sizes);
+                self.collect_content(&previous.digest, DEPTH_MAX, &mut content, sizes);
             }
         }
         content
     }
 
-    fn gather(
+    fn collect_content(
         &self,
         digest: &Digest,
         depth: u32,
@@ -307,21 +312,21 @@ impl Store {
         if content.contains_key(digest) {
             return;
         }
-        let Ok(Some(held)) = self.manifest(digest) else {
+        let Ok(Some(stored)) = self.manifest(digest) else {
             return;
         };
         let manifest = Content {
-            bytes: held.bytes.len() as u64,
+            bytes: stored.bytes.len() as u64,
             is_manifest: true,
         };
         content.insert(*digest, manifest);
-        for child in &held.manifest.descriptors {
-            let Some(child_digest) = known(&child.digest) else {
+        for child in &stored.manifest.descriptors {
+            let Some(child_digest) = supported(&child.digest) else {
                 continue;
             };
             if child.kind == DescriptorKind::Manifest {
                 if let Some(depth) = depth.checked_sub(1) {
-                    self.gather(&child_digest, depth, content, sizes);
+                    self.collect_content(&child_digest, depth, content, sizes);
                 }
                 continue;
             }
@@ -339,7 +344,7 @@ impl Store {
     }
 }
 
-fn known(digest: &AnyDigest) -> Option<Digest> {
+fn supported(digest: &AnyDigest) -> Option<Digest> {
     match digest {
         AnyDigest::Supported(digest) => Some(*digest),
         AnyDigest::Unsupported(_) => None,

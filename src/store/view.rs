@@ -1,8 +1,7 @@
-//! Reads of the store, from memory alone or from the disk as well.
+//! Read view of the store: memory caches alone, or caches and disk.
 //!
-//! The same function answers a request from the caches, on an async worker, and from the files, on a thread that may
-//! block ([`super::async_store`]). In memory mode a look-up that needs the disk answers "nothing" and marks the view: what was
-//! computed from it is then thrown away.
+//! The same function reads the caches on an async worker, and the files on a blocking thread ([`super::async_store`]).
+//! In memory mode, a lookup that needs the disk returns "nothing" and marks the view; the result is then discarded.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -19,11 +18,11 @@ use super::tags::{TagKey, TagRecord};
 use super::{Store, StoreError};
 use crate::oci::{Digest, Repository};
 
-/// What the store holds, as far as this view reaches.
+/// A read view of the store.
 pub struct View<'a> {
     pub(super) store: &'a Store,
     source: Source,
-    /// Whether a look-up had to go beyond memory.
+    /// Whether a lookup needed the disk.
     needs_disk: Cell<bool>,
 }
 
@@ -34,7 +33,7 @@ enum Source {
 }
 
 impl Store {
-    /// Everything that is held. Blocks.
+    /// A view that includes the disk. Its reads block.
     pub fn view(&self) -> View<'_> {
         View::new(self, Source::Disk)
     }
@@ -49,19 +48,19 @@ impl<'a> View<'a> {
         }
     }
 
-    /// What `read` finds in memory; `None` where it takes the disk to know.
+    /// Runs `read` on the memory caches; `None` if it needed the disk.
     pub(super) fn in_memory<T>(store: &'a Store, read: impl FnOnce(&Self) -> T) -> Option<T> {
         let view = Self::new(store, Source::Memory);
         let found = read(&view);
         (!view.needs_disk.get()).then_some(found)
     }
 
-    /// Whether what was found so far is complete: not so after a look-up in memory mode that needed the disk.
+    /// Whether all lookups so far were answered by this view. Always true for a disk view.
     pub(super) fn needed_no_disk(&self) -> bool {
         !self.needs_disk.get()
     }
 
-    /// `ready` is what the caches know; `stored` looks at the disk too.
+    /// `ready` reads the caches, `stored` the caches and the disk.
     fn find<T>(
         &self,
         unknown: T,
@@ -77,25 +76,25 @@ impl<'a> View<'a> {
         }
     }
 
-    /// The manifest, if it is held.
+    /// The manifest, if cached.
     pub fn manifest(&self, digest: &Digest) -> Result<Option<Arc<StoredManifest>>, StoreError> {
         self.find(
             Ok(None),
-            |store| store.manifests.ready(digest).map(|held| Ok(Some(held))),
+            |store| store.manifests.ready(digest).map(|found| Ok(Some(found))),
             |store| store.manifests.find(digest),
         )
     }
 
-    /// The blob, if it is held.
+    /// The blob, if cached.
     pub fn blob(&self, digest: &Digest) -> Result<Option<BlobHandle>, StoreError> {
         self.find(
             Ok(None),
-            |store| store.blobs.in_memory(digest).map(|held| Ok(Some(held))),
+            |store| store.blobs.in_memory(digest).map(|found| Ok(Some(found))),
             |store| store.blobs.find(digest),
         )
     }
 
-    /// The whole blob, if it is held and at most [`super::blobs::SMALL_BLOB_BYTES_MAX`] long.
+    /// The complete bytes of a cached blob of at most [`super::blobs::SMALL_BLOB_BYTES_MAX`].
     pub fn small_blob(&self, digest: &Digest) -> Option<Bytes> {
         self.find(
             None,
@@ -112,7 +111,7 @@ impl<'a> View<'a> {
         )
     }
 
-    /// Whether the upstream was seen to have `digest` in this repository.
+    /// Whether `digest` is a member of this repository: the upstream was observed to have it there.
     pub fn is_member(&self, upstream: &str, repository: &Repository, digest: &Digest) -> bool {
         self.find(
             false,
@@ -121,7 +120,7 @@ impl<'a> View<'a> {
         )
     }
 
-    /// When the repository was last proven readable by anyone, if that still holds.
+    /// When the repository was last proven readable anonymously, if it is public.
     pub fn public_since(&self, upstream: &str, repository: &Repository) -> Option<SystemTime> {
         self.find(
             None,
@@ -130,7 +129,7 @@ impl<'a> View<'a> {
         )
     }
 
-    /// What is known of a tag.
+    /// The record of a tag.
     pub fn tag(&self, key: &TagKey) -> Result<Option<Arc<TagRecord>>, StoreError> {
         self.find(
             Ok(None),
@@ -139,7 +138,7 @@ impl<'a> View<'a> {
         )
     }
 
-    /// The last answer to a question for a list, if it is still kept.
+    /// The last response to a list request, if still stored.
     pub fn listing_response(&self, key: &ListingKey) -> Result<Option<StoredListResponse>, StoreError> {
         self.find(
             Ok(None),
@@ -148,7 +147,7 @@ impl<'a> View<'a> {
         )
     }
 
-    /// The last list given to this question, if it is still kept and no 404 came since.
+    /// The last list for this request, if still stored and not superseded by a 404.
     pub fn listing(&self, key: &ListingKey) -> Result<Option<Arc<StoredListing>>, StoreError> {
         Ok(match self.listing_response(key)? {
             Some(StoredListResponse::List(listing)) => Some(listing),
@@ -156,7 +155,7 @@ impl<'a> View<'a> {
         })
     }
 
-    /// What the upstream last said to a request without a credential, as far as that is kept.
+    /// The stored authentication challenge of an upstream.
     pub fn challenge(&self, upstream: &str) -> Option<Arc<StoredChallenge>> {
         self.find(
             None,
@@ -165,7 +164,7 @@ impl<'a> View<'a> {
         )
     }
 
-    /// Since when `key` is in doubt. All doubts are in memory.
+    /// The time since when `key` is invalidated. All invalidations are in memory.
     pub fn invalidated_since(&self, key: &InvalidationKey) -> Option<SystemTime> {
         self.store.invalidated_since(key)
     }

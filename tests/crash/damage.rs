@@ -42,7 +42,7 @@ pub async fn campaign(count: u32) -> Result<String, String> {
         proxy = setup.clone().start().await;
         retried += pulls_all(&world, &proxy).await;
         until_stored(&proxy).await;
-        proxy.program().says("every tag is in the index").await;
+        proxy.program().says("index rebuilt").await;
         for (place, file) in &damaged {
             until_repaired(&world, place, file).await;
         }

@@ -29,7 +29,7 @@ const COMMITS: usize = 100;
 const LAYERS: u64 = 16;
 const LAYER_BYTES: usize = 64 * 1024 * 1024;
 
-const REBUILT: &str = "every tag is in the index";
+const REBUILT: &str = "index rebuilt";
 const READ: &str = "verify job finished";
 
 pub async fn campaign(objects: u32) -> Result<String, String> {

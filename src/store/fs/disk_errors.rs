@@ -1,7 +1,7 @@
-//! Errors of the disk: counted by operation, whatever the caller makes of them, and logged at a bounded rate.
+//! Disk error counters by operation, and a rate limit for their log lines.
 //!
-//! A caller that cannot read takes what it wanted for not cached and goes on. Counted below all callers, a failing disk
-//! still does not look like an empty cache.
+//! A caller that cannot read treats the content as not cached and goes on. Errors are counted below all callers, so
+//! that a failing disk does not look like an empty cache.
 
 use std::io;
 use std::path::Path;
@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// A failing disk fails every read; one line in this time says so.
+/// Minimum time between two log lines: a failing disk fails every read.
 const LOG_EVERY: Duration = Duration::from_secs(10);
 
 /// Limits a kind of log line to one in ten seconds. Clones share the limit.
@@ -25,7 +25,7 @@ struct Limited {
 }
 
 impl LogLimit {
-    /// How many lines were skipped since the last one, if another may be written now.
+    /// If a line may be logged now, the number of lines skipped since the last one.
     pub fn admits(&self) -> Option<u64> {
         let now = Instant::now();
         let admitted = self.0.last.try_lock().is_ok_and(|mut last| {
@@ -44,7 +44,7 @@ impl LogLimit {
     }
 }
 
-/// An operation on the file system, as the metric names it.
+/// A file-system operation, with its name in the metric.
 #[derive(Clone, Copy)]
 pub(in crate::store) enum IoOperation {
     Open,
@@ -84,7 +84,7 @@ impl IoOperation {
     }
 }
 
-/// The errors since the start. Clones count into the same.
+/// Errors since the start. Clones share the counters.
 #[derive(Clone, Default)]
 pub(in crate::store) struct DiskErrors(Arc<Counted>);
 
@@ -95,7 +95,7 @@ struct Counted {
 }
 
 impl DiskErrors {
-    /// Counts `error`, if it is one of the disk and no ordinary result such as "there is no such file".
+    /// Counts `error`, unless it is an ordinary result such as "not found".
     pub(in crate::store) fn note(&self, operation: IoOperation, path: &Path, error: &io::Error) {
         if is_ordinary(error) {
             return;
@@ -103,17 +103,17 @@ impl DiskErrors {
         if let Some(count) = self.0.by_operation.get(operation as usize) {
             count.fetch_add(1, Ordering::Relaxed);
         }
-        // A refused write is logged by whoever tried it, and as the trouble of the disk that it is.
+        // A failed write is logged by its caller and reported as a health issue.
         if operation.is_reading()
             && let Some(skipped) = self.0.logged.admits()
         {
             let op = operation.name();
             tracing::error!(op, path = %path.display(), %error, skipped,
-                "the store cannot be read; what is not readable is fetched again (see the kernel's log)");
+                "store read failed, content will be fetched again (see the kernel's log)");
         }
     }
 
-    /// How many there were, by operation.
+    /// Number of errors, by operation.
     pub(in crate::store) fn totals(&self) -> Vec<(&'static str, u64)> {
         let counts = IoOperation::ALL.iter().zip(&self.0.by_operation);
         counts
@@ -139,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn e16_a_missing_file_is_no_error_of_the_disk() {
+    fn e16_missing_file_is_not_a_disk_error() {
         let errors = DiskErrors::default();
         let note = |kind: io::ErrorKind| errors.note(IoOperation::Open, Path::new("x"), &kind.into());
         note(io::ErrorKind::NotFound);
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn e16_log_lines_are_limited_and_skipped_ones_counted() {
+    async fn e16_log_lines_are_rate_limited_and_skips_counted() {
         let limit = LogLimit::default();
         assert_eq!(limit.admits(), Some(0));
         assert_eq!((limit.admits(), limit.admits()), (None, None));

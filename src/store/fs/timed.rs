@@ -1,4 +1,5 @@
-//! a file system whose operations under way are known: a disk that hangs returns no error, so nothing else shows it.
+//! File-system wrapper that tracks pending operations. A disk that hangs returns no error, so only a pending operation
+//! reveals it.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,17 +11,17 @@ use tokio::time::Instant;
 
 use super::{Entry, FileSystem, FsFile};
 
-/// An operation that takes longer is one that the operator should know of.
+/// An operation that takes longer is reported as a health issue.
 const SLOW_AFTER: Duration = Duration::from_secs(3);
 
-/// The operations under way. Cheap to clone.
+/// The pending operations. Cheap to clone.
 #[derive(Clone, Default)]
 pub(in crate::store) struct PendingIo(Arc<Mutex<PendingOperations>>);
 
 #[derive(Default)]
 struct PendingOperations {
     next: u64,
-    /// In the order in which they began.
+    /// Ordered by start.
     operations: BTreeMap<u64, (&'static str, Instant)>,
 }
 
@@ -39,7 +40,7 @@ impl PendingIo {
         work()
     }
 
-    /// The operation that has taken longest, and how long, if that is too long.
+    /// The oldest pending operation and its duration, if it is slow.
     pub(in crate::store) fn slow(&self, now: Instant) -> Option<(&'static str, Duration)> {
         let begun = self.lock();
         let (_, (operation, since)) = begun.operations.first_key_value()?;
@@ -59,7 +60,7 @@ impl Drop for PendingGuard<'_> {
     }
 }
 
-/// a file system that notes its operations.
+/// A file system that tracks its operations.
 pub(in crate::store) struct TimedFs {
     inner: Arc<dyn FileSystem>,
     pending: PendingIo,
@@ -118,7 +119,7 @@ impl FileSystem for TimedFs {
     }
 
     fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
-        // As long as there are files in it.
+        // Not tracked: it takes longer the more files there are.
         self.inner.remove_dir_all(path)
     }
 
@@ -158,7 +159,7 @@ impl FsFile for TimedFile {
     }
 
     fn read_at_nowait(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        // It never waits for the disk.
+        // Not tracked: it never waits for the disk.
         self.inner.read_at_nowait(into, offset)
     }
 

@@ -1,11 +1,11 @@
-//! Which grants the index may have: a set of hashes, so that the index is not asked for what it cannot have.
+//! Filter of the grants in the index: a set of hashes that avoids index reads for absent grants.
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// The hashes of all grants in the index, and of some that are no longer there. Some 1.5 MiB at most: the index has no more
-/// than [`super::GRANTS_MAX`] grants, and those noted until the next look through them.
+/// Hashes of all grants in the index, and of some removed ones. At most some 1.5 MiB: the index has at most
+/// [`super::GRANTS_MAX`] grants, plus those put until the next pruning.
 #[derive(Default)]
 pub(super) struct GrantFilter {
     hasher: RandomState,
@@ -14,13 +14,13 @@ pub(super) struct GrantFilter {
 
 #[derive(Default)]
 struct Sets {
-    /// `None` until the index was looked through once.
+    /// `None` until the index has been scanned once.
     now: Option<HashSet<u64>>,
-    /// What takes its place, while the index is looked through.
+    /// Its replacement, while the index is scanned.
     next: Option<HashSet<u64>>,
 }
 
-/// A look through the index. Dropped unfinished, it changes nothing.
+/// A rebuild of the filter during an index scan. Dropped unfinished, it changes nothing.
 pub(super) struct FilterRebuild<'a> {
     filter: &'a GrantFilter,
     is_finished: bool,
@@ -31,19 +31,19 @@ impl GrantFilter {
         self.sets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the index has no grant of this key for sure.
+    /// Whether the index certainly has no grant with this key.
     pub(super) fn excludes(&self, key: &[u8]) -> bool {
         let hash = self.hasher.hash_one(key);
         let sets = self.sets();
         sets.now.as_ref().is_some_and(|now| !now.contains(&hash))
     }
 
-    /// Whether the index was looked through.
+    /// Whether the index has been scanned.
     pub(super) fn is_complete(&self) -> bool {
         self.sets().now.is_some()
     }
 
-    /// A grant is about to be put into the index.
+    /// Adds a key that is about to be put into the index.
     pub(super) fn add(&self, key: &[u8]) {
         let hash = self.hasher.hash_one(key);
         let Sets { now, next } = &mut *self.sets();
@@ -52,8 +52,8 @@ impl GrantFilter {
         }
     }
 
-    /// Begins a look through the index, unless there is one already. `_order` is what [`Self::add`] and the put that follows
-    /// it are done under: a put that came later than the look would be in the index and not in the list.
+    /// Starts a rebuild, unless one is running. `_order` is the lock under which [`Self::add`] and the index put
+    /// happen: a put after the start of the scan would otherwise be in the index and not in the filter.
     pub(super) fn begin(&self, _order: &MutexGuard<'_, ()>) -> Option<FilterRebuild<'_>> {
         let mut sets = self.sets();
         if sets.next.is_some() {
@@ -68,7 +68,7 @@ impl GrantFilter {
 }
 
 impl FilterRebuild<'_> {
-    /// The index has a grant of this key.
+    /// Adds a key found in the index.
     pub(super) fn add(&mut self, key: &[u8]) {
         let hash = self.filter.hasher.hash_one(key);
         if let Some(next) = &mut self.filter.sets().next {
@@ -76,7 +76,7 @@ impl FilterRebuild<'_> {
         }
     }
 
-    /// The index has no others.
+    /// Marks the scan as complete.
     pub(super) fn finish(&mut self) {
         self.is_finished = true;
     }

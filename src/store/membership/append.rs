@@ -1,4 +1,4 @@
-//! Appends to the files of proofs: in the order in which memory learned, and with one fsync for all lines that wait.
+//! Appends to membership files: in the order of the changes in memory, and with one fsync for all pending lines.
 
 use std::collections::HashSet;
 use std::sync::atomic::Ordering;
@@ -9,43 +9,42 @@ use crate::oci::{Digest, Repository};
 use crate::store::cache_key::{RepoKey, RepoKeyRef};
 use crate::store::{AsyncStore, StoreError};
 
-/// Lines kept for another attempt while a file cannot be written to. Proofs that are lost cost a question each.
+/// Lines kept for a retry while a file cannot be written. Each lost member costs one upstream request.
 const PENDING_LINES_MAX: usize = 4096;
 
-/// A proof that is in memory and not on the disk.
+/// A member that is in memory and not yet in the file.
 #[derive(Clone)]
 pub struct PendingAppend {
     key: RepoKey,
     repo: Arc<SharedRepoDigests>,
 }
 
-/// What became of a proof in memory.
+/// Result of adding a member in memory.
 pub enum MembershipUpdate {
-    /// It was known, or is not to be written down.
+    /// It was already known, or must not be persisted.
     Known,
-    /// It is known now.
+    /// It was added and must be persisted.
     Pending(PendingAppend),
-    /// It takes the disk to know.
+    /// The repository is not in memory; use the blocking API.
     NotInMemory,
 }
 
 impl AsyncStore {
-    /// Keeps in memory the proof that the upstream has `digest` in this repository. Lost before it is written down, it
-    /// costs one question.
+    /// Adds a member in memory. If it is lost before it is persisted, it costs one upstream request.
     pub fn add_member(&self, upstream: &str, repository: &Repository, digest: &Digest) -> MembershipUpdate {
         self.store.membership.add_if_cached(upstream, repository, digest)
     }
 
-    /// Writes a proof down.
-    pub async fn persist_membership(&self, pending_lines: PendingAppend) -> Result<(), StoreError> {
-        self.write(move |store| store.membership.persist_membership(&pending_lines))
+    /// Appends a pending member to its file.
+    pub async fn persist_membership(&self, pending: PendingAppend) -> Result<(), StoreError> {
+        self.write(move |store| store.membership.persist_membership(&pending))
             .await
     }
 }
 
 impl MembershipStore {
     fn add_if_cached(&self, upstream: &str, repository: &Repository, digest: &Digest) -> MembershipUpdate {
-        // Not while a file is let go of, which takes the disk.
+        // Do not wait for the removal of a file, which needs the disk.
         let _order = match self.order.try_read() {
             Ok(order) => order,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -61,23 +60,23 @@ impl MembershipStore {
         }
     }
 
-    fn persist_membership(&self, pending_lines: &PendingAppend) -> Result<(), StoreError> {
+    fn persist_membership(&self, pending: &PendingAppend) -> Result<(), StoreError> {
         let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
-        self.append(&pending_lines.key, &pending_lines.repo)
+        self.append(&pending.key, &pending.repo)
     }
 
-    /// Tries again to write down what takes something back. Blocks.
+    /// Retries pending lines that remove a member or make a repository private. Blocks.
     pub(in crate::store) fn append_pending(&self) {
         for (key, repo) in self.in_use.pending() {
             let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
             if self.append(&key, &repo).is_err() {
-                // The disk is told of elsewhere; the others would fail too.
+                // Disk errors are reported elsewhere; further appends would fail too.
                 return;
             }
         }
     }
 
-    /// Appends what is not in the file yet. When this returns, all that was learned before is there.
+    /// Appends all pending lines. When this returns, every change made before the call is in the file.
     pub(super) fn append(&self, key: &RepoKey, repo: &Arc<SharedRepoDigests>) -> Result<(), StoreError> {
         let _appending = repo.appending.lock().unwrap_or_else(PoisonError::into_inner);
         let (has_header, contents) = repo.write(|repo| {
@@ -86,7 +85,7 @@ impl MembershipStore {
             repo.has_header |= !contents.is_empty();
             (had_header, contents)
         });
-        // Another has written it.
+        // Another caller has written it.
         if contents.is_empty() {
             return Ok(());
         }
@@ -103,7 +102,7 @@ impl MembershipStore {
         let path = path(key);
         let appended = self.fs.append(&path, lines.as_bytes());
         let is_pending = appended.is_err() && {
-            // For the next attempt, before what was learned since.
+            // For the next attempt, ahead of newer lines.
             repo.write(|repo| {
                 repo.has_header = has_header;
                 repo.pending_lines.splice(..0, retained_lines(contents));
@@ -115,18 +114,17 @@ impl MembershipStore {
     }
 }
 
-/// What is tried again of lines that could not be appended: all of them or, where they are too many, what takes something
-/// back, each line once.
+/// Lines to retry after a failed append: all of them or, beyond the limit, only the removals, each once.
 fn retained_lines(contents: Vec<String>) -> Vec<String> {
     if contents.len() <= PENDING_LINES_MAX {
         return contents;
     }
     let mut kept = HashSet::new();
-    let taking_back = contents.into_iter().filter(|line| is_removal(line));
-    taking_back.filter(|line| kept.insert(line.clone())).collect()
+    let removals = contents.into_iter().filter(|line| is_removal(line));
+    removals.filter(|line| kept.insert(line.clone())).collect()
 }
 
-/// Whether the line ends what an earlier one says.
+/// Whether the line revokes an earlier one.
 fn is_removal(line: &str) -> bool {
     line == "private" || line.starts_with("gone ")
 }
@@ -149,50 +147,51 @@ mod tests {
         MembershipStore::with_quota(&fs, u64::MAX)
     }
 
-    fn has(repo: &MembershipStore, repository: &Repository, number: usize) -> bool {
-        let repo = repo.get(UPSTREAM, repository).unwrap();
+    fn has(store: &MembershipStore, repository: &Repository, number: usize) -> bool {
+        let repo = store.get(UPSTREAM, repository).unwrap();
         repo.read(|repo| repo.digests.contains(&digest(number)))
     }
 
-    fn evict(repo: &MembershipStore, repository: &Repository) {
-        repo.ready.remove(&RepoKeyRef::new(UPSTREAM, repository));
+    fn evict(store: &MembershipStore, repository: &Repository) {
+        store.ready.remove(&RepoKeyRef::new(UPSTREAM, repository));
     }
 
     #[test]
-    fn t08_queued_proof_is_not_written_over_its_deletion() {
+    fn t08_queued_member_is_not_persisted_after_its_removal() {
         let disk = Arc::new(MemoryFs::new());
-        let repo = membership_on(&disk);
+        let store = membership_on(&disk);
         let app: Repository = "acme/app".parse().unwrap();
-        assert!(!has(&repo, &app, 1));
-        let MembershipUpdate::Pending(queued) = repo.add_if_cached(UPSTREAM, &app, &digest(1)) else {
+        assert!(!has(&store, &app, 1));
+        let MembershipUpdate::Pending(queued) = store.add_if_cached(UPSTREAM, &app, &digest(1)) else {
             panic!("it is in memory and not written down");
         };
-        evict(&repo, &app);
-        repo.remove_member(UPSTREAM, &app, &digest(1)).unwrap();
-        repo.persist_membership(&queued).unwrap();
-        assert!(!has(&repo, &app, 1));
+        evict(&store, &app);
+        store.remove_member(UPSTREAM, &app, &digest(1)).unwrap();
+        store.persist_membership(&queued).unwrap();
+        assert!(!has(&store, &app, 1));
         assert!(!has(&membership_on(&disk), &app, 1));
     }
 
     #[test]
-    fn t08_deletion_that_no_disk_took_is_written_later() {
+    fn t08_removal_refused_by_disk_is_persisted_later() {
         let disk = Arc::new(MemoryFs::new());
-        let repo = membership_on(&disk);
+        let store = membership_on(&disk);
         let app: Repository = "acme/app".parse().unwrap();
-        repo.add(UPSTREAM, &app, &digest(0)).unwrap();
-        repo.set_public(UPSTREAM, &app, Some(std::time::SystemTime::UNIX_EPOCH))
+        store.add(UPSTREAM, &app, &digest(0)).unwrap();
+        store
+            .set_public(UPSTREAM, &app, Some(std::time::SystemTime::UNIX_EPOCH))
             .unwrap();
         disk.set_bytes_max(0);
-        repo.remove_member(UPSTREAM, &app, &digest(0)).unwrap_err();
-        repo.set_public(UPSTREAM, &app, None).unwrap_err();
+        store.remove_member(UPSTREAM, &app, &digest(0)).unwrap_err();
+        store.set_public(UPSTREAM, &app, None).unwrap_err();
         for number in 1..=PENDING_LINES_MAX {
-            repo.add(UPSTREAM, &app, &digest(number)).unwrap_err();
+            store.add(UPSTREAM, &app, &digest(number)).unwrap_err();
         }
-        evict(&repo, &app);
-        assert!(!has(&repo, &app, 0));
+        evict(&store, &app);
+        assert!(!has(&store, &app, 0));
         disk.set_bytes_max(u64::MAX);
-        repo.append_pending();
-        assert!(repo.in_use.pending().is_empty());
+        store.append_pending();
+        assert!(store.in_use.pending().is_empty());
         let again = membership_on(&disk);
         assert!(!has(&again, &app, 0));
         assert_eq!(again.public_in_memory(UPSTREAM, &app), Some(None));

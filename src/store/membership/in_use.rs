@@ -1,7 +1,8 @@
-//! Which repositories' proofs are in memory beside the cache, so that no two of one repository are.
+//! Registry of the repositories in memory, so that there is never a second copy of one.
 //!
-//! The cache lets go of a repository also while someone is about to write to its file. A second one, loaded from the file
-//! meanwhile, would not know what the first one is about to append, and neither would write down what ends it.
+//! The cache can evict a repository while a caller is about to append to its file. A second copy, loaded from the file
+//! in the meantime, would lack the lines that the first is about to append, and neither copy would write the line that
+//! revokes them.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -9,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use super::SharedRepoDigests;
 use crate::store::cache_key::RepoKey;
 
-/// At this many, those no longer used are looked for; and at twice as many as were left then.
+/// At this many entries, unused ones are removed; the next time at twice the remaining number.
 const SWEEP_MIN: usize = 1024;
 
 #[derive(Default)]
@@ -18,7 +19,7 @@ pub(super) struct LiveRepos(Mutex<Repos>);
 #[derive(Default)]
 struct Repos {
     used: HashMap<RepoKey, Weak<SharedRepoDigests>>,
-    /// Those whose file lacks a line that takes something back: only memory knows it.
+    /// Repositories whose file lacks a revoking line, which only memory has.
     pending: HashMap<RepoKey, Arc<SharedRepoDigests>>,
     sweep_at: usize,
 }
@@ -28,7 +29,7 @@ impl LiveRepos {
         self.lock().used.get(key)?.upgrade()
     }
 
-    /// Notes what was loaded; not at the same time as another load of the same repository.
+    /// Registers a loaded repository. Must not run concurrently with another load of the same repository.
     pub(super) fn enter(&self, key: &RepoKey, repo: &Arc<SharedRepoDigests>) {
         let mut repos = self.lock();
         if repos.used.len() >= repos.sweep_at.max(SWEEP_MIN) {
@@ -38,7 +39,7 @@ impl LiveRepos {
         repos.used.insert(key.clone(), Arc::downgrade(repo));
     }
 
-    /// Keeps those whose file could not be appended to, or no longer does.
+    /// Adds or removes a repository whose file lacks a revoking line.
     pub(super) fn set_pending(&self, key: &RepoKey, repo: &Arc<SharedRepoDigests>, is_pending: bool) {
         let mut repos = self.lock();
         if is_pending {
@@ -48,7 +49,7 @@ impl LiveRepos {
         }
     }
 
-    /// Those whose file lacks a line that takes something back.
+    /// Repositories whose file lacks a revoking line.
     pub(super) fn pending(&self) -> Vec<(RepoKey, Arc<SharedRepoDigests>)> {
         let repos = self.lock();
         let pending = repos.pending.iter();
@@ -57,7 +58,7 @@ impl LiveRepos {
             .collect()
     }
 
-    /// The map is whole between any two statements under its lock.
+    /// The map is consistent between any two statements under its lock, so poisoning is ignored.
     fn lock(&self) -> MutexGuard<'_, Repos> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

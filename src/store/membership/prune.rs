@@ -1,10 +1,10 @@
-//! How much the proofs may take together. A stranger can ask for one public repository after the other, and each leaves a
-//! file; so at the limit nothing more is written down until something was let go.
+//! Size limit of the membership files. Any client can create one file per public repository. At the limit, nothing more
+//! is persisted until files have been pruned.
 //!
-//! What goes are whole files, those that were written to least recently first, and only of repositories of which no content
-//! is held: their proofs open nothing. Losing one too many costs a question.
+//! Whole files are pruned, the least recently written first, and only of repositories without cached content. A file
+//! pruned too early costs one upstream request per digest.
 //!
-//! What takes a right back is written whatever the limit says.
+//! Lines that revoke something are written regardless of the limit.
 
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
@@ -16,13 +16,13 @@ use crate::oci::Digest;
 use crate::store::cache_key::{RepoKey, RepoKeyRef};
 use crate::store::evict::EVICTION_MIN_AGE;
 
-/// Proofs on the disk, of all repositories together; at [`BLOCK_BYTES`] for each, those of a quarter of a million.
+/// Limit of all files together: at [`BLOCK_BYTES`] each, a quarter of a million repositories.
 pub(in crate::store) const MEMBERSHIP_BYTES_MAX: u64 = 1024 * 1024 * 1024;
 
-/// What a file takes at least.
+/// Minimum disk usage of a file.
 pub(super) const BLOCK_BYTES: u64 = 4096;
 
-/// Letting go begins at this share of the limit, and ends at the lower one.
+/// Pruning begins at this share of the limit and ends at the lower one.
 const BEGIN_PERCENT: u64 = 95;
 const END_PERCENT: u64 = 80;
 
@@ -39,19 +39,19 @@ impl File {
 }
 
 impl MembershipStore {
-    /// Counts what is there already.
+    /// Adds the existing files to the estimate.
     pub(in crate::store) fn count(&self, stop: &AtomicBool) {
         let files = self.files(stop);
         self.bytes
             .fetch_add(files.iter().map(File::counted).sum(), Ordering::Relaxed);
     }
 
-    /// Whether something more may be written down that can be asked for again.
+    /// Whether more lines may be persisted, other than revoking ones.
     pub(super) fn has_quota(&self) -> bool {
         self.bytes.load(Ordering::Relaxed) < self.bytes_max
     }
 
-    /// Lets go of what is too much. `is_cached`: whether the content of this digest is here. Blocks.
+    /// Prunes files down to the limit. `is_cached`: whether the content of a digest is cached. Blocks.
     pub(in crate::store) fn prune(
         &self,
         now: SystemTime,
@@ -63,7 +63,7 @@ impl MembershipStore {
             return;
         }
         let mut files = self.files(stop);
-        // In place of what was estimated while it was written; what is written meanwhile counts the next time.
+        // Replaces the estimate; lines written meanwhile count the next time.
         let mut bytes: u64 = files.iter().map(File::counted).sum();
         let before = bytes;
         files.sort_by_key(|file| file.modified);
@@ -81,24 +81,19 @@ impl MembershipStore {
         }
         self.bytes.store(bytes, Ordering::Relaxed);
         if bytes < before {
-            tracing::info!(
-                bytes = before - bytes,
-                "let go of proofs of repositories of which nothing is held"
-            );
+            tracing::info!(bytes = before - bytes, "membership files pruned");
         }
         if !self.has_quota() {
-            tracing::warn!(
-                "the proofs of what repositories have take all the room they may; new ones are lost at a restart"
-            );
+            tracing::warn!("membership files reached their size limit; new members are lost at a restart");
         }
     }
 
-    /// Says whether it is gone.
+    /// Returns whether the file was removed.
     fn remove_unless_cached(&self, file: &File, is_cached: &dyn Fn(&Digest) -> bool) -> bool {
         let Ok(text) = self.fs.read_file(&file.path, FILE_BYTES_MAX) else {
             return false;
         };
-        // One that does not say whose it is proves nothing.
+        // A file without a valid header line is of no use.
         let key = text.split(|byte| *byte == b'\n').find_map(key_of_header);
         if let Some(key) = &key {
             let (repo, _) = RepoDigests::from_lines(key, &text);
@@ -107,13 +102,13 @@ impl MembershipStore {
             }
         }
         let _order = self.order.write().unwrap_or_else(PoisonError::into_inner);
-        // Whoever wrote to it since the look has use for it.
+        // A file that was written since the scan is in use.
         let size = self.fs.open(&file.path).and_then(|file| file.size());
         if size.ok() != Some(text.len() as u64) || self.fs.remove(&file.path).is_err() {
             return false;
         }
         if let Some(key) = key {
-            // Those who hold it still begin a new file.
+            // Remaining users start a new file.
             if let Some(repo) = self.in_use.find(&key) {
                 repo.write(RepoDigests::forget_file);
             }
@@ -141,7 +136,7 @@ impl MembershipStore {
     }
 }
 
-/// Whose file it is, by its first line.
+/// The key of a file, from its header line.
 fn key_of_header(line: &[u8]) -> Option<RepoKey> {
     let text = std::str::from_utf8(line).ok()?;
     let mut words = text.strip_prefix("repository ")?.split(' ');
@@ -173,7 +168,7 @@ mod tests {
         SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
     }
 
-    /// Room for so many repositories, on a disk.
+    /// A store with a quota for so many repositories.
     fn membership_with(disk: &Arc<MemoryFs>, repositories: u64) -> MembershipStore {
         let fs = Arc::clone(disk) as Arc<dyn FileSystem>;
         let repo = MembershipStore::with_quota(&fs, repositories * BLOCK_BYTES);
@@ -181,105 +176,105 @@ mod tests {
         repo
     }
 
-    fn note(repo: &MembershipStore, disk: &MemoryFs, number: u64) {
+    fn add(store: &MembershipStore, disk: &MemoryFs, number: u64) {
         let repository = repository(number);
-        repo.add(UPSTREAM, &repository, &digest(number)).unwrap();
+        store.add(UPSTREAM, &repository, &digest(number)).unwrap();
         let path = super::super::path(&RepoKey::of(UPSTREAM, &repository));
-        // A disk in memory has no clock: written in the order of their numbers.
+        // The in-memory file system has no clock: each file gets its number as its time.
         let _ = disk.set_modified(&path, at(number));
     }
 
-    fn has(repo: &MembershipStore, number: u64) -> bool {
-        let repo = repo.get(UPSTREAM, &repository(number)).unwrap();
+    fn has(store: &MembershipStore, number: u64) -> bool {
+        let repo = store.get(UPSTREAM, &repository(number)).unwrap();
         repo.read(|repo| repo.digests.contains(&digest(number)))
     }
 
     #[test]
-    fn a_stranger_who_asks_for_everything_fills_no_disk() {
+    fn membership_size_is_limited_for_many_repositories() {
         let disk = Arc::new(MemoryFs::new());
-        let repo = membership_with(&disk, 100);
+        let store = membership_with(&disk, 100);
         for number in 0..1000 {
-            note(&repo, &disk, number);
-            assert!(has(&repo, number), "in memory it is known all the same");
+            add(&store, &disk, number);
+            assert!(has(&store, number), "it is still in memory");
         }
-        let files = repo.files(&AtomicBool::new(false));
+        let files = store.files(&AtomicBool::new(false));
         assert!(files.len() <= 100, "{}", files.len());
         let again = membership_with(&disk, 100);
         assert!(
             has(&again, 0) && !has(&again, 999),
-            "what found no room is lost at a restart"
+            "members beyond the limit are lost at a restart"
         );
         assert!(
             again.bytes.load(Ordering::Relaxed) > 90 * BLOCK_BYTES,
-            "it is counted again"
+            "existing files are counted"
         );
     }
 
     #[test]
-    fn the_oldest_proofs_that_open_nothing_make_room() {
+    fn prune_removes_oldest_files_without_cached_content() {
         let disk = Arc::new(MemoryFs::new());
-        let repo = membership_with(&disk, 100);
+        let store = membership_with(&disk, 100);
         for number in 0..100 {
-            note(&repo, &disk, number);
+            add(&store, &disk, number);
         }
         let held = [digest(3), digest(5)];
         let long_after = at(1_000_000);
-        repo.prune(
+        store.prune(
             long_after,
             &|digest| held.contains(digest),
             &AtomicBool::new(false),
         );
-        assert!(has(&repo, 3) && has(&repo, 5), "what opens something stays");
         assert!(
-            !has(&repo, 0) && !has(&repo, 10),
-            "neither on the disk nor in memory"
+            has(&store, 3) && has(&store, 5),
+            "repositories with cached content stay"
         );
-        assert!(has(&repo, 90), "no more goes than has to");
-        note(&repo, &disk, 200);
+        assert!(!has(&store, 0) && !has(&store, 10), "pruned from disk and memory");
+        assert!(has(&store, 90), "only as much as needed is pruned");
+        add(&store, &disk, 200);
         let again = membership_with(&disk, 100);
         assert!(has(&again, 200) && has(&again, 3) && !has(&again, 0));
     }
 
     #[test]
-    fn what_was_written_within_the_hour_stays() {
+    fn prune_keeps_files_written_within_the_hour() {
         let disk = Arc::new(MemoryFs::new());
-        let repo = membership_with(&disk, 100);
+        let store = membership_with(&disk, 100);
         for number in 0..100 {
-            note(&repo, &disk, number);
+            add(&store, &disk, number);
         }
-        repo.prune(at(99), &|_| false, &AtomicBool::new(false));
+        store.prune(at(99), &|_| false, &AtomicBool::new(false));
         assert!((0..90).all(|number| has(&membership_with(&disk, 100), number)));
     }
 
     #[test]
-    fn what_is_written_to_between_the_look_and_the_removal_stays() {
+    fn prune_keeps_file_written_after_the_scan() {
         let disk = Arc::new(MemoryFs::new());
-        let repo = membership_with(&disk, 100);
+        let store = membership_with(&disk, 100);
         for number in 0..94 {
-            note(&repo, &disk, number);
+            add(&store, &disk, number);
         }
         let is_cached = |_: &Digest| {
-            // Now the look at the first is over but for the answer.
-            repo.add(UPSTREAM, &repository(0), &digest(1000)).unwrap();
+            // The scan of the first file is over, but not its removal.
+            store.add(UPSTREAM, &repository(0), &digest(1000)).unwrap();
             false
         };
-        repo.prune(at(1_000_000), &is_cached, &AtomicBool::new(false));
+        store.prune(at(1_000_000), &is_cached, &AtomicBool::new(false));
         let again = membership_with(&disk, 1000);
         assert!(has(&again, 0) && !has(&again, 1));
     }
 
     #[test]
-    fn what_takes_a_right_back_is_written_though_there_is_no_room() {
+    fn revocation_is_persisted_beyond_the_limit() {
         let disk = Arc::new(MemoryFs::new());
-        let repo = membership_with(&disk, 10);
+        let store = membership_with(&disk, 10);
         let first = repository(0);
-        repo.set_public(UPSTREAM, &first, Some(at(7))).unwrap();
+        store.set_public(UPSTREAM, &first, Some(at(7))).unwrap();
         for number in 0..100 {
-            note(&repo, &disk, number);
+            add(&store, &disk, number);
         }
-        assert!(!repo.has_quota());
-        repo.set_public(UPSTREAM, &first, None).unwrap();
-        repo.remove_member(UPSTREAM, &first, &digest(0)).unwrap();
+        assert!(!store.has_quota());
+        store.set_public(UPSTREAM, &first, None).unwrap();
+        store.remove_member(UPSTREAM, &first, &digest(0)).unwrap();
         let again = membership_with(&disk, 10);
         let again = again.get(UPSTREAM, &first).unwrap();
         assert!(again.read(|repo| repo.public.is_none() && repo.digests.is_empty()));

@@ -1,15 +1,15 @@
-//! What the index keeps of a tag: as little as it can be. sled holds many more of its pages in memory than it is allowed,
-//! so that with the text of the file in each record a large store took twice the memory.
+//! Compact binary encoding of tag records for the index. sled keeps many more of its pages in memory than its cache
+//! limit allows: with the JSON text in each record, a large store took twice the memory.
 //!
-//! One variant after the other, the newest first: the key of what was accepted (8 bytes), what the tag named, when that
-//! was last and when first said (8 each), a byte of flags, and the image before it, or none. Digest and media type begin with a byte that
-//! says which they are. Numbers have their highest byte first.
+//! Variants follow each other, the newest first. A variant is: the key of the `Accept` set (8 bytes), digest and media
+//! type, time of the last and of the first confirmation (8 bytes each), a byte of flags, and the previous image if
+//! there is one. Digest and media type begin with a type byte. Numbers are big-endian.
 
 use super::record::{Previous, TagRecord, VARIANTS_MAX, Variant};
 use crate::oci::{Digest, MediaType};
 use crate::store::checksummed_json::{from_millis, to_millis};
 
-/// The media types with a number of their own, in an order that stays as it is. 0 is any other.
+/// Media types with a code of their own; the order is part of the format. Code 0 is any other type.
 const KNOWN_TYPES: [&str; 4] = [
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.oci.image.manifest.v1+json",
@@ -21,7 +21,7 @@ const HAS_PREVIOUS: u8 = 1;
 const ACCEPTS_INDEXES: u8 = 2;
 
 impl TagRecord {
-    /// As many variants, the newest first, as fit into `bytes_max`.
+    /// Encodes as many variants, the newest first, as fit into `bytes_max`.
     pub(in crate::store) fn to_index(&self, bytes_max: usize) -> Vec<u8> {
         let mut packed = Vec::new();
         for variant in &self.variants {
@@ -73,7 +73,7 @@ fn pack_name(digest: &Digest, media_type: &MediaType, packed: &mut Vec<u8>) {
         return;
     }
     packed.push(0);
-    // Parsed, it is at most so long.
+    // A parsed media type is never longer.
     packed.push(u8::try_from(text.len()).unwrap_or(u8::MAX));
     packed.extend_from_slice(text.as_bytes());
 }
@@ -101,7 +101,7 @@ fn unpack(packed: &mut &[u8]) -> Option<Variant> {
         confirmed_at,
         first_seen_at,
         previous,
-        // Only the file has it.
+        // Only in the file.
         history: Vec::new(),
     })
 }
@@ -168,13 +168,13 @@ mod tests {
     }
 
     #[test]
-    fn a_record_comes_back_as_it_went() {
+    fn tag_record_encoding_round_trips() {
         let record = record();
         assert_eq!(TagRecord::from_index(&record.to_index(4000)), Some(record));
     }
 
     #[test]
-    fn one_that_is_too_long_loses_its_oldest_variants() {
+    fn encoding_drops_oldest_variants_beyond_limit() {
         let mut record = record();
         let packed = record.to_index(4000);
         record.variants.truncate(1);
@@ -185,22 +185,22 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_cut_is_none_and_panics_nowhere() {
+    fn truncated_tag_encoding_is_rejected() {
         let record = record();
         let packed = record.to_index(4000);
-        let whole = record.to_index(4000).len();
+        let full_length = record.to_index(4000).len();
         let first = TagRecord {
             variants: record.variants[..1].to_vec(),
         }
         .to_index(4000)
         .len();
-        for length in (1..whole).filter(|length| *length != first) {
+        for length in (1..full_length).filter(|length| *length != first) {
             assert_eq!(TagRecord::from_index(&packed[..length]), None, "{length}");
         }
     }
 
     #[test]
-    fn a_usual_tag_takes_less_than_eighty_bytes() {
+    fn typical_tag_encoding_is_below_80_bytes() {
         let mut record = record();
         record.variants.truncate(1);
         record.variants[0].previous = None;

@@ -1,12 +1,12 @@
-//! A further upstream response for a tag: the record with it.
+//! Merges an upstream response into a tag record.
 //!
-//! Responses overtake each other. A response says what the tag named at some moment between its request and its arrival,
-//! so a variant counts as confirmed when the request was sent (RFC 9111 §4.2.3): a slow response that names what the tag
-//! is known to have named before does not replace what a later request was answered. Only a digest that is new for the
-//! tag counts from the arrival of the response, for it shows that the tag has moved.
+//! Responses can arrive out of order. A response states what the tag pointed to at some moment between its request and
+//! its arrival, so a variant counts as confirmed when the request was sent (RFC 9111 §4.2.3). A slow response with a
+//! digest that the tag had before does therefore not replace the response to a later request. A digest that is new for
+//! the tag counts from the arrival of the response, because it proves that the tag has moved.
 //!
-//! Times in a record never lie after the arrival of its last response. Where they do, the clock was set back, and what
-//! was confirmed before is moved to just before this response, in its order.
+//! No time in a record is later than the arrival of its last response. If one is, the clock was set back: such
+//! confirmations are moved to just before this response, in their order.
 
 use std::cmp::Reverse;
 use std::time::{Duration, SystemTime};
@@ -15,22 +15,22 @@ use super::record::{HISTORY_MAX, HistoryEntry, NEVER_CONFIRMED, Previous, TagRec
 use crate::oci::Digest;
 use crate::store::checksummed_json::{from_millis, to_millis};
 
-/// The finest difference of time that a file keeps.
+/// Time resolution of a tag file.
 const TICK: Duration = Duration::from_millis(1);
 
 impl TagRecord {
-    /// This record after a response that arrived at `received_at`. `variant.confirmed_at` is when its request was sent.
-    /// `None` where a later request with the same `Accept` set was answered otherwise already.
+    /// This record after a response that arrived at `received_at`; `variant.confirmed_at` is when its request was sent.
+    /// `None` if a later request with the same `Accept` set already got another response.
     pub(super) fn with_response(
         &self,
         mut variant: Variant,
         received_at: SystemTime,
         is_complete: &dyn Fn(&Digest) -> bool,
     ) -> Option<Self> {
-        let own = |old: &&Variant| old.accept == variant.accept;
+        let same_set = |old: &&Variant| old.accept == variant.accept;
         if variant.confirmed_at == NEVER_CONFIRMED {
-            // An operator's word is about the tag, whatever media types are accepted.
-            let before = self.variants.iter().find(own);
+            // A tag set by the operator applies to all sets of accepted media types.
+            let before = self.variants.iter().find(same_set);
             let variant = before.map_or(variant.clone(), |before| variant.replacing(before, is_complete));
             return Some(Self {
                 variants: vec![variant],
@@ -45,7 +45,7 @@ impl TagRecord {
         };
         variant.first_seen_at = in_millis(variant.first_seen_at);
         let mut others = self.not_after(received_at, requested_at);
-        if let Some(at) = others.iter().position(|old| own(&old)) {
+        if let Some(at) = others.iter().position(|old| same_set(&old)) {
             let before = others.remove(at);
             if before.digest == variant.digest {
                 variant.confirmed_at = variant.confirmed_at.max(before.confirmed_at);
@@ -58,8 +58,9 @@ impl TagRecord {
         Some(Self::from_variants(others))
     }
 
-    /// At most [`VARIANTS_MAX`] of these variants, the last confirmed first. Of those that name the same digest the older
-    /// ones go first: a client that sends many `Accept` sets does not drive out what the tag named for others.
+    /// At most [`VARIANTS_MAX`] of these variants, the last confirmed first. Of variants with the same digest, the
+    /// older ones are dropped first, so that a client that sends many `Accept` sets does not displace the digests that
+    /// other sets got.
     pub(super) fn from_variants(mut variants: Vec<Variant>) -> Self {
         variants.sort_by_key(|variant| Reverse(variant.confirmed_at));
         while variants.len() > VARIANTS_MAX {
@@ -74,7 +75,7 @@ impl TagRecord {
         Self { variants }
     }
 
-    /// Whether the tag is known to name this digest, or to have named it.
+    /// Whether the tag has pointed to this digest, now or before.
     pub fn has_pointed_to(&self, digest: &Digest) -> bool {
         self.variants.iter().any(|variant| {
             let previous = variant.previous.iter().map(|previous| &previous.digest);
@@ -83,7 +84,7 @@ impl TagRecord {
         })
     }
 
-    /// The variants, none of them confirmed after `received_at`; those that were, just before `requested_at`.
+    /// The variants, with confirmations after `received_at` moved to just before `requested_at`.
     fn not_after(&self, received_at: SystemTime, requested_at: SystemTime) -> Vec<Variant> {
         let mut variants = self.variants.clone();
         variants.sort_by_key(|variant| Reverse(variant.confirmed_at));
@@ -103,7 +104,8 @@ impl TagRecord {
 }
 
 impl Variant {
-    /// This variant in place of `before`. Of the two it keeps a whole image in reach for as long as itself `is_complete` not.
+    /// This variant in place of `before`. While it is not `is_complete`, it keeps a reference to a previous complete
+    /// image.
     fn replacing(mut self, before: &Self, is_complete: &dyn Fn(&Digest) -> bool) -> Self {
         if self.digest == before.digest {
             self.first_seen_at = before.first_seen_at;
@@ -134,7 +136,7 @@ impl Variant {
     }
 }
 
-/// As precise as it will be after a restart.
+/// Rounds to the resolution of a tag file.
 fn in_millis(time: SystemTime) -> SystemTime {
     from_millis(to_millis(time))
 }

@@ -1,4 +1,4 @@
-//! What is known of a tag, and how it is written into its file, which explains itself.
+//! Tag record and its JSON file format.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,75 +10,76 @@ use crate::oci::{Digest, MediaType, Repository, Tag};
 use crate::store::checksummed_json::{decode, encode, from_millis, to_millis};
 use crate::store::hashed_path;
 
-/// How many sets of accepted media types a tag is remembered for. Clients in use send fewer.
+/// Maximum number of `Accept` sets stored per tag. Clients in use send fewer.
 pub const VARIANTS_MAX: usize = 8;
 
-/// How many earlier digests a tag is remembered by.
+/// Maximum number of previous digests stored per tag.
 pub const HISTORY_MAX: usize = 10;
 
 pub(super) const TREE: &str = "refs";
 pub(super) const KEY_PREFIX: u8 = b't';
 
-/// When a tag was confirmed that no upstream ever confirmed: an operator said what it names. It is fresh for nobody, and
-/// older than any `stale` but `forever` allows.
+/// Confirmation time of a tag that the operator set and no upstream confirmed. It is never fresh, and older than any
+/// `stale_if_error` except `forever`.
 pub const NEVER_CONFIRMED: SystemTime = SystemTime::UNIX_EPOCH;
 
-/// A tag of a repository of an upstream.
+/// Key of a tag: upstream, repository and tag.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TagKey {
     /// The name of the upstream.
     pub upstream: Arc<str>,
-    /// The repository there.
+    /// The repository at the upstream.
     pub repository: Repository,
     /// The tag.
     pub tag: Tag,
 }
 
-/// What a tag named for one set of accepted media types.
+/// The response for one set of accepted media types.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Variant {
     /// The key of the set ([`crate::oci::Accept::key`]).
     pub accept: u64,
-    /// What the tag named.
+    /// The digest that the tag pointed to.
     pub digest: Digest,
-    /// As the upstream named it.
+    /// The media type that the upstream sent.
     pub media_type: MediaType,
-    /// Whether the set lists both types of index ([`crate::oci::Accept::lists_indexes`]): an image that it was given is
-    /// then what the tag names, and not one given in place of an index.
+    /// Whether the set lists both index types ([`crate::oci::Accept::lists_indexes`]). If so, an image in the response
+    /// is what the tag points to, and not a substitute for an index.
     pub accepts_indexes: bool,
-    /// When the last request was sent that the upstream answered so; [`NEVER_CONFIRMED`] if an operator said so.
+    /// When the last request with this response was sent; [`NEVER_CONFIRMED`] if the operator set the tag.
     pub confirmed_at: SystemTime,
-    /// When it first said so.
+    /// When the upstream first sent this digest.
     pub first_seen_at: SystemTime,
-    /// The last image that the tag named before and that was whole; kept until this one is whole too.
+    /// The previous complete image; dropped when this one is complete.
     pub previous: Option<Previous>,
-    /// What it named before, the last first, at most [`HISTORY_MAX`]; for people to read. Nothing of it is kept for that.
+    /// Previous digests, the last first, at most [`HISTORY_MAX`]. For display only: it does not protect content from
+    /// eviction.
     pub history: Vec<HistoryEntry>,
 }
 
-/// What a tag named once, and from when until when the upstream said so.
+/// A previous digest and the period in which the upstream sent it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HistoryEntry {
-    /// Which image.
+    /// The digest.
     pub digest: Digest,
-    /// When the upstream first said so.
+    /// When the upstream first sent it.
     pub first_seen_at: SystemTime,
-    /// When it last said so.
+    /// When the upstream last sent it.
     pub confirmed_at: SystemTime,
 }
 
-/// What a tag named before.
+/// The previous complete image of a tag.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Previous {
-    /// Which image.
+    /// The digest.
     pub digest: Digest,
-    /// As the upstream named it.
+    /// The media type that the upstream sent.
     pub media_type: MediaType,
-    /// When the upstream last said so.
+    /// When the upstream last confirmed it.
     pub confirmed_at: SystemTime,
 }
 
-/// What is known of a tag.
+/// All variants of a tag.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TagRecord {
     /// One for each set of accepted media types, at most [`VARIANTS_MAX`], the newest first.
@@ -86,20 +87,20 @@ pub struct TagRecord {
 }
 
 impl Variant {
-    /// Whether the file says the same of it, but for when it was confirmed.
-    pub(super) fn equals_on_disk(&self, filed: &Self) -> bool {
-        self.same_target(filed)
-            && self.accepts_indexes == filed.accepts_indexes
-            && self.previous == filed.previous
+    /// Whether the file has the same content, apart from the confirmation time.
+    pub(super) fn equals_on_disk(&self, on_disk: &Self) -> bool {
+        self.same_target(on_disk)
+            && self.accepts_indexes == on_disk.accepts_indexes
+            && self.previous == on_disk.previous
     }
 
     fn same_target(&self, other: &Self) -> bool {
         self.digest == other.digest && self.media_type == other.media_type
     }
 
-    /// Whether this variant, of the index, is at least as new as that of the file.
-    fn supersedes(&self, filed: &Self) -> bool {
-        self.same_target(filed) || self.confirmed_at > filed.confirmed_at
+    /// Whether this variant, from the index, is at least as new as that of the file.
+    fn supersedes(&self, on_disk: &Self) -> bool {
+        self.same_target(on_disk) || self.confirmed_at > on_disk.confirmed_at
     }
 }
 
@@ -108,8 +109,8 @@ impl TagRecord {
         self.variants.iter().find(|variant| variant.accept == accept)
     }
 
-    /// The record of the file and that of the index as one. Where they name the same, the index has the newer time;
-    /// where not, one of them missed a write (a stop in between, a full disk), and the later confirmation counts.
+    /// Merges the record of the file with that of the index. Where the digests agree, the index has the newer time.
+    /// Where they differ, one of them missed a write (crash, full disk), and the later confirmation wins.
     pub(super) fn merge(file: Option<Self>, index: Option<Self>) -> Option<Self> {
         let (file, index) = match (file, index) {
             (None, None) => return None,
@@ -123,10 +124,10 @@ impl TagRecord {
                 .find(|variant| variant.accept == indexed.accept)
             {
                 None => variants.push(indexed),
-                Some(filed) if indexed.supersedes(filed) => {
-                    // Only the file has it.
-                    let history = std::mem::take(&mut filed.history);
-                    *filed = Variant { history, ..indexed };
+                Some(on_disk) if indexed.supersedes(on_disk) => {
+                    // Only in the file.
+                    let history = std::mem::take(&mut on_disk.history);
+                    *on_disk = Variant { history, ..indexed };
                 }
                 Some(_) => {}
             }
@@ -134,19 +135,19 @@ impl TagRecord {
         Some(Self::from_variants(variants))
     }
 
-    /// Every digest that it names, whose content eviction keeps with the tag.
+    /// All digests that the tag protects from eviction.
     pub(in crate::store) fn digests(&self) -> Vec<Digest> {
         let previous = |variant: &Variant| variant.previous.as_ref().map(|previous| previous.digest);
         let named = |variant: &Variant| [Some(variant.digest), previous(variant)];
         self.variants.iter().flat_map(named).flatten().collect()
     }
 
-    /// Whether this record, of the index, misses nothing that the file says.
+    /// Whether this record, from the index, contains everything in the file.
     pub(super) fn covers(&self, file: &Self) -> bool {
-        file.variants.iter().all(|filed| {
+        file.variants.iter().all(|on_disk| {
             self.variants
                 .iter()
-                .any(|indexed| indexed.accept == filed.accept && indexed.supersedes(filed))
+                .any(|indexed| indexed.accept == on_disk.accept && indexed.supersedes(on_disk))
         })
     }
 }
@@ -189,7 +190,7 @@ struct TagFile {
 }
 
 impl TagKey {
-    /// Its file.
+    /// Path of its file.
     pub(in crate::store) fn path(&self) -> PathBuf {
         hashed_path(
             TREE,
@@ -197,7 +198,7 @@ impl TagKey {
         )
     }
 
-    /// Its key in the index, in the order of upstream, repository, tag.
+    /// Its index key, ordered by upstream, repository, tag.
     pub(in crate::store) fn to_index(&self) -> Vec<u8> {
         let names = [&self.upstream, self.repository.as_str(), self.tag.as_str()].join("\0");
         [&[KEY_PREFIX], names.as_bytes()].concat()

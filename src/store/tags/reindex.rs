@@ -1,8 +1,8 @@
-//! Puts into the index what the files know and it does not.
+//! Rebuilds index entries from the tag files.
 //!
-//! A question to the index for each tag would read all of it in no order, page by page, again and again. So it is read
-//! through once, in its own order, and a few bytes of each tag are remembered; then every file is compared with those.
-//! Only what differs is looked at closely, in turn with its writers.
+//! One index lookup per tag would read all of the index in random order, page by page, again and again. Instead, the
+//! index is scanned once in its own order, and a few bytes per tag are kept. Every file is then compared with those.
+//! Only tags that differ are processed under their writer lock.
 
 use std::path::Path;
 use std::sync::PoisonError;
@@ -17,72 +17,72 @@ use crate::store::index::handle::VALUE_BYTES_MAX;
 
 const PAGE: usize = 1000;
 
-/// So long is waited where the index does not keep up.
+/// Pause while the index cannot accept more writes.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// What the index says of a tag, as short as it can be: there is one for every tag.
+/// Summary of an index entry. One per tag is in memory, so it is small.
 struct IndexedTag {
-    /// Which tag: the beginning of the name of its file.
+    /// First 8 bytes of the file name of the tag.
     name: u64,
-    /// What it names: see [`sum`].
+    /// Hash of the variants: see [`sum`].
     names: u64,
-    /// The newest confirmation.
+    /// The latest confirmation.
     confirmed_at_ms: u64,
 }
 
 impl IndexedTag {
-    /// Whether the index misses nothing that the file, written at `modified`, says.
-    fn covers(&self, filed: &TagRecord, modified: Option<SystemTime>) -> bool {
+    /// Whether the index entry contains everything in the file, which was written at `modified`.
+    fn covers(&self, on_disk: &TagRecord, modified: Option<SystemTime>) -> bool {
         modified.is_some_and(|modified| self.confirmed_at_ms > to_millis(modified))
-            || self.names == sum(filed)
+            || self.names == sum(on_disk)
     }
 }
 
 impl Tags {
-    /// Puts into the index whatever the files know and it does not. Says whether it came to the end.
+    /// Adds missing tags to the index. Returns whether it reached the end.
     pub(in crate::store) fn reindex(&self, stop: &AtomicBool) -> bool {
-        // One after the other: who comes second finds it done.
+        // A second caller waits and finds the index complete.
         let _healing = self.reindexing.lock().unwrap_or_else(PoisonError::into_inner);
         if self.index.is_complete() {
             return true;
         }
-        // It is opened first: what it finds lost then is no loss of what comes after.
+        // Open the index first: losses found while opening are counted before `losses` is read.
         let _ = self.index.scan(vec![KEY_PREFIX], Vec::new(), 1);
         let losses = self.index.losses();
-        let known = self.known(stop);
-        let walked = self.walk_with_times(stop, |key, filed, modified| {
+        let entries = self.entries(stop);
+        let walked = self.walk_with_times(stop, |key, on_disk, modified| {
             let path = key.path();
-            let Some(known) = &known else {
+            let Some(entries) = &entries else {
                 return self.update_index(&key, &path);
             };
-            let at = known.binary_search_by_key(&name(&path), |known| known.name);
-            match at.ok().and_then(|at| known.get(at)) {
-                None => self.fill_index(&key, &path, &filed, stop),
-                Some(known) if !known.covers(&filed, modified) => self.update_index(&key, &path),
+            let at = entries.binary_search_by_key(&name(&path), |entries| entries.name);
+            match at.ok().and_then(|at| entries.get(at)) {
+                None => self.fill_index(&key, &path, &on_disk, stop),
+                Some(entries) if !entries.covers(&on_disk, modified) => self.update_index(&key, &path),
                 Some(_) => {}
             }
         });
         if walked && self.index.state() == IndexState::Ready {
             self.index.set_complete(losses);
-            tracing::info!("every tag is in the index");
+            tracing::info!("index rebuilt");
         }
         walked
     }
 
-    /// What the index says of every tag, in the order of [`IndexedTag::name`]; `None` where it does not answer.
-    fn known(&self, stop: &AtomicBool) -> Option<Vec<IndexedTag>> {
-        let mut known = Vec::new();
+    /// Summaries of all index entries, sorted by [`IndexedTag::name`]; `None` if the index is unavailable.
+    fn entries(&self, stop: &AtomicBool) -> Option<Vec<IndexedTag>> {
+        let mut entries = Vec::new();
         let mut after = Vec::new();
         while !stop.load(Ordering::Relaxed) {
             let page = self.index.scan(vec![KEY_PREFIX], after.clone(), PAGE).ok()?;
             let Some((last, _)) = page.last() else { break };
             after.clone_from(last);
             for (key, value) in page {
-                // A record that says nothing to us covers nothing.
+                // An undecodable record counts as empty.
                 let record = TagRecord::from_index(&value).unwrap_or_default();
                 if let Some(key) = TagKey::from_index(&key) {
                     let confirmed = record.variants.iter().map(|variant| variant.confirmed_at);
-                    known.push(IndexedTag {
+                    entries.push(IndexedTag {
                         name: name(&key.path()),
                         names: sum(&record),
                         confirmed_at_ms: confirmed.max().map_or(0, to_millis),
@@ -90,21 +90,21 @@ impl Tags {
                 }
             }
         }
-        known.sort_unstable_by_key(|known| known.name);
-        Some(known)
+        entries.sort_unstable_by_key(|entries| entries.name);
+        Some(entries)
     }
 
-    /// A tag that the index did not have: it gets what the file says, unless a writer was quicker.
-    fn fill_index(&self, key: &TagKey, path: &Path, filed: &TagRecord, stop: &AtomicBool) {
+    /// Adds a tag that the index lacks, unless another writer added it first.
+    fn fill_index(&self, key: &TagKey, path: &Path, on_disk: &TagRecord, stop: &AtomicBool) {
         while !stop.load(Ordering::Relaxed) {
             {
                 let _writing = self.lock_writer(path);
-                // A tag that was removed since must not come back.
+                // Do not restore a tag that was removed in the meantime.
                 let is_there = self.fs.open(path).is_ok();
                 if !is_there
                     || self
                         .index
-                        .put_if_absent(key.to_index(), filed.to_index(VALUE_BYTES_MAX))
+                        .put_if_absent(key.to_index(), on_disk.to_index(VALUE_BYTES_MAX))
                 {
                     return;
                 }
@@ -113,17 +113,17 @@ impl Tags {
         }
     }
 
-    /// A tag of which the index knows something else than the file.
+    /// Updates the index entry of a tag that differs from its file.
     fn update_index(&self, key: &TagKey, path: &Path) {
         let _writing = self.lock_writer(path);
-        let Ok(Some(filed)) = self.read_file(key) else {
+        let Ok(Some(on_disk)) = self.read_file(key) else {
             return;
         };
         let indexed = self.read_index(key);
-        if !indexed.as_ref().is_some_and(|indexed| indexed.covers(&filed))
-            && let Some(whole) = TagRecord::merge(Some(filed), indexed)
+        if !indexed.as_ref().is_some_and(|indexed| indexed.covers(&on_disk))
+            && let Some(merged) = TagRecord::merge(Some(on_disk), indexed)
         {
-            self.write_index(key, &whole);
+            self.write_index(key, &merged);
         }
     }
 }
@@ -134,7 +134,7 @@ fn name(path: &Path) -> u64 {
         .unwrap_or(0)
 }
 
-/// Stands for what a record names, whenever that was confirmed.
+/// Hash of the digests and media types of a record, without times.
 fn sum(record: &TagRecord) -> u64 {
     let named = |variant: &super::Variant| {
         format!(

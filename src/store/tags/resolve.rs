@@ -1,25 +1,25 @@
-//! The image that a tag names: the choice among the upstream's responses to clients with different `Accept` sets.
+//! Resolves a tag to one image, among the upstream's responses to clients with different `Accept` sets.
 //!
-//! A registry answers a tag by what the client accepts: with an index those that take indexes, with one image of it those
-//! that do not. A [`TagRecord`] keeps one variant per set. All readers of a tag (a pull, `why`, `ls`, `show`, an export, a
-//! refresh) choose among them here, so that they mean the same image. The rules:
+//! A registry's response for a tag depends on what the client accepts: clients that accept indexes get the index,
+//! others get one image of it. A [`TagRecord`] stores one variant per set. All readers of a tag (a pull, `why`, `ls`,
+//! `show`, an export, a refresh) resolve it here, so that they agree on the image. The rules:
 //!
-//! 1. *Order.* Of two variants the *later* one was confirmed later; if at the same time, it began later to name its
-//!    digest; if that is equal too, its digest is the greater one.
-//! 2. *Substitute.* An image that was given to a set which does not list both types of index may stand for an index. Any
-//!    other response names what the tag itself names.
-//! 3. *Outdated.* A later variant outdates an earlier one of another digest: the tag has moved in between. It does not
-//!    if both are true of one state of the tag: one is an index, the other a substitute, and the substitute is one of the
-//!    index's images. Where the index is not cached, its images are not known; the tag is then taken to have moved if the
-//!    later variant began to name its digest after the earlier one was confirmed.
-//! 4. *Choice.* Of the cached variants that the client accepts, those that another of them outdates are left out. What
-//!    remains names at most two digests, an index and a substitute. A client that lists the index's type is given the
-//!    index. Any other is given the kind that the upstream last gave to its set, and the index where it gave none. Of
-//!    what then remains, the latest.
-//! 5. *Moved.* The choice may be older than what is known of the tag: what outdates it is not cached, or not acceptable
-//!    to this client. It is then served in an outage, but it is not fresh.
+//! 1. *Order.* Of two variants, the *later* one was confirmed later; on a tie, it first had its digest later; on a
+//!    further tie, its digest is the greater one.
+//! 2. *Substitute.* An image that was sent to a set which does not list both index types may be a substitute for an
+//!    index. Any other response is what the tag itself points to.
+//! 3. *Outdated.* A later variant outdates an earlier one with another digest, because the tag has moved in between.
+//!    Exception: one is an index, the other a substitute, and the substitute is one of the index's images. If the index
+//!    is not cached, its images are unknown; the tag is then assumed to have moved if the later variant first had its
+//!    digest after the earlier one was confirmed.
+//! 4. *Choice.* Candidates are the cached variants that the client accepts and that no other candidate outdates. They
+//!    have at most two digests, an index and a substitute. A client that lists the index's type gets the index. Any
+//!    other client gets the kind that the upstream last sent to its set, or the index if it sent none. Among the rest,
+//!    the latest wins.
+//! 5. *Moved.* The chosen variant may be outdated by one that is not cached or that the client does not accept. It is
+//!    then served in an outage, but it is not fresh.
 //!
-//! The last complete image is chosen by the same rules among the complete ones, with those that the tag named before.
+//! The last complete image is chosen by the same rules among the complete ones, including previous images.
 
 use std::time::SystemTime;
 
@@ -34,43 +34,43 @@ mod tests;
 pub enum TagReader<'a> {
     /// A client that accepts these types.
     Client(&'a Accept),
-    /// The operator: every type will do, and an index is what a client of today is given.
+    /// The operator: accepts every type and prefers the index.
     Operator,
 }
 
-/// What a tag names for a reader.
+/// The image that a tag resolves to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResolvedTag {
-    /// Which image.
+    /// The digest.
     pub digest: Digest,
-    /// As the upstream named it.
+    /// The media type that the upstream sent.
     pub media_type: MediaType,
     /// When the upstream last confirmed it.
     pub confirmed_at: SystemTime,
-    /// Whether the tag was seen to name something else since.
+    /// Whether the tag is known to have moved since.
     pub is_moved: bool,
 }
 
 /// Whether an index lists an image; `None` where the index is not cached.
 pub(super) type Lists<'a> = &'a dyn Fn(&Digest, &Digest) -> Option<bool>;
 
-/// Whether an image comes into question.
+/// Whether an image is a candidate.
 pub(super) type Eligible<'a> = &'a dyn Fn(&Digest) -> bool;
 
-/// One response, now or before, as the choice sees it.
+/// A current or previous response of the upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Response<'a> {
     digest: &'a Digest,
     media_type: &'a MediaType,
     accept: u64,
     confirmed_at: SystemTime,
-    /// When it began to name this digest, as far as known.
+    /// When the tag first had this digest, as far as known.
     since: SystemTime,
     may_be_substitute: bool,
 }
 
 impl TagRecord {
-    /// What the tag names for this reader, among what is `eligible`: what is cached.
+    /// The image for this reader, among the `eligible` (cached) ones.
     pub(super) fn newest(
         &self,
         reader: TagReader<'_>,
@@ -81,7 +81,7 @@ impl TagRecord {
         self.choose(responses.collect(), reader, lists, eligible)
     }
 
-    /// The same among what the tag named before, too: for what is complete.
+    /// As [`Self::newest`], including previous images; used with completeness as the filter.
     pub(super) fn newest_or_previous(
         &self,
         reader: TagReader<'_>,
@@ -104,10 +104,10 @@ impl TagRecord {
         eligible: Eligible<'_>,
     ) -> Option<ResolvedTag> {
         responses.retain(|response| response.is_for(reader) && eligible(response.digest));
-        let stands = |one: &&Response<'_>| !responses.iter().any(|other| other.outdates(one, lists));
-        let standing = responses.iter().filter(stands);
-        let given = self.kind_given(reader);
-        let chosen = standing.max_by_key(|one| (one.preference(reader, given), one.order()))?;
+        let is_current = |one: &&Response<'_>| !responses.iter().any(|other| other.outdates(one, lists));
+        let current = responses.iter().filter(is_current);
+        let sent_index = self.last_sent_index(reader);
+        let chosen = current.max_by_key(|one| (one.preference(reader, sent_index), one.order()))?;
         let is_moved = self
             .variants
             .iter()
@@ -121,16 +121,16 @@ impl TagRecord {
         })
     }
 
-    /// Whether the upstream last gave an index to this reader's set.
-    fn kind_given(&self, reader: TagReader<'_>) -> Option<bool> {
+    /// Whether the upstream last sent an index to this reader's set.
+    fn last_sent_index(&self, reader: TagReader<'_>) -> Option<bool> {
         let TagReader::Client(accept) = reader else {
             return None;
         };
-        let own = self
+        let same_set = self
             .variants
             .iter()
             .find(|variant| variant.accept == accept.key());
-        own.map(|own| own.media_type.is_index())
+        same_set.map(|same_set| same_set.media_type.is_index())
     }
 }
 
@@ -141,7 +141,7 @@ impl<'a> Response<'a> {
             media_type: &variant.media_type,
             accept: variant.accept,
             confirmed_at: variant.confirmed_at,
-            // Later only where the clock was set back.
+            // `first_seen_at` is later only if the clock was set back.
             since: variant.first_seen_at.min(variant.confirmed_at),
             may_be_substitute: !variant.accepts_indexes && !variant.media_type.is_index(),
         }
@@ -174,28 +174,28 @@ impl<'a> Response<'a> {
         }
     }
 
-    /// How well its kind suits the reader, whose set was last `given` an index or not.
-    fn preference(&self, reader: TagReader<'_>, given: Option<bool>) -> u8 {
+    /// Preference of the reader for this kind; `sent_index` is whether its set last got an index.
+    fn preference(&self, reader: TagReader<'_>, sent_index: Option<bool>) -> u8 {
         let is_index = self.media_type.is_index();
         match reader {
             TagReader::Client(accept) if is_index && accept.lists(self.media_type) => 2,
-            TagReader::Client(_) | TagReader::Operator => u8::from(is_index == given.unwrap_or(true)),
+            TagReader::Client(_) | TagReader::Operator => u8::from(is_index == sent_index.unwrap_or(true)),
         }
     }
 
-    /// Whether the tag has moved from `previous` to this.
-    fn outdates(&self, previous: &Self, lists: Lists<'_>) -> bool {
-        if self.digest == previous.digest || self.order() <= previous.order() {
+    /// Whether the tag has moved from `earlier` to this.
+    fn outdates(&self, earlier: &Self, lists: Lists<'_>) -> bool {
+        if self.digest == earlier.digest || self.order() <= earlier.order() {
             return false;
         }
         let is_one_of = |index: &Self, image: &Self| {
             (index.media_type.is_index() && image.may_be_substitute)
                 .then(|| lists(index.digest, image.digest))
         };
-        match is_one_of(self, previous).or_else(|| is_one_of(previous, self)) {
+        match is_one_of(self, earlier).or_else(|| is_one_of(earlier, self)) {
             None => true,
             Some(Some(is_listed)) => !is_listed,
-            Some(None) => self.since > previous.confirmed_at,
+            Some(None) => self.since > earlier.confirmed_at,
         }
     }
 }

@@ -1,9 +1,9 @@
-//! The store as a whole.
+//! Usage counters, install secret and concurrency.
 
 use super::*;
 
 #[test]
-fn each_file_is_counted_once_whenever_it_came() {
+fn usage_counts_each_file_once() {
     on_every_fs(|fixture| {
         let store = fixture.open();
         for number in 0..40_u32 {
@@ -31,7 +31,7 @@ fn each_file_is_counted_once_whenever_it_came() {
 }
 
 #[test]
-fn the_install_secret_stays_and_is_another_elsewhere() {
+fn install_secret_is_stable_and_differs_per_store() {
     on_every_fs(|fixture| {
         let secret = *fixture.open().install_secret();
         assert_eq!(*fixture.open().install_secret(), secret);
@@ -40,7 +40,7 @@ fn the_install_secret_stays_and_is_another_elsewhere() {
 }
 
 #[test]
-fn many_threads_at_once_agree() {
+fn concurrent_threads_see_consistent_content() {
     on_every_fs(|fixture| {
         let store = fixture.open();
         std::thread::scope(|scope| {

@@ -1,11 +1,11 @@
-//! Images: whole, or with something missing; and which one a tag keeps in reach.
+//! Image completeness, and the previous complete image of a tag.
 
 use super::*;
 use crate::store::tags::Previous;
 
 const PLACE: &str = "library/alpine";
 
-/// Whether the image can be pulled from this store alone, through the repository it belongs to.
+/// Whether the image can be pulled from this store alone, through its repository.
 fn is_complete(store: &Store, manifest: &Bytes) -> bool {
     let held = store.manifest(&digest(manifest)).unwrap().unwrap();
     store.is_image_complete(UPSTREAM, &repository(PLACE), &held, &|_| false)
@@ -17,7 +17,7 @@ fn see(store: &Store, content: &[u8]) {
         .unwrap();
 }
 
-/// An index of these manifests, the last one an attestation of the first.
+/// An index of these manifests and an attestation of the first.
 fn index(children: &[&Bytes]) -> Bytes {
     let last = children.len() - 1;
     let descriptor = |(number, child): (usize, &&Bytes)| {
@@ -35,7 +35,7 @@ fn index(children: &[&Bytes]) -> Bytes {
     ))
 }
 
-/// Keeps the manifest and, seen in its repository, its one blob.
+/// Stores a manifest and its one blob, both as members of the repository.
 fn keep_image(store: &Store, number: u32) -> Bytes {
     let bytes = manifest(number);
     put_manifest(store, &bytes, PLACE).unwrap();
@@ -45,29 +45,32 @@ fn keep_image(store: &Store, number: u32) -> Bytes {
 }
 
 #[test]
-fn an_image_is_whole_when_its_blobs_are_held_and_were_seen_in_its_repository() {
+fn image_is_complete_if_blobs_are_cached_members() {
     on_every_fs(|fixture| {
         let store = fixture.open();
         let bytes = manifest(1);
         put_manifest(&store, &bytes, PLACE).unwrap();
-        assert!(!is_complete(&store, &bytes), "nothing but the manifest");
+        assert!(!is_complete(&store, &bytes), "only the manifest is cached");
         see(&store, &1_u32.to_be_bytes());
-        assert!(!is_complete(&store, &bytes), "seen, not held");
+        assert!(!is_complete(&store, &bytes), "member, but not cached");
         let held = store.manifest(&digest(&bytes)).unwrap().unwrap();
         let arriving = |blob: &Digest| *blob == digest(&1_u32.to_be_bytes());
         assert!(store.is_image_complete(UPSTREAM, &repository(PLACE), &held, &arriving));
-        assert!(!is_complete(&store, &bytes), "arriving is not remembered as held");
+        assert!(
+            !is_complete(&store, &bytes),
+            "a download in flight is not cached as complete"
+        );
         put_blob(&store, &1_u32.to_be_bytes()).unwrap();
         assert!(is_complete(&store, &bytes));
         assert!(
             !store.is_image_complete(UPSTREAM, &repository("library/other"), &held, &|_| false),
-            "its readers have no proof of the blob"
+            "the blob is not a member of the other repository"
         );
     });
 }
 
 #[test]
-fn what_was_whole_is_not_once_something_of_it_is_removed() {
+fn removal_makes_image_incomplete() {
     on_every_fs(|fixture| {
         let store = fixture.open();
         let bytes = keep_image(&store, 1);
@@ -82,7 +85,7 @@ fn what_was_whole_is_not_once_something_of_it_is_removed() {
 }
 
 #[test]
-fn an_index_is_whole_when_one_of_its_images_is_and_an_attestation_is_none() {
+fn index_is_complete_if_one_image_is_attestations_ignored() {
     on_every_fs(|fixture| {
         let store = fixture.open();
         let index = index(&[&manifest(1), &manifest(2), &manifest(3)]);
@@ -104,7 +107,7 @@ fn an_index_is_whole_when_one_of_its_images_is_and_an_attestation_is_none() {
 }
 
 #[test]
-fn a_tag_keeps_its_last_whole_image_until_the_newer_one_is_whole() {
+fn tag_keeps_previous_complete_image_until_new_is_complete() {
     on_every_fs(|fixture| {
         let store = fixture.open();
         let (old, newer, newest) = (keep_image(&store, 1), manifest(2), manifest(3));
@@ -124,7 +127,7 @@ fn a_tag_keeps_its_last_whole_image_until_the_newer_one_is_whole() {
         assert_eq!(
             only_variant(&store, "3").previous,
             previous,
-            "what is not whole replaces nothing"
+            "an incomplete image does not replace the previous one"
         );
         drop(store);
 
@@ -141,7 +144,7 @@ fn a_tag_keeps_its_last_whole_image_until_the_newer_one_is_whole() {
 }
 
 #[test]
-fn a_tag_that_moved_back_is_not_its_own_earlier_image() {
+fn tag_that_moved_back_has_no_previous_image() {
     on_every_fs(|fixture| {
         let store = fixture.open();
         let (old, newer) = (keep_image(&store, 1), manifest(2));

@@ -1,4 +1,4 @@
-//! Lists of images: what a page of them costs.
+//! Cost of a page of the image list.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -7,7 +7,7 @@ use crate::store::fs::{Entry, FsFile};
 
 const TAGS: u32 = 700;
 
-/// a file system that counts the files opened.
+/// An in-memory file system that counts opened files.
 #[derive(Default)]
 struct Counting {
     inner: MemoryFs,
@@ -73,7 +73,7 @@ fn keep(store: &Store, number: u32) {
         .unwrap();
 }
 
-/// A store with many tags, its index and its counts made.
+/// A store with many tags, after its index and usage scan are complete.
 fn filled(fs: &Arc<Counting>) -> Store {
     let store = Store::open(&Settings::default(), Arc::clone(fs) as Arc<dyn FileSystem>, at(0)).unwrap();
     for number in 0..TAGS {
@@ -91,7 +91,7 @@ fn tags(page: &[(TagKey, crate::store::tags::TagRecord)]) -> Vec<String> {
 }
 
 #[test]
-fn t18_one_page_of_images_reads_only_what_it_shows() {
+fn t18_image_page_reads_only_shown_manifests() {
     let fs = Arc::new(Counting::default());
     let store = filled(&fs);
     store.reference_counts();
@@ -108,7 +108,7 @@ fn t18_one_page_of_images_reads_only_what_it_shows() {
 }
 
 #[test]
-fn t18_a_change_is_seen_in_what_images_share() {
+fn t18_reference_counts_reflect_changes() {
     let fs = Arc::new(Counting::default());
     let store = filled(&fs);
     let blob = digest(&1_u32.to_be_bytes());
@@ -124,7 +124,7 @@ fn t18_a_change_is_seen_in_what_images_share() {
 }
 
 #[test]
-fn t18_pages_follow_each_other_on_index_and_files() {
+fn t18_pages_are_contiguous_from_index_and_files() {
     let fs = Arc::new(Counting::default());
     let store = filled(&fs);
     let all: Vec<_> = (0..TAGS).map(tag).collect();

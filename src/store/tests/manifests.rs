@@ -1,9 +1,9 @@
-//! Manifests: exactly as they were kept, or a miss.
+//! A manifest is read exactly as stored, or it is a miss.
 
 use super::*;
 
 #[test]
-fn a_manifest_is_served_as_it_was_kept() {
+fn manifest_is_read_back_unchanged() {
     on_every_fs(|fixture| {
         let (bytes, store) = (manifest(1), fixture.open());
         assert!(store.manifest(&digest(&bytes)).unwrap().is_none());
@@ -22,7 +22,7 @@ fn a_manifest_is_served_as_it_was_kept() {
 }
 
 #[test]
-fn bytes_of_another_digest_and_what_is_no_manifest_are_not_kept() {
+fn mismatching_or_invalid_manifest_is_not_stored() {
     on_every_fs(|fixture| {
         let store = fixture.open();
         let repo = repository("library/alpine");
@@ -40,7 +40,7 @@ fn bytes_of_another_digest_and_what_is_no_manifest_are_not_kept() {
 }
 
 #[test]
-fn a_damaged_manifest_is_quarantined_and_a_miss_until_it_is_kept_again() {
+fn damaged_manifest_is_quarantined_and_a_miss() {
     on_every_fs(|fixture| {
         let bytes = manifest(1);
         put_manifest(&fixture.open(), &bytes, "library/alpine").unwrap();
@@ -60,7 +60,7 @@ fn a_damaged_manifest_is_quarantined_and_a_miss_until_it_is_kept_again() {
 }
 
 #[test]
-fn a_manifest_without_its_record_keeps_the_type_it_states_of_itself() {
+fn manifest_without_metadata_keeps_its_own_media_type() {
     on_every_fs(|fixture| {
         let bytes = manifest(1);
         put_manifest(&fixture.open(), &bytes, "library/alpine").unwrap();
@@ -71,12 +71,12 @@ fn a_manifest_without_its_record_keeps_the_type_it_states_of_itself() {
             image()
         );
         put_manifest(&store, &bytes, "library/alpine").unwrap();
-        assert_eq!(fixture.files("manifests").len(), 2, "its record is written again");
+        assert_eq!(fixture.files("manifests").len(), 2, "its metadata is recreated");
     });
 }
 
 #[test]
-fn the_record_of_a_manifest_that_was_damaged_is_written_anew() {
+fn damaged_manifest_metadata_is_recreated() {
     let fixture = Fixture::directory();
     let bytes = manifest(1);
     drop(put_manifest(&fixture.open(), &bytes, "library/alpine").unwrap());
@@ -90,12 +90,12 @@ fn the_record_of_a_manifest_that_was_damaged_is_written_anew() {
     let after = fixture.fs.read_file(&record(), 4096).unwrap();
     assert!(
         checksummed_json::decode::<serde_json::Value>(&after).is_some(),
-        "no record"
+        "no metadata"
     );
 }
 
 #[test]
-fn the_record_of_a_manifest_names_each_repository_once() {
+fn manifest_metadata_lists_each_repository_once() {
     on_every_fs(|fixture| {
         let (bytes, store) = (manifest(1), fixture.open());
         for repo in ["library/alpine", "acme/alpine", "library/alpine"] {

@@ -1,9 +1,9 @@
-//! Proofs and grants: for one repository, and for no other.
+//! Membership and grants apply to one repository only.
 
 use super::*;
 
 #[test]
-fn what_was_seen_in_a_repository_is_proof_there_and_nowhere_else() {
+fn membership_applies_to_one_repository_only() {
     on_every_fs(|fixture| {
         let (alpine, other, of) = (
             repository("library/alpine"),
@@ -31,7 +31,7 @@ fn what_was_seen_in_a_repository_is_proof_there_and_nowhere_else() {
 }
 
 #[test]
-fn a_torn_or_wrong_line_is_ignored_and_spoils_no_other() {
+fn torn_or_invalid_membership_line_is_ignored() {
     on_every_fs(|fixture| {
         let alpine = repository("library/alpine");
         let store = fixture.open();
@@ -59,7 +59,7 @@ fn a_torn_or_wrong_line_is_ignored_and_spoils_no_other() {
 }
 
 #[test]
-fn a_line_copied_from_another_repository_proves_nothing() {
+fn membership_line_of_other_repository_is_ignored() {
     on_every_fs(|fixture| {
         let (theirs, mine) = (repository("acme/secret"), repository("acme/open"));
         let store = fixture.open();
@@ -81,7 +81,7 @@ fn a_line_copied_from_another_repository_proves_nothing() {
 }
 
 #[test]
-fn a_repository_is_public_until_it_is_not() {
+fn repository_is_public_until_set_private() {
     on_every_fs(|fixture| {
         let alpine = repository("library/alpine");
         let store = fixture.open();
@@ -109,7 +109,7 @@ fn a_repository_is_public_until_it_is_not() {
 }
 
 #[test]
-fn a_file_of_proofs_with_many_useless_lines_is_written_anew() {
+fn membership_file_with_surplus_lines_is_rewritten() {
     on_every_fs(|fixture| {
         let alpine = repository("library/alpine");
         let store = fixture.open();
@@ -125,14 +125,14 @@ fn a_file_of_proofs_with_many_useless_lines_is_written_anew() {
             let store = fixture.open();
             assert!(store.is_member(UPSTREAM, &alpine, &digest(b"layer")));
             assert_eq!(store.public_since(UPSTREAM, &alpine), Some(at(0)));
-            assert!(fixture.fs.read_file(&file, 1000).is_ok(), "short again");
+            assert!(fixture.fs.read_file(&file, 1000).is_ok(), "rewritten and short");
             drop(store);
         }
     });
 }
 
 #[test]
-fn a_grant_is_one_principals_in_one_repository_until_dropped() {
+fn grant_applies_to_one_principal_and_repository() {
     on_every_fs(|fixture| {
         let (alpine, other) = (repository("library/alpine"), repository("acme/alpine"));
         let store = fixture.open();
@@ -148,15 +148,12 @@ fn a_grant_is_one_principals_in_one_repository_until_dropped() {
 }
 
 #[test]
-fn r06_which_url_has_served_a_repository_outlives_a_restart() {
+fn r06_served_urls_survive_a_restart() {
     on_every_fs(|fixture| {
         let (app, older) = (repository("team/app"), repository("team/older"));
         let (mirror, origin) = ("http://mirror", "http://origin");
         let store = fixture.open();
-        assert!(
-            !store.has_served(UPSTREAM, origin, &app),
-            "nothing is known of it"
-        );
+        assert!(!store.has_served(UPSTREAM, origin, &app), "unknown repository");
         store.record_served(UPSTREAM, origin, &app).unwrap();
         store.record_served(UPSTREAM, origin, &app).unwrap();
         store.add_member(UPSTREAM, &app, &digest(b"layer")).unwrap();
@@ -167,9 +164,6 @@ fn r06_which_url_has_served_a_repository_outlives_a_restart() {
         assert!(served(origin, &app));
         assert!(!served(mirror, &app));
         assert!(!store.has_served("ghcr.io", origin, &app));
-        assert!(
-            served(mirror, &older),
-            "served before URLs were noted: any may have been it"
-        );
+        assert!(served(mirror, &older), "served before URLs were recorded");
     });
 }

@@ -1,11 +1,11 @@
-//! Tags and lists: what a name meant last.
+//! Stored tags and lists.
 
 use super::*;
 use crate::store::listings::{ListingKey, StoredListResponse, StoredListing, StoredNotFound};
 use crate::store::tags::{TagRecord, VARIANTS_MAX};
 
 #[test]
-fn a_tag_is_found_again_with_the_digest_it_named_last() {
+fn tag_keeps_its_last_digest_after_restart() {
     on_every_fs(|fixture| {
         let store = fixture.open();
         assert!(store.tag(&key("3")).unwrap().is_none());
@@ -24,7 +24,7 @@ fn a_tag_is_found_again_with_the_digest_it_named_last() {
 }
 
 #[test]
-fn confirming_a_tag_moves_its_time_and_not_its_file() {
+fn confirmation_updates_tag_time_without_file_write() {
     on_every_fs(|fixture| {
         let store = fixture.open();
         store.put_tag(&key("3"), variant(1, b"old", 1)).unwrap();
@@ -41,7 +41,7 @@ fn confirming_a_tag_moves_its_time_and_not_its_file() {
 }
 
 #[test]
-fn a_tag_keeps_the_newest_variants_and_no_more() {
+fn tag_keeps_only_the_newest_variants() {
     on_every_fs(|fixture| {
         let store = fixture.open();
         let kept = VARIANTS_MAX as u64 + 3;
@@ -58,7 +58,7 @@ fn a_tag_keeps_the_newest_variants_and_no_more() {
 }
 
 #[test]
-fn a_damaged_tag_file_is_quarantined_and_a_miss_unless_the_index_knows() {
+fn damaged_tag_file_is_quarantined_index_copy_is_used() {
     on_every_fs(|fixture| {
         fixture
             .open()
@@ -73,7 +73,7 @@ fn a_damaged_tag_file_is_quarantined_and_a_miss_unless_the_index_knows() {
         assert_eq!(
             found.is_some(),
             fixture.folder.is_some(),
-            "only the folder has an index that stays"
+            "only a folder has a persistent index"
         );
         assert_eq!(fixture.files("quarantine").len(), 1);
         assert_eq!(
@@ -88,7 +88,7 @@ fn a_damaged_tag_file_is_quarantined_and_a_miss_unless_the_index_knows() {
 }
 
 #[test]
-fn the_file_of_another_tag_proves_nothing() {
+fn tag_file_of_another_tag_is_rejected() {
     on_every_fs(|fixture| {
         fixture
             .open()
@@ -102,7 +102,7 @@ fn the_file_of_another_tag_proves_nothing() {
 }
 
 #[test]
-fn tags_are_listed_in_order_and_by_the_page() {
+fn tags_are_listed_in_order_by_page() {
     on_every_fs(|fixture| {
         let store = fixture.open();
         for tag in ["b", "a", "d", "c"] {
@@ -123,7 +123,7 @@ fn tags_are_listed_in_order_and_by_the_page() {
 }
 
 #[test]
-fn a_removed_tag_is_unknown_for_good() {
+fn removed_tag_stays_removed() {
     on_every_fs(|fixture| {
         let store = fixture.open();
         store.put_tag(&key("3"), variant(1, b"image", 1)).unwrap();
@@ -136,7 +136,7 @@ fn a_removed_tag_is_unknown_for_good() {
 }
 
 #[test]
-fn that_there_is_no_list_is_kept_like_one() {
+fn list_not_found_is_stored_like_a_list() {
     on_every_fs(|fixture| {
         let key = ListingKey {
             upstream: UPSTREAM.into(),
@@ -169,7 +169,7 @@ fn that_there_is_no_list_is_kept_like_one() {
 }
 
 #[test]
-fn a_list_is_kept_until_a_newer_one_comes() {
+fn list_is_stored_until_replaced() {
     on_every_fs(|fixture| {
         let key = |path: &str| ListingKey {
             upstream: UPSTREAM.into(),

@@ -180,7 +180,7 @@ async fn e15_health_is_answered_while_the_disk_does_not_answer() {
             |reply| {
                 let said = String::from_utf8_lossy(&reply.body);
                 assert!(reply.status == 200 && said.starts_with("ready\n"), "{said}");
-                said.contains("the disk has not finished to open a file for")
+                said.contains("disk operation `open` has been running for")
             },
         )
         .await;

@@ -1,4 +1,4 @@
-//! Every small record against every law, and every short history of a tag against what its registry knows.
+//! Tag resolution: every small record against every rule, and every short history of a tag against its registry.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -27,7 +27,7 @@ fn accept(lines: &[&str]) -> Accept {
     Accept::read(&headers).unwrap()
 }
 
-/// Two that take everything, one that takes no index, and one that says nothing about types.
+/// Two clients that accept everything, one that accepts no index, and one without an `Accept` header.
 fn clients() -> &'static [Accept; 4] {
     static CLIENTS: LazyLock<[Accept; 4]> = LazyLock::new(|| {
         [
@@ -43,7 +43,7 @@ fn clients() -> &'static [Accept; 4] {
 const IMAGES_ALONE: usize = 2;
 const ANYTHING: usize = 3;
 
-/// Two indexes, an image of each, and an image of none.
+/// Two indexes, an image of each, and an image of neither.
 const NAMES: [&str; 5] = ["index a", "index b", "a", "b", "single"];
 
 static DIGESTS: LazyLock<[Digest; 5]> =
@@ -90,7 +90,7 @@ fn record(variants: Vec<Variant>) -> TagRecord {
     TagRecord { variants }
 }
 
-/// What is chosen, everything being cached but `uncached`.
+/// The chosen digest if everything except `uncached` is cached.
 fn chosen_without(record: &TagRecord, reader: TagReader<'_>, uncached: Option<&str>) -> Option<ResolvedTag> {
     let is_cached = |digest: &Digest| Some(name(digest)) != uncached;
     let known = |index: &Digest, image: &Digest| is_cached(index).then(|| lists(name(index), name(image)));
@@ -101,7 +101,7 @@ fn chosen(record: &TagRecord, reader: TagReader<'_>) -> Option<ResolvedTag> {
     chosen_without(record, reader, None)
 }
 
-/// Every variant of this client: nothing, or any digest that it can be given, named since and confirmed at times up to 3.
+/// Every variant of this client: none, or any digest that it can get, first seen and confirmed at times up to 3.
 fn every_variant(client: usize) -> Vec<Option<Variant>> {
     let mut all = vec![None];
     for name in NAMES {
@@ -153,7 +153,7 @@ fn accepted<'a>(record: &'a TagRecord, reader: TagReader<'_>) -> Vec<&'a Variant
 }
 
 #[test]
-fn o01_the_choice_obeys_its_laws_over_every_small_record() {
+fn o01_resolve_obeys_rules_for_every_small_record() {
     let mut checked = 0_u32;
     with_every_record_and_reader(|record, reader| {
         let accepted = accepted(record, reader);
@@ -162,7 +162,7 @@ fn o01_the_choice_obeys_its_laws_over_every_small_record() {
             return;
         };
         let case = || format!("{record:#?}\n{reader:?}\n{named:?} {}", name(&named.digest));
-        // 1. It is acceptable, and some client was told just this then.
+        // Rule 1: it is acceptable, and some client got exactly this response at that time.
         assert!(
             accepted
                 .iter()
@@ -170,13 +170,13 @@ fn o01_the_choice_obeys_its_laws_over_every_small_record() {
             "{}",
             case()
         );
-        // 2. Nothing acceptable of the same kind was confirmed later.
+        // Rule 2: no acceptable variant of the same kind was confirmed later.
         let kind = named.media_type.is_index();
         let of_kind = |one: &&&Variant| one.media_type.is_index() == kind;
         let latest = accepted.iter().filter(of_kind).map(|one| one.confirmed_at).max();
         assert_eq!(latest, Some(named.confirmed_at), "{}", case());
-        // 3. Of a single kind the latest wins, whatever was given to this client's own set. So 2 says it.
-        // 4. Nothing acceptable shows that the tag has moved since.
+        // Rule 3: of one kind the latest wins, regardless of what this client's own set got (implied by 2). Rule 4: no
+        // acceptable variant shows that the tag has moved since.
         let later = |one: &&&Variant| one.confirmed_at > named.confirmed_at;
         for later in accepted.iter().filter(later) {
             let is_substitute = |digest: &Digest| {
@@ -200,7 +200,7 @@ fn o01_the_choice_obeys_its_laws_over_every_small_record() {
 }
 
 #[test]
-fn o01_ties_are_decided_by_what_was_named_and_not_by_its_place() {
+fn o01_resolve_ties_do_not_depend_on_variant_order() {
     with_every_record_and_reader(|record, reader| {
         let mut turned = record.clone();
         turned.variants.reverse();
@@ -213,7 +213,7 @@ fn o01_ties_are_decided_by_what_was_named_and_not_by_its_place() {
 }
 
 #[test]
-fn o01_a_confirmation_makes_no_answer_older() {
+fn o01_confirmation_never_makes_resolution_older() {
     with_every_record([0, 1, IMAGES_ALONE], |before| {
         for (client, accept) in clients().iter().enumerate() {
             for named in NAMES {
@@ -232,7 +232,7 @@ fn o01_a_confirmation_makes_no_answer_older() {
                 ) else {
                     continue;
                 };
-                // Either it stays, or the new response is it or has ended it.
+                // The choice stays, or the new response is the choice or outdates it.
                 let is_ended = || {
                     let is_listed = lists(name(&old.digest), named);
                     !(is_index(name(&old.digest)) && is_listed && !new.accepts_indexes)
@@ -248,7 +248,7 @@ fn o01_a_confirmation_makes_no_answer_older() {
 }
 
 #[test]
-fn o01_what_is_not_cached_is_not_chosen_and_ends_what_is_fresh() {
+fn o01_uncached_variant_is_not_chosen_but_ends_freshness() {
     with_every_record([0, 1, IMAGES_ALONE], |record| {
         for reader in clients().iter().map(TagReader::Client) {
             for uncached in NAMES {
@@ -267,11 +267,11 @@ fn o01_what_is_not_cached_is_not_chosen_and_ends_what_is_fresh() {
     });
 }
 
-/// What a tag names: the index a, the index b, an image of none, or alone the image that is also one of b's.
+/// Possible states of a tag: index a, index b, an image of neither, or the image of b on its own.
 const STATES: [&str; 4] = ["index a", "index b", "single", "b"];
 
-/// What a registry gives to a client in this state.
-fn given(state: &'static str, client: usize) -> &'static str {
+/// The response of a registry to a client in this state.
+fn response_for(state: &'static str, client: usize) -> &'static str {
     match state.strip_prefix("index ") {
         Some(image) if client >= IMAGES_ALONE => image,
         _ => state,
@@ -281,14 +281,14 @@ fn given(state: &'static str, client: usize) -> &'static str {
 #[derive(Clone)]
 struct Tag {
     state: &'static str,
-    /// Who asked since the tag moved last.
+    /// The clients that revalidated since the tag last moved.
     asked: [bool; 4],
     record: TagRecord,
 }
 
 impl Tag {
     fn check(&self, clients: &[Accept; 4]) {
-        // What was true of the tag when it was last asked about is what it names now.
+        // The tag still has the state of its last revalidation.
         if !self.asked.contains(&true) {
             return;
         }
@@ -297,22 +297,25 @@ impl Tag {
             let Some(named) = chosen(&self.record, reader) else {
                 continue;
             };
-            let (own, chosen) = (given(self.state, client), name(&named.digest));
+            let (own, chosen) = (response_for(self.state, client), name(&named.digest));
             let case = || {
                 format!(
                     "{} {:?} {client}: {chosen}\n{:#?}",
                     self.state, self.asked, self.record
                 )
             };
-            // One of an index's images, given to those that take no index: nobody can tell whether the tag names it.
+            // An image of an index, sent to clients that accept no index: the tag may point to the index or to the
+            // image.
             let is_alike = lists(chosen, self.state) && !self.asked[0] && !self.asked[1];
-            let is_true = is_alike || chosen == self.state || chosen == given(self.state, IMAGES_ALONE);
-            let is_known = (0..4)
-                .any(|other| self.asked[other] && accept.accepts(&media_type(given(self.state, other))));
+            let is_true =
+                is_alike || chosen == self.state || chosen == response_for(self.state, IMAGES_ALONE);
+            let is_known = (0..4).any(|other| {
+                self.asked[other] && accept.accepts(&media_type(response_for(self.state, other)))
+            });
             assert!(is_true || !is_known, "{}", case());
             assert!(is_true || named.is_moved, "{}", case());
-            // Its own kind, where a client that is given the same has asked.
-            let same = (0..4).any(|other| self.asked[other] && given(self.state, other) == own);
+            // The client's own kind, if a client with the same kind has revalidated.
+            let same = (0..4).any(|other| self.asked[other] && response_for(self.state, other) == own);
             if same && !is_alike && (client < ANYTHING || self.asked[client]) {
                 assert_eq!(chosen, own, "{}", case());
             }
@@ -333,7 +336,7 @@ impl Tag {
             moved.walk(left, clients, histories);
         }
         for client in 0..4 {
-            let variant = variant(client, given(self.state, client), now, now);
+            let variant = variant(client, response_for(self.state, client), now, now);
             let mut asked = self.asked;
             asked[client] = true;
             let record = self.record.with_response(variant, at(now), &|_| true).unwrap();
@@ -348,7 +351,7 @@ impl Tag {
 }
 
 #[test]
-fn o01_after_every_short_history_the_newest_word_wins_for_every_client() {
+fn o01_newest_response_wins_after_every_short_history() {
     let mut histories = 0;
     let tag = Tag {
         state: STATES[0],
@@ -360,7 +363,7 @@ fn o01_after_every_short_history_the_newest_word_wins_for_every_client() {
 }
 
 #[test]
-fn o01_the_last_complete_image_follows_the_same_order() {
+fn o01_last_complete_image_follows_the_same_rules() {
     let previous = |name: &str, seconds| {
         Some(Previous {
             digest: digest(name),
@@ -385,14 +388,14 @@ fn o01_the_last_complete_image_follows_the_same_order() {
 }
 
 #[test]
-fn o01_a_slow_answer_that_names_what_was_replaced_is_not_the_newest() {
+fn o01_slow_response_with_replaced_digest_is_not_newest() {
     let complete = |_: &Digest| true;
     let [docker, containerd, ..] = clients();
     let before = record(vec![variant(0, "index a", 1, 1)]);
     let moved = before
         .with_response(variant(0, "index b", 5, 5), at(5), &complete)
         .unwrap();
-    // Asked at 4, before the tag moved, and answered at 9.
+    // Requested at 4, before the tag moved, and received at 9.
     let slow = Variant {
         first_seen_at: at(9),
         ..variant(1, "index a", 4, 4)
@@ -403,8 +406,11 @@ fn o01_a_slow_answer_that_names_what_was_replaced_is_not_the_newest() {
         assert_eq!((name(&named.digest), named.is_moved), ("index b", false));
     }
     let own = moved.with_response(variant(0, "index a", 4, 4), at(9), &complete);
-    assert_eq!(own, None, "a later request of the same set was answered already");
-    // What nobody has heard of before is news, however slow the answer.
+    assert_eq!(
+        own, None,
+        "a later request of the same set already got a response"
+    );
+    // A digest that is new for the tag is the newest, however slow the response.
     let news = moved
         .with_response(variant(1, "single", 4, 4), at(9), &complete)
         .unwrap();
@@ -413,24 +419,24 @@ fn o01_a_slow_answer_that_names_what_was_replaced_is_not_the_newest() {
 }
 
 #[test]
-fn t17_after_the_clock_was_set_back_the_newest_word_still_wins() {
+fn t17_newest_response_wins_after_clock_set_back() {
     let complete = |_: &Digest| true;
-    let mut held = TagRecord::default();
+    let mut cached = TagRecord::default();
     for (client, named, seconds) in [
         (0, "index a", 5_000),
         (1, "index a", 6_000),
         (IMAGES_ALONE, "a", 100),
     ] {
-        held = held
+        cached = cached
             .with_response(variant(client, named, seconds, seconds), at(seconds), &complete)
             .unwrap();
     }
-    // IMAGES_ALONE asked when the clock was at 100: the others lie before that now, in their order.
-    let times: Vec<_> = held.variants.iter().map(|one| one.confirmed_at).collect();
+    // The request of IMAGES_ALONE was at clock time 100; all other confirmations move to before it, in their order.
+    let times: Vec<_> = cached.variants.iter().map(|one| one.confirmed_at).collect();
     let millis = Duration::from_millis;
     assert_eq!(times, [at(100), at(100) - millis(1), at(100) - millis(2)]);
-    assert!(held.variants.iter().all(|one| one.first_seen_at <= at(100)));
-    let moved = held
+    assert!(cached.variants.iter().all(|one| one.first_seen_at <= at(100)));
+    let moved = cached
         .with_response(variant(1, "index b", 200, 200), at(200), &complete)
         .unwrap();
     for accept in &clients()[..2] {
@@ -440,22 +446,22 @@ fn t17_after_the_clock_was_set_back_the_newest_word_still_wins() {
 }
 
 #[test]
-fn o01_many_accept_sets_do_not_drive_out_what_the_tag_named_for_others() {
+fn o01_many_accept_sets_do_not_displace_other_digests() {
     let complete = |_: &Digest| true;
-    let mut held = TagRecord::default();
+    let mut cached = TagRecord::default();
     let mut answered = |accept: u64, named: &str, seconds| {
         let variant = Variant {
             accept,
             ..variant(0, named, seconds, seconds)
         };
-        held = held.with_response(variant, at(seconds), &complete).unwrap();
+        cached = cached.with_response(variant, at(seconds), &complete).unwrap();
     };
     answered(1, "index a", 1);
     for seconds in 2..100 {
         answered(seconds, "index b", seconds);
     }
-    let names: Vec<_> = held.variants.iter().map(|one| name(&one.digest)).collect();
+    let names: Vec<_> = cached.variants.iter().map(|one| name(&one.digest)).collect();
     assert_eq!(names.len(), crate::store::tags::VARIANTS_MAX);
     assert_eq!(names.last(), Some(&"index a"));
-    assert!(held.variants.iter().all(|one| one.history.len() <= HISTORY_MAX));
+    assert!(cached.variants.iter().all(|one| one.history.len() <= HISTORY_MAX));
 }
