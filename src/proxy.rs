@@ -229,7 +229,7 @@ pub struct Denied {
     /// Reason.
     pub reason: DenyReason,
     /// Upstream response, if the upstream was contacted.
-    pub answer: Option<Arc<UpstreamResponse>>,
+    pub response: Option<Arc<UpstreamResponse>>,
     /// Whether the upstream rejected the proxy's own credential.
     pub proxy_credential: bool,
 }
@@ -317,18 +317,18 @@ impl ProxyService {
         let rule = registry.rule(repository, tag);
         let reason = (Peer::Local, &TraceContext::new_root());
         let context = self.context_of(registry, repository, authorization, reason).await;
-        let situation = match reference {
+        let state = match reference {
             Reference::Tag(tag) => {
                 let candidates = self.candidates_for_tag(registry, repository, tag, None).await;
-                let held = candidates.as_ref().map(candidates::Candidates::held);
-                context.situation(rule, crate::policy::ContentKind::Tag, held, true, now)
+                let entry = candidates.as_ref().map(candidates::Candidates::entry);
+                context.state(rule, crate::policy::ContentKind::Tag, entry, true, now)
             }
             Reference::Digest(digest) => {
-                self.digest_situation(registry, (&context, rule), repository, digest, now)
+                self.digest_state(registry, (&context, rule), repository, digest, now)
                     .await
             }
         };
-        (situation, decide(&situation), Arc::clone(&rule.name))
+        (state, decide(&state), Arc::clone(&rule.name))
     }
 
     /// The store, for callers outside the request path.
@@ -397,16 +397,16 @@ impl AuthContext {
     /// content is cached. So neither the time of a denial nor the upstream traffic reveals what is cached.
     fn has_no_grant(&self, rule: &EffectivePolicy, now: SystemTime) -> bool {
         let subject = crate::policy::ContentKind::Manifest;
-        let situation = self.situation(rule, subject, None, true, now);
-        situation.authorization == crate::policy::Authorization::Unknown
+        let state = self.state(rule, subject, None, true, now);
+        state.authorization == crate::policy::Authorization::Unknown
     }
 
-    fn situation(
+    fn state(
         &self,
         rule: &EffectivePolicy,
         subject: crate::policy::ContentKind,
-        held: Option<crate::policy::CachedEntry>,
-        seen: bool,
+        entry: Option<crate::policy::CachedEntry>,
+        is_in_repository: bool,
         now: SystemTime,
     ) -> CacheState {
         let lifetimes = crate::policy::authz::GrantTtls {
@@ -414,13 +414,13 @@ impl AuthContext {
             grant_ttl_offline: rule.grant_ttl_offline,
         };
         let evidence = GrantEvidence {
-            is_in_repository: seen,
+            is_in_repository,
             ..self.evidence
         };
         CacheState {
             policy: rule.policy,
             kind: subject,
-            cached: held,
+            cached: entry,
             authorization: crate::policy::authz::authorize(&evidence, &lifetimes, now),
             revalidation: crate::policy::Revalidation::NotDone,
             on_not_found: rule.on_not_found,
@@ -433,12 +433,12 @@ impl AuthContext {
 
 fn denied(
     refusal: DenyReason,
-    answer: Option<Arc<UpstreamResponse>>,
+    response: Option<Arc<UpstreamResponse>>,
     proxy_credential: bool,
 ) -> ProxyResponse {
     ProxyResponse::Denied(Denied {
         reason: refusal,
-        answer,
+        response,
         proxy_credential,
     })
 }

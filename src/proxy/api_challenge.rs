@@ -38,17 +38,17 @@ impl ProxyService {
             return ProxyResponse::Ping;
         }
         match self.challenge(&request.registry).await {
-            Ok(kept) if kept.lines.is_empty() => ProxyResponse::Ping,
-            Ok(kept) => {
-                let lines = kept
+            Ok(stored) if stored.lines.is_empty() => ProxyResponse::Ping,
+            Ok(stored) => {
+                let lines = stored
                     .lines
                     .iter()
                     .filter_map(|line| HeaderValue::from_str(line).ok());
                 ProxyResponse::Challenged(lines.collect())
             }
-            Err(answer) => denied(
-                DenyReason::UpstreamUnavailable(answer.cause()),
-                Some(answer),
+            Err(response) => denied(
+                DenyReason::UpstreamUnavailable(response.cause()),
+                Some(response),
                 false,
             ),
         }
@@ -63,10 +63,10 @@ impl ProxyService {
         port: u16,
     ) -> bool {
         let realms = match self.cached_challenge(registry.name().to_owned()).await {
-            Some(kept) => realms(&kept),
+            Some(stored) => realms(&stored),
             None if registry.is_intercepted() => {
                 let challenge = self.challenge(registry).await;
-                challenge.map_or_else(|_| Vec::new(), |kept| realms(&kept))
+                challenge.map_or_else(|_| Vec::new(), |stored| realms(&stored))
             }
             None => Vec::new(),
         };
@@ -92,21 +92,21 @@ impl ProxyService {
         self: &Arc<Self>,
         registry: &Arc<UpstreamRegistry>,
     ) -> Result<Arc<StoredChallenge>, Arc<UpstreamResponse>> {
-        let kept = self.cached_challenge(registry.name().to_owned()).await;
+        let stored = self.cached_challenge(registry.name().to_owned()).await;
         let now = self.clock.now();
-        let is_fresh = |kept: &Arc<StoredChallenge>| age::is_within(kept.given_at, RENEW_AFTER, now);
-        if let Some(kept) = kept.as_ref().filter(|kept| is_fresh(kept)) {
-            return Ok(Arc::clone(kept));
+        let is_fresh = |stored: &Arc<StoredChallenge>| age::is_within(stored.given_at, RENEW_AFTER, now);
+        if let Some(stored) = stored.as_ref().filter(|stored| is_fresh(stored)) {
+            return Ok(Arc::clone(stored));
         }
         let caller = self.principals.anonymous_caller(&TraceContext::new_root());
-        let wait = match &kept {
+        let wait = match &stored {
             Some(_) => registry
                 .upstream()
                 .wait_limit(&caller, (&Endpoint::Ping, false), CHALLENGE_TIMEOUT),
             None => Ok(CHALLENGE_TIMEOUT),
         };
-        let wait = match (wait, &kept) {
-            (Err(_), Some(kept)) => return Ok(Arc::clone(kept)),
+        let wait = match (wait, &stored) {
+            (Err(_), Some(stored)) => return Ok(Arc::clone(stored)),
             (wait, _) => wait.unwrap_or(CHALLENGE_TIMEOUT),
         };
         let call = self.challenges.share(
@@ -116,20 +116,20 @@ impl ProxyService {
                 async move { proxy.request_challenge(&registry).await }
             },
         );
-        let answer = match &kept {
+        let response = match &stored {
             Some(_) => {
-                let answer = tokio::time::timeout(wait, call.wait()).await;
-                if answer.is_err() {
+                let response = tokio::time::timeout(wait, call.wait()).await;
+                if response.is_err() {
                     registry.upstream().record_timeout(&caller, &Endpoint::Ping, wait);
                 }
-                answer.ok().flatten()
+                response.ok().flatten()
             }
             None => call.wait().await,
         };
-        match (answer, kept) {
+        match (response, stored) {
             (Some(Ok(new)), _) => Ok(new),
-            (_, Some(kept)) => Ok(kept),
-            (Some(Err(answer)), None) => Err(answer),
+            (_, Some(stored)) => Ok(stored),
+            (Some(Err(response)), None) => Err(response),
             (None, None) => Err(Arc::new(UpstreamResponse::unavailable(
                 crate::oci::UpstreamFailure::Busy,
             ))),
@@ -141,37 +141,37 @@ impl ProxyService {
         registry: &Arc<UpstreamRegistry>,
     ) -> Result<Arc<StoredChallenge>, Arc<UpstreamResponse>> {
         let caller = self.principals.anonymous_caller(&TraceContext::new_root());
-        let asked = registry
+        let fetched = registry
             .upstream()
             .get(&caller, &Endpoint::Ping, &Accept::any(), None)
             .await;
-        let lines = match asked {
+        let lines = match fetched {
             Ok(_) => Vec::new(),
-            Err(answer) if !answer.challenge.is_empty() => answer
+            Err(response) if !response.challenge.is_empty() => response
                 .challenge
                 .iter()
                 .filter_map(|line| line.to_str().ok().map(str::to_owned))
                 .collect(),
-            Err(answer) => return Err(Arc::new(answer)),
+            Err(response) => return Err(Arc::new(response)),
         };
-        let kept = StoredChallenge {
+        let stored = StoredChallenge {
             lines,
             given_at: self.clock.now(),
         };
-        let (registry, challenge) = (Arc::clone(registry), kept.clone());
+        let (registry, challenge) = (Arc::clone(registry), stored.clone());
         let done = self
             .store
             .write(move |store| store.put_challenge(registry.name(), challenge))
             .await;
         super::cache_view::log_store_error(done, "store API challenge");
-        Ok(Arc::new(kept))
+        Ok(Arc::new(stored))
     }
 }
 
 /// Token realms of a challenge: host in lower case without brackets, and port. Only https.
-fn realms(kept: &StoredChallenge) -> Vec<(String, u16)> {
+fn realms(stored: &StoredChallenge) -> Vec<(String, u16)> {
     let mut headers = HeaderMap::new();
-    for line in &kept.lines {
+    for line in &stored.lines {
         if let Ok(value) = HeaderValue::from_str(line) {
             headers.append(header::WWW_AUTHENTICATE, value);
         }

@@ -136,7 +136,7 @@ impl ProxyService {
                     reference: Reference::Tag(tag),
                 };
                 match self.handle_as(upstream_request, endpoint).await {
-                    ProxyResponse::Manifest(held, _) => Some(held.manifest.clone()),
+                    ProxyResponse::Manifest(stored, _) => Some(stored.manifest.clone()),
                     ProxyResponse::Denied(denied) => return denied.reason == DenyReason::NotFound,
                     _ => None,
                 }
@@ -161,16 +161,16 @@ impl ProxyService {
             accept: Accept::manifests(),
             ..upstream_request.clone()
         };
-        let held = match self.child_manifest(&upstream_request, digest).await {
-            Ok(held) => held,
+        let stored = match self.child_manifest(&upstream_request, digest).await {
+            Ok(stored) => stored,
             Err(cause) => {
                 tracing::debug!(%digest, %cause, "failed to prefetch attestation");
                 return false;
             }
         };
-        let missing = self.missing_blobs_of(&upstream_request, &held).await;
+        let missing = self.missing_blobs_of(&upstream_request, &stored).await;
         let is_small = |child: &&Descriptor| child.size.is_some_and(|size| size <= BLOB_BYTES_MAX);
-        for child in held.manifest.descriptors.iter().filter(is_small) {
+        for child in stored.manifest.descriptors.iter().filter(is_small) {
             if let AnyDigest::Supported(blob) = child.digest
                 && missing.iter().any(|(digest, _)| *digest == blob)
             {

@@ -74,17 +74,17 @@ impl ProxyService {
         if context.has_no_grant(rule, request.now) {
             return blob_request.authorize_first().await;
         }
-        let (copy, seen) = self.cached_content(request, repository, digest).await;
-        let situation = blob_request.situation(copy.is_some(), seen);
-        match (decide(&situation), copy) {
+        let (cached, is_in_repository) = self.cached_content(request, repository, digest).await;
+        let state = blob_request.state(cached.is_some(), is_in_repository);
+        match (decide(&state), cached) {
             (Decision::Serve(served), Some((_, size))) if request.for_push => {
-                blob_request.head_for_push(&situation, size, served).await
+                blob_request.head_for_push(&state, size, served).await
             }
             (Decision::Serve(served), Some((bytes, size))) => blob_request.serve(bytes, size, served),
             (Decision::Deny(refusal), _) => denied(refusal, None, false),
-            (Decision::Revalidate, copy) => blob_request.revalidate_and_serve(situation, copy).await,
+            (Decision::Revalidate, cached) => blob_request.revalidate_and_serve(state, cached).await,
             (Decision::Fetch(_) | Decision::Serve(_) | Decision::ProbeLayers(_), _) => {
-                blob_request.fetch(situation).await
+                blob_request.fetch(state).await
             }
         }
     }
@@ -132,8 +132,8 @@ struct BlobRequest<'a> {
 }
 
 impl BlobRequest<'_> {
-    fn situation(&self, is_cached: bool, seen: bool) -> CacheState {
-        let held = is_cached.then_some(CachedEntry {
+    fn state(&self, is_cached: bool, is_in_repository: bool) -> CacheState {
+        let cached = is_cached.then_some(CachedEntry {
             digest: self.digest,
             confirmed_at: self.request.now,
             is_moved: false,
@@ -144,16 +144,19 @@ impl BlobRequest<'_> {
                 self.digest.into(),
             ),
         });
-        self.context
-            .situation(self.rule, ContentKind::Blob, held, seen, self.request.now)
+        self.context.state(
+            self.rule,
+            ContentKind::Blob,
+            cached,
+            is_in_repository,
+            self.request.now,
+        )
     }
 
     /// For a caller without a grant: see [`AuthContext::has_no_grant`].
     async fn authorize_first(&self) -> ProxyResponse {
         let now = self.request.now;
-        let unseen = self
-            .context
-            .situation(self.rule, ContentKind::Blob, None, false, now);
+        let unseen = self.context.state(self.rule, ContentKind::Blob, None, false, now);
         if let Decision::Deny(refusal) = decide(&unseen) {
             return denied(refusal, None, false);
         }
@@ -161,7 +164,7 @@ impl BlobRequest<'_> {
         if revalidated.is_unproven() {
             // Forward the upstream's own response, because it proves nothing. Cached content is not used.
             return if self.request.head {
-                self.head_given(revalidated.answer.and_then(|answer| answer.length))
+                self.head_response(revalidated.response.and_then(|response| response.length))
             } else {
                 self.pass_through(unseen).await
             };
@@ -170,22 +173,22 @@ impl BlobRequest<'_> {
             revalidated.revalidation,
             Revalidation::Digest { .. } | Revalidation::NoDigest
         ) {
-            return deny_uncached(unseen, revalidated.revalidation, revalidated.answer);
+            return deny_uncached(unseen, revalidated.revalidation, revalidated.response);
         }
-        let (held, _) = self
+        let (cached, _) = self
             .proxy
             .cached_content(self.request, self.repository, self.digest)
             .await;
-        match held {
+        match cached {
             Some((_, size)) if self.request.for_push => {
                 self.serve(BlobBody::Head, size, HitReason::Immutable)
             }
             Some((content, size)) => self.serve(content, size, HitReason::Immutable),
             None if self.request.head => self.respond_to_head(unseen, revalidated),
             None => {
-                let standing = Authorization::Granted;
+                let authorization = Authorization::Granted;
                 self.fetch(CacheState {
-                    authorization: standing,
+                    authorization,
                     ..unseen
                 })
                 .await
@@ -195,12 +198,12 @@ impl BlobRequest<'_> {
 
     async fn revalidate_and_serve(
         &self,
-        situation: CacheState,
+        state: CacheState,
         content: Option<(BlobBody, u64)>,
     ) -> ProxyResponse {
-        let mut revalidated = self.revalidate(&situation).await;
+        let mut revalidated = self.revalidate(&state).await;
         if revalidated.is_unproven() && self.request.head {
-            return self.head_given(revalidated.answer.and_then(|answer| answer.length));
+            return self.head_response(revalidated.response.and_then(|response| response.length));
         }
         if revalidated.is_unproven()
             && let Some((content, _)) = &content
@@ -208,24 +211,24 @@ impl BlobRequest<'_> {
             revalidated = self.prove_possession(Sample::of_content(content).await).await;
         }
         match (
-            decide(&situation.with_revalidation(revalidated.revalidation)),
+            decide(&state.with_revalidation(revalidated.revalidation)),
             content,
         ) {
             (Decision::Serve(served), Some((content, size))) => self.serve(content, size, served),
             (Decision::Deny(refusal), _) => denied(
                 refusal,
-                revalidated.answer,
+                revalidated.response,
                 is_proxy_credential_denied(revalidated.revalidation),
             ),
             // The blob was evicted during the revalidation.
-            _ => self.fetch(situation).await,
+            _ => self.fetch(state).await,
         }
     }
 
     /// `HEAD` before a push. The registry may have garbage-collected a cached blob, and a push that skips its upload
     /// would fail. While the registry is unavailable, no push can succeed anyway.
-    async fn head_for_push(&self, situation: &CacheState, size: u64, served: HitReason) -> ProxyResponse {
-        let revalidated = self.revalidate(situation).await;
+    async fn head_for_push(&self, state: &CacheState, size: u64, served: HitReason) -> ProxyResponse {
+        let revalidated = self.revalidate(state).await;
         match revalidated.revalidation {
             Revalidation::NotFound => {
                 let own = Arc::clone(&self.request.registry);
@@ -236,11 +239,11 @@ impl BlobRequest<'_> {
                     .write(move |store| store.remove_member(own.name(), &repository, &digest))
                     .await;
                 super::cache_view::log_store_error(gone, "remove membership of deleted blob");
-                denied(DenyReason::NotFound, revalidated.answer, false)
+                denied(DenyReason::NotFound, revalidated.response, false)
             }
             Revalidation::Denied(_) => denied(
                 DenyReason::Forbidden,
-                revalidated.answer,
+                revalidated.response,
                 is_proxy_credential_denied(revalidated.revalidation),
             ),
             _ => self.serve(BlobBody::Head, size, served),
@@ -249,13 +252,13 @@ impl BlobRequest<'_> {
 
     /// Revalidates whether this principal may read the blob here. A success also proves that the upstream has it in
     /// this repository.
-    async fn revalidate(&self, situation: &CacheState) -> Revalidated {
+    async fn revalidate(&self, state: &CacheState) -> Revalidated {
         self.proxy
             .revalidate(
                 self.request,
                 self.repository,
                 self.context,
-                situation,
+                state,
                 self.rule.revalidate_timeout,
             )
             .await
@@ -282,48 +285,48 @@ impl BlobRequest<'_> {
         }
     }
 
-    async fn fetch(&self, situation: CacheState) -> ProxyResponse {
+    async fn fetch(&self, state: CacheState) -> ProxyResponse {
         if self.request.head {
-            return self.head(situation).await;
+            return self.head(state).await;
         }
         let mut last = None;
         for _ in 0..JOINS_MAX {
-            match self.join(situation).await {
+            match self.join(state).await {
                 Ok(outcome) => return outcome,
                 // The leader was denied, not this caller: join again, perhaps as leader.
                 Err(failure) => last = Some(failure),
             }
         }
         let cause = match last.as_deref() {
-            Some(DownloadError::NotStarted(answer)) => answer.cause(),
+            Some(DownloadError::NotStarted(response)) => response.cause(),
             _ => UpstreamFailure::Busy,
         };
         denied(DenyReason::UpstreamUnavailable(cause), None, false)
     }
 
-    async fn head(&self, situation: CacheState) -> ProxyResponse {
+    async fn head(&self, state: CacheState) -> ProxyResponse {
         // Verified, but not committed to the store yet.
-        if situation.authorization == Authorization::Granted
+        if state.authorization == Authorization::Granted
             && let Some(size) = self.proxy.downloads.verified_size(&self.digest)
         {
             return self.serve(BlobBody::Head, size, HitReason::Immutable);
         }
-        let revalidated = self.revalidate(&situation).await;
-        self.respond_to_head(situation, revalidated)
+        let revalidated = self.revalidate(&state).await;
+        self.respond_to_head(state, revalidated)
     }
 
-    fn respond_to_head(&self, situation: CacheState, revalidated: Revalidated) -> ProxyResponse {
-        match (revalidated.revalidation, &revalidated.answer) {
-            (Revalidation::Digest { .. } | Revalidation::NoDigest, Some(answer)) => {
-                self.head_given(answer.length)
+    fn respond_to_head(&self, state: CacheState, revalidated: Revalidated) -> ProxyResponse {
+        match (revalidated.revalidation, &revalidated.response) {
+            (Revalidation::Digest { .. } | Revalidation::NoDigest, Some(response)) => {
+                self.head_response(response.length)
             }
             // Forwarded unproven; nothing is recorded from it.
-            (_, Some(answer)) if revalidated.is_unproven() => self.head_given(answer.length),
-            (revalidation, _) => deny_uncached(situation, revalidation, revalidated.answer),
+            (_, Some(response)) if revalidated.is_unproven() => self.head_response(response.length),
+            (revalidation, _) => deny_uncached(state, revalidation, revalidated.response),
         }
     }
 
-    fn head_given(&self, size: Option<u64>) -> ProxyResponse {
+    fn head_response(&self, size: Option<u64>) -> ProxyResponse {
         self.respond(BlobBody::Head, size, ServeReason::Fetched(MissReason::NotCached))
     }
 
@@ -332,7 +335,7 @@ impl BlobRequest<'_> {
         let Some(sample) = sample else {
             return Revalidated {
                 revalidation: Revalidation::Unavailable(UpstreamFailure::NotRegistry),
-                answer: None,
+                response: None,
             };
         };
         let upstream_request = self.upstream_request();
@@ -343,14 +346,14 @@ impl BlobRequest<'_> {
         {
             Ok(()) => Revalidated {
                 revalidation: Revalidation::NoDigest,
-                answer: None,
+                response: None,
             },
-            Err(answer) => Revalidated {
+            Err(response) => Revalidated {
                 revalidation: self
                     .proxy
-                    .classify(&upstream_request.registry, self.repository, &answer)
+                    .classify(&upstream_request.registry, self.repository, &response)
                     .await,
-                answer: Some(Arc::new(answer)),
+                response: Some(Arc::new(response)),
             },
         }
     }
@@ -359,7 +362,7 @@ impl BlobRequest<'_> {
         UpstreamRequest::of(self.request, self.repository, &self.context.caller)
     }
 
-    async fn join(&self, situation: CacheState) -> Result<ProxyResponse, Arc<DownloadError>> {
+    async fn join(&self, state: CacheState) -> Result<ProxyResponse, Arc<DownloadError>> {
         let upstream_request = self.upstream_request();
         let options = self.options();
         match self
@@ -372,35 +375,27 @@ impl BlobRequest<'_> {
                 let source =
                     UpstreamSource::new(self.proxy, upstream_request, self.digest).for_leader(&leader);
                 let reader = leader.start(source);
-                self.read(
-                    reader,
-                    ServeReason::Fetched(MissReason::NotCached),
-                    situation,
-                    true,
-                )
-                .await
+                self.read(reader, ServeReason::Fetched(MissReason::NotCached), state, true)
+                    .await
             }
             Joined::Follower {
                 reader,
-                began_by_same: Some(began),
-            } if self.is_still_authorized(&upstream_request, began) => {
-                self.read(reader, ServeReason::Collapsed, situation, true).await
+                began_by_same: Some(started_at),
+            } if self.is_still_authorized(&upstream_request, started_at) => {
+                self.read(reader, ServeReason::Collapsed, state, true).await
             }
             Joined::Follower { reader, .. } => {
-                if let Some(refusal) = self
-                    .authorize_follower(situation, Sample::of_reader(&reader))
-                    .await
-                {
+                if let Some(refusal) = self.authorize_follower(state, Sample::of_reader(&reader)).await {
                     return Ok(refusal);
                 }
-                self.read(reader, ServeReason::Collapsed, situation, false).await
+                self.read(reader, ServeReason::Collapsed, state, false).await
             }
-            Joined::Cached(held) => {
-                if let Some(refusal) = self.authorize_follower(situation, Sample::of_file(&held)).await {
+            Joined::Cached(cached) => {
+                if let Some(refusal) = self.authorize_follower(state, Sample::of_file(&cached)).await {
                     return Ok(refusal);
                 }
-                let size = held.size;
-                Ok(self.respond(BlobBody::File(held), Some(size), ServeReason::Collapsed))
+                let size = cached.size;
+                Ok(self.respond(BlobBody::File(cached), Some(size), ServeReason::Collapsed))
             }
         }
     }
@@ -440,26 +435,26 @@ impl BlobRequest<'_> {
 
     /// Whether this principal may follow a download that it started itself. The `GET` of that download authorized it,
     /// unless a denial followed or the grant would have expired.
-    fn is_still_authorized(&self, upstream_request: &UpstreamRequest, began: Instant) -> bool {
-        began.elapsed() < self.rule.grant_ttl && !self.proxy.denied_since(upstream_request, began)
+    fn is_still_authorized(&self, upstream_request: &UpstreamRequest, started_at: Instant) -> bool {
+        started_at.elapsed() < self.rule.grant_ttl && !self.proxy.denied_since(upstream_request, started_at)
     }
 
     /// Authorizes a follower by its own grant or by a revalidation of its own. `None` if authorized, else the denial.
     async fn authorize_follower(
         &self,
-        situation: CacheState,
+        state: CacheState,
         sample: impl Future<Output = Option<Sample>>,
     ) -> Option<ProxyResponse> {
-        if situation.authorization == Authorization::Granted || self.may_join_download() {
+        if state.authorization == Authorization::Granted || self.may_join_download() {
             return None;
         }
-        let mut revalidated = self.revalidate(&situation).await;
+        let mut revalidated = self.revalidate(&state).await;
         if revalidated.is_unproven() {
             revalidated = self.prove_possession(sample.await).await;
         }
         match revalidated.revalidation {
             Revalidation::Digest { .. } | Revalidation::NoDigest => None,
-            revalidation => Some(deny_uncached(situation, revalidation, revalidated.answer)),
+            revalidation => Some(deny_uncached(state, revalidation, revalidated.response)),
         }
     }
 
@@ -472,9 +467,7 @@ impl BlobRequest<'_> {
     /// Whether this principal has a current grant in this repository.
     fn is_authorized_here(&self) -> bool {
         let now = self.request.now;
-        let here = self
-            .context
-            .situation(self.rule, ContentKind::Blob, None, true, now);
+        let here = self.context.state(self.rule, ContentKind::Blob, None, true, now);
         here.authorization == Authorization::Granted
     }
 
@@ -482,7 +475,7 @@ impl BlobRequest<'_> {
         &self,
         mut reader: Reader,
         reason: ServeReason,
-        situation: CacheState,
+        state: CacheState,
         leads: bool,
     ) -> Result<ProxyResponse, Arc<DownloadError>> {
         let opened = async {
@@ -503,16 +496,16 @@ impl BlobRequest<'_> {
             Err(failure) => failure,
         };
         match failure.as_ref() {
-            DownloadError::NotStarted(answer) if leads => {
+            DownloadError::NotStarted(response) if leads => {
                 let registry = &self.request.registry;
-                let revalidation = self.proxy.classify(registry, self.repository, answer).await;
-                let answer = Arc::new(answer.as_ref().clone());
-                Ok(deny_uncached(situation, revalidation, Some(answer)))
+                let revalidation = self.proxy.classify(registry, self.repository, response).await;
+                let response = Arc::new(response.as_ref().clone());
+                Ok(deny_uncached(state, revalidation, Some(response)))
             }
             DownloadError::NotStarted(_) | DownloadError::Abandoned => Err(failure),
             DownloadError::Unstorable(fault) => {
                 tracing::warn!(digest = %self.digest, %fault, "failed to store blob, forwarding it instead");
-                Ok(self.pass_through(situation).await)
+                Ok(self.pass_through(state).await)
             }
             DownloadError::QueueFull(full) => Ok(queue_full(AcquireError::Full(*full))),
             DownloadError::Interrupted(cause) => {
@@ -523,13 +516,13 @@ impl BlobRequest<'_> {
                 None,
                 false,
             )),
-            DownloadError::Store(_) | DownloadError::DiskFailed(_) => Ok(self.pass_through(situation).await),
+            DownloadError::Store(_) | DownloadError::DiskFailed(_) => Ok(self.pass_through(state).await),
         }
     }
 
     /// Forwards the upstream's bytes and verifies them in transit. Used if the disk cannot store the blob, or if only
     /// the bytes can prove access. The grant is recorded after verification.
-    async fn pass_through(&self, situation: CacheState) -> ProxyResponse {
+    async fn pass_through(&self, state: CacheState) -> ProxyResponse {
         let Request {
             registry,
             endpoint,
@@ -545,19 +538,19 @@ impl BlobRequest<'_> {
             Ok(permit) => permit,
             Err(denied) => return queue_full(denied),
         };
-        let asked_at = Instant::now();
+        let sent_at = Instant::now();
         let fetched = registry
             .upstream()
             .get(&self.context.caller, endpoint, accept, None)
             .await;
         let fetched = match fetched {
             Ok(fetched) => fetched.holding(permit),
-            Err(answer) => {
+            Err(response) => {
                 self.proxy
-                    .record_response(&self.upstream_request(), &answer, asked_at)
+                    .record_response(&self.upstream_request(), &response, sent_at)
                     .await;
-                let revalidation = self.proxy.classify(registry, self.repository, &answer).await;
-                return deny_uncached(situation, revalidation, Some(Arc::new(answer)));
+                let revalidation = self.proxy.classify(registry, self.repository, &response).await;
+                return deny_uncached(state, revalidation, Some(Arc::new(response)));
             }
         };
         let is_page = fetched.media_type.as_ref().is_some_and(MediaType::is_page);
@@ -566,7 +559,7 @@ impl BlobRequest<'_> {
             (Arc::clone(self.proxy), self.upstream_request(), self.digest);
         let mut passing = passthrough::VerifyingStream::new(digest, fetched).when_verified(async move {
             proxy
-                .record_verified_blob(&upstream_request, (digest, size.unwrap_or(0)), asked_at)
+                .record_verified_blob(&upstream_request, (digest, size.unwrap_or(0)), sent_at)
                 .await;
         });
         // A small blob is sent only after verification, so a mismatch can still become an error response.
@@ -575,19 +568,15 @@ impl BlobRequest<'_> {
                 Ok(bytes) if passing.is_over() => BlobBody::Memory(bytes.unwrap_or_default()),
                 Ok(_) | Err(UpstreamFailure::DigestMismatch) if is_page => {
                     return deny_uncached(
-                        situation,
+                        state,
                         Revalidation::Unavailable(UpstreamFailure::NotRegistry),
                         None,
                     );
                 }
                 Ok(_) => {
-                    return deny_uncached(
-                        situation,
-                        Revalidation::Unavailable(UpstreamFailure::Malformed),
-                        None,
-                    );
+                    return deny_uncached(state, Revalidation::Unavailable(UpstreamFailure::Malformed), None);
                 }
-                Err(cause) => return deny_uncached(situation, Revalidation::Unavailable(cause), None),
+                Err(cause) => return deny_uncached(state, Revalidation::Unavailable(cause), None),
             }
         } else {
             BlobBody::Passthrough(Box::new(passing))
@@ -598,10 +587,10 @@ impl BlobRequest<'_> {
 
 /// Denial for a full download queue.
 fn queue_full(refused_place: AcquireError) -> ProxyResponse {
-    let answer = UpstreamResponse::not_admitted(refused_place);
+    let response = UpstreamResponse::not_admitted(refused_place);
     denied(
-        DenyReason::UpstreamUnavailable(answer.cause()),
-        Some(Arc::new(answer)),
+        DenyReason::UpstreamUnavailable(response.cause()),
+        Some(Arc::new(response)),
         false,
     )
 }
@@ -643,21 +632,21 @@ async fn wait_for_first_byte(reader: &mut Reader) -> Result<(), Arc<DownloadErro
 }
 
 fn deny_uncached(
-    situation: CacheState,
+    state: CacheState,
     revalidation: Revalidation,
-    answer: Option<Arc<UpstreamResponse>>,
+    response: Option<Arc<UpstreamResponse>>,
 ) -> ProxyResponse {
-    let situation = CacheState {
+    let state = CacheState {
         cached: None,
-        ..situation
+        ..state
     }
     .with_revalidation(revalidation);
-    match decide(&situation) {
-        Decision::Deny(refusal) => denied(refusal, answer, is_proxy_credential_denied(revalidation)),
+    match decide(&state) {
+        Decision::Deny(refusal) => denied(refusal, response, is_proxy_credential_denied(revalidation)),
         // Success where a denial was expected: the upstream contradicts itself.
         _ => denied(
             DenyReason::UpstreamUnavailable(UpstreamFailure::Malformed),
-            answer,
+            response,
             false,
         ),
     }

@@ -31,7 +31,7 @@ pub(super) struct Candidates {
 
 impl Candidates {
     /// Input of the decision.
-    pub(super) fn held(&self) -> CachedEntry {
+    pub(super) fn entry(&self) -> CachedEntry {
         CachedEntry {
             digest: self.newest.manifest.digest,
             confirmed_at: self.newest.confirmed_at,
@@ -100,7 +100,7 @@ impl ProxyService {
         .await
     }
 
-    pub(super) async fn digest_situation(
+    pub(super) async fn digest_state(
         self: &Arc<Self>,
         registry: &Arc<UpstreamRegistry>,
         (context, rule): (&AuthContext, &EffectivePolicy),
@@ -108,14 +108,14 @@ impl ProxyService {
         digest: &AnyDigest,
         now: SystemTime,
     ) -> CacheState {
-        let (candidates, seen) = match digest {
+        let (candidates, is_in_repository) = match digest {
             AnyDigest::Supported(digest) => {
                 self.candidate_for_digest(registry, repository, digest, now).await
             }
             AnyDigest::Unsupported(_) => (None, false),
         };
-        let held = candidates.as_ref().map(Candidates::held);
-        context.situation(rule, ContentKind::Manifest, held, seen, now)
+        let entry = candidates.as_ref().map(Candidates::entry);
+        context.state(rule, ContentKind::Manifest, entry, is_in_repository, now)
     }
 
     /// How much of a manifest's content is cached.
@@ -193,7 +193,7 @@ impl CacheView<'_> {
 
     fn candidate_for_digest(&self, digest: &Digest, now: SystemTime) -> Option<Candidates> {
         let manifest = self.manifest(digest)?;
-        let rest = if self.is_complete(&manifest) {
+        let completeness = if self.is_complete(&manifest) {
             Completeness::Complete
         } else {
             Completeness::Incomplete { previous: None }
@@ -205,7 +205,7 @@ impl CacheView<'_> {
         Some(Candidates {
             newest,
             is_moved: false,
-            completeness: rest,
+            completeness,
             earlier: None,
             is_invalidated: self
                 .proxy

@@ -23,9 +23,9 @@ impl ProxyService {
         &self,
         registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
-        answer: &UpstreamResponse,
+        response: &UpstreamResponse,
     ) {
-        let lines: Vec<String> = answer
+        let lines: Vec<String> = response
             .challenge
             .iter()
             .filter_map(|line| line.to_str().ok())
@@ -35,14 +35,14 @@ impl ProxyService {
         if lines.is_empty() || known.is_some_and(|known| known.lines == lines) {
             return;
         }
-        let kept = StoredChallenge {
+        let stored = StoredChallenge {
             lines,
             given_at: self.clock.now(),
         };
         let key = template_key(registry);
         let done = self
             .store
-            .write(move |store| store.put_challenge(&key, kept))
+            .write(move |store| store.put_challenge(&key, stored))
             .await;
         super::cache_view::log_store_error(done, "store challenge template");
     }
@@ -60,13 +60,15 @@ impl ProxyService {
     ) -> ProxyResponse {
         let ProxyResponse::Denied(Denied {
             reason: refusal,
-            answer,
+            response,
             ..
         }) = &outcome
         else {
             return outcome;
         };
-        let answered = answer.as_ref().is_some_and(|answer| answer.failure().is_none());
+        let answered = response
+            .as_ref()
+            .is_some_and(|response| response.failure().is_none());
         let is_unavailable = match refusal {
             DenyReason::UpstreamUnavailable(_)
             | DenyReason::StaleLimitExceeded(_)
@@ -83,13 +85,13 @@ impl ProxyService {
         {
             return outcome;
         }
-        let Some(kept) = self.cached_challenge(template_key(&request.registry)).await else {
+        let Some(stored) = self.cached_challenge(template_key(&request.registry)).await else {
             return outcome;
         };
-        let lines = kept.lines.iter().map(|line| {
+        let lines = stored.lines.iter().map(|line| {
             substitute_repository(&request.registry, line, (REPOSITORY_SLOT, repository.as_str()))
         });
-        let answer = UpstreamResponse {
+        let response = UpstreamResponse {
             kind: ResponseKind::Denied,
             challenge: lines
                 .filter_map(|line| HeaderValue::try_from(line).ok())
@@ -98,7 +100,7 @@ impl ProxyService {
         };
         ProxyResponse::Denied(Denied {
             reason: DenyReason::AuthRequired,
-            answer: Some(Arc::new(answer)),
+            response: Some(Arc::new(response)),
             proxy_credential: false,
         })
     }

@@ -86,18 +86,18 @@ mod tests {
 
     #[tokio::test]
     async fn t08_detached_work_survives_dropped_request() {
-        let (let_go, is_let_go) = oneshot::channel();
-        let (learned, is_learned) = oneshot::channel();
+        let (release, is_released) = oneshot::channel();
+        let (done, is_done) = oneshot::channel();
         {
             let work = pin!(detached(async move {
-                is_let_go.await.unwrap();
-                learned.send(()).unwrap();
+                is_released.await.unwrap();
+                done.send(()).unwrap();
             }));
             let is_pending = work.poll(&mut Context::from_waker(Waker::noop())).is_pending();
             assert!(is_pending);
         }
-        let_go.send(()).unwrap();
-        is_learned.await.unwrap();
+        release.send(()).unwrap();
+        is_done.await.unwrap();
     }
 
     #[tokio::test]

@@ -141,20 +141,20 @@ impl ProxyService {
         .await
     }
 
-    /// Records the grant or denial of a response, even if the client has left. `asked_at` is the time at which the
+    /// Records the grant or denial of a response, even if the client has left. `sent_at` is the time at which the
     /// request was sent.
     pub(super) async fn record_response(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
-        answer: &UpstreamResponse,
-        asked_at: Instant,
+        response: &UpstreamResponse,
+        sent_at: Instant,
     ) {
-        match answer.kind {
-            ResponseKind::Digest(_) => self.record_grant(upstream_request, asked_at).await,
+        match response.kind {
+            ResponseKind::Digest(_) => self.record_grant(upstream_request, sent_at).await,
             ResponseKind::Denied => {
-                let (proxy, upstream_request, answer) =
-                    (Arc::clone(self), upstream_request.clone(), answer.clone());
-                detached(async move { proxy.record_denial(&upstream_request, &answer).await }).await;
+                let (proxy, upstream_request, response) =
+                    (Arc::clone(self), upstream_request.clone(), response.clone());
+                detached(async move { proxy.record_denial(&upstream_request, &response).await }).await;
             }
             ResponseKind::UnprovenDigest(_)
             | ResponseKind::NoDigest
@@ -166,11 +166,7 @@ impl ProxyService {
 
     /// Records a grant for this caller, proven by the registry's own response headers or by verified bytes, never by
     /// a status code alone. Recorded even if the client has left.
-    pub(super) async fn record_grant(
-        self: &Arc<Self>,
-        upstream_request: &UpstreamRequest,
-        asked_at: Instant,
-    ) {
+    pub(super) async fn record_grant(self: &Arc<Self>, upstream_request: &UpstreamRequest, sent_at: Instant) {
         if !matches!(
             upstream_request.endpoint,
             Endpoint::Manifest { .. } | Endpoint::Blob { .. }
@@ -178,10 +174,10 @@ impl ProxyService {
             return;
         }
         let (proxy, upstream_request) = (Arc::clone(self), upstream_request.clone());
-        detached(async move { proxy.write_grants(&upstream_request, asked_at).await }).await;
+        detached(async move { proxy.write_grants(&upstream_request, sent_at).await }).await;
     }
 
-    async fn write_grants(self: &Arc<Self>, upstream_request: &UpstreamRequest, asked_at: Instant) {
+    async fn write_grants(self: &Arc<Self>, upstream_request: &UpstreamRequest, sent_at: Instant) {
         let UpstreamRequest {
             registry,
             repository,
@@ -189,7 +185,7 @@ impl ProxyService {
             ..
         } = upstream_request;
         let now = self.clock.now();
-        let at = upstream_request.asked_at.min(now);
+        let at = upstream_request.arrived_at.min(now);
         let public_since = self.public_since(registry, repository).await;
         if is_anonymous(upstream_request) {
             if renews(public_since, at, now) {
@@ -198,14 +194,14 @@ impl ProxyService {
                     .public_locks
                     .lock(repository_key(registry, repository))
                     .await;
-                if !self.is_superseded(&self.anonymous_grant_key(registry, repository), asked_at) {
+                if !self.is_superseded(&self.anonymous_grant_key(registry, repository), sent_at) {
                     self.set_public(registry, repository, Some(at), guard).await;
                 }
             }
         } else {
-            let account = self.account(registry, repository, upstream_request.shown());
+            let account = self.account(registry, repository, upstream_request.client_credential());
             for principal in [Some(caller.principal), account].into_iter().flatten() {
-                self.write_grant(registry, Some(repository), principal, (at, asked_at))
+                self.write_grant(registry, Some(repository), principal, (at, sent_at))
                     .await;
             }
         }
@@ -214,13 +210,13 @@ impl ProxyService {
         }
     }
 
-    /// Stores a grant. `at` and `asked_at` are the time of the request, by wall clock and monotonic clock.
+    /// Stores a grant. `at` and `sent_at` are the time of the request, by wall clock and monotonic clock.
     async fn write_grant(
         &self,
         registry: &Arc<UpstreamRegistry>,
         repository: Option<&Repository>,
         principal: [u8; 32],
-        (at, asked_at): (SystemTime, Instant),
+        (at, sent_at): (SystemTime, Instant),
     ) {
         let now = self.clock.now();
         // Not later than a clock that was set back since.
@@ -228,13 +224,17 @@ impl ProxyService {
         let granted = store_key(registry, repository, &principal);
         if renews(self.store.grant(granted).await, at, now) {
             let _guard = self.denials.lock_grants();
-            if !self.is_superseded(&grant_key(registry, repository, principal), asked_at) {
+            if !self.is_superseded(&grant_key(registry, repository, principal), sent_at) {
                 self.store.put_grant(granted, at);
             }
         }
     }
 
-    async fn record_denial(self: &Arc<Self>, upstream_request: &UpstreamRequest, answer: &UpstreamResponse) {
+    async fn record_denial(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        response: &UpstreamResponse,
+    ) {
         let UpstreamRequest {
             registry,
             repository,
@@ -242,7 +242,8 @@ impl ProxyService {
             ..
         } = upstream_request;
         if is_anonymous(upstream_request) {
-            self.store_challenge_template(registry, repository, answer).await;
+            self.store_challenge_template(registry, repository, response)
+                .await;
             let guard = self
                 .denials
                 .public_locks
@@ -255,7 +256,7 @@ impl ProxyService {
             }
             return;
         }
-        let account = self.account(registry, repository, upstream_request.shown());
+        let account = self.account(registry, repository, upstream_request.client_credential());
         let own = self.revoke(registry, Some(repository), caller.principal);
         let accounts = async {
             if let Some(account) = account {
@@ -276,7 +277,7 @@ impl ProxyService {
     fn probe_anonymous(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
-        asked: &Cache<RepositoryKey, Instant>,
+        last_probe: &Cache<RepositoryKey, Instant>,
         after: Duration,
     ) {
         let key = (
@@ -285,21 +286,21 @@ impl ProxyService {
         );
         let now = Instant::now();
         let lately = |at: Instant| now.saturating_duration_since(at) < after;
-        if asked.get(&key).is_some_and(lately) {
+        if last_probe.get(&key).is_some_and(lately) {
             return;
         }
-        asked.insert(key, now);
+        last_probe.insert(key, now);
         let caller = self.principals.anonymous_caller(&upstream_request.caller.trace);
         let upstream_request = UpstreamRequest {
             caller,
             ..upstream_request.clone()
         };
         // The request runs detached, and its response is recorded.
-        let (proxy, asked) = (Arc::clone(self), self.coalesced_head(&upstream_request));
+        let (proxy, flight) = (Arc::clone(self), self.coalesced_head(&upstream_request));
         tokio::spawn(async move {
-            let answer = asked.wait().await;
+            let response = flight.wait().await;
             let is_unproven =
-                answer.is_some_and(|answer| matches!(answer.kind, ResponseKind::UnprovenDigest(_)));
+                response.is_some_and(|response| matches!(response.kind, ResponseKind::UnprovenDigest(_)));
             if is_unproven && matches!(upstream_request.endpoint, Endpoint::Manifest { .. }) {
                 // Only the bytes can prove the success.
                 let _ = proxy.fetch_manifest(upstream_request).await;
@@ -307,15 +308,15 @@ impl ProxyService {
         });
     }
 
-    /// Records that the token service issued a token to this account. `asked_at` is the time of the request, by wall
+    /// Records that the token service issued a token to this account. `sent_at` is the time of the request, by wall
     /// clock and monotonic clock.
     pub(super) async fn record_login(
         &self,
         registry: &Arc<UpstreamRegistry>,
         account: [u8; 32],
-        asked_at: (SystemTime, Instant),
+        sent_at: (SystemTime, Instant),
     ) {
-        self.write_grant(registry, None, account, asked_at).await;
+        self.write_grant(registry, None, account, sent_at).await;
     }
 
     /// Records that the token service denied this account. The account's grants depend on it.
@@ -370,9 +371,9 @@ impl ProxyService {
     }
 
     /// Whether a denial arrived after the request was sent.
-    fn is_superseded(&self, key: &GrantKey, asked_at: Instant) -> bool {
+    fn is_superseded(&self, key: &GrantKey, sent_at: Instant) -> bool {
         let last = self.denials.denied_at.get(key);
-        last.is_some_and(|revalidation| revalidation >= asked_at)
+        last.is_some_and(|revalidation| revalidation >= sent_at)
     }
 
     async fn set_public(
@@ -431,17 +432,17 @@ fn grant_key(registry: &UpstreamRegistry, repository: Option<&Repository>, princ
     (registry.name().into(), repository.cloned(), principal)
 }
 
-/// Whether a success for a request sent at `asked_at` is worth a write: the stored time is older than it and not
+/// Whether a success for a request sent at `sent_at` is worth a write: the stored time is older than it and not
 /// recent. A time in the future, from before the clock was set back, is replaced too.
-fn renews(noted: Option<SystemTime>, asked_at: SystemTime, now: SystemTime) -> bool {
-    noted.is_none_or(|noted| noted > now || (noted < asked_at && !age::is_within(noted, RENEW_AFTER, now)))
+fn renews(noted: Option<SystemTime>, sent_at: SystemTime, now: SystemTime) -> bool {
+    noted.is_none_or(|noted| noted > now || (noted < sent_at && !age::is_within(noted, RENEW_AFTER, now)))
 }
 
 /// Whether the credential is a bearer token (RFC 6750), which a token service issues for minutes. Other credentials
 /// are the same at the next pull.
 fn is_bearer(upstream_request: &UpstreamRequest) -> bool {
     let scheme = upstream_request
-        .shown()
+        .client_credential()
         .and_then(|shown| shown.as_bytes().split(|byte| *byte == b' ').next());
     scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"Bearer"))
 }
@@ -478,17 +479,17 @@ mod tests {
         let key: RepositoryKey = ("docker.io".into(), "library/alpine".parse().unwrap());
         let mut context = Context::from_waker(Waker::noop());
         let locks = KeyedLocks::default();
-        let (let_go, is_let_go) = channel::<()>();
+        let (release, is_released) = channel::<()>();
         let guard = locks.lock(key.clone()).await;
         {
-            let yes = pin!(write_holding_lock(&store, guard, move |_| is_let_go
+            let yes = pin!(write_holding_lock(&store, guard, move |_| is_released
                 .recv()
                 .unwrap()));
             assert!(yes.poll(&mut context).is_pending());
         }
         let mut no = pin!(locks.lock(key));
         assert!(no.as_mut().poll(&mut context).is_pending());
-        let_go.send(()).unwrap();
+        release.send(()).unwrap();
         no.await;
         spawn_blocking(move || drop(store)).await.unwrap();
     }

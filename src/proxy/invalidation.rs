@@ -161,12 +161,12 @@ impl ProxyService {
             is_rejected: false,
             change,
         };
-        let keys = pending.change.doubted(registry);
+        let keys = pending.change.invalidation_keys(registry);
         if keys.is_empty() {
             return pending;
         }
         let now = self.clock.now();
-        let doubted = self.store.write(move |store| {
+        let invalidated = self.store.write(move |store| {
             let (mut own, mut outcome) = (Vec::new(), Ok(()));
             for key in keys.into_iter().filter(|key| store.has_cached(key)) {
                 match store.invalidate(&key, now) {
@@ -177,7 +177,7 @@ impl ProxyService {
             }
             (own, outcome)
         });
-        let (own, outcome) = doubted.await;
+        let (own, outcome) = invalidated.await;
         pending.own_doubts = own;
         log_store_error(outcome, "store invalidation mark");
         pending
@@ -293,7 +293,7 @@ impl ProxyService {
     }
 
     /// Marks a tag as invalidated if its response overlapped a write.
-    async fn doubt_if_concurrent(&self, upstream_request: &UpstreamRequest, reference: &Reference) {
+    async fn invalidate_if_concurrent(&self, upstream_request: &UpstreamRequest, reference: &Reference) {
         if !Self::overlaps_write(upstream_request) || !matches!(reference, Reference::Tag(_)) {
             return;
         }
@@ -303,8 +303,8 @@ impl ProxyService {
             reference: reference.clone(),
         };
         let now = self.clock.now();
-        let doubted = self.store.write(move |store| store.invalidate(&key, now)).await;
-        log_store_error(doubted, "store invalidation mark");
+        let invalidated = self.store.write(move |store| store.invalidate(&key, now)).await;
+        log_store_error(invalidated, "store invalidation mark");
     }
 
     /// Records the digest of a tag, unless a write ended in the repository since the request arrived.
@@ -320,10 +320,10 @@ impl ProxyService {
         } = upstream_request;
         let is_same = || registry.writes(repository).ended == upstream_request.writes.ended;
         if is_same() {
-            self.doubt_if_concurrent(upstream_request, reference).await;
+            self.invalidate_if_concurrent(upstream_request, reference).await;
             self.record_tag(upstream_request, reference, digest, media_type)
                 .await;
-            self.doubt_if_concurrent(upstream_request, reference).await;
+            self.invalidate_if_concurrent(upstream_request, reference).await;
             self.settle_on_confirmation(upstream_request, reference.clone())
                 .await;
             self.settle_on_confirmation(upstream_request, digest.into()).await;

@@ -118,15 +118,15 @@ impl ProxyService {
         upstream_request: &UpstreamRequest,
         digest: Digest,
     ) -> Result<Arc<StoredManifest>, UpstreamFailure> {
-        let held = self.read_cache(
+        let stored = self.read_cache(
             &upstream_request.registry,
             &upstream_request.repository,
             move |cached| {
-                let held = cached.is_member(&digest).then(|| cached.manifest(&digest));
-                held.flatten()
+                let stored = cached.is_member(&digest).then(|| cached.manifest(&digest));
+                stored.flatten()
             },
         );
-        if let Some(manifest) = held.await {
+        if let Some(manifest) = stored.await {
             return Ok(manifest);
         }
         let endpoint = Endpoint::Manifest {
@@ -139,7 +139,7 @@ impl ProxyService {
         };
         self.fetch_manifest(upstream_request)
             .await
-            .map_err(|answer| answer.cause())
+            .map_err(|response| response.cause())
     }
 
     async fn probe_blobs(
@@ -167,9 +167,9 @@ impl ProxyService {
             let begun = begun.remove(&digest);
             probes.spawn(async move {
                 if let Some(begun) = begun
-                    && let Some(said) = get_result(begun, &progress, deadline).await
+                    && let Some(result) = get_result(begun, &progress, deadline).await
                 {
-                    return said.inspect_err(|cause| log_missing_layer(&upstream_request, &digest, *cause));
+                    return result.inspect_err(|cause| log_missing_layer(&upstream_request, &digest, *cause));
                 }
                 proxy.head_blob(upstream_request, digest).await
             });
@@ -193,14 +193,14 @@ impl ProxyService {
             endpoint,
             ..upstream_request
         };
-        let Some(answer) = self.coalesced_head(&upstream_request).wait().await else {
+        let Some(response) = self.coalesced_head(&upstream_request).wait().await else {
             return Err(UpstreamFailure::Busy);
         };
-        if answer.kind.is_success() {
+        if response.kind.is_success() {
             Ok(())
         } else {
-            log_missing_layer(&upstream_request, &digest, answer.cause());
-            Err(answer.cause())
+            log_missing_layer(&upstream_request, &digest, response.cause());
+            Err(response.cause())
         }
     }
 }
@@ -215,9 +215,9 @@ async fn get_result(
     loop {
         let until = deadline.min(*progress.borrow() + PREFETCH_STALL_MAX);
         match timeout_at(until, &mut begun).await {
-            Ok(said) => {
+            Ok(result) => {
                 progress.send_replace(Instant::now());
-                return said.ok();
+                return result.ok();
             }
             Err(_) if until < deadline && *progress.borrow() + PREFETCH_STALL_MAX > until => {}
             Err(_) => return None,

@@ -44,7 +44,7 @@ impl PageRequest {
 pub(super) fn derive_page(
     repository: &Repository,
     query: &Query,
-    kept: impl Fn(&str) -> Option<Arc<StoredListing>>,
+    find_page: impl Fn(&str) -> Option<Arc<StoredListing>>,
 ) -> Option<(Listing, Arc<StoredListing>)> {
     let request = PageRequest::of(query)?;
     let path = |query: Query| {
@@ -57,7 +57,7 @@ pub(super) fn derive_page(
     let mut media_type = None;
     for _ in 0..PAGES_MAX {
         let Some(from) = next.take() else { break };
-        let page = kept(&from)?;
+        let page = find_page(&from)?;
         let mut list: Value = serde_json::from_slice(&page.bytes).ok()?;
         name = list.get_mut("name").map(Value::take).unwrap_or_default();
         // Old registries send `null` for an empty list.
@@ -125,7 +125,7 @@ mod tests {
 
     use super::*;
 
-    fn kept(pages: &[(&str, &str, Option<&str>)]) -> HashMap<String, Arc<StoredListing>> {
+    fn cached_pages(pages: &[(&str, &str, Option<&str>)]) -> HashMap<String, Arc<StoredListing>> {
         let mut at = SystemTime::UNIX_EPOCH;
         let page = |(path, bytes, next): &(&str, &str, Option<&str>)| {
             at += Duration::from_secs(1);
@@ -149,7 +149,7 @@ mod tests {
 
     #[test]
     fn r10_pages_derive_from_cached_list_with_links() {
-        let whole = kept(&[(
+        let whole = cached_pages(&[(
             "/v2/team/app/tags/list",
             r#"{"name":"team/app","tags":["a","b","c","d","é&x"]}"#,
             None,
@@ -193,20 +193,20 @@ mod tests {
             r#"{"name":"team/app","tags":["c"]}"#,
             None,
         );
-        let chain = kept(&[first, second]);
+        let chain = cached_pages(&[first, second]);
         assert_eq!(ask(&chain, "n=3"), Some((json!(["b", "a", "c"]), None)));
         assert_eq!(
             ask(&chain, "last=b"),
             Some((json!(["a", "c"]), None)),
             "in the order of the registry"
         );
-        assert_eq!(ask(&kept(&[first]), "n=1"), None);
+        assert_eq!(ask(&cached_pages(&[first]), "n=1"), None);
         let circle = (
             "/v2/team/app/tags/list",
             r#"{"name":"team/app","tags":["a"]}"#,
             Some("/v2/team/app/tags/list"),
         );
-        assert_eq!(ask(&kept(&[circle]), "n=1"), None, "a circle has no end");
-        assert_eq!(ask(&kept(&[]), "n=1"), None);
+        assert_eq!(ask(&cached_pages(&[circle]), "n=1"), None, "a circle has no end");
+        assert_eq!(ask(&cached_pages(&[]), "n=1"), None);
     }
 }

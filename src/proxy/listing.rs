@@ -70,27 +70,27 @@ impl ProxyService {
         // A registry may return an empty list to a caller without a grant, or a front may respond in its place. So
         // that response is forwarded and not stored, and a cached list does not influence it.
         let has_no_grant = context.has_no_grant(rule, request.now);
-        let mut kept = None;
+        let mut stored = None;
         if !has_no_grant {
-            kept = self
+            stored = self
                 .cached_page(request, repository, (&key, never_revalidates))
                 .await;
         }
-        let in_situation = |kept: Option<&CachedPage>| {
-            let held = kept.map(|(_, source)| CachedEntry {
+        let state_with = |stored: Option<&CachedPage>| {
+            let entry = stored.map(|(_, source)| CachedEntry {
                 digest: source.digest,
                 confirmed_at: source.listed_at,
                 is_moved: false,
                 completeness: Completeness::Complete,
                 is_invalidated: false,
             });
-            context.situation(rule, ContentKind::Tag, held, true, request.now)
+            context.state(rule, ContentKind::Tag, entry, true, request.now)
         };
-        let mut situation = in_situation(kept.as_ref());
-        match decide(&situation) {
+        let mut state = state_with(stored.as_ref());
+        match decide(&state) {
             Decision::Deny(refusal) => return denied(refusal, None, false),
             Decision::Serve(served) if served.cause().is_none() && never_revalidates => {
-                return serve(kept, ServeReason::Cached(served));
+                return serve(stored, ServeReason::Cached(served));
             }
             _ => {}
         }
@@ -101,20 +101,20 @@ impl ProxyService {
             (&upstream_request.endpoint, false),
             rule.revalidate_timeout,
         );
-        if !has_no_grant && kept.is_none() && wait != Ok(rule.revalidate_timeout) {
-            kept = self.cached_page(request, repository, (&key, true)).await;
-            situation = in_situation(kept.as_ref());
+        if !has_no_grant && stored.is_none() && wait != Ok(rule.revalidate_timeout) {
+            stored = self.cached_page(request, repository, (&key, true)).await;
+            state = state_with(stored.as_ref());
         }
-        if kept.is_some() {
+        if stored.is_some() {
             upstream_request.caller.wait_deadline = None;
         }
-        let has_fallback = |situation: &CacheState| {
+        let has_fallback = |state: &CacheState| {
             let unavailable =
-                situation.with_revalidation(Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout));
+                state.with_revalidation(Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout));
             matches!(decide(&unavailable), Decision::Serve(_))
         };
         let revalidation = match wait {
-            Err(cause) if has_fallback(&situation) => Err((Revalidation::Unavailable(cause), None)),
+            Err(cause) if has_fallback(&state) => Err((Revalidation::Unavailable(cause), None)),
             wait => {
                 let wait = wait.unwrap_or(rule.revalidate_timeout);
                 let listing = self.coalesced_tags(&upstream_request, (!has_no_grant).then(|| key.clone()));
@@ -123,11 +123,11 @@ impl ProxyService {
                     revalidation
                 } else {
                     upstream.record_timeout(&upstream_request.caller, &upstream_request.endpoint, wait);
-                    if !has_no_grant && kept.is_none() {
-                        kept = self.cached_page(request, repository, (&key, true)).await;
-                        situation = in_situation(kept.as_ref());
+                    if !has_no_grant && stored.is_none() {
+                        stored = self.cached_page(request, repository, (&key, true)).await;
+                        state = state_with(stored.as_ref());
                     }
-                    if has_fallback(&situation) {
+                    if has_fallback(&state) {
                         // The request continues, and the next caller uses its result.
                         Err((
                             Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout),
@@ -139,9 +139,10 @@ impl ProxyService {
                 }
             }
         };
-        if !has_no_grant && kept.is_none() && matches!(revalidation, Err((Revalidation::Unavailable(_), _))) {
-            kept = self.cached_page(request, repository, (&key, true)).await;
-            situation = in_situation(kept.as_ref());
+        if !has_no_grant && stored.is_none() && matches!(revalidation, Err((Revalidation::Unavailable(_), _)))
+        {
+            stored = self.cached_page(request, repository, (&key, true)).await;
+            state = state_with(stored.as_ref());
         }
         let info = ServeInfo {
             reason: ServeReason::Fetched(crate::policy::MissReason::NoDigest),
@@ -150,12 +151,12 @@ impl ProxyService {
         match revalidation {
             Ok(FetchedList::Buffered(listing)) => ProxyResponse::Listing(listing, info),
             Ok(FetchedList::Streamed(list)) => ProxyResponse::StreamedList(list, info),
-            Err((revalidation, answer)) => match decide(&situation.with_revalidation(revalidation)) {
-                Decision::Serve(served) => serve(kept, ServeReason::Cached(served)),
-                Decision::Deny(refusal) => denied(refusal, answer, false),
+            Err((revalidation, response)) => match decide(&state.with_revalidation(revalidation)) {
+                Decision::Serve(served) => serve(stored, ServeReason::Cached(served)),
+                Decision::Deny(refusal) => denied(refusal, response, false),
                 Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => denied(
                     crate::policy::DenyReason::UpstreamUnavailable(UpstreamFailure::Malformed),
-                    answer,
+                    response,
                     false,
                 ),
             },
@@ -177,15 +178,15 @@ impl ProxyService {
         };
         self.read_cache(&request.registry, repository, move |cached| {
             let (proxy, registry, repository) = (cached.proxy, cached.registry, cached.repository);
-            if let Some(kept) = proxy.cached(registry, repository, cached.view.listing(&key)) {
-                return Some((page_of(&kept), kept));
+            if let Some(stored) = proxy.cached(registry, repository, cached.view.listing(&key)) {
+                return Some((page_of(&stored), stored));
             }
-            let kept = |path: &str| {
+            let find_page = |path: &str| {
                 let upstream = Arc::clone(&key.upstream);
                 let path = path.to_owned();
                 cached.view.listing(&ListingKey { upstream, path }).ok().flatten()
             };
-            list_page::derive_page(repository, query.as_ref()?, kept)
+            list_page::derive_page(repository, query.as_ref()?, find_page)
         })
         .await
     }
@@ -280,13 +281,13 @@ impl ProxyService {
             caller,
             ..
         } = upstream_request;
-        let asked_at = Instant::now();
+        let sent_at = Instant::now();
         match registry.upstream().get(caller, endpoint, accept, None).await {
             Ok(fetched) => Ok(fetched),
-            Err(answer) => {
-                self.record_response(upstream_request, &answer, asked_at).await;
-                let revalidation = self.classify(registry, repository, &answer).await;
-                Err((revalidation, Some(Arc::new(answer))))
+            Err(response) => {
+                self.record_response(upstream_request, &response, sent_at).await;
+                let revalidation = self.classify(registry, repository, &response).await;
+                Err((revalidation, Some(Arc::new(response))))
             }
         }
     }
@@ -299,7 +300,7 @@ impl ProxyService {
         }
         let Some(key) = key else { return Ok(listing) };
         let (page, now) = (listing.clone(), self.clock.now());
-        let kept = self.store.write(move |store| {
+        let stored = self.store.write(move |store| {
             let Listing {
                 bytes,
                 media_type,
@@ -308,7 +309,7 @@ impl ProxyService {
             } = page;
             store.put_listing(&key, StoredListing::new(bytes, media_type, next, filters, now))
         });
-        super::cache_view::log_store_error(kept.await, "store list");
+        super::cache_view::log_store_error(stored.await, "store list");
         Ok(listing)
     }
 }
@@ -381,8 +382,8 @@ fn begins_as_list(bytes: &[u8]) -> bool {
     first.is_some_and(|first| !first.trim_ascii_start().starts_with(br#""errors""#))
 }
 
-fn serve(kept: Option<CachedPage>, reason: ServeReason) -> ProxyResponse {
-    match kept {
+fn serve(stored: Option<CachedPage>, reason: ServeReason) -> ProxyResponse {
+    match stored {
         Some((listing, source)) => {
             let confirmed_at = Some(source.listed_at);
             ProxyResponse::Listing(listing, ServeInfo { reason, confirmed_at })
@@ -391,19 +392,19 @@ fn serve(kept: Option<CachedPage>, reason: ServeReason) -> ProxyResponse {
     }
 }
 
-fn page_of(kept: &StoredListing) -> Listing {
+fn page_of(stored: &StoredListing) -> Listing {
     Listing {
-        bytes: kept.bytes.clone(),
-        media_type: kept.media_type.clone(),
-        next: kept.next.clone(),
-        filters: kept.filters.clone(),
+        bytes: stored.bytes.clone(),
+        media_type: stored.media_type.clone(),
+        next: stored.next.clone(),
+        filters: stored.filters.clone(),
     }
 }
 
 /// Response with a cached page.
-pub(super) fn cached_list_response(kept: &StoredListing, reason: ServeReason) -> ProxyResponse {
-    let confirmed_at = Some(kept.listed_at);
-    ProxyResponse::Listing(page_of(kept), ServeInfo { reason, confirmed_at })
+pub(super) fn cached_list_response(stored: &StoredListing, reason: ServeReason) -> ProxyResponse {
+    let confirmed_at = Some(stored.listed_at);
+    ProxyResponse::Listing(page_of(stored), ServeInfo { reason, confirmed_at })
 }
 
 /// List metadata from the response headers.

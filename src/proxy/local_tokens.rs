@@ -106,16 +106,16 @@ impl ProxyService {
         self: &Arc<Self>,
         registry: &Arc<UpstreamRegistry>,
         realm: &Origin,
-        asked: TokenRequest,
+        request: TokenRequest,
         passing: ForwardRequest,
     ) -> Result<TokenOutcome, UpstreamFailure> {
         let (proxy, registry, realm) = (Arc::clone(self), Arc::clone(registry), realm.clone());
         let answered = tokio::spawn(async move {
-            let account = asked
+            let account = request
                 .credential
                 .as_deref()
                 .map(|secret| *proxy.principals.account(secret).as_bytes());
-            let asked_at = (proxy.clock.now(), Instant::now());
+            let sent_at = (proxy.clock.now(), Instant::now());
             match registry.upstream().forward_token_request(&realm, passing).await {
                 Ok(reply) => {
                     if let Some(account) = account {
@@ -123,9 +123,9 @@ impl ProxyService {
                             .record_token_response(
                                 &registry,
                                 &realm,
-                                (account, asked.repositories),
+                                (account, request.repositories),
                                 &reply,
-                                asked_at,
+                                sent_at,
                             )
                             .await;
                     }
@@ -133,7 +133,7 @@ impl ProxyService {
                 }
                 Err(cause) => TokenOutcome::Local(
                     cause,
-                    proxy.issue_local_token(&registry, realm, account, asked.repositories),
+                    proxy.issue_local_token(&registry, realm, account, request.repositories),
                 ),
             }
         });
@@ -171,7 +171,7 @@ impl ProxyService {
         realm: &Origin,
         (account, repositories): ([u8; 32], Vec<Repository>),
         reply: &TokenResponse,
-        asked_at: (SystemTime, Instant),
+        sent_at: (SystemTime, Instant),
     ) {
         if matches!(reply.status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
             return self.record_login_denied(registry, account).await;
@@ -180,7 +180,7 @@ impl ProxyService {
         let Ok(shown) = HeaderValue::from_str(&issued.authorization) else {
             return;
         };
-        self.record_login(registry, account, asked_at).await;
+        self.record_login(registry, account, sent_at).await;
         let issued_token = IssuedToken {
             realm: realm.clone(),
             account: Some(account),
@@ -214,12 +214,12 @@ impl ProxyService {
             self.local_tokens
                 .insert(registry, &self.principals.credential(&shown), issued_token);
         }
-        let answer = serde_json::json!({
+        let response = serde_json::json!({
             "token": *token,
             "access_token": *token,
             "expires_in": TOKEN_TTL.as_secs(),
             "issued_at": humantime::format_rfc3339_seconds(now).to_string(),
         });
-        answer.to_string().into()
+        response.to_string().into()
     }
 }

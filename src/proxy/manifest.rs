@@ -63,10 +63,10 @@ impl ProxyService {
         let candidates = self
             .candidates_for_tag(&request.registry, repository, tag, accept)
             .await;
-        let held = candidates.as_ref().map(Candidates::held);
-        let situation = context.situation(rule, ContentKind::Tag, held, true, request.now);
+        let entry = candidates.as_ref().map(Candidates::entry);
+        let state = context.state(rule, ContentKind::Tag, entry, true, request.now);
         let manifest_request = ManifestRequest::new(self, request, repository, context, rule);
-        manifest_request.execute(situation, candidates).await
+        manifest_request.execute(state, candidates).await
     }
 
     /// Executes the decision for a referrers tag.
@@ -75,12 +75,12 @@ impl ProxyService {
         request: &Request,
         repository: &Repository,
         context: &AuthContext,
-        situation: CacheState,
+        state: CacheState,
         candidates: Option<Candidates>,
     ) -> ProxyResponse {
         let rule = request.registry.rule(repository, request.tag());
         let manifest_request = ManifestRequest::new(self, request, repository, context, rule);
-        manifest_request.execute(situation, candidates).await
+        manifest_request.execute(state, candidates).await
     }
 
     async fn by_digest(
@@ -95,13 +95,13 @@ impl ProxyService {
             let manifest_request = ManifestRequest::new(self, request, repository, context, rule);
             return manifest_request.authorize_first(digest).await;
         }
-        let (candidates, seen) = self
+        let (candidates, is_in_repository) = self
             .candidate_for_digest(&request.registry, repository, &digest, request.now)
             .await;
-        let held = candidates.as_ref().map(Candidates::held);
-        let situation = context.situation(rule, ContentKind::Manifest, held, seen, request.now);
+        let entry = candidates.as_ref().map(Candidates::entry);
+        let state = context.state(rule, ContentKind::Manifest, entry, is_in_repository, request.now);
         let manifest_request = ManifestRequest::new(self, request, repository, context, rule);
-        manifest_request.execute(situation, candidates).await
+        manifest_request.execute(state, candidates).await
     }
 }
 
@@ -143,14 +143,14 @@ impl<'a> ManifestRequest<'a> {
 
     /// Executes the decision: revalidates and decides again, then fetches or probes layers. If that fails, a last
     /// decision chooses the fallback.
-    async fn execute(&self, situation: CacheState, candidates: Option<Candidates>) -> ProxyResponse {
-        match decide(&situation) {
-            Decision::Revalidate => self.revalidate_and_serve(situation, candidates).await,
+    async fn execute(&self, state: CacheState, candidates: Option<Candidates>) -> ProxyResponse {
+        match decide(&state) {
+            Decision::Revalidate => self.revalidate_and_serve(state, candidates).await,
             // Clients that only compare digests send `HEAD`; a `GET` would count as a pull at Docker Hub.
-            Decision::Fetch(_) if self.request.head => self.head_uncached(situation).await,
-            Decision::Fetch(why) => self.fetch(why, situation, candidates).await,
+            Decision::Fetch(_) if self.request.head => self.head_uncached(state).await,
+            Decision::Fetch(why) => self.fetch(why, state, candidates).await,
             Decision::Serve(served) => self.serve(served, candidates, None),
-            Decision::ProbeLayers(served) => self.probe_and_serve(served, situation, candidates, None).await,
+            Decision::ProbeLayers(served) => self.probe_and_serve(served, state, candidates, None).await,
             Decision::Deny(refusal) => denied(refusal, None, false),
         }
     }
@@ -160,7 +160,7 @@ impl<'a> ManifestRequest<'a> {
         let (registry, repository, now) = (&self.request.registry, self.repository, self.request.now);
         let unseen = self
             .context
-            .situation(self.rule, ContentKind::Manifest, None, false, now);
+            .state(self.rule, ContentKind::Manifest, None, false, now);
         if let Decision::Deny(refusal) = decide(&unseen) {
             return denied(refusal, None, false);
         }
@@ -178,25 +178,21 @@ impl<'a> ManifestRequest<'a> {
         if candidates.is_none() && self.request.head {
             return self.respond_to_head(unseen, revalidated).await;
         }
-        let held = candidates.as_ref().map(Candidates::held);
-        let situation = self
+        let entry = candidates.as_ref().map(Candidates::entry);
+        let state = self
             .context
-            .situation(self.rule, ContentKind::Manifest, held, true, now);
-        self.on_revalidated(situation, candidates, revalidated).await
+            .state(self.rule, ContentKind::Manifest, entry, true, now);
+        self.on_revalidated(state, candidates, revalidated).await
     }
 
-    async fn revalidate_and_serve(
-        &self,
-        situation: CacheState,
-        candidates: Option<Candidates>,
-    ) -> ProxyResponse {
-        let revalidated = self.revalidate(&situation).await;
-        self.on_revalidated(situation, candidates, revalidated).await
+    async fn revalidate_and_serve(&self, state: CacheState, candidates: Option<Candidates>) -> ProxyResponse {
+        let revalidated = self.revalidate(&state).await;
+        self.on_revalidated(state, candidates, revalidated).await
     }
 
     async fn on_revalidated(
         &self,
-        situation: CacheState,
+        state: CacheState,
         candidates: Option<Candidates>,
         revalidated: Revalidated,
     ) -> ProxyResponse {
@@ -204,68 +200,68 @@ impl<'a> ManifestRequest<'a> {
             return self.pass_through().await;
         }
         if revalidated.is_unproven()
-            && let Some(manifest) = self.take_inline_body(revalidated.answer.as_deref()).await
+            && let Some(manifest) = self.take_inline_body(revalidated.response.as_deref()).await
         {
             // Forward what this caller was given, even if the sender is not proven. Cached content is not used for
             // it.
             return self.manifest(manifest, ServeReason::Passthrough);
         }
-        let situation = situation.with_revalidation(revalidated.revalidation);
-        match decide(&situation) {
+        let state = state.with_revalidation(revalidated.revalidation);
+        match decide(&state) {
             Decision::Serve(HitReason::TagMoved) => {
-                self.serve_updated_tag(situation, candidates, revalidated).await
+                self.serve_updated_tag(state, candidates, revalidated).await
             }
             Decision::Serve(served) => self.serve(served, candidates, Some(revalidated.revalidation)),
             Decision::ProbeLayers(served) => {
-                self.probe_and_serve(served, situation, candidates, revalidated.answer)
+                self.probe_and_serve(served, state, candidates, revalidated.response)
                     .await
             }
-            Decision::Fetch(why) => match self.take_inline_body(revalidated.answer.as_deref()).await {
-                Some(manifest) => self.serve_fetched(manifest, why, situation, candidates).await,
-                None => self.fetch(why, situation, candidates).await,
+            Decision::Fetch(why) => match self.take_inline_body(revalidated.response.as_deref()).await {
+                Some(manifest) => self.serve_fetched(manifest, why, state, candidates).await,
+                None => self.fetch(why, state, candidates).await,
             },
             Decision::Deny(refusal) => {
                 if refusal == DenyReason::NotFound {
-                    self.remove_deleted_tag(&situation).await;
+                    self.remove_deleted_tag(&state).await;
                 }
                 denied(
                     refusal,
-                    revalidated.answer,
+                    revalidated.response,
                     is_proxy_credential_denied(revalidated.revalidation),
                 )
             }
             // Invariant of `decide`: no second revalidation.
             Decision::Revalidate => denied(
                 DenyReason::UpstreamUnavailable(UpstreamFailure::Malformed),
-                revalidated.answer,
+                revalidated.response,
                 false,
             ),
         }
     }
 
-    async fn revalidate(&self, situation: &CacheState) -> Revalidated {
+    async fn revalidate(&self, state: &CacheState) -> Revalidated {
         self.proxy
             .revalidate(
                 self.request,
                 self.repository,
                 self.context,
-                situation,
+                state,
                 self.rule.revalidate_timeout,
             )
             .await
     }
 
-    async fn take_inline_body(&self, answer: Option<&UpstreamResponse>) -> Option<Arc<StoredManifest>> {
+    async fn take_inline_body(&self, response: Option<&UpstreamResponse>) -> Option<Arc<StoredManifest>> {
         self.proxy
-            .take_inline_body(&self.upstream_request(), answer?)
+            .take_inline_body(&self.upstream_request(), response?)
             .await
     }
 
     /// Removes a tag that was deleted upstream, so that the next outage does not restore it. Only for a principal
     /// with a grant, because some registries return 404 to all others.
-    async fn remove_deleted_tag(&self, situation: &CacheState) {
+    async fn remove_deleted_tag(&self, state: &CacheState) {
         let Some(tag) = self.request.tag() else { return };
-        if situation.authorization == Authorization::Unknown || situation.cached.is_none() {
+        if state.authorization == Authorization::Unknown || state.cached.is_none() {
             return;
         }
         let key = TagKey {
@@ -278,18 +274,18 @@ impl<'a> ManifestRequest<'a> {
     }
 
     /// Responds to `HEAD` for an uncached manifest. Fetches it if the upstream's headers are incomplete.
-    async fn head_uncached(&self, situation: CacheState) -> ProxyResponse {
-        let revalidated = self.revalidate(&situation).await;
-        self.respond_to_head(situation, revalidated).await
+    async fn head_uncached(&self, state: CacheState) -> ProxyResponse {
+        let revalidated = self.revalidate(&state).await;
+        self.respond_to_head(state, revalidated).await
     }
 
-    async fn respond_to_head(&self, situation: CacheState, revalidated: Revalidated) -> ProxyResponse {
-        if let Some(manifest) = self.take_inline_body(revalidated.answer.as_deref()).await {
+    async fn respond_to_head(&self, state: CacheState, revalidated: Revalidated) -> ProxyResponse {
+        if let Some(manifest) = self.take_inline_body(revalidated.response.as_deref()).await {
             return self.manifest(manifest, ServeReason::Fetched(MissReason::NoDigest));
         }
-        if let Some(answer) = &revalidated.answer
+        if let Some(response) = &revalidated.response
             && let (ResponseKind::Digest(digest), Some(media_type), Some(size)) =
-                (answer.kind, &answer.media_type, answer.length)
+                (response.kind, &response.media_type, response.length)
         {
             return ProxyResponse::ManifestHead {
                 digest,
@@ -300,14 +296,14 @@ impl<'a> ManifestRequest<'a> {
         if revalidated.revalidation == Revalidation::Unavailable(UpstreamFailure::Unverifiable) {
             return self.pass_through().await;
         }
-        let situation = situation.with_revalidation(revalidated.revalidation);
-        match decide(&situation) {
+        let state = state.with_revalidation(revalidated.revalidation);
+        match decide(&state) {
             Decision::Deny(refusal) => denied(
                 refusal,
-                revalidated.answer,
+                revalidated.response,
                 is_proxy_credential_denied(revalidated.revalidation),
             ),
-            _ => self.fetch(MissReason::NoDigest, situation, None).await,
+            _ => self.fetch(MissReason::NoDigest, state, None).await,
         }
     }
 
@@ -315,13 +311,13 @@ impl<'a> ManifestRequest<'a> {
     /// since.
     async fn serve_updated_tag(
         &self,
-        situation: CacheState,
+        state: CacheState,
         candidates: Option<Candidates>,
         revalidated: Revalidated,
     ) -> ProxyResponse {
         match self.revalidated_manifest(revalidated.revalidation).await {
             Some(manifest) => self.manifest(manifest, ServeReason::Cached(HitReason::TagMoved)),
-            None => self.fetch(MissReason::NewDigest, situation, candidates).await,
+            None => self.fetch(MissReason::NewDigest, state, candidates).await,
         }
     }
 
@@ -341,23 +337,23 @@ impl<'a> ManifestRequest<'a> {
     async fn probe_and_serve(
         &self,
         served: HitReason,
-        situation: CacheState,
+        state: CacheState,
         candidates: Option<Candidates>,
-        answer: Option<Arc<UpstreamResponse>>,
+        response: Option<Arc<UpstreamResponse>>,
     ) -> ProxyResponse {
         let newest = candidates
             .as_ref()
             .map(|candidates| Arc::clone(&candidates.newest.manifest));
         let manifest = match served {
-            HitReason::TagMoved => self.revalidated_manifest(situation.revalidation).await,
+            HitReason::TagMoved => self.revalidated_manifest(state.revalidation).await,
             _ => newest,
         };
         let Some(manifest) = manifest else {
-            return self.fetch(MissReason::NewDigest, situation, candidates).await;
+            return self.fetch(MissReason::NewDigest, state, candidates).await;
         };
         match self.probe_missing_layers(&manifest, candidates.as_ref()).await {
             Ok(()) => self.manifest(manifest, ServeReason::Cached(served)),
-            Err(cause) => self.serve_fallback(situation, candidates, cause, answer),
+            Err(cause) => self.serve_fallback(state, candidates, cause, response),
         }
     }
 
@@ -388,48 +384,48 @@ impl<'a> ManifestRequest<'a> {
     async fn fetch(
         &self,
         why: MissReason,
-        situation: CacheState,
+        state: CacheState,
         candidates: Option<Candidates>,
     ) -> ProxyResponse {
         let has_fallback = matches!(
-            decide(
-                &situation.with_revalidation(Revalidation::FetchFailed(UpstreamFailure::RevalidateTimeout))
-            ),
+            decide(&state.with_revalidation(Revalidation::FetchFailed(UpstreamFailure::RevalidateTimeout))),
             Decision::Serve(_)
         );
-        let mut upstream_request = self.upstream_request().naming(situation.revalidation);
+        let mut upstream_request = self.upstream_request().naming(state.revalidation);
         let fetched = if has_fallback {
-            let (upstream, began) = (self.request.registry.upstream(), Instant::now());
-            let budget = self.deadline.saturating_duration_since(began);
+            let (upstream, started_at) = (self.request.registry.upstream(), Instant::now());
+            let remaining = self.deadline.saturating_duration_since(started_at);
             let wait = match upstream.wait_limit(
                 &upstream_request.caller,
                 (&upstream_request.endpoint, false),
-                budget,
+                remaining,
             ) {
                 Ok(wait) => wait,
-                Err(cause) => return self.serve_fallback(situation, candidates, cause, None),
+                Err(cause) => return self.serve_fallback(state, candidates, cause, None),
             };
             upstream_request.caller.wait_deadline = Some(self.deadline);
             let (caller, endpoint) = (upstream_request.caller.clone(), upstream_request.endpoint.clone());
-            if let Ok(fetched) = timeout_at(began + wait, self.proxy.fetch_manifest(upstream_request)).await {
+            if let Ok(fetched) =
+                timeout_at(started_at + wait, self.proxy.fetch_manifest(upstream_request)).await
+            {
                 fetched
             } else {
                 // The fetch continues, and the next request uses its result.
                 upstream.record_timeout(&caller, &endpoint, wait);
-                return self.serve_fallback(situation, candidates, UpstreamFailure::RevalidateTimeout, None);
+                return self.serve_fallback(state, candidates, UpstreamFailure::RevalidateTimeout, None);
             }
         } else {
             self.proxy.fetch_manifest(upstream_request).await
         };
         match fetched {
-            Ok(manifest) => self.serve_fetched(manifest, why, situation, candidates).await,
-            Err(answer)
-                if answer.cause() == UpstreamFailure::Unverifiable
-                    || (answer.cause() == UpstreamFailure::TooLarge && candidates.is_none()) =>
+            Ok(manifest) => self.serve_fetched(manifest, why, state, candidates).await,
+            Err(response)
+                if response.cause() == UpstreamFailure::Unverifiable
+                    || (response.cause() == UpstreamFailure::TooLarge && candidates.is_none()) =>
             {
                 self.pass_through().await
             }
-            Err(answer) => self.on_fetch_failed(situation, candidates, answer).await,
+            Err(response) => self.on_fetch_failed(state, candidates, response).await,
         }
     }
 
@@ -449,12 +445,12 @@ impl<'a> ManifestRequest<'a> {
         &self,
         manifest: Arc<StoredManifest>,
         why: MissReason,
-        situation: CacheState,
+        state: CacheState,
         candidates: Option<Candidates>,
     ) -> ProxyResponse {
         match self.probe_missing_layers(&manifest, candidates.as_ref()).await {
             Ok(()) => self.manifest(manifest, ServeReason::Fetched(why)),
-            Err(cause) => self.serve_fallback(situation, candidates, cause, None),
+            Err(cause) => self.serve_fallback(state, candidates, cause, None),
         }
     }
 
@@ -467,13 +463,13 @@ impl<'a> ManifestRequest<'a> {
     /// Handles a failed fetch: a denial denies the request, any other failure falls back to the cached manifest.
     async fn on_fetch_failed(
         &self,
-        situation: CacheState,
+        state: CacheState,
         candidates: Option<Candidates>,
-        answer: Arc<UpstreamResponse>,
+        response: Arc<UpstreamResponse>,
     ) -> ProxyResponse {
         let revalidation = self
             .proxy
-            .classify(&self.request.registry, self.repository, &answer)
+            .classify(&self.request.registry, self.repository, &response)
             .await;
         let revalidation = match revalidation {
             // The `HEAD` named it and the `GET` returned 404: the new manifest is not available.
@@ -486,15 +482,15 @@ impl<'a> ManifestRequest<'a> {
             }
             revalidation => revalidation,
         };
-        match decide(&situation.with_revalidation(revalidation)) {
+        match decide(&state.with_revalidation(revalidation)) {
             Decision::Serve(served) => self.serve(served, candidates, Some(revalidation)),
             Decision::Deny(refusal) => {
-                denied(refusal, Some(answer), is_proxy_credential_denied(revalidation))
+                denied(refusal, Some(response), is_proxy_credential_denied(revalidation))
             }
             // Invariants of `decide`: no second revalidation, no second fetch.
             Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => denied(
                 DenyReason::UpstreamUnavailable(UpstreamFailure::Malformed),
-                Some(answer),
+                Some(response),
                 false,
             ),
         }
@@ -503,23 +499,23 @@ impl<'a> ManifestRequest<'a> {
     /// Serves the complete cached image instead of a newer one that is not available.
     fn serve_fallback(
         &self,
-        situation: CacheState,
+        state: CacheState,
         candidates: Option<Candidates>,
         cause: UpstreamFailure,
-        answer: Option<Arc<UpstreamResponse>>,
+        response: Option<Arc<UpstreamResponse>>,
     ) -> ProxyResponse {
         // The upstream has just authorized this principal.
         let revalidation = Revalidation::FetchFailed(cause);
         match decide(&CacheState {
             authorization: Authorization::Granted,
             revalidation,
-            ..situation
+            ..state
         }) {
             Decision::Serve(served) => self.serve(served, candidates, Some(revalidation)),
-            Decision::Deny(refusal) => denied(refusal, answer, false),
+            Decision::Deny(refusal) => denied(refusal, response, false),
             // Invariants of `decide`: no second revalidation, no second fetch.
             Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => {
-                denied(DenyReason::UpstreamUnavailable(cause), answer, false)
+                denied(DenyReason::UpstreamUnavailable(cause), response, false)
             }
         }
     }

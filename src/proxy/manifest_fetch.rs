@@ -31,7 +31,7 @@ pub(super) struct UpstreamRequest {
     pub(super) accept: Accept,
     pub(super) caller: Caller,
     /// Arrival time of the client's [`Request`]; the upstream request is not older.
-    pub(super) asked_at: SystemTime,
+    pub(super) arrived_at: SystemTime,
     /// As in the client's [`Request`].
     pub(super) writes: WriteSnapshot,
     /// As in the client's [`Request`].
@@ -50,7 +50,7 @@ impl UpstreamRequest {
             endpoint: request.endpoint.clone(),
             accept: request.accept.clone(),
             caller: caller.clone(),
-            asked_at: request.now,
+            arrived_at: request.now,
             writes: request.writes,
             for_push: request.for_push,
             named: None,
@@ -78,7 +78,7 @@ impl UpstreamRequest {
     }
 
     /// The client's credential as forwarded upstream.
-    pub(super) fn shown(&self) -> Option<&HeaderValue> {
+    pub(super) fn client_credential(&self) -> Option<&HeaderValue> {
         match &self.caller.credential {
             Credential::Client(shown) => Some(shown),
             Credential::Anonymous | Credential::Configured => None,
@@ -152,7 +152,7 @@ impl ProxyService {
                     caller,
                     ..
                 } = &upstream_request;
-                let asked_at = Instant::now();
+                let sent_at = Instant::now();
                 let caller = Caller {
                     waiters: Some(waiters.clone()),
                     ..caller.clone()
@@ -174,13 +174,13 @@ impl ProxyService {
                                 .is_grant_evidence(&upstream_request, manifest, is_from_registry)
                                 .await
                         {
-                            proxy.record_grant(&upstream_request, asked_at).await;
+                            proxy.record_grant(&upstream_request, sent_at).await;
                         }
                         proxy.store_manifest(&upstream_request, received).await
                     }
-                    Err(answer) => {
-                        proxy.record_response(&upstream_request, &answer, asked_at).await;
-                        Err(Arc::new(answer))
+                    Err(response) => {
+                        proxy.record_response(&upstream_request, &response, sent_at).await;
+                        Err(Arc::new(response))
                     }
                 })
             }
@@ -269,10 +269,10 @@ impl ProxyService {
     pub(super) async fn take_inline_body(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
-        answer: &UpstreamResponse,
+        response: &UpstreamResponse,
     ) -> Option<Arc<StoredManifest>> {
-        let (bytes, media_type) = answer.body.clone()?;
-        let named = match answer.kind {
+        let (bytes, media_type) = response.body.clone()?;
+        let named = match response.kind {
             ResponseKind::Digest(digest) | ResponseKind::UnprovenDigest(digest) => Some(digest),
             _ => None,
         };
@@ -306,7 +306,7 @@ impl ProxyService {
             return Ok(manifest);
         }
         self.size_hints.record(registry, repository, &manifest.manifest);
-        let kept = {
+        let stored = {
             let (registry, repository) = (Arc::clone(registry), repository.clone());
             let manifest = Arc::clone(&manifest);
             self.store
@@ -327,11 +327,11 @@ impl ProxyService {
                 })
                 .await
         };
-        let served = match &kept {
-            Ok(kept) => Arc::clone(kept),
+        let served = match &stored {
+            Ok(stored) => Arc::clone(stored),
             Err(_) => manifest,
         };
-        super::cache_view::log_store_error(kept, "store manifest");
+        super::cache_view::log_store_error(stored, "store manifest");
         // As for a list of the referrers API: a registry may also respond to clients that may not read the
         // repository.
         let is_trusted = !upstream_request.is_for_referrers_tag()
@@ -397,19 +397,19 @@ fn verify(
     media_type: Option<&MediaType>,
     endpoint: &Endpoint,
 ) -> Result<StoredManifest, UpstreamFailure> {
-    let asked = match endpoint {
+    let requested = match endpoint {
         Endpoint::Manifest {
             reference: Reference::Digest(AnyDigest::Supported(digest)),
             ..
         } => Some(*digest),
         _ => None,
     };
-    let expected = asked.or(header);
+    let expected = requested.or(header);
     let algorithm = expected.map_or(Algorithm::Sha256, |digest| digest.algorithm());
     let digest = Digest::of(algorithm, &bytes);
     let is_right = expected.is_none_or(|expected| expected == digest);
     let read = Manifest::read(&bytes);
-    if !(is_right && asked.is_some())
+    if !(is_right && requested.is_some())
         && let Ok(manifest) = &read
         && manifest.is_signed_schema_1(media_type)
     {
@@ -420,14 +420,14 @@ fn verify(
     }
     let manifest = read.map_err(|_| UpstreamFailure::Malformed)?;
     let is_page = media_type.is_some_and(MediaType::is_page);
-    let media_type = if asked.is_some() {
+    let media_type = if requested.is_some() {
         manifest.type_by_digest(media_type)
     } else {
         manifest.type_sent_as(media_type)
     };
     let media_type = media_type.ok_or(UpstreamFailure::Malformed)?;
     // By tag, only the response names the content, so its media type and shape must agree.
-    if asked.is_none() && (is_page || !manifest.has_shape_of(&media_type)) {
+    if requested.is_none() && (is_page || !manifest.has_shape_of(&media_type)) {
         return Err(UpstreamFailure::Malformed);
     }
     Ok(StoredManifest {

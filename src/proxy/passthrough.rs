@@ -35,7 +35,7 @@ pub(super) async fn fetch_uncached(
     caller: &Caller,
     size_max: u64,
 ) -> ProxyResponse {
-    let asked_at = Instant::now();
+    let sent_at = Instant::now();
     let Request {
         registry,
         endpoint,
@@ -51,11 +51,11 @@ pub(super) async fn fetch_uncached(
         _ => None,
     };
     if request.head {
-        let answer = registry.upstream().head(caller, endpoint, accept).await;
-        return if answer.kind.is_success() || answer.failure() == Some(UpstreamFailure::Unverifiable) {
-            let (media_type, size) = (answer.media_type, answer.length);
+        let response = registry.upstream().head(caller, endpoint, accept).await;
+        return if response.kind.is_success() || response.failure() == Some(UpstreamFailure::Unverifiable) {
+            let (media_type, size) = (response.media_type, response.length);
             ProxyResponse::Passthrough(Passthrough {
-                digest: digest.or(answer.header_digest.map(|named| named.to_string())),
+                digest: digest.or(response.header_digest.map(|named| named.to_string())),
                 media_type,
                 size,
                 body: None,
@@ -64,8 +64,8 @@ pub(super) async fn fetch_uncached(
             deny_uncached(
                 proxy,
                 &UpstreamRequest::of(request, repository, caller),
-                answer,
-                asked_at,
+                response,
+                sent_at,
             )
             .await
         };
@@ -79,10 +79,10 @@ pub(super) async fn fetch_uncached(
             match proxy.downloads.admit(registry.name(), demand).await {
                 Ok(permit) => Some(permit),
                 Err(full) => {
-                    let answer = UpstreamResponse::not_admitted(full);
+                    let response = UpstreamResponse::not_admitted(full);
                     return denied(
-                        DenyReason::UpstreamUnavailable(answer.cause()),
-                        Some(Arc::new(answer)),
+                        DenyReason::UpstreamUnavailable(response.cause()),
+                        Some(Arc::new(response)),
                         false,
                     );
                 }
@@ -112,12 +112,12 @@ pub(super) async fn fetch_uncached(
             size: fetched.length,
             body: Some(Box::new(fetched)),
         }),
-        Err(answer) => {
+        Err(response) => {
             deny_uncached(
                 proxy,
                 &UpstreamRequest::of(request, repository, caller),
-                answer,
-                asked_at,
+                response,
+                sent_at,
             )
             .await
         }
@@ -132,14 +132,14 @@ fn is_page(fetched: &ResponseStream) -> bool {
 async fn deny_uncached(
     proxy: &Arc<ProxyService>,
     upstream_request: &UpstreamRequest,
-    answer: UpstreamResponse,
-    asked_at: Instant,
+    response: UpstreamResponse,
+    sent_at: Instant,
 ) -> ProxyResponse {
-    proxy.record_response(upstream_request, &answer, asked_at).await;
-    let refusal = match answer.kind {
+    proxy.record_response(upstream_request, &response, sent_at).await;
+    let refusal = match response.kind {
         ResponseKind::NotFound => DenyReason::NotFound,
         ResponseKind::Denied => DenyReason::Forbidden,
-        _ => DenyReason::UpstreamUnavailable(answer.cause()),
+        _ => DenyReason::UpstreamUnavailable(response.cause()),
     };
-    denied(refusal, Some(Arc::new(answer)), false)
+    denied(refusal, Some(Arc::new(response)), false)
 }

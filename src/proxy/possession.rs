@@ -74,7 +74,7 @@ impl Sample {
             _ => None,
         };
         let file = match content {
-            BlobBody::File(held) => Some(Self::of_file(held)),
+            BlobBody::File(handle) => Some(Self::of_file(handle)),
             _ => None,
         };
         async move {
@@ -86,8 +86,8 @@ impl Sample {
         }
     }
 
-    pub(super) fn of_file(held: &BlobHandle) -> impl Future<Output = Option<Self>> + Send + use<> {
-        let (size, file) = (held.size, Arc::clone(&held.file));
+    pub(super) fn of_file(handle: &BlobHandle) -> impl Future<Output = Option<Self>> + Send + use<> {
+        let (size, file) = (handle.size, Arc::clone(&handle.file));
         async move {
             let length = usize::try_from(size.min(SAMPLE_BYTES)).ok()?;
             let read = spawn_blocking(move || {
@@ -134,7 +134,7 @@ impl ProxyService {
             caller,
             ..
         } = upstream_request;
-        let asked_at = Instant::now();
+        let sent_at = Instant::now();
         let part = RangeSpec {
             from: 0,
             until: Some(sample.0.len() as u64),
@@ -146,10 +146,10 @@ impl ProxyService {
                 .upstream()
                 .admit(caller, endpoint)
                 .await
-                .map_err(|answer| *answer)?;
+                .map_err(|response| *response)?;
             let answered = registry.upstream().get_part(caller, endpoint, accept, part).await;
-            if let Err(answer) = &answered {
-                self.record_response(upstream_request, answer, asked_at).await;
+            if let Err(response) = &answered {
+                self.record_response(upstream_request, response, sent_at).await;
             }
             let mut fetched = answered?;
             let mut left = sample.0.clone();
@@ -163,7 +163,7 @@ impl ProxyService {
                 }
             }
         }
-        self.record_verified_blob(upstream_request, (digest, sample.0.len() as u64), asked_at)
+        self.record_verified_blob(upstream_request, (digest, sample.0.len() as u64), sent_at)
             .await;
         Ok(())
     }
@@ -175,10 +175,10 @@ impl ProxyService {
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
         (digest, size): (Digest, u64),
-        asked_at: Instant,
+        sent_at: Instant,
     ) {
         if self.is_evidence(upstream_request, digest, size).await {
-            self.record_grant(upstream_request, asked_at).await;
+            self.record_grant(upstream_request, sent_at).await;
         }
         if self.is_referenced(upstream_request, digest) || self.is_authorized(upstream_request).await {
             self.add_member(&upstream_request.registry, &upstream_request.repository, digest)

@@ -303,9 +303,9 @@ impl ProxyService {
                 let source = UpstreamSource::new(self, upstream_request.clone(), digest).for_leader(&leader);
                 let mut reader = leader.start(source);
                 if let Some(opened) = opened {
-                    let said = reader.info().await.map(drop);
+                    let result = reader.info().await.map(drop);
                     // The probe may have ended.
-                    let _heard = opened.send(said.map_err(|failure| cause_of(&failure)));
+                    let _heard = opened.send(result.map_err(|failure| cause_of(&failure)));
                 }
                 reader.settled().await.map(drop)
             }
@@ -330,7 +330,7 @@ impl ProxyService {
 
 fn cause_of(failure: &DownloadError) -> UpstreamFailure {
     match failure {
-        DownloadError::NotStarted(answer) => answer.cause(),
+        DownloadError::NotStarted(response) => response.cause(),
         DownloadError::Interrupted(cause) => *cause,
         _ => UpstreamFailure::Busy,
     }

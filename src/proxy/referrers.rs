@@ -78,7 +78,7 @@ struct ReferrersRequest<'a> {
     key: ListingKey,
     fallback: Option<Fallback>,
     /// State before any upstream request.
-    situation: CacheState,
+    state: CacheState,
     /// Whether the cached response is fresh.
     is_fresh: bool,
 }
@@ -114,7 +114,11 @@ impl ProxyService {
                 };
                 ProxyResponse::Listing(listing, info)
             }
-            Err((revalidation, answer)) => referrers_request.respond_without_list(revalidation, answer).await,
+            Err((revalidation, response)) => {
+                referrers_request
+                    .respond_without_list(revalidation, response)
+                    .await
+            }
         }
     }
 
@@ -133,16 +137,16 @@ impl ProxyService {
             .candidates_for_tag(&request.registry, repository, tag, accept)
             .await;
         if let Some(candidates) = candidates.map(Candidates::without_children) {
-            let held = Some(candidates.held());
-            let mut situation = context.situation(rule, ContentKind::Tag, held, true, request.now);
+            let entry = Some(candidates.entry());
+            let mut state = context.state(rule, ContentKind::Tag, entry, true, request.now);
             if self
                 .is_subject_cached(&request.registry, repository, subject)
                 .await
             {
-                situation.max_age = situation.max_age.max(rule.grant_ttl);
+                state.max_age = state.max_age.max(rule.grant_ttl);
             }
             return self
-                .execute_referrers_tag(request, repository, context, situation, Some(candidates))
+                .execute_referrers_tag(request, repository, context, state, Some(candidates))
                 .await;
         }
         let referrers_request = ReferrersRequest::new(
@@ -171,7 +175,7 @@ impl ProxyService {
                     request,
                     repository,
                     context,
-                    &referrers_request.situation,
+                    &referrers_request.state,
                     rule.revalidate_timeout,
                 )
                 .await;
@@ -180,11 +184,11 @@ impl ProxyService {
                 Revalidation::Digest { .. } | Revalidation::NoDigest
             ) {
                 return referrers_request
-                    .respond_without_list(revalidated.revalidation, revalidated.answer)
+                    .respond_without_list(revalidated.revalidation, revalidated.response)
                     .await;
             }
         }
-        let unheld = context.situation(rule, ContentKind::Tag, None, true, request.now);
+        let unheld = context.state(rule, ContentKind::Tag, None, true, request.now);
         let fetching = self.execute_referrers_tag(request, repository, context, unheld, None);
         let outcome = if referrers_request.has_fallback() {
             if let Ok(outcome) = timeout(wait, fetching).await {
@@ -205,12 +209,12 @@ impl ProxyService {
             ProxyResponse::Denied(denied) => match denied.reason {
                 DenyReason::NotFound => {
                     referrers_request
-                        .respond_without_list(Revalidation::NotFound, denied.answer)
+                        .respond_without_list(Revalidation::NotFound, denied.response)
                         .await
                 }
                 DenyReason::UpstreamUnavailable(cause) if referrers_request.has_fallback() => {
                     referrers_request
-                        .respond_without_list(Revalidation::Unavailable(cause), denied.answer)
+                        .respond_without_list(Revalidation::Unavailable(cause), denied.response)
                         .await
                 }
                 _ => ProxyResponse::Denied(denied),
@@ -306,27 +310,27 @@ impl<'a> ReferrersRequest<'a> {
                     .is_ok_and(|age| age < rule.grant_ttl);
             is_fresh.then_some(at)
         };
-        let exact = found.exact.map(|answer| (answer, confirmed(&key)));
+        let exact = found.exact.map(|response| (response, confirmed(&key)));
         // It is longer, so it is used only if the upstream cannot filter.
         let found = exact.or_else(|| {
-            let (key, answer) = found.unfiltered?;
-            let is_absent = matches!(answer, StoredListResponse::NotFound(_));
-            Some((answer, confirmed(&key).filter(|_| is_absent)))
+            let (key, response) = found.unfiltered?;
+            let is_absent = matches!(response, StoredListResponse::NotFound(_));
+            Some((response, confirmed(&key).filter(|_| is_absent)))
         });
         // For a caller without a grant, cached and uncached must look the same.
         let (fallback, fresh_since) = match found {
             _ if context.has_no_grant(rule, request.now) => (None, None),
-            Some((answer, fresh_since)) => (Some(Fallback::Cached(answer)), fresh_since),
+            Some((response, fresh_since)) => (Some(Fallback::Cached(response)), fresh_since),
             None if is_cached => (Some(Fallback::Assumed), None),
             None => (None, None),
         };
-        let held = fallback
+        let entry = fallback
             .as_ref()
-            .map(|fallback| fallback.held(fresh_since, request.now));
-        let mut situation = context.situation(rule, ContentKind::Tag, held, true, request.now);
-        situation.max_age = fresh_since.map_or(Duration::ZERO, |_| rule.grant_ttl);
+            .map(|fallback| fallback.entry(fresh_since, request.now));
+        let mut state = context.state(rule, ContentKind::Tag, entry, true, request.now);
+        state.max_age = fresh_since.map_or(Duration::ZERO, |_| rule.grant_ttl);
         // The subject is served by digest for the whole outage, so its referrers are too.
-        situation.stale_if_error = None;
+        state.stale_if_error = None;
         Self {
             proxy,
             request,
@@ -334,14 +338,14 @@ impl<'a> ReferrersRequest<'a> {
             rule,
             key,
             fallback,
-            situation,
+            state,
             is_fresh: fresh_since.is_some(),
         }
     }
 
     /// `by_head`: whether a `HEAD` is sent first.
     fn precheck(&self, context: &AuthContext, by_head: bool) -> Precheck {
-        match decide(&self.situation) {
+        match decide(&self.state) {
             Decision::Deny(refusal) => return Precheck::Respond(Box::new(denied(refusal, None, false))),
             Decision::Serve(served) if self.is_fresh || self.rule.policy == Policy::Never => {
                 return Precheck::Respond(Box::new(self.serve_fallback(served)));
@@ -351,11 +355,11 @@ impl<'a> ReferrersRequest<'a> {
         if !self.has_fallback() {
             return Precheck::Request(self.rule.revalidate_timeout);
         }
-        let (upstream, asked) = (
+        let (upstream, upstream_request) = (
             self.request.registry.upstream(),
             (&self.request.endpoint, by_head),
         );
-        match upstream.wait_limit(&context.caller, asked, self.rule.revalidate_timeout) {
+        match upstream.wait_limit(&context.caller, upstream_request, self.rule.revalidate_timeout) {
             Ok(wait) => Precheck::Request(wait),
             Err(cause) => Precheck::Unavailable(cause),
         }
@@ -369,7 +373,7 @@ impl<'a> ReferrersRequest<'a> {
 
     fn has_fallback(&self) -> bool {
         let unavailable = self
-            .situation
+            .state
             .with_revalidation(Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout));
         matches!(decide(&unavailable), Decision::Serve(_))
     }
@@ -402,31 +406,31 @@ impl<'a> ReferrersRequest<'a> {
     async fn respond_without_list(
         &self,
         revalidation: Revalidation,
-        answer: Option<Arc<UpstreamResponse>>,
+        response: Option<Arc<UpstreamResponse>>,
     ) -> ProxyResponse {
         let is_absent = revalidation == Revalidation::NotFound;
-        match decide(&self.situation.with_revalidation(revalidation)) {
+        match decide(&self.state.with_revalidation(revalidation)) {
             Decision::Serve(served) => {
                 if is_absent && !matches!(self.fallback, Some(Fallback::Cached(StoredListResponse::List(_))))
                 {
-                    self.store_not_found(answer.as_deref()).await;
+                    self.store_not_found(response.as_deref()).await;
                 }
                 self.serve_fallback(served)
             }
             Decision::Deny(refusal) => {
                 if is_absent {
-                    self.store_not_found(answer.as_deref()).await;
+                    self.store_not_found(response.as_deref()).await;
                 }
                 denied(
                     refusal,
-                    answer,
+                    response,
                     revalidation == Revalidation::Denied(CredentialOwner::Proxy),
                 )
             }
             // Invariants of `decide`: no second revalidation, no fetch.
             Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => denied(
                 DenyReason::UpstreamUnavailable(UpstreamFailure::Malformed),
-                answer,
+                response,
                 false,
             ),
         }
@@ -434,8 +438,8 @@ impl<'a> ReferrersRequest<'a> {
 
     fn serve_fallback(&self, served: HitReason) -> ProxyResponse {
         match &self.fallback {
-            Some(Fallback::Cached(StoredListResponse::List(kept))) => {
-                cached_list_response(kept, ServeReason::Cached(served))
+            Some(Fallback::Cached(StoredListResponse::List(stored))) => {
+                cached_list_response(stored, ServeReason::Cached(served))
             }
             Some(Fallback::Cached(StoredListResponse::NotFound(absence))) => not_found(absence.code.clone()),
             Some(Fallback::Assumed) => not_found(None),
@@ -447,26 +451,26 @@ impl<'a> ReferrersRequest<'a> {
     /// Whether the response to this caller may be stored for others. Some registries return 404, and others an empty
     /// list, to callers that may not read the repository.
     fn may_store(&self) -> bool {
-        self.situation.authorization != Authorization::Unknown
+        self.state.authorization != Authorization::Unknown
     }
 
     /// Stores a 404.
-    async fn store_not_found(&self, answer: Option<&UpstreamResponse>) {
+    async fn store_not_found(&self, response: Option<&UpstreamResponse>) {
         if !self.may_store() || !self.has_no_write_since() {
             return;
         }
-        let code = answer.and_then(|answer| answer.code.clone());
+        let code = response.and_then(|response| response.code.clone());
         let absence = StoredNotFound {
             code: code.filter(|code| code.len() <= CODE_BYTES_MAX),
             received_at: self.proxy.clock.now(),
         };
         let key = self.key.clone();
-        let kept = self
+        let stored = self
             .proxy
             .store
             .write(move |store| store.put_listing_not_found(&key, absence))
             .await;
-        super::cache_view::log_store_error(kept, "store absence of list");
+        super::cache_view::log_store_error(stored, "store absence of list");
         self.mark_confirmed();
     }
 
@@ -487,9 +491,9 @@ impl<'a> ReferrersRequest<'a> {
 
 impl Fallback {
     /// Input of the decision.
-    fn held(&self, fresh_since: Option<SystemTime>, now: SystemTime) -> CachedEntry {
+    fn entry(&self, fresh_since: Option<SystemTime>, now: SystemTime) -> CachedEntry {
         let (digest, answered_at) = match self {
-            Self::Cached(StoredListResponse::List(kept)) => (kept.digest, kept.listed_at),
+            Self::Cached(StoredListResponse::List(stored)) => (stored.digest, stored.listed_at),
             Self::Cached(StoredListResponse::NotFound(absence)) => {
                 (Digest::of(Algorithm::Sha256, &[]), absence.received_at)
             }
@@ -507,11 +511,11 @@ impl Fallback {
 
 /// 404 as the registry sent it.
 fn not_found(code: Option<String>) -> ProxyResponse {
-    let answer = UpstreamResponse {
+    let response = UpstreamResponse {
         kind: ResponseKind::NotFound,
         status: Some(StatusCode::NOT_FOUND),
         code,
         ..UpstreamResponse::unavailable(UpstreamFailure::Malformed)
     };
-    denied(DenyReason::NotFound, Some(Arc::new(answer)), false)
+    denied(DenyReason::NotFound, Some(Arc::new(response)), false)
 }

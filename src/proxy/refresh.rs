@@ -39,21 +39,21 @@ impl ProxyService {
         let candidates = self
             .candidates_for_tag(&request.registry, repository, tag, accept)
             .await;
-        let held = candidates.as_ref().map(Candidates::held);
+        let entry = candidates.as_ref().map(Candidates::entry);
         let upstream_request = UpstreamRequest::of(request, repository, &context.caller);
-        let Some(answer) = self.coalesced_head(&upstream_request).wait().await else {
+        let Some(response) = self.coalesced_head(&upstream_request).wait().await else {
             return Refreshed::Unavailable(UpstreamFailure::Busy);
         };
         // The result goes to the operator, who is authorized for all cached content.
         let revalidation = self
-            .classify_for(&upstream_request, &answer, Authorization::Granted)
+            .classify_for(&upstream_request, &response, Authorization::Granted)
             .await;
         let revalidated = Revalidated {
             revalidation,
-            answer: Some(answer),
+            response: Some(response),
         };
-        match (revalidated.revalidation, held) {
-            (Revalidation::Digest { digest, .. }, Some(held)) if digest == held.digest => {
+        match (revalidated.revalidation, entry) {
+            (Revalidation::Digest { digest, .. }, Some(entry)) if digest == entry.digest => {
                 Refreshed::Unchanged(digest)
             }
             (Revalidation::Digest { .. } | Revalidation::NoDigest, _) => {
@@ -87,8 +87,8 @@ impl ProxyService {
         upstream_request: &UpstreamRequest,
         revalidated: &Revalidated,
     ) -> Result<Arc<StoredManifest>, UpstreamFailure> {
-        let brought = match &revalidated.answer {
-            Some(answer) => self.take_inline_body(upstream_request, answer).await,
+        let brought = match &revalidated.response {
+            Some(response) => self.take_inline_body(upstream_request, response).await,
             None => None,
         };
         match brought {
@@ -96,7 +96,7 @@ impl ProxyService {
             None => self
                 .fetch_manifest(upstream_request.clone().naming(revalidated.revalidation))
                 .await
-                .map_err(|answer| answer.cause()),
+                .map_err(|response| response.cause()),
         }
     }
 

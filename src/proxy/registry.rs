@@ -198,7 +198,7 @@ impl UpstreamRegistry {
             }
     }
 
-    /// Credential sent upstream: `client` (each client's own), `own` (the proxy's), `anonymous`.
+    /// Credential sent upstream: `client` (each client's own), `cache` (the proxy's), `anonymous`.
     pub fn identity(&self) -> &'static str {
         match self.access {
             Access::PerClient => "client",

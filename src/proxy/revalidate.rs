@@ -28,33 +28,32 @@ pub struct Revalidated {
     /// Classification for the decision.
     pub revalidation: Revalidation,
     /// Upstream response, if there was one.
-    pub answer: Option<Arc<UpstreamResponse>>,
+    pub response: Option<Arc<UpstreamResponse>>,
 }
 
 impl Revalidated {
     /// Whether the response is a success without proof that the registry itself sent it.
     pub(super) fn is_unproven(&self) -> bool {
-        let answer = self.answer.as_ref();
+        let response = self.response.as_ref();
         matches!(
             self.revalidation,
             Revalidation::Unavailable(UpstreamFailure::NotRegistry)
-        ) && answer.is_some_and(|answer| matches!(answer.kind, ResponseKind::UnprovenDigest(_)))
+        ) && response.is_some_and(|response| matches!(response.kind, ResponseKind::UnprovenDigest(_)))
     }
 }
 
 impl ProxyService {
     /// Revalidates with the upstream. If the cached entry could be served without a response, the wait is at most
-    /// `budget`, and shorter or zero while the upstream is known to be unavailable.
+    /// `timeout`, and shorter or zero while the upstream is known to be unavailable.
     pub(super) async fn revalidate(
         self: &Arc<Self>,
         request: &Request,
         repository: &Repository,
         context: &AuthContext,
-        situation: &CacheState,
-        budget: Duration,
+        state: &CacheState,
+        timeout: Duration,
     ) -> Revalidated {
-        let silence =
-            situation.with_revalidation(Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout));
+        let silence = state.with_revalidation(Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout));
         let has_fallback = matches!(decide(&silence), Decision::Serve(_));
         let upstream = request.registry.upstream();
         let mut upstream_request = UpstreamRequest::of(request, repository, &context.caller);
@@ -64,17 +63,17 @@ impl ProxyService {
             upstream.wait_limit(
                 &upstream_request.caller,
                 (&upstream_request.endpoint, true),
-                budget,
+                timeout,
             )
         } else {
-            Ok(budget)
+            Ok(timeout)
         };
         let wait = match wait {
             Ok(wait) => wait,
             Err(cause) => {
                 return Revalidated {
                     revalidation: Revalidation::Unavailable(cause),
-                    answer: None,
+                    response: None,
                 };
             }
         };
@@ -85,10 +84,10 @@ impl ProxyService {
         }
         let call = self.coalesced_head(&upstream_request);
         let waiters = call.waiters().clone();
-        let asking = self.head_or_get(call, &upstream_request, situation.authorization);
-        let answer = if has_fallback {
-            if let Ok(answer) = tokio::time::timeout(wait, asking).await {
-                answer
+        let asking = self.head_or_get(call, &upstream_request, state.authorization);
+        let response = if has_fallback {
+            if let Ok(response) = tokio::time::timeout(wait, asking).await {
+                response
             } else {
                 // A request in the local queue says nothing about the upstream.
                 if !waiters.is_queued() {
@@ -98,16 +97,16 @@ impl ProxyService {
                 waiters.detach();
                 return Revalidated {
                     revalidation: Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout),
-                    answer: None,
+                    response: None,
                 };
             }
         } else {
             asking.await
         };
-        match answer {
-            Some(answer) => {
+        match response {
+            Some(response) => {
                 let revalidation = self
-                    .classify_for(&upstream_request, &answer, situation.authorization)
+                    .classify_for(&upstream_request, &response, state.authorization)
                     .await;
                 // A request with a local token is sent without a credential. If the upstream denies it while the
                 // token service is unavailable, report the outage; otherwise the 401 sends the client for a real
@@ -117,17 +116,17 @@ impl ProxyService {
                 {
                     return Revalidated {
                         revalidation: Revalidation::Unavailable(UpstreamFailure::TokenService),
-                        answer: None,
+                        response: None,
                     };
                 }
                 Revalidated {
                     revalidation,
-                    answer: Some(answer),
+                    response: Some(response),
                 }
             }
             None => Revalidated {
                 revalidation: Revalidation::Unavailable(UpstreamFailure::Busy),
-                answer: None,
+                response: None,
             },
         }
     }
@@ -138,18 +137,18 @@ impl ProxyService {
         self: &Arc<Self>,
         call: SharedCall<Arc<UpstreamResponse>>,
         upstream_request: &UpstreamRequest,
-        standing: Authorization,
+        authorization: Authorization,
     ) -> Option<Arc<UpstreamResponse>> {
-        let answer = call.wait().await?;
+        let response = call.wait().await?;
         let is_manifest = matches!(upstream_request.endpoint, Endpoint::Manifest { .. });
         if !is_manifest
-            || standing == Authorization::Granted
-            || !matches!(answer.kind, ResponseKind::UnprovenDigest(_))
+            || authorization == Authorization::Granted
+            || !matches!(response.kind, ResponseKind::UnprovenDigest(_))
         {
-            return Some(answer);
+            return Some(response);
         }
-        if answer.body.is_some() {
-            return Some(answer);
+        if response.body.is_some() {
+            return Some(response);
         }
         Some(match self.fetch_manifest(upstream_request.clone()).await {
             Ok(manifest) => Arc::new(UpstreamResponse {
@@ -161,9 +160,9 @@ impl ProxyService {
                 media_type: Some(manifest.media_type.clone()),
                 length: Some(manifest.bytes.len() as u64),
                 body: Some((manifest.bytes.clone(), manifest.media_type.clone())),
-                ..answer.as_ref().clone()
+                ..response.as_ref().clone()
             }),
-            Err(answer) => answer,
+            Err(response) => response,
         })
     }
 
@@ -210,7 +209,7 @@ impl ProxyService {
                         caller,
                         ..
                     } = &upstream_request;
-                    let asked_at = Instant::now();
+                    let sent_at = Instant::now();
                     let caller = Caller {
                         waiters: Some(waiters.clone()),
                         ..caller.clone()
@@ -222,13 +221,13 @@ impl ProxyService {
                             registry.upstream().head(&caller, endpoint, accept).await
                         }
                     };
-                    let answer = waiters.while_waited_for(asking).await?;
-                    let (answer, is_evidence) = proxy.check_evidence(&upstream_request, answer).await;
-                    if is_evidence || !answer.kind.is_success() {
-                        proxy.record_response(&upstream_request, &answer, asked_at).await;
+                    let response = waiters.while_waited_for(asking).await?;
+                    let (response, is_evidence) = proxy.check_evidence(&upstream_request, response).await;
+                    if is_evidence || !response.kind.is_success() {
+                        proxy.record_response(&upstream_request, &response, sent_at).await;
                     }
                     let is_trusted = is_evidence || proxy.is_authorized(&upstream_request).await;
-                    match (endpoint, answer.kind) {
+                    match (endpoint, response.kind) {
                         (Endpoint::Manifest { reference, .. }, ResponseKind::Digest(digest))
                             if is_trusted =>
                         {
@@ -236,7 +235,7 @@ impl ProxyService {
                                 .may_update_tag(registry, repository, reference, accept, &digest)
                                 .await
                             {
-                                let media_type = answer.media_type.as_ref();
+                                let media_type = response.media_type.as_ref();
                                 proxy
                                     .record_tag_if_current(&upstream_request, reference, digest, media_type)
                                     .await;
@@ -253,7 +252,7 @@ impl ProxyService {
                                     .may_update_tag(registry, repository, reference, accept, &digest)
                                     .await =>
                         {
-                            let media_type = answer.media_type.as_ref();
+                            let media_type = response.media_type.as_ref();
                             proxy
                                 .record_tag_if_current(&upstream_request, reference, digest, media_type)
                                 .await;
@@ -273,7 +272,7 @@ impl ProxyService {
                         }
                         _ => {}
                     }
-                    Some(Arc::new(answer))
+                    Some(Arc::new(response))
                 }
             })
     }
@@ -287,10 +286,10 @@ impl ProxyService {
     async fn check_evidence(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
-        answer: UpstreamResponse,
+        response: UpstreamResponse,
     ) -> (UpstreamResponse, bool) {
-        let (ResponseKind::Digest(digest), None) = (answer.kind, &answer.body) else {
-            return (answer, true);
+        let (ResponseKind::Digest(digest), None) = (response.kind, &response.body) else {
+            return (response, true);
         };
         let cached = match &upstream_request.endpoint {
             Endpoint::Manifest {
@@ -304,21 +303,21 @@ impl ProxyService {
                 let found = self.store.read(move |view| view.blob(&digest)).await;
                 let image = format_args!("{}@{digest}", upstream_request.repository);
                 self.cached(&upstream_request.registry, &image, found)
-                    .map(|held| held.size)
+                    .map(|handle| handle.size)
             }
-            _ => return (answer, true),
+            _ => return (response, true),
         };
-        let is_evidence = match cached.filter(|size| answer.length == Some(*size)) {
+        let is_evidence = match cached.filter(|size| response.length == Some(*size)) {
             Some(size) => self.is_evidence(upstream_request, digest, size).await,
             None => false,
         };
         let shows_nothing = cached.is_none() && !self.downloads.is_arriving(&digest);
         if is_evidence || shows_nothing || self.is_authorized(upstream_request).await {
-            return (answer, is_evidence);
+            return (response, is_evidence);
         }
         let unproven = UpstreamResponse {
             kind: ResponseKind::UnprovenDigest(digest),
-            ..answer
+            ..response
         };
         (unproven, false)
     }
@@ -374,45 +373,47 @@ impl ProxyService {
             .context_of(
                 registry,
                 repository,
-                upstream_request.shown(),
+                upstream_request.client_credential(),
                 (caller.peer, &caller.trace),
             )
             .await;
-        let situation = context.situation(rule, ContentKind::Tag, None, true, self.clock.now());
-        situation.authorization
+        let state = context.state(rule, ContentKind::Tag, None, true, self.clock.now());
+        state.authorization
     }
 
-    /// Classification of `answer` for a caller with this authorization. With a current grant, an unproven success for
+    /// Classification of `response` for a caller with this authorization. With a current grant, an unproven success for
     /// a manifest counts as its digest, because the bytes are verified against it.
     pub(super) async fn classify_for(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
-        answer: &UpstreamResponse,
-        standing: Authorization,
+        response: &UpstreamResponse,
+        authorization: Authorization,
     ) -> Revalidation {
         let UpstreamRequest {
             registry, repository, ..
         } = upstream_request;
         let is_manifest = matches!(upstream_request.endpoint, Endpoint::Manifest { .. });
-        match answer.kind {
-            ResponseKind::UnprovenDigest(digest) if is_manifest && standing == Authorization::Granted => {
+        match response.kind {
+            ResponseKind::UnprovenDigest(digest)
+                if is_manifest && authorization == Authorization::Granted =>
+            {
                 Revalidation::Digest {
                     digest,
                     presence: self.presence_of(registry, repository, &digest).await,
                 }
             }
-            _ => self.classify(registry, repository, answer).await,
+            _ => self.classify(registry, repository, response).await,
         }
     }
 
-    /// Classification of `answer` for this repository.
+    /// Classification of `response` for this repository.
     pub(super) async fn classify(
         self: &Arc<Self>,
         registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
-        answer: &UpstreamResponse,
+        response: &UpstreamResponse,
     ) -> Revalidation {
-        match answer.kind {
+        match response.kind {
             ResponseKind::UnprovenDigest(_) | ResponseKind::NoDigest => {
                 Revalidation::Unavailable(UpstreamFailure::NotRegistry)
             }
@@ -462,7 +463,7 @@ impl ProxyService {
             registry,
             repository,
             accept,
-            asked_at,
+            arrived_at,
             ..
         } = upstream_request;
         self.add_member(registry, repository, digest).await;
@@ -480,13 +481,13 @@ impl ProxyService {
             digest,
             media_type: media_type.clone(),
             accepts_indexes: accept.lists_indexes(),
-            confirmed_at: *asked_at,
+            confirmed_at: *arrived_at,
             first_seen_at: now,
             previous: None,
             history: Vec::new(),
         };
-        let kept = self.store.record_response(key, variant, now).await;
-        log_store_error(kept, "store tag");
+        let stored = self.store.record_response(key, variant, now).await;
+        log_store_error(stored, "store tag");
     }
 
     /// Records that the upstream has `digest` in this repository.

@@ -24,10 +24,10 @@ pub(super) struct UpstreamSource {
     upstream_request: UpstreamRequest,
     digest: Digest,
     /// Time of the first request. Its response is recorded once.
-    asked_at: Option<Instant>,
+    sent_at: Option<Instant>,
     /// URL of the last successful request.
     last_address: Option<UrlIndex>,
-    began: Instant,
+    started_at: Instant,
     /// Requests waiting for this download.
     waiters: Option<Waiters>,
 }
@@ -43,9 +43,9 @@ impl UpstreamSource {
             proxy: Arc::clone(proxy),
             upstream_request,
             digest,
-            asked_at: None,
+            sent_at: None,
             last_address: None,
-            began: Instant::now(),
+            started_at: Instant::now(),
             waiters: None,
         }
     }
@@ -101,12 +101,12 @@ impl UpstreamSource {
             ..caller.demand(endpoint)
         };
         let permit = self.proxy.downloads.admit(registry.name(), demand).await.ok()?;
-        let asked_at = Instant::now();
+        let sent_at = Instant::now();
         match self.get(part).await {
             Ok(fetched) => Some(Box::new(fetched.holding(permit))),
-            Err(answer) => {
+            Err(response) => {
                 self.proxy
-                    .record_response(&self.upstream_request, &answer, asked_at)
+                    .record_response(&self.upstream_request, &response, sent_at)
                     .await;
                 None
             }
@@ -121,30 +121,30 @@ impl Source for UpstreamSource {
             until: None,
             after: self.last_address,
         };
-        let first = self.asked_at.is_none();
+        let first = self.sent_at.is_none();
         let now = Instant::now();
-        let asked_at = *self.asked_at.get_or_insert(now);
+        let sent_at = *self.sent_at.get_or_insert(now);
         if !first {
             self.upstream_request.caller.wait_deadline = Some(now + RESUME_RATE_LIMIT_WAIT_MAX);
         }
-        let mut answer = match &self.waiters {
+        let mut response = match &self.waiters {
             // The first response is recorded even without a waiting request.
             Some(waiters) if first => match waiters.while_waited_for(self.get(part)).await {
-                Some(answer) => answer,
+                Some(response) => response,
                 None => return Err(UpstreamResponse::unavailable(UpstreamFailure::Busy)),
             },
             _ => self.get(part).await,
         };
         if !first
-            && matches!(&answer, Err(answer) if answer.kind == ResponseKind::Denied)
+            && matches!(&response, Err(response) if response.kind == ResponseKind::Denied)
             && self.drop_credential()
         {
-            answer = self.get(part).await;
+            response = self.get(part).await;
         }
         let UpstreamRequest {
             registry, repository, ..
         } = &self.upstream_request;
-        match answer {
+        match response {
             Ok(fetched) => {
                 self.last_address = Some(fetched.url);
                 if first {
@@ -160,13 +160,13 @@ impl Source for UpstreamSource {
                     body: Box::new(fetched),
                 })
             }
-            Err(answer) => {
+            Err(response) => {
                 if first {
                     self.proxy
-                        .record_response(&self.upstream_request, &answer, asked_at)
+                        .record_response(&self.upstream_request, &response, sent_at)
                         .await;
                 }
-                Err(answer)
+                Err(response)
             }
         }
     }
@@ -180,9 +180,9 @@ impl Source for UpstreamSource {
 
     /// Only verified bytes prove that the registry sent the response.
     async fn verified(&mut self, size: u64) {
-        if let Some(asked_at) = self.asked_at {
+        if let Some(sent_at) = self.sent_at {
             self.proxy
-                .record_verified_blob(&self.upstream_request, (self.digest, size), asked_at)
+                .record_verified_blob(&self.upstream_request, (self.digest, size), sent_at)
                 .await;
         }
     }
@@ -204,7 +204,7 @@ impl Source for UpstreamSource {
                 name: "download",
                 kind: SpanKind::Internal,
                 ended: self.proxy.clock.now(),
-                took: self.began.elapsed(),
+                took: self.started_at.elapsed(),
                 attributes: vec![
                     ("ifnewer.upstream", registry.name().to_owned()),
                     ("ifnewer.image", format!("{repository}@{}", self.digest)),

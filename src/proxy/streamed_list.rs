@@ -113,7 +113,7 @@ impl CacheCopy {
                 _permit,
             } = self;
             let now = proxy.clock.now();
-            let kept = proxy.store.write(move |store| {
+            let stored = proxy.store.write(move |store| {
                 if is_tags(&bytes) {
                     let listing = StoredListing::new(bytes.into(), media_type, next, filters, now);
                     store.put_listing(&key, listing)
@@ -121,7 +121,7 @@ impl CacheCopy {
                     Ok(())
                 }
             });
-            super::cache_view::log_store_error(kept.await, "store long list");
+            super::cache_view::log_store_error(stored.await, "store long list");
         });
     }
 }

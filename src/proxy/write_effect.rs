@@ -67,7 +67,7 @@ impl WriteEffect {
 
     /// Cache entries that the write invalidates. Referrers lists are excluded: they are fresh only while no write
     /// happened.
-    pub(super) fn doubted(&self, registry: &UpstreamRegistry) -> Vec<InvalidationKey> {
+    pub(super) fn invalidation_keys(&self, registry: &UpstreamRegistry) -> Vec<InvalidationKey> {
         let key = |reference| InvalidationKey {
             upstream: registry.name().into(),
             repository: self.repository().clone(),

@@ -299,7 +299,7 @@ impl Cache {
                 (!client_request.head).then(|| manifest.bytes.clone()),
             ),
             ProxyResponse::ManifestHead { digest, .. } => Got::Content(digest, None),
-            ProxyResponse::Blob { digest, content, .. } => match whole(content).await {
+            ProxyResponse::Blob { digest, content, .. } => match read_body(content).await {
                 Ok(bytes) => Got::Content(digest, bytes),
                 Err(why) => Got::No(why),
             },
@@ -311,7 +311,7 @@ impl Cache {
     }
 }
 
-async fn whole(content: BlobBody) -> Result<Option<Bytes>, &'static str> {
+async fn read_body(content: BlobBody) -> Result<Option<Bytes>, &'static str> {
     let mut bytes = BytesMut::new();
     match content {
         BlobBody::Head => return Ok(None),

@@ -101,7 +101,7 @@ async fn late_success_does_not_restore_denied_grant() {
     pulls(&cache, &registry, "acme/app", &alice()).await;
     jump(3600);
     // Decided before the denial, delivered after it.
-    registry.condition(Condition::Stalled);
+    registry.set_condition(Condition::Stalled);
     let late = tokio::spawn({
         let cache = Arc::clone(&cache);
         async move { cache.get(&tag("acme/app", "2", alice())).await }
@@ -110,10 +110,10 @@ async fn late_success_does_not_restore_denied_grant() {
     registry.state().condition = Condition::Healthy;
     registry.revokes("alice", "acme/app");
     gets_nothing(&cache, tag("acme/app", "1", alice())).await;
-    registry.condition(Condition::Healthy);
+    registry.set_condition(Condition::Healthy);
     late.await.unwrap();
 
-    registry.condition(Condition::Down);
+    registry.set_condition(Condition::Down);
     gets_nothing(&cache, tag("acme/app", "1", alice())).await;
     gets_nothing(&cache, layer(&registry, "acme/app", alice())).await;
 }
@@ -123,7 +123,7 @@ async fn t01_request_after_denial_does_not_join_older_one() {
     let (registry, cache) = stocked();
     pulls(&cache, &registry, "acme/app", &alice()).await;
     // Decided before the denial, delivered after it.
-    registry.condition(Condition::Stalled);
+    registry.set_condition(Condition::Stalled);
     let ask = || {
         let cache = Arc::clone(&cache);
         tokio::spawn(async move { cache.get(&tag("acme/app", "2", alice())).await })
@@ -135,7 +135,7 @@ async fn t01_request_after_denial_does_not_join_older_one() {
     gets_nothing(&cache, tag("acme/app", "1", alice())).await;
     let late = ask();
     settle().await;
-    registry.condition(Condition::Healthy);
+    registry.set_condition(Condition::Healthy);
     early.await.unwrap();
     let late = late.await.unwrap();
     assert!(matches!(late, Got::No(_)), "{late:?}");
@@ -150,7 +150,7 @@ async fn question_before_a_push() -> (Registry, Arc<Cache>, JoinHandle<Got>, Cli
     registry.push("acme/present", "1", "old", &[40]);
     // An incomplete image is not served in an outage.
     pulls(&cache, &registry, "acme/present", &alice()).await;
-    registry.condition(Condition::HoldsTokenResponses);
+    registry.set_condition(Condition::HoldsTokenResponses);
     let late = tokio::spawn({
         let cache = Arc::clone(&cache);
         async move { cache.get(&tag("acme/present", "1", bob())).await }
@@ -162,9 +162,9 @@ async fn question_before_a_push() -> (Registry, Arc<Cache>, JoinHandle<Got>, Cli
 
 async fn pushes(cache: &Cache, registry: &Registry) -> Digest {
     let change = WriteEffect::Tags("acme/present".parse().unwrap(), vec!["1".parse().unwrap()]);
-    let handed = cache.proxy.begin_write(&cache.proven, change).await;
+    let pending = cache.proxy.begin_write(&cache.proven, change).await;
     let new = registry.push("acme/present", "1", "new", &[40]);
-    cache.proxy.finish_write(handed, WriteOutcome::Succeeded).await;
+    cache.proxy.finish_write(pending, WriteOutcome::Succeeded).await;
     new
 }
 
@@ -173,7 +173,7 @@ async fn t01_late_response_after_reload_does_not_undo_push() {
     let (registry, cache, late, client_request) = question_before_a_push().await;
     let cache = Arc::new(cache.reload(rules(false), false));
     let new = pushes(&cache, &registry).await;
-    registry.condition(Condition::Healthy);
+    registry.set_condition(Condition::Healthy);
     late.await.unwrap();
     settle().await;
     let got = cache.get(&client_request).await;
@@ -184,10 +184,10 @@ async fn t01_late_response_after_reload_does_not_undo_push() {
 async fn t16_late_response_does_not_undo_push_in_outage() {
     let (registry, cache, late, client_request) = question_before_a_push().await;
     pushes(&cache, &registry).await;
-    registry.condition(Condition::Healthy);
+    registry.set_condition(Condition::Healthy);
     late.await.unwrap();
     settle().await;
-    registry.condition(Condition::Down);
+    registry.set_condition(Condition::Down);
     gets_nothing(&cache, client_request).await;
 }
 
@@ -197,12 +197,12 @@ async fn t16_tag_cached_during_push_is_invalidated_after_kill() {
     registry.lets("alice", "acme/present");
     registry.push("acme/present", "1", "old", &[40]);
     let change = WriteEffect::Tags("acme/present".parse().unwrap(), vec!["1".parse().unwrap()]);
-    let handed = cache.proxy.begin_write(&cache.proven, change).await;
+    let pending = cache.proxy.begin_write(&cache.proven, change).await;
     // Not cached when the push was forwarded, so nothing was invalidated then.
     gets(&cache, tag("acme/present", "1", alice())).await;
     settle().await;
     let new = registry.push("acme/present", "1", "new", &[40]);
-    drop(handed);
+    drop(pending);
     registry.cut();
     let cache = Arc::into_inner(cache).unwrap().kill(rules(false)).await;
     for _ in 0..2 {
@@ -218,7 +218,7 @@ async fn t01_denial_before_kill_holds_in_outage() {
     pulls(&cache, &registry, "acme/app", &alice()).await;
     registry.revokes("alice", "acme/app");
     gets_nothing(&cache, tag("acme/app", "1", alice())).await;
-    registry.condition(Condition::Down);
+    registry.set_condition(Condition::Down);
     registry.cut();
     let cache = cache.kill(rules(false)).await;
     gets_nothing(&cache, tag("acme/app", "1", alice())).await;
@@ -241,7 +241,7 @@ async fn list_access_is_not_pull_access() {
     gets_nothing(&cache, layer(&registry, "acme/app", bob())).await;
     gets(&cache, list).await;
 
-    registry.condition(Condition::Down);
+    registry.set_condition(Condition::Down);
     gets_nothing(&cache, tag("acme/app", "1", bob())).await;
     gets_nothing(&cache, layer(&registry, "acme/app", bob())).await;
 }
@@ -255,7 +255,7 @@ async fn denial_of_one_client_closes_public_repository() {
     settle().await;
 
     gets_nothing(&cache, layer(&registry, "pub/one", String::new())).await;
-    registry.condition(Condition::Down);
+    registry.set_condition(Condition::Down);
     for shows in [String::new(), alice(), bob()] {
         gets_nothing(&cache, tag("pub/one", "1", shows.clone())).await;
         gets_nothing(&cache, layer(&registry, "pub/one", shows)).await;
@@ -269,7 +269,7 @@ async fn wrong_password_keeps_public_repository_open() {
     gets_nothing(&cache, tag("pub/one", "1", basic("bob", "guess"))).await;
     settle().await;
 
-    registry.condition(Condition::Down);
+    registry.set_condition(Condition::Down);
     gets(&cache, tag("pub/one", "1", String::new())).await;
     gets(&cache, layer(&registry, "pub/one", String::new())).await;
 }
@@ -282,7 +282,7 @@ async fn not_found_response_grants_nothing() {
     gets_nothing(&cache, tag("acme/app", "1", bob())).await;
     gets_nothing(&cache, layer(&registry, "acme/app", bob())).await;
 
-    registry.condition(Condition::Down);
+    registry.set_condition(Condition::Down);
     gets_nothing(&cache, tag("acme/app", "1", bob())).await;
     gets_nothing(&cache, layer(&registry, "acme/app", bob())).await;
     gets(&cache, tag("acme/app", "1", alice())).await;
@@ -293,10 +293,10 @@ async fn registry_denial_counts_in_token_service_outage() {
     let (registry, cache) = stocked();
     pulls(&cache, &registry, "acme/app", &alice()).await;
     registry.revokes("alice", "acme/app");
-    registry.condition(Condition::TokenServiceDown);
+    registry.set_condition(Condition::TokenServiceDown);
     // Her token is still valid and the registry denies it. The token service outage must not hide that.
     gets_nothing(&cache, tag("acme/app", "1", alice())).await;
-    registry.condition(Condition::Down);
+    registry.set_condition(Condition::Down);
     gets_nothing(&cache, tag("acme/app", "1", alice())).await;
 }
 
@@ -304,7 +304,7 @@ async fn registry_denial_counts_in_token_service_outage() {
 async fn token_service_outage_revokes_no_grant() {
     let (registry, cache) = stocked();
     pulls(&cache, &registry, "acme/app", &alice()).await;
-    registry.condition(Condition::TokenServiceDown);
+    registry.set_condition(Condition::TokenServiceDown);
     tokio::time::sleep(Duration::from_secs(400)).await;
     jump(400);
     gets(&cache, tag("acme/app", "1", alice())).await;
@@ -320,7 +320,7 @@ async fn clock_set_back_keeps_grants_recorded_since() {
     gets(&cache, tag("acme/app", "1", alice())).await;
     gets(&cache, tag("pub/one", "1", String::new())).await;
 
-    registry.condition(Condition::Down);
+    registry.set_condition(Condition::Down);
     gets(&cache, tag("acme/app", "1", alice())).await;
     gets(&cache, layer(&registry, "acme/app", alice())).await;
     gets(&cache, tag("pub/one", "1", String::new())).await;
@@ -330,7 +330,7 @@ async fn clock_set_back_keeps_grants_recorded_since() {
 async fn t17_clock_set_back_in_outage_keeps_grants_for_an_hour() {
     let (registry, cache) = stocked();
     pulls(&cache, &registry, "acme/app", &alice()).await;
-    registry.condition(Condition::Down);
+    registry.set_condition(Condition::Down);
     gets(&cache, tag("acme/app", "1", alice())).await;
     for back in [-1800, -1800] {
         jump(back);
@@ -352,7 +352,7 @@ async fn t17_clock_set_back_does_not_skip_revalidation() {
     registry.revokes("alice", "acme/app");
     jump(-1800);
     gets_nothing(&cache, layer(&registry, "acme/app", alice())).await;
-    registry.condition(Condition::Down);
+    registry.set_condition(Condition::Down);
     gets_nothing(&cache, tag("acme/app", "1", alice())).await;
 }
 
@@ -367,7 +367,7 @@ async fn shared_upstream_content_needs_grant_at_per_client() {
     gets(&cache, shared(layer(&registry, "acme/app", String::new()))).await;
 
     for condition in [Condition::Healthy, Condition::Down] {
-        registry.condition(condition);
+        registry.set_condition(condition);
         for shows in [String::new(), bob()] {
             gets_nothing(&cache, tag("acme/app", "1", shows.clone())).await;
             gets_nothing(&cache, layer(&registry, "acme/app", shows)).await;
@@ -381,7 +381,7 @@ async fn grant_time_is_time_of_request() {
     let (registry, cache) = stocked();
     pulls(&cache, &registry, "acme/app", &alice()).await;
     jump(3600);
-    registry.condition(Condition::Stalled);
+    registry.set_condition(Condition::Stalled);
     let late = tokio::spawn({
         let cache = Arc::clone(&cache);
         async move { cache.get(&tag("acme/app", "1", alice())).await }
@@ -389,11 +389,14 @@ async fn grant_time_is_time_of_request() {
     settle().await;
     // Longer than `grant_ttl`.
     jump(400);
-    registry.condition(Condition::Healthy);
+    registry.set_condition(Condition::Healthy);
     late.await.unwrap();
     tokio::time::sleep(Duration::from_secs(40)).await;
 
-    let before = registry.asked().len();
+    let before = registry.request_log().len();
     gets(&cache, layer(&registry, "acme/app", alice())).await;
-    assert!(registry.asked().len() > before, "served with an expired grant");
+    assert!(
+        registry.request_log().len() > before,
+        "served with an expired grant"
+    );
 }

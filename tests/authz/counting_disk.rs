@@ -16,7 +16,7 @@ pub struct Counted {
 
 impl Counted {
     /// Reads so far.
-    pub fn looks(&self) -> usize {
+    pub fn reads(&self) -> usize {
         self.looks.load(Ordering::Relaxed)
     }
 

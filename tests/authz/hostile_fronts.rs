@@ -134,7 +134,7 @@ async fn r01_front_reveals_no_private_image() {
     cache
         .get(&client_request("/v2/bob/own/manifests/1".to_owned(), false, &bob))
         .await;
-    let absent = of(b"nobody has this");
+    let absent = of(b"unknown content");
     for front in fronts(40) {
         registry.state().front = Some(front.clone());
         for shows in ["", bob.as_str(), "Bearer made-up"] {
@@ -159,7 +159,7 @@ async fn r01_front_reveals_no_private_image() {
     // Nothing recorded meanwhile may open it either.
     for condition in [Condition::Healthy, Condition::Down] {
         registry.state().front = None;
-        registry.condition(condition);
+        registry.set_condition(condition);
         for shows in ["", bob.as_str(), "Bearer made-up"] {
             for path in all("acme/app") {
                 let got = cache.get(&client_request(path.clone(), false, shows)).await;

@@ -191,7 +191,7 @@ impl Life {
         self.release().await;
         if self.dice.roll(4) != 0 {
             self.troubles += 1;
-            self.registry.condition(Condition::Down);
+            self.registry.set_condition(Condition::Down);
             self.pulls_of(Some(self.focus.0)).await;
         }
     }
@@ -210,7 +210,7 @@ impl Life {
             self.kill().await;
         }
         self.troubles += 1;
-        self.registry.condition(Condition::Down);
+        self.registry.set_condition(Condition::Down);
         self.pulls_of(Some(place)).await;
         self.count("end after a denial, then an outage");
     }
@@ -327,7 +327,7 @@ impl Life {
         if condition == Condition::HoldsTokenResponses && self.dice.roll(2) == 0 {
             self.completes_focus().await;
         }
-        self.registry.condition(condition);
+        self.registry.set_condition(condition);
         if matches!(condition, Condition::Stalled | Condition::HoldsTokenResponses) {
             self.is_stalled = true;
             if self.dice.roll(3) != 0 {
@@ -338,7 +338,7 @@ impl Life {
             if self.dice.roll(3) != 0 {
                 self.registry.state().condition = Condition::Healthy;
                 self.is_held_back = true;
-                self.count("answers held back while the registry answers others");
+                self.count("delayed responses while the registry answers others");
             }
         }
     }
@@ -346,7 +346,7 @@ impl Life {
     /// The registry responds to all delayed requests.
     async fn release(&mut self) {
         self.troubles += 1;
-        self.registry.condition(Condition::Healthy);
+        self.registry.set_condition(Condition::Healthy);
         while let Some(answer) = self.late.join_next().await {
             self.judge(answer.unwrap());
         }
@@ -374,7 +374,7 @@ impl Life {
         self.count(if self.late.is_empty() {
             "reload"
         } else {
-            "reload with answers under way"
+            "reload with requests in flight"
         });
     }
 
@@ -398,7 +398,7 @@ impl Life {
         self.cache = Arc::new(cache.kill(rules(self.is_sealed)).await);
         self.is_stalled = false;
         self.is_held_back = false;
-        self.registry.condition(Condition::Healthy);
+        self.registry.set_condition(Condition::Healthy);
         self.count("kill");
     }
 
@@ -412,7 +412,7 @@ impl Life {
         let place = self.place();
         let (repository, tag) = (place.1.0.parse().unwrap(), place.1.1.parse().unwrap());
         let site = self.site(place);
-        let handed = self
+        let pending = self
             .cache
             .proxy
             .begin_write(&site, WriteEffect::Tags(repository, vec![tag]))
@@ -432,7 +432,7 @@ impl Life {
                 }
                 self.cache
                     .proxy
-                    .finish_write(handed, WriteOutcome::Succeeded)
+                    .finish_write(pending, WriteOutcome::Succeeded)
                     .await;
                 self.acknowledged.insert(place, version);
                 self.count("acknowledged write");
@@ -440,20 +440,23 @@ impl Life {
             3 => {
                 self.cache
                     .proxy
-                    .finish_write(handed, WriteOutcome::Rejected)
+                    .finish_write(pending, WriteOutcome::Rejected)
                     .await;
-                self.count("refused write");
+                self.count("rejected write");
             }
             4 => {
                 let version = self.write(place.1);
-                self.cache.proxy.finish_write(handed, WriteOutcome::Unknown).await;
+                self.cache
+                    .proxy
+                    .finish_write(pending, WriteOutcome::Unknown)
+                    .await;
                 self.unknown.insert(place, version);
                 self.count("write of unknown outcome");
             }
             _ => {
                 let version = self.write(place.1);
                 self.unknown.insert(place, version);
-                drop(handed);
+                drop(pending);
                 self.kill().await;
                 self.count("kill during a write");
             }
@@ -542,7 +545,7 @@ impl Life {
     fn judge(&mut self, (ask, got, at): Answer) {
         self.done += 1;
         let Got::Content(digest, _) = got else {
-            self.count("refused");
+            self.count("denied");
             return;
         };
         let is_silent = ask.is_silent
@@ -553,7 +556,11 @@ impl Life {
         if ask.is_by_tag {
             self.judge_order(&ask, digest, is_silent);
         }
-        self.count(if is_silent { "served in trouble" } else { "served" });
+        self.count(if is_silent {
+            "served in an outage"
+        } else {
+            "served"
+        });
     }
 
     fn judge_right(&self, ask: &Ask, digest: Digest, is_silent: bool, at: SystemTime) {
@@ -630,18 +637,18 @@ impl Life {
         eprintln!("{} steps: {:#?}", self.done, self.counts);
         for what in [
             "reload",
-            "reload with answers under way",
+            "reload with requests in flight",
             "restart",
             "kill",
             "kill during a write",
             "end after a denial, then an outage",
             "acknowledged write",
-            "refused write",
+            "rejected write",
             "write of unknown outcome",
-            "answers held back while the registry answers others",
-            "served in trouble",
+            "delayed responses while the registry answers others",
+            "served in an outage",
             "served",
-            "refused",
+            "denied",
         ] {
             let count = self.counts.get(what).copied().unwrap_or_default();
             assert!(count >= times, "{what}: only {count} times");

@@ -52,8 +52,8 @@ fn is_known_by_account(responses: &[RegistryResponse], claim: &Claim<'_>) -> boo
         word.to == claim.account && word.site == claim.site && word.repository.is_empty()
     };
     let lately = |word: &&RegistryResponse| is_within_or_ahead(word.at, OFFLINE_GRANT, claim.now);
-    standing(responses, claim, of_account).any(|word| word.is_content && lately(&word))
-        && standing(responses, claim, at_service).any(|word| lately(&word))
+    effective_grant(responses, claim, of_account).any(|word| word.is_content && lately(&word))
+        && effective_grant(responses, claim, at_service).any(|word| lately(&word))
 }
 
 fn is_granted(responses: &[RegistryResponse], claim: &Claim<'_>) -> bool {
@@ -83,12 +83,12 @@ fn effective_grants<'a>(
     claim: &'a Claim<'_>,
     to: &'a str,
 ) -> impl Iterator<Item = &'a RegistryResponse> {
-    standing(responses, claim, move |word| {
+    effective_grant(responses, claim, move |word| {
         word.to == to && is_there(word, claim)
     })
 }
 
-fn standing<'a>(
+fn effective_grant<'a>(
     responses: &'a [RegistryResponse],
     claim: &'a Claim<'_>,
     own: impl Fn(&RegistryResponse) -> bool + 'a,

@@ -65,9 +65,9 @@ async fn fresh_and_local_tokens_open_nothing_unauthorized() {
     );
     walk.gives_tokens = true;
     walk.run(steps(6_000)).await;
-    let served = walk.counts.get("served for its account alone in an outage");
+    let served = walk.counts.get("served by its account alone in an outage");
     assert!(served.is_some_and(|times| *times > 25), "{:#?}", walk.counts);
-    let refused = walk.counts.get("refused a token of ours in an outage");
+    let refused = walk.counts.get("denied a local token in an outage");
     assert!(refused.is_some_and(|times| *times > 50), "{:#?}", walk.counts);
 }
 
@@ -291,7 +291,7 @@ impl Walk {
         } else {
             Condition::Healthy
         };
-        self.registry.condition(condition);
+        self.registry.set_condition(condition);
         if condition == Condition::Healthy && !is_well {
             self.until_available().await;
         }
@@ -498,9 +498,9 @@ impl Walk {
                     &responses[responses.len().saturating_sub(6)..]
                 );
                 drop(state);
-                self.count("refused", silent);
+                self.count("denied", silent);
                 if is_ours(&step.client_request.shows) {
-                    self.count("refused a token of ours", silent);
+                    self.count("denied a local token", silent);
                 }
                 return;
             }
@@ -521,23 +521,23 @@ impl Walk {
         let own = |word: &&RegistryResponse| {
             word.repository == step.repository && (word.to.is_empty() || word.to == step.client_request.shows)
         };
-        let said: Vec<_> = state.responses.iter().filter(own).collect();
+        let responses: Vec<_> = state.responses.iter().filter(own).collect();
         assert!(
             entitled,
             "step {}: {:?} received unauthorized content: {claim:#?}\n{:#?}",
             self.done,
             step.client_request,
-            &said[said.len().saturating_sub(12)..]
+            &responses[responses.len().saturating_sub(12)..]
         );
         drop(state);
         let whose = if step.client_request.shows.is_empty() {
-            "to nobody"
+            "anonymously"
         } else {
-            "to somebody"
+            "with a credential"
         };
         self.count(&format!("served {whose}"), silent);
         if by_account {
-            self.count("served for its account alone", silent);
+            self.count("served by its account alone", silent);
         }
     }
 
@@ -549,12 +549,12 @@ impl Walk {
     /// A walk without denials or without hits proves nothing.
     fn covered(&self) {
         eprintln!(
-            "{} steps, {} words of the registry: {:#?}",
+            "{} steps, {} responses of the registry: {:#?}",
             self.done,
             self.registry.state().responses.len(),
             self.counts
         );
-        for what in ["refused", "served to nobody", "served to somebody"] {
+        for what in ["denied", "served anonymously", "served with a credential"] {
             for when in ["in an outage", "else"] {
                 let count = self
                     .counts

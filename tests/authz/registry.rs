@@ -135,7 +135,7 @@ pub struct State {
     /// Whether it ever sent a rate limit.
     pub has_limited: bool,
     /// Method and path of each request.
-    pub asked: Vec<String>,
+    pub request_log: Vec<String>,
     decided: usize,
     passwords: BTreeMap<String, String>,
     tokens: BTreeMap<String, Token>,
@@ -170,7 +170,7 @@ impl Registry {
             lists: BTreeSet::new(),
             responses: Vec::new(),
             has_limited: false,
-            asked: Vec::new(),
+            request_log: Vec::new(),
             decided: 0,
             passwords: BTreeMap::new(),
             tokens: BTreeMap::new(),
@@ -183,15 +183,15 @@ impl Registry {
         }
     }
 
-    pub fn asked(&self) -> Vec<String> {
-        self.state().asked.clone()
+    pub fn request_log(&self) -> Vec<String> {
+        self.state().request_log.clone()
     }
 
     pub fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
     }
 
-    pub fn condition(&self, condition: Condition) {
+    pub fn set_condition(&self, condition: Condition) {
         self.state().condition = condition;
         self.changed.send_replace(());
     }
@@ -307,7 +307,7 @@ impl State {
     #[expect(clippy::too_many_lines, reason = "one arm for each kind of request")]
     fn answer(&mut self, request: &Request<Incoming>) -> (Response<Full<Bytes>>, Option<RegistryResponse>) {
         let path = request.uri().path().to_owned();
-        self.asked.push(format!("{} {path}", request.method()));
+        self.request_log.push(format!("{} {path}", request.method()));
         let site = request.headers()[HOST].to_str().unwrap().to_owned();
         let shown = request
             .headers()

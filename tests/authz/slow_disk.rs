@@ -105,7 +105,7 @@ fn client_request(user: &str, path: String) -> ClientRequest {
 
 async fn got(cache: &Cache, client_request: &ClientRequest) -> Got {
     let got = tokio::time::timeout(Duration::from_secs(30), cache.get(client_request)).await;
-    got.unwrap_or_else(|_| panic!("{client_request:?} waits for the disk"))
+    got.unwrap_or_else(|_| panic!("{client_request:?} blocked on the disk"))
 }
 
 /// One worker thread: a blocking call on it would stop the test.

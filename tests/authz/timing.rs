@@ -66,7 +66,7 @@ async fn stage() -> Stage {
         assert!(matches!(got, Got::Content(_, Some(_))), "{got:?}");
     }
     cache.proxy.downloads().idle().await;
-    let absent = (0..DIGESTS).map(|n| of(format!("nobody has {n}").as_bytes()).to_string());
+    let absent = (0..DIGESTS).map(|n| of(format!("unknown {n}").as_bytes()).to_string());
     Stage {
         bob: registry.bearer("bob"),
         absent: absent.collect(),
@@ -91,14 +91,14 @@ fn client_request(path: String, shows: &str) -> ClientRequest {
 async fn denial_does_same_work_for_cached_and_unknown() {
     let stage = stage().await;
     for condition in [Condition::Healthy, Condition::Down] {
-        stage.registry.condition(condition);
+        stage.registry.set_condition(condition);
         for (path, held) in [(BLOB, &stage.held_blobs), (MANIFEST, &stage.held_manifests)] {
             for head in [false, true] {
                 let mut done = Vec::new();
                 // The first request also detects the registry's quirks.
                 for digest in [&stage.absent[1], &held[0], &stage.absent[0], &held[1]] {
-                    let asked = stage.registry.asked().len();
-                    let looks = stage.disk.looks();
+                    let asked = stage.registry.request_log().len();
+                    let looks = stage.disk.reads();
                     let client_request = ClientRequest {
                         head,
                         ..client_request(path(digest), &stage.bob)
@@ -106,18 +106,18 @@ async fn denial_does_same_work_for_cached_and_unknown() {
                     let Got::No(why) = stage.cache.get(&client_request).await else {
                         panic!("bob was served")
                     };
-                    let asked = stage.registry.asked()[asked..].join(", ");
+                    let asked = stage.registry.request_log()[asked..].join(", ");
                     done.push((
                         why,
                         asked.replace(digest.as_str(), "…"),
-                        stage.disk.looks() - looks,
+                        stage.disk.reads() - looks,
                     ));
                 }
                 assert_eq!(done[1], done[2], "{condition:?}");
                 assert_eq!(done[2], done[3], "{condition:?}");
                 assert!(
                     done.iter().all(|(_, _, looks)| *looks == 0),
-                    "{condition:?}: nothing is looked up before the yes"
+                    "{condition:?}: a lookup happened before authorization"
                 );
             }
         }
@@ -128,19 +128,19 @@ async fn denial_does_same_work_for_cached_and_unknown() {
 async fn denial_time_does_not_reveal_cached_content() {
     let stage = stage().await;
     for condition in [Condition::Healthy, Condition::Down] {
-        stage.registry.condition(condition);
-        let mut told = Vec::new();
+        stage.registry.set_condition(condition);
+        let mut p_values = Vec::new();
         for round in 0..ROUNDS {
             let p = kolmogorov_smirnov(pairs(&stage, round).await);
-            told.push(p);
+            p_values.push(p);
             if p > P_MIN {
                 break;
             }
         }
-        eprintln!("{condition:?}: p = {told:.3?}");
+        eprintln!("{condition:?}: p = {p_values:.3?}");
         assert!(
-            told.last().is_some_and(|p| *p > P_MIN),
-            "{condition:?}: what is held is told by the time in each of {ROUNDS} rounds: p = {told:?}"
+            p_values.last().is_some_and(|p| *p > P_MIN),
+            "{condition:?}: denial time reveals cached content in each of {ROUNDS} rounds: p = {p_values:?}"
         );
     }
 }
@@ -179,7 +179,7 @@ async fn pairs(stage: &Stage, round: usize) -> (Vec<f64>, Vec<f64>) {
             }
         }
         stage.registry.state().responses.clear();
-        stage.registry.state().asked.clear();
+        stage.registry.state().request_log.clear();
     }
     (held, absent)
 }

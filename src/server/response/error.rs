@@ -13,7 +13,7 @@ use crate::upstream::ResponseKind;
 
 pub(super) fn build(refused: &Denied, context: &ResponseContext) -> Response<Body> {
     let (status, code, message_text) = describe(refused, context);
-    let (upstream, answer) = (context.upstream(), refused.answer.as_deref());
+    let (upstream, answer) = (context.upstream(), refused.response.as_deref());
     // A denial uses the cache's own message only. It must look the same for HEAD and GET, and for cached and uncached
     // content.
     let upstream_message = match refused.reason {
@@ -94,7 +94,7 @@ pub(in crate::server) fn forward_failed(
 /// Status, code and message of each denial. The match is exhaustive, so a new denial does not compile without its
 /// own.
 fn describe(refused: &Denied, context: &ResponseContext) -> (StatusCode, ErrorCode, String) {
-    let answer = refused.answer.as_deref();
+    let answer = refused.response.as_deref();
     let unknown = context.not_found_code(answer);
     let (upstream, image) = (context.upstream(), context.image());
     match refused.reason {
