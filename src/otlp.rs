@@ -1,8 +1,8 @@
-//! Traces to an OpenTelemetry collector, by OTLP over HTTP. Only in builds with the feature `otlp`.
+//! OTLP exporter: sends trace spans to an OpenTelemetry collector over HTTP. Only in builds with the feature `otlp`.
 //!
-//! A pull never waits for it: what the collector does not take in time is dropped and counted. Bytes go out by our own
-//! client, so there is no second HTTP stack and no second TLS, and a collector is reached through the same proxies and
-//! with the same authorities as a registry. The ids are those of the log.
+//! A pull never waits for it: spans that the collector does not accept in time are dropped and counted. It uses the
+//! client for upstreams, so there is no second HTTP and TLS stack, and a collector is reached through the same
+//! proxies and with the same trust anchors as a registry. The trace ids are those of the log.
 
 use std::time::Duration;
 
@@ -28,53 +28,53 @@ use crate::telemetry::{SPANS_WAITING_MAX, Span, SpanKind, Telemetry};
 use crate::upstream::forward::ForwardRequest;
 use crate::upstream::{Origin, OriginError, Settings, SettingsError, Transport, Upstream};
 
-/// Parts of traces sent together at most.
+/// Maximum number of spans in a batch.
 const BATCH_MAX: usize = 512;
-/// How long a part waits for others to be sent with.
+/// How long the first span of a batch waits for others.
 const BATCH_DELAY: Duration = Duration::from_secs(1);
-/// How long the collector is waited for.
+/// Timeout of an export.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
-/// The same, at the end of the process.
+/// Timeout of the last export at shutdown.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
-/// Answers of a collector are short.
+/// Maximum size of a collector's response.
 const RESPONSE_BYTES_MAX: usize = 64 * 1024;
 
-/// Why traces cannot be sent. The operator's fault.
+/// Why the exporter cannot be set up. A configuration error.
 #[derive(Debug, thiserror::Error)]
 pub enum OtlpError {
-    /// The address says nothing.
+    /// The URL is invalid.
     #[error("OTEL_EXPORTER_OTLP_ENDPOINT: `{url}`: {error}")]
     Url {
-        /// As configured.
+        /// The URL as configured.
         url: String,
-        /// Why.
+        /// The reason.
         error: OriginError,
     },
-    /// No client can be made.
+    /// The HTTP client cannot be set up.
     #[error("OTEL_EXPORTER_OTLP_ENDPOINT: {0}")]
     Settings(#[from] SettingsError),
-    /// Another of the variables is wrong.
+    /// Another variable is invalid.
     #[error("OTEL_EXPORTER_OTLP_…: {0}")]
     Exporter(#[from] opentelemetry_otlp::ExporterBuildError),
 }
 
-/// Traces are sent until it is finished.
+/// A running exporter.
 pub struct OtlpExporter {
     shutdown: CancellationToken,
     task: JoinHandle<()>,
 }
 
 impl OtlpExporter {
-    /// Sends what waits, but not for long.
+    /// Exports the queued spans, within a short timeout, and ends.
     pub async fn finish(self) {
         self.shutdown.cancel();
         if timeout(SHUTDOWN_TIMEOUT, self.task).await.is_err() {
-            tracing::warn!("the last traces were not sent: the OTLP collector does not answer");
+            tracing::warn!("failed to export the last spans: the OTLP collector did not respond");
         }
     }
 }
 
-/// Sends what `telemetry` tells of traces to the collector at this URL (`http://…/v1/traces`), as this service.
+/// Starts exporting the spans of `telemetry` to the collector at this URL (`http://…/v1/traces`), as this service.
 pub fn start((url, service): &(String, String), telemetry: &Telemetry) -> Result<OtlpExporter, OtlpError> {
     let wrong = |error| OtlpError::Url {
         url: url.clone(),
@@ -105,7 +105,7 @@ pub fn start((url, service): &(String, String), telemetry: &Telemetry) -> Result
     telemetry.set_span_sink(queue);
     let shutdown = CancellationToken::new();
     let task = tokio::spawn(send(exporter, waiting, telemetry.clone(), shutdown.clone()));
-    tracing::info!(collector = %url, "traces are sent");
+    tracing::info!(collector = %url, "OTLP exporter started");
     Ok(OtlpExporter { shutdown, task })
 }
 
@@ -144,12 +144,9 @@ async fn send(
             telemetry.record_spans_dropped(count);
         }
         match &why {
-            None if !is_healthy => tracing::info!("the OTLP collector takes traces again"),
+            None if !is_healthy => tracing::info!("OTLP export recovered"),
             Some(why) if is_healthy => {
-                tracing::warn!(
-                    why,
-                    "the OTLP collector takes no traces; they are dropped and counted"
-                );
+                tracing::warn!(why, "OTLP export failed, spans are dropped");
             }
             _ => {}
         }
@@ -157,7 +154,7 @@ async fn send(
     }
 }
 
-/// Waits for one, and then a moment for more. Cut short, it leaves in `batch` what came.
+/// Waits for a span, and then briefly for more. If cancelled, `batch` has what arrived.
 async fn fill_batch(waiting: &mut mpsc::Receiver<Span>, batch: &mut Vec<Span>) {
     if waiting.recv_many(batch, BATCH_MAX).await == 0 {
         return;
@@ -165,7 +162,7 @@ async fn fill_batch(waiting: &mut mpsc::Receiver<Span>, batch: &mut Vec<Span>) {
     let more = async {
         while batch.len() < BATCH_MAX && waiting.recv_many(batch, BATCH_MAX - batch.len()).await > 0 {}
     };
-    // Enough time or enough of them: both are well.
+    // Either the delay has passed or the batch is full.
     let _ = timeout(BATCH_DELAY, more).await;
 }
 
@@ -203,7 +200,7 @@ fn span_data(span: Span, scope: &InstrumentationScope) -> SpanData {
     }
 }
 
-/// The collector, reached as an upstream is.
+/// HTTP client of the exporter, built on the upstream client.
 #[derive(Debug)]
 struct OtlpClient(Upstream);
 
@@ -231,7 +228,7 @@ impl HttpClient for OtlpClient {
         while let Some(chunk) = answer.chunk().await {
             bytes.extend_from_slice(&chunk.map_err(|cause| cause.to_string())?);
             if bytes.len() > RESPONSE_BYTES_MAX {
-                return Err("the collector's answer does not end".into());
+                return Err("the collector's response is too large".into());
             }
         }
         let mut response = Response::new(bytes.into());

@@ -1,12 +1,18 @@
-//! What is worth telling: each answer becomes one log line, one count and, where something was decided, one line of
-//! the journal, all from the same named reasons, and all when the answer has ended.
+//! Telemetry: access log, metrics, decision log and traces.
 //!
-//! Labels name the upstream, never a repository or a tag: their number would have no bound, and private names would
-//! leave by the metrics. The journal and the clients seen name both; they are for the operator alone, in memory, and
-//! bounded.
+//! Each finished response becomes one log line and one count. A pull, a write and a failed response also becomes one
+//! entry of the decision log. All three use the same reason names.
 //!
-//! * `spans`: parts of traces, for whoever records them.
-//! * `connections`: those of the listeners. * `metrics`: the counts. * `levels`: what is read with them. * `exposition`: their older format. * `journal`: the last decisions. * `clients`: who came lately. * `series`: the last day.
+//! Metric labels name the upstream, never a repository or a tag: their number is unbounded, and metrics would expose
+//! private names. The decision log and the client list contain image names. They are for the operator alone, in
+//! memory and bounded.
+//!
+//! * `metrics`: counters and histograms; `metrics/register`: their names.
+//! * `gauges`: values sampled at scrape time.
+//! * `prometheus_text`: the Prometheus text format 0.0.4.
+//! * `connections`: counts of the listeners' connections.
+//! * `decision_log`: recent decisions. * `clients`: recent clients. * `history`: totals per minute for a day.
+//! * `spans`: trace spans for an exporter.
 
 mod clients;
 mod connections;
@@ -36,52 +42,52 @@ use crate::oci::{Digest, UpstreamFailure};
 use crate::trace_context::TraceContext;
 use metrics::Metrics;
 
-/// The access record of one answer to a client, after its last byte.
+/// Access record of one response to a client, written after its last byte.
 #[derive(Debug)]
 pub struct AccessRecord<'a> {
     /// When the request arrived.
     pub at: SystemTime,
-    /// The upstream's name; `-` where none was reached.
+    /// The upstream's name; `-` if the request reached none.
     pub upstream: &'a str,
-    /// Through which door the client came; `-` where it was turned away before.
+    /// How the request was routed; `-` if it was rejected before routing.
     pub route: &'static str,
-    /// What was asked for.
+    /// The kind of resource requested.
     pub kind: ResourceKind,
-    /// What the client asked for: `repository:tag`, `repository@digest`, or the path where neither was understood.
-    /// Never in a label.
+    /// The requested image: `repository:tag`, `repository@digest`, or the path if it is neither. Never used as a
+    /// label.
     pub image: &'a str,
-    /// Whether bytes came from the store, the upstream, or neither: as decided, however the answer then ended.
+    /// The cache result as decided, before the body was sent.
     pub result: CacheResult,
-    /// The reason's name.
+    /// The name of the reason.
     pub reason: &'static str,
-    /// Why the upstream gave no usable answer, where that matters.
+    /// Why the upstream was unavailable, if it was.
     pub cause: Option<UpstreamFailure>,
-    /// What the client was given.
+    /// The digest served.
     pub digest: Option<Digest>,
-    /// How long ago the upstream confirmed the tag, where it is one.
+    /// Time since the upstream last confirmed the tag, for a request by tag.
     pub age: Option<Duration>,
-    /// The status sent.
+    /// The response status.
     pub status: u16,
-    /// From the request's head to the answer's head.
+    /// From the request head to the response head.
     pub first_byte: Duration,
-    /// From the request's head to the end of the answer.
+    /// From the request head to the end of the response body.
     pub took: Duration,
-    /// How the answer ended.
+    /// How the body ended.
     pub ended: BodyEnd,
-    /// Bytes of the body that were handed to the connection.
+    /// Body bytes written to the connection.
     pub bytes: u64,
-    /// What broke it, in words.
+    /// The error that ended the body early.
     pub error: Option<&'a str>,
-    /// Who asked.
+    /// The client's IP address.
     pub client: Option<IpAddr>,
-    /// With which program, cleaned by [`agent`].
+    /// The client's `User-Agent`, cleaned by [`agent`].
     pub agent: &'a str,
-    /// Which trace the request belongs to.
+    /// The trace context of the request.
     pub trace: &'a TraceContext,
 }
 
 impl AccessRecord<'_> {
-    /// The result as it is counted: what did not reach its client whole is no hit.
+    /// The result as counted. A response that was not delivered in full does not count as a hit.
     fn result(&self) -> CacheResult {
         match self.ended {
             BodyEnd::Complete => self.result,
@@ -91,23 +97,23 @@ impl AccessRecord<'_> {
     }
 }
 
-/// How the body of an answer ended.
+/// How the body of a response ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BodyEnd {
-    /// Its last byte was handed to the connection.
+    /// The last byte was written to the connection.
     Complete,
-    /// The connection or the stream ended before it.
+    /// The client closed the connection or the stream early.
     Aborted,
-    /// The upstream broke off or sent wrong bytes.
+    /// The upstream closed the connection early, or sent wrong bytes.
     Upstream,
-    /// The disk could not be read or written.
+    /// A disk read or write failed.
     Disk,
-    /// The cached bytes were no longer those of their digest.
+    /// The cached bytes did not match their digest.
     Damage,
 }
 
 impl BodyEnd {
-    /// All of them.
+    /// All variants.
     const ALL: [Self; 5] = [
         Self::Complete,
         Self::Aborted,
@@ -127,30 +133,30 @@ impl BodyEnd {
         }
     }
 
-    /// Whether it broke here or upstream, and not at the client.
+    /// Whether the cache or the upstream caused the early end, and not the client.
     pub fn is_failure(self) -> bool {
         matches!(self, Self::Upstream | Self::Disk | Self::Damage)
     }
 }
 
-/// One exchange with an upstream, after it.
+/// Record of one request to an upstream, written when it ends.
 #[derive(Clone, Debug)]
 pub struct UpstreamRecord<'a> {
     /// The upstream's name.
     pub upstream: &'a str,
-    /// What was asked.
+    /// The kind of request.
     pub operation: &'static str,
-    /// The status, or the kind of silence.
+    /// The status code, or the name of the failure.
     pub code: &'a str,
-    /// When the answer's head was there, or the silence was certain.
+    /// When the response head arrived or the request failed.
     pub ended: SystemTime,
-    /// From asking until then.
+    /// From sending the request until then.
     pub took: Duration,
-    /// Its part of the trace.
+    /// The trace context of the request.
     pub trace: &'a TraceContext,
 }
 
-/// What kind of thing was asked for.
+/// Kind of the requested resource.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ResourceKind {
     /// `/v2/`
@@ -161,13 +167,13 @@ pub enum ResourceKind {
     Manifest,
     /// A blob.
     Blob,
-    /// Tags or referrers.
+    /// A list of tags or referrers.
     Listing,
-    /// A push, a deletion, or a part of one.
+    /// A push, a deletion, or a request of an upload session.
     Write,
     /// `CONNECT`
     Connect,
-    /// None of these.
+    /// Any other request.
     Other,
 }
 
@@ -187,26 +193,26 @@ impl ResourceKind {
     }
 }
 
-/// How an answer came about, coarsely: what a hit ratio is made of.
+/// Cache result of a response, as counted for the hit ratio.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CacheResult {
     /// Served from the store.
     Hit,
-    /// Served from the store while the upstream could not be asked.
+    /// Served stale from the store because the upstream was unavailable.
     Stale,
     /// Fetched for this client.
     Miss,
-    /// Fetched in a transfer that another client had begun.
+    /// Fetched by a transfer that another client started.
     Coalesced,
-    /// Answered without bytes of an image.
+    /// Answered locally, without image content.
     Local,
-    /// Handed on to the upstream.
+    /// Forwarded to the upstream.
     Passed,
-    /// Refused.
+    /// Denied.
     Refused,
-    /// Not received whole: the client left.
+    /// Incomplete because the client left.
     Aborted,
-    /// Not sent whole: the upstream, the disk or the cached bytes failed.
+    /// Incomplete because the upstream or the disk failed, or the cached bytes were damaged.
     Failed,
 }
 
@@ -227,18 +233,18 @@ impl CacheResult {
     }
 }
 
-/// Where response bytes come from.
+/// Where the bytes of a response come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ByteSource {
     /// The store.
     Disk,
-    /// A download that may be shared.
+    /// A download, which several clients may share.
     Download,
-    /// An answer that was handed back.
+    /// A forwarded response.
     Passed,
 }
 
-/// Counts and tells. Cheap to clone; every clone counts into the same.
+/// Telemetry facade. Cheap to clone; all clones share their counters.
 #[derive(Clone, Default)]
 pub struct Telemetry {
     metrics: Arc<Metrics>,
@@ -249,18 +255,18 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    /// Nothing counted yet.
+    /// Creates it with all counters at zero.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Notes a client, as soon as its request is there.
+    /// Records a client when its request arrives.
     pub fn record_client(&self, client: IpAddr, agent: &str, at: SystemTime, pulled: Option<&str>) {
         self.clients.record(client, agent, at, pulled);
     }
 
-    /// Tells of an answer that has ended. A pull is where a decision was made, so it is told at `info` and kept in the
-    /// journal; so is what went wrong; the rest is told at `debug`.
+    /// Records a finished response. A pull by tag and a write are logged at `info` and added to the decision log, as
+    /// are failures. All others are logged at `debug`.
     pub fn record_access(&self, record: &AccessRecord<'_>) {
         self.metrics.record_access(record);
         self.record_span(record.trace, || Span::of_access(record));
@@ -274,91 +280,90 @@ impl Telemetry {
         }
     }
 
-    /// Which trace a request belongs to. One that begins here is recorded where someone records.
+    /// The trace context of a client's request. A new root is sampled if a span exporter is set.
     pub fn trace(&self, headers: &HeaderMap) -> TraceContext {
         TraceContext::extract(headers, self.spans.has_sink())
     }
 
-    /// From now on, whoever holds the other end of `queue` records what is told with [`Telemetry::record_span`]. Never waited for:
-    /// what does not fit is counted and dropped.
+    /// Sets the channel to the span exporter. Sending never waits: spans that do not fit are dropped and counted.
     pub fn set_span_sink(&self, queue: mpsc::Sender<Span>) {
         self.spans.set_sink(queue);
     }
 
-    /// Tells of a part of a trace, if it is recorded. `span` is made only then.
+    /// Records a span if its trace is sampled. `span` is called only then.
     pub fn record_span(&self, trace: &TraceContext, span: impl FnOnce() -> Span) {
         if trace.is_sampled() && !self.spans.send(span) {
             self.metrics.span_dropped(1);
         }
     }
 
-    /// Counts parts of traces that could not be handed to whoever records them.
+    /// Counts spans that could not be exported.
     pub fn record_spans_dropped(&self, count: u64) {
         self.metrics.span_dropped(count);
     }
 
-    /// Counts a connection that was closed because its address had too many.
+    /// Counts a connection closed because its address had too many.
     pub fn record_connection_refused(&self) {
         self.metrics.connection_refused();
     }
 
-    /// Counts a connection of a listener until what is given is dropped.
+    /// Counts a listener's connection until the returned guard is dropped.
     pub fn count_connection(&self, listener: &'static str, state: ConnectionState) -> OpenConnection {
         self.metrics.connections.open(listener, state)
     }
 
-    /// Counts a connection that was closed to make room for another.
+    /// Counts an idle connection that was closed to free a slot for another.
     pub fn record_connection_closed(&self, listener: &'static str, reason: CloseReason) {
         self.metrics.connections.closed(listener, reason);
     }
 
-    /// Counts an admin token that was refused.
+    /// Counts a rejected admin token.
     pub fn record_admin_token_refused(&self, reason: TokenRejection) {
         self.metrics.connections.token_refused(reason);
     }
 
-    /// Counts bytes of a blob sent.
+    /// Counts blob bytes sent.
     pub fn add_bytes_sent(&self, from: ByteSource, bytes: u64) {
         self.metrics.add_bytes_sent(from, bytes);
     }
 
-    /// A tunnel is open until what is given is dropped.
+    /// Counts a tunnel as open until the returned counter is dropped.
     pub fn count_tunnel(&self) -> TunnelCounter {
         self.metrics.tunnel()
     }
 
-    /// Tells of an exchange with an upstream.
+    /// Records a request to an upstream.
     pub fn record_upstream(&self, record: &UpstreamRecord<'_>) {
         self.metrics.record_upstream(record);
         self.record_span(record.trace, || Span::of_upstream(record));
     }
 
-    /// The metrics as text in the `OpenMetrics` format, with the levels of this moment.
+    /// The metrics in the `OpenMetrics` text format, with the current gauges.
     pub fn open_metrics_text(&self, gauges: &Gauges) -> String {
         self.metrics.open_metrics_text(gauges, &self.clients.seen())
     }
 
-    /// The same in the format that is older than `OpenMetrics`, for those who do not ask for that.
+    /// The metrics in the Prometheus text format, for scrapers that do not accept `OpenMetrics`.
     pub fn prometheus_text(&self, gauges: &Gauges) -> String {
         prometheus_text::plain(&self.open_metrics_text(gauges))
     }
 
-    /// The decisions remembered, the newest first.
+    /// The recorded decisions, newest first.
     pub fn decisions(&self) -> Vec<Arc<DecisionRecord>> {
         self.decision_log.newest_first()
     }
 
-    /// Hears of each decision from now on.
+    /// Subscribes to new decisions.
     pub fn subscribe(&self) -> broadcast::Receiver<Arc<DecisionRecord>> {
         self.decision_log.subscribe()
     }
 
-    /// Who was seen, the last first.
+    /// The recent clients, the last seen first.
     pub fn clients(&self) -> Vec<Client> {
         self.clients.seen()
     }
 
-    /// What was counted since the start, of which upstreams sent `fetched_bytes`.
+    /// Totals since the start. Upstreams sent `fetched_bytes` of them.
     pub fn totals(&self, fetched_bytes: u64) -> Totals {
         Totals {
             fetched_bytes,
@@ -366,19 +371,19 @@ impl Telemetry {
         }
     }
 
-    /// Notes the totals of this moment for the plots. To be called a few times a minute.
+    /// Records the current totals for the plots. Call this several times a minute.
     pub fn sample_history(&self, now: SystemTime, fetched_bytes: u64) {
         self.history.record(now, self.totals(fetched_bytes));
     }
 
-    /// What came in each of the last `count` spans of so many minutes, the oldest first.
+    /// Totals of each of the last `count` intervals of `minutes` minutes, oldest first.
     pub fn history(&self, now: SystemTime, count: u64, minutes: u64, fetched_bytes: u64) -> Vec<Totals> {
         self.history
             .spans(now, count, minutes, self.totals(fetched_bytes))
     }
 }
 
-/// The line of the access log.
+/// Writes the access log line.
 fn log(record: &AccessRecord<'_>) {
     let AccessRecord {
         upstream,
@@ -400,17 +405,17 @@ fn log(record: &AccessRecord<'_>) {
     );
     if record.ended.is_failure() {
         tracing::warn!(upstream, route, image, status, result, reason, cause, ended, bytes, ms, first_byte_ms, client,
-            error, %trace_id, "an answer broke off; the client was told by the connection's end");
+            error, %trace_id, "response body failed");
     } else if is_pull || status >= 500 || record.ended == BodyEnd::Aborted {
         tracing::info!(upstream, route, image, status, result, reason, cause, ended, bytes, ms, first_byte_ms, client,
-            %trace_id, "answered");
+            %trace_id, "request served");
     } else {
         tracing::debug!(upstream, route, image, status, result, reason, cause, ended, bytes, ms, first_byte_ms, client,
-            %trace_id, "answered");
+            %trace_id, "request served");
     }
 }
 
-/// Three digits behind the point: a log is read by people.
+/// Rounded to three decimal places for readability.
 fn milliseconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
 }

@@ -1,36 +1,36 @@
-//! Who came lately, and with what: the answer to "is my mirror used at all?".
+//! Recently seen clients, so that the operator can check that they use the cache.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-/// Clients remembered; the one seen longest ago goes first.
+/// Maximum number of clients; the least recently seen is dropped first.
 const CLIENTS_MAX: usize = 512;
 
-/// How much of a client's name for itself is kept.
+/// Maximum length of a stored `User-Agent`.
 const AGENT_BYTES_MAX: usize = 96;
 
 /// A client program on a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Client {
-    /// Where it is.
+    /// Its IP address.
     pub address: IpAddr,
-    /// What kind of program it is: `docker`, `containerd`, …
+    /// The kind of program: `docker`, `containerd`, …
     pub kind: &'static str,
-    /// As it calls itself.
+    /// Its `User-Agent`.
     pub agent: Box<str>,
     /// Requests since it was first seen.
     pub requests: u64,
-    /// Of them, pulls by tag.
+    /// Pulls by tag among them.
     pub pulls: u64,
     /// When it was last seen.
     pub last_at: SystemTime,
-    /// The image that it last asked for.
+    /// The last image that it requested.
     pub last_image: Option<Box<str>>,
 }
 
-/// Who was seen.
+/// The recently seen clients.
 #[derive(Clone, Default)]
 pub(super) struct Clients(Arc<Mutex<HashMap<(IpAddr, &'static str), Client>>>);
 
@@ -64,7 +64,7 @@ impl Clients {
         }
     }
 
-    /// The last seen first.
+    /// The clients, most recently seen first.
     pub(super) fn seen(&self) -> Vec<Client> {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut seen: Vec<Client> = known.values().cloned().collect();
@@ -73,14 +73,14 @@ impl Clients {
     }
 }
 
-/// What may be kept and shown of a `User-Agent`: printable, and at most 96 characters long.
+/// A `User-Agent` reduced to at most 96 printable characters.
 pub fn agent(header: Option<&http::HeaderValue>) -> Box<str> {
     let text = header.and_then(|value| value.to_str().ok()).unwrap_or_default();
     let printable = text.chars().filter(|c| c.is_ascii_graphic() || *c == ' ');
     printable.take(AGENT_BYTES_MAX).collect::<String>().into()
 }
 
-/// By the product it names first; of docker also when its client is named further on.
+/// The kind by the first product of the `User-Agent`.
 fn kind_of(agent: &str) -> &'static str {
     const KINDS: [(&str, &str); 17] = [
         ("docker/", "docker"),

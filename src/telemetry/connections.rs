@@ -1,4 +1,4 @@
-//! Counts of the listeners: connections, those closed to make room, and refused admin tokens.
+//! Listener metrics: open connections, connections closed to free a slot, and rejected admin tokens.
 
 use std::sync::atomic::AtomicU64;
 
@@ -10,12 +10,12 @@ use prometheus_client::registry::Registry;
 
 type IntGauge = Gauge<u64, AtomicU64>;
 
-/// Where a connection is.
+/// State of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectionState {
-    /// It has a place.
+    /// It has a slot.
     Open,
-    /// It waits for a place of its address.
+    /// It waits for a slot of its address.
     Waiting,
 }
 
@@ -28,12 +28,12 @@ impl ConnectionState {
     }
 }
 
-/// Why an admin token was refused.
+/// Why an admin token was rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TokenRejection {
-    /// It is another one.
+    /// It is wrong.
     Wrong,
-    /// Its address has sent too many wrong ones: it was not compared.
+    /// Not compared, because its address has sent too many wrong ones.
     TooMany,
 }
 
@@ -46,12 +46,12 @@ impl TokenRejection {
     }
 }
 
-/// Why a quiet connection was closed.
+/// Why an idle connection was closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CloseReason {
-    /// The process had no place for another connection.
+    /// The process had no slot for another connection.
     NoPlace,
-    /// Its address had no place for another connection.
+    /// Its address had no slot for another connection.
     NoPlaceOfAddress,
     /// The process had no file descriptor left.
     NoDescriptor,
@@ -85,7 +85,7 @@ struct ReasonLabels {
     reason: &'static str,
 }
 
-/// A connection that is counted until this is dropped.
+/// Counts a connection as open until dropped.
 pub struct OpenConnection(IntGauge);
 
 impl Drop for OpenConnection {
@@ -94,7 +94,7 @@ impl Drop for OpenConnection {
     }
 }
 
-/// What is counted of connections.
+/// Metrics of the listeners' connections.
 #[derive(Default)]
 pub(super) struct Connections {
     open: Family<StateLabels, IntGauge>,
@@ -125,17 +125,17 @@ impl Connections {
     pub(super) fn register(&self, registry: &mut Registry) {
         registry.register(
             "connections",
-            "Connections now, by listener: open, or waiting for a place of their address",
+            "Current connections, by listener: open, or waiting for a slot of their address",
             self.open.clone(),
         );
         registry.register(
             "connections_closed",
-            "Connections without a request that were closed to make room for others, by listener and reason",
+            "Idle connections closed to free a slot for others, by listener and reason",
             self.closed.clone(),
         );
         registry.register(
             "admin_tokens_refused",
-            "Wrong admin tokens, and tokens that were not compared because their address had sent too many",
+            "Rejected admin tokens: wrong, or not compared because their address had sent too many",
             self.admin_tokens.clone(),
         );
     }

@@ -1,4 +1,4 @@
-//! The last decisions, in memory: what the operator looks at when a client got something unexpected.
+//! Decision log: the most recent decisions, in memory, for finding out why a client got a response.
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
@@ -11,50 +11,50 @@ use super::{AccessRecord, BodyEnd, CacheResult, ResourceKind, milliseconds};
 use crate::oci::{Digest, UpstreamFailure};
 use crate::trace_context::TraceId;
 
-/// Decisions remembered; the oldest go first.
+/// Maximum number of decisions; the oldest are dropped first.
 const DECISIONS_MAX: usize = 2_000;
 
-/// Decisions that a slow watcher may fall behind before it misses some.
+/// Decisions that a slow subscriber may lag behind before it misses some.
 const SUBSCRIBER_LAG_MAX: usize = 256;
 
-/// One decision, as it was told.
+/// One recorded decision.
 #[derive(Clone, Debug)]
 pub struct DecisionRecord {
-    /// Counts up from 1; a gap is a decision that was forgotten.
+    /// Sequence number from 1; a gap means dropped decisions.
     pub id: u64,
     /// When the request arrived.
     pub at: SystemTime,
-    /// The upstream's name; `-` where none was reached.
+    /// The upstream's name; `-` if the request reached none.
     pub upstream: Box<str>,
-    /// Through which door the client came.
+    /// How the request was routed.
     pub route: &'static str,
-    /// `repository:tag` or `repository@digest`; the path where neither was understood.
+    /// `repository:tag`, `repository@digest`, or the path if it is neither.
     pub image: Box<str>,
-    /// What kind of thing was asked for.
+    /// The kind of resource requested.
     pub kind: ResourceKind,
-    /// How the answer came about, or that it was not received whole.
+    /// The cache result, or that the response was incomplete.
     pub result: CacheResult,
-    /// The reason's name.
+    /// The name of the reason.
     pub reason: &'static str,
-    /// Why the upstream gave no usable answer, where that matters.
+    /// Why the upstream was unavailable, if it was.
     pub cause: Option<UpstreamFailure>,
-    /// What the client was given.
+    /// The digest served.
     pub digest: Option<Digest>,
-    /// The status sent.
+    /// The response status.
     pub status: u16,
-    /// Milliseconds from the request's head to the end of the answer.
+    /// Milliseconds from the request head to the end of the response body.
     pub ms: f64,
-    /// Milliseconds from the request's head to the answer's head.
+    /// Milliseconds from the request head to the response head.
     pub first_byte_ms: f64,
-    /// How the answer ended.
+    /// How the body ended.
     pub ended: BodyEnd,
-    /// Bytes of the body that were handed to the connection.
+    /// Body bytes written to the connection.
     pub bytes: u64,
-    /// Who asked.
+    /// The client's IP address.
     pub client: Option<IpAddr>,
-    /// With which program, as it calls itself.
+    /// The client's `User-Agent`.
     pub agent: Box<str>,
-    /// Names the request across programs.
+    /// The trace id of the request.
     pub trace: TraceId,
 }
 
@@ -83,7 +83,7 @@ impl DecisionRecord {
     }
 }
 
-/// The last decisions, and a way to hear of new ones.
+/// The decision log with its subscribers.
 #[derive(Clone)]
 pub(super) struct DecisionLog {
     recorded: Arc<Mutex<Recorded>>,
@@ -106,7 +106,7 @@ impl Default for DecisionLog {
 }
 
 impl DecisionLog {
-    /// Keeps a decision, and numbers it.
+    /// Appends a decision and numbers it.
     pub(super) fn push(&self, mut decision: DecisionRecord) {
         let mut recorded = self.recorded();
         recorded.last_id += 1;
@@ -116,11 +116,12 @@ impl DecisionLog {
             recorded.decisions.pop_front();
         }
         recorded.decisions.push_back(Arc::clone(&decision));
-        // Told under the lock, so that those who watch hear them in order. Nobody watching is no fault.
+        // Sent under the lock, so that subscribers receive decisions in order. Sending without subscribers is not an
+        // error.
         let _ = self.sender.send(decision);
     }
 
-    /// The decisions kept, the newest first.
+    /// The recorded decisions, newest first.
     pub(super) fn newest_first(&self) -> Vec<Arc<DecisionRecord>> {
         self.recorded().decisions.iter().rev().cloned().collect()
     }
@@ -129,7 +130,7 @@ impl DecisionLog {
         self.sender.subscribe()
     }
 
-    /// A push or a pop is done or not done: nothing is left half done by a panic elsewhere.
+    /// Each change under this lock is complete in one statement, so a panic elsewhere leaves consistent data.
     fn recorded(&self) -> MutexGuard<'_, Recorded> {
         self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }

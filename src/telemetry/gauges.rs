@@ -1,90 +1,89 @@
-//! What is known only when someone looks, and so is read when the metrics are.
+//! Gauges sampled at scrape time.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-/// What is known only when someone looks: read at each scrape.
+/// Gauges, and counters kept elsewhere, sampled at each scrape.
 #[derive(Clone, Debug, Default)]
 pub struct Gauges {
-    /// Bytes of blobs and manifests held.
+    /// Bytes of cached blobs and manifests.
     pub store_bytes: u64,
-    /// Bytes that may be held.
+    /// Quota of the store in bytes.
     pub store_bytes_max: u64,
-    /// Blobs and manifests evicted since the start, by the limit that asked for it.
+    /// Evicted blobs and manifests since the start, by the limit that required it.
     pub evicted: Vec<(&'static str, u64)>,
-    /// Bytes of what was evicted.
+    /// Bytes of the evicted content.
     pub evicted_bytes: u64,
-    /// How long the image that would go next had not been used at the last eviction: a short time says that the store is
-    /// too small.
+    /// Idle time of the next image to evict, at the last eviction. A short time means that the store is too small.
     pub longest_idle: Option<Duration>,
-    /// Blobs passed through because the limits left no room for them.
+    /// Blobs passed through because they did not fit into the quota.
     pub without_room: u64,
-    /// Blobs and manifests that the scrub found damaged since the start.
+    /// Damaged blobs and manifests found by the scrub since the start.
     pub scrub_damaged: u64,
-    /// Errors of the store's disk since the start, by operation.
+    /// Disk errors of the store since the start, by operation.
     pub store_errors: Vec<(&'static str, u64)>,
-    /// Whether something keeps the store from storing.
+    /// Whether the store cannot store content.
     pub is_store_degraded: bool,
-    /// Blobs and manifests held.
+    /// Number of cached blobs and manifests.
     pub store_objects: u64,
-    /// Tags known.
+    /// Number of cached tags.
     pub store_tags: u64,
-    /// Response bytes in memory: read, and not yet written to a socket.
+    /// Response bytes read into memory and not yet written to a socket.
     pub egress_bytes: u64,
-    /// Responses that wait for others to end before they read.
+    /// Responses that wait for other responses to end.
     pub egress_waiting: u64,
     /// The queues of requests and transfers.
     pub queues: Vec<QueueGauges>,
-    /// Transfers given up, for no client waited for them.
+    /// Transfers cancelled because no client waited for them.
     pub given_up: u64,
-    /// Transfers under way.
+    /// Transfers in progress.
     pub transfers: u64,
-    /// Clients that read from a transfer under way which another one began.
+    /// Clients that read from a transfer started by another client.
     pub waiters: u64,
     /// Bytes of blobs fetched from upstreams since the start.
     pub fetched_bytes: u64,
-    /// Transfers whose bytes were not those of their digest, since the start.
+    /// Transfers whose bytes did not match their digest, since the start.
     pub digest_mismatches: u64,
-    /// Whether asking is switched off.
+    /// Whether offline mode is on.
     pub offline: bool,
-    /// Whether each upstream responds, as its circuit breakers see it.
+    /// Whether each upstream responds, according to its circuit breakers.
     pub upstreams: Vec<(Arc<str>, bool)>,
-    /// Circuit breakers that are open, by upstream and kind of request.
+    /// Open circuit breakers, by upstream and kind of request.
     pub open_breakers: Vec<(Arc<str>, &'static str, u64)>,
-    /// Until when each certificate shown to clients is good: the end of its chain that ends first.
+    /// Expiry of each certificate used for clients: the earliest in its chain.
     pub certificates: Vec<(&'static str, SystemTime)>,
-    /// What is left of whose allowance.
+    /// The pull quotas.
     pub quotas: Vec<QuotaGauge>,
 }
 
-/// A queue, and what became of those that waited in it since the start.
+/// A queue, with totals since the start.
 #[derive(Clone, Debug)]
 pub struct QueueGauges {
-    /// `requests`, of all upstreams together, or `downloads`.
+    /// `requests` (of all upstreams together) or `downloads`.
     pub queue: &'static str,
-    /// Requests that wait, by class.
+    /// Waiting requests, by class.
     pub waiting: Vec<(&'static str, u64)>,
-    /// Places given.
+    /// Permits granted.
     pub granted: u64,
-    /// The waits for them, together.
+    /// Total time waited for them.
     pub waited: Duration,
-    /// Requests refused, by reason.
+    /// Rejected requests, by reason.
     pub refused: Vec<(&'static str, u64)>,
     /// Waits that ended because no client was left.
     pub abandoned: u64,
 }
 
-/// What an upstream last said of an allowance.
+/// A pull quota, as the upstream last reported it.
 #[derive(Clone, Debug)]
 pub struct QuotaGauge {
     /// The upstream's name.
     pub upstream: Arc<str>,
-    /// Whose it is: `anonymous`, `cache`, or `client` for all clients with a credential of their own.
+    /// Its owner: `anonymous`, `own`, or `client` for all clients with their own credential.
     pub credential: &'static str,
-    /// Pulls allowed in a window.
+    /// Pulls allowed per window.
     pub limit: Option<u64>,
-    /// Pulls left in it.
+    /// Remaining pulls.
     pub remaining: Option<u64>,
-    /// When all of them are allowed again, at the latest.
+    /// The latest time at which the full quota is available again.
     pub resets_at: Option<SystemTime>,
 }

@@ -1,33 +1,33 @@
-//! What was counted, minute by minute for a day: for the plots on the page. Not a replacement for Prometheus.
+//! History of the totals, one entry per minute for a day, for the plots on the page. Does not replace Prometheus.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-/// A day of minutes, and the one before it, from which the first is counted.
+/// The minutes of a day, and one before as the baseline.
 const MINUTES_MAX: usize = 24 * 60 + 1;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// Counts since the start of the process.
+/// Totals since the start of the process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Images asked for by tag.
+    /// Pulls by tag.
     pub pulls: u64,
-    /// Of them, served from the store.
+    /// Those served from the store.
     pub hits: u64,
-    /// Of them, served from the store while the upstream was silent.
+    /// Those served from the store while the upstream was unavailable.
     pub stale: u64,
-    /// Of them, refused.
+    /// Those denied.
     pub refused: u64,
-    /// Bytes of blobs sent to clients.
+    /// Blob bytes sent to clients.
     pub sent_bytes: u64,
-    /// Bytes of blobs fetched from upstreams.
+    /// Blob bytes fetched from upstreams.
     pub fetched_bytes: u64,
 }
 
 impl Totals {
-    /// What came since `before`.
+    /// The difference to `before`.
     #[must_use]
     pub fn since(&self, before: &Self) -> Self {
         Self {
@@ -40,14 +40,14 @@ impl Totals {
         }
     }
 
-    /// Bytes that clients got and no upstream had to send.
+    /// Bytes sent to clients that were not fetched from an upstream.
     pub fn saved_bytes(&self) -> u64 {
         self.sent_bytes.saturating_sub(self.fetched_bytes)
     }
 
-    /// Of the bytes sent to clients, the part that no upstream had to send; `None` where none were sent.
+    /// The share of bytes sent to clients that was not fetched from an upstream. `None` if none were sent.
     pub fn byte_hit_ratio(&self) -> Option<f64> {
-        #[expect(clippy::cast_precision_loss, reason = "a ratio for the eye")]
+        #[expect(clippy::cast_precision_loss, reason = "a ratio for display")]
         let ratio = |saved: u64, sent: u64| saved as f64 / sent as f64;
         (self.sent_bytes > 0).then(|| ratio(self.saved_bytes(), self.sent_bytes))
     }
@@ -61,12 +61,12 @@ struct Minute {
     totals: Totals,
 }
 
-/// The last day.
+/// The totals of the last day.
 #[derive(Clone, Default)]
 pub(super) struct History(Arc<Mutex<VecDeque<Minute>>>);
 
 impl History {
-    /// Notes the totals of this moment. To be called a few times a minute.
+    /// Records the current totals. Call this several times a minute.
     pub(super) fn record(&self, now: SystemTime, totals: Totals) {
         let number = minute_of(now);
         let mut minutes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -81,10 +81,10 @@ impl History {
         }
     }
 
-    /// What came in each of the last `count` spans of `minutes` each, the oldest first; the last one ends now.
+    /// The totals of each of the last `count` intervals of `minutes` minutes, oldest first. The last one ends now.
     pub(super) fn spans(&self, now: SystemTime, count: u64, minutes: u64, totals: Totals) -> Vec<Totals> {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // What happened between two notes belongs to the minute of the later one.
+        // Events between two records count for the minute of the later one.
         let upto = |number: u64| {
             let before = known.iter().rev().find(|minute| minute.number <= number);
             before.map(|minute| minute.totals).unwrap_or_default()

@@ -1,4 +1,4 @@
-//! The counts, in the conventions of Prometheus: base units, `_total`, one unit to a name. `names` has those.
+//! Prometheus metrics: base units, `_total`, one unit per name. `register` has names and help texts.
 
 mod register;
 
@@ -106,7 +106,7 @@ struct ClientLabels {
     client: &'static str,
 }
 
-/// Counts what a tunnel carries.
+/// Counts the bytes of a tunnel.
 pub struct TunnelCounter {
     sent: Counter,
     received: Counter,
@@ -115,21 +115,21 @@ pub struct TunnelCounter {
 }
 
 impl TunnelCounter {
-    /// Counts bytes carried to the host.
+    /// Counts bytes sent to the host.
     pub fn to_host(&self, bytes: u64) {
         self.sent.inc_by(bytes);
         let [to_host, _] = &self.carried;
         to_host.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Counts bytes carried to the client.
+    /// Counts bytes sent to the client.
     pub fn to_client(&self, bytes: u64) {
         self.received.inc_by(bytes);
         let [_, to_client] = &self.carried;
         to_client.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Bytes carried so far: to the host, and to the client.
+    /// Bytes so far: to the host, and to the client.
     pub fn carried(&self) -> (u64, u64) {
         let [to_host, to_client] = &self.carried;
         (to_host.load(Ordering::Relaxed), to_client.load(Ordering::Relaxed))
@@ -142,7 +142,7 @@ impl Drop for TunnelCounter {
     }
 }
 
-/// Everything counted.
+/// All metrics.
 pub(super) struct Metrics {
     requests: Family<RequestLabels, Counter>,
     seconds: Histogram,
@@ -194,7 +194,7 @@ pub(super) struct Metrics {
     registry: Registry,
 }
 
-/// [`Totals`] as they are counted.
+/// Counters for [`Totals`].
 #[derive(Default)]
 struct Counts {
     pulls: AtomicU64,
@@ -354,7 +354,7 @@ impl Metrics {
         seconds.observe(record.took.as_secs_f64());
     }
 
-    /// All but the bytes fetched, which are counted elsewhere.
+    /// All totals except the bytes fetched, which are counted elsewhere.
     pub(super) fn totals(&self) -> Totals {
         let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
         Totals {
@@ -438,13 +438,13 @@ impl Metrics {
                 self.rate_limit_reset.get_or_create(&labels).set(unix_seconds(at));
             }
         }
-        // The last seen come first, so the first of a kind is its last.
+        // Clients are ordered by when they were last seen, so the most recent of a kind is set last.
         for client in clients.iter().rev() {
             let labels = ClientLabels { client: client.kind };
             let seen = self.client_seen.get_or_create(&labels);
             seen.set(unix_seconds(client.last_at));
         }
-        // No number is how an unknown one is written.
+        // NaN means unknown.
         let idle = gauges.longest_idle.map_or(f64::NAN, |idle| idle.as_secs_f64());
         self.longest_idle.set(idle);
         for (certificate, good_until) in &gauges.certificates {
@@ -465,7 +465,7 @@ fn unix_seconds(at: SystemTime) -> u64 {
         .as_secs()
 }
 
-/// A counter that is kept elsewhere: it never goes back.
+/// Raises a counter to a total that is counted elsewhere and never decreases.
 fn raise_to(counter: &Counter, to: u64) {
     counter.inc_by(to.saturating_sub(counter.get()));
 }

@@ -1,12 +1,12 @@
-//! The metrics in the text format that was there before `OpenMetrics`, for those who do not ask for the newer one:
+//! Prometheus text format 0.0.4, for scrapers that do not accept `OpenMetrics`:
 //! <https://github.com/prometheus/docs/blob/main/content/docs/instrumenting/exposition_formats.md>.
 //!
-//! The samples are the same. There, a family bears the name of its samples (`…_total`, `…_info`), an info is a gauge, a
-//! unit is not told, and nothing marks the end.
+//! The samples are the same. A family has the name of its samples (`…_total`, `…_info`), an info is a gauge, and
+//! there is no unit and no end marker.
 
 use std::fmt::Write as _;
 
-/// What is said in `OpenMetrics`, said in the older format.
+/// Converts the `OpenMetrics` text format.
 pub(super) fn plain(open: &str) -> String {
     let mut text = String::with_capacity(open.len());
     let mut lines = open.lines().peekable();

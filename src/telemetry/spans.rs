@@ -1,4 +1,4 @@
-//! Parts of traces, handed to whoever records them and to nobody by default.
+//! Trace spans, sent to an exporter if one is set.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
@@ -8,41 +8,41 @@ use tokio::sync::mpsc;
 use super::{AccessRecord, UpstreamRecord};
 use crate::trace_context::TraceContext;
 
-/// Parts of traces that wait to be recorded; further ones are dropped and counted.
+/// Spans waiting for export; further ones are dropped and counted.
 pub const SPANS_WAITING_MAX: usize = 4096;
 
-/// A part of a trace, after it.
+/// A finished span.
 #[derive(Debug)]
 pub struct Span {
-    /// Which part of which trace.
+    /// Its trace context.
     pub trace: TraceContext,
-    /// What was done, from a small set: a name of something asked for would have no bound.
+    /// Its name, from a small set: names of requested images would be unbounded.
     pub name: &'static str,
-    /// Whose part it is.
+    /// Its kind.
     pub kind: SpanKind,
-    /// When it was over.
+    /// When it ended.
     pub ended: SystemTime,
     /// How long it took.
     pub took: Duration,
-    /// What else there is to say, by the names of OpenTelemetry's conventions where it has one. No credential.
+    /// Its attributes, named by OpenTelemetry's semantic conventions where they exist. Contains no credentials.
     pub attributes: Vec<(&'static str, String)>,
-    /// Why it went wrong.
+    /// The error, if it failed.
     pub error: Option<String>,
 }
 
-/// Whose part of a trace it is.
+/// Kind of a span.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SpanKind {
-    /// An answer to a client.
+    /// A response to a client.
     Server,
-    /// A question to an upstream.
+    /// A request to an upstream.
     Client,
-    /// What is done here.
+    /// An internal operation.
     Internal,
 }
 
 impl Span {
-    /// An answer, up to the end of its body.
+    /// Span of a client's request, up to the end of the response body.
     pub(super) fn of_access(record: &AccessRecord<'_>) -> Self {
         let mut attributes = vec![
             ("http.response.status_code", record.status.to_string()),
@@ -100,7 +100,7 @@ fn error_of(record: &AccessRecord<'_>) -> Option<String> {
     (record.status >= 500).then(|| record.reason.to_owned())
 }
 
-/// The way to whoever records. Clones share it.
+/// Channel to the exporter. Clones share it.
 #[derive(Clone, Default)]
 pub(super) struct Spans(Arc<OnceLock<mpsc::Sender<Span>>>);
 
@@ -110,11 +110,11 @@ impl Spans {
     }
 
     pub(super) fn set_sink(&self, queue: mpsc::Sender<Span>) {
-        // Whoever came first stays: there is one recorder to a process.
+        // The first exporter stays: a process has only one.
         let _ = self.0.set(queue);
     }
 
-    /// Says whether it fitted, or nobody records.
+    /// Whether the span was queued, or no exporter is set.
     pub(super) fn send(&self, span: impl FnOnce() -> Span) -> bool {
         self.0.get().is_none_or(|queue| match queue.try_reserve() {
             Ok(place) => {

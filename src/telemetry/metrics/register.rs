@@ -1,4 +1,4 @@
-//! Under which names the counts are told, and what each means.
+//! Registration of the metrics: names, help texts and units.
 
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -11,57 +11,57 @@ impl Metrics {
     pub(super) fn register_front(&mut self, bytes: Family<SourceLabels, Counter>) {
         let registry = &mut self.registry;
         let version = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
-        registry.register("build", "The program that runs", version);
+        registry.register("build", "Version of the running program", version);
         registry.register(
             "requests",
-            "Answers to clients that have ended, by their reason; one that broke off is no hit",
+            "Finished responses to clients, by result and reason. An incomplete response is no hit",
             self.requests.clone(),
         );
         registry.register_with_unit(
             "response",
-            "Bytes of blobs sent to clients, by where they came from",
+            "Blob bytes sent to clients, by source",
             Unit::Bytes,
             bytes,
         );
         registry.register_with_unit(
             "tunnel",
-            "Bytes carried unread by CONNECT, by their direction",
+            "Bytes tunnelled by CONNECT, by direction",
             Unit::Bytes,
             self.tunnel_bytes.clone(),
         );
-        registry.register("tunnels", "Tunnels open now", self.tunnels.clone());
+        registry.register("tunnels", "Open tunnels", self.tunnels.clone());
         registry.register_with_unit(
             "request_duration",
-            "From a request's head to its answer's head",
+            "Time from the request head to the response head",
             Unit::Seconds,
             self.seconds.clone(),
         );
         registry.register_with_unit(
             "response_duration",
-            "From a request's head to the end of its answer's body",
+            "Time from the request head to the end of the response body",
             Unit::Seconds,
             self.response_seconds.clone(),
         );
         registry.register(
             "response_incomplete",
-            "Answers whose body did not reach its end, by what ended it",
+            "Incomplete responses, by what ended the body",
             self.incomplete.clone(),
         );
         registry.register_with_unit(
             "stale_age",
-            "How long ago the upstream confirmed what was served while it was silent",
+            "Time since the last confirmation by the upstream, of stale responses",
             Unit::Seconds,
             self.stale_age_seconds.clone(),
         );
         registry.register_with_unit(
             "client_last_request_timestamp",
-            "When a client of this kind was last seen, in seconds since 1970",
+            "Unix time of the last request, by kind of client",
             Unit::Seconds,
             self.client_seen.clone(),
         );
         registry.register_with_unit(
             "cert_expiry_timestamp",
-            "Until when a certificate shown to clients is good, in seconds since 1970",
+            "Unix time at which a certificate used for clients expires",
             Unit::Seconds,
             self.certificates.clone(),
         );
@@ -73,7 +73,7 @@ impl Metrics {
         self.connections.register(registry);
         registry.register(
             "spans_dropped",
-            "Parts of traces that could not be handed to the OTLP collector",
+            "Trace spans that were not exported to the OTLP collector",
             self.spans_dropped.clone(),
         );
     }
@@ -82,24 +82,24 @@ impl Metrics {
         let registry = &mut self.registry;
         registry.register(
             "upstream_requests",
-            "Exchanges with upstreams: what was asked, and the status or the kind of silence that came of it",
+            "Requests to upstreams, by kind and by status or failure",
             self.upstream_requests.clone(),
         );
         registry.register_with_unit(
             "upstream_request_duration",
-            "From asking an upstream to its answer's head, tokens and redirects included",
+            "Time from a request to an upstream to the response head, tokens and redirects included",
             Unit::Seconds,
             self.upstream_seconds.clone(),
         );
         registry.register_with_unit(
             "fetched",
-            "Bytes of blobs fetched from upstreams",
+            "Blob bytes fetched from upstreams",
             Unit::Bytes,
             self.fetched_bytes.clone(),
         );
         registry.register(
             "digest_mismatch",
-            "Transfers whose bytes were not those of their digest",
+            "Transfers whose bytes did not match their digest",
             self.digest_mismatches.clone(),
         );
         registry.register(
@@ -109,27 +109,23 @@ impl Metrics {
         );
         registry.register(
             "upstream_circuit_breakers_open",
-            "Circuit breakers that are open: of all connections, or of a kind of request, in repositories too",
+            "Open circuit breakers: of all connections, or of a kind of request, repositories included",
             self.open_breakers.clone(),
         );
-        registry.register(
-            "offline",
-            "1 while the operator has switched asking off",
-            self.offline.clone(),
-        );
+        registry.register("offline", "1 while offline mode is on", self.offline.clone());
         registry.register(
             "upstream_ratelimit_limit",
-            "Pulls allowed in the upstream's window, where it says so, by whose they are",
+            "Pulls allowed per window, as reported by the upstream, by credential",
             self.rate_limit.clone(),
         );
         registry.register(
             "upstream_ratelimit_remaining",
-            "Pulls left in the upstream's window, where it says so; of several clients, the fewest",
+            "Pulls remaining in the window, as reported by the upstream. The fewest of several clients",
             self.rate_limit_remaining.clone(),
         );
         registry.register_with_unit(
             "upstream_ratelimit_reset_timestamp",
-            "When all pulls of the upstream's window are allowed again at the latest, in seconds since 1970",
+            "Unix time at which the full pull quota is available again at the latest",
             Unit::Seconds,
             self.rate_limit_reset.clone(),
         );
@@ -139,57 +135,57 @@ impl Metrics {
         let registry = &mut self.registry;
         registry.register_with_unit(
             "store",
-            "Bytes of blobs and manifests held",
+            "Bytes of cached blobs and manifests",
             Unit::Bytes,
             self.store_bytes.clone(),
         );
         registry.register_with_unit(
             "store_limit",
-            "Bytes that may be held",
+            "Quota of the store in bytes",
             Unit::Bytes,
             self.store_bytes_max.clone(),
         );
         registry.register(
             "store_objects",
-            "Blobs and manifests held",
+            "Number of cached blobs and manifests",
             self.store_objects.clone(),
         );
-        registry.register("store_tags", "Tags known", self.store_tags.clone());
+        registry.register("store_tags", "Number of cached tags", self.store_tags.clone());
         registry.register(
             "store_degraded",
-            "1 while something keeps the store from storing; /readyz says what",
+            "1 while the store cannot store content, see /readyz",
             self.store_degraded.clone(),
         );
         registry.register(
             "store_errors",
-            "Operations that the store's disk failed; a missing file is none",
+            "Failed disk operations of the store. A missing file is no failure",
             self.store_errors.clone(),
         );
         registry.register(
             "store_evicted",
-            "Blobs and manifests evicted, by the limit that asked for it",
+            "Evicted blobs and manifests, by the limit that required it",
             self.evicted.clone(),
         );
         registry.register_with_unit(
             "store_evicted",
-            "Bytes of what was evicted",
+            "Bytes of evicted content",
             Unit::Bytes,
             self.evicted_bytes.clone(),
         );
         registry.register_with_unit(
             "longest_idle",
-            "How long the image that goes next had not been used, at the last eviction; a short time says that the store is too small",
+            "Idle time of the next image to evict, at the last eviction. A short time means that the store is too small",
             Unit::Seconds,
             self.longest_idle.clone(),
         );
         registry.register(
             "store_without_room",
-            "Blobs passed through because the limits left no room for them",
+            "Blobs passed through because they did not fit into the quota",
             self.without_room.clone(),
         );
         registry.register(
             "store_scrub_damaged",
-            "Blobs and manifests that the disk had changed, found by reading them again",
+            "Damaged blobs and manifests found by the scrub",
             self.scrub_damaged.clone(),
         );
         registry.register(
@@ -199,19 +195,19 @@ impl Metrics {
         );
         registry.register(
             "egress_waiting_responses",
-            "Responses that read nothing until others from their address end",
+            "Responses waiting for others of their address to end",
             self.egress_waiting.clone(),
         );
         self.register_queues();
         let registry = &mut self.registry;
         registry.register(
             "transfers_in_progress",
-            "Downloads under way",
+            "Downloads in progress",
             self.transfers.clone(),
         );
         registry.register(
             "coalesced_waiters",
-            "Clients that read from a download under way which another one began",
+            "Clients that read from a download started by another client",
             self.waiters.clone(),
         );
     }
@@ -220,22 +216,22 @@ impl Metrics {
         let registry = &mut self.registry;
         registry.register(
             "queue_waiting_requests",
-            "Requests that wait for a place, by queue and class",
+            "Requests waiting for a permit, by queue and class",
             self.queue_waiting.clone(),
         );
         registry.register(
             "queue_granted",
-            "Places given, by queue",
+            "Permits granted, by queue",
             self.queue_granted.clone(),
         );
         registry.register(
             "queue_waited_seconds",
-            "Time waited for the places given, by queue",
+            "Total wait for granted permits, by queue",
             self.queue_waited.clone(),
         );
         registry.register(
             "queue_refused",
-            "Requests refused because too many wait already, by queue and reason",
+            "Requests rejected because the queue is full, by queue and reason",
             self.queue_refused.clone(),
         );
         registry.register(
@@ -245,7 +241,7 @@ impl Metrics {
         );
         registry.register(
             "downloads_given_up",
-            "Downloads that ended because no client waited for them",
+            "Downloads cancelled because no client waited for them",
             self.given_up.clone(),
         );
     }

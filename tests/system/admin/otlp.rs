@@ -312,7 +312,7 @@ async fn a_collector_that_is_not_there_costs_a_count_and_no_pull() {
         .unwrap();
     let mut proxy = sending_to(&upstream, gone).start().await;
     proxy.pull("library/demo", "latest", &image).await;
-    proxy.program().says("the OTLP collector takes no traces").await;
+    proxy.program().says("OTLP export failed").await;
     assert!(dropped(&proxy).await > 0);
     proxy.pull("library/demo", "latest", &image).await.is_unchanged();
     proxy.terminate();
