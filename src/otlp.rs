@@ -219,21 +219,21 @@ impl HttpClient for OtlpClient {
             body: Full::new(body).map_err(|never| match never {}).boxed_unsync(),
             base: String::new(),
         };
-        let mut answer = self
+        let mut received = self
             .0
             .forward(forwarded)
             .await
             .map_err(|cause| cause.to_string())?;
         let mut bytes = Vec::new();
-        while let Some(chunk) = answer.chunk().await {
+        while let Some(chunk) = received.chunk().await {
             bytes.extend_from_slice(&chunk.map_err(|cause| cause.to_string())?);
             if bytes.len() > RESPONSE_BYTES_MAX {
                 return Err("the collector's response is too large".into());
             }
         }
         let mut response = Response::new(bytes.into());
-        *response.status_mut() = answer.status;
-        *response.headers_mut() = answer.headers;
+        *response.status_mut() = received.status;
+        *response.headers_mut() = received.headers;
         Ok(response)
     }
 }

@@ -1,16 +1,23 @@
-//! The network outwards: one [`Upstream`] per configured registry, asked by HEAD and GET.
+//! Client for upstream registries: one [`Upstream`] per configured registry.
 //!
-//! A caller gets what the registry *said* ([`ResponseKind`]): yes and which digest, absent, forbidden; or that it was silent,
-//! and why ([`UpstreamFailure`]). The three are never confused, for the first two are answers and only the last lets a held copy
-//! be served. Tokens, redirects, retries, rate limits, odd registries and the breaker are dealt with in here.
+//! Each response is classified as a [`ResponseKind`]: a digest, not found, denied or unavailable. Not found and
+//! denied are results of the registry itself. Only an unavailable upstream allows a stale cached copy to be served.
+//! This module handles tokens, redirects, retries, rate limits, registry quirks and circuit breakers.
 //!
-//! Deliberately not here: what to do with an answer (`policy`), keeping bytes (`store`), sharing a transfer
-//! (`download`). Bodies are not verified; whoever keeps them hashes them.
+//! Other modules decide what to do with a response (`policy`), store bytes (`store`) and share transfers
+//! (`download`). Bodies are not verified here: the code that stores a body verifies its digest.
 //!
-//! Reading order: `answer` (what can be said) → `proof` (when a 2xx is a yes) → `question` (HEAD and its substitutes) → `auth_client` (credential,
-//! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`, `tls`; `health` (which failures are known, and of what), `probe` (whether they are over), `limits`, `retry_after`, `quirk`, `state` (what outlives reloads), `route`,
-//! `location`, `no_proxy`, `origin`, `target` (where redirects may lead) and `zone` are small and stand alone. Beside all that: `pass` (what is not asked by us but handed on),
-//! `realm` (the same at a token service) and `tunnel` (what is not even read).
+//! Reading order:
+//!
+//! * One request: `response` (classification), `proof` (which 2xx responses prove a digest), `registry_request` (HEAD
+//!   and its fallbacks), `auth_client` (credentials and challenges), `token`, `redirect_auth`, `credentials`,
+//!   `http_client`, `connector`, `dialer`, `tcp` and `tls`.
+//! * Several URLs: `response_stream` (GET) and `failover`.
+//! * What is learned about an upstream: `state` (outlives reloads), `health` (failure detection, circuit breakers),
+//!   `probe`, `rate_limit`, `retry_after` and `quirks`.
+//! * Rules about addresses: `origin`, `ip_scope`, `redirect_rules`, `proxy_rules`, `no_proxy` and `location`.
+//! * Forwarding of clients' requests: `forward` (to the registry), `token_forward` (to its token service)
+//!   and `tunnel` (CONNECT).
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
@@ -55,8 +62,9 @@ mod tcp;
 mod tls;
 mod token;
 mod token_forward;
+mod tunnel;
 
-pub use connector::{Transport, TunnelDialer};
+pub use connector::Transport;
 pub use credentials::{
     CredentialSource, DockerConfig, DockerConfigError, HelperName, HelperNameError, UpstreamCredential,
 };
@@ -75,6 +83,7 @@ pub use settings::{Caller, Credential, DOWNLOADS_MAX, Offline, Settings, Setting
 pub use state::LearnedState;
 pub use tls::{ClientCertificate, ClientCertificateError, TlsError};
 pub use token_forward::{ForwardedToken, TokenResponse};
+pub use tunnel::TunnelDialer;
 
 use http_client::HttpClient;
 
@@ -88,50 +97,50 @@ use registry_request::RegistryRequest;
 use state::{ConnectionSettings, InFlightRequest, Learned};
 use token::Tokens;
 
-/// How an upstream is doing, for the operator.
+/// Status of an upstream, for the admin API and the metrics.
 #[derive(Clone, Debug)]
 pub struct UpstreamStatus {
-    /// `Some` while the circuit breaker of the upstream as a whole is open.
+    /// `Some` while a circuit breaker for all connections or for a kind of request is open.
     pub open: Option<ScopeFailure>,
-    /// All that has no response, the widest scope first; of repositories some.
+    /// Scopes that fail, the widest first. At most 32.
     pub failures: Vec<ScopeFailure>,
-    /// The last silence, and how long ago it was.
+    /// The last failure, and how long ago it occurred.
     pub last_failure: Option<(UpstreamFailure, Duration)>,
-    /// Its reason in words, with the host that failed.
+    /// Description of the last failure, with the host that failed.
     pub last_detail: Option<Arc<str>>,
-    /// The last question that it answered without sending anything: how long that took, and how long ago it was.
+    /// Duration of the last successful HEAD, and how long ago it ended.
     pub last_head: Option<(Duration, Duration)>,
-    /// What it last said of its callers' allowances.
+    /// Pull quotas, as the upstream last reported them for each credential.
     pub quotas: Vec<PullQuota>,
-    /// What the registry does its own way.
+    /// How the registry departs from the specification.
     pub quirks: Vec<Quirk>,
-    /// Requests under way, without the transfers of blobs.
+    /// Requests in flight, without blob transfers.
     pub in_flight: usize,
-    /// Requests that wait for a place.
+    /// Requests waiting for a permit.
     pub waiting: usize,
 }
 
-/// A part of an upstream that fails, for the operator.
+/// A failing scope of an upstream, for the operator.
 #[derive(Clone, Debug)]
 pub struct ScopeFailure {
-    /// What of it.
+    /// Which requests fail.
     pub scope: FailureScope,
-    /// Why.
+    /// Why they fail.
     pub cause: UpstreamFailure,
-    /// How long its circuit breaker has been open; `None`: it is suspected.
+    /// How long the circuit breaker has been open. `None`: failures are suspected, and the breaker is closed.
     pub open: Option<Duration>,
 }
 
-/// Repositories that fail, as told to the operator.
+/// Failing scopes that a status contains at most.
 const FAILURES_REPORTED_MAX: usize = 32;
 
-/// One registry. Cheap to clone.
+/// Client for one upstream registry. Cheap to clone.
 #[derive(Clone)]
 pub struct Upstream(Arc<Inner>);
 
 struct Inner {
     name: String,
-    /// Its name as admission has it.
+    /// The name as the key of its group in the request queue.
     group: Arc<str>,
     urls: Vec<Origin>,
     auth_client: AuthClient,
@@ -156,13 +165,13 @@ impl fmt::Debug for Upstream {
 }
 
 impl Upstream {
-    /// Sets an upstream up of which nothing is known yet, and puts it into effect. Makes no connection.
+    /// Creates an upstream without learned state and activates it. Opens no connection.
     pub fn new(settings: Settings, transport: &Transport) -> Result<Upstream, SettingsError> {
         Self::with_state(&LearnedState::default(), settings, transport)
     }
 
-    /// Sets an upstream up over what is known of it. Where other settings are in effect, [`Upstream::activate`] exchanges
-    /// them for these.
+    /// Creates an upstream over learned state. If other settings are active for that state, [`Upstream::activate`]
+    /// replaces them.
     pub fn with_state(
         state: &LearnedState,
         settings: Settings,
@@ -217,13 +226,12 @@ impl Upstream {
         Ok(upstream)
     }
 
-    /// The name in references.
+    /// The upstream's name in image references.
     pub fn name(&self) -> &str {
         &self.0.name
     }
 
-    /// Tells the settings that decide what an answer means from any others: whoever asks under other ones does not wait
-    /// for an answer to these.
+    /// Identifies the settings that affect responses. Requests are coalesced only between callers with equal ids.
     pub fn settings_id(&self) -> (u64, u64) {
         let own = self
             .0
@@ -234,27 +242,27 @@ impl Upstream {
         (self.0.connection.id, own)
     }
 
-    /// What stands before the name of each repository at each of its URLs.
+    /// The repository prefix of each URL.
     pub fn repository_prefixes(&self) -> impl Iterator<Item = Option<&Repository>> {
         self.0.urls.iter().map(Origin::repository_prefix)
     }
 
-    /// The name of a repository where it is another one there.
+    /// The repository's name at each URL with a repository prefix.
     pub fn upstream_names<'a>(&'a self, repository: &'a Repository) -> impl Iterator<Item = Repository> + 'a {
-        let elsewhere = |url: &&Origin| url.repository_prefix().is_some();
-        let urls = self.0.urls.iter().filter(elsewhere);
+        let has_prefix = |url: &&Origin| url.repository_prefix().is_some();
+        let urls = self.0.urls.iter().filter(has_prefix);
         urls.map(|url| url.name_of(repository))
     }
 
-    /// What the upstream says about `endpoint` without sending it: which digest a tag names, whether a blob may be
-    /// read. Asks also while a circuit breaker is open; an asker with a cached copy looks at [`Upstream::wait`] first.
-    /// A rate limit is waited out as long as the caller waits.
+    /// Checks `endpoint` without transferring content: which digest a tag has, or whether a blob may be read. A
+    /// request is also sent while a circuit breaker is open, so a caller with a cached copy calls
+    /// [`Upstream::wait_limit`] first. A rate limit is waited out until the caller's deadline.
     pub async fn head(&self, caller: &Caller, endpoint: &Endpoint, accept: &Accept) -> UpstreamResponse {
         self.head_for(caller, endpoint, accept, false).await
     }
 
-    /// The same for who pushes: a no to the HEAD is the answer, though a GET might say yes. What the registry itself
-    /// takes for missing has to be pushed.
+    /// Checks for existence before a push. A 404 to the HEAD is final, even if a GET might succeed: the client must
+    /// push what the registry itself reports as missing.
     pub async fn head_for_push(
         &self,
         caller: &Caller,
@@ -272,10 +280,10 @@ impl Upstream {
         trusts_head: bool,
     ) -> UpstreamResponse {
         loop {
-            // Boxed, for the futures of the callers nest deeply.
-            let answer = Box::pin(self.head_now(caller, endpoint, accept, trusts_head)).await;
-            if !pause_ended(&answer, caller).await {
-                return answer;
+            // Boxed because the callers' futures nest deeply.
+            let response = Box::pin(self.head_now(caller, endpoint, accept, trusts_head)).await;
+            if !pause_ended(&response, caller).await {
+                return response;
             }
         }
     }
@@ -290,14 +298,14 @@ impl Upstream {
         if let Some(cause) = self.0.offline.cause() {
             return UpstreamResponse::unavailable(cause);
         }
-        let _place = match self.admit(caller, endpoint).await {
-            Ok(place) => place,
-            Err(answer) => return *answer,
+        let _permit = match self.admit(caller, endpoint).await {
+            Ok(permit) => permit,
+            Err(response) => return *response,
         };
         self.head_round(caller, (endpoint, accept), trusts_head).await
     }
 
-    /// The HEAD to one URL after the other, until one has the last word.
+    /// Sends the HEAD to one URL after the other until a response is final.
     async fn head_round(
         &self,
         caller: &Caller,
@@ -311,39 +319,41 @@ impl Upstream {
         for origin in &self.0.urls {
             let class = LimitClass::of(endpoint, self.0.head_needs_get(origin, endpoint));
             let limits = &self.0.learned.limits;
-            let answer = match limits.admit(origin, class, caller, Instant::now()) {
+            let response = match limits.admit(origin, class, caller, Instant::now()) {
                 Err(pause) => UpstreamResponse::paused(pause),
                 Ok(permit) => {
                     let (began, trace) = (Instant::now(), caller.trace.child());
                     let mut request = self.request((origin, &pending), caller, (endpoint, accept), &trace);
                     request.trusts_head = trusts_head;
-                    let answer = request.head().await;
-                    self.0.observe((endpoint, true), Some(&answer), began, &trace);
-                    let answer = self.0.record_limits((origin, class), caller, permit, answer);
-                    if answer.failure().is_none()
+                    let response = request.head().await;
+                    self.0.observe((endpoint, true), Some(&response), began, &trace);
+                    let response = self.0.record_limits((origin, class), caller, permit, response);
+                    if response.failure().is_none()
                         && let Some(mut health) = self.0.health()
                     {
                         health.last_head = Some((began.elapsed(), Instant::now()));
                     }
-                    answer
+                    response
                 }
             };
-            match self.outcome(origin, endpoint, &answer).await {
-                UrlOutcome::Yes => return self.finish_success(pending, (origin, endpoint), answer).await,
-                outcome if round.add(origin, outcome, answer) => break,
+            match self.outcome(origin, endpoint, &response).await {
+                UrlOutcome::Success => {
+                    return self.finish_success(pending, (origin, endpoint), response).await;
+                }
+                outcome if round.add(origin, outcome, response) => break,
                 _ => {}
             }
         }
         self.finish_failure(pending, round)
     }
 
-    /// The nearest zone that the upstream turned out to be in: where it leads may be no nearer.
-    pub fn innermost_scope(&self) -> ip_scope::IpScope {
-        self.0.auth_client.http.connector().innermost_scope()
+    /// The narrowest IP scope in which the upstream's own addresses were found. Its redirects may not lead to a
+    /// narrower one.
+    pub fn narrowest_scope(&self) -> ip_scope::IpScope {
+        self.0.auth_client.http.connector().narrowest_scope()
     }
 
-    /// Why the upstream as a whole is known to have no response, while it has none: [`UpstreamFailure::BreakerOpen`] or
-    /// [`UpstreamFailure::Offline`].
+    /// Why the upstream as a whole is unavailable: [`UpstreamFailure::BreakerOpen`] or [`UpstreamFailure::Offline`].
     pub fn unavailable_now(&self) -> Option<UpstreamFailure> {
         if let Some(cause) = self.0.offline.cause() {
             return Some(cause);
@@ -355,7 +365,7 @@ impl Upstream {
             .map(|_| UpstreamFailure::BreakerOpen)
     }
 
-    /// How long an asker with a cached copy waits for a response to this; `Err`: not at all, and nothing is sent.
+    /// How long a caller with a cached copy should wait for a response. `Err`: it should send no request.
     pub fn wait_limit(
         &self,
         caller: &Caller,
@@ -385,7 +395,7 @@ impl Upstream {
         }
     }
 
-    /// An asker with a cached copy waited so long for a request of this caller's, and no response came.
+    /// Records that a caller with a cached copy waited `waited` for a response that did not arrive.
     pub fn record_timeout(&self, caller: &Caller, endpoint: &Endpoint, waited: Duration) {
         let Some(mut health) = self.0.health() else { return };
         let now = Instant::now();
@@ -395,7 +405,7 @@ impl Upstream {
         self.0.apply_changes(&mut health, changes);
     }
 
-    /// How the upstream is doing.
+    /// The upstream's status.
     pub fn status(&self) -> UpstreamStatus {
         let now = Instant::now();
         let health = self.0.health();
@@ -442,7 +452,7 @@ impl Upstream {
         }
     }
 
-    /// How many circuit breakers are open, by the name of what they concern.
+    /// Number of open circuit breakers by scope name.
     pub fn open_breakers(&self) -> Vec<(&'static str, u64)> {
         let names =
             std::iter::once(FailureScope::Connection.name()).chain(RequestKind::ALL.map(RequestKind::name));
@@ -483,78 +493,77 @@ impl Upstream {
         }
     }
 
-    /// A place among the requests to this upstream. Being queued is no failure, and lasts as long as the request that
-    /// waits.
+    /// Acquires a permit for a request to this upstream. Waiting in the queue does not count as a failure.
     pub async fn admit(&self, caller: &Caller, endpoint: &Endpoint) -> Result<Permit, Box<UpstreamResponse>> {
         let (alone, _waiter) = Waiters::with(caller.demand(endpoint));
         let waiters = caller.waiters.as_ref().unwrap_or(&alone);
         let learned = &self.0.learned;
-        let places = match endpoint {
+        let queue = match endpoint {
             Endpoint::Tags { .. } | Endpoint::Referrers { .. } => &learned.lists,
             Endpoint::Ping | Endpoint::Manifest { .. } | Endpoint::Blob { .. } => &learned.requests,
         };
-        let place = places.acquire(&self.0.group, waiters);
-        place
+        let permit = queue.acquire(&self.0.group, waiters);
+        permit
             .await
             .map_err(|refused| Box::new(UpstreamResponse::not_admitted(refused)))
     }
 
-    /// The queues of requests: lists, and all others without the transfers of blobs.
+    /// The two request queues: all requests except lists and blob transfers, and lists.
     pub fn queues(&self) -> [&crate::queue::Queue; 2] {
         [&self.0.learned.requests, &self.0.learned.lists]
     }
 
-    /// Requests under way at once, and as many blob transfers.
+    /// Maximum number of concurrent requests, and of concurrent blob transfers.
     pub fn downloads_max(&self) -> usize {
         self.0.downloads_max
     }
 
-    /// What the answer of one URL comes down to.
-    async fn outcome(&self, origin: &Origin, endpoint: &Endpoint, answer: &UpstreamResponse) -> UrlOutcome {
+    /// Classifies one URL's response for failover.
+    async fn outcome(&self, origin: &Origin, endpoint: &Endpoint, response: &UpstreamResponse) -> UrlOutcome {
         let named = (self.0.name.as_str(), origin);
-        self.0.served.outcome(named, endpoint, answer).await
+        self.0.served.outcome(named, endpoint, response).await
     }
 
-    /// A URL said yes: what follows for the others, and for the health of the upstream.
+    /// Records a successful response: for failover between URLs and for the upstream's health.
     async fn finish_success<T>(
         &self,
         pending: InFlightRequest<'_>,
         (origin, endpoint): (&Origin, &Endpoint),
-        yes: T,
+        success: T,
     ) -> T {
         pending.finish(RequestOutcome::Response);
         if self.0.urls.len() > 1 {
             self.0.served.record(&self.0.name, origin, endpoint).await;
         }
-        yes
+        success
     }
 
-    /// No URL said yes.
+    /// Records that no URL returned a successful response.
     fn finish_failure(&self, pending: InFlightRequest<'_>, round: FailoverRound) -> UpstreamResponse {
         let RoundResult {
-            answer,
+            response,
             is_unavailable,
             unavailable,
             is_sent,
         } = round.finish();
         if !is_sent {
-            return answer;
+            return response;
         }
-        if let Some(cause) = answer.failure().filter(|_| is_unavailable)
-            // Other connections are in effect by now, of which this says nothing.
+        if let Some(cause) = response.failure().filter(|_| is_unavailable)
+            // `None` if a reload has activated other connection settings; the failure says nothing about those.
             && let Some(mut health) = self.0.health()
         {
             let now = Instant::now();
             health.last_failure = Some((cause, now));
             health.unavailable_urls = unavailable;
-            health.last_detail.clone_from(&answer.detail);
-            let detail = answer.detail.as_deref();
+            health.last_detail.clone_from(&response.detail);
+            let detail = response.detail.as_deref();
             if health.should_log(cause, detail, now) {
-                tracing::warn!(upstream = self.0.name, %cause, detail, "unavailable");
+                tracing::warn!(upstream = self.0.name, %cause, detail, "upstream unavailable");
             }
         }
-        pending.finish(RequestOutcome::of(&answer, is_unavailable));
-        answer
+        pending.finish(RequestOutcome::of(&response, is_unavailable));
+        response
     }
 }
 
@@ -562,51 +571,52 @@ impl Inner {
     fn observe(
         &self,
         sent: (&Endpoint, bool),
-        answer: Option<&UpstreamResponse>,
+        response: Option<&UpstreamResponse>,
         began: Instant,
         trace: &TraceContext,
     ) {
         self.observer
-            .record(&self.name, sent, answer, began.elapsed(), trace);
+            .record(&self.name, sent, response, began.elapsed(), trace);
     }
 
-    /// Whether a HEAD of this would be answered by a GET, as this upstream is known to need.
+    /// Whether a HEAD of this manifest needs a GET because of a known quirk.
     fn head_needs_get(&self, origin: &Origin, endpoint: &Endpoint) -> bool {
         let (now, quirks) = (Instant::now(), self.learned.quirks.at(origin));
         matches!(endpoint, Endpoint::Manifest { .. })
             && (quirks.has(Quirk::HeadRefused, now) || quirks.has(Quirk::NoDigest, now))
     }
 
-    /// Keeps what an answer says about limits, and passes it on with the pause that follows.
+    /// Records a response's rate-limit headers and adds the pause that follows from it.
     fn record_limits(
         &self,
         (origin, class): (&Origin, LimitClass),
         caller: &Caller,
         permit: SendPermit,
-        answer: UpstreamResponse,
+        response: UpstreamResponse,
     ) -> UpstreamResponse {
         self.learned
             .limits
-            .record(caller, &answer.rate_limit, Instant::now());
-        // A pause that is there already is that of the token service.
-        if let Some(cause) = answer.backoff_cause().filter(|_| answer.pause.is_none()) {
-            let failed = (cause, answer.stated_wait);
+            .record(caller, &response.rate_limit, Instant::now());
+        // If a pause is set already, it is the token service's.
+        if let Some(cause) = response.backoff_cause().filter(|_| response.pause.is_none()) {
+            let failed = (cause, response.stated_wait);
             let pause = self
                 .learned
                 .limits
                 .limited((origin, class), caller, permit, failed);
-            return answer.with_pause(pause);
+            return response.with_pause(pause);
         }
-        if answer.failure().is_none() {
+        if response.failure().is_none() {
             permit.not_limited();
         }
-        answer
+        response
     }
 }
 
-/// Whether the pause within which this is the answer passes while the caller waits; returns when it has.
-async fn pause_ended(answer: &UpstreamResponse, caller: &Caller) -> bool {
-    match (&answer.pause, caller.wait_deadline) {
+/// Waits until the response's rate-limit pause ends. `false` if the caller's deadline comes first or there is no
+/// pause.
+async fn pause_ended(response: &UpstreamResponse, caller: &Caller) -> bool {
+    match (&response.pause, caller.wait_deadline) {
         (Some(pause), Some(until)) => pause.wait_until_open(until).await,
         _ => false,
     }

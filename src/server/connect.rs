@@ -288,7 +288,7 @@ impl Connection {
 async fn token_service(registry: &Arc<ServingState>, host: &str, port: u16) -> Option<IpScope> {
     for upstream_registry in registry.router.all() {
         if registry.proxy.is_token_realm(upstream_registry, host, port).await {
-            return Some(upstream_registry.upstream().innermost_scope());
+            return Some(upstream_registry.upstream().narrowest_scope());
         }
     }
     None

@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_is_known_by_its_program_and_machine() {
+    fn client_is_keyed_by_program_and_address() {
         let (clients, here) = (Clients::default(), IpAddr::V4(Ipv4Addr::LOCALHOST));
         let docker = "docker/20.10.24+dfsg1 go/go1.19.8 UpstreamClient(Docker-Client/28.2.2)";
         clients.record(here, docker, at(1), Some("library/alpine:3"));
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_cannot_make_it_grow() {
+    fn clients_are_bounded() {
         let clients = Clients::default();
         for number in 0..u32::try_from(CLIENTS_MAX).unwrap() + 9 {
             clients.record(IpAddr::V4(number.into()), "x", at(u64::from(number)), None);

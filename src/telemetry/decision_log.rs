@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_go_first_and_numbers_count_on() {
+    fn oldest_decision_dropped_first_and_ids_count_on() {
         let log = DecisionLog::default();
         for number in 0..=DECISIONS_MAX {
             log.push(decision(&number.to_string()));
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn who_watches_hears_what_comes_after() {
+    fn subscriber_receives_later_decisions() {
         let log = DecisionLog::default();
         log.push(decision("before"));
         let mut sender = log.subscribe();

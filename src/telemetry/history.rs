@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn each_span_has_what_came_in_it() {
+    fn history_interval_has_its_totals() {
         let (history, minute) = (History::default(), |n: u64| {
             SystemTime::UNIX_EPOCH + MINUTE * u32::try_from(n).unwrap_or(0)
         });
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_day_is_all_that_is_kept_and_a_clock_set_back_spoils_nothing() {
+    fn history_keeps_a_day_despite_clock_set_back() {
         let history = History::default();
         for number in 0..3_000 {
             history.record(SystemTime::UNIX_EPOCH + MINUTE * number, totals(1));
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prefetch_that_nobody_used_saves_nothing() {
+    fn unused_prefetch_saves_no_bytes() {
         let wasted = Totals {
             sent_bytes: 10,
             fetched_bytes: 30,

@@ -12,8 +12,8 @@ pub(super) fn plain(open: &str) -> String {
     let mut lines = open.lines().peekable();
     while let Some(line) = lines.next() {
         let Some(about) = line.strip_prefix("# HELP ") else {
-            let is_told = !line.starts_with("# UNIT ") && line != "# EOF";
-            if is_told {
+            let is_sample = !line.starts_with("# UNIT ") && line != "# EOF";
+            if is_sample {
                 text.push_str(line);
                 text.push('\n');
             }
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn families_bear_the_names_of_their_samples() {
+    fn families_have_the_names_of_their_samples() {
         let open = "# HELP a_bytes Bytes.\n# TYPE a_bytes counter\n# UNIT a_bytes bytes\na_bytes_total{x=\"1\"} 2\n\
                     # HELP build Which.\n# TYPE build info\nbuild_info{version=\"1\"} 1\n\
                     # HELP up Is it.\n# TYPE up gauge\nup 1\n# EOF\n";

@@ -1,8 +1,7 @@
-//! One question to one address of an upstream, with whatever authorisation it takes.
+//! Authenticated requests to one URL of an upstream (token authentication of the distribution specification).
 //!
-//! The order of things: the credential or the token that worked last time goes out with the first request; a 401 with
-//! a Bearer challenge is answered once with a new token; a second 401 is the registry's word. A client's own Bearer
-//! token is sent as it is and never exchanged.
+//! The first request carries the credential or token that last worked. A 401 with a Bearer challenge is retried once
+//! with a new token; a second 401 is final. A client's own Bearer token is forwarded unchanged and never exchanged.
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,23 +29,23 @@ use crate::oci::failure::UpstreamFailure;
 use crate::oci::name::Repository;
 use crate::trace_context::TraceContext;
 
-/// Body of an error answer that is read for its text.
+/// Bytes of an error body that are read for its code and message.
 const ERROR_BODY_BYTES_MAX: usize = 64 * 1024;
-/// How long an error's text is waited for.
+/// Timeout for reading an error body.
 const ERROR_BODY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What it takes to ask: shared by all questions to one upstream.
+/// Authentication state shared by all requests to one upstream.
 pub(super) struct AuthClient {
     pub(super) http: HttpClient,
     pub(super) tokens: Tokens,
     pub(super) credentials: Option<Arc<CredentialProvider>>,
-    /// Whose tokens those of the own credential are that was used last: to look it up may take long.
+    /// Token owner of the configured credential that was used last. Cached because a credential lookup may be slow.
     pub(super) configured_owner: Mutex<Option<TokenOwner>>,
-    /// From a request to its answer's headers, redirects included.
+    /// From sending a request to the response headers, redirects included.
     pub(super) headers_timeout: Duration,
 }
 
-/// A question.
+/// A request to send.
 pub(super) struct RequestSpec<'a> {
     pub(super) method: Method,
     pub(super) endpoint: &'a Endpoint,
@@ -56,22 +55,22 @@ pub(super) struct RequestSpec<'a> {
     pub(super) pending: &'a InFlightRequest<'a>,
 }
 
-/// Anything but a 2xx.
+/// Any response other than 2xx, or none.
 pub(super) struct ErrorResponse {
-    pub(super) answer: UpstreamResponse,
-    /// The registry redirected the request, and it is another origin that refuses.
+    pub(super) response: UpstreamResponse,
+    /// Another origin sent this error, after a redirect.
     pub(super) from_other_origin: bool,
-    /// The response looks like that of a registry, not of something in front of it.
+    /// The response has a registry's headers, so it does not come from a proxy or portal in front of it.
     pub(super) is_from_registry: bool,
-    /// The response is of another origin, to which the registry redirected.
+    /// Another origin, to which the registry redirected, sent this response.
     pub(super) other_registry: Option<OtherRegistry>,
-    /// The token sent may merely be too old.
+    /// The token may only be expired.
     may_be_expired: bool,
     pub(super) challenges: Vec<Challenge>,
 }
 
 impl ErrorResponse {
-    /// RFC 6750 §3.1: the token is expired or revoked, which says nothing about the right to read.
+    /// RFC 6750 §3.1: the token is expired or revoked, which says nothing about access.
     fn says_invalid_token(&self) -> bool {
         self.challenges.iter().any(
             |challenge| matches!(challenge, Challenge::Bearer { error: Some(error), .. } if error == "invalid_token"),
@@ -80,9 +79,9 @@ impl ErrorResponse {
 }
 
 impl From<UpstreamResponse> for ErrorResponse {
-    fn from(answer: UpstreamResponse) -> Self {
+    fn from(response: UpstreamResponse) -> Self {
         ErrorResponse {
-            answer,
+            response,
             from_other_origin: false,
             is_from_registry: true,
             other_registry: None,
@@ -92,11 +91,11 @@ impl From<UpstreamResponse> for ErrorResponse {
     }
 }
 
-/// What a caller's credential means for the exchange.
+/// How a caller authenticates.
 struct CallerAuth<'a> {
-    /// Sent when no token is at hand.
+    /// Sent if no token is cached.
     header: Option<HeaderValue>,
-    /// How to get a token; `None` if the caller brought one.
+    /// How to obtain a token. `None` if the caller sent its own.
     token_source: Option<(TokenOwner, CallerCredential<'a>)>,
 }
 
@@ -118,8 +117,8 @@ impl<'a> CallerCredential<'a> {
 }
 
 impl AuthClient {
-    /// Asks. If the proxy's own credential is refused and there is a newer one by now, asks once more with that. What is
-    /// below is boxed: the compiler limits how deep futures may be nested.
+    /// Sends the request. If the upstream rejects the configured credential and a newer one is available, sends it
+    /// once more with that. The inner futures are boxed because the compiler limits how deeply futures nest.
     pub(super) async fn send(
         &self,
         origin: &Origin,
@@ -145,7 +144,7 @@ impl AuthClient {
         }
         let first = Box::pin(self.send_with_retry(origin, caller, credential.as_deref(), spec)).await;
         if let (Err(error), Some(used)) = (&first, &credential)
-            && error.answer.kind == ResponseKind::Denied
+            && error.response.kind == ResponseKind::Denied
             && let Some(renewed) = own.renewed(repository, used).await
         {
             return Box::pin(self.send_with_retry(origin, caller, Some(&renewed), spec)).await;
@@ -153,7 +152,7 @@ impl AuthClient {
         first
     }
 
-    /// Asks, and once more after a short wait if the registry stumbled (5xx without a `Retry-After`).
+    /// Sends the request, and once more after a short delay if the error is transient (5xx without `Retry-After`).
     async fn send_with_retry(
         &self,
         origin: &Origin,
@@ -163,7 +162,7 @@ impl AuthClient {
     ) -> Result<HttpResponse, Box<ErrorResponse>> {
         let first = self.send_authorized(origin, caller, own, spec).await;
         match &first {
-            Err(error) if is_transient(&error.answer) => {
+            Err(error) if is_transient(&error.response) => {
                 tokio::time::sleep(jitter()).await;
                 self.send_authorized(origin, caller, own, spec).await
             }
@@ -188,7 +187,7 @@ impl AuthClient {
                 .send_across_redirect((origin, &uri), spec, token, RedirectCredential::Token(token))
                 .await;
         };
-        let credential = RedirectCredential::TokenCredential(owner, login);
+        let credential = RedirectCredential::Exchange(owner, login);
         let repository = spec.endpoint.repository();
         let remembered = repository.and_then(|name| self.tokens.last_token(origin, name, owner));
         let (remembered, token) = match remembered {
@@ -210,9 +209,10 @@ impl AuthClient {
         if error.other_registry.is_some() {
             return Err(error);
         }
-        let unauthorised = error.answer.status == Some(StatusCode::UNAUTHORIZED) && !error.from_other_origin;
+        let is_unauthorized =
+            error.response.status == Some(StatusCode::UNAUTHORIZED) && !error.from_other_origin;
         if matches!(spec.endpoint, Endpoint::Ping)
-            || !(unauthorised || (error.may_be_expired && token.is_some()))
+            || !(is_unauthorized || (error.may_be_expired && token.is_some()))
         {
             return Err(error);
         }
@@ -224,13 +224,13 @@ impl AuthClient {
         };
         let challenge = match remembered {
             Some(known) => known.challenge,
-            None => error.answer.challenge.clone().into(),
+            None => error.response.challenge.clone().into(),
         };
         let fresh = match self.token(&key, login, token.as_ref(), spec).await {
             Ok(fresh) => fresh,
             Err(TokenFailure::Denied(_)) => return Err(denied(error, &challenge)),
-            // The token had not run out, and the registry had an answer to it.
-            Err(_) if token.is_some() && unauthorised && !error.says_invalid_token() => {
+            // The token had not expired, and the registry rejected it.
+            Err(_) if token.is_some() && is_unauthorized && !error.says_invalid_token() => {
                 return Err(denied(error, &challenge));
             }
             Err(failure) => return Err(token_failure_response(&failure)),
@@ -240,7 +240,7 @@ impl AuthClient {
             .await;
         match second {
             Err(error)
-                if error.answer.status == Some(StatusCode::UNAUTHORIZED)
+                if error.response.status == Some(StatusCode::UNAUTHORIZED)
                     && error.other_registry.is_none() =>
             {
                 self.tokens.forget(origin, repository, &key);
@@ -256,7 +256,7 @@ impl AuthClient {
         }
     }
 
-    /// The token that worked last time, or its successor.
+    /// The last token that worked, refreshed if necessary.
     async fn renewed(
         &self,
         origin: &Origin,
@@ -274,7 +274,7 @@ impl AuthClient {
         }
     }
 
-    /// A token for `key`, fetched if need be.
+    /// The cached token for `key`, or a new one.
     pub(super) async fn token(
         &self,
         key: &TokenKey,
@@ -292,7 +292,7 @@ impl AuthClient {
             .await;
         spec.pending.token_finished(match &got {
             Ok(_) | Err(TokenFailure::Denied(_)) => RequestOutcome::Response,
-            // Also where nothing was sent within a pause: it is over the sooner.
+            // Also if no request was sent because of a pause: another request can then be sent sooner.
             Err(TokenFailure::RateLimited(_)) => RequestOutcome::Unknown,
             Err(TokenFailure::Unusable(_)) => RequestOutcome::ServerError(UpstreamFailure::TokenService),
             Err(failure @ (TokenFailure::NoResponse(_) | TokenFailure::PlainRealm)) => {
@@ -302,7 +302,7 @@ impl AuthClient {
         got
     }
 
-    /// Whether a request of this caller's would need a new token, should the registry want one.
+    /// Whether a request of this caller needs a new token if the registry requires one.
     pub(super) fn needs_token(&self, urls: &[Origin], caller: &Caller, endpoint: &Endpoint) -> bool {
         let brings_one = match &caller.credential {
             Credential::Client(header) => !is_basic(header),
@@ -323,11 +323,11 @@ impl AuthClient {
             let known = self.tokens.last_token(origin, name, owner);
             known.is_some_and(|known| self.tokens.cached(&known.key, None).is_some())
         };
-        let is_held = || {
+        let is_cached = || {
             let name = endpoint.repository();
             name.is_some_and(|name| urls.iter().any(|origin| has_one(origin, name)))
         };
-        !brings_one && !is_held()
+        !brings_one && !is_cached()
     }
 
     pub(super) fn key(
@@ -338,7 +338,15 @@ impl AuthClient {
         owner: TokenOwner,
     ) -> Option<TokenKey> {
         error.challenges.iter().find_map(|challenge| {
-            let Challenge::Bearer { realm, service, scopes, .. } = challenge else { return None };
+            let Challenge::Bearer {
+                realm,
+                service,
+                scopes,
+                ..
+            } = challenge
+            else {
+                return None;
+            };
             let key = TokenKey::of(
                 &self.tokens,
                 origin,
@@ -350,14 +358,15 @@ impl AuthClient {
                 tracing::warn!(
                     %origin,
                     realm,
-                    "the registry wants a token from a host that is not trusted for it; name it in `token_hosts` if it is right"
+                    "token realm rejected: its host is not trusted (add it to `token_hosts` if it is correct)"
                 );
             }
             key
         })
     }
 
-    /// One request, and one more from the registry's own URL if the storage it sent us to refused: signed URLs expire.
+    /// Sends the request. If the storage it was redirected to rejects it, sends it once more to the registry, because
+    /// signed URLs expire.
     pub(super) async fn send_following_storage(
         &self,
         uri: &Uri,
@@ -366,7 +375,7 @@ impl AuthClient {
         elsewhere: Option<&OriginAuthorization>,
     ) -> Result<HttpResponse, Box<ErrorResponse>> {
         match self.send_once(uri, spec, authorization, elsewhere).await {
-            // A challenge is answered, not asked for again.
+            // A challenge needs a token, not a retry.
             Err(error)
                 if error.from_other_origin && spec.method == Method::GET && error.challenges.is_empty() =>
             {
@@ -409,7 +418,7 @@ impl AuthClient {
     }
 }
 
-/// `own`: the proxy's own credential for what is asked, where there is one.
+/// `own` is the configured credential for this repository, if any.
 fn caller_auth<'a>(caller: &'a Caller, own: Option<&'a UpstreamCredential>) -> CallerAuth<'a> {
     match (&caller.credential, own) {
         (Credential::Configured, Some(own)) => CallerAuth {
@@ -458,12 +467,12 @@ fn is_basic(header: &HeaderValue) -> bool {
     scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"basic "))
 }
 
-/// Whether this is a registry's response, an error or not: the connection came about. A captive portal's page is not it.
+/// Whether a registry sent this response, an error included. A captive portal's page does not count.
 pub(super) fn is_registry(reply: &HttpResponse) -> bool {
     is_alive(reply) || reply.status.is_server_error()
 }
 
-/// Whether a registry or its token service responds again. A captive portal's page is not it.
+/// Whether a registry or a token service responds normally. A captive portal's page does not count.
 pub(super) fn is_alive(reply: &HttpResponse) -> bool {
     let sender = Sender::of(reply.from_other_origin);
     match UpstreamResponse::read(&Endpoint::Ping, reply.status, &reply.headers, sender).kind {
@@ -472,7 +481,7 @@ pub(super) fn is_alive(reply: &HttpResponse) -> bool {
     }
 }
 
-/// What a status other than 2xx means, with the text of its body.
+/// Reads an error response and classifies it by status, headers and body.
 async fn error_response(spec: &RequestSpec<'_>, reply: HttpResponse) -> Box<ErrorResponse> {
     let (status, from_other_origin) = (reply.status, reply.from_other_origin);
     let elsewhere = reply
@@ -483,7 +492,7 @@ async fn error_response(spec: &RequestSpec<'_>, reply: HttpResponse) -> Box<Erro
             origin,
             challenge: reply.headers.get_all(WWW_AUTHENTICATE).iter().cloned().collect(),
         });
-    let mut answer = UpstreamResponse::read(
+    let mut response = UpstreamResponse::read(
         spec.endpoint,
         status,
         &reply.headers,
@@ -497,33 +506,33 @@ async fn error_response(spec: &RequestSpec<'_>, reply: HttpResponse) -> Box<Erro
     let is_from_registry = proof::has_registry_headers(&reply.headers);
     let mut expired = status == StatusCode::BAD_REQUEST;
     let headers = reply.headers.clone();
-    answer.stated_wait = stated_wait(&headers, b"");
+    response.stated_wait = stated_wait(&headers, b"");
     if spec.method == Method::GET
         && let Ok(body) = reply.collect(ERROR_BODY_BYTES_MAX, ERROR_BODY_TIMEOUT).await
     {
-        (answer.code, answer.message) = ErrorBody::read(&body).unzip();
-        answer.stated_wait = stated_wait(&headers, &body);
-        answer.kind = kind_by_body(answer.kind, &headers, &answer);
+        (response.code, response.message) = ErrorBody::read(&body).unzip();
+        response.stated_wait = stated_wait(&headers, &body);
+        response.kind = kind_by_body(response.kind, &headers, &response);
         expired |= status == StatusCode::FORBIDDEN
             && body.windows(7).any(|part| part.eq_ignore_ascii_case(b"expired"));
     }
-    // Storage behind a registry knows nothing of callers and little of blobs, and a login page knows nothing of either:
-    // the refusal is a failure and no denial. Only another registry says of a manifest that it is not there.
+    // Storage behind a registry knows no callers and few blobs, and a login page knows neither. Their 4xx is a
+    // failure, not a denial. Only another registry can report that a manifest does not exist.
     let is_registrys_404 = is_from_registry
-        && answer.kind == ResponseKind::NotFound
+        && response.kind == ResponseKind::NotFound
         && !matches!(spec.endpoint, Endpoint::Blob { .. });
     let is_redirect_target = from_other_origin
         && status.is_client_error()
         && status != StatusCode::RANGE_NOT_SATISFIABLE
-        && answer.kind != ResponseKind::Unavailable(UpstreamFailure::RateLimited)
+        && response.kind != ResponseKind::Unavailable(UpstreamFailure::RateLimited)
         && !is_registrys_404;
     if is_redirect_target {
-        answer.kind = ResponseKind::Unavailable(UpstreamFailure::Status(status.as_u16()));
-        answer.challenge = Vec::new();
+        response.kind = ResponseKind::Unavailable(UpstreamFailure::Status(status.as_u16()));
+        response.challenge = Vec::new();
         expired = false;
     }
     Box::new(ErrorResponse {
-        answer,
+        response,
         from_other_origin: is_redirect_target,
         is_from_registry,
         other_registry: elsewhere,
@@ -532,10 +541,10 @@ async fn error_response(spec: &RequestSpec<'_>, reply: HttpResponse) -> Box<Erro
     })
 }
 
-/// What the response comes down to now that its error code is known: a limit, or a denial after all.
-fn kind_by_body(by_headers: ResponseKind, headers: &HeaderMap, answer: &UpstreamResponse) -> ResponseKind {
-    let (code, message) = (answer.code.as_deref(), answer.message.as_deref());
-    let Some(status) = answer.status else {
+/// Reclassifies an error response by its error code: a rate limit, or a denial.
+fn kind_by_body(by_headers: ResponseKind, headers: &HeaderMap, response: &UpstreamResponse) -> ResponseKind {
+    let (code, message) = (response.code.as_deref(), response.message.as_deref());
+    let Some(status) = response.status else {
         return by_headers;
     };
     let limited = is_limit_by_body(status, headers, code, message);
@@ -561,29 +570,29 @@ pub(super) fn token_failure_response(failure: &TokenFailure) -> Box<ErrorRespons
     }))
 }
 
-/// A denial with the challenge as it was before any token was sent. One with `error="…"` in it makes containerd give
-/// up without trying the credentials it has.
+/// A denial with the challenge received before any token was sent. A challenge with `error="…"` makes containerd give
+/// up without trying its other credentials.
 pub(super) fn denied(mut error: Box<ErrorResponse>, challenge: &[HeaderValue]) -> Box<ErrorResponse> {
-    if error.answer.kind == ResponseKind::Unavailable(UpstreamFailure::RateLimited) {
+    if error.response.kind == ResponseKind::Unavailable(UpstreamFailure::RateLimited) {
         return error;
     }
-    error.answer.kind = ResponseKind::Denied;
+    error.response.kind = ResponseKind::Denied;
     if !challenge.is_empty() {
-        error.answer.challenge = challenge.to_vec();
+        error.response.challenge = challenge.to_vec();
     }
     error
 }
 
-/// 501 is no stumble but "never", and who names a time wants to be left alone until then.
-fn is_transient(answer: &UpstreamResponse) -> bool {
+/// Not for 501, which is permanent, and not if `Retry-After` states a wait.
+fn is_transient(response: &UpstreamResponse) -> bool {
     let server = matches!(
-        answer.kind,
+        response.kind,
         ResponseKind::Unavailable(UpstreamFailure::Status(500 | 502..=599))
     );
-    server && answer.retry_after.is_none()
+    server && response.retry_after.is_none()
 }
 
-/// 50 to 150 ms, so that many caches do not come back together.
+/// 50 to 150 ms, so that many caches do not retry at the same moment.
 fn jitter() -> Duration {
     Duration::from_millis(50 + RandomState::new().hash_one(()) % 101)
 }

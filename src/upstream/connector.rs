@@ -1,6 +1,7 @@
-//! One upstream's way out: a URI becomes a connection hyper can use, straight or through a proxy, plain or in TLS.
+//! Connector of one upstream: opens the connection for a URI, directly or through an outbound proxy, with or without
+//! TLS.
 //!
-//! It also keeps redirects and token realms from leading nearer than the upstream itself (see [`IpScope`]).
+//! It also keeps redirects and token realms out of IP scopes narrower than the upstream's own (see [`IpScope`]).
 
 use std::error::Error;
 use std::fmt;
@@ -22,14 +23,13 @@ use tower_service::Service;
 use super::dialer::{DialError, DialedStream, Dialer, Stream};
 use super::ip_scope::IpScope;
 use super::origin::{Origin, address, is_one_of, port_of, same_host};
-use super::proxy_rules::{ProxyChoice, ProxyRoute, ProxyRules};
+use super::proxy_rules::{ProxyRoute, ProxyRules};
 use super::redirect_rules::{AddressLimit, RedirectRule, RedirectRules, allow_entry};
-use super::settings::{SettingsError, Timeouts};
 use super::tcp::TcpDialer;
 use super::tls::{ClientCertificate, Tls, TlsError, Trust, io_cause};
 use crate::oci::failure::{RedirectFailure, TlsFailure, UpstreamFailure};
 
-/// What all upstreams share: the way to dial and the certificates that the operating system trusts.
+/// The dialer and the system's trust anchors, shared by all upstreams.
 #[derive(Clone)]
 pub struct Transport {
     dial: Arc<dyn Dialer>,
@@ -37,8 +37,8 @@ pub struct Transport {
 }
 
 impl Transport {
-    /// TCP, with the roots of the operating system, or the bundled ones where there are none (scratch images).
-    /// Reads files; never touches the network.
+    /// TCP with the system's certificate authorities, or the bundled ones if there are none (scratch images). Reads
+    /// files; opens no connection.
     pub fn system() -> Transport {
         Transport {
             dial: Arc::new(TcpDialer),
@@ -46,7 +46,7 @@ impl Transport {
         }
     }
 
-    /// As [`Transport::system`] with another way to dial, for tests.
+    /// [`Transport::system`] with another dialer, for tests.
     pub fn with_dialer(dial: Arc<dyn Dialer>) -> Transport {
         Transport {
             dial,
@@ -73,24 +73,24 @@ impl fmt::Debug for Transport {
     }
 }
 
-/// What a [`UpstreamConnector`] is made of.
+/// Settings of a [`UpstreamConnector`].
 pub(super) struct ConnectorSettings<'a> {
     /// Further trusted roots, DER.
     pub(super) roots: &'a [Vec<u8>],
-    /// For the configured addresses alone.
+    /// Used for the configured URLs only.
     pub(super) client_certificate: Option<ClientCertificate>,
     pub(super) proxy_rules: ProxyRules,
-    /// Configured addresses: connections to these may lead anywhere.
+    /// The configured URLs; connections to these may lead to any address.
     pub(super) origins: Vec<Origin>,
-    /// Further hosts the operator trusts, wherever they are.
+    /// Further trusted hosts, at any address.
     pub(super) hosts: Vec<String>,
-    /// Where redirects may lead besides.
+    /// Further allowed redirect targets.
     pub(super) redirects: Vec<RedirectRule>,
-    /// For everything up to the end of the TLS handshake.
+    /// Timeout up to the end of the TLS handshake.
     pub(super) connect_timeout: Duration,
 }
 
-/// One upstream's way out: a URI becomes a connection hyper can use.
+/// Connector of one upstream, for the hyper client.
 #[derive(Clone)]
 pub(super) struct UpstreamConnector(Arc<Inner>);
 
@@ -100,14 +100,14 @@ struct Inner {
     tls: Tls,
     /// The same with the client certificate.
     client_auth_tls: Tls,
-    /// Offers HTTP/1.1 only, which is what `CONNECT` is written in.
+    /// Offers HTTP/1.1 only, because `CONNECT` is sent in it.
     proxy_tls: Tls,
     proxy_rules: ProxyRules,
     configured: Vec<Uri>,
     hosts: Vec<String>,
     redirects: RedirectRules,
-    /// The nearest zone one of our own addresses turned out to be in, as `IpScope as u8`.
-    innermost_scope: AtomicU8,
+    /// The narrowest scope of the configured URLs' addresses so far, as `IpScope as u8`.
+    narrowest_scope: AtomicU8,
     connect_timeout: Duration,
 }
 
@@ -131,30 +131,30 @@ impl UpstreamConnector {
                 .collect(),
             hosts: settings.hosts,
             redirects: RedirectRules(settings.redirects),
-            innermost_scope: AtomicU8::new(IpScope::Public as u8),
+            narrowest_scope: AtomicU8::new(IpScope::Public as u8),
             connect_timeout: settings.connect_timeout,
         })))
     }
 
-    /// The bare bytes to the host and port of `to`, which no limit of this line's own upstream concerns; no nearer than
-    /// `innermost_scope`.
+    /// Opens a stream to the host and port of `to` without TLS. Addresses narrower than `narrowest_scope` are
+    /// rejected; the upstream's own rules do not apply.
     pub(super) async fn connect_raw(
         &self,
         to: &Uri,
-        innermost_scope: IpScope,
+        narrowest_scope: IpScope,
     ) -> Result<Box<dyn Stream>, DialError> {
         let reached = tokio::time::timeout(
             self.0.connect_timeout,
-            self.0.dial_route(to, &innermost_scope.into()),
+            self.0.dial_route(to, &narrowest_scope.into()),
         )
         .await;
         let (stream, _) = reached.unwrap_or_else(|_| Err(UpstreamFailure::ConnectTimeout.into()))?;
         Ok(stream)
     }
 
-    /// The nearest zone that this line's own upstream turned out to be in.
-    pub(super) fn innermost_scope(&self) -> IpScope {
-        self.0.innermost_scope()
+    /// The narrowest scope in which the upstream's own addresses were found.
+    pub(super) fn narrowest_scope(&self) -> IpScope {
+        self.0.narrowest_scope()
     }
 
     /// Whether a redirect may leave https for `to`.
@@ -162,12 +162,12 @@ impl UpstreamConnector {
         self.0.redirects.allow_plain(to)
     }
 
-    /// Why the server at `to` ended a connection after the TLS handshake, no earlier than `since`.
+    /// Why the server at `to` closed a connection after the TLS handshake, no earlier than `since`.
     pub(super) fn close_reason(&self, to: &Uri, since: Instant) -> Option<(TlsFailure, String)> {
         self.0.tls_for(to).close_reason(to, since)
     }
 
-    /// What an HTTP proxy wants to see on a plain request to `destination` that it forwards.
+    /// The `Proxy-Authorization` for a plain request to `destination`, if a forward proxy requires one.
     pub(super) fn proxy_authorization(&self, destination: &Uri) -> Option<HeaderValue> {
         match self.0.proxy_rules.to(destination) {
             ProxyRoute::Forward(proxy) => proxy.authorization,
@@ -177,14 +177,14 @@ impl UpstreamConnector {
 }
 
 impl Inner {
-    /// Where a connection to `to` may lead: anywhere for addresses and hosts the operator named; for all others no nearer
-    /// than those, and where `redirects` allows it.
+    /// The addresses that a connection to `to` may have. Any for configured URLs and hosts; otherwise none narrower
+    /// than the upstream's own, and those that `redirects` allows.
     fn limit(&self, to: &Uri) -> AddressLimit {
         if self.is_configured(to) || is_one_of(&self.hosts, to) {
             return IpScope::LinkLocal.into();
         }
         self.redirects
-            .limit(to, self.innermost_scope(), self.is_downgrade(to))
+            .limit(to, self.narrowest_scope(), self.is_downgrade(to))
     }
 
     fn tls_for(&self, to: &Uri) -> &Tls {
@@ -195,13 +195,13 @@ impl Inner {
         }
     }
 
-    /// Plain HTTP, where the upstream itself has only https addresses.
+    /// Whether `to` is plain HTTP although all configured URLs are https.
     fn is_downgrade(&self, to: &Uri) -> bool {
         let is_plain = |uri: &Uri| uri.scheme_str() == Some("http");
         is_plain(to) && !self.configured.is_empty() && !self.configured.iter().any(is_plain)
     }
 
-    /// A refused address, with what would allow it.
+    /// Adds the `redirects` entry that would allow a rejected address.
     fn with_allow_hint(&self, mut error: DialError, to: &Uri) -> DialError {
         if error.cause != UpstreamFailure::Redirects(RedirectFailure::NarrowerScope) {
             return error;
@@ -211,16 +211,16 @@ impl Inner {
         let address = address.map_or_else(|| "an address".to_owned(), |address| address.to_string());
         error.detail = Some(
             format!(
-                "it leads to {address}, which is nearer than the registry itself or not where plain http is allowed; if \
-                 that is right, allow it by redirects = [\"{entry}\"]"
+                "it leads to {address}, which is in a narrower IP scope or not allowed for plain http; if \
+                 this is correct, allow it with redirects = [\"{entry}\"]"
             )
             .into(),
         );
         error
     }
 
-    fn innermost_scope(&self) -> IpScope {
-        let innermost_scope = self.innermost_scope.load(Ordering::Relaxed);
+    fn narrowest_scope(&self) -> IpScope {
+        let narrowest_scope = self.narrowest_scope.load(Ordering::Relaxed);
         [
             IpScope::Public,
             IpScope::Private,
@@ -228,7 +228,7 @@ impl Inner {
             IpScope::LinkLocal,
         ]
         .into_iter()
-        .find(|zone| *zone as u8 == innermost_scope)
+        .find(|zone| *zone as u8 == narrowest_scope)
         .unwrap_or(IpScope::Public)
     }
 
@@ -243,13 +243,13 @@ impl Inner {
         if let Some(peer) = peer
             && self.is_configured(to)
         {
-            self.innermost_scope
+            self.narrowest_scope
                 .fetch_max(IpScope::of(peer) as u8, Ordering::Relaxed);
         }
         Ok(stream)
     }
 
-    /// The stream to `to`, before TLS, and whether it is an HTTP proxy's that wants the absolute form.
+    /// Opens the stream to `to` without TLS, and tells whether it leads to a forward proxy.
     async fn dial_route(
         self: &Arc<Self>,
         to: &Uri,
@@ -315,7 +315,7 @@ impl Inner {
     }
 }
 
-/// A failure of a proxy, or behind it: as precise as the chain of errors is.
+/// A failure of the proxy or behind it, with the cause from the chain of sources.
 fn proxy_error<E: Error + Send + Sync + 'static>(error: E) -> DialError {
     let mut next: Option<&(dyn Error + 'static)> = Some(&error);
     let (mut cause, mut detail) = (UpstreamFailure::Unreachable, None);
@@ -356,7 +356,7 @@ impl Service<Uri> for UpstreamConnector {
     }
 }
 
-/// The way to the proxy itself, which the operator chose: no limit on where it is.
+/// Connector to the proxy itself. The operator configured it, so any address is allowed.
 #[derive(Clone)]
 struct ProxyConnector(Arc<Inner>);
 
@@ -383,7 +383,7 @@ impl Service<Uri> for ProxyConnector {
                     .await
                     .map_err(|mut error| {
                         let detail = error.detail.as_deref().unwrap_or_default();
-                        error.detail = Some(format!("of the proxy: {detail}").into());
+                        error.detail = Some(format!("at the proxy: {detail}").into());
                         error
                     })?;
             }
@@ -392,11 +392,11 @@ impl Service<Uri> for ProxyConnector {
     }
 }
 
-/// A finished connection, as hyper wants it.
+/// An established connection, for hyper.
 pub(super) struct ConnectedStream {
     io: TokioIo<Box<dyn Stream>>,
     h2: bool,
-    /// The other end is a proxy that wants the absolute form.
+    /// The peer is a forward proxy, which requires the absolute form.
     is_forward_proxy: bool,
 }
 
@@ -432,48 +432,6 @@ impl Write for ConnectedStream {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.io).poll_shutdown(cx)
-    }
-}
-
-/// The way out of a tunnel: straight, or through the proxy of the environment.
-#[derive(Clone)]
-pub struct TunnelDialer(UpstreamConnector);
-
-impl TunnelDialer {
-    /// Makes no connection.
-    pub fn new(transport: &Transport) -> Result<TunnelDialer, SettingsError> {
-        let settings = ConnectorSettings {
-            roots: &[],
-            proxy_rules: ProxyRules::new(&ProxyChoice::Environment)?,
-            origins: Vec::new(),
-            hosts: Vec::new(),
-            client_certificate: None,
-            redirects: Vec::new(),
-            connect_timeout: Timeouts::default().connect,
-        };
-        Ok(TunnelDialer(UpstreamConnector::new(transport, settings)?))
-    }
-
-    /// A stream to a host and port, no nearer than `innermost_scope`; [`UpstreamFailure::Redirects`] if it were. A name is judged by the
-    /// address that is connected to, so one that changes its mind gains nothing.
-    pub async fn open(
-        &self,
-        host: &str,
-        port: u16,
-        innermost_scope: IpScope,
-    ) -> Result<Box<dyn Stream>, UpstreamFailure> {
-        let host = if host.contains(':') {
-            format!("[{host}]")
-        } else {
-            host.to_owned()
-        };
-        let to: Uri = format!("https://{host}:{port}/")
-            .parse()
-            .map_err(|_| UpstreamFailure::Malformed)?;
-        self.0
-            .connect_raw(&to, innermost_scope)
-            .await
-            .map_err(|error| error.cause)
     }
 }
 

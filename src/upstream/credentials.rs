@@ -1,9 +1,10 @@
-//! The proxy's own credentials: where they come from, and which of them is for which repository.
+//! Configured credentials of an upstream: their sources, and the credential for each repository.
 //!
-//! A file is read again soon after it changed. A helper is asked again long before what it gave can have run out, and at
-//! once when the registry refuses that. What was had before stays in use while nothing newer can be had.
+//! A file is reloaded soon after it changes. A credential helper runs again well before its credential can expire,
+//! and at once when the registry rejects it. The previous credential stays in use while no newer one is available.
 //!
-//! * `docker_config`: the file that `docker login` writes. * `helper`: the programs named `docker-credential-…`.
+//! * `docker_config`: the file written by `docker login`. * `helper`: the programs named `docker-credential-…`. *
+//!   `reloading_file`: a file that is reloaded when it changes.
 
 mod docker_config;
 mod helper;
@@ -30,19 +31,20 @@ use docker_config::Match;
 use helper::Helpers;
 use reloading_file::ReloadingFile;
 
-/// The name that means an identity (refresh) token, as docker's configuration has it.
+/// The user name that marks an identity (refresh) token, as in docker's configuration.
 const IDENTITY_TOKEN: &str = "<token>";
 
-/// A user name and password of our own. Wiped when dropped, never shown.
+/// A configured user name and password. Zeroized on drop, never printed.
 pub struct UpstreamCredential {
     username: String,
     password: Zeroizing<String>,
-    /// Tells it from every other, also from one read later: no token got with one is used for another.
+    /// Unique per credential, also if the same one is read again. Tokens are never shared between two credentials.
     serial: u64,
 }
 
 impl UpstreamCredential {
-    /// `username` `<token>` means that the password is an identity (refresh) token, as docker's configuration has it.
+    /// A `username` of `<token>` means that the password is an identity (refresh) token, as in docker's
+    /// configuration.
     pub fn new(username: impl Into<String>, password: impl Into<String>) -> UpstreamCredential {
         static NEXT_SERIAL: AtomicU64 = AtomicU64::new(1);
         UpstreamCredential {
@@ -68,7 +70,7 @@ impl UpstreamCredential {
         basic(&self.username, &self.password)
     }
 
-    /// In the place of a principal: whose tokens are kept under it.
+    /// The principal under which this credential's tokens are cached.
     pub(super) fn principal(&self) -> [u8; 32] {
         let mut principal = [0; 32];
         for (to, from) in principal.iter_mut().zip(self.serial.to_be_bytes()) {
@@ -82,11 +84,11 @@ impl UpstreamCredential {
     }
 }
 
-/// `Authorization: Basic …` of a user name and password (RFC 7617 §2), marked sensitive.
+/// `Authorization: Basic …` of a user name and password (RFC 7617 §2), marked as sensitive.
 pub(super) fn basic(username: &str, password: &str) -> HeaderValue {
     let text = Zeroizing::new(format!("{username}:{password}"));
     let text = Zeroizing::new(format!("Basic {}", BASE64_STANDARD.encode(text.as_bytes())));
-    // Base64 is always a legal header value.
+    // Base64 is always a valid header value.
     let mut header = HeaderValue::from_str(&text).unwrap_or_else(|_| HeaderValue::from_static(""));
     header.set_sensitive(true);
     header
@@ -98,25 +100,24 @@ impl fmt::Debug for UpstreamCredential {
     }
 }
 
-/// Where the proxy's own credentials for an upstream come from.
+/// Source of the configured credentials for an upstream.
 #[derive(Debug)]
 pub enum CredentialSource {
-    /// Always this one.
+    /// A fixed credential.
     Fixed(UpstreamCredential),
-    /// A user, and the file with its password.
+    /// A user name, and a file with the password.
     PasswordFile {
-        /// The user.
+        /// The user name.
         username: String,
         /// The file.
         path: PathBuf,
     },
-    /// The file that `docker login` writes, with all that it names: credentials for hosts and for what lies below a
-    /// path, credential helpers.
+    /// The file written by `docker login`: credentials and credential helpers for hosts, and for paths below a host.
     DockerConfig {
         /// The file.
         path: PathBuf,
     },
-    /// A program that gives the credential.
+    /// A credential helper.
     Helper(HelperName),
 }
 
@@ -126,29 +127,29 @@ impl From<UpstreamCredential> for CredentialSource {
     }
 }
 
-/// The proxy's own credential cannot be had; told in the log when it happened.
+/// No credential is available; the reason was logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct CredentialUnavailable;
 
-/// The proxy's own credentials for one upstream.
+/// Provider of the configured credentials for one upstream.
 pub(super) struct CredentialProvider {
     source: Source,
     names: Names,
     serial: u64,
 }
 
-/// By which names a credential is looked for, and what a helper calls the registry.
+/// The names under which a credential is looked up, and the server name for a helper.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Names {
-    /// The one to look for first at the front.
+    /// In lookup order.
     all: Vec<String>,
-    /// Docker Hub by its old URL, all others by the host of their address.
+    /// Docker Hub's legacy URL, or the host of the first URL.
     server: String,
 }
 
 impl Names {
-    /// An upstream below a project of another registry is found by that one's address first: it is that registry which is
-    /// shown the credential.
+    /// An upstream that is a project of another registry is looked up by that registry's host first, because that
+    /// registry receives the credential.
     pub(super) fn new(name: &str, hosts: Vec<String>, url: Option<&Origin>) -> Names {
         let address = url.map(|url| url.authority().to_string()).unwrap_or_default();
         let is_elsewhere = url.is_some_and(|url| url.repository_prefix().is_some());
@@ -205,12 +206,12 @@ impl CredentialProvider {
         }
     }
 
-    /// Tells it from every other of this process.
+    /// Unique in this process.
     pub(super) fn serial(&self) -> u64 {
         self.serial
     }
 
-    /// Whether these settings mean just this.
+    /// Whether the source and the names are the same.
     pub(super) fn is_from(&self, source: &CredentialSource, names: &Names) -> bool {
         let is_same = match (&self.source, source) {
             (Source::Fixed(known), CredentialSource::Fixed(given)) => known.is_same_as(given),
@@ -228,7 +229,7 @@ impl CredentialProvider {
         is_same && self.names == *names
     }
 
-    /// The next one who asks looks at the file, if there is one.
+    /// The next lookup checks the file, if there is one.
     pub(super) fn check_soon(&self) {
         match &self.source {
             Source::Password { file, .. } => file.check_soon(),
@@ -237,7 +238,7 @@ impl CredentialProvider {
         }
     }
 
-    /// The credential for a repository, or for none in particular; `None`: none is needed there.
+    /// The credential for a repository, or for none in particular. `None`: none is configured for it.
     pub(super) async fn current(
         &self,
         repository: Option<&Repository>,
@@ -254,7 +255,7 @@ impl CredentialProvider {
         }
     }
 
-    /// The registry has refused `used`: another one, if there is another by now.
+    /// After the registry rejected `used`: another credential, if one is available now.
     pub(super) async fn renewed(
         &self,
         repository: Option<&Repository>,

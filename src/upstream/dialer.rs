@@ -1,7 +1,6 @@
-//! A byte stream to an address, and why there is none.
+//! Dialer interface: opens a byte stream to a host and port.
 //!
-//! [`Dialer`] is the seam tests replace: it gives a raw stream to a host and port, and everything above it (TLS
-//! included) stays ours. [`Transport`] is what all upstreams share.
+//! Tests replace [`Dialer`]. All layers above it, TLS included, are the same for every dialer.
 
 use std::error::Error;
 use std::fmt;
@@ -16,34 +15,34 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::redirect_rules::AddressLimit;
 use crate::oci::failure::{RedirectFailure, UpstreamFailure};
 
-/// Anything bytes go through.
+/// A byte stream.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-/// A connection, before TLS.
+/// An established connection, before TLS.
 pub struct DialedStream {
-    /// The bytes.
+    /// The stream.
     pub stream: Box<dyn Stream>,
-    /// Who is at the other end, if there is an address.
+    /// The peer's address, if it has one.
     pub peer: Option<IpAddr>,
 }
 
-/// What [`Dialer::dial`] returns.
+/// Result of [`Dialer::dial`].
 pub type DialFuture = Pin<Box<dyn Future<Output = Result<DialedStream, DialError>> + Send>>;
 
-/// The network outwards: a host and port become a byte stream.
+/// Opens outbound connections.
 pub trait Dialer: Send + Sync + 'static {
-    /// Connects to the host and port of `to` (its scheme's port if none is written). An address that `limit` does not
-    /// allow must be refused by [`DialError::scope_denied`]. Gives up by itself after `timeout`.
+    /// Connects to the host and port of `to` (the scheme's port by default). An address that `limit` does not allow
+    /// must fail with [`DialError::scope_denied`]. Fails after `timeout`.
     fn dial(&self, to: &Uri, limit: &AddressLimit, timeout: Duration) -> DialFuture;
 }
 
-/// Why there is no connection.
+/// Why a connection failed.
 #[derive(Debug)]
 pub struct DialError {
     /// For the decision.
     pub cause: UpstreamFailure,
-    /// The reason in words, for the operator: it may name hosts, addresses and certificates.
+    /// Description for the operator: it may contain hosts, addresses and certificate names.
     pub detail: Option<Arc<str>>,
     /// For the log.
     pub source: Option<Box<dyn Error + Send + Sync>>,
@@ -70,7 +69,7 @@ impl DialError {
         }
     }
 
-    /// The address that `limit` did not allow.
+    /// Fails because `limit` does not allow this address.
     pub fn scope_denied(address: IpAddr) -> DialError {
         DialError {
             cause: UpstreamFailure::Redirects(RedirectFailure::NarrowerScope),
@@ -79,7 +78,7 @@ impl DialError {
         }
     }
 
-    /// The address that was refused by [`DialError::scope_denied`].
+    /// The address of a [`DialError::scope_denied`].
     pub(super) fn denied_address(&self) -> Option<IpAddr> {
         let ScopeDenied(address) = self.source.as_ref()?.downcast_ref()?;
         Some(*address)
@@ -87,7 +86,7 @@ impl DialError {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("{0} is nearer than the registry itself")]
+#[error("{0} is in a narrower IP scope")]
 struct ScopeDenied(IpAddr);
 
 impl From<UpstreamFailure> for DialError {

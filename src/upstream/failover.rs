@@ -1,8 +1,8 @@
-//! The URLs of one upstream: which of their responses is the upstream's.
+//! Failover between the URLs of one upstream: which URL's response counts.
 //!
-//! URLs are asked in the order of the configuration. The first that has the thing gives the response. A URL that lacks
-//! it, or refuses everybody, is passed over, so a no is the no of the last URL. One no is not passed over: that of a
-//! URL which has served the repository before. It knows the repository, so it denies this caller.
+//! URLs are tried in the configured order, and the first success counts. A URL that lacks the content, or denies it
+//! to everyone, is skipped. If all URLs are skipped, the last response counts. A denial by a URL that served the
+//! repository before is final: this URL has the repository, so it denies this caller.
 
 use std::sync::Arc;
 
@@ -18,77 +18,77 @@ use crate::oci::endpoint::Endpoint;
 use crate::oci::failure::UpstreamFailure;
 use crate::oci::name::Repository;
 
-/// Pairs of URL and repository kept in memory, per upstream.
+/// Pairs of URL and repository cached per upstream.
 const SERVED_MAX: usize = 4096;
 
-/// What the response of one URL comes down to.
+/// Outcome of the request to one URL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum UrlOutcome {
-    /// It has what was asked for, and this caller may read it.
-    Yes,
-    /// It lacks it, refuses everybody, or does not support the request.
-    No,
-    /// It denies this caller something of a repository that it has served before.
+    /// The URL has the content, and this caller may read it.
+    Success,
+    /// The URL lacks the content, denies it to everyone, or does not support the request.
+    Negative,
+    /// The URL denies this caller, although it has served the repository before.
     Denied,
     /// No usable response.
     Unavailable,
 }
 
-/// Whether the request is the first for this content, or goes on where another URL broke off.
+/// Whether the request starts a transfer, or resumes one that failed at another URL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Attempt {
     First,
-    /// A URL has said yes before. A no of the others means only that they lack it.
+    /// Another URL served the content before, so a negative response means only that this URL lacks it.
     Resumed,
 }
 
-/// Whether `outcome` ends the round, so that no other URL is asked.
+/// Whether `outcome` is final, so that no further URL is tried.
 fn is_final(outcome: UrlOutcome, attempt: Attempt) -> bool {
     match outcome {
-        UrlOutcome::Yes => true,
+        UrlOutcome::Success => true,
         UrlOutcome::Denied => attempt == Attempt::First,
-        UrlOutcome::No | UrlOutcome::Unavailable => false,
+        UrlOutcome::Negative | UrlOutcome::Unavailable => false,
     }
 }
 
-/// The position of the response that is the upstream's, among all responses of a round. `None` if there was none.
+/// The index of the response that counts. `None` without any response.
 ///
-/// | request | responses, in order | the upstream's |
+/// | request | outcomes, in order | the response that counts |
 /// | --- | --- | --- |
-/// | any | …, yes | the yes |
+/// | any | …, success | the success |
 /// | first | …, denied | the denial |
-/// | first | …, no | that last no |
+/// | first | …, negative | the last one |
 /// | first | …, unavailable | the first unavailable one |
 /// | resumed | one unavailable among them | the first unavailable one |
-/// | resumed | nothing but noes | the first no |
+/// | resumed | all negative | the first one |
 fn choose(outcomes: &[UrlOutcome], attempt: Attempt) -> Option<usize> {
     let last = outcomes.len().checked_sub(1)?;
     let unavailable = || outcomes.iter().position(|one| *one == UrlOutcome::Unavailable);
     match (outcomes.last()?, attempt) {
-        (UrlOutcome::Yes, _) | (UrlOutcome::No | UrlOutcome::Denied, Attempt::First) => Some(last),
-        // The first URL is the one that the operator means; its trouble is the one to report.
+        (UrlOutcome::Success, _) | (UrlOutcome::Negative | UrlOutcome::Denied, Attempt::First) => Some(last),
+        // The first URL is the primary one, so its failure is reported.
         (UrlOutcome::Unavailable, Attempt::First) => unavailable(),
         (_, Attempt::Resumed) => unavailable().or(Some(0)),
     }
 }
 
-/// The responses of one request to the URLs of an upstream, none of them a yes so far.
+/// The responses of one request to an upstream's URLs so far, none of them a success.
 pub(super) struct FailoverRound {
     attempt: Attempt,
     responses: Vec<(UrlOutcome, UpstreamResponse)>,
     unavailable: Vec<Origin>,
-    /// The rate-limit pause that is over first.
+    /// The rate-limit pause that ends first.
     pause: Option<Pause>,
 }
 
-/// The upstream's response, where no URL said yes.
+/// The upstream's response if no URL returned a success.
 pub(super) struct RoundResult {
-    pub(super) answer: UpstreamResponse,
-    /// No URL gave a usable response, or the one that has the last word gave none.
+    pub(super) response: UpstreamResponse,
+    /// No URL gave a usable response, or the final one did not.
     pub(super) is_unavailable: bool,
-    /// The URLs that gave none.
+    /// The URLs without a usable response.
     pub(super) unavailable: Vec<Origin>,
-    /// A request was sent; not so within a rate-limit pause.
+    /// At least one request was sent. False within a rate-limit pause.
     pub(super) is_sent: bool,
 }
 
@@ -102,47 +102,47 @@ impl FailoverRound {
         }
     }
 
-    /// Takes in the response of `origin`; `true` if no other URL is to be asked.
-    pub(super) fn add(&mut self, origin: &Origin, outcome: UrlOutcome, answer: UpstreamResponse) -> bool {
+    /// Adds the response of `origin`. `true` if no further URL is to be tried.
+    pub(super) fn add(&mut self, origin: &Origin, outcome: UrlOutcome, response: UpstreamResponse) -> bool {
         if outcome == UrlOutcome::Unavailable {
             self.unavailable.push(origin.clone());
         }
         let now = Instant::now();
-        let pauses = self.pause.take().into_iter().chain(answer.pause.clone());
+        let pauses = self.pause.take().into_iter().chain(response.pause.clone());
         self.pause = pauses.min_by_key(|pause| pause.left(now));
-        self.responses.push((outcome, answer));
+        self.responses.push((outcome, response));
         is_final(outcome, self.attempt)
     }
 
     pub(super) fn finish(mut self) -> RoundResult {
         let outcomes: Vec<_> = self.responses.iter().map(|(outcome, _)| *outcome).collect();
         let answered = outcomes.iter().any(|one| *one != UrlOutcome::Unavailable);
-        let mut answer = choose(&outcomes, self.attempt).map_or_else(
+        let mut response = choose(&outcomes, self.attempt).map_or_else(
             || UpstreamResponse::unavailable(UpstreamFailure::Unreachable),
             |position| self.responses.swap_remove(position).1,
         );
-        let is_sent = answer.pause.is_none() || answer.status.is_some();
-        if answer.failure().is_some() {
-            answer.pause = self.pause;
+        let is_sent = response.pause.is_none() || response.status.is_some();
+        if response.failure().is_some() {
+            response.pause = self.pause;
         }
         RoundResult {
-            is_unavailable: answer.failure().is_some() && !(answered && self.attempt == Attempt::Resumed),
-            answer,
+            is_unavailable: response.failure().is_some() && !(answered && self.attempt == Attempt::Resumed),
+            response,
             unavailable: self.unavailable,
             is_sent,
         }
     }
 }
 
-/// A durable memory of which URLs have served which repositories. Its calls may block.
+/// Durable record of which URLs have served which repositories. Its methods may block.
 pub trait ServedStore: Send + Sync {
     /// Whether `url` has served `repository` of `upstream`.
     fn has_served(&self, upstream: &str, url: &str, repository: &Repository) -> bool;
-    /// Keeps that it has.
+    /// Records that `url` has served `repository` of `upstream`.
     fn record_served(&self, upstream: &str, url: &str, repository: &Repository);
 }
 
-/// Which URLs of an upstream have served which repositories. Kept only where there are several URLs.
+/// Which URLs of an upstream have served which repositories. Used only with several URLs.
 pub(super) struct ServedHistory {
     known: Cache<(String, Repository), ()>,
     durable: Option<Arc<dyn ServedStore>>,
@@ -156,28 +156,28 @@ impl ServedHistory {
         }
     }
 
-    /// What `answer` to `endpoint` comes down to, given by the URL `origin` of `upstream`.
+    /// The outcome of a response to `endpoint` by the URL `origin` of `upstream`.
     pub(super) async fn outcome(
         &self,
         (upstream, origin): (&str, &Origin),
         endpoint: &Endpoint,
-        answer: &UpstreamResponse,
+        response: &UpstreamResponse,
     ) -> UrlOutcome {
-        match answer.kind {
+        match response.kind {
             ResponseKind::Digest(_) | ResponseKind::UnprovenDigest(_) | ResponseKind::NoDigest => {
-                UrlOutcome::Yes
+                UrlOutcome::Success
             }
             ResponseKind::Unavailable(_) => UrlOutcome::Unavailable,
-            ResponseKind::NotFound => UrlOutcome::No,
-            ResponseKind::Other(status) if is_unsupported_request(status) => UrlOutcome::No,
+            ResponseKind::NotFound => UrlOutcome::Negative,
+            ResponseKind::Other(status) if is_unsupported_request(status) => UrlOutcome::Negative,
             ResponseKind::Denied | ResponseKind::Other(_) => match endpoint.repository() {
                 Some(repository) if self.has_served(upstream, origin, repository).await => UrlOutcome::Denied,
-                Some(_) | None => UrlOutcome::No,
+                Some(_) | None => UrlOutcome::Negative,
             },
         }
     }
 
-    /// Keeps that `origin` has served the repository of `endpoint`: before anything follows from it.
+    /// Records that `origin` has served the repository of `endpoint`. Completes before the response is used.
     pub(super) async fn record(&self, upstream: &str, origin: &Origin, endpoint: &Endpoint) {
         let (Endpoint::Manifest { repository, .. } | Endpoint::Blob { repository, .. }) = endpoint else {
             return;
@@ -191,7 +191,7 @@ impl ServedHistory {
             let upstream = upstream.to_owned();
             let noting = spawn_blocking(move || durable.record_served(&upstream, &key.0, &key.1));
             if noting.await.is_err() {
-                tracing::error!(%origin, "the note that a URL has served a repository was not kept");
+                tracing::error!(%origin, "failed to record that a URL served a repository");
             }
         }
     }
@@ -206,7 +206,7 @@ impl ServedHistory {
         };
         let upstream = upstream.to_owned();
         let has = spawn_blocking(move || durable.has_served(&upstream, &key.0, &key.1).then_some(key));
-        // A memory that fails is no reason to pass a denial over.
+        // If the store fails, treat the denial as final: skipping it could reveal another URL's content.
         let Ok(has) = has.await else { return true };
         if let Some(key) = has {
             self.known.insert(key, ());
@@ -216,82 +216,83 @@ impl ServedHistory {
     }
 }
 
-/// The URL does not support the request as such, whatever it has.
+/// The URL does not support the request, whatever content it has.
 fn is_unsupported_request(status: StatusCode) -> bool {
     matches!(status.as_u16(), 400 | 405 | 406 | 416)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::UrlOutcome::{Denied, No, Unavailable, Yes};
+    use super::UrlOutcome::{Denied, Negative, Success, Unavailable};
     use super::*;
 
-    const ALL: [UrlOutcome; 4] = [Yes, No, Denied, Unavailable];
+    const ALL: [UrlOutcome; 4] = [Success, Negative, Denied, Unavailable];
 
-    /// What is asked of three URLs that would respond like that, and which position is the upstream's response.
+    /// The number of URLs tried, and the index of the response that counts.
     fn round(urls: &[UrlOutcome], attempt: Attempt) -> (usize, usize) {
-        let mut asked = Vec::new();
+        let mut tried = Vec::new();
         for outcome in urls {
-            asked.push(*outcome);
+            tried.push(*outcome);
             if is_final(*outcome, attempt) {
                 break;
             }
         }
-        (asked.len(), choose(&asked, attempt).unwrap_or(usize::MAX))
+        (tried.len(), choose(&tried, attempt).unwrap_or(usize::MAX))
     }
 
     #[test]
-    fn r06_the_table_of_responses_of_several_urls() {
+    fn r06_failover_table() {
         for (urls, attempt, expected) in [
-            (&[Yes, No][..], Attempt::First, (1, 0)),
-            (&[No, Yes], Attempt::First, (2, 1)),
-            (&[Unavailable, Yes], Attempt::First, (2, 1)),
-            (&[Denied, Yes], Attempt::First, (1, 0)),
-            (&[No, No], Attempt::First, (2, 1)),
-            (&[No, Denied], Attempt::First, (2, 1)),
-            (&[Unavailable, No], Attempt::First, (2, 1)),
-            (&[No, Unavailable], Attempt::First, (2, 1)),
+            (&[Success, Negative][..], Attempt::First, (1, 0)),
+            (&[Negative, Success], Attempt::First, (2, 1)),
+            (&[Unavailable, Success], Attempt::First, (2, 1)),
+            (&[Denied, Success], Attempt::First, (1, 0)),
+            (&[Negative, Negative], Attempt::First, (2, 1)),
+            (&[Negative, Denied], Attempt::First, (2, 1)),
+            (&[Unavailable, Negative], Attempt::First, (2, 1)),
+            (&[Negative, Unavailable], Attempt::First, (2, 1)),
             (&[Unavailable, Unavailable], Attempt::First, (2, 0)),
-            (&[Unavailable, No, Unavailable], Attempt::First, (3, 0)),
-            (&[Denied, Yes], Attempt::Resumed, (2, 1)),
-            (&[No, Unavailable], Attempt::Resumed, (2, 1)),
-            (&[Unavailable, No], Attempt::Resumed, (2, 0)),
-            (&[Denied, No], Attempt::Resumed, (2, 0)),
+            (&[Unavailable, Negative, Unavailable], Attempt::First, (3, 0)),
+            (&[Denied, Success], Attempt::Resumed, (2, 1)),
+            (&[Negative, Unavailable], Attempt::Resumed, (2, 1)),
+            (&[Unavailable, Negative], Attempt::Resumed, (2, 0)),
+            (&[Denied, Negative], Attempt::Resumed, (2, 0)),
         ] {
             assert_eq!(round(urls, attempt), expected, "{urls:?} {attempt:?}");
         }
     }
 
     #[test]
-    fn r06_laws_over_all_responses_of_three_urls() {
+    fn r06_failover_rules_over_all_outcomes_of_three_urls() {
         for attempt in [Attempt::First, Attempt::Resumed] {
             for a in ALL {
                 for b in ALL {
                     for c in ALL {
                         let urls = [a, b, c];
-                        let (asked, chosen) = round(&urls, attempt);
-                        let responses = urls.get(..asked).unwrap_or_default();
+                        let (tried, chosen) = round(&urls, attempt);
+                        let responses = urls.get(..tried).unwrap_or_default();
                         let chosen = responses.get(chosen).copied();
                         let first = |one| urls.iter().position(|url| *url == one).unwrap_or(urls.len());
-                        let is_reached = attempt == Attempt::Resumed || first(Yes) < first(Denied);
-                        let expected_yes = first(Yes) < urls.len() && is_reached;
+                        let is_reached = attempt == Attempt::Resumed || first(Success) < first(Denied);
+                        let expects_success = first(Success) < urls.len() && is_reached;
                         assert_eq!(
-                            chosen == Some(Yes),
-                            expected_yes,
-                            "{urls:?}: a yes that is reached wins"
+                            chosen == Some(Success),
+                            expects_success,
+                            "{urls:?}: the first success counts"
                         );
-                        if attempt == Attempt::First && first(Denied) < first(Yes) {
-                            assert_eq!(chosen, Some(Denied), "{urls:?}: a denial is not passed over");
+                        if attempt == Attempt::First && first(Denied) < first(Success) {
+                            assert_eq!(chosen, Some(Denied), "{urls:?}: a denial is final");
                         }
                         assert!(
-                            !matches!(chosen, Some(No | Denied)) || responses.last() != Some(&Unavailable),
-                            "{urls:?}: an unavailable URL may yet say yes"
+                            !matches!(chosen, Some(Negative | Denied))
+                                || responses.last() != Some(&Unavailable),
+                            "{urls:?}: an unavailable URL may have the content"
                         );
                         if chosen == Some(Unavailable) {
                             assert!(responses.contains(&Unavailable), "{urls:?}");
                             assert!(
                                 attempt == Attempt::Resumed || responses.last() == Some(&Unavailable),
-                                "{urls:?}: the last URL has the last word"
+                                "{urls:?}: the last response counts"
                             );
                         }
                     }

@@ -1,7 +1,7 @@
-//! A request that is not asked by us but handed on: a client's push, its login, its question to the token service.
+//! Forwarding of clients' requests to the upstream: pushes, logins and token requests.
 //!
-//! One hop with the client's own headers, its credential among them; nothing is followed, tried again, decoded or kept,
-//! and neither body is ever whole in memory.
+//! The request keeps the client's headers, including its credential. Nothing is followed, retried, decoded or stored,
+//! and both bodies are streamed.
 
 use std::error::Error;
 use std::pin::{Pin, pin};
@@ -28,41 +28,41 @@ use super::location::resolve;
 use super::origin::Origin;
 use crate::oci::failure::UpstreamFailure;
 
-/// How long a registry may think once it has all of a request: it may be putting a large layer together.
+/// Timeout for the response after the request body was sent. The registry may be assembling a large layer.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(15 * 60);
-/// How long a request's body may rest on its way.
+/// Longest pause within a request body.
 const BODY_IDLE_MAX: Duration = Duration::from_secs(60);
 
-/// The body of a request that is handed on.
+/// Body of a forwarded request.
 pub type ForwardBody = UnsyncBoxBody<Bytes, Box<dyn Error + Send + Sync>>;
 
-/// A request that is handed on.
+/// A request to forward.
 pub struct ForwardRequest {
-    /// As the client sent it.
+    /// The client's method.
     pub method: Method,
-    /// As the client sent it: `/v2/…` at the registry, anything else beside it.
+    /// The client's path and query: `/v2/…` for the registry API, any other path for the registry's root.
     pub path_and_query: String,
-    /// All that the client sent.
+    /// The client's headers.
     pub headers: HeaderMap,
     /// Streamed.
     pub body: ForwardBody,
-    /// Where the client thinks it is, as in `https://ghcr.io`: a `Location` at the upstream becomes one there.
+    /// The base URL that the client uses, e.g. `https://ghcr.io`; `Location` headers are rewritten to it.
     pub base: String,
 }
 
-/// An answer that is handed back.
+/// Response to a forwarded request.
 pub struct ForwardResponse {
-    /// As the upstream sent it.
+    /// The status, unchanged.
     pub status: StatusCode,
-    /// All that concerns the client.
+    /// The end-to-end headers.
     pub headers: HeaderMap,
-    /// The length of the body in bytes, if it was said.
+    /// Length of the body in bytes, if known.
     pub length: Option<u64>,
     body: Body,
 }
 
 impl ForwardResponse {
-    /// The next bytes; `None` at the end and only there.
+    /// The next bytes; `None` only at the end.
     pub async fn chunk(&mut self) -> Option<Result<Bytes, UpstreamFailure>> {
         self.body.chunk().await
     }
@@ -75,13 +75,13 @@ pub(super) fn client(connector: &UpstreamConnector) -> Client {
 }
 
 impl Upstream {
-    /// Hands a request on to the upstream's first address, and its answer back.
+    /// Forwards a request to the upstream's first URL.
     pub async fn forward(&self, request: ForwardRequest) -> Result<ForwardResponse, UpstreamFailure> {
         let origin = self.0.urls.first().ok_or(UpstreamFailure::Unreachable)?;
         self.forward_to(origin, request).await
     }
 
-    /// The same to the host of the upstream's token service.
+    /// Forwards a request to the host of the upstream's token service.
     pub async fn forward_to_realm(
         &self,
         realm: &Origin,
@@ -149,7 +149,7 @@ impl Upstream {
     }
 }
 
-/// RFC 9110 §7.6.1: what is between two neighbours only.
+/// Removes hop-by-hop headers (RFC 9110 §7.6.1).
 fn remove_hop_by_hop(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
@@ -174,13 +174,13 @@ fn remove_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
-/// A `Location` at the upstream's own address leads the client on through us, at the address that it knows; one
-/// elsewhere (signed storage) stays as it is.
-fn rewrite_location(headers: &mut HeaderMap, origin: &Origin, asked: &Uri, base: &str) {
+/// Rewrites a `Location` at the upstream's own URL to the client's base URL. A `Location` elsewhere (signed storage)
+/// stays unchanged.
+fn rewrite_location(headers: &mut HeaderMap, origin: &Origin, request_url: &Uri, base: &str) {
     let Some(location) = headers.get(LOCATION).map(HeaderValue::as_bytes) else {
         return;
     };
-    let Some(target) = resolve(asked, location) else {
+    let Some(target) = resolve(request_url, location) else {
         return;
     };
     let Some(path) = origin.strip(&target) else { return };
@@ -191,7 +191,7 @@ fn rewrite_location(headers: &mut HeaderMap, origin: &Origin, asked: &Uri, base:
     }
 }
 
-/// When a request's body last moved.
+/// Progress of a request's body, for its timeouts.
 #[derive(Clone)]
 struct Progress(Arc<Mutex<(Instant, bool)>>);
 
@@ -211,7 +211,7 @@ impl Progress {
         at + if ended { RESPONSE_TIMEOUT } else { BODY_IDLE_MAX }
     }
 
-    /// Waits as long as the body moves, and then for the reply.
+    /// Waits while the body makes progress, and then for the response.
     async fn awaiting<T>(&self, reply: impl Future<Output = T>) -> Result<T, UpstreamFailure> {
         let mut reply = pin!(reply);
         loop {
@@ -226,7 +226,7 @@ impl Progress {
     }
 }
 
-/// A body that tells when it moves.
+/// Body that records its progress.
 pub(super) struct ProgressBody {
     body: ForwardBody,
     progress: Progress,
@@ -267,8 +267,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_location_leads_on_through_us() {
-        let asked = Uri::from_static("http://10.0.0.9:5000/sub/v2/team/demo/blobs/uploads/");
+    fn forwarded_location_is_rewritten() {
+        let request_url = Uri::from_static("http://10.0.0.9:5000/sub/v2/team/demo/blobs/uploads/");
         let origin: Origin = "http://10.0.0.9:5000/sub".parse().unwrap();
         for (sent, expected) in [
             (
@@ -286,23 +286,20 @@ mod tests {
             ),
         ] {
             let mut headers = HeaderMap::from_iter([(LOCATION, sent.parse().unwrap())]);
-            rewrite_location(&mut headers, &origin, &asked, "https://reg.example");
+            rewrite_location(&mut headers, &origin, &request_url, "https://reg.example");
             assert_eq!(headers[LOCATION], expected, "{sent}");
         }
         let plain: Origin = "https://reg.example".parse().unwrap();
-        let asked = Uri::from_static("https://reg.example/v2/team/demo/blobs/uploads/");
+        let request_url = Uri::from_static("https://reg.example/v2/team/demo/blobs/uploads/");
         for sent in ["/v2/a?b", "https://reg.example/v2/a?b"] {
             let mut headers = HeaderMap::from_iter([(LOCATION, sent.parse().unwrap())]);
-            rewrite_location(&mut headers, &plain, &asked, "https://reg.example");
-            assert_eq!(
-                headers[LOCATION], sent,
-                "what is right stays as it was, byte for byte"
-            );
+            rewrite_location(&mut headers, &plain, &request_url, "https://reg.example");
+            assert_eq!(headers[LOCATION], sent, "a correct Location stays unchanged");
         }
     }
 
     #[test]
-    fn what_is_between_neighbours_stays_there() {
+    fn hop_by_hop_headers_are_removed() {
         let mut headers: HeaderMap = [
             ("connection", "keep-alive, X-Secret"),
             ("x-secret", "1"),
@@ -322,7 +319,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_body_that_rests_is_given_up_and_a_registry_may_think() {
+    async fn stalled_body_times_out_and_slow_response_does_not() {
         let progress = Progress::default();
         let started = Instant::now();
         let waited = progress.awaiting(std::future::pending::<()>()).await;

@@ -1,24 +1,24 @@
-//! Failure detection and circuit breaking for one upstream: a pure state machine, told the time.
+//! Failure detection and circuit breakers for one upstream: a state machine without tasks, timers or I/O.
 //!
-//! A failure is attributed to a [`FailureScope`]: all connections, one kind of request, or one kind of request in one repository.
-//! A scope is closed, suspected, open or half-open. While it is suspected or half-open, an asker with a cached copy waits
-//! for [`SHORT_WAIT`], and its request still goes out. While it is open, such an asker waits for nothing, and a probe sends
-//! what had no response. A request without a cached copy is always sent, and its response counts as a probe's would.
+//! A failure is attributed to a [`FailureScope`]: all connections, one kind of request, or one kind of request in one
+//! repository. A scope is closed, suspected, open or half-open. While it is suspected or half-open, a caller with a
+//! cached copy waits for [`SHORT_WAIT`], and its request is still sent. While it is open, such a caller sends
+//! nothing, and a probe repeats the request that failed. A request without a cached copy is always sent, and its
+//! response counts like a probe's.
 //!
 //! | event | its repository | its kind of request | all connections |
 //! | --- | --- | --- | --- |
 //! | response | closes | closes | closes |
 //! | 401, 403 | open → half-open | open → half-open | closes |
 //! | a probe without any of these | open → half-open | open → half-open | open → half-open |
-//! | 5xx | opens for what failed, at the third | closes | closes |
-//! | no response in time | suspected, opens at the third | the same, unless another response came meanwhile; opens over several repositories | nothing |
-//! | no connection | nothing | nothing | suspected, opens at the third |
+//! | 5xx | third failure opens it for that request | closes | closes |
+//! | timeout or closed connection | suspected, third failure opens it | the same, unless another response arrived meanwhile; opens only if several repositories fail | unchanged |
+//! | no connection | unchanged | unchanged | suspected, third failure opens it |
 //!
-//! A 5xx or a connection that breaks may be the upstream's way with a credential, so what opens by those alone is open for
-//! the principals who met them, and for all others closed.
+//! An upstream may answer only some credentials with a 5xx or a closed connection. A scope that opens by these
+//! failures alone is open only for the principals that met them.
 //!
-//! A 401 comes from in front of what a registry looks up, so it shows no more than that something is alive. No task, no
-//! timer, no I/O.
+//! A registry may send a 401 before it looks anything up, so a 401 only shows that something responds.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -36,57 +36,59 @@ mod scope;
 use breaker::{Bounded, Breaker, FailureMode, Granularity};
 pub use scope::{FailureScope, RequestKind};
 
-/// How long an asker with a cached copy waits for an upstream that is suspected or slow.
+/// How long a caller with a cached copy waits for a suspected or slow upstream.
 pub(super) const SHORT_WAIT: Duration = Duration::from_millis(50);
-/// Repositories of which a failure or a slow response is known, per upstream. Clients choose their names.
+/// Repositories per upstream with a recorded failure or slow response. Clients choose the names, so the number is
+/// bounded.
 const REPOSITORIES_MAX: usize = 512;
-/// Repositories of one upstream that are probed, those first that clients asked for last.
+/// Repositories of one upstream that are probed at a time, the most recently requested first.
 const PROBED_MAX: usize = 8;
-/// A repository that no client asked for so long is probed no more, and a slow response is so long a sign of the next.
+/// A repository that no client requested for this long is no longer probed. A slow response predicts the next one for
+/// as long.
 const FORGET_AFTER: Duration = Duration::from_secs(600);
-/// A response that takes longer is worth a look whether it is the upstream that is slow, or one repository of it …
+/// A response slower than this triggers a check whether the upstream or only one repository is slow …
 const SLOW_MIN: Duration = Duration::from_millis(250);
-/// … so often at most.
+/// … at most once per interval.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How long an asker with a cached copy waits for the upstream's response.
+/// How long a caller with a cached copy waits for a response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WaitLimit {
-    /// The whole budget.
+    /// Its full timeout.
     Full,
-    /// `SHORT_WAIT` at most.
+    /// At most `SHORT_WAIT`.
     Short,
-    /// Not at all: nothing is sent for it.
+    /// Not at all: no request is sent.
     None,
 }
 
-/// What became of a request.
+/// Outcome of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RequestOutcome {
-    /// A response that the registry had to look something up for.
+    /// A response for which the registry had to look something up.
     Response,
     /// 401 or 403.
     Denied,
-    /// 5xx or 408, or a redirect to what cannot be reached.
+    /// 5xx or 408, or a redirect to an unreachable host.
     ServerError(UpstreamFailure),
-    /// Nothing came within the time limit, or the connection broke.
+    /// A timeout, or the connection was closed.
     NoResponse(UpstreamFailure),
-    /// No connection came about.
+    /// No connection could be established.
     NoConnection(UpstreamFailure),
-    /// Nothing was sent, or what came says nothing of the registry.
+    /// No request was sent, or the response says nothing about the registry.
     Unknown,
 }
 
 impl RequestOutcome {
-    /// What the response of all URLs together comes down to; `is_unavailable`: no URL gave a usable one.
-    pub(super) fn of(answer: &UpstreamResponse, is_unavailable: bool) -> Self {
-        let cause = match answer.kind {
+    /// The outcome of the requests to all URLs together. `is_unavailable`: no URL gave a usable response.
+    pub(super) fn of(response: &UpstreamResponse, is_unavailable: bool) -> Self {
+        let cause = match response.kind {
             ResponseKind::Unavailable(cause) => cause,
             ResponseKind::Denied => return Self::Denied,
             _ => return Self::Response,
         };
         match cause {
-            // Those bring the registry's own words, whatever they are worth to the asker.
+            // The registry responded, even if the response is not usable.
             UpstreamFailure::RateLimited
             | UpstreamFailure::Malformed
             | UpstreamFailure::TooLarge
@@ -94,9 +96,9 @@ impl RequestOutcome {
             | UpstreamFailure::DigestMismatch
             | UpstreamFailure::Unverifiable => Self::Response,
             _ if !is_unavailable => Self::Unknown,
-            // The redirect is a response, and storage behind one repository says nothing of the others.
+            // The redirect was a response. Storage behind one repository says nothing about others.
             UpstreamFailure::ConnectionRefused | UpstreamFailure::Unreachable | UpstreamFailure::Dns | UpstreamFailure::Tls(_) | UpstreamFailure::ConnectTimeout
-                if answer.is_redirect_target =>
+                if response.is_redirect_target =>
             {
                 Self::ServerError(cause)
             }
@@ -105,16 +107,16 @@ impl RequestOutcome {
             | UpstreamFailure::Dns
             | UpstreamFailure::Tls(_)
             | UpstreamFailure::ConnectTimeout
-            // The proxy on the way to every upstream wants a credential.
+            // The outbound proxy requires a credential.
             | UpstreamFailure::Status(407) => Self::NoConnection(cause),
             UpstreamFailure::Timeout | UpstreamFailure::ConnectionReset => Self::NoResponse(cause),
             UpstreamFailure::Status(status) if status >= 500 || status == 408 => Self::ServerError(cause),
-            // A refusal by storage behind the registry is about one object.
+            // Storage behind the registry rejected one object.
             UpstreamFailure::Status(_)
-            // Attributed where the token is fetched.
+            // Recorded where the token is fetched.
             | UpstreamFailure::TokenService
             | UpstreamFailure::PlaintextRealm
-            // A page that strangers are sent to must not keep those with a right from a fresh response.
+            // An HTML page sent to clients without access must not keep clients with access from a fresh response.
             | UpstreamFailure::NotRegistry
             | UpstreamFailure::RevalidateTimeout
             | UpstreamFailure::BreakerOpen
@@ -127,7 +129,7 @@ impl RequestOutcome {
     }
 }
 
-/// What an operator is told: a circuit breaker that opened or closed.
+/// A circuit breaker that opened or closed, for the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct BreakerChange {
     pub(super) scope: FailureScope,
@@ -145,21 +147,21 @@ pub(super) struct FailingScope {
     pub(super) is_half_open: bool,
 }
 
-/// A request that was sent and has no final response.
+/// A sent request without a final response.
 #[derive(Debug)]
 struct PendingRequest {
     kind: RequestKind,
     endpoint: Endpoint,
     principal: [u8; 32],
-    /// `None` while nothing is sent for it (a credential helper runs).
+    /// `None` while nothing is in flight (a credential helper runs).
     waiting_on: Option<WaitingOn>,
-    /// Since when it waits for that.
+    /// When it started waiting for that peer.
     since: Instant,
-    /// When an asker's wait for it last ended without a response.
+    /// When a caller's wait for it last timed out.
     counted_at: Option<Instant>,
 }
 
-/// Whose response is waited for.
+/// The peer whose response is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum WaitingOn {
     Registry,
@@ -167,7 +169,7 @@ enum WaitingOn {
 }
 
 impl PendingRequest {
-    /// Whose response is missing: the token service has a kind of its own.
+    /// The kind of request that is missing a response: token requests have their own.
     fn waiting_kind(&self) -> Option<RequestKind> {
         self.waiting_on.map(|peer| match peer {
             WaitingOn::Registry => self.kind,
@@ -176,21 +178,22 @@ impl PendingRequest {
     }
 }
 
-/// What is known of one kind of request, whatever the repository.
+/// State of one kind of request, over all repositories.
 #[derive(Debug, Default)]
 struct KindHealth {
     breaker: Option<Breaker>,
     responded_at: Option<Instant>,
-    /// How long the last response took, and when it came. A slow one that a quick one overtook does not count.
+    /// Duration of the last response, and when it arrived. A slow response does not count if a faster one overtook
+    /// it.
     took: Option<(Duration, Instant)>,
-    /// What had a quick response last: worth a probe when another repository has none, or a slow one.
+    /// The last operation with a fast response: probed if another repository is slow or does not respond.
     witness: Option<Endpoint>,
-    /// A probe because of a slow response.
+    /// The operation to probe because of a slow response.
     check: Option<Endpoint>,
     checked_at: Option<Instant>,
 }
 
-/// What is known of one kind of request in one repository.
+/// State of one kind of request in one repository.
 #[derive(Debug, Default)]
 struct RepositoryHealth {
     breaker: Option<Breaker>,
@@ -203,7 +206,7 @@ impl RepositoryHealth {
     }
 }
 
-/// The state machine.
+/// The failure detector of one upstream.
 #[derive(Debug)]
 pub(super) struct FailureDetector {
     connection: Option<Breaker>,
@@ -225,7 +228,7 @@ impl Default for FailureDetector {
     }
 }
 
-/// A request that was sent, as its outcome is attributed.
+/// A sent request, for attributing its outcome.
 #[derive(Clone, Copy)]
 struct SentRequest<'a> {
     kind: RequestKind,
@@ -233,17 +236,17 @@ struct SentRequest<'a> {
     principal: [u8; 32],
 }
 
-/// What an asker with a cached copy is about to send.
+/// A request that a caller with a cached copy is about to send.
 pub(super) struct WaitQuery<'a> {
     pub(super) kind: RequestKind,
     pub(super) endpoint: &'a Endpoint,
     pub(super) principal: [u8; 32],
-    /// Whether a token must be fetched first, should the registry want one.
+    /// Whether a token must be fetched first if the registry requires one.
     pub(super) needs_token: bool,
 }
 
 impl FailureDetector {
-    /// A request is sent.
+    /// Records that a request is sent.
     pub(super) fn sent(
         &mut self,
         kind: RequestKind,
@@ -265,7 +268,7 @@ impl FailureDetector {
         id
     }
 
-    /// The request waits for something of ours, or goes out after it.
+    /// Pauses or resumes a request while the cache itself is busy, e.g. with a credential helper.
     pub(super) fn set_paused(&mut self, id: u64, is_paused: bool, now: Instant) {
         if let Some(pending) = self.pending.get_mut(&id) {
             pending.waiting_on = (!is_paused).then_some(WaitingOn::Registry);
@@ -273,7 +276,7 @@ impl FailureDetector {
         }
     }
 
-    /// The request waits for a token.
+    /// The request now waits for the token service.
     pub(super) fn waiting_for_token(&mut self, id: u64, now: Instant) {
         if let Some(pending) = self.pending.get_mut(&id) {
             pending.waiting_on = Some(WaitingOn::TokenService);
@@ -281,7 +284,7 @@ impl FailureDetector {
         }
     }
 
-    /// The token service responded or not, and the request goes on.
+    /// Records the outcome of the token request; the request continues.
     pub(super) fn token_finished(
         &mut self,
         id: u64,
@@ -302,7 +305,7 @@ impl FailureDetector {
         self.record(sent, ended, (since, now))
     }
 
-    /// What became of the request.
+    /// Records the outcome of a request.
     pub(super) fn finish(&mut self, id: u64, ended: RequestOutcome, now: Instant) -> Vec<BreakerChange> {
         match self.pending.remove(&id) {
             Some(PendingRequest {
@@ -323,13 +326,13 @@ impl FailureDetector {
         }
     }
 
-    /// The request was given up; nothing is known of its response.
+    /// The request was cancelled without an outcome.
     pub(super) fn cancel(&mut self, id: u64) {
         self.pending.remove(&id);
     }
 
-    /// An asker waited so long for a request of this principal's, and no response came. One that waits for a place and
-    /// was not sent is no sign of the upstream.
+    /// Records that a caller waited `waited` for this principal's request without a response. A request that is still
+    /// queued says nothing about the upstream.
     pub(super) fn record_timeout(
         &mut self,
         principal: [u8; 32],
@@ -341,7 +344,7 @@ impl FailureDetector {
         for pending in self.pending.values_mut() {
             let is_same = pending.principal == principal && pending.endpoint == *endpoint;
             let is_old = now.saturating_duration_since(pending.since) >= waited / 2;
-            // Many askers may wait for one request, and it is one failure.
+            // Several callers may wait for one request; it counts as one failure.
             let is_counted = pending
                 .counted_at
                 .is_some_and(|at| at >= pending.since && now.saturating_duration_since(at) < SHORT_WAIT / 2);
@@ -423,7 +426,7 @@ impl FailureDetector {
         changes
     }
 
-    /// Some response: neither the connections nor this kind of request as a whole are at fault.
+    /// Any response closes the scope of all connections and that of its kind of request.
     fn record_response(
         &mut self,
         kind: RequestKind,
@@ -434,7 +437,7 @@ impl FailureDetector {
         let took = now.saturating_duration_since(since);
         close(&mut self.connection, FailureScope::Connection, changes);
         let by_kind = self.kind_health_mut(kind);
-        close(&mut by_kind.breaker, FailureScope::RequestKind(kind), changes);
+        close(&mut by_kind.breaker, FailureScope::Kind(kind), changes);
         by_kind.responded_at = Some(now);
         let is_outpaced = by_kind.took.is_some_and(|(quick, at)| at > since && quick < took);
         if !is_outpaced {
@@ -483,14 +486,14 @@ impl FailureDetector {
         };
         let breaker = by_kind.breaker.get_or_insert_with(as_new);
         if breaker.fail(cause, (endpoint, principal(sent, cause)), now) {
-            changes.push(opened(FailureScope::RequestKind(kind), cause));
+            changes.push(opened(FailureScope::Kind(kind), cause));
         }
         if let Some(witness) = witness {
             breaker.set_next_probe(witness);
         }
     }
 
-    /// A failure in one repository.
+    /// Records a failure in one repository.
     fn record_failure(
         &mut self,
         sent: SentRequest<'_>,
@@ -522,7 +525,7 @@ impl FailureDetector {
         });
     }
 
-    /// How long an asker with a cached copy waits.
+    /// How long a caller with a cached copy waits.
     pub(super) fn wait(&mut self, query: &WaitQuery<'_>, timeout: Duration, now: Instant) -> WaitLimit {
         let endpoint = query.endpoint;
         let mut wait = wait_for(&mut self.connection, query, now);
@@ -548,7 +551,7 @@ impl FailureDetector {
         wait
     }
 
-    /// The failure of the upstream as a whole that is open, the widest first.
+    /// The widest open breaker, not counting repositories.
     pub(super) fn open_breaker(&self) -> Option<FailingScope> {
         self.failing().find(|failing| {
             failing.open_since.is_some()
@@ -557,7 +560,7 @@ impl FailureDetector {
         })
     }
 
-    /// Every scope that is not closed, the widest first.
+    /// All scopes that are not closed, the widest first.
     pub(super) fn failing(&self) -> impl Iterator<Item = FailingScope> + '_ {
         let connection = self
             .connection
@@ -565,7 +568,7 @@ impl FailureDetector {
             .map(|breaker| (FailureScope::Connection, breaker));
         let by_kind = RequestKind::ALL.iter().filter_map(|kind| {
             let breaker = self.kind_health(*kind).breaker.as_ref()?;
-            Some((FailureScope::RequestKind(*kind), breaker))
+            Some((FailureScope::Kind(*kind), breaker))
         });
         let by_repository = self.repositories.iter().filter_map(|((kind, name), entry)| {
             Some((
@@ -584,7 +587,7 @@ impl FailureDetector {
             })
     }
 
-    /// The probe that is due next, and when. Forgets repositories that no client asks for.
+    /// The next probe and when it is due. Drops repositories that no client requests any more.
     pub(super) fn next_probe(&mut self, now: Instant) -> Option<(Instant, FailureScope)> {
         let is_forgotten = |entry: &RepositoryHealth| {
             let is_quiet =
@@ -599,7 +602,7 @@ impl FailureDetector {
             let by_kind = self.kind_health(*kind);
             let check = by_kind.check.as_ref().map(|_| now);
             let due = check.or_else(|| by_kind.breaker.as_ref().map(Breaker::due))?;
-            Some((due, FailureScope::RequestKind(*kind)))
+            Some((due, FailureScope::Kind(*kind)))
         });
         let mut by_repository: Vec<_> = self
             .repositories
@@ -616,9 +619,9 @@ impl FailureDetector {
         by_kind.chain(by_repository).min_by_key(|(due, _)| *due)
     }
 
-    /// A probe of this scope is sent: for what.
+    /// Marks a probe of this scope as sent and returns the operation to send.
     pub(super) fn take_probe(&mut self, scope: &FailureScope, now: Instant) -> Option<Endpoint> {
-        if let FailureScope::RequestKind(kind) = scope {
+        if let FailureScope::Kind(kind) = scope {
             let by_kind = self.kind_health_mut(*kind);
             if let Some(check) = by_kind.check.take() {
                 by_kind.checked_at = Some(now);
@@ -628,9 +631,9 @@ impl FailureDetector {
         Some(self.breaker_mut(scope)?.take_probe(now))
     }
 
-    /// A probe of this scope that began then has ended. If it brought neither a response nor a failure, the next request
-    /// decides: what the probe was told, as a stranger or within a pause, may concern nobody else. So it is with all
-    /// within the scope, which is not probed meanwhile.
+    /// A probe of this scope that started at `began` has ended. If it caused neither a response nor a failure, the
+    /// scope becomes half-open and the next request decides: the probe's response may concern only callers without a
+    /// credential, or a rate-limit pause. The same applies to all scopes within, which are not probed meanwhile.
     pub(super) fn probe_ended(&mut self, scope: &FailureScope, began: Instant) {
         let has_failed = |breaker: &Breaker| breaker.failed_at() >= began;
         let is_open_still = self
@@ -644,8 +647,8 @@ impl FailureDetector {
             .iter_mut()
             .map(|breaker| (FailureScope::Connection, breaker));
         let by_kind = self.kinds.iter_mut().zip(RequestKind::ALL);
-        let by_kind = by_kind
-            .filter_map(|(by_kind, kind)| Some((FailureScope::RequestKind(kind), by_kind.breaker.as_mut()?)));
+        let by_kind =
+            by_kind.filter_map(|(by_kind, kind)| Some((FailureScope::Kind(kind), by_kind.breaker.as_mut()?)));
         let by_repository = self.repositories.iter_mut().filter_map(|((kind, name), entry)| {
             Some((
                 FailureScope::Repository(*kind, name.clone()),
@@ -662,7 +665,7 @@ impl FailureDetector {
     fn breaker_mut(&mut self, scope: &FailureScope) -> Option<&mut Breaker> {
         match scope {
             FailureScope::Connection => self.connection.as_mut(),
-            FailureScope::RequestKind(kind) => self.kind_health_mut(*kind).breaker.as_mut(),
+            FailureScope::Kind(kind) => self.kind_health_mut(*kind).breaker.as_mut(),
             FailureScope::Repository(kind, name) => {
                 let entry = self.repositories.get_mut(&(*kind, name.clone()));
                 entry.and_then(|entry| entry.breaker.as_mut())
@@ -670,12 +673,12 @@ impl FailureDetector {
         }
     }
 
-    /// A probe without a kind of request found the upstream, or its token service, alive.
+    /// A probe of the connection or the token service succeeded: closes the scope.
     pub(super) fn recovered(&mut self, scope: &FailureScope) -> Vec<BreakerChange> {
         let mut changes = Vec::new();
         match scope {
             FailureScope::Connection => close(&mut self.connection, FailureScope::Connection, &mut changes),
-            FailureScope::RequestKind(kind) => {
+            FailureScope::Kind(kind) => {
                 let by_kind = self.kind_health_mut(*kind);
                 close(&mut by_kind.breaker, scope.clone(), &mut changes);
             }
@@ -697,7 +700,7 @@ impl FailureDetector {
         kind.of_mut(&mut self.kinds)
     }
 
-    /// Changes what is known of a repository, and keeps it only if there is something to know.
+    /// Updates the state of a repository, and drops it if it is empty.
     fn update_repository(
         &mut self,
         kind: RequestKind,
@@ -749,18 +752,18 @@ fn wait_for(breaker: &mut Option<Breaker>, query: &WaitQuery<'_>, now: Instant) 
     })
 }
 
-/// Whose request it was, where the failure may be the upstream's way with that: it hung up.
+/// The principal, if the upstream may have closed the connection because of its credential.
 fn principal(sent: SentRequest<'_>, cause: UpstreamFailure) -> Option<[u8; 32]> {
     (cause == UpstreamFailure::ConnectionReset).then_some(sent.principal)
 }
 
-/// Whether a late response of this kind still serves the next asker as well. Of a manifest that is fetched because the tag
-/// moved, the asker is given an older one instead; a token is good for many requests.
+/// Whether a late response is of use to later callers. A manifest fetched after a tag moved is not, because its
+/// caller gets the previous one; a token is reused.
 fn is_late_response_useful(kind: RequestKind) -> bool {
     !matches!(kind, RequestKind::Get | RequestKind::Token)
 }
 
-/// Whether so slow a response is a sign that the next one uses up most of the budget.
+/// Whether the last response was slow enough to predict that the next one will exceed half of the timeout.
 fn is_slow(took: Option<(Duration, Instant)>, timeout: Duration, now: Instant) -> bool {
     took.is_some_and(|(took, at)| {
         took > timeout / 2 && took > SHORT_WAIT && now.saturating_duration_since(at) < FORGET_AFTER

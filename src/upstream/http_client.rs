@@ -1,8 +1,8 @@
-//! One HTTP request outwards: pooled connections, redirects, time limits. The only file of this layer that names the
+//! HTTP client for upstreams: connection pools, redirects and timeouts. The only file of this layer that uses the
 //! hyper client.
 //!
-//! It knows no registry: tokens, digests and who may what are the business of its callers. It never decodes a body,
-//! and never sends what a client of ours sent except the headers it is given.
+//! The client knows nothing about registries: its callers handle tokens, digests and access. It never decodes a body,
+//! and sends no header of a client's request unless the caller sets it.
 
 use std::error::Error;
 use std::io;
@@ -30,52 +30,52 @@ use super::tls::{self, io_cause};
 use crate::oci::failure::{RedirectFailure, TlsFailure, UpstreamFailure};
 use crate::trace_context::{TRACEPARENT, TRACESTATE};
 
-/// Hops followed after the first request.
+/// Maximum number of redirects followed.
 const REDIRECTS_MAX: usize = 10;
-/// Names and values of one answer's headers together.
+/// Maximum size of a response's header names and values.
 const HEADER_BYTES_MAX: usize = 64 * 1024;
-/// Read buffer of an HTTP/1 connection. Larger than the headers may be, for the sake of bodies.
+/// Read buffer of an HTTP/1 connection. Larger than the header limit for the throughput of bodies.
 const READ_BYTES_MAX: usize = 256 * 1024;
-/// How long a connection waits for its next request.
+/// How long an idle connection stays in the pool.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Connections kept waiting per host.
+/// Maximum number of idle connections per host.
 pub(super) const POOL_IDLE_MAX: usize = 32;
 /// h2 flow control windows: one stream fills a 1 Gbit/s line at 30 ms.
 const STREAM_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
-/// An h2 connection with requests on it is asked for a sign of life so often …
+/// Interval of h2 keep-alive pings on a connection with open streams.
 const PING_INTERVAL: Duration = Duration::from_secs(15);
-/// … and given up after so long without one.
+/// Time after which an h2 connection without a ping response is closed.
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The HTTP client of one upstream.
+/// HTTP client of one upstream.
 pub(super) struct HttpClient {
     pooled: Client<UpstreamConnector, Full<Bytes>>,
-    /// Opens a connection for each request: for the second attempt after a pooled connection turned out dead.
+    /// Opens a new connection for each request. Used for the retry after a pooled connection turned out to be closed.
     unpooled: Client<UpstreamConnector, Full<Bytes>>,
     connector: UpstreamConnector,
 }
 
-/// A request as callers describe it.
+/// A request to send.
 pub(super) struct HttpRequest {
     pub(super) method: Method,
     pub(super) uri: Uri,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
     pub(super) follow: Follow,
-    /// The `Authorization` for one other origin, should a redirect lead there.
+    /// The `Authorization` header for one other origin, in case of a redirect to it.
     pub(super) other_origin: Option<(Uri, HeaderValue)>,
-    /// From the call to the last answer's headers, redirects included.
+    /// From the call to the last response's headers, redirects included.
     pub(super) timeout: Duration,
 }
 
-/// No usable answer: the cause for everyone, and the reason in words for the operator.
+/// Failure to get a response: the cause, and a description for the operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct HttpFailure {
     pub(super) cause: UpstreamFailure,
-    /// With the host that failed, and what its certificate or its redirect says.
+    /// The host that failed, and details of its certificate or redirect.
     pub(super) detail: Option<Arc<str>>,
-    /// It is another host, to which a response of the upstream's redirected the request.
+    /// Another host failed, to which the upstream redirected the request.
     pub(super) is_redirect_target: bool,
 }
 
@@ -90,7 +90,7 @@ impl From<UpstreamFailure> for HttpFailure {
 }
 
 impl HttpFailure {
-    /// What an error of the client's says about a request to `uri` over `connector`, made at `since`.
+    /// Describes an error of hyper for a request to `uri` over `connector`, sent at `since`.
     pub(super) fn of(
         error: &(dyn Error + 'static),
         uri: &Uri,
@@ -98,13 +98,13 @@ impl HttpFailure {
     ) -> HttpFailure {
         let authority = uri.authority().map_or("", |authority| authority.as_str());
         let (mut cause, mut reason) = (cause_of(error), reason_of(error));
-        // The HTTP client hands on the text of an error at best, and often only that the connection is gone.
+        // hyper keeps at most the text of a TLS error, and often reports only a closed connection.
         if matches!(
             cause,
             UpstreamFailure::ConnectionReset | UpstreamFailure::Tls(TlsFailure::Other)
-        ) && let Some((fault, detail)) = connector.close_reason(uri, since)
+        ) && let Some((failure, detail)) = connector.close_reason(uri, since)
         {
-            (cause, reason) = (UpstreamFailure::Tls(fault), Some(detail));
+            (cause, reason) = (UpstreamFailure::Tls(failure), Some(detail));
         }
         let detail = match reason {
             Some(reason) => format!("{authority}: {reason}"),
@@ -117,24 +117,24 @@ impl HttpFailure {
     }
 }
 
-/// Where redirects may lead.
+/// Which redirects to follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Follow {
-    /// To any origin, without the `Authorization` and the trace once the first one is left.
+    /// To any origin. `Authorization` and the trace headers are dropped when the first origin is left.
     Anywhere,
-    /// Nowhere else: a token service has no business sending us on.
+    /// Only within the origin: a token service has no reason to redirect elsewhere.
     SameOrigin,
 }
 
-/// The answer to a request.
+/// Response to a request.
 pub(super) struct HttpResponse {
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
     pub(super) body: Incoming,
-    /// Another origin answered, after a redirect, and was not shown an `Authorization` of its own: its 401 or 403 is not
-    /// the registry's word.
+    /// Another origin sent the response after a redirect, without having received its own `Authorization`. Its 401 or
+    /// 403 is not the registry's.
     pub(super) from_other_origin: bool,
-    /// The URL that answered, if it is of another origin than the one asked.
+    /// The URL that sent the response, if its origin is not that of the request.
     pub(super) final_url: Option<Uri>,
 }
 
@@ -147,12 +147,12 @@ impl HttpClient {
         }
     }
 
-    /// The way out that its connections take.
+    /// The connector of this client.
     pub(super) fn connector(&self) -> &UpstreamConnector {
         &self.connector
     }
 
-    /// Sends a request and follows redirects until something else is answered.
+    /// Sends a request and follows its redirects.
     pub(super) async fn send(&self, request: HttpRequest) -> Result<HttpResponse, HttpFailure> {
         let within = request.timeout;
         timeout(within, self.follow(request))
@@ -188,15 +188,15 @@ impl HttpClient {
             };
             if !same_origin(&request.uri, &target) {
                 if request.follow == Follow::SameOrigin {
-                    return Err(redirects_elsewhere(&target));
+                    return Err(unfollowed_redirect(&target));
                 }
                 from_other_origin = true;
                 at = Some(target.clone());
                 for name in [AUTHORIZATION, TRACEPARENT, TRACESTATE] {
                     request.headers.remove(name);
                 }
-                let elsewhere = request.other_origin.as_ref();
-                if let Some((_, authorization)) = elsewhere.filter(|(other, _)| same_origin(other, &target)) {
+                let other = request.other_origin.as_ref();
+                if let Some((_, authorization)) = other.filter(|(other, _)| same_origin(other, &target)) {
                     from_other_origin = false;
                     request.headers.insert(AUTHORIZATION, authorization.clone());
                 }
@@ -206,7 +206,7 @@ impl HttpClient {
         Err(UpstreamFailure::Redirects(RedirectFailure::TooMany).into())
     }
 
-    /// Where an answer sends us, if it does.
+    /// The target of a redirect. `None` if the response is not one.
     fn redirect(
         &self,
         request: &HttpRequest,
@@ -221,7 +221,7 @@ impl HttpClient {
             .and_then(|location| resolve(&request.uri, location.as_bytes()))
             .ok_or(UpstreamFailure::Redirects(RedirectFailure::Malformed))?;
         if request.method == Method::POST {
-            return Err(redirects_elsewhere(&target));
+            return Err(unfollowed_redirect(&target));
         }
         let downgrade = request.uri.scheme_str() == Some("https") && target.scheme_str() != Some("https");
         if downgrade && !self.connector.allows_plain(&target) {
@@ -229,7 +229,7 @@ impl HttpClient {
             return Err(HttpFailure {
                 detail: Some(
                     format!(
-                        "{}: it redirects to {entry}, which is not encrypted; if that is right, allow it by redirects = \
+                        "{}: it redirects to {entry}, which is not encrypted; if this is correct, allow it with redirects = \
                          [\"{entry}\"]",
                         request.uri.authority().map_or("", |authority| authority.as_str())
                     )
@@ -241,8 +241,8 @@ impl HttpClient {
         Ok(Some(target))
     }
 
-    /// One hop. A connection that breaks before any answer is tried once more on a fresh one, if asking twice is
-    /// harmless.
+    /// Sends one request without following redirects. If the connection closes before a response, an idempotent
+    /// request is sent again on a new connection.
     async fn send_once(&self, request: &HttpRequest) -> Result<http::Response<Incoming>, HttpFailure> {
         let start = Instant::now();
         let mut result = self.pooled.request(self.outgoing(request)?).await;
@@ -253,7 +253,7 @@ impl HttpClient {
         {
             result = self.unpooled.request(self.outgoing(request)?).await;
         }
-        // The query of a redirect may be a signature, and that of a token request names its holder: neither is logged.
+        // The query is not logged: it may contain a redirect's signature or a token request's account.
         tracing::debug!(
             method = %request.method,
             origin = request.uri.authority().map(http::uri::Authority::as_str),
@@ -261,7 +261,7 @@ impl HttpClient {
             status = result.as_ref().ok().map(|response| response.status().as_u16()),
             error = result.as_ref().err().map(|error| error as &(dyn Error + 'static)),
             ms = start.elapsed().as_millis(),
-            "asked"
+            "sent upstream request"
         );
         result.map_err(|error| HttpFailure::of(&error, &request.uri, (&self.connector, start)))
     }
@@ -280,7 +280,7 @@ impl HttpClient {
     }
 }
 
-/// A client over `connector` that keeps at most `idle_max` unused connections for each host.
+/// A hyper client over `connector` with at most `idle_max` idle connections per host.
 pub(super) fn client<B>(connector: UpstreamConnector, idle_max: usize) -> Client<UpstreamConnector, B>
 where
     B: http_body::Body + Send,
@@ -300,7 +300,8 @@ where
         .build(connector)
 }
 
-/// What no answer may have: a coding we did not ask for (stored bytes would not be the registry's), too much header.
+/// Rejects a content coding that was not requested, because stored bytes would not match the digest, and oversized
+/// headers.
 fn check(headers: &HeaderMap) -> Result<(), UpstreamFailure> {
     let bytes: usize = headers
         .iter()
@@ -318,15 +319,15 @@ fn check(headers: &HeaderMap) -> Result<(), UpstreamFailure> {
     }
 }
 
-fn redirects_elsewhere(target: &Uri) -> HttpFailure {
+fn unfollowed_redirect(target: &Uri) -> HttpFailure {
     let authority = target.authority().map_or("", |authority| authority.as_str());
     HttpFailure {
-        detail: Some(format!("it redirects to {authority}, where this is not asked").into()),
+        detail: Some(format!("it redirects to {authority}, which is not followed for this request").into()),
         ..HttpFailure::from(UpstreamFailure::Redirects(RedirectFailure::OtherHost))
     }
 }
 
-/// The reason behind an error of hyper's, however deep it lies.
+/// The cause behind an error of hyper, from its chain of sources.
 pub(super) fn cause_of(error: &(dyn Error + 'static)) -> UpstreamFailure {
     let mut next = Some(error);
     let mut cause = UpstreamFailure::ConnectionReset;
@@ -350,10 +351,10 @@ pub(super) fn cause_of(error: &(dyn Error + 'static)) -> UpstreamFailure {
     cause
 }
 
-/// The reason in words behind an error of hyper's, as far as one is known.
+/// The description behind an error of hyper, if its chain of sources has one.
 fn reason_of(error: &(dyn Error + 'static)) -> Option<String> {
     let mut next = Some(error);
-    let mut innermost = None;
+    let mut last = None;
     while let Some(one) = next {
         if let Some(dialled) = one.downcast_ref::<DialError>() {
             if let Some(detail) = &dialled.detail {
@@ -362,10 +363,10 @@ fn reason_of(error: &(dyn Error + 'static)) -> Option<String> {
         } else if let Some(io) = one.downcast_ref::<io::Error>() {
             return Some(tls::reason(io).unwrap_or_else(|| io.to_string()));
         }
-        innermost = Some(one);
+        last = Some(one);
         next = one.source();
     }
-    innermost.map(ToString::to_string)
+    last.map(ToString::to_string)
 }
 
 /// `Content-Length`, if it is a number.
@@ -373,11 +374,11 @@ pub(super) fn content_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.trim().parse().ok()
 }
 
-/// A body read chunk by chunk, that ends well only where its `Content-Length` said.
+/// Body read chunk by chunk. Ends successfully only after `Content-Length` bytes.
 pub(super) struct Body {
     incoming: Incoming,
     idle: Duration,
-    /// Bytes still promised, if a length was.
+    /// Remaining bytes, if the length is known.
     left: Option<u64>,
     ended: bool,
 }
@@ -392,7 +393,7 @@ impl Body {
         }
     }
 
-    /// The next bytes; `None` at the proper end. After an error there is nothing more.
+    /// The next bytes; `None` at the end. Nothing follows an error.
     pub(super) async fn chunk(&mut self) -> Option<Result<Bytes, UpstreamFailure>> {
         while !self.ended {
             let frame = match timeout(self.idle, self.incoming.frame()).await {
@@ -404,7 +405,7 @@ impl Body {
                 Ok(None) => break,
                 Ok(Some(Ok(frame))) => frame,
             };
-            // Trailers say nothing we use.
+            // Trailers are not used.
             let Ok(bytes) = frame.into_data() else { continue };
             if bytes.is_empty() {
                 continue;
@@ -426,26 +427,27 @@ impl Body {
         Err(cause)
     }
 
-    /// The whole body, if it is no longer than `bytes_max`.
+    /// The complete body, if it has at most `bytes_max` bytes.
     pub(super) async fn collect(mut self, bytes_max: usize) -> Result<Bytes, UpstreamFailure> {
         if self.left.is_some_and(|left| left > bytes_max as u64) {
             return Err(UpstreamFailure::TooLarge);
         }
-        let mut whole =
+        let mut collected =
             Vec::with_capacity(self.left.and_then(|left| usize::try_from(left).ok()).unwrap_or(0));
         while let Some(chunk) = self.chunk().await {
             let chunk = chunk?;
-            if whole.len() + chunk.len() > bytes_max {
+            if collected.len() + chunk.len() > bytes_max {
                 return Err(UpstreamFailure::TooLarge);
             }
-            whole.extend_from_slice(&chunk);
+            collected.extend_from_slice(&chunk);
         }
-        Ok(Bytes::from(whole))
+        Ok(Bytes::from(collected))
     }
 }
 
 impl HttpResponse {
-    /// The whole body within `within`, if it is no longer than `bytes_max`: for tokens, errors and manifests.
+    /// Reads the complete body within `within`, if it has at most `bytes_max` bytes. For tokens, errors and
+    /// manifests.
     pub(super) async fn collect(self, bytes_max: usize, within: Duration) -> Result<Bytes, UpstreamFailure> {
         let body = Body::new(self.body, content_length(&self.headers), within);
         timeout(within, body.collect(bytes_max))

@@ -1,12 +1,13 @@
-//! How near an address is, so that a registry cannot send us where it could not reach itself.
+//! IP scope of an address, for protection against server-side request forgery (SSRF).
 //!
-//! A redirect or a token realm is a URL chosen by somebody else and followed from inside the operator's network. The
-//! rule: it may lead no nearer than the registry that sent it. A registry on the public internet leads to public
-//! addresses; one in the private network may use private storage; one on this machine (tests, sidecars) anything.
+//! A redirect or a token realm is a URL chosen by another party and requested from inside the operator's network. It
+//! may lead to no scope narrower than that of the registry that sent it. A public registry may lead to public
+//! addresses only, one in a private network also to private addresses, and one on this machine (tests, sidecars) also
+//! to loopback.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// From far to near; the order is the rule.
+/// Ordered from the widest to the narrowest scope; rules compare scopes by this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum IpScope {
     /// Routed on the internet.
@@ -15,12 +16,12 @@ pub enum IpScope {
     Private,
     /// This machine.
     Loopback,
-    /// Link-local, where clouds keep the metadata services that hand out credentials; multicast and broadcast too.
+    /// Link-local, where clouds run the metadata services that issue credentials; also multicast and broadcast.
     LinkLocal,
 }
 
 impl IpScope {
-    /// The zone of an address. IPv4 inside IPv6 (mapped, NAT64) is seen through.
+    /// The scope of an address. IPv4 inside IPv6 (mapped, NAT64) is unwrapped.
     pub fn of(address: IpAddr) -> IpScope {
         match address.to_canonical() {
             IpAddr::V4(v4) => of_v4(v4),
@@ -67,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_address_has_its_zone() {
+    fn every_address_has_its_ip_scope() {
         for (zone, addresses) in [
             (
                 IpScope::Public,

@@ -1,15 +1,16 @@
-//! The target of a `Location` header, seen from the request that it answers. Pure.
+//! `Location` header: resolution against the request URL. No I/O.
 
 use std::fmt::Write as _;
 
 use http::Uri;
 
-/// RFC 3986 §5.2 for what a `Location` may be. `None`: not a URL we would ever follow.
+/// Resolves a `Location` (RFC 3986 §5.2). `None`: not a URL to follow.
 ///
-/// Real storage sends what no URL may hold: spaces and quotes of a file name, `|`, UTF-8. Such bytes are
-/// percent-encoded, as browsers and Go's HTTP client do; all others stay, for a signature may cover them.
+/// Some storage services send characters that a URL may not contain: spaces and quotes of a file name, `|`, UTF-8.
+/// These are percent-encoded, as browsers and Go's HTTP client do. All other characters stay unchanged, because a
+/// signature may cover them.
 pub(super) fn resolve(base: &Uri, location: &[u8]) -> Option<Uri> {
-    // An empty one would lead to where it came from.
+    // An empty `Location` would redirect to the request itself.
     let location = location.trim_ascii().split(|byte| *byte == b'#').next();
     let location = encoded(location.filter(|location| !location.is_empty())?);
     let location = location.as_str();
@@ -37,7 +38,7 @@ pub(super) fn resolve(base: &Uri, location: &[u8]) -> Option<Uri> {
     (web && !authority.host().is_empty() && !authority.as_str().contains('@')).then_some(uri)
 }
 
-/// Percent-encodes what RFC 3986 allows in no part of a URL. A `%` stays, whatever follows it.
+/// Percent-encodes characters that RFC 3986 allows nowhere in a URL. A `%` stays unchanged.
 fn encoded(location: &[u8]) -> String {
     let mut text = String::with_capacity(location.len());
     for byte in location {
@@ -57,29 +58,29 @@ fn is_absolute(text: &str) -> bool {
         .is_some_and(|(scheme, _)| scheme.bytes().all(|byte| byte.is_ascii_alphanumeric()))
 }
 
-/// `https:host` is a URL of which nobody knows the host.
+/// Whether it is an absolute URL without an authority, such as `https:host`.
 fn is_opaque(text: &str) -> bool {
     let scheme = text.split_once(':').map(|(scheme, _)| scheme);
     scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https"))
 }
 
-/// RFC 3986 §5.2.4 on the path, the query left alone.
+/// Removes dot segments from the path (RFC 3986 §5.2.4), not from the query.
 fn without_dots(path_and_query: &str) -> String {
     let (path, query) = match path_and_query.split_once('?') {
         Some((path, query)) => (path, Some(query)),
         None => (path_and_query, None),
     };
-    let mut kept: Vec<&str> = Vec::new();
+    let mut segments: Vec<&str> = Vec::new();
     for segment in path.split('/').skip(1) {
         match segment {
             "." => {}
             ".." => {
-                kept.pop();
+                segments.pop();
             }
-            segment => kept.push(segment),
+            segment => segments.push(segment),
         }
     }
-    let path = kept.join("/");
+    let path = segments.join("/");
     query.map_or_else(|| format!("/{path}"), |query| format!("/{path}?{query}"))
 }
 
@@ -88,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_location_is_resolved_against_the_request() {
+    fn location_is_resolved_against_the_request() {
         let base = Uri::from_static("https://reg.example:5000/v2/a/blobs/b?x=1");
         for (location, target) in [
             ("https://cdn.example/x?y=/z", Some("https://cdn.example/x?y=/z")),
@@ -131,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn locations_that_real_storage_sends_are_followed() {
+    fn invalid_characters_in_location_are_encoded() {
         let base = Uri::from_static("https://reg.example/v2/a/blobs/b");
         let at = "https://s3.example";
         for (location, target) in [
@@ -157,7 +158,7 @@ mod tests {
             let found = found.map(|uri| uri.to_string());
             assert_eq!(found, Some(format!("{at}{target}")), "{location}");
         }
-        // ISO 8859-1, as old object stores write file names.
+        // ISO 8859-1, as old object stores encode file names.
         let found = resolve(&base, b"/gr\xf6\xdfe").map(|uri| uri.to_string());
         assert_eq!(found.as_deref(), Some("https://reg.example/gr%F6%DFe"));
     }

@@ -1,6 +1,6 @@
-//! `NO_PROXY` as Go (golang.org/x/net/http/httpproxy) and curl read it: which hosts are reached without the proxy.
+//! `NO_PROXY` as read by Go (golang.org/x/net/http/httpproxy) and curl: hosts that are reached without the proxy.
 //!
-//! Where the two differ, an entry counts as either reads it: `host:port` and `*.domain` are Go's, the space between
+//! If the two differ, an entry matches if either matches. `host:port` and `*.domain` are Go's syntax; spaces between
 //! entries and `.domain` for the domain itself are curl's.
 
 use std::net::IpAddr;
@@ -22,11 +22,11 @@ enum Entry {
     Network(Network),
     /// `192.0.2.7`, `[fd00::1]:443`
     Address(IpAddr, Option<u16>),
-    /// `example.org`, `.example.org`, `*.example.org:8443`; in lower case, without the dot.
+    /// `example.org`, `.example.org`, `*.example.org:8443`; in lower case, without the leading dot.
     Domain {
         name: String,
         port: Option<u16>,
-        /// `*.example.org`: not the domain itself.
+        /// `*.example.org`: subdomains only.
         below_only: bool,
     },
 }
@@ -59,7 +59,7 @@ impl NoProxy {
     }
 }
 
-/// One entry. `None`: an empty or a malformed one, which counts for nothing.
+/// Parses one entry. `None`: empty or malformed, and ignored.
 fn entry(text: &str) -> Option<Entry> {
     if text == "*" {
         return Some(Entry::Everything);
@@ -94,9 +94,9 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
     use super::*;
 
-    /// `NO_PROXY`, and what is reached without the proxy and with it.
+    /// `NO_PROXY`, destinations reached without the proxy, and destinations reached through it.
     #[test]
-    fn r11_no_proxy_is_read_as_go_and_curl_read_it() {
+    fn r11_no_proxy_matches_like_go_and_curl() {
         #[rustfmt::skip]
         let table: &[(&str, &[&str], &[&str])] = &[
             ("", &[], &["https://example.org/", "http://10.0.0.1/"]),
@@ -119,7 +119,7 @@ mod tests {
             ("[fd00::1]:443", &["https://[fd00::1]/"], &["https://[fd00::1]:5000/"]),
             ("fd00::/8", &["https://[fd12::9]/"], &["https://[2001:db8::1]/"]),
             (" a.example , b.example\tc.example,,", &["https://a.example/", "https://b.example/", "https://c.example/"], &["https://d.example/"]),
-            // Malformed entries count for nothing, and spoil no other.
+            // Malformed entries are ignored and do not affect others.
             (":5000,10.0.0.0/99,example.org:http,.,*.,ok.example", &["https://ok.example/"], &["https://example.org/", "http://10.0.0.1/", "http://x.example:5000/"]),
         ];
         for (text, without, with) in table {

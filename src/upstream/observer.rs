@@ -1,4 +1,4 @@
-//! Observer of the requests to upstreams, for logs, metrics and traces.
+//! Observer of requests to upstreams, for logs, metrics and traces.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,45 +8,45 @@ use super::response::UpstreamResponse;
 use crate::oci::endpoint::Endpoint;
 use crate::trace_context::TraceContext;
 
-/// One exchange with an upstream, after it.
+/// One request to an upstream, after it ended.
 #[derive(Clone, Debug)]
 pub struct ObservedRequest<'a> {
     /// The upstream's name.
     pub upstream: &'a str,
-    /// What was asked: `manifest-head`, `manifest-get`, `blob-head`, `blob-get`, `list`.
+    /// The kind of request: `manifest-head`, `manifest-get`, `blob-head`, `blob-get`, `list`.
     pub endpoint: &'static str,
-    /// The status, or the kind of silence.
+    /// The status code, or the name of the failure.
     pub code: &'a str,
-    /// From asking to the answer's head.
+    /// From sending the request to the response head.
     pub took: Duration,
-    /// Its part of the trace.
+    /// The trace context of the request.
     pub trace: &'a TraceContext,
 }
 
-/// Hears of each exchange; nobody does by default.
+/// Callback for each request; none by default.
 #[derive(Clone, Default)]
 pub struct Observer(Option<Arc<Callback>>);
 
 type Callback = dyn Fn(&ObservedRequest<'_>) + Send + Sync;
 
 impl Observer {
-    /// Tells `callback`, which must not wait.
+    /// Calls `callback` for each request. It must not block.
     pub fn new(callback: impl Fn(&ObservedRequest<'_>) + Send + Sync + 'static) -> Self {
         Self(Some(Arc::new(callback)))
     }
 
-    /// Tells of an answer, or that one began to come (`None`).
+    /// Records a response. `None`: a GET succeeded, and its body follows.
     pub(super) fn record(
         &self,
         upstream: &str,
         (endpoint, is_head): (&Endpoint, bool),
-        answer: Option<&UpstreamResponse>,
+        response: Option<&UpstreamResponse>,
         took: Duration,
         trace: &TraceContext,
     ) {
         let Some(callback) = &self.0 else { return };
-        let status = answer.and_then(|answer| answer.status);
-        let failure = answer.and_then(UpstreamResponse::failure);
+        let status = response.and_then(|response| response.status);
+        let failure = response.and_then(UpstreamResponse::failure);
         let code = match (status, failure) {
             (Some(status), _) => status.as_str().to_owned(),
             (None, Some(cause)) => cause.name().to_owned(),
@@ -67,7 +67,7 @@ impl fmt::Debug for Observer {
         f.write_str(if self.0.is_some() {
             "Observer"
         } else {
-            "Observer(nobody)"
+            "Observer(none)"
         })
     }
 }

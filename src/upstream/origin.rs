@@ -1,7 +1,7 @@
-//! Where a registry is: scheme, authority and a path prefix.
+//! Base URL of a registry: scheme, authority and path prefix. Not a general URL type.
 //!
-//! Also the three questions asked of two addresses before a credential may follow from one to the other: same origin,
-//! same site, loopback. Deliberately not a general URL type.
+//! Also the comparisons that decide whether a credential may be sent to another URL: same origin, same site and
+//! loopback.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -12,9 +12,9 @@ use http::uri::{Authority, Scheme};
 
 use crate::oci::name::Repository;
 
-/// The base address of an upstream's API, e.g. `https://registry-1.docker.io`.
+/// The base URL of an upstream's API, e.g. `https://registry-1.docker.io`.
 ///
-/// `/v2/…` is appended to it; the prefix is for registries that live below a path
+/// Requests append `/v2/…`. The prefix is for registries below a path
 /// (`https://art.example/artifactory/api/docker/hub`).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Origin {
@@ -22,23 +22,23 @@ pub struct Origin {
     authority: Authority,
     /// Without a trailing slash; empty for the root.
     prefix: String,
-    /// What stands before the name of each repository there: the project of another registry.
+    /// Repository prefix: the project of another registry that proxies this one.
     repositories: Option<Repository>,
 }
 
-/// Why a text is not an [`Origin`]. The operator's fault.
+/// Why a text is not an [`Origin`]. A configuration error.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OriginError {
-    /// Not a URL at all.
+    /// Not a URL.
     #[error("`{0}` is not a URL")]
     RequestError(String),
     /// Neither `http` nor `https`.
     #[error("`{0}` must begin with https:// or http://")]
     Scheme(String),
-    /// `user:password@` belongs into the credential settings, not into a URL that is logged.
+    /// `user:password@` belongs in the credential settings, because URLs are logged.
     #[error("a registry URL must not contain a user name or password")]
     Userinfo,
-    /// A query or a fragment means nothing here.
+    /// A query or a fragment has no meaning here.
     #[error("`{0}` must not have a query or a fragment")]
     Query(String),
 }
@@ -93,7 +93,7 @@ impl Origin {
         format!("{}://{}", uri.scheme()?, uri.authority()?).parse().ok()
     }
 
-    /// The same registry, with its repositories below `prefix`.
+    /// The same registry with a repository prefix.
     #[must_use]
     pub fn with_repository_prefix(self, prefix: Repository) -> Origin {
         Origin {
@@ -102,20 +102,20 @@ impl Origin {
         }
     }
 
-    /// What stands before the name of each repository there.
+    /// The repository prefix at this registry.
     pub fn repository_prefix(&self) -> Option<&Repository> {
         self.repositories.as_ref()
     }
 
-    /// The name of `repository` there.
+    /// The name of `repository` at this registry.
     pub(super) fn name_of(&self, repository: &Repository) -> Repository {
         let prefix = self.repositories.as_ref();
         let named = prefix.map(|prefix| repository.with_prefix(prefix.as_str()));
-        // A name that is too long is the registry's to refuse.
+        // If the name is too long with its prefix, the registry rejects it.
         named.and_then(Result::ok).unwrap_or_else(|| repository.clone())
     }
 
-    /// The URI of `path_and_query` (which begins with `/v2/`) at this origin. `None` if the two do not make a URI.
+    /// The URI of `path_and_query` (which begins with `/v2/`) at this origin. `None` if the result is not a URI.
     pub fn join(&self, path_and_query: &str) -> Option<Uri> {
         let named = path_and_query
             .strip_prefix("/v2/")
@@ -132,12 +132,12 @@ impl Origin {
             .ok()
     }
 
-    /// The URI of `path_and_query` at this origin, beside the prefix: for what is not the registry's API.
+    /// The URI of `path_and_query` at the origin's root, for requests outside the registry API.
     pub(super) fn join_root(&self, path_and_query: &str) -> Option<Uri> {
         self.root().join(path_and_query)
     }
 
-    /// The same without its path.
+    /// The same origin without its path.
     pub(super) fn root(&self) -> Origin {
         Origin {
             prefix: String::new(),
@@ -146,24 +146,24 @@ impl Origin {
         }
     }
 
-    /// The path and query of `uri` as a client of ours would write them, if `uri` is of this origin.
+    /// The path and query of `uri` without the prefix, if `uri` has this origin.
     pub(super) fn strip<'a>(&self, uri: &'a Uri) -> Option<&'a str> {
         let own = self.join("/")?;
         let path = uri.path_and_query()?.as_str();
         same_origin(&own, uri).then_some(path.strip_prefix(self.prefix.as_str()).unwrap_or(path))
     }
 
-    /// Whether the connection is in plain text.
+    /// Whether it uses plain HTTP.
     pub fn is_plain(&self) -> bool {
         self.scheme == Scheme::HTTP
     }
 
-    /// Host, with brackets if it is an IPv6 address.
+    /// The host, with brackets if it is an IPv6 address.
     pub fn host(&self) -> &str {
         self.authority.host()
     }
 
-    /// The path that it is below; empty for the root.
+    /// The path prefix; empty for the root.
     pub fn path(&self) -> &str {
         &self.prefix
     }
@@ -174,13 +174,13 @@ impl Origin {
     }
 }
 
-/// RFC 6454 §4: same scheme, host and port. The boundary an `Authorization` must not cross (distribution-spec,
+/// Same scheme, host and port (RFC 6454 §4). `Authorization` must not leave this boundary (distribution-spec:
 /// "clients MUST NOT forward `Authorization` across hosts").
 pub(super) fn same_origin(a: &Uri, b: &Uri) -> bool {
     a.scheme() == b.scheme() && same_host(a, b) && port_of(a) == port_of(b)
 }
 
-/// Same host, whatever the port.
+/// Same host, at any port.
 pub(super) fn same_host(a: &Uri, b: &Uri) -> bool {
     match (a.host(), b.host()) {
         (Some(a), Some(b)) => a.eq_ignore_ascii_case(b),
@@ -188,8 +188,8 @@ pub(super) fn same_host(a: &Uri, b: &Uri) -> bool {
     }
 }
 
-/// Whether `uri` leads to one of these hosts, at the scheme's own port unless another is written beside the host.
-/// `*.example.org` names every host below `example.org`.
+/// Whether `uri` has one of these hosts. The port must match, and is the scheme's default unless the entry has one.
+/// `*.example.org` matches all hosts below `example.org`.
 pub(super) fn is_one_of(hosts: &[String], uri: &Uri) -> bool {
     hosts.iter().any(|named| {
         if let Some(domain) = named.strip_prefix('*') {
@@ -203,7 +203,7 @@ pub(super) fn is_one_of(hosts: &[String], uri: &Uri) -> bool {
     })
 }
 
-/// The port written, or the scheme's own.
+/// The explicit port, or the scheme's default.
 pub(super) fn port_of(uri: &Uri) -> u16 {
     let default = if uri.scheme() == Some(&Scheme::HTTP) {
         80
@@ -213,8 +213,8 @@ pub(super) fn port_of(uri: &Uri) -> u16 {
     uri.port_u16().unwrap_or(default)
 }
 
-/// Whether two hosts belong to one owner as far as names can tell: the last two labels agree
-/// (`registry-1.docker.io`, `auth.docker.io`), or the last three below registries like `co.uk`. Never for IP addresses.
+/// Whether two hosts have the same registrable domain: the last two labels agree (`registry-1.docker.io`,
+/// `auth.docker.io`), or the last three below suffixes like `co.uk`. Never true for IP addresses.
 pub(super) fn same_site(a: &str, b: &str) -> bool {
     match (site(a), site(b)) {
         (Some(a), Some(b)) => a == b,
@@ -243,7 +243,7 @@ fn site(host: &str) -> Option<String> {
     Some(format!("{second}.{top}"))
 }
 
-/// Whether a host as written names this machine.
+/// Whether a host, as written, is this machine.
 pub(super) fn is_loopback(host: &str) -> bool {
     match address(host) {
         Some(address) => address.to_canonical().is_loopback(),
@@ -251,7 +251,7 @@ pub(super) fn is_loopback(host: &str) -> bool {
     }
 }
 
-/// The address a host is written as, brackets or not.
+/// The IP address if the host is one, with or without brackets.
 pub(super) fn address(host: &str) -> Option<IpAddr> {
     host.trim_start_matches('[').trim_end_matches(']').parse().ok()
 }
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn r15_a_repository_prefix_stands_before_every_name_and_nothing_else() {
+    fn r15_repository_prefix_applies_to_names_only() {
         let plain: Origin = "https://harbor.example/sub".parse().unwrap();
         let origin = plain.with_repository_prefix("hub-proxy/eu".parse().unwrap());
         assert_eq!(origin.to_string(), "https://harbor.example/sub/v2/hub-proxy/eu");
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_origin_says_why() {
+    fn invalid_origin_reports_reason() {
         for (text, error) in [
             (
                 "registry-1.docker.io",
@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn a_site_is_the_registrable_part_of_a_name() {
+    fn site_is_the_registrable_domain() {
         assert!(same_site("registry-1.docker.io", "auth.docker.io"));
         assert!(same_site("registry.gitlab.com", "GITLAB.com"));
         assert!(!same_site("registry.a.co.uk", "evil.co.uk"));
@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn loopback_is_known_by_name_and_address() {
+    fn loopback_is_recognized_by_name_and_address() {
         for host in [
             "localhost",
             "a.localhost",

@@ -1,8 +1,8 @@
-//! Probes: requests of the cache's own that find out whether an upstream responds again.
+//! Recovery probes: background requests that detect when an upstream responds again.
 //!
-//! A probe of one kind of request sends the same request, without a client's credential, and beside the places of the
-//! clients' requests, which may all be taken by what has no response. Several may be under way, for an earlier one may
-//! wait on a connection that is dead.
+//! A probe for a kind of request sends the same request without a client's credential. It needs no permit, because
+//! requests without a response may occupy all permits. Several probes may be in flight, because an earlier one may
+//! wait on a dead connection.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -24,10 +24,10 @@ use crate::oci::endpoint::Endpoint;
 use crate::queue::{Class, Peer};
 use crate::trace_context::TraceContext;
 
-/// How long a response to a probe is waited for.
+/// Timeout of a probe.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Probes what has no response until all of it has, or the upstream is no longer configured.
+/// Sends probes until no scope fails, or the upstream is no longer configured.
 pub(super) async fn run_probes(learned: Weak<Learned>, changed: Arc<tokio::sync::Notify>) {
     let mut under_way = JoinSet::new();
     loop {
@@ -43,7 +43,7 @@ pub(super) async fn run_probes(learned: Weak<Learned>, changed: Arc<tokio::sync:
                 Some((due, _)) if due > Instant::now() => due,
                 Some((due, scope)) => {
                     let endpoint = learned.take_probe(&inner, &scope);
-                    // Switched off by the operator: not even a probe goes out.
+                    // In offline mode not even a probe is sent.
                     if let Some(endpoint) = endpoint.filter(|_| !inner.offline.is_on()) {
                         let (upstream, began) = (Upstream(inner), Instant::now());
                         under_way.spawn(async move {
@@ -57,41 +57,40 @@ pub(super) async fn run_probes(learned: Weak<Learned>, changed: Arc<tokio::sync:
                 }
             }
         };
-        // A change may bring the next one forward.
+        // A state change may make the next probe due earlier.
         let _ = timeout_at(due, changed.notified()).await;
     }
 }
 
-/// How a probe ended.
+/// Outcome of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ProbeOutcome {
-    /// With a response, a failure that was attributed, or without having had anything to ask.
+    /// A response, a failure already attributed to a scope, or nothing to send.
     Attributed,
-    /// Without a response or with a server error, and nothing was attributed.
+    /// No response or a server error, not attributed to a scope.
     NoResponse,
 }
 
 impl Upstream {
-    /// One probe. Its response is attributed as a client's would be.
+    /// Sends one probe. Its response is attributed like a client's.
     async fn probe(&self, scope: &FailureScope, endpoint: Endpoint) -> ProbeOutcome {
         let kind = match scope {
             FailureScope::Connection => return self.0.probe_connection().await,
-            FailureScope::RequestKind(RequestKind::Token)
-            | FailureScope::Repository(RequestKind::Token, _) => {
+            FailureScope::Kind(RequestKind::Token) | FailureScope::Repository(RequestKind::Token, _) => {
                 return self.0.probe_realm(scope).await;
             }
-            FailureScope::RequestKind(kind) | FailureScope::Repository(kind, _) => *kind,
+            FailureScope::Kind(kind) | FailureScope::Repository(kind, _) => *kind,
         };
         let caller = self.0.background_caller();
         let accept = Accept::manifests();
         match kind {
             RequestKind::Head | RequestKind::Blob => {
-                let asked = (&endpoint, &accept);
-                drop(Box::pin(self.head_round(&caller, asked, true)).await);
+                let request = (&endpoint, &accept);
+                drop(Box::pin(self.head_round(&caller, request, true)).await);
             }
             RequestKind::Get | RequestKind::List | RequestKind::Ping | RequestKind::Token => {
-                let asked = (&endpoint, &accept);
-                drop(Box::pin(self.get_round(&caller, asked, RangeSpec::default())).await);
+                let request = (&endpoint, &accept);
+                drop(Box::pin(self.get_round(&caller, request, RangeSpec::default())).await);
             }
         }
         ProbeOutcome::Attributed
@@ -99,7 +98,7 @@ impl Upstream {
 }
 
 impl Inner {
-    /// The cache itself: with its own credential, if it has one.
+    /// The caller of background requests: with the configured credential, if any.
     fn background_caller(&self) -> Caller {
         let credential = match self.auth_client.credentials {
             Some(_) => Credential::Configured,
@@ -116,7 +115,7 @@ impl Inner {
         }
     }
 
-    /// Any response from a URL that was unavailable will do.
+    /// Any response from a URL that was unavailable suffices.
     async fn probe_connection(&self) -> ProbeOutcome {
         let unavailable = self.health().map(|health| health.unavailable_urls.clone());
         let unavailable = unavailable.unwrap_or_default();
@@ -138,7 +137,7 @@ impl Inner {
         ended
     }
 
-    /// A realm whose last word was an answer, to anybody, is not asked again: the next client's own request decides.
+    /// If the realm last answered any caller, it is not probed: the next client's request decides.
     async fn probe_realm(&self, scope: &FailureScope) -> ProbeOutcome {
         let Some(realm) = self.auth_client.tokens.realm_to_probe() else {
             return ProbeOutcome::Attributed;

@@ -1,13 +1,13 @@
-//! The proof in a response with status 2xx: whether the registry says yes, and how certain that is. Pure.
+//! Proof of a digest: whether a 2xx response shows that the registry has the content. No I/O.
 //!
-//! RFC 9110 §15.3 lets anything in front of a registry answer 2xx: a login page, a captive portal, a firewall. So the
-//! status alone proves nothing. A proof is a response of the registry's own origin that carries its marks: the digest
-//! (`Docker-Content-Digest`, equal to the one asked for where one was) and, for a manifest, a manifest's media type.
-//! Whatever else may be a yes is [`ResponseKind::UnprovenDigest`]: it opens nothing by itself.
+//! Login pages, captive portals and firewalls in front of a registry may answer 2xx (RFC 9110 §15.3), so the status
+//! alone proves nothing. A proof is a response of the registry's own origin with its headers. These are
+//! `Docker-Content-Digest`, equal to the requested digest, and for a manifest a manifest's media type. Any other
+//! possible success is [`ResponseKind::UnprovenDigest`], which creates no grant by itself.
 //!
-//! Bytes that hash to a digest prove those bytes. They prove a right to the repository only where the one who asks did not
-//! choose them: a manifest that the registry's own origin sends and that points to something, or content that was seen in
-//! the repository before. The callers look at that.
+//! Bytes that match a digest prove only these bytes. They prove access to the repository only if the caller did not
+//! choose them. That holds for a manifest with content that the registry's own origin sent, and for content already
+//! known in the repository. The callers check this.
 
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, StatusCode};
@@ -20,12 +20,12 @@ use crate::oci::header::DOCKER_DISTRIBUTION_API_VERSION;
 use crate::oci::manifest::{Manifest, MediaType};
 use crate::oci::name::Reference;
 
-/// Which origin sent a response.
+/// The origin that sent a response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Sender {
-    /// The registry's own.
+    /// The registry's own origin.
     Registry,
-    /// Another one, to which the registry redirected the request.
+    /// Another origin, to which the registry redirected.
     OtherOrigin,
 }
 
@@ -39,14 +39,14 @@ impl Sender {
     }
 }
 
-/// What a 2xx says about `endpoint`.
+/// Classifies a 2xx response to `endpoint`.
 pub(super) fn read(
     endpoint: &Endpoint,
     status: StatusCode,
     headers: &HeaderMap,
     sender: Sender,
 ) -> ResponseKind {
-    // Only of a blob are parts asked for.
+    // Ranges are requested of blobs only.
     let is_part = status == StatusCode::PARTIAL_CONTENT && matches!(endpoint, Endpoint::Blob { .. });
     if !(status == StatusCode::OK || is_part) || is_page(headers) {
         return ResponseKind::Unavailable(UpstreamFailure::NotRegistry);
@@ -58,56 +58,57 @@ pub(super) fn read(
     }
 }
 
-/// Whether these bytes of a manifest are the registry's yes: sent by its own origin, and pointing to something. A
-/// placeholder of something in front of it points to nothing.
+/// Whether a manifest proves access: the registry's own origin sent it, and it references content. A placeholder of
+/// an intermediary references none.
 pub(super) fn is_by_manifest(manifest: &Manifest, sender: Sender) -> bool {
     sender == Sender::Registry && !manifest.descriptors.is_empty()
 }
 
 fn manifest(reference: &Reference, headers: &HeaderMap, sender: Sender) -> ResponseKind {
-    let asked = match reference {
+    let requested = match reference {
         Reference::Tag(_) => None,
-        Reference::Digest(AnyDigest::Supported(asked)) => Some(*asked),
+        Reference::Digest(AnyDigest::Supported(requested)) => Some(*requested),
         Reference::Digest(AnyDigest::Unsupported(_)) => return ResponseKind::NoDigest,
     };
     let media_type = media_type(headers);
-    // The digest of signed schema 1 is that of its payload and not of its bytes, which alone tell whether it is signed.
+    // The digest of a signed schema 1 manifest covers its payload, not its bytes, and only the bytes show whether it
+    // is signed.
     if media_type.as_ref().is_some_and(MediaType::is_schema_1) {
         return ResponseKind::Unavailable(UpstreamFailure::Unverifiable);
     }
     let is_typed = media_type.is_some_and(|media_type| media_type.is_manifest());
-    let named = header_digest(headers).filter(|named| asked.is_none_or(|asked| asked == *named));
+    let named = header_digest(headers).filter(|named| requested.is_none_or(|requested| requested == *named));
     match (named.filter(|_| is_typed), sender) {
         (Some(named), Sender::Registry) => ResponseKind::Digest(named),
         (Some(named), Sender::OtherOrigin) => ResponseKind::UnprovenDigest(named),
-        // Only the bytes can tell.
+        // Only the manifest itself can tell.
         (None, _) => ResponseKind::NoDigest,
     }
 }
 
-fn blob(asked: &AnyDigest, headers: &HeaderMap, sender: Sender) -> ResponseKind {
-    let AnyDigest::Supported(asked) = asked else {
+fn blob(requested: &AnyDigest, headers: &HeaderMap, sender: Sender) -> ResponseKind {
+    let AnyDigest::Supported(requested) = requested else {
         return ResponseKind::NoDigest;
     };
-    if sender == Sender::Registry && header_digest(headers) == Some(*asked) {
-        ResponseKind::Digest(*asked)
+    if sender == Sender::Registry && header_digest(headers) == Some(*requested) {
+        ResponseKind::Digest(*requested)
     } else {
-        ResponseKind::UnprovenDigest(*asked)
+        ResponseKind::UnprovenDigest(*requested)
     }
 }
 
-/// `Content-Type`, without parameters.
+/// `Content-Type` without parameters.
 pub(super) fn media_type(headers: &HeaderMap) -> Option<MediaType> {
     let text = headers.get(CONTENT_TYPE)?.to_str().ok()?;
     text.parse().ok().map(MediaType::without_parameters)
 }
 
-/// Whether a response says that it is a web page.
+/// Whether the response is an HTML page.
 pub(super) fn is_page(headers: &HeaderMap) -> bool {
     media_type(headers).is_some_and(|media_type| media_type.is_page())
 }
 
-/// Whether an error response looks like that of a registry, not of something in front of it.
+/// Whether an error response has a registry's headers, so that it does not come from an intermediary.
 pub(super) fn has_registry_headers(headers: &HeaderMap) -> bool {
     let json = headers
         .get(CONTENT_TYPE)
@@ -115,7 +116,7 @@ pub(super) fn has_registry_headers(headers: &HeaderMap) -> bool {
     json || headers.contains_key(DOCKER_DISTRIBUTION_API_VERSION)
 }
 
-/// Whether a 404 is that of a page and not the registry's. In front of a registry that is down, a balancer answers so.
+/// Whether a 404 is an HTML page and not the registry's. A load balancer sends one if the registry behind it is down.
 pub(super) fn is_not_found_page(status: StatusCode, headers: &HeaderMap) -> bool {
     matches!(status, StatusCode::NOT_FOUND | StatusCode::GONE)
         && is_page(headers)
@@ -163,9 +164,9 @@ mod tests {
         headers
     }
 
-    /// Every operation, status, sender, type and digest against the laws of a yes.
+    /// Checks every operation, status, sender, media type and digest against the rules for a proven digest.
     #[test]
-    fn r01_a_yes_is_proven_by_the_registrys_own_marks_or_none() {
+    fn r01_digest_is_proven_only_by_registry_headers() {
         let types = [
             "",
             "text/html; charset=utf-8",
@@ -181,7 +182,7 @@ mod tests {
                     for media_type in types {
                         for named in digests {
                             let status = StatusCode::from_u16(status).unwrap();
-                            let said = read(&endpoint, status, &headers(media_type, named), sender);
+                            let kind = read(&endpoint, status, &headers(media_type, named), sender);
                             let case = format!("{endpoint:?} {status} {sender:?} {media_type} {named:?}");
                             let by_tag = matches!(
                                 endpoint,
@@ -190,19 +191,19 @@ mod tests {
                                     ..
                                 }
                             );
-                            if let ResponseKind::Digest(digest) = said {
+                            if let ResponseKind::Digest(digest) = kind {
                                 proven += 1;
                                 assert_eq!(sender, Sender::Registry, "{case}");
                                 assert_eq!(Some(digest), named, "{case}");
                                 assert!(by_tag || named == digests[1], "{case}");
                             }
                             if !matches!(status.as_u16(), 200 | 206) || media_type.contains("html") {
-                                assert!(!said.is_success(), "{case}");
+                                assert!(!kind.is_success(), "{case}");
                             }
                             if matches!(endpoint, Endpoint::Manifest { .. }) && media_type != MANIFEST_TYPE {
                                 assert!(
                                     !matches!(
-                                        said,
+                                        kind,
                                         ResponseKind::Digest(_) | ResponseKind::UnprovenDigest(_)
                                     ),
                                     "{case}"
@@ -213,7 +214,8 @@ mod tests {
                 }
             }
         }
-        // By tag both digests, by digest one, each with one type; for a blob any type but a page, and a part as well.
+        // By tag both digests and by digest one, each with one media type; for a blob any type but HTML, with 200 and
+        // 206.
         assert_eq!(proven, (2 + 1) + 2 * 4);
     }
 }

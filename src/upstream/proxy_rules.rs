@@ -1,8 +1,8 @@
-//! Which way a connection leaves this machine: straight, or through a proxy of the operator's.
+//! Outbound proxy rules: whether a connection is direct or goes through a proxy.
 //!
-//! The environment (`HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY`, in either case) is read here and nowhere else
-//! in this layer. Whatever it says, a connection to this very machine never goes through it: a `HTTPS_PROXY` that
-//! points at ifnewer itself is how some of its clients are set up.
+//! This is the only file of this layer that reads the environment (`HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY`,
+//! `NO_PROXY`, in upper or lower case). Connections to loopback never use the environment's proxy, because some
+//! clients are set up with a `HTTPS_PROXY` that points to ifnewer itself.
 
 use http::{HeaderValue, Uri};
 use hyper_util::client::proxy::matcher::{Intercept, Matcher};
@@ -10,42 +10,42 @@ use hyper_util::client::proxy::matcher::{Intercept, Matcher};
 use super::no_proxy::NoProxy;
 use super::origin::is_loopback;
 
-/// Which proxy an upstream is reached through.
+/// The outbound proxy of an upstream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum ProxyChoice {
-    /// What the environment says, as curl reads it. The default.
+    /// From the environment, read as curl does. The default.
     #[default]
     Environment,
-    /// None, whatever the environment says.
+    /// No proxy, whatever the environment says.
     None,
-    /// This one: `http://`, `https://`, `socks5://` or `socks5h://`, with `user:password@` if it wants them.
+    /// This one: `http://`, `https://`, `socks5://` or `socks5h://`, optionally with `user:password@`.
     Url(String),
 }
 
-/// A proxy URL that cannot be used. It may contain a password, so it is not repeated.
+/// An unusable proxy URL. It may contain a password, so the message does not repeat it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the proxy must be an http://, https://, socks5:// or socks5h:// URL")]
 pub struct ProxyError;
 
-/// The rules of one upstream.
+/// Proxy rules of one upstream.
 #[derive(Debug)]
 pub(super) struct ProxyRules {
     matcher: Option<Matcher>,
     without: NoProxy,
-    /// The proxy was named for this upstream, so even a loopback address goes through it.
+    /// The proxy is configured for this upstream, so it is also used for loopback addresses.
     named: bool,
 }
 
-/// The way to one destination.
+/// The route to one destination.
 #[derive(Clone, Debug)]
 pub(super) enum ProxyRoute {
-    /// Straight to it.
+    /// A direct connection.
     Direct,
-    /// An HTTP proxy is asked for each plain request (absolute form, RFC 9112 §3.2.2).
+    /// Through an HTTP proxy that forwards each plain request (absolute form, RFC 9112 §3.2.2).
     Forward(Proxy),
-    /// An HTTP proxy is asked to `CONNECT`.
+    /// Through an HTTP proxy by `CONNECT`.
     Tunnel(Proxy),
-    /// A SOCKS5 proxy; it resolves the name if `remote_dns`.
+    /// Through a SOCKS5 proxy, which resolves the name if `remote_dns`.
     Socks {
         proxy: Uri,
         login: Option<(String, String)>,
@@ -53,7 +53,7 @@ pub(super) enum ProxyRoute {
     },
 }
 
-/// An HTTP proxy and what it wants to see.
+/// An HTTP proxy and its credential.
 #[derive(Clone, Debug)]
 pub(super) struct Proxy {
     pub(super) uri: Uri,
@@ -64,10 +64,7 @@ impl ProxyRules {
     pub(super) fn new(choice: &ProxyChoice) -> Result<ProxyRules, ProxyError> {
         match choice {
             ProxyChoice::Environment => {
-                #[expect(
-                    clippy::disallowed_methods,
-                    reason = "the proxy variables, of no other program's making"
-                )]
+                #[expect(clippy::disallowed_methods, reason = "standard proxy variables")]
                 let variable = |name: &str| std::env::var(name).ok();
                 Ok(ProxyRules::of_environment(variable))
             }
@@ -93,13 +90,13 @@ impl ProxyRules {
         }
     }
 
-    /// An empty variable is unset, so it does not hide the one in the other case. A CGI program's `HTTP_PROXY` is a header
-    /// of its client (CVE-2016-5385), so no proxy is taken from the environment there.
+    /// An empty variable counts as unset, so the other case applies. In a CGI program `HTTP_PROXY` is a client's
+    /// header (CVE-2016-5385), so the environment is ignored there.
     fn of_environment(variable: impl Fn(&str) -> Option<String>) -> ProxyRules {
         let value = |name: &str| {
             let cases = [name.to_owned(), name.to_ascii_lowercase()];
-            let given = cases.iter().filter_map(|name| variable(name));
-            given
+            let values = cases.iter().filter_map(|name| variable(name));
+            values
                 .map(|value| value.trim().to_owned())
                 .find(|value| !value.is_empty())
                 .unwrap_or_default()
@@ -118,7 +115,7 @@ impl ProxyRules {
         }
     }
 
-    /// The way to `destination`.
+    /// The route to `destination`.
     pub(super) fn to(&self, destination: &Uri) -> ProxyRoute {
         let host = destination.host().unwrap_or_default();
         if !self.named && (is_loopback(host) || self.without.contains(destination)) {
@@ -183,7 +180,7 @@ mod tests {
     type Row = (&'static [(&'static str, &'static str)], Option<u16>, Option<u16>);
 
     #[test]
-    fn r11_an_empty_variable_is_unset() {
+    fn r11_empty_proxy_variable_is_unset() {
         let port = |routes: &ProxyRules, url| match routes.to(&Uri::from_static(url)) {
             ProxyRoute::Forward(proxy) | ProxyRoute::Tunnel(proxy) => proxy.uri.port_u16(),
             ProxyRoute::Direct | ProxyRoute::Socks { .. } => None,
@@ -217,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_never_takes_loopback() {
+    fn environment_proxy_never_used_for_loopback() {
         for text in [
             "http://localhost:5000/",
             "http://127.0.0.1/",
@@ -232,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn https_is_tunnelled_and_http_is_forwarded() {
+    fn proxy_tunnels_https_and_forwards_http() {
         let https = environment().to(&Uri::from_static("https://ghcr.io/"));
         assert!(matches!(https, ProxyRoute::Tunnel(proxy) if proxy.uri == "http://proxy.example:3128/"));
         assert!(matches!(
@@ -242,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn no_proxy_is_kept() {
+    fn no_proxy_is_respected() {
         assert!(matches!(
             environment().to(&Uri::from_static("https://reg.corp.example/")),
             ProxyRoute::Direct
@@ -250,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn a_proxy_named_for_the_upstream_takes_even_loopback() {
+    fn configured_proxy_is_used_for_loopback() {
         let routes = ProxyRules::new(&ProxyChoice::Url("http://user:secret@127.0.0.1:3128".into())).unwrap();
         let ProxyRoute::Forward(proxy) = routes.to(&Uri::from_static("http://127.0.0.1:5000/")) else {
             panic!("not forwarded")
@@ -263,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_proxy_url_is_checked_when_it_is_read() {
+    fn proxy_url_is_validated() {
         for url in [
             "http://proxy:3128",
             "https://proxy",
@@ -283,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn none_is_none() {
+    fn proxy_none_is_direct() {
         let routes = ProxyRules::new(&ProxyChoice::None).unwrap();
         assert!(matches!(
             routes.to(&Uri::from_static("https://ghcr.io/")),

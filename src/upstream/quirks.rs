@@ -1,5 +1,7 @@
-//! What an upstream has turned out to do its own way, remembered for an hour: long enough not to ask in vain each time,
-//! short enough that a passing fault does not turn free HEADs into counted GETs for good.
+//! Registry quirks: known departures from the distribution specification, cached for an hour.
+//!
+//! An hour avoids repeating requests that fail. It is short enough that a transient fault does not replace uncounted
+//! HEADs by counted GETs for long.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,37 +11,38 @@ use tokio::time::Instant;
 
 use super::origin::Origin;
 
-/// How long a quirk is believed.
+/// How long a quirk is cached.
 const LIFE: Duration = Duration::from_secs(3600);
-/// A HEAD that says no is checked by a GET so often at most, for each name and principal: short, since what is not there
-/// now may be pushed the next minute.
+/// Interval at which a negative HEAD is verified by a GET, per name and principal. Short, because missing content may
+/// be pushed at any time.
 const CHECK_AGAIN: Duration = Duration::from_secs(60);
-/// Checks of one principal within that time. Who asks for names at random must not double what the upstream gets.
+/// Verifications per principal within that interval, so that requests for random names do not double the load on the
+/// upstream.
 const CHECKS_MAX: usize = 64;
-/// Names, each with a principal, of which is remembered that they were checked.
+/// Pairs of name and principal whose last verification is recorded.
 const CHECKED_MAX: usize = 4096;
-/// Principals whose checks are counted.
+/// Principals whose verifications are counted.
 const COUNTED_MAX: usize = 4096;
 
-/// One way to differ.
+/// A departure from the specification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Quirk {
-    /// HEAD of a manifest is refused (405, 501).
+    /// Rejects HEAD of a manifest (405, 501).
     HeadRefused,
-    /// HEAD of a manifest does not name the digest, or not the manifest's type.
+    /// HEAD of a manifest lacks the digest or the media type.
     NoDigest,
-    /// HEAD of a manifest is an error where GET has it: 404 at Nexus.
+    /// HEAD of a manifest fails although GET succeeds: 404 at Nexus.
     HeadUntrue,
-    /// HEAD of a manifest is denied (403) where GET has it.
+    /// HEAD of a manifest is denied (403) although GET succeeds.
     HeadForbidden,
-    /// HEAD of a blob is refused where GET works (public.ecr.aws), or says too little.
+    /// Rejects HEAD of a blob although GET works (public.ecr.aws), or omits its size.
     BlobHeadRefused,
-    /// HEAD of a blob says 404 where GET has it: Harbor, until it has fetched the blob for that repository.
+    /// HEAD of a blob returns 404 although GET succeeds: Harbor, until it has fetched the blob for that repository.
     BlobHeadUntrue,
 }
 
 impl Quirk {
-    /// The name for the operator.
+    /// The name in the admin API.
     pub const fn name(self) -> &'static str {
         match self {
             Quirk::HeadRefused => "head-refused",
@@ -52,12 +55,12 @@ impl Quirk {
     }
 }
 
-/// What is known of one upstream's addresses.
+/// Quirks of one upstream's URLs.
 #[derive(Debug)]
 pub(super) struct Quirks {
     known: Mutex<Vec<Known>>,
     checked: Cache<(Origin, String, [u8; 32]), Instant>,
-    /// Since when, and how many.
+    /// Start of the interval, and the number of verifications.
     counted: Cache<(Origin, [u8; 32]), (Instant, usize)>,
 }
 
@@ -68,7 +71,7 @@ struct Known {
     until: Instant,
 }
 
-/// What is known of one address.
+/// Quirks of one URL.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct QuirksAt<'a> {
     quirks: &'a Quirks,
@@ -86,19 +89,19 @@ impl Default for Quirks {
 }
 
 impl Quirks {
-    /// Those of the address `origin`.
+    /// The quirks of the URL `origin`.
     pub(super) fn at<'a>(&'a self, origin: &'a Origin) -> QuirksAt<'a> {
         QuirksAt { quirks: self, origin }
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Known>> {
-        // The list is whole between any two statements.
+        // The list is consistent between any two statements.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl QuirksAt<'_> {
-    /// A GET did what HEAD did not.
+    /// Records that a GET succeeded where the HEAD failed.
     pub(super) fn learn(&self, quirk: Quirk, now: Instant) {
         let mut known = self.quirks.lock();
         known.retain(|one| one.until > now && !(one.quirk == quirk && one.origin == *self.origin));
@@ -109,19 +112,19 @@ impl QuirksAt<'_> {
         });
     }
 
-    /// Whether the address is known for it.
+    /// Whether the URL has this quirk.
     pub(super) fn has(&self, quirk: Quirk, now: Instant) -> bool {
         self.known(now).contains(&quirk)
     }
 
-    /// All that is known, for the operator.
+    /// All known quirks of the URL.
     pub(super) fn known(&self, now: Instant) -> Vec<Quirk> {
         let known = self.quirks.lock();
         let here = |one: &&Known| one.until > now && one.origin == *self.origin;
         known.iter().filter(here).map(|one| one.quirk).collect()
     }
 
-    /// Whether a HEAD of `path` that said no to this principal is worth a GET to see if it is true.
+    /// Whether to verify a negative HEAD of `path` for this principal by a GET.
     pub(super) fn may_check(&self, principal: [u8; 32], path: String, now: Instant) -> bool {
         let lately = |at: Instant| now.saturating_duration_since(at) < CHECK_AGAIN;
         let key = (self.origin.clone(), path, principal);
@@ -146,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_quirk_is_believed_for_an_hour() {
+    fn quirk_is_cached_for_an_hour() {
         let (quirks, now) = (Quirks::default(), Instant::now());
         let (here, there) = (
             "https://a.example".parse().unwrap(),
@@ -163,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_no_is_checked_once_a_minute_by_name_and_principal() {
+    fn negative_head_is_verified_once_a_minute() {
         let (quirks, now) = (Quirks::default(), Instant::now());
         let here = "https://a.example".parse().unwrap();
         let quirks = quirks.at(&here);
@@ -176,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn a_principal_that_asks_at_random_is_not_checked_without_limit() {
+    fn head_verifications_per_principal_are_bounded() {
         let (quirks, now) = (Quirks::default(), Instant::now());
         let here = "https://a.example".parse().unwrap();
         let quirks = quirks.at(&here);

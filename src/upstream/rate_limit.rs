@@ -1,9 +1,9 @@
-//! How often an upstream may be asked, as far as it said so: how long to leave it alone after a limited request, and what
-//! is left of each caller's allowance. `window`: the pause, and how requests go on after it.
+//! Rate limits of one upstream: pauses after 429 responses, and the pull quota of each caller. `window`: the pause
+//! and the slow start after it.
 //!
-//! Docker Hub counts GETs of manifests as pulls and nothing else, so a quota that is used up says nothing about HEADs,
-//! which still tell whether a tag moved and who may read it, nor about blobs. Each kind of question waits for its own
-//! 429. One exception: a HEAD that is limited meets a limit on everything, which a GET would meet too.
+//! Docker Hub counts only GETs of manifests as pulls. An exhausted quota therefore does not affect blobs, nor HEADs,
+//! which still tell whether a tag moved and whether the caller has access. Each class of requests waits for its own
+//! 429. Exception: a limited HEAD means a limit on all requests, so GETs of manifests wait too.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -27,17 +27,17 @@ pub use window::Pause;
 pub(super) use window::SendPermit;
 use window::Window;
 
-/// Windows remembered, per upstream.
+/// Rate-limit windows cached per upstream.
 const WINDOWS_MAX: usize = 4096;
-/// Callers whose allowance is remembered, per upstream; the one heard of longest ago gives way.
+/// Callers per upstream whose quota is recorded; the oldest record is dropped first.
 const QUOTAS_MAX: usize = 64;
 
-/// Questions that an upstream counts together.
+/// Classes of requests that an upstream limits together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum LimitClass {
-    /// Which digest a tag names now.
+    /// HEAD of manifests.
     Heads,
-    /// Manifests: pulls, at Docker Hub.
+    /// GET of manifests: pulls at Docker Hub.
     Manifests,
     /// Blobs, by HEAD and GET.
     Blobs,
@@ -46,7 +46,7 @@ pub(super) enum LimitClass {
 }
 
 impl LimitClass {
-    /// Where a question belongs; `transfers` for a GET, or a HEAD that this upstream is known to refuse.
+    /// The class of a request. `transfers`: a GET, or a HEAD that this upstream is known to reject.
     pub(super) fn of(endpoint: &Endpoint, transfers: bool) -> LimitClass {
         match endpoint {
             Endpoint::Manifest { .. } if transfers => LimitClass::Manifests,
@@ -57,14 +57,14 @@ impl LimitClass {
     }
 }
 
-/// Whose allowance it is, told without telling the credential.
+/// Owner of a quota, without the credential itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum QuotaOwner {
-    /// Whoever comes without a credential.
+    /// Callers without a credential.
     Anonymous,
-    /// The proxy itself, with the credential it is configured with.
+    /// Callers with the configured credential.
     Configured,
-    /// A client's credential: the beginning of its HMAC, which means nothing outside of this installation.
+    /// A client's credential: the first bytes of its HMAC, which mean nothing outside this installation.
     Client(u32),
 }
 
@@ -80,7 +80,7 @@ impl QuotaOwner {
         }
     }
 
-    /// The label for metrics: clients are one, so that their number stays small.
+    /// The metric label. All clients share one, so that the number of labels is bounded.
     pub const fn name(self) -> &'static str {
         match self {
             QuotaOwner::Anonymous => "anonymous",
@@ -100,26 +100,26 @@ impl fmt::Display for QuotaOwner {
     }
 }
 
-/// What an upstream last said of a caller's allowance.
+/// A caller's pull quota, as the upstream last reported it.
 #[derive(Clone, Debug)]
 pub struct PullQuota {
-    /// Whose it is.
+    /// Its owner.
     pub owner: QuotaOwner,
-    /// What was said.
+    /// The reported quota.
     pub limit: RateLimit,
-    /// How long ago.
+    /// Time since the report.
     pub ago: Duration,
 }
 
 impl PullQuota {
-    /// When all pulls are allowed again at the latest, as far as was said.
+    /// The latest time at which the full quota is available again, if reported.
     pub fn resets_at(&self, now: SystemTime) -> Option<SystemTime> {
         let full = Duration::from_secs(self.limit.reset_after_s()?);
         now.checked_add(full)?.checked_sub(self.ago)
     }
 }
 
-/// Windows by what is limited together. One that was never limited is open.
+/// Rate-limit windows by key. A key without a window is not limited.
 pub(super) struct Windows<K>(Cache<K, Arc<Window>>);
 
 impl<K: Eq + Hash + Clone> Default for Windows<K> {
@@ -129,14 +129,14 @@ impl<K: Eq + Hash + Clone> Default for Windows<K> {
 }
 
 impl<K: Eq + Hash + Clone> Windows<K> {
-    /// Lets a request through, or says until when not.
+    /// Permits a request, or returns the pause.
     pub(super) fn admit(&self, key: &K, now: Instant) -> Result<SendPermit, Pause> {
         self.0
             .get(key)
             .map_or_else(|| Ok(SendPermit::unlimited()), |window| window.admit(now))
     }
 
-    /// The request of this turn was limited, or answered by a 503 that states a wait.
+    /// The permitted request was limited, or returned a 503 that states a wait.
     pub(super) fn limited(
         &self,
         key: &K,
@@ -156,12 +156,13 @@ impl<K: Eq + Hash + Clone> Windows<K> {
     }
 }
 
-/// What is known of one upstream's limits.
+/// Rate-limit state of one upstream.
 #[derive(Default)]
 pub(super) struct RateLimits {
-    /// By address, kind of request and principal.
+    /// By URL, class and principal.
     windows: Windows<(Origin, LimitClass, [u8; 32])>,
-    /// The own credential that a window is for, so that another one does not wait for it.
+    /// Serial of the configured credential that the windows apply to, so that a new credential does not wait for the
+    /// old one.
     configured_serial: AtomicU64,
     quotas: Mutex<Vec<QuotaRecord>>,
 }
@@ -174,7 +175,7 @@ struct QuotaRecord {
 }
 
 impl RateLimits {
-    /// Callers with [`Credential::Configured`] show the credential of this serial from now on.
+    /// Sets the serial of the credential used for [`Credential::Configured`].
     pub(super) fn set_configured_serial(&self, serial: u64) {
         self.configured_serial.store(serial, Ordering::Relaxed);
     }
@@ -190,7 +191,7 @@ impl RateLimits {
         (origin.clone(), class, principal)
     }
 
-    /// Lets `caller` put such a question to this address now, or says how long not.
+    /// Permits the caller a request of this class to this URL, or returns the pause.
     pub(super) fn admit(
         &self,
         origin: &Origin,
@@ -207,7 +208,7 @@ impl RateLimits {
         self.windows.admit(&key(class), now)
     }
 
-    /// The question of this turn was limited: the address is left alone with such questions of this caller.
+    /// The permitted request was limited: starts a pause for this URL, class and caller.
     pub(super) fn limited(
         &self,
         (origin, class): (&Origin, LimitClass),
@@ -219,40 +220,40 @@ impl RateLimits {
             .limited(&self.key(origin, class, caller), permit, cause, stated)
     }
 
-    /// Keeps what an answer says of the caller's allowance, if anything.
+    /// Records the quota from a response's headers, if any.
     pub(super) fn record(&self, caller: &Caller, headers: &RateLimit, now: Instant) {
         if headers.is_unknown() {
             return;
         }
-        let said = QuotaRecord {
+        let record = QuotaRecord {
             principal: caller.principal,
             owner: QuotaOwner::of(caller),
             limit: headers.clone(),
             at: now,
         };
         let mut known = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(place) = known.iter_mut().find(|known| known.principal == caller.principal) {
-            *place = said;
+        if let Some(slot) = known.iter_mut().find(|known| known.principal == caller.principal) {
+            *slot = record;
             return;
         }
         if known.len() >= QUOTAS_MAX {
             let oldest = known.iter().enumerate().min_by_key(|(_, known)| known.at);
-            if let Some(oldest) = oldest.map(|(place, _)| place) {
+            if let Some(oldest) = oldest.map(|(slot, _)| slot) {
                 known.swap_remove(oldest);
             }
         }
-        known.push(said);
+        known.push(record);
     }
 
-    /// The allowances known, in the order of their callers.
+    /// The recorded quotas, ordered by owner.
     pub(super) fn quotas(&self, now: Instant) -> Vec<PullQuota> {
         let known = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
         let mut quotas: Vec<PullQuota> = known
             .iter()
-            .map(|said| PullQuota {
-                owner: said.owner,
-                limit: said.limit.clone(),
-                ago: now.saturating_duration_since(said.at),
+            .map(|record| PullQuota {
+                owner: record.owner,
+                limit: record.limit.clone(),
+                ago: now.saturating_duration_since(record.at),
             })
             .collect();
         quotas.sort_by_key(|quota| quota.owner);
@@ -288,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_of_question_waits_for_its_own_limit_and_a_limit_on_heads_holds_manifests_too() {
+    fn limit_classes_wait_apart_but_head_limit_covers_gets() {
         let (now, minute) = (Instant::now(), Duration::from_secs(60));
         let address = |text: &str| text.parse::<Origin>().unwrap();
         let (here, there) = (address("https://a.example"), address("https://b.example"));
@@ -306,8 +307,8 @@ mod tests {
         ] {
             let limits = RateLimits::default();
             let permit = limits.admit(&here, limited, &client(1), now).unwrap();
-            let told = (UpstreamFailure::RateLimited, Some(minute));
-            limits.limited((&here, limited), &client(1), permit, told);
+            let reported = (UpstreamFailure::RateLimited, Some(minute));
+            limits.limited((&here, limited), &client(1), permit, reported);
             for class in all {
                 let waits = |origin, id, now| limits.admit(origin, class, &client(id), now).is_err();
                 let later = Instant::now() + minute;
@@ -324,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn allowances_are_kept_by_caller_told_without_the_credential_and_bounded() {
+    fn quotas_are_per_caller_bounded_and_hide_credentials() {
         let (limits, now) = (RateLimits::default(), Instant::now());
         let anonymous = Caller {
             principal: [0; 32],
@@ -339,20 +340,21 @@ mod tests {
         limits.record(&anonymous, &remaining(98), now);
         limits.record(&anonymous, &RateLimit::default(), now);
         limits.record(&client(0xab), &remaining(7), now);
-        let told: Vec<String> = limits
+        let reported: Vec<String> = limits
             .quotas(now)
             .iter()
             .map(|one| format!("{} {:?}", one.owner, one.limit.remaining))
             .collect();
-        assert_eq!(told, ["anonymous Some(98)", "client-abababab Some(7)"]);
+        assert_eq!(reported, ["anonymous Some(98)", "client-abababab Some(7)"]);
 
         for (id, second) in (1..=200).zip(1..) {
             limits.record(&client(id), &remaining(1), now + Duration::from_secs(second));
         }
-        let kept = limits.quotas(now);
-        assert_eq!(kept.len(), QUOTAS_MAX);
+        let recorded = limits.quotas(now);
+        assert_eq!(recorded.len(), QUOTAS_MAX);
         assert!(
-            kept.iter()
+            recorded
+                .iter()
                 .any(|one| one.owner == QuotaOwner::Client(0xc8c8_c8c8)),
             "the newest is kept"
         );

@@ -1,9 +1,9 @@
-//! Authorization at another registry, to which this one redirects: lscr.io to ghcr.io, or another port of one host.
+//! Authentication at another registry to which this one redirects (lscr.io to ghcr.io, or another port of the same
+//! host).
 //!
-//! The other registry is asked with a token of its own challenge, and only where it is the same host or one that the
-//! operator named in `token_hosts`: its response then counts as the registry's own. A token of one registry is never
-//! shown to the other. What a client shows instead of a login it got for the name of the upstream, and the operator lets
-//! the other registry have credentials for that name.
+//! The other registry gets a token for its own challenge. It must have the same host or be listed in `token_hosts`;
+//! its response then counts as the registry's own. A token of one registry is never sent to the other. A credential
+//! that a client configured for this upstream is used for both, which the operator allows by `token_hosts`.
 
 use http::{HeaderValue, StatusCode, Uri};
 
@@ -15,27 +15,28 @@ use super::origin::Origin;
 use super::response::ResponseKind;
 use super::token::{TokenFailure, TokenOwner};
 
-/// What a request may be authorised with at the other registry.
+/// How to authenticate at the other registry.
 #[derive(Clone, Copy)]
 pub(super) enum RedirectCredential<'a> {
-    /// A token for this.
-    TokenCredential(TokenOwner, CallerCredential<'a>),
-    /// The client's own, as it came.
+    /// With a token obtained for this credential.
+    Exchange(TokenOwner, CallerCredential<'a>),
+    /// With the client's own token, unchanged.
     Token(Option<&'a HeaderValue>),
 }
 
-/// A response of another origin.
+/// The origin and challenge of a response from another registry.
 pub(super) struct OtherRegistry {
     pub(super) origin: Origin,
-    /// Its `WWW-Authenticate`.
+    /// Its `WWW-Authenticate` lines.
     pub(super) challenge: Vec<HeaderValue>,
 }
 
-/// The `Authorization` for one other origin.
+/// The `Authorization` header for one other origin.
 pub(super) type OriginAuthorization = (Uri, HeaderValue);
 
 impl AuthClient {
-    /// Asks the registry, and where it redirects to another one that wants a token of its own, once more with that.
+    /// Sends the request. If the registry redirects to another one that requires its own token, sends it once more
+    /// with that token.
     pub(super) async fn send_across_redirect(
         &self,
         (origin, uri): (&Origin, &Uri),
@@ -48,7 +49,7 @@ impl AuthClient {
             .send_following_storage(uri, spec, authorization, known.as_ref())
             .await;
         let mut error = match first {
-            Err(error) if error.answer.status == Some(StatusCode::UNAUTHORIZED) => error,
+            Err(error) if error.response.status == Some(StatusCode::UNAUTHORIZED) => error,
             Ok(reply) => {
                 let named = reply.final_url.as_ref().and_then(Origin::of_uri);
                 let named = named.filter(|at| self.tokens.is_named(origin, at));
@@ -68,13 +69,13 @@ impl AuthClient {
             tracing::warn!(
                 %origin,
                 other = %other.origin,
-                "the registry redirects to another one that wants a token of its own; name it in `token_hosts` if it is right"
+                "redirect to an untrusted registry that requires a token (add it to `token_hosts` if it is correct)"
             );
         }
         let token = match credential {
             _ if !is_trusted => None,
             RedirectCredential::Token(token) => token.cloned(),
-            RedirectCredential::TokenCredential(owner, login) => {
+            RedirectCredential::Exchange(owner, login) => {
                 match self.key(&other.origin, &error, spec, owner) {
                     None => None,
                     Some(key) => {
@@ -109,14 +110,14 @@ impl AuthClient {
         }
     }
 
-    /// The token that worked at the other registry the last time, or its successor.
+    /// The last token that worked at the other registry, refreshed if necessary.
     async fn other_registry_token(
         &self,
         origin: &Origin,
         spec: &RequestSpec<'_>,
         credential: RedirectCredential<'_>,
     ) -> Option<OriginAuthorization> {
-        let RedirectCredential::TokenCredential(owner, login) = credential else {
+        let RedirectCredential::Exchange(owner, login) = credential else {
             return None;
         };
         let (other, key) = self.tokens.other_registry(origin, spec.endpoint, owner)?;
@@ -125,7 +126,7 @@ impl AuthClient {
     }
 }
 
-/// A response of the other registry, to a token of its own, is as good as the registry's own.
+/// Treats a response of the other registry to its own token as the registry's own.
 fn accept_as_own(reply: HttpResponse, other: &Origin) -> HttpResponse {
     let is_other = reply
         .final_url
@@ -138,9 +139,9 @@ fn accept_as_own(reply: HttpResponse, other: &Origin) -> HttpResponse {
     }
 }
 
-/// Whether it is the other registry that refuses, to a token of its own, and not storage behind it.
+/// Whether the other registry, and not storage behind it, rejected its own token.
 fn is_denial(error: &ErrorResponse, other: &OtherRegistry) -> bool {
-    let status = error.answer.status;
+    let status = error.response.status;
     let is_other = error
         .other_registry
         .as_ref()
@@ -148,10 +149,10 @@ fn is_denial(error: &ErrorResponse, other: &OtherRegistry) -> bool {
     is_other && matches!(status, Some(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN))
 }
 
-/// The other registry denies this caller, with its challenge as it was before any token was sent.
+/// A denial by the other registry, with the challenge received before any token was sent.
 fn denied_by(error: Box<ErrorResponse>, other: OtherRegistry) -> Box<ErrorResponse> {
     let mut error = denied(error, &other.challenge);
-    error.answer.kind = ResponseKind::Denied;
+    error.response.kind = ResponseKind::Denied;
     error.from_other_origin = false;
     error.other_registry = Some(other);
     error

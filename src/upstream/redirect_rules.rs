@@ -1,4 +1,5 @@
-//! Networks and hosts named as a set (`10.0.0.0/8`, `*.example.org:8443`), and where redirects may lead.
+//! Redirect rules: networks (`10.0.0.0/8`), host patterns (`*.example.org:8443`), and the addresses that redirects
+//! may lead to.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -9,24 +10,24 @@ use http::Uri;
 use super::ip_scope::IpScope;
 use super::origin::{address, port_of};
 
-/// A network in CIDR form (RFC 4632, RFC 4291 §2.3), or one address.
+/// A network in CIDR notation (RFC 4632, RFC 4291 §2.3), or one address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Network {
     address: IpAddr,
     prefix_bits: u32,
 }
 
-/// Why a text is no [`Network`].
+/// Why a text is not a [`Network`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NetworkError {
-    /// No address.
+    /// The address is invalid.
     Address,
-    /// The length after the `/`.
+    /// The prefix length is invalid.
     Length,
 }
 
 impl Network {
-    /// Reads `10.0.0.0/8`, `192.0.2.7`, `fd00::/8`.
+    /// Parses `10.0.0.0/8`, `192.0.2.7`, `fd00::/8`.
     pub fn read(text: &str) -> Result<Network, NetworkError> {
         let (address, prefix) = match text.split_once('/') {
             Some((address, prefix)) => (address, Some(prefix)),
@@ -42,7 +43,7 @@ impl Network {
         Ok(Network { address, prefix_bits })
     }
 
-    /// Whether an address is in it. IPv4 within IPv6 is seen through.
+    /// Whether the network contains an address. IPv4 inside IPv6 is unwrapped.
     pub fn contains(&self, address: IpAddr) -> bool {
         match (self.address, address.to_canonical()) {
             (IpAddr::V4(own), IpAddr::V4(other)) => {
@@ -57,7 +58,7 @@ impl Network {
         }
     }
 
-    /// Whether it is every address of its family.
+    /// Whether it contains every address of its family.
     pub fn is_everything(&self) -> bool {
         self.prefix_bits == 0
     }
@@ -77,7 +78,7 @@ pub struct HostPattern {
 }
 
 impl HostPattern {
-    /// Reads `example.org`, `*.example.org`. `None`: no glob.
+    /// Parses `example.org` or `*.example.org`. `None`: invalid glob.
     pub fn read(text: &str) -> Option<HostPattern> {
         let text = text.trim_start_matches('[').trim_end_matches(']').to_owned();
         let glob = if text.contains('*') {
@@ -88,7 +89,7 @@ impl HostPattern {
         Some(HostPattern { text, glob })
     }
 
-    /// Whether this host (lower case, without brackets) is meant.
+    /// Whether it matches this host (lower case, without brackets).
     pub fn matches(&self, host: &str) -> bool {
         match &self.glob {
             Some(glob) => glob.is_match(host),
@@ -96,7 +97,7 @@ impl HostPattern {
         }
     }
 
-    /// Whether one host is named, and not a set of them.
+    /// Whether it names a single host.
     pub fn is_exact(&self) -> bool {
         self.glob.is_none()
     }
@@ -116,27 +117,27 @@ impl fmt::Display for HostPattern {
     }
 }
 
-/// Where redirects of an upstream may lead besides what is allowed anyway.
+/// A redirect target that is allowed in addition to the default ones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RedirectRule {
-    /// Written with `http://`: plain HTTP is allowed there, although the registry speaks https. Nothing else is.
+    /// Written with `http://`: plain HTTP is allowed for this target although the registry uses https.
     pub plain: bool,
-    /// Which hosts or addresses.
+    /// The allowed hosts or addresses.
     pub to: RedirectTarget,
 }
 
-/// The hosts or addresses of a [`RedirectRule`].
+/// Hosts or addresses of a [`RedirectRule`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RedirectTarget {
-    /// A host, at this port or the scheme's own. One that is named exactly may be anywhere but link-local, unless it is
-    /// named by its address; a glob may lead to the private network, not to this machine.
+    /// A host at this port, or the scheme's default. An exact host name may have any address except link-local, which
+    /// requires the address itself. A glob may lead to private addresses, not to loopback.
     Host(HostPattern, Option<u16>),
-    /// The addresses of a network, by whatever name and at whatever port.
+    /// All addresses of a network, with any host name and port.
     Network(Network),
 }
 
 impl RedirectRule {
-    /// The nearest zone to which it lets `to` lead by its name.
+    /// The narrowest scope to which the rule allows `to` by its host.
     fn zone(&self, to: &Uri) -> Option<IpScope> {
         let RedirectTarget::Host(host, port) = &self.to else {
             return None;
@@ -169,44 +170,44 @@ fn is_plain(to: &Uri) -> bool {
     to.scheme_str() != Some("https")
 }
 
-/// Which addresses a connection may lead to.
+/// The addresses that a connection may have.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AddressLimit {
-    /// All that are no nearer than this one.
+    /// All addresses no narrower than this scope.
     zone: Option<IpScope>,
-    /// And these.
+    /// And the addresses of these networks.
     networks: Vec<Network>,
 }
 
 impl AddressLimit {
-    /// Whether this address may be connected to.
+    /// Whether a connection to this address is allowed.
     pub fn allows(&self, address: IpAddr) -> bool {
         self.zone
-            .is_some_and(|innermost| IpScope::of(address) <= innermost)
+            .is_some_and(|narrowest| IpScope::of(address) <= narrowest)
             || self.networks.iter().any(|network| network.contains(address))
     }
 
-    /// Whether a name may be left to somebody else to resolve, who does not know of networks.
+    /// Whether a proxy may resolve the name. It does not know the allowed networks.
     pub(super) fn is_for_names(&self) -> bool {
         self.zone.is_some()
     }
 }
 
 impl From<IpScope> for AddressLimit {
-    fn from(innermost: IpScope) -> AddressLimit {
+    fn from(narrowest: IpScope) -> AddressLimit {
         AddressLimit {
-            zone: Some(innermost),
+            zone: Some(narrowest),
             networks: Vec::new(),
         }
     }
 }
 
-/// The rules of one upstream.
+/// The redirect rules of one upstream.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RedirectRules(pub(super) Vec<RedirectRule>);
 
 impl RedirectRules {
-    /// Whether a redirect may leave https for `to`. A network is held against the address when it is connected to.
+    /// Whether a redirect may leave https for `to`. Networks are checked against the address when connecting.
     pub(super) fn allow_plain(&self, to: &Uri) -> bool {
         let literal = to.host().and_then(address);
         self.0
@@ -218,26 +219,26 @@ impl RedirectRules {
             })
     }
 
-    /// Where a connection to `to` may lead: no nearer than `innermost`, and where the rules allow it. A `downgrade` from https
-    /// to http may lead only where a rule allows plain HTTP.
-    pub(super) fn limit(&self, to: &Uri, innermost: IpScope, downgrade: bool) -> AddressLimit {
+    /// The addresses that a connection to `to` may have: none narrower than `narrowest`, and those that the rules
+    /// allow. A `downgrade` from https to http requires a rule that allows plain HTTP.
+    pub(super) fn limit(&self, to: &Uri, narrowest: IpScope, downgrade: bool) -> AddressLimit {
         let rules = || self.0.iter().filter(|rule| rule.plain || !downgrade);
         let named = rules()
             .filter(|rule| !rule.plain || is_plain(to))
             .filter_map(|rule| rule.zone(to));
         AddressLimit {
-            zone: named.chain((!downgrade).then_some(innermost)).max(),
+            zone: named.chain((!downgrade).then_some(narrowest)).max(),
             networks: rules().filter_map(RedirectRule::network).collect(),
         }
     }
 }
 
-/// The entry of `redirects` that would allow `to`, which was refused at `address`, if it is known.
+/// The `redirects` entry that would allow `to`, which was rejected at address `at`, if known.
 pub(super) fn allow_entry(to: &Uri, at: Option<IpAddr>, downgrade: bool) -> String {
     let host = to.host().unwrap_or_default().to_ascii_lowercase();
     let scheme = if downgrade { "http://" } else { "" };
     match at {
-        // A name alone never leads there.
+        // A host name alone never allows a link-local address.
         Some(at) if IpScope::of(at) == IpScope::LinkLocal && address(&host).is_none() => {
             format!("{scheme}{at}/{}", if at.is_ipv4() { 32 } else { 128 })
         }
@@ -268,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_contains_what_begins_like_it() {
+    fn network_contains_addresses_with_its_prefix() {
         for (text, inside, outside) in [
             (
                 "10.0.0.0/8",
@@ -302,16 +303,16 @@ mod tests {
         }
     }
 
-    /// What a registry may redirect to: its rules, whether it left https, the target, its address, and whether that is allowed.
+    /// Rules, redirect target, its address, and whether the redirect is allowed.
     #[test]
     #[expect(clippy::too_many_lines, reason = "a table")]
-    fn r13_redirects_lead_exactly_where_a_rule_allows() {
+    fn r13_redirects_follow_exactly_the_rules() {
         let table: &[(&[RedirectRule], &str, &str, bool)] = &[
-            // Without rules, https and public addresses alone.
+            // Without rules: only https and public addresses.
             (&[], "https://cdn.example/x", "1.1.1.1", true),
             (&[], "https://cdn.example/x", "10.1.1.1", false),
             (&[], "http://cdn.example/x", "1.1.1.1", false),
-            // A host, wherever it is; its port is part of it.
+            // A host at any address; the port must match.
             (
                 &[host("s3.corp", None, false)],
                 "https://s3.corp/x",
@@ -348,7 +349,7 @@ mod tests {
                 "10.1.1.1",
                 false,
             ),
-            // Metadata services are reached by no name.
+            // No host name leads to metadata services.
             (
                 &[host("s3.corp", None, false)],
                 "https://s3.corp/x",
@@ -367,7 +368,7 @@ mod tests {
                 "169.254.1.1",
                 true,
             ),
-            // A glob: the private network, not this machine.
+            // A glob allows private addresses, not loopback.
             (
                 &[host("*.s3.corp", None, false)],
                 "https://b.s3.corp/x",
@@ -386,7 +387,7 @@ mod tests {
                 "10.1.1.1",
                 false,
             ),
-            // A network, by whatever name.
+            // A network, with any host name.
             (
                 &[network("10.20.0.0/16", false)],
                 "https://any.example:1234/x",
@@ -411,7 +412,7 @@ mod tests {
                 "fd00::7",
                 true,
             ),
-            // Plain HTTP only where it is written.
+            // Plain HTTP only where the rule says so.
             (
                 &[host("minio.corp", Some(9000), true)],
                 "http://minio.corp:9000/x",
@@ -466,7 +467,7 @@ mod tests {
                 "10.21.1.1",
                 false,
             ),
-            // An entry for one host opens no other.
+            // A rule for one host allows no other.
             (
                 &[host("a.corp", None, true), host("b.corp", None, false)],
                 "http://b.corp/x",
@@ -487,7 +488,7 @@ mod tests {
     }
 
     #[test]
-    fn the_entry_that_is_named_allows_what_was_refused() {
+    fn suggested_entry_allows_the_rejected_redirect() {
         for (target, at, downgrade, named) in [
             ("https://s3.corp/x", "10.1.1.1", false, "s3.corp"),
             ("https://s3.corp:9000/x", "10.1.1.1", false, "s3.corp:9000"),

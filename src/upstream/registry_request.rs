@@ -1,5 +1,5 @@
-//! HEAD and GET at one address of an upstream, with what stands in for a HEAD that a registry refuses or answers
-//! without a digest. Says what was answered; deciding between addresses, limits and health is one level up.
+//! HEAD and GET requests to one URL of an upstream, with the fallbacks for registries that reject a HEAD or omit the
+//! digest. Failover between URLs, rate limits and health are handled one level up.
 
 use http::header::CONTENT_RANGE;
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
@@ -24,7 +24,7 @@ use crate::oci::name::Reference;
 use crate::oci::range::parse_content_range;
 use crate::trace_context::TraceContext;
 
-/// One question, with everything it needs.
+/// One request with its dependencies.
 pub(super) struct RegistryRequest<'a> {
     pub(super) auth_client: &'a AuthClient,
     pub(super) pending: &'a InFlightRequest<'a>,
@@ -35,21 +35,21 @@ pub(super) struct RegistryRequest<'a> {
     pub(super) accept: &'a Accept,
     pub(super) manifest_bytes_max: usize,
     pub(super) trace: &'a TraceContext,
-    /// A no is not checked by a GET. Who pushes needs to know what the registry takes for there.
+    /// Whether a negative HEAD is final. A client that pushes needs the registry's own view of what exists.
     pub(super) trusts_head: bool,
 }
 
 impl RegistryRequest<'_> {
-    /// Which digest, or whether at all; costs no transfer where the registry plays along.
+    /// Checks existence and digest. Transfers no content unless the registry requires a GET.
     pub(super) async fn head(&self) -> UpstreamResponse {
         match self.endpoint {
             Endpoint::Manifest { reference, .. } => self.head_manifest(reference).await,
             Endpoint::Blob { .. } => self.head_blob().await,
-            // Some registries know no HEAD here, and the bodies are small.
+            // Some registries reject HEAD here, and these bodies are small.
             Endpoint::Ping | Endpoint::Tags { .. } | Endpoint::Referrers { .. } => self
                 .send(Method::GET, None)
                 .await
-                .map_or_else(|error| error.answer, |reply| self.read(&reply)),
+                .map_or_else(|error| error.response, |reply| self.read(&reply)),
         }
     }
 
@@ -60,58 +60,59 @@ impl RegistryRequest<'_> {
         }
         let error = match self.send(Method::HEAD, None).await {
             Ok(reply) => {
-                let answer = self.read(&reply);
+                let response = self.read(&reply);
                 let is_ok = reply.status == StatusCode::OK;
                 drop(reply);
-                return match answer.kind {
-                    ResponseKind::Digest(_) | ResponseKind::UnprovenDigest(_) => answer,
-                    ResponseKind::NoDigest if self.has_unsupported_digest() => answer,
-                    // The label may be wrong: the bytes tell.
+                return match response.kind {
+                    ResponseKind::Digest(_) | ResponseKind::UnprovenDigest(_) => response,
+                    ResponseKind::NoDigest if self.has_unsupported_digest() => response,
+                    // The media type may be wrong; the manifest itself tells whether it is signed.
                     ResponseKind::Unavailable(UpstreamFailure::Unverifiable) => {
                         self.get_manifest(reference, None).await
                     }
-                    // Without the registry's marks, also as a page, it may be a HEAD that is merely labelled wrong.
+                    // Without the registry's headers, the response may be an HTML page or a HEAD with a wrong
+                    // `Content-Type`. The GET tells.
                     _ if is_ok => self.get_manifest(reference, Some(Quirk::NoDigest)).await,
-                    _ => answer,
+                    _ => response,
                 };
             }
             Err(error) => *error,
         };
-        let quirk = match error.answer.kind {
+        let quirk = match error.response.kind {
             ResponseKind::Denied => Quirk::HeadForbidden,
             _ => Quirk::HeadUntrue,
         };
         let known = self.quirks.has(quirk, now);
-        match error.answer.status.map(|status| status.as_u16()) {
+        match error.response.status.map(|status| status.as_u16()) {
             Some(405 | 501) => self.get_manifest(reference, Some(Quirk::HeadRefused)).await,
             Some(400 | 403 | 404 | 410 | 500) if known || self.may_check(now) => {
                 let checked = self.get_manifest(reference, Some(quirk)).await;
-                choose_response(error.answer, checked, known)
+                choose_response(error.response, checked, known)
             }
-            // The body says whether it is a limit, and a HEAD has none.
+            // Only an error body tells whether this is a rate limit, and a HEAD has none.
             Some(status)
                 if error.is_from_registry
                     && status != StatusCode::UNAUTHORIZED
-                    && matches!(error.answer.kind, ResponseKind::Denied | ResponseKind::Other(_)) =>
+                    && matches!(error.response.kind, ResponseKind::Denied | ResponseKind::Other(_)) =>
             {
                 match self.send(Method::GET, None).await {
-                    Err(get_error) if get_error.answer.backoff_cause().is_some() => {
-                        choose_response(error.answer, get_error.answer, false)
+                    Err(get_error) if get_error.response.backoff_cause().is_some() => {
+                        choose_response(error.response, get_error.response, false)
                     }
-                    Ok(_) | Err(_) => error.answer,
+                    Ok(_) | Err(_) => error.response,
                 }
             }
-            _ => error.answer,
+            _ => error.response,
         }
     }
 
-    /// Whether a HEAD that says no is worth a GET of the same: see [`QuirksAt::may_check`].
+    /// Whether to verify a negative HEAD by a GET; see [`QuirksAt::may_check`].
     fn may_check(&self, now: Instant) -> bool {
         let path = self.endpoint.path_and_query();
         !self.trusts_head && self.quirks.may_check(self.caller.principal, path, now)
     }
 
-    /// Whether what is asked about has a digest that cannot be verified here.
+    /// Whether the requested digest has an algorithm that cannot be verified here.
     fn has_unsupported_digest(&self) -> bool {
         matches!(
             self.endpoint,
@@ -125,16 +126,16 @@ impl RegistryRequest<'_> {
         )
     }
 
-    /// A GET that stands in for a HEAD: the digest is computed over the bytes, and the bytes are kept.
+    /// Replaces a HEAD by a GET. The digest is computed from the manifest, which is kept for the store.
     async fn get_manifest(&self, reference: &Reference, proves: Option<Quirk>) -> UpstreamResponse {
         let reply = match self.send(Method::GET, None).await {
             Ok(reply) => reply,
-            Err(error) => return error.answer,
+            Err(error) => return error.response,
         };
         if !matches!(reply.status, StatusCode::OK) {
             return UpstreamResponse::unavailable(UpstreamFailure::NotRegistry);
         }
-        let answer = self.read(&reply);
+        let response = self.read(&reply);
         let is_page = proof::is_page(&reply.headers);
         let sender = Sender::of(reply.from_other_origin);
         let stated = header_digest(&reply.headers);
@@ -145,19 +146,21 @@ impl RegistryRequest<'_> {
             Ok(bytes) => bytes,
             Err(cause) => return UpstreamResponse::unavailable(cause),
         };
-        // A login page or an error with status 200 is no manifest, and must not become a "newer" one.
+        // A login page or an error with status 200 must not be taken for a newer manifest.
         let manifest = Manifest::read(&bytes).ok();
-        let sent = answer.media_type.as_ref();
-        let is_asked_for = match reference {
-            Reference::Digest(AnyDigest::Supported(asked)) => Digest::of(asked.algorithm(), &bytes) == *asked,
+        let sent = response.media_type.as_ref();
+        let is_requested = match reference {
+            Reference::Digest(AnyDigest::Supported(requested)) => {
+                Digest::of(requested.algorithm(), &bytes) == *requested
+            }
             Reference::Digest(AnyDigest::Unsupported(_)) => true,
             Reference::Tag(_) => false,
         };
         let is_signed = |manifest: &Manifest| manifest.is_signed_schema_1(sent);
-        if !is_asked_for && manifest.as_ref().is_some_and(is_signed) {
+        if !is_requested && manifest.as_ref().is_some_and(is_signed) {
             return UpstreamResponse {
                 kind: ResponseKind::Unavailable(UpstreamFailure::Unverifiable),
-                ..answer
+                ..response
             };
         }
         let by_tag = matches!(reference, Reference::Tag(_));
@@ -166,7 +169,7 @@ impl RegistryRequest<'_> {
                 return manifest.type_by_digest(sent);
             }
             let media_type = manifest.type_sent_as(sent)?;
-            // Of a tag nothing but the answer says what it names, so label and shape have to agree.
+            // For a tag, only the response tells what it names, so media type and structure must agree.
             (!is_page && manifest.has_shape_of(&media_type)).then_some(media_type)
         });
         let Some(media_type) = media_type else {
@@ -176,22 +179,22 @@ impl RegistryRequest<'_> {
                 UpstreamFailure::Malformed
             });
         };
-        let (digest, asked) = match reference {
-            Reference::Digest(AnyDigest::Supported(asked)) => {
-                (Digest::of(asked.algorithm(), &bytes), Some(*asked))
+        let (digest, requested) = match reference {
+            Reference::Digest(AnyDigest::Supported(requested)) => {
+                (Digest::of(requested.algorithm(), &bytes), Some(*requested))
             }
-            Reference::Digest(AnyDigest::Unsupported(_)) => return answer,
+            Reference::Digest(AnyDigest::Unsupported(_)) => return response,
             Reference::Tag(_) => {
                 let algorithm = stated.map_or(Algorithm::Sha256, |stated| stated.algorithm());
                 (Digest::of(algorithm, &bytes), None)
             }
         };
-        if asked.is_some_and(|asked| asked != digest) {
+        if requested.is_some_and(|requested| requested != digest) {
             return UpstreamResponse::unavailable(UpstreamFailure::DigestMismatch);
         }
         if stated.is_some_and(|stated| stated.algorithm() == digest.algorithm() && stated != digest) {
             tracing::warn!(origin = %self.origin, path = self.endpoint.path_and_query(), computed = %digest,
-                "the registry's digest header is not that of the manifest it sent");
+                "digest header does not match the manifest");
         }
         if let Some(quirk) = proves {
             self.quirks.learn(quirk, Instant::now());
@@ -206,12 +209,12 @@ impl RegistryRequest<'_> {
             length: Some(bytes.len() as u64),
             body: Some((bytes, media_type.clone())),
             media_type: Some(media_type),
-            ..answer
+            ..response
         }
     }
 
-    /// Whether the registry has the blob for this caller. A yes should say how long it is, and one without the registry's
-    /// marks proves nothing, so where the HEAD says less a GET of one byte is sent as well, and that counts.
+    /// Checks a blob. A success must state the size and carry the registry's headers. If a HEAD lacks either, a GET
+    /// of one byte replaces it.
     async fn head_blob(&self) -> UpstreamResponse {
         let now = Instant::now();
         if self.quirks.has(Quirk::BlobHeadRefused, now) || self.quirks.has(Quirk::BlobHeadUntrue, now) {
@@ -219,18 +222,18 @@ impl RegistryRequest<'_> {
         }
         let error = match self.send(Method::HEAD, None).await {
             Ok(reply) => {
-                let answer = self.read(&reply);
+                let response = self.read(&reply);
                 let is_ok = reply.status == StatusCode::OK;
                 drop(reply);
-                let has_length = answer.length.is_some_and(|length| length > 0);
-                return match answer.kind {
+                let has_length = response.length.is_some_and(|length| length > 0);
+                return match response.kind {
                     ResponseKind::Digest(_) if !has_length => {
                         let probed = self.get_first_byte(Some(Quirk::BlobHeadRefused)).await;
                         let is_yes = probed.kind.is_success();
-                        // A length of 0 is that of an empty response, unless the blob is empty.
-                        let own = answer.length.filter(|_| self.is_empty_blob());
-                        let length = probed.length.filter(|_| is_yes).or(own);
-                        UpstreamResponse { length, ..answer }
+                        // `Content-Length: 0` describes the empty response body, unless the blob is empty.
+                        let stated_length = response.length.filter(|_| self.is_empty_blob());
+                        let length = probed.length.filter(|_| is_yes).or(stated_length);
+                        UpstreamResponse { length, ..response }
                     }
                     ResponseKind::Unavailable(UpstreamFailure::NotRegistry)
                     | ResponseKind::UnprovenDigest(_)
@@ -238,13 +241,13 @@ impl RegistryRequest<'_> {
                     {
                         self.get_first_byte(Some(Quirk::BlobHeadRefused)).await
                     }
-                    _ => answer,
+                    _ => response,
                 };
             }
             Err(error) => *error,
         };
-        match error.answer.status.map(|status| status.as_u16()) {
-            // Signed URLs hold for one method, so storage may refuse the HEAD of what it gives to a GET.
+        match error.response.status.map(|status| status.as_u16()) {
+            // Signed URLs are valid for one method, so storage may reject the HEAD of a blob that it serves by GET.
             _ if error.from_other_origin => self.get_first_byte(Some(Quirk::BlobHeadRefused)).await,
             Some(405 | 501) => self.get_first_byte(Some(Quirk::BlobHeadRefused)).await,
             Some(status @ (400 | 401 | 403 | 404 | 410 | 500)) if self.may_check(now) => {
@@ -254,27 +257,28 @@ impl RegistryRequest<'_> {
                     Quirk::BlobHeadRefused
                 };
                 let checked = self.get_first_byte(Some(quirk)).await;
-                choose_response(error.answer, checked, false)
+                choose_response(error.response, checked, false)
             }
-            _ => error.answer,
+            _ => error.response,
         }
     }
 
-    /// A GET of one byte that stands in for the HEAD of a blob.
+    /// Replaces the HEAD of a blob by a GET of its first byte.
     async fn get_first_byte(&self, proves: Option<Quirk>) -> UpstreamResponse {
         let range = Some(HeaderValue::from_static("bytes=0-0"));
         let reply = match self.send(Method::GET, range).await {
             Ok(reply) => reply,
-            // An empty blob has no first byte; whether it is one, its digest tells.
+            // An empty blob has no first byte; its digest identifies it.
             Err(error)
-                if error.answer.status == Some(StatusCode::RANGE_NOT_SATISFIABLE) && self.is_empty_blob() =>
+                if error.response.status == Some(StatusCode::RANGE_NOT_SATISFIABLE)
+                    && self.is_empty_blob() =>
             {
                 return UpstreamResponse {
                     length: Some(0),
                     ..self.read_as(StatusCode::OK, &HeaderMap::new(), Sender::OtherOrigin)
                 };
             }
-            Err(error) => return error.answer,
+            Err(error) => return error.response,
         };
         let length = match reply.status {
             StatusCode::PARTIAL_CONTENT => match content_range(&reply.headers) {
@@ -283,13 +287,13 @@ impl RegistryRequest<'_> {
             },
             _ => content_length(&reply.headers),
         };
-        let answer = self.read(&reply);
-        if answer.kind.is_success()
+        let response = self.read(&reply);
+        if response.kind.is_success()
             && let Some(quirk) = proves
         {
             self.quirks.learn(quirk, Instant::now());
         }
-        UpstreamResponse { length, ..answer }
+        UpstreamResponse { length, ..response }
     }
 
     fn is_empty_blob(&self) -> bool {
@@ -311,7 +315,7 @@ impl RegistryRequest<'_> {
         UpstreamResponse::read(self.endpoint, status, headers, sender)
     }
 
-    /// The bytes; only those of `range_spec` if the registry knows how.
+    /// Fetches the content; only `range_spec` if the registry supports ranges.
     pub(super) async fn get(
         &self,
         range_spec: RangeSpec,
@@ -326,8 +330,8 @@ impl RegistryRequest<'_> {
         let reply = self
             .send(Method::GET, range)
             .await
-            .map_err(|error| error.answer)?;
-        // The bytes of a manifest or a blob tell what they are, whatever their label; of a list there is nothing else.
+            .map_err(|error| error.response)?;
+        // Manifests and blobs are verified by their digest, whatever their media type. A list has no digest.
         let has_digest = matches!(self.endpoint, Endpoint::Manifest { .. } | Endpoint::Blob { .. });
         if !has_digest && proof::is_page(&reply.headers) {
             return Err(UpstreamResponse::unavailable(UpstreamFailure::NotRegistry).into());
@@ -378,15 +382,16 @@ impl RegistryRequest<'_> {
     }
 }
 
-/// The response to a GET that checks a HEAD. Where it brings nothing usable, the HEAD is believed unless the HEADs of this
-/// upstream are known to lie.
+/// Chooses between a HEAD and the GET that verified it. If the GET returned no usable response, the HEAD counts,
+/// unless HEADs of this upstream are known to be wrong.
 ///
-/// A registry may deny the HEAD and limit only GETs. Such a limit says nothing of the right, so the denial stands.
+/// A registry may deny a HEAD and apply a rate limit only to GETs. Such a limit says nothing about access, so the
+/// denial counts.
 fn choose_response(head: UpstreamResponse, get: UpstreamResponse, is_known_to_lie: bool) -> UpstreamResponse {
     let head_is_usable = head.failure().is_none() && !is_known_to_lie;
     let is_limit = get.backoff_cause().is_some();
     let get_counts = match (head.kind, get.kind) {
-        // A limit with the status of a denial shows in the body alone, and the response to a HEAD has none.
+        // A rate limit with a denial's status is recognized by its body only, and a HEAD has no body.
         (ResponseKind::Denied, ResponseKind::Unavailable(_)) => is_limit && get.status == head.status,
         (ResponseKind::Denied, ResponseKind::Other(_)) => false,
         (_, ResponseKind::Unavailable(_)) => is_limit,

@@ -1,4 +1,4 @@
-//! What an upstream said to a question: status and headers become an [`UpstreamResponse`]. Pure.
+//! Classified upstream response: status and headers of a response become an [`UpstreamResponse`]. No I/O.
 
 use std::fmt;
 use std::sync::Arc;
@@ -21,86 +21,88 @@ use super::proof::{self, Sender};
 use super::rate_limit::Pause;
 use super::retry_after::is_limit;
 
-/// The answer to one question.
+/// The response to one request, or the reason why there is none.
 #[derive(Clone)]
 pub struct UpstreamResponse {
-    /// What it comes down to.
+    /// The classification.
     pub kind: ResponseKind,
-    /// The status, if there was one.
+    /// The status code, if there was a response.
     pub status: Option<StatusCode>,
-    /// Every `WWW-Authenticate` line, bytes intact, to be passed on with a 401. Lines written before a token was sent
-    /// are preferred to those that complain about the token: containerd gives up at the sight of `error=`.
+    /// All `WWW-Authenticate` lines, unchanged, to be forwarded with a 401. The lines received before a token was
+    /// sent are preferred: containerd gives up on a challenge with `error=`.
     pub challenge: Vec<HeaderValue>,
-    /// `Retry-After` as it came, or what is left of it.
+    /// `Retry-After` as received, or the remaining pause.
     pub retry_after: Option<HeaderValue>,
     /// `Content-Type` of the manifest or blob, without parameters.
     pub media_type: Option<MediaType>,
-    /// `Docker-Content-Digest`, if there is one that can be computed: a label, whatever [`Self::kind`] makes of it.
+    /// `Docker-Content-Digest`, if its algorithm is supported. It is only a claim; [`Self::kind`] says whether it is
+    /// proven.
     pub header_digest: Option<Digest>,
-    /// Length in bytes of the manifest or blob asked about, not of the answer.
+    /// Size in bytes of the manifest or blob, not of the response body.
     pub length: Option<u64>,
-    /// What the upstream says is left of the caller's allowance.
+    /// The rate-limit headers.
     pub rate_limit: RateLimit,
-    /// The upstream's own error code, cleaned: of what was asked by GET and refused.
+    /// The registry's error code, cleaned, from the body of a failed GET.
     pub code: Option<String>,
-    /// The upstream's own error text, cleaned.
+    /// The registry's error message, cleaned.
     pub message: Option<String>,
-    /// Why there is no usable answer, in words for the operator: it may name hosts that a client does not know.
+    /// Description of a failure, for the operator: it may contain hosts that clients must not learn.
     pub detail: Option<Arc<str>>,
-    /// Whether it is another host that gave none, to which the upstream redirected the request.
+    /// Whether the failure is that of another host, to which the upstream redirected the request.
     pub is_redirect_target: bool,
-    /// The whole manifest, where a GET had to stand in for the HEAD: it need not be fetched again.
+    /// The complete manifest, if a GET replaced the HEAD; it need not be fetched again.
     pub body: Option<(Bytes, MediaType)>,
-    /// The pause that the upstream asked for, or within which it was not asked at all.
+    /// The rate-limit pause that follows from this response, or that kept the request from being sent.
     pub pause: Option<Pause>,
-    /// How long the upstream says to wait: of a limit, and of a 503.
+    /// The wait that the upstream stated, for a rate limit or a 503.
     pub stated_wait: Option<Duration>,
 }
 
-/// What an answer comes down to. A denial, an absence and a silence can never be confused, and neither can a yes that
-/// is proven and one that is not.
+/// Classification of a response. Denied, not found and unavailable are distinct, as are a proven and an unproven
+/// digest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ResponseKind {
-    /// Yes, and this is the digest: proven by the registry's own marks, or by bytes that hash to it.
+    /// Success with this digest, proven by the registry's headers or by the bytes.
     Digest(Digest),
-    /// A 200 that may be a yes for this digest: of another origin after a redirect, or without the registry's marks. No
-    /// grant, no publicness and no membership follow from it.
+    /// A 200 that may mean success with this digest, but comes from another origin after a redirect or lacks the
+    /// registry's headers. It must not create a grant, a public mark or a repository membership.
     UnprovenDigest(Digest),
-    /// A 200 to what has no digest that we can use: a list, a ping, content of a foreign algorithm. Opens nothing.
+    /// A 200 without a usable digest: a list, a ping, or content with an unsupported digest algorithm. It creates no
+    /// grant.
     NoDigest,
     /// 404 or 410.
     NotFound,
-    /// 401 or 403: not to this caller.
+    /// 401 or 403 for this caller.
     Denied,
-    /// Nothing usable, and why.
+    /// No usable response, and why.
     Unavailable(UpstreamFailure),
-    /// Any other 4xx, to be passed on.
+    /// Any other 4xx, to be forwarded.
     Other(StatusCode),
 }
 
 impl fmt::Display for ResponseKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Digest(digest) => write!(f, "it names {digest}"),
-            Self::UnprovenDigest(digest) => write!(f, "it may name {digest}, and does not prove it"),
-            Self::NoDigest => f.write_str("it names no digest"),
-            Self::NotFound => f.write_str("it says that there is no such thing"),
-            Self::Denied => f.write_str("it does not let this client read it"),
-            Self::Unavailable(cause) => write!(f, "it {cause}"),
-            Self::Other(status) => write!(f, "it answered {status}"),
+            Self::Digest(digest) => write!(f, "digest {digest}"),
+            Self::UnprovenDigest(digest) => write!(f, "unproven digest {digest}"),
+            Self::NoDigest => f.write_str("no digest"),
+            Self::NotFound => f.write_str("not found"),
+            Self::Denied => f.write_str("access denied"),
+            Self::Unavailable(cause) => write!(f, "unavailable: it {cause}"),
+            Self::Other(status) => write!(f, "status {status}"),
         }
     }
 }
 
 impl ResponseKind {
-    /// Whether it may be a yes, proven or not.
+    /// Whether it is a success, proven or not.
     pub fn is_success(self) -> bool {
         matches!(self, Self::Digest(_) | Self::UnprovenDigest(_) | Self::NoDigest)
     }
 }
 
 impl UpstreamResponse {
-    /// No usable answer.
+    /// A response that stands for a failure.
     pub fn unavailable(cause: UpstreamFailure) -> UpstreamResponse {
         UpstreamResponse {
             kind: ResponseKind::Unavailable(cause),
@@ -121,7 +123,7 @@ impl UpstreamResponse {
         }
     }
 
-    /// No usable answer, with the reason in words.
+    /// The same with the failure's description.
     pub(super) fn from_failure(unavailable: HttpFailure) -> UpstreamResponse {
         UpstreamResponse {
             detail: unavailable.detail,
@@ -130,7 +132,7 @@ impl UpstreamResponse {
         }
     }
 
-    /// Why this answer brings nothing: its silence, or the status that said no.
+    /// Why this response delivers no content: the failure, or its status.
     pub fn cause(&self) -> UpstreamFailure {
         match (self.kind, self.status) {
             (ResponseKind::Unavailable(cause), _) => cause,
@@ -146,7 +148,7 @@ impl UpstreamResponse {
         }
     }
 
-    /// Not asked, for there is no place among the requests to the upstream.
+    /// A request that was not sent because it got no permit.
     pub fn not_admitted(refused: AcquireError) -> UpstreamResponse {
         match refused {
             AcquireError::Abandoned => UpstreamResponse::unavailable(UpstreamFailure::Busy),
@@ -164,12 +166,12 @@ impl UpstreamResponse {
         }
     }
 
-    /// Not asked, for the upstream said to wait.
+    /// A request that was not sent because of a rate-limit pause.
     pub(super) fn paused(pause: Pause) -> UpstreamResponse {
         UpstreamResponse::unavailable(pause.cause()).with_pause(pause)
     }
 
-    /// The same, with what is left of the pause to be passed on.
+    /// Adds the pause, with its remaining time as `Retry-After`.
     pub(super) fn with_pause(self, pause: Pause) -> UpstreamResponse {
         let left = pause.left(Instant::now());
         let seconds = left.as_secs() + u64::from(left.subsec_nanos() > 0);
@@ -180,7 +182,7 @@ impl UpstreamResponse {
         }
     }
 
-    /// What is to be waited for: a limit, or a 503 that says how long.
+    /// Why to wait before the next request: a rate limit, or a 503 that states a wait.
     pub(super) fn backoff_cause(&self) -> Option<UpstreamFailure> {
         match self.kind {
             ResponseKind::Unavailable(UpstreamFailure::RateLimited) => Some(UpstreamFailure::RateLimited),
@@ -191,7 +193,7 @@ impl UpstreamResponse {
         }
     }
 
-    /// What status and headers say about `endpoint`, and who sent them.
+    /// Classifies a response to `endpoint` by its status, headers and sender.
     pub(super) fn read(
         endpoint: &Endpoint,
         status: StatusCode,
@@ -206,7 +208,8 @@ impl UpstreamResponse {
                 ResponseKind::Unavailable(UpstreamFailure::NotRegistry)
             }
             404 | 410 => ResponseKind::NotFound,
-            // 407 and 408 are a proxy's word, and a redirect that leads nowhere is nobody's.
+            // A proxy on the way sends 407 and 408, so they are not the registry's response. A 3xx that could not be
+            // followed is malformed.
             407 | 408 | 500..=599 => ResponseKind::Unavailable(UpstreamFailure::Status(status.as_u16())),
             400..=499 => ResponseKind::Other(status),
             _ => ResponseKind::Unavailable(UpstreamFailure::Malformed),
@@ -215,7 +218,7 @@ impl UpstreamResponse {
             kind,
             status: Some(status),
             challenge: headers.get_all(WWW_AUTHENTICATE).iter().cloned().collect(),
-            // With an answer it means nothing.
+            // `Retry-After` of other responses is ignored.
             retry_after: headers
                 .get(RETRY_AFTER)
                 .filter(|_| matches!(kind, ResponseKind::Unavailable(_)))
@@ -238,7 +241,7 @@ impl UpstreamResponse {
         }
     }
 
-    /// Whether the upstream gave no usable answer.
+    /// The failure, if the upstream gave no usable response.
     pub fn failure(&self) -> Option<UpstreamFailure> {
         match self.kind {
             ResponseKind::Unavailable(cause) => Some(cause),
@@ -259,7 +262,7 @@ impl fmt::Debug for UpstreamResponse {
     }
 }
 
-/// `Docker-Content-Digest`, strictly: none, two different ones, or one we cannot compute are all no digest.
+/// `Docker-Content-Digest`. `None` if it is missing, ambiguous or of an unsupported algorithm.
 pub(super) fn header_digest(headers: &HeaderMap) -> Option<Digest> {
     let mut lines = headers.get_all(DOCKER_CONTENT_DIGEST).iter();
     let first = lines.next()?;

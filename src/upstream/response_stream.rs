@@ -1,4 +1,4 @@
-//! GET: which part, from which address, and its 2xx answer with a body that arrives.
+//! GET with failover between URLs, and its response as a stream.
 
 use std::fmt;
 
@@ -21,23 +21,23 @@ use crate::oci::header::RateLimit;
 use crate::oci::manifest::MediaType;
 use crate::queue::Permit;
 
-/// One of an upstream's addresses, by its position.
+/// Index of one of an upstream's URLs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UrlIndex(pub(super) usize);
 
-/// Which bytes are asked for, and where not to begin.
+/// Byte range of a GET, and the URL to try last.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RangeSpec {
     /// The first byte.
     pub from: u64,
     /// The byte after the last; `None`: to the end.
     pub until: Option<u64>,
-    /// The address that broke off last time: the next ones are asked before it.
+    /// The URL whose transfer failed last; the next URLs are tried before it.
     pub after: Option<UrlIndex>,
 }
 
 impl RangeSpec {
-    /// The `Range` header, unless everything is asked for.
+    /// The `Range` header; `None` for the complete content.
     pub(super) fn range(&self) -> Option<String> {
         match (self.from, self.until) {
             (0, None) => None,
@@ -47,27 +47,28 @@ impl RangeSpec {
     }
 }
 
-/// What a GET brought. Dropping it ends the transfer. Nothing in it is verified: digest and length are promises.
+/// Response to a GET with its body as a stream. Dropping it ends the transfer. Nothing is verified: digest and size
+/// are only claims.
 pub struct ResponseStream {
-    /// 200, or 206 if a range was asked for and given.
+    /// 200, or 206 if a range was requested and returned.
     pub status: StatusCode,
-    /// `Docker-Content-Digest`, if there is one that can be computed.
+    /// `Docker-Content-Digest`, if its algorithm is supported.
     pub digest: Option<Digest>,
     /// `Content-Type`.
     pub media_type: Option<MediaType>,
     /// Length of this body in bytes.
     pub length: Option<u64>,
-    /// Offset of this body's first byte; 0 for a 200, also where a range was asked for and not given.
+    /// Offset of the body's first byte. 0 for a 200, even if a range was requested.
     pub start: u64,
-    /// Length of the whole in bytes.
+    /// Size of the complete content in bytes.
     pub total: Option<u64>,
-    /// What the upstream says is left of the caller's allowance.
+    /// The rate-limit headers.
     pub rate_limit: RateLimit,
-    /// Which of the upstream's addresses it came from.
+    /// The URL that sent the response.
     pub url: UrlIndex,
     /// Whether another origin sent it, to which the registry redirected the request.
     pub is_redirect_target: bool,
-    /// All headers of the answer. Only named ones may be passed on (`Link`, `OCI-Filters-Applied`).
+    /// All response headers. Only selected ones may be forwarded (`Link`, `OCI-Filters-Applied`).
     pub headers: HeaderMap,
     pub(super) body: Body,
     /// Held until the transfer ends.
@@ -75,8 +76,8 @@ pub struct ResponseStream {
 }
 
 impl Upstream {
-    /// Fetches `endpoint`, from byte `from` on if given (`Range: bytes=N-`; an upstream that ignores it answers from
-    /// the start, see [`ResponseStream::start`]). `Err` is whatever is not a 200 or 206.
+    /// Fetches `endpoint`, starting at byte `from` if given (`Range: bytes=N-`). An upstream that ignores the range
+    /// starts at 0, see [`ResponseStream::start`]. `Err` is any response other than 200 or 206.
     pub async fn get(
         &self,
         caller: &Caller,
@@ -91,9 +92,9 @@ impl Upstream {
         self.get_part(caller, endpoint, accept, part).await
     }
 
-    /// Fetches a part of `endpoint`, not first from where it broke off. Among several URLs a no is then not final: the
-    /// one that began it has said yes, and a mirror may lack what another has. A rate limit is waited out as long as the
-    /// caller waits.
+    /// Fetches a range of `endpoint`, trying the URL that failed last only after all others. A negative response of
+    /// one URL is then not final: the first URL served the content, and a mirror may lack it. A rate limit is waited
+    /// out until the caller's deadline.
     pub async fn get_part(
         &self,
         caller: &Caller,
@@ -103,7 +104,7 @@ impl Upstream {
     ) -> Result<ResponseStream, UpstreamResponse> {
         loop {
             match Box::pin(self.get_now(caller, endpoint, accept, part)).await {
-                Err(answer) if pause_ended(&answer, caller).await => {}
+                Err(response) if pause_ended(&response, caller).await => {}
                 got => return got,
             }
         }
@@ -119,18 +120,18 @@ impl Upstream {
         if let Some(cause) = self.0.offline.cause() {
             return Err(UpstreamResponse::unavailable(cause));
         }
-        // Who fetches a blob has a place among the downloads, which lasts as long as the transfer.
+        // A blob transfer holds a permit of the download queue instead.
         let permit = if matches!(endpoint, Endpoint::Blob { .. }) {
             None
         } else {
-            Some(self.admit(caller, endpoint).await.map_err(|answer| *answer)?)
+            Some(self.admit(caller, endpoint).await.map_err(|response| *response)?)
         };
         let mut fetched = self.get_round(caller, (endpoint, accept), part).await?;
         fetched.permit = permit;
         Ok(fetched)
     }
 
-    /// The GET to one URL after the other, until one has the last word.
+    /// Sends the GET to one URL after the other until a response is final.
     pub(super) async fn get_round(
         &self,
         caller: &Caller,
@@ -164,20 +165,20 @@ impl Upstream {
                             permit.not_limited();
                             Ok(fetched)
                         }
-                        Err(answer) => Err(Box::new(self.0.record_limits(
+                        Err(response) => Err(Box::new(self.0.record_limits(
                             (origin, class),
                             caller,
                             permit,
-                            *answer,
+                            *response,
                         ))),
                     }
                 }
             };
             match got {
                 Ok(fetched) => return Ok(self.finish_success(pending, (origin, endpoint), fetched).await),
-                Err(answer) => {
-                    let outcome = self.outcome(origin, endpoint, &answer).await;
-                    if round.add(origin, outcome, *answer) {
+                Err(response) => {
+                    let outcome = self.outcome(origin, endpoint, &response).await;
+                    if round.add(origin, outcome, *response) {
                         break;
                     }
                 }
@@ -188,13 +189,13 @@ impl Upstream {
 }
 
 impl ResponseStream {
-    /// Gives its place back before the transfer ends: what a client takes at its own pace holds none from others.
+    /// Releases the permit before the transfer ends, so that a slow client does not occupy it.
     #[must_use]
     pub fn without_permit(self) -> Self {
         Self { permit: None, ..self }
     }
 
-    /// Holds a place among the downloads until the transfer ends.
+    /// Holds a permit of the download queue until the transfer ends.
     #[must_use]
     pub fn holding(self, permit: Permit) -> Self {
         Self {
@@ -203,13 +204,13 @@ impl ResponseStream {
         }
     }
 
-    /// The next bytes; `None` at the end and only there. A body shorter than its `Content-Length` is an error
-    /// ([`UpstreamFailure::ConnectionReset`]), as is one that pauses for longer than the idle limit ([`UpstreamFailure::Timeout`]).
+    /// The next bytes; `None` only at the end. A body shorter than its `Content-Length` fails with [`UpstreamFailure::ConnectionReset`].
+    /// One that stalls for longer than the idle timeout fails with [`UpstreamFailure::Timeout`].
     pub async fn chunk(&mut self) -> Option<Result<Bytes, UpstreamFailure>> {
         self.body.chunk().await
     }
 
-    /// The whole body; [`UpstreamFailure::TooLarge`] as soon as it is known to be longer than `bytes_max`.
+    /// Reads the complete body. [`UpstreamFailure::TooLarge`] as soon as it exceeds `bytes_max`.
     pub async fn collect(self, bytes_max: usize) -> Result<Bytes, UpstreamFailure> {
         let ResponseStream { body, permit, .. } = self;
         let collected = body.collect(bytes_max).await;

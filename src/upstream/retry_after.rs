@@ -1,12 +1,12 @@
-//! Rate-limit responses: which responses are one, and how long they say to wait. Pure.
+//! Rate-limit detection: which responses are rate limited, and the wait that they state. No I/O.
 //!
-//! RFC 6585 has 429 for it, and RFC 9110 §10.2.3 `Retry-After`. Registries say it otherwise as well: by the OCI error
-//! code under another status, by 403 and a used-up quota (GitHub), by 420 or 509, and the wait in the error's text
-//! (GHCR: `retry-after: 1.5s, allowed: 44000/minute`).
+//! The standards define 429 (RFC 6585) and `Retry-After` (RFC 9110 §10.2.3). Registries also use the OCI error code
+//! with another status, 403 with an exhausted quota (GitHub), or 420 and 509. Some state the wait in the error
+//! message (GHCR: `retry-after: 1.5s, allowed: 44000/minute`).
 //!
-//! A limit counts as no usable response, so a cached copy may be served. A denial must never be taken for one: beside
-//! the status, only an error code or a documented header makes a limit, never the wording of a message. The wording is
-//! read for the wait alone, and only of what is a limit already.
+//! A rate limit counts as unavailable, so a cached copy may be served; a denial must never be taken for one. Besides
+//! the status, only an error code or a documented header indicates a rate limit, never the wording of a message. The
+//! wording is used only for the wait of a response that is a rate limit already.
 
 use std::time::Duration;
 
@@ -16,30 +16,30 @@ use http::{HeaderMap, HeaderName, StatusCode};
 use crate::oci::error::ErrorCode;
 use crate::oci::header::RATELIMIT_REMAINING;
 
-/// Docker Hub's API: seconds, or the second since 1970 from which on requests are allowed again.
+/// Docker Hub's API: seconds, or the Unix time from which requests are allowed again.
 const X_RETRY_AFTER: HeaderName = HeaderName::from_static("x-retry-after");
-/// GitHub and others: requests left.
+/// GitHub and others: remaining requests.
 const X_RATELIMIT_REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
-/// When the quota is full again: seconds from now (the draft), or since 1970 (GitHub, GitLab).
+/// When the quota is reset: seconds from now (the draft), or Unix time (GitHub, GitLab).
 const RESETS: [HeaderName; 2] = [
     HeaderName::from_static("ratelimit-reset"),
     HeaderName::from_static("x-ratelimit-reset"),
 ];
-/// How Artifact Registry words a used-up quota that it tells by 403 and `DENIED`.
+/// Messages of Artifact Registry for an exhausted quota, sent with 403 and `DENIED`.
 const GOOGLE_QUOTAS: [&str; 2] = [
     "Quota exceeded for quota metric ",
     "Quota exceeded for quota group ",
 ];
-/// A number of seconds from here on is a date, not a wait.
+/// Larger numbers are Unix times, not waits.
 const EPOCH_S_MIN: u64 = 1_000_000_000;
-/// How much of an error's body is searched for a wait.
+/// Bytes of an error body that are searched for a wait.
 const TEXT_BYTES_MAX: usize = 4096;
 
-/// Whether a status with these headers is a limit, before its body is known.
+/// Whether status and headers indicate a rate limit, before the body is read.
 pub(super) fn is_limit(status: StatusCode, headers: &HeaderMap) -> bool {
     match status.as_u16() {
         429 | 420 | 509 => true,
-        // GitHub documents 403 with nothing left. A registry that wants a credential sends a challenge.
+        // GitHub documents 403 with no remaining requests. A registry that requires a credential sends a challenge.
         403 => {
             let is_used_up = |name: HeaderName| number(headers, &name) == Some(0);
             !headers.contains_key(WWW_AUTHENTICATE)
@@ -49,7 +49,7 @@ pub(super) fn is_limit(status: StatusCode, headers: &HeaderMap) -> bool {
     }
 }
 
-/// The same, once the code and message of the body are known.
+/// The same with the error code and message of the body.
 pub(super) fn is_limit_by_body(
     status: StatusCode,
     headers: &HeaderMap,
@@ -67,8 +67,8 @@ pub(super) fn is_limit_by_body(
     is_limit(status, headers)
 }
 
-/// How long a response that is a limit, or a 503, says to wait. Dates are measured against its own `Date`, so that no
-/// clock of ours is needed. Not clamped.
+/// The wait stated by a rate limit or a 503. Dates are compared with the response's own `Date`, so the local clock is
+/// not needed. Not clamped.
 pub(super) fn stated_wait(headers: &HeaderMap, body: &[u8]) -> Option<Duration> {
     let header = |name: &HeaderName| headers.get(name)?.to_str().ok();
     let stated = header(&RETRY_AFTER)
@@ -86,7 +86,7 @@ pub(super) fn stated_wait(headers: &HeaderMap, body: &[u8]) -> Option<Duration> 
     })
 }
 
-/// `100`, `0;w=21600`: the number before any parameter.
+/// The number before any parameter: `100`, `0;w=21600`.
 fn number(headers: &HeaderMap, name: &HeaderName) -> Option<u64> {
     let text = headers.get(name)?.to_str().ok()?;
     text.split([';', ',']).next()?.trim().parse().ok()
@@ -109,7 +109,8 @@ fn wait_or_date(text: &str, headers: &HeaderMap) -> Option<Duration> {
     Some(wait.saturating_sub(now))
 }
 
-/// What an error's text says: `retry-after: 1.5s`, `Retry after 30 seconds`, `try again in 1 minute`, `"retry_after": 7`.
+/// The wait in an error message: `retry-after: 1.5s`, `Retry after 30 seconds`, `try again in 1 minute`,
+/// `"retry_after": 7`.
 fn in_text(body: &[u8]) -> Option<Duration> {
     let body = body.get(..TEXT_BYTES_MAX).unwrap_or(body);
     let text = String::from_utf8_lossy(body)
@@ -128,7 +129,7 @@ fn in_text(body: &[u8]) -> Option<Duration> {
         text.match_indices(marker).find_map(|(at, found)| {
             let after = text.get(at + found.len()..)?;
             let (wait, rest) = duration(after.trim_start_matches([' ', ':', '=', '"', '\'', '\\']))?;
-            // `2026-11-28`, `12:30`, `5th`: no wait.
+            // `2026-11-28`, `12:30` and `5th` are not waits.
             let ends =
                 !rest.starts_with(|next: char| next.is_alphanumeric() || matches!(next, '-' | ':' | '/'));
             ends.then_some(wait)
@@ -136,7 +137,7 @@ fn in_text(body: &[u8]) -> Option<Duration> {
     })
 }
 
-/// A number with a unit, several of them (`1m30s`), or a number of seconds; and what follows.
+/// Parses a number with a unit, several of them (`1m30s`), or a number of seconds. Returns the rest of the text too.
 fn duration(text: &str) -> Option<(Duration, &str)> {
     let (mut whole, mut rest, mut parts) = (Duration::ZERO, text, 0);
     while let Some((number, after)) = decimal(rest) {
@@ -152,7 +153,7 @@ fn duration(text: &str) -> Option<(Duration, &str)> {
     (parts > 0).then_some((whole, rest))
 }
 
-/// Too large a number is the longest wait.
+/// A number out of range becomes the longest wait.
 fn seconds_of(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
 }
@@ -173,7 +174,7 @@ fn decimal(text: &str) -> Option<(f64, &str)> {
     Some((number.parse().ok()?, rest))
 }
 
-/// How many seconds the unit at the beginning has.
+/// Parses a unit and returns its seconds.
 fn unit(text: &str) -> Option<(f64, &str)> {
     let text = text.strip_prefix(' ').unwrap_or(text);
     let end = text.find(|c: char| !c.is_alphabetic()).unwrap_or(text.len());
@@ -203,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn r02_retry_after_is_read_in_every_form_registries_send() {
+    fn r02_retry_after_parses_all_registry_formats() {
         const DATED: (&str, &str) = ("date", "Sun, 06 Nov 1994 08:49:37 GMT");
         let ms = |ms: u64| Some(Duration::from_millis(ms));
         for (value, wait) in [
@@ -219,7 +220,7 @@ mod tests {
             ("30 seconds", ms(30_000)),
             ("Sun, 06 Nov 1994 08:51:17 GMT", ms(100_000)),
             ("Sun, 06 Nov 1994 08:49:00 GMT", ms(0)),
-            // A second since 1970, as Docker Hub's API sends.
+            // Unix time, as Docker Hub's API sends.
             ("784111790", ms(784_111_790_000)),
             ("99999999999999999999999999", Some(Duration::MAX)),
             ("soon", None),
@@ -241,12 +242,12 @@ mod tests {
         assert_eq!(
             stated_wait(&headers(&undated), b""),
             None,
-            "no clock to measure it by"
+            "a date needs the response's Date"
         );
     }
 
     #[test]
-    fn r02_the_wait_is_found_in_the_text_of_real_registries() {
+    fn r02_wait_is_parsed_from_error_messages() {
         let us = |us: u64| Some(Duration::from_micros(us));
         for (body, wait) in [
             (
@@ -284,12 +285,12 @@ mod tests {
         assert_eq!(
             stated_wait(&header, b"retry after 9s"),
             us(3_000_000),
-            "the header first"
+            "the header takes precedence"
         );
     }
 
     #[test]
-    fn r02_a_reset_of_the_quota_is_a_wait_only_once_it_is_used_up() {
+    fn r02_quota_reset_is_a_wait_only_if_exhausted() {
         let dated = ("date", "Sat, 28 Nov 2026 12:00:00 GMT");
         for (lines, wait) in [
             (&[("ratelimit-reset", "12")][..], Some(12)),
@@ -314,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn k7_a_limit_by_another_status_is_one_and_a_denial_never_is() {
+    fn k7_rate_limit_by_other_status_and_denial_is_none() {
         let none = HeaderMap::new();
         let used_up = headers(&[("x-ratelimit-remaining", "0")]);
         let left = headers(&[("x-ratelimit-remaining", "1")]);
@@ -336,7 +337,7 @@ mod tests {
             (403, &used_up, None, Some("API rate limit exceeded"), true),
             (403, &hub, None, None, true),
             (403, &none, Some("DENIED"), Some(quota), true),
-            // Denials, whatever they say of limits.
+            // Denials, even if the message mentions limits.
             (403, &none, None, Some("secondary rate limit"), false),
             (
                 403,

@@ -1,5 +1,4 @@
-//! What an upstream is told from outside: its settings, and on whose behalf it is asked. Secrets in here are never
-//! shown.
+//! Settings of an upstream, and the caller of a request. Secrets are never printed.
 
 use std::fmt;
 use std::sync::Arc;
@@ -21,42 +20,42 @@ use crate::oci::endpoint::Endpoint;
 use crate::queue::{Class, Demand, Peer, Waiters, flow};
 use crate::trace_context::TraceContext;
 
-/// What an upstream is, as configured.
+/// Settings of one upstream.
 pub struct Settings {
-    /// Its name in references: `docker.io`.
+    /// Its name in image references, e.g. `docker.io`.
     pub name: String,
-    /// Its addresses, tried in order; at least one.
+    /// Its URLs, tried in order; at least one.
     pub urls: Vec<Origin>,
-    /// Certificates trusted besides the system's, DER: as authorities, and each as a server's own.
+    /// Certificates trusted besides the system's, DER: each as an authority and as a server certificate.
     pub roots: Vec<Vec<u8>>,
-    /// The proxy it is reached through.
+    /// The outbound proxy.
     pub proxy: ProxyChoice,
-    /// Where our own credential comes from, used for callers with [`Credential::Configured`].
+    /// Source of the configured credential, for callers with [`Credential::Configured`].
     pub credential: Option<CredentialSource>,
-    /// Further host names that mean this upstream, by which a credential may be found.
+    /// Further host names of this upstream, for looking up a credential.
     pub hosts: Vec<String>,
-    /// Hosts a token realm may be on besides the upstream's own host and site; with a port where it is not the usual one.
+    /// Further hosts that a token realm may have, with a port if it is not the scheme's default.
     pub token_hosts: Vec<String>,
-    /// Where its redirects may lead besides https and addresses no nearer than its own.
+    /// Further redirect targets, besides https URLs in a scope no narrower than the upstream's own.
     pub redirects: Vec<RedirectRule>,
-    /// Shown to its own hosts and ports if they ask for one, and to no others.
+    /// Client certificate, sent only to the configured hosts and ports.
     pub client_certificate: Option<ClientCertificate>,
-    /// How long to wait for what.
+    /// Timeouts.
     pub timeouts: Timeouts,
-    /// Longest manifest read, in bytes.
+    /// Maximum size of a manifest in bytes.
     pub manifest_bytes_max: usize,
-    /// Questions (HEAD, manifests, lists) under way at once, and as many blob transfers.
+    /// Maximum number of concurrent requests (HEAD, manifests, lists), and of concurrent blob transfers.
     pub downloads_max: usize,
-    /// The operator's switch.
+    /// The operator's offline mode.
     pub offline: Offline,
-    /// Hears of each exchange.
+    /// Observes each request.
     pub observer: Observer,
-    /// Keeps which of several URLs have served which repositories.
+    /// Records which of several URLs have served which repositories.
     pub served: Option<Arc<dyn ServedStore>>,
 }
 
 impl Settings {
-    /// An upstream with everything else at its default.
+    /// Settings with a name and URLs, and defaults otherwise.
     pub fn new(name: impl Into<String>, urls: Vec<Origin>) -> Settings {
         Settings {
             name: name.into(),
@@ -78,21 +77,21 @@ impl Settings {
     }
 }
 
-/// Questions under way at once, and as many transfers, unless the operator says otherwise.
+/// Default maximum of concurrent requests, and of concurrent blob transfers.
 pub const DOWNLOADS_MAX: usize = 64;
 
-/// While it is on, no upstream is asked anything: each is silent, because of [`UpstreamFailure::Offline`]. Transfers under way go
-/// on until they break. Clones are the same switch.
+/// Offline mode: no upstream gets a request, and each fails with [`UpstreamFailure::Offline`]. Transfers under way continue.
+/// Clones share the mode.
 #[derive(Clone, Debug, Default)]
 pub struct Offline(Arc<AtomicBool>);
 
 impl Offline {
-    /// Turns it on or off; says how it was before.
+    /// Sets the mode and returns the previous one.
     pub fn set(&self, on: bool) -> bool {
         self.0.swap(on, Ordering::Relaxed)
     }
 
-    /// Whether it is on.
+    /// Whether the mode is on.
     pub fn is_on(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
@@ -102,16 +101,16 @@ impl Offline {
     }
 }
 
-/// How long to wait for an upstream.
+/// Timeouts of an upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
-    /// DNS, TCP, proxy and TLS together.
+    /// For DNS, TCP, proxy and TLS together.
     pub connect: Duration,
-    /// From a request to its answer's headers, redirects included. Also the longest wait for a free place.
+    /// From sending a request to the response headers, redirects included.
     pub headers: Duration,
     /// Between two chunks of a body.
     pub idle: Duration,
-    /// For a token.
+    /// For a token request.
     pub token: Duration,
 }
 
@@ -127,28 +126,27 @@ impl Default for Timeouts {
     }
 }
 
-/// On whose behalf the upstream is asked.
+/// The caller of a request: whose credential, trace and deadline apply.
 #[derive(Clone)]
 pub struct Caller {
-    /// HMAC of the credential. Tokens and their fetches are never shared between two principals.
+    /// HMAC of the credential. Tokens and token requests are never shared between two principals.
     pub principal: [u8; 32],
-    /// What the upstream is shown.
+    /// The credential to send.
     pub credential: Credential,
-    /// The client whose turn among others it is.
+    /// The client, for fair queueing.
     pub peer: Peer,
-    /// How urgent the request is.
+    /// The priority class of the request.
     pub class: Class,
-    /// The requests that wait for its outcome, where several share it.
+    /// The callers that wait for the result, if several share the request.
     pub waiters: Option<Waiters>,
-    /// Which trace its reason belongs to.
+    /// The trace context of the request.
     pub trace: TraceContext,
-    /// Until when a rate limit of the upstream may be waited out for it; `None`: not at all.
+    /// Until when a rate limit may be waited out. `None`: do not wait.
     pub wait_deadline: Option<Instant>,
 }
 
 impl Caller {
-    /// What is asked of admission for `endpoint`: the flows of a client are its principals, repositories and kinds of
-    /// request.
+    /// The queue demand of `endpoint`. The flows of a client are its principals, repositories and kinds of request.
     pub fn demand(&self, endpoint: &Endpoint) -> Demand {
         let kind = std::mem::discriminant(endpoint);
         Demand {
@@ -165,14 +163,14 @@ impl fmt::Debug for Caller {
     }
 }
 
-/// What the upstream is shown. An empty Basic credential (`Og==`) is [`Credential::Anonymous`]; callers see to that.
+/// The credential to send. Callers map an empty Basic credential (`Og==`) to [`Credential::Anonymous`].
 #[derive(Clone)]
 pub enum Credential {
-    /// Nothing.
+    /// None.
     Anonymous,
-    /// The client's `Authorization`, as it came.
+    /// The client's `Authorization` header, unchanged.
     Client(HeaderValue),
-    /// [`Settings::credential`].
+    /// The configured one, [`Settings::credential`].
     Configured,
 }
 
@@ -186,10 +184,10 @@ impl fmt::Debug for Credential {
     }
 }
 
-/// Why an upstream cannot be set up. The operator's fault.
+/// Why an upstream cannot be set up. A configuration error.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SettingsError {
-    /// Nowhere to ask.
+    /// No URL is configured.
     #[error("the upstream has no URL")]
     NoUrl,
     /// TLS cannot be set up with these certificates.

@@ -1,9 +1,9 @@
-//! State of an upstream, learned from its responses, which outlives reloads of the configuration.
+//! Learned state of an upstream, which outlives configuration reloads.
 //!
-//! It belongs to the upstream's name. A reload builds a new [`Upstream`] from the new settings over the same state, and
-//! [`Upstream::activate`] puts it into effect. Requests under way finish on the connections of the old one and count in
-//! the same limits. What was learned of one address is kept by that address, so a reload that changes the list of urls
-//! does not confuse two of them. Failures are a statement about the connection settings: other ones begin without.
+//! The state is keyed by the upstream's name. A reload builds a new [`Upstream`] with new settings over the same
+//! state, and [`Upstream::activate`] makes it the active one. Requests in flight finish on the connections of the old
+//! one and count towards the same limits. State about one URL is keyed by that URL, so a reload may change the list
+//! of URLs. Failures are tied to the connection settings: if these change, the failure state is reset.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -28,15 +28,16 @@ use crate::oci::endpoint::Endpoint;
 use crate::oci::failure::UpstreamFailure;
 use crate::queue::Queue;
 
-/// How often the same reason for which an upstream is unavailable is logged.
+/// Interval at which the same failure of an upstream is logged.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
-/// How often the circuit breaker of a repository is logged, whichever it is: clients choose the names.
+/// Interval at which circuit breakers of repositories are logged, over all repositories: clients choose the names, so
+/// their number is unbounded.
 const REPOSITORY_LOG_INTERVAL: Duration = Duration::from_secs(10);
 
-/// One place for lists to so many for other requests.
+/// Permits for other requests per permit for lists.
 const LIST_PERMIT_RATIO: usize = 8;
 
-/// The state of one upstream. Clones are the same state.
+/// Learned state of one upstream. Clones share it.
 #[derive(Clone, Default)]
 pub struct LearnedState(pub(super) Arc<Learned>);
 
@@ -46,15 +47,15 @@ pub(super) struct Learned {
     pub(super) quirks: Quirks,
     pub(super) tokens: Arc<TokenCache>,
     pub(super) requests: Queue,
-    /// Lists have places of their own, so that however many there are keep no tag waiting.
+    /// Lists have a queue of their own, so that many slow lists do not delay tags.
     pub(super) lists: Queue,
     health: Mutex<Health>,
-    /// Notified when a probe may be due earlier.
+    /// Notified when the next probe may have become due earlier.
     changed: Arc<Notify>,
     active: Mutex<Active>,
 }
 
-/// What is in effect now.
+/// The active settings of an upstream.
 #[derive(Default)]
 struct Active {
     upstream: Weak<Inner>,
@@ -66,25 +67,25 @@ struct Active {
 pub(super) struct Health {
     pub(super) detector: FailureDetector,
     pub(super) last_failure: Option<(UpstreamFailure, Instant)>,
-    /// Its reason in words.
+    /// Description of the last failure.
     pub(super) last_detail: Option<Arc<str>>,
-    /// The reason that was logged last.
+    /// The failure that was logged last.
     logged: Option<(UpstreamFailure, Option<Arc<str>>, Instant)>,
     pub(super) last_head: Option<(Duration, Instant)>,
-    /// The URLs that were unavailable when the upstream was so last.
+    /// The URLs that failed when the upstream was last unavailable.
     pub(super) unavailable_urls: Vec<Origin>,
-    /// The principal of callers without a credential, whose limits a probe keeps to …
+    /// Principal of callers without a credential; probes count towards their rate limits.
     anonymous: [u8; 32],
-    /// … and that of callers with the proxy's own.
+    /// Principal of callers that use the configured credential.
     configured: [u8; 32],
     repository_logged: Option<Instant>,
     prober: Option<AbortHandle>,
-    /// Whose health it is.
+    /// Id of the connection settings that this health belongs to.
     connection: u64,
 }
 
 impl Health {
-    /// Whether the operator has something to mend and was not told of it lately.
+    /// Whether to log a failure that the operator can fix and that was not logged lately.
     pub(super) fn should_log(&mut self, cause: UpstreamFailure, detail: Option<&str>, now: Instant) -> bool {
         if !matches!(
             cause,
@@ -113,9 +114,9 @@ impl Health {
     }
 }
 
-/// The settings that decide where an upstream is and whether it can be reached.
+/// The settings that determine where an upstream is and how it is reached.
 pub(super) struct ConnectionSettings {
-    /// Tells it from every other of this process.
+    /// Unique in this process.
     pub(super) id: u64,
     urls: Vec<Origin>,
     roots: Vec<Vec<u8>>,
@@ -129,7 +130,7 @@ pub(super) struct ConnectionSettings {
 impl ConnectionSettings {
     pub(super) fn of(settings: &Settings) -> Self {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
-        // Without `..`: a new setting is either named here or is known to change nothing of what was learned.
+        // Destructured without `..`, so that a new setting must be listed here.
         let Settings {
             name: _,
             urls,
@@ -171,7 +172,7 @@ impl ConnectionSettings {
 }
 
 impl Learned {
-    /// The connection settings in effect if these are the same, else these.
+    /// The active connection settings if they equal the new ones, else the new ones.
     pub(super) fn connection(&self, settings: &Settings) -> Arc<ConnectionSettings> {
         let new = ConnectionSettings::of(settings);
         let active = self.active().connection.clone();
@@ -180,7 +181,7 @@ impl Learned {
             .unwrap_or_else(|| Arc::new(new))
     }
 
-    /// The own credentials in effect, with all that is cached of them, if they come from the same source; else new ones.
+    /// The active credential provider with its cache if the source is the same, else a new one.
     pub(super) fn credentials(
         &self,
         source: Option<CredentialSource>,
@@ -193,7 +194,7 @@ impl Learned {
             .or_else(|| Some(Arc::new(CredentialProvider::new(source, names))))
     }
 
-    /// Whether some settings are in effect, or were.
+    /// Whether settings are or were active.
     pub(super) fn has_been_active(&self) -> bool {
         self.active().connection.is_some()
     }
@@ -202,14 +203,14 @@ impl Learned {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The health of who has these connection settings; `None` if others are in effect by now.
+    /// The health under these connection settings. `None` if others are active.
     pub(super) fn health(&self, connection: &ConnectionSettings) -> Option<MutexGuard<'_, Health>> {
-        // Every change under this lock is complete in one statement; a panic elsewhere leaves nothing half done.
+        // Each change under this lock is one statement, so a poisoned lock still holds consistent state.
         let health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
         (health.connection == connection.id).then_some(health)
     }
 
-    /// Probes what has no response, if something has none.
+    /// Starts the prober if a scope fails and none is running.
     pub(super) fn start_probing(self: &Arc<Self>, health: &mut Health) {
         let is_running = health.prober.as_ref().is_some_and(|prober| !prober.is_finished());
         if is_running {
@@ -220,12 +221,12 @@ impl Learned {
         }
     }
 
-    /// The settings in effect.
+    /// The active upstream.
     pub(super) fn active_upstream(&self) -> Option<Arc<Inner>> {
         self.active().upstream.upgrade()
     }
 
-    /// The probe that is due next, and when. Without one, the probing ends.
+    /// The next probe and when it is due. Without one, the prober ends.
     pub(super) fn next_probe(&self, inner: &Inner) -> Option<(Instant, FailureScope)> {
         let mut health = self.health(&inner.connection)?;
         let next = health.detector.next_probe(Instant::now());
@@ -235,18 +236,18 @@ impl Learned {
         next
     }
 
-    /// A probe is sent: for what.
+    /// Marks a probe as sent and returns the operation to send.
     pub(super) fn take_probe(&self, inner: &Inner, scope: &FailureScope) -> Option<Endpoint> {
         let mut health = self.health(&inner.connection)?;
         health.detector.take_probe(scope, Instant::now())
     }
 
-    /// The probing ends, whatever has no response.
+    /// The prober ended, whatever still fails.
     pub(super) fn probing_stopped(&self) {
         self.any_health().prober = None;
     }
 
-    /// The principal of those who show this, where it is not a client's own.
+    /// Principal of callers with this credential, unless it is a client's own.
     pub(super) fn principal_for(&self, credential: &Credential) -> [u8; 32] {
         let health = self.any_health();
         match credential {
@@ -269,15 +270,14 @@ impl Drop for Learned {
     }
 }
 
-/// A request that was sent, as the detection of failures sees it. Dropped without a word, nothing is known of its
-/// response.
+/// Guard of a sent request in failure detection. If dropped without a result, the request is recorded as cancelled.
 pub(super) struct InFlightRequest<'a> {
     inner: &'a Inner,
     id: Option<u64>,
 }
 
 impl InFlightRequest<'_> {
-    /// A credential is looked up before anything is sent, or was.
+    /// Pauses or resumes the request while a credential is looked up and nothing is in flight.
     pub(super) fn set_paused(&self, is_paused: bool) {
         self.change(|detector, id, now| {
             detector.set_paused(id, is_paused, now);
@@ -285,7 +285,7 @@ impl InFlightRequest<'_> {
         });
     }
 
-    /// A token is fetched first.
+    /// The request now waits for the token service.
     pub(super) fn waiting_for_token(&self) {
         self.change(|detector, id, now| {
             detector.waiting_for_token(id, now);
@@ -293,12 +293,12 @@ impl InFlightRequest<'_> {
         });
     }
 
-    /// What became of the request for a token.
+    /// Records the outcome of the token request.
     pub(super) fn token_finished(&self, ended: RequestOutcome) {
         self.change(|detector, id, now| detector.token_finished(id, ended, now));
     }
 
-    /// What became of the request.
+    /// Records the outcome of the request.
     pub(super) fn finish(mut self, ended: RequestOutcome) {
         self.change(|detector, id, now| detector.finish(id, ended, now));
         self.id = None;
@@ -321,12 +321,12 @@ impl Drop for InFlightRequest<'_> {
 }
 
 impl Inner {
-    /// `None` where other connection settings are in effect by now.
+    /// `None` if other connection settings are active.
     pub(super) fn health(&self) -> Option<MutexGuard<'_, Health>> {
         self.learned.health(&self.connection)
     }
 
-    /// A request is sent.
+    /// Records that a request is sent.
     pub(super) fn sent(
         &self,
         kind: RequestKind,
@@ -346,7 +346,7 @@ impl Inner {
         InFlightRequest { inner: self, id }
     }
 
-    /// A probe found a scope alive.
+    /// A probe received a response in this scope: closes its circuit breaker.
     pub(super) fn recovered(&self, scope: &FailureScope) {
         if let Some(mut health) = self.health() {
             let changes = health.detector.recovered(scope);
@@ -354,14 +354,14 @@ impl Inner {
         }
     }
 
-    /// A probe that began then has ended, and this was not what its response closed.
+    /// A probe that started at `began` ended, and its response did not close this scope.
     pub(super) fn probe_ended(&self, scope: &FailureScope, began: Instant) {
         if let Some(mut health) = self.health() {
             health.detector.probe_ended(scope, began);
         }
     }
 
-    /// What follows from a change of the health.
+    /// Logs circuit breakers that opened or closed, and starts probing.
     pub(super) fn apply_changes(&self, health: &mut Health, changes: Vec<BreakerChange>) {
         for BreakerChange { scope, opened } in changes {
             if matches!(scope, FailureScope::Repository(..)) && !health.may_log_repository(Instant::now()) {
@@ -379,7 +379,7 @@ impl Inner {
 }
 
 impl Upstream {
-    /// Puts these settings into effect over the state of the upstream. Needs a runtime if something has no response.
+    /// Activates these settings over the upstream's state. Requires a tokio runtime if a scope fails.
     pub fn activate(&self) {
         let (inner, learned) = (&self.0, &self.0.learned);
         let own = inner.auth_client.credentials.clone();

@@ -1,4 +1,4 @@
-//! The real network: names by the system's resolver, both address families (RFC 8305), TCP. No TLS, no proxy.
+//! TCP dialer: system resolver, both address families (RFC 8305), no TLS and no proxy.
 
 use std::error::Error;
 use std::io;
@@ -18,19 +18,19 @@ use super::redirect_rules::AddressLimit;
 use super::tls::io_cause;
 use crate::oci::failure::UpstreamFailure;
 
-/// TCP keepalive: a peer that vanished is noticed after about a minute.
+/// TCP keepalive: a lost peer is detected after about a minute.
 const KEEPALIVE: Duration = Duration::from_secs(30);
-/// Linux `TCP_USER_TIMEOUT`: bytes sent and not acknowledged for so long mean the peer is gone.
+/// Linux `TCP_USER_TIMEOUT`: the peer is considered lost if sent bytes stay unacknowledged this long.
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(30);
 
-/// [`Dialer`] by TCP.
+/// [`Dialer`] over TCP.
 pub(super) struct TcpDialer;
 
 impl Dialer for TcpDialer {
     fn dial(&self, to: &Uri, limit: &AddressLimit, timeout: Duration) -> DialFuture {
         let (to, limit) = (to.clone(), limit.clone());
         Box::pin(async move {
-            // hyper's connector does not resolve what is an address already, so that is judged here.
+            // hyper's connector resolves no IP literals, so they are checked here.
             if let Some(refused) = to.host().and_then(address).filter(|ip| !limit.allows(*ip)) {
                 return Err(DialError::scope_denied(refused));
             }
@@ -81,8 +81,8 @@ fn dial_error(error: impl Error + Send + Sync + 'static) -> DialError {
     DialError::new(cause, error)
 }
 
-/// The system's resolver, minus the addresses that are too near. Judged at every look-up, so a name that changes its
-/// mind between two of them gains nothing.
+/// System resolver that drops disallowed addresses. It checks every lookup, so a name that changes between two
+/// lookups (DNS rebinding) bypasses nothing.
 #[derive(Clone)]
 struct Resolver<S> {
     system: S,
@@ -91,9 +91,9 @@ struct Resolver<S> {
 
 #[derive(Debug, thiserror::Error)]
 enum ResolveError {
-    #[error("the name has no address")]
+    #[error("the name does not resolve")]
     Failed(#[source] io::Error),
-    #[error("the name leads to {0}, which is nearer than the registry")]
+    #[error("the name resolves to {0}, which is in a narrower IP scope")]
     ScopeDenied(IpAddr),
 }
 
@@ -132,11 +132,11 @@ mod tests {
     use super::*;
     use crate::upstream::ip_scope::IpScope;
 
-    /// A name server that says another thing each time, the last one for ever.
+    /// Name server with a different answer for each lookup.
     #[derive(Clone)]
-    struct Fickle(Vec<Vec<SocketAddr>>);
+    struct RebindingResolver(Vec<Vec<SocketAddr>>);
 
-    impl Service<Name> for Fickle {
+    impl Service<Name> for RebindingResolver {
         type Response = std::vec::IntoIter<SocketAddr>;
         type Error = io::Error;
         type Future = std::future::Ready<Result<Self::Response, io::Error>>;
@@ -151,11 +151,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_name_that_changes_its_mind_is_judged_at_every_look_up() {
+    async fn dns_rebinding_is_checked_at_every_lookup() {
         let addresses =
             |list: &[&str]| -> Vec<SocketAddr> { list.iter().map(|one| one.parse().unwrap()).collect() };
         let mut resolver = Resolver {
-            system: Fickle(vec![
+            system: RebindingResolver(vec![
                 addresses(&["8.8.8.8:443"]),
                 addresses(&["127.0.0.1:443"]),
                 addresses(&["169.254.169.254:443", "8.8.8.8:443", "[::ffff:10.0.0.1]:443"]),

@@ -1,4 +1,4 @@
-//! The upstream against a scripted registry, on loopback sockets or, where time matters, on in-memory pipes under a
+//! Tests of the upstream client against a scripted registry: over loopback sockets, or over in-memory pipes with a
 //! paused clock.
 #![allow(
     clippy::unwrap_used,
@@ -9,11 +9,11 @@
 )]
 
 mod bodies;
+mod failures;
 mod heads;
 mod redirects;
 pub(super) mod registry;
 mod reload;
-mod silence;
 mod tokens;
 
 use http::{HeaderMap, HeaderValue, Method};
@@ -23,7 +23,7 @@ use crate::oci::digest::{Algorithm, Digest};
 use crate::queue::{Class, Peer};
 use registry::Registry;
 
-/// An OCI manifest, small but real.
+/// A small, valid OCI manifest.
 pub(super) const MANIFEST: &str = r#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json",
 "config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa","size":2},"layers":[]}"#;
 
@@ -44,7 +44,7 @@ pub(super) fn settings(urls: &[&Registry]) -> Settings {
     }
 }
 
-/// An upstream of these registries, in this order, over sockets.
+/// An upstream with these registries as its URLs, in this order, over sockets.
 pub(super) fn upstream(urls: &[&Registry]) -> Upstream {
     Upstream::new(settings(urls), &Transport::system()).unwrap()
 }
@@ -105,7 +105,7 @@ pub(super) fn accept() -> Accept {
 }
 
 #[test]
-fn nothing_that_is_shown_contains_a_credential() {
+fn debug_output_contains_no_credential() {
     let settings = Settings {
         credential: Some(UpstreamCredential::new("robot", "canary").into()),
         ..Settings::new("a", vec!["https://a.example".parse().unwrap()])
@@ -117,7 +117,7 @@ fn nothing_that_is_shown_contains_a_credential() {
 }
 
 #[test]
-fn an_upstream_without_a_url_is_refused() {
+fn upstream_without_url_is_rejected() {
     assert_eq!(
         Upstream::new(Settings::new("a", Vec::new()), &Transport::system()).err(),
         Some(SettingsError::NoUrl)

@@ -1,8 +1,8 @@
-//! TLS towards upstreams: trust anchors, pinned certificates, client certificates, and the reason of a failure in words.
+//! TLS client: trust anchors, pinned certificates, client certificates, and descriptions of failures.
 //!
-//! * `verify`: which server certificate is accepted. * `fault`: from an error of rustls to a [`TlsFailure`] and its detail.
+//! * `verify`: verification of server certificates. * `failure`: classification and description of rustls errors.
 
-mod fault;
+mod failure;
 mod verify;
 
 use std::fmt;
@@ -26,15 +26,15 @@ use tokio_rustls::client::TlsStream;
 
 use super::dialer::{DialError, Stream};
 use crate::oci::failure::{TlsFailure, UpstreamFailure};
-use fault::classify;
+use failure::classify;
 pub(super) use verify::Trust;
 
-/// The reason in words within an I/O error, if it is one of TLS.
+/// The description of a TLS error inside an I/O error.
 pub(super) fn reason(error: &io::Error) -> Option<String> {
-    fault::of(error).map(|(_, detail)| detail)
+    failure::of(error).map(|(_, detail)| detail)
 }
 
-/// What an I/O error on an open or opening connection says about the other end.
+/// The cause for an I/O error on a connection.
 pub(super) fn io_cause(error: &io::Error) -> UpstreamFailure {
     let tls = error.get_ref().and_then(|error| error.downcast_ref());
     if let Some(tls) = tls {
@@ -53,40 +53,40 @@ pub(super) fn io_cause(error: &io::Error) -> UpstreamFailure {
     }
 }
 
-/// TLS cannot be set up. The operator's fault, or the build's.
+/// TLS cannot be set up: an error in the configuration or the build.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TlsError {
-    /// The n-th further certificate (from 0) is not usable.
+    /// The n-th additional certificate (from 0) is unusable.
     #[error("certificate {0} is not a usable certificate")]
     Root(usize),
-    /// The provider knows no protocol version; cannot happen with the one compiled in.
+    /// The crypto provider supports no protocol version. Cannot happen with the one compiled in.
     #[error("TLS is unusable: {0}")]
     Provider(String),
 }
 
-/// Why certificate and key are no client certificate.
+/// Why a certificate and a key are no client certificate.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ClientCertificateError {
-    /// The certificate file holds none.
+    /// The certificate file contains no certificate.
     #[error("there is no certificate in the file")]
     NoCertificate,
-    /// The key file holds no private key that can be read.
+    /// The key file contains no readable private key.
     #[error("there is no private key in the file, or it is encrypted")]
     NoKey,
-    /// The key is of a kind that is not supported.
+    /// The key type is not supported.
     #[error("the private key cannot be used: {0}")]
     Key(String),
-    /// The key is another certificate's.
+    /// The key belongs to another certificate.
     #[error("the private key is not that of the certificate")]
     Mismatch,
 }
 
-/// A certificate chain and its private key, shown to an upstream that asks for them.
+/// A certificate chain with its private key, sent to an upstream that requests one.
 #[derive(Clone)]
 pub struct ClientCertificate(Arc<CertifiedKey>);
 
 impl ClientCertificate {
-    /// From PEM: the chain, the certificate itself first, and its private key.
+    /// Parses PEM: the chain, leaf first, and its private key.
     pub fn read(chain: &[u8], key: &[u8]) -> Result<ClientCertificate, ClientCertificateError> {
         let chain: Vec<_> = CertificateDer::pem_slice_iter(chain)
             .collect::<Result<_, _>>()
@@ -103,7 +103,7 @@ impl ClientCertificate {
     }
 }
 
-/// By the certificates, which are public. One certificate has one key.
+/// Compares the public certificates; a certificate has only one key.
 impl PartialEq for ClientCertificate {
     fn eq(&self, other: &Self) -> bool {
         self.0.cert == other.0.cert
@@ -120,14 +120,15 @@ impl fmt::Debug for ClientCertificate {
     }
 }
 
-/// TLS with the trust of one upstream.
+/// TLS client with the trust anchors of one upstream.
 pub(super) struct Tls {
     connector: TlsConnector,
     client_auth: Arc<ClientAuth>,
 }
 
 impl Tls {
-    /// Trusts as `trust` says, offers `protocols` by ALPN, and shows `certificate` to servers that ask for one.
+    /// Creates a client with these trust anchors and ALPN protocols. `certificate` is sent to servers that request
+    /// one.
     pub(super) fn new(
         trust: &Trust,
         protocols: &[&[u8]],
@@ -153,7 +154,7 @@ impl Tls {
         })
     }
 
-    /// The handshake with the host of `to`. The flag says whether h2 was agreed on.
+    /// Performs the handshake with the host of `to`. The flag tells whether h2 was negotiated.
     pub(super) async fn handshake(
         &self,
         to: &Uri,
@@ -178,8 +179,8 @@ impl Tls {
         Ok((Box::new(monitored), h2))
     }
 
-    /// Why the server at `to` ended a connection after the handshake, no earlier than `since`. In TLS 1.3 it judges a
-    /// client certificate, or that there is none, when the handshake is over here (RFC 8446 §4.4.2.4).
+    /// Why the server at `to` closed a connection after the handshake, no earlier than `since`. In TLS 1.3 the server
+    /// verifies a client certificate only after the client's handshake is complete (RFC 8446 §4.4.2.4).
     pub(super) fn close_reason(&self, to: &Uri, since: Instant) -> Option<(TlsFailure, String)> {
         let mut ended = self
             .client_auth
@@ -187,11 +188,11 @@ impl Tls {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let ended = ended.take_if(|ended| Some(&ended.by) == to.authority() && ended.at >= since)?;
-        Some((ended.fault, ended.detail))
+        Some((ended.failure, ended.detail))
     }
 }
 
-/// A connection in TLS that notes why the server ended it: the HTTP client tells of it as of any broken connection.
+/// TLS stream that records why the server closed it. To the HTTP client it is only a closed connection.
 struct MonitoredStream {
     stream: TlsStream<Box<dyn Stream>>,
     to: Option<Authority>,
@@ -202,12 +203,13 @@ struct MonitoredStream {
 impl MonitoredStream {
     fn record_error<T>(&self, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if let Poll::Ready(Err(error)) = &polled {
-            self.record_close(fault::of(error));
+            self.record_close(failure::of(error));
         }
         polled
     }
 
-    /// Without an alert, what is left of a server's no is that it asked for a certificate and then said nothing.
+    /// Without an alert, a rejection can only be inferred: the server requested a certificate and closed the
+    /// connection before sending anything.
     fn record_close(&self, alert: Option<(TlsFailure, String)>) {
         let is_requested = self.client_auth.is_requested.load(Ordering::Relaxed);
         let inferred = || {
@@ -219,12 +221,12 @@ impl MonitoredStream {
             .last_close
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if let (Some((fault, detail)), Some(by)) = (alert.or_else(inferred), self.to.clone()) {
+        if let (Some((failure, detail)), Some(by)) = (alert.or_else(inferred), self.to.clone()) {
             let at = Instant::now();
             *ended = Some(ServerClose {
                 by,
                 at,
-                fault,
+                failure,
                 detail,
             });
         }
@@ -264,7 +266,7 @@ impl AsyncWrite for MonitoredStream {
     }
 }
 
-/// The client certificate, whether a server has asked for one, and the last alert after a handshake.
+/// The client certificate, whether a server requested one, and the last close after a handshake.
 #[derive(Debug)]
 struct ClientAuth {
     certificate: Option<ClientCertificate>,
@@ -272,33 +274,33 @@ struct ClientAuth {
     last_close: Mutex<Option<ServerClose>>,
 }
 
-/// How a server ended a connection after the handshake.
+/// How a server closed a connection after the handshake.
 #[derive(Debug)]
 struct ServerClose {
     by: Authority,
     at: Instant,
-    fault: TlsFailure,
+    failure: TlsFailure,
     detail: String,
 }
 
 impl ClientAuth {
-    /// A server asked for a client certificate, and then there was this.
+    /// Describes the failure after a server requested a client certificate.
     fn certificate_rejected(&self, then: &str) -> (TlsFailure, String) {
         let detail = match self.certificate {
             Some(_) => format!(
-                "the server asked for a client certificate, was shown `client_certificate`, and refused it ({then})"
+                "the server requested a client certificate, received `client_certificate` and rejected it ({then})"
             ),
             None => format!(
-                "the server asked for a client certificate ({then}); set `client_certificate` and `client_key`"
+                "the server requested a client certificate ({then}); set `client_certificate` and `client_key`"
             ),
         };
         (TlsFailure::ClientCertificate, detail)
     }
 
-    /// Many servers end a handshake without the certificate that they asked for by an alert that says nothing, or by none.
+    /// Many servers abort the handshake with an unspecific alert, or none, if a requested certificate is missing.
     fn handshake_error(&self, error: io::Error) -> DialError {
-        let (mut cause, mut detail) = match fault::of(&error) {
-            Some((fault, detail)) => (UpstreamFailure::Tls(fault), detail),
+        let (mut cause, mut detail) = match failure::of(&error) {
+            Some((failure, detail)) => (UpstreamFailure::Tls(failure), detail),
             None if error.kind() == io::ErrorKind::UnexpectedEof => (
                 UpstreamFailure::ConnectionReset,
                 "the connection was closed during the TLS handshake".to_owned(),
@@ -310,8 +312,8 @@ impl ClientAuth {
             UpstreamFailure::ConnectionReset | UpstreamFailure::Tls(TlsFailure::Version | TlsFailure::Other)
         );
         if self.is_requested.load(Ordering::Relaxed) && is_unspecific {
-            let (fault, refused) = self.certificate_rejected(&detail);
-            (cause, detail) = (UpstreamFailure::Tls(fault), refused);
+            let (failure, refused) = self.certificate_rejected(&detail);
+            (cause, detail) = (UpstreamFailure::Tls(failure), refused);
         }
         DialError {
             cause,

@@ -1,8 +1,9 @@
-//! The Bearer handshake: from a challenge to a token, and the tokens kept. protocol: distribution-spec "token
+//! Bearer token authentication: from a challenge to a token, and the token cache. protocol: distribution-spec "token
 //! authentication", distribution's `docs/spec/auth/token.md`.
 //!
-//! A token belongs to one holder (kind of credential and principal) and is never given to another: the holder is part
-//! of every key, of the cache as of the single flight. A token proves nothing; only the registry's answer does.
+//! A token belongs to one owner (kind of credential and principal) and is never used for another. The owner is part
+//! of every key, both of the cache and of coalesced token requests. A token proves no access; only the registry's
+//! response does.
 
 use std::fmt;
 use std::sync::Arc;
@@ -33,21 +34,21 @@ mod protocol;
 pub(super) use protocol::parse;
 use protocol::{Realm, encoded, query, realm_allowed, with_query};
 
-/// Tokens kept, over all holders.
+/// Tokens cached per upstream, over all owners.
 const TOKENS_MAX: usize = 4096;
-/// Body of a token service's answer.
+/// Maximum size of a token response.
 pub(super) const TOKEN_BODY_BYTES_MAX: usize = 64 * 1024;
-/// A token is replaced so long before it expires.
+/// A token is replaced this long before it expires.
 const REFRESH_BEFORE: Duration = Duration::from_secs(10);
 
-/// Whose token it is. Own, anonymous and client credentials never share, whatever the principal.
+/// Owner of a token. Configured, anonymous and client credentials never share tokens, whatever the principal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct TokenOwner {
     pub(super) kind: TokenOwnerKind,
     pub(super) principal: [u8; 32],
 }
 
-/// Which credential a token was fetched with.
+/// The kind of credential that a token was obtained with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum TokenOwnerKind {
     Anonymous,
@@ -55,47 +56,47 @@ pub(super) enum TokenOwnerKind {
     Configured,
 }
 
-/// What a token is for.
+/// What a token is valid for.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct TokenKey {
     realm: Realm,
     service: Option<String>,
-    /// Sorted, each once.
+    /// Sorted and unique.
     scopes: Vec<String>,
     owner: TokenOwner,
 }
 
-/// What is sent to the token service.
+/// The credential sent to the token service.
 pub(super) enum TokenCredential<'a> {
     Anonymous,
-    /// A client's `Authorization: Basic`, as it came.
+    /// A client's `Authorization: Basic`, unchanged.
     Basic(&'a HeaderValue),
     Configured(&'a UpstreamCredential),
 }
 
-/// Why there is no token.
+/// Why no token could be obtained.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum TokenFailure {
     /// 401 or 403: the credential is wrong.
     Denied(StatusCode),
-    /// It limits the rate of requests.
+    /// The token service limits the rate of requests.
     RateLimited(Pause),
-    /// No response, in words for the operator.
+    /// No response, with a description for the operator.
     NoResponse(Arc<str>),
-    /// A response that is of no use, in words for the operator.
+    /// An unusable response, with a description for the operator.
     Unusable(Arc<str>),
-    /// The registry names its token service by http, where no credential is sent, and by https it does not answer.
+    /// The realm is an http URL, to which no credential is sent, and https at the same host failed.
     PlainRealm,
 }
 
-/// What a token service answered instead of a token.
+/// Why a token request returned no token.
 enum FetchError {
     Denied(StatusCode),
-    /// And how long it says to wait.
+    /// With the stated wait.
     RateLimited(Option<Duration>),
-    /// No response, in words for the operator.
+    /// No response, with a description for the operator.
     NoResponse(Arc<str>),
-    /// A response that is of no use, in words for the operator.
+    /// An unusable response, with a description for the operator.
     Unusable(Arc<str>),
 }
 
@@ -104,15 +105,15 @@ fn unavailable(reason: &str) -> FetchError {
 }
 
 struct Token {
-    /// `Bearer …`. Wiped when dropped; the header made of it for a request is not ours for long.
+    /// `Bearer …`. Zeroized on drop; the header made from it lives only as long as a request.
     text: Zeroizing<String>,
     usable_until: Instant,
 }
 
 impl Token {
-    /// Marked sensitive.
+    /// Marked as sensitive.
     fn header(&self) -> HeaderValue {
-        // It was a legal header value when it was read.
+        // The text was a valid header value when it was parsed.
         let mut header = HeaderValue::from_str(&self.text).unwrap_or_else(|_| HeaderValue::from_static(""));
         header.set_sensitive(true);
         header
@@ -123,14 +124,15 @@ impl Token {
     }
 }
 
-/// One key's token, and the flight that fetches it.
+/// The token of one key, and the lock that coalesces requests for it.
 struct TokenSlot {
-    /// Counts fetches that ended, so that who waited for one knows that its failure is theirs too.
+    /// Number of finished token requests. A caller that waited for a request shares its failure if this number
+    /// changed.
     fetches: AtomicU64,
     state: tokio::sync::Mutex<Result<Option<Token>, TokenFailure>>,
 }
 
-/// What worked for a repository the last time, so that the next request goes out authorised at once.
+/// The key and challenge that last worked for a repository, so that the next request carries a token at once.
 #[derive(Clone)]
 pub(super) struct LastToken {
     pub(super) key: TokenKey,
@@ -138,24 +140,24 @@ pub(super) struct LastToken {
     pub(super) challenge: Arc<[HeaderValue]>,
 }
 
-/// The token services that a probe may ask.
+/// The token services that a probe may contact.
 #[derive(Default)]
 struct Realms {
-    /// The one that was asked last, while it has not answered.
+    /// The service contacted last, while it has not responded.
     pending: Option<Uri>,
-    /// The one that gave no usable answer, if the last word of any was that.
+    /// The service that gave no usable response, if that is the last result.
     failed: Option<Uri>,
 }
 
-/// The tokens kept for one upstream. A token goes only to the address for which it was got: another one may be another
-/// registry by now.
+/// Token cache of one upstream. A token is sent only to the URL for which it was obtained, because another URL may be
+/// another registry.
 pub(super) struct TokenCache {
     slots: Cache<TokenKey, Arc<TokenSlot>>,
     last_tokens: Cache<(Origin, Repository, TokenOwner), LastToken>,
-    /// At which other registry, to which this one redirects, which token worked.
+    /// The other registry to which this one redirects, and the key of the token that worked there.
     other_registries: Cache<(Origin, Repository, TokenOwner), (Origin, TokenKey)>,
     realms: std::sync::Mutex<Realms>,
-    /// The pauses of token services, by host and holder.
+    /// Rate-limit pauses of token services, by host and owner.
     windows: Windows<(Option<Authority>, TokenOwner)>,
 }
 
@@ -172,14 +174,14 @@ impl Default for TokenCache {
 }
 
 impl TokenCache {
-    /// A realm is asked.
+    /// Records that a request is sent to a realm.
     fn realm_requested(&self, realm: Uri) {
         if let Ok(mut realms) = self.realms.lock() {
             realms.pending = Some(realm);
         }
     }
 
-    /// A realm was asked, and gave no usable answer or one.
+    /// Records whether the last request to a realm failed.
     pub(super) fn record_realm(&self, realm: Option<Uri>, has_failed: bool) {
         if let Ok(mut realms) = self.realms.lock() {
             *realms = Realms {
@@ -190,17 +192,17 @@ impl TokenCache {
     }
 }
 
-/// The tokens of one upstream, as its settings let them be got.
+/// Token authentication of one upstream under its settings.
 pub(super) struct Tokens {
     cache: Arc<TokenCache>,
-    /// Configured hosts a realm may be on.
+    /// Further hosts that a realm may have.
     hosts: Vec<String>,
     timeout: Duration,
 }
 
 impl TokenKey {
-    /// The key of a challenge; `None` if the realm must not be asked (see [`realm_allowed`]). A challenge without a
-    /// scope gets the one every registry means (Artifact Registry gives no anonymous token without).
+    /// The key for a challenge. `None` if the realm is not allowed (see [`realm_allowed`]). A challenge without a
+    /// scope gets the default one, because Artifact Registry issues no anonymous token without.
     pub(super) fn of(
         tokens: &Tokens,
         origin: &Origin,
@@ -233,8 +235,8 @@ impl Tokens {
         }
     }
 
-    /// A token for `key`: the one kept, unless it is about to expire or was just `rejected`; else a new one, fetched
-    /// once however many wait for it. Who waited for a fetch that failed shares its failure.
+    /// A token for `key`: the cached one, unless it is about to expire or was just `rejected`, else a new one.
+    /// Concurrent callers share one request and its failure.
     pub(super) async fn get(
         &self,
         http: &HttpClient,
@@ -299,7 +301,7 @@ impl Tokens {
         header
     }
 
-    /// The token kept for `key`, if it is usable and nobody fetches another one.
+    /// The cached token for `key`, if it is usable and no request for a new one is in flight.
     pub(super) fn cached(&self, key: &TokenKey, rejected: Option<&HeaderValue>) -> Option<HeaderValue> {
         let slot = self.cache.slots.get(key)?;
         let state = slot.state.try_lock().ok()?;
@@ -321,7 +323,7 @@ impl Tokens {
         }
     }
 
-    /// What worked for this repository and holder at this address, if its realm may still be asked.
+    /// What last worked for this repository and owner at this URL, if its realm is still allowed.
     pub(super) fn last_token(
         &self,
         origin: &Origin,
@@ -334,15 +336,15 @@ impl Tokens {
         Some(known)
     }
 
-    /// Whether `other`, to which the registry at `origin` redirects, is one that the operator named: its response is the
-    /// registry's own, also where it wants no token.
+    /// Whether the operator listed `other`, to which `origin` redirects, in `token_hosts`. Its response then counts
+    /// as the registry's own, even without a token.
     pub(super) fn is_named(&self, origin: &Origin, other: &Origin) -> bool {
         let Some(uri) = other.join("/") else { return false };
         (origin.is_plain() || !other.is_plain()) && is_one_of(&self.hosts, &uri)
     }
 
-    /// Whether `other`, to which the registry at `origin` redirects, may have a token: the same host, or one that the
-    /// operator named; never in clear text for a registry that is asked by https.
+    /// Whether `other`, to which `origin` redirects, may receive a token: it has the same host or is listed in
+    /// `token_hosts`. Never by plain HTTP for a registry with https.
     pub(super) fn trusts(&self, origin: &Origin, other: &Origin) -> bool {
         let (Some(own), Some(uri)) = (origin.join("/"), other.join("/")) else {
             return false;
@@ -350,7 +352,7 @@ impl Tokens {
         (origin.is_plain() || !other.is_plain()) && (same_host(&own, &uri) || is_one_of(&self.hosts, &uri))
     }
 
-    /// A token of `key` is for `other`, to which the registry redirects this.
+    /// Records that tokens of `key` are for `other`, to which the registry redirects this operation.
     pub(super) fn remember_other_registry(
         &self,
         origin: &Origin,
@@ -366,7 +368,7 @@ impl Tokens {
         }
     }
 
-    /// The same, if the other registry is still trusted with it.
+    /// The recorded other registry, if it is still trusted.
     pub(super) fn other_registry(
         &self,
         origin: &Origin,
@@ -379,13 +381,13 @@ impl Tokens {
         self.trusts(origin, &other).then_some((other, key))
     }
 
-    /// A token of `key` was accepted for this repository.
+    /// Records that the registry accepted a token of `key` for this repository.
     pub(super) fn set_last_token(&self, origin: &Origin, repository: &Repository, remembered: LastToken) {
         let key = (origin.clone(), repository.clone(), remembered.key.owner);
         self.cache.last_tokens.insert(key, remembered);
     }
 
-    /// A token of `key` was not accepted, though it was new.
+    /// Drops a new token of `key` that the registry rejected.
     pub(super) fn forget(&self, origin: &Origin, repository: Option<&Repository>, key: &TokenKey) {
         self.cache.slots.remove(key);
         if let Some(repository) = repository {
@@ -394,17 +396,17 @@ impl Tokens {
         }
     }
 
-    /// A realm was asked, and gave no usable answer or one.
+    /// Records whether the last request to a realm failed.
     pub(super) fn record_realm(&self, realm: Option<Uri>, has_failed: bool) {
         self.cache.record_realm(realm, has_failed);
     }
 
-    /// The realm that gave no usable answer when it was asked last.
+    /// The realm whose last request failed.
     pub(super) fn failed_realm(&self) -> Option<Uri> {
         self.cache.realms.lock().ok()?.failed.clone()
     }
 
-    /// A realm of which no answer is the last that is known.
+    /// The realm to probe: one without a response yet, or one that failed.
     pub(super) fn realm_to_probe(&self) -> Option<Uri> {
         let realms = self.cache.realms.lock().ok()?;
         realms.pending.as_ref().or(realms.failed.as_ref()).cloned()
@@ -432,7 +434,7 @@ impl Tokens {
             }
         }
         let uri = with_query(&key.realm.uri, &query(key.service.as_deref(), &key.scopes))
-            .ok_or_else(|| unavailable("its address cannot be asked"))?;
+            .ok_or_else(|| unavailable("its URL is invalid"))?;
         let reply = self.send(http, Method::GET, uri, headers, Bytes::new()).await?;
         match (reply.status, credential) {
             (StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED, TokenCredential::Configured(own)) => {
@@ -442,7 +444,7 @@ impl Tokens {
         }
     }
 
-    /// The POST form of OAuth 2.0, for services that have no GET and for identity tokens.
+    /// The OAuth 2.0 POST form, for services without GET and for identity tokens.
     async fn post(
         &self,
         http: &HttpClient,
@@ -502,7 +504,7 @@ impl Tokens {
         };
         http.send(request).await.map_err(|error| {
             let HttpFailure { cause, detail, .. } = error;
-            tracing::debug!(%cause, detail = detail.as_deref(), "the token service gave no answer");
+            tracing::debug!(%cause, detail = detail.as_deref(), "token request failed");
             FetchError::NoResponse(detail.unwrap_or_else(|| format!("it {cause}").into()))
         })
     }
@@ -518,11 +520,11 @@ impl Tokens {
                     FetchError::RateLimited(stated_wait(&headers, &body))
                 }
                 401 | 403 => FetchError::Denied(status),
-                status => unavailable(&format!("it answered {status}")),
+                status => unavailable(&format!("it returned status {status}")),
             });
         }
         let body = body.map_err(|cause| unavailable(&format!("it {cause}")))?;
-        let (text, life) = parse(&body).ok_or_else(|| unavailable("its answer holds no token"))?;
+        let (text, life) = parse(&body).ok_or_else(|| unavailable("its response contains no token"))?;
         Ok(Token {
             text,
             usable_until: Instant::now() + life.saturating_sub(REFRESH_BEFORE),
@@ -533,12 +535,12 @@ impl Tokens {
 impl fmt::Debug for Tokens {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tokens")
-            .field("kept", &self.cache.slots.len())
+            .field("cached", &self.cache.slots.len())
             .finish_non_exhaustive()
     }
 }
 
-/// The cause that goes with a failure to get a token.
+/// The cause of a failure to obtain a token.
 impl From<&TokenFailure> for UpstreamFailure {
     fn from(failure: &TokenFailure) -> Self {
         match failure {

@@ -1,6 +1,6 @@
-//! A client's own question to the token service, handed on whole, and what came of it seen on the way back.
+//! Forwarding of clients' token requests to the token service, with the issued token extracted.
 //!
-//! Nothing of it is changed but the coding of the answer, which has to be read here.
+//! The request is forwarded unchanged except for `Accept-Encoding`, because the response is parsed here.
 
 use std::time::Duration;
 
@@ -18,28 +18,28 @@ use super::token::{TOKEN_BODY_BYTES_MAX, parse};
 use crate::oci::error::ErrorBody;
 use crate::oci::failure::UpstreamFailure;
 
-/// What the token service answered.
+/// Response of the token service.
 pub struct TokenResponse {
-    /// As it sent it.
+    /// The status, unchanged.
     pub status: StatusCode,
-    /// All that concerns the client.
+    /// The end-to-end headers.
     pub headers: HeaderMap,
-    /// Whole.
+    /// The complete body.
     pub body: Bytes,
-    /// The token in it, if it is a 2xx with one.
+    /// The token in a 200 response.
     pub issued: Option<ForwardedToken>,
 }
 
-/// A token that was given to a client.
+/// A token issued to a client.
 pub struct ForwardedToken {
-    /// As the client will show it: `Bearer …`.
+    /// The header that the client will send: `Bearer …`.
     pub authorization: Zeroizing<String>,
-    /// How long it lives.
+    /// Its lifetime.
     pub life: Duration,
 }
 
 impl Upstream {
-    /// Hands a question on to the token service at `realm`. `Err` for what is a silence: no answer, 429, 5xx.
+    /// Forwards a token request to the token service at `realm`. `Err` for a failure: no response, 429 or 5xx.
     pub async fn forward_token_request(
         &self,
         realm: &Origin,
@@ -58,7 +58,7 @@ impl Upstream {
         reply
     }
 
-    /// Whether the token service gave no answer when it was asked last, by a client or by us.
+    /// Whether the last request to the token service failed, by a client or by the cache.
     pub fn has_failed_realm(&self) -> bool {
         self.0.auth_client.tokens.failed_realm().is_some()
     }
@@ -74,7 +74,7 @@ impl Upstream {
             status @ 500.. => return Err(UpstreamFailure::Status(status)),
             _ => {}
         }
-        // Reserved whole, so that no copy of it is left behind by its growing.
+        // Allocated at full size, so that growing leaves no copy of the token in memory.
         let mut body = Zeroizing::new(Vec::with_capacity(TOKEN_BODY_BYTES_MAX));
         while let Some(chunk) = response.chunk().await {
             let chunk = chunk?;

@@ -36,7 +36,7 @@ fn what_is_wrong_with_dockers_configuration_is_told_and_none_of_it_shown() {
     for (content, why) in [
         (
             "{\"auths\":{\"ghcr.io\":{\"auth\":\"s3cret",
-            "line 1 is not what docker writes",
+            "line 1 is not valid in docker's configuration",
         ),
         (
             r#"{"auths":{"ghcr.io":{"auth":"czNjcmV0"}}}"#,

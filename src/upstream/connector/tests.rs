@@ -1,4 +1,4 @@
-//! TLS and proxies, end to end: a real handshake on a loopback socket.
+//! TLS and proxies end to end, with real handshakes on loopback sockets.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -18,19 +18,19 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 
 use super::*;
-use crate::upstream::tests::registry::{Registry, answer, manifest};
+use crate::upstream::tests::registry::{Registry, manifest, response};
 use crate::upstream::tests::{MANIFEST, accept, anonymous, digest, tag};
 use crate::upstream::{ProxyChoice, ResponseKind, Settings, SettingsError, TlsError, Upstream};
 
-/// A registry behind TLS for `localhost`, and the CA that vouches for it.
-struct Secure {
+/// A registry with TLS for `localhost`, and its CA.
+struct TlsRegistry {
     address: SocketAddr,
     ca: Vec<u8>,
     registry: Arc<Registry>,
 }
 
-impl Secure {
-    async fn start(registry: Registry, protocols: &[&[u8]]) -> Secure {
+impl TlsRegistry {
+    async fn start(registry: Registry, protocols: &[&[u8]]) -> TlsRegistry {
         let ca_key = KeyPair::generate().unwrap();
         let mut ca = CertificateParams::new(Vec::new()).unwrap();
         ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -66,7 +66,7 @@ impl Secure {
                 });
             }
         });
-        Secure {
+        TlsRegistry {
             address,
             ca: ca_certificate.der().to_vec(),
             registry,
@@ -85,7 +85,7 @@ impl Secure {
     }
 }
 
-async fn said(settings: Settings) -> ResponseKind {
+async fn response_kind(settings: Settings) -> ResponseKind {
     Upstream::new(settings, &Transport::system())
         .unwrap()
         .head(&anonymous(), &tag(), &accept())
@@ -94,15 +94,15 @@ async fn said(settings: Settings) -> ResponseKind {
 }
 
 #[tokio::test]
-async fn a_further_root_is_trusted_and_h2_is_spoken_where_it_is_offered() {
+async fn configured_root_is_trusted_and_h2_negotiated() {
     for (protocols, version) in [
         (&[&b"h2"[..], b"http/1.1"][..], Version::HTTP_2),
         (&[b"http/1.1"], Version::HTTP_11),
         (&[], Version::HTTP_11),
     ] {
-        let secure = Secure::start(Registry::start(|_| manifest()).await, protocols).await;
+        let secure = TlsRegistry::start(Registry::start(|_| manifest()).await, protocols).await;
         assert_eq!(
-            said(secure.settings("localhost")).await,
+            response_kind(secure.settings("localhost")).await,
             ResponseKind::Digest(digest(MANIFEST))
         );
         assert_eq!(secure.registry.seen()[0].version, version);
@@ -110,18 +110,18 @@ async fn a_further_root_is_trusted_and_h2_is_spoken_where_it_is_offered() {
 }
 
 #[tokio::test]
-async fn an_unknown_ca_or_another_name_is_a_silence_by_tls() {
-    let secure = Secure::start(Registry::start(|_| manifest()).await, &[b"h2"]).await;
+async fn unknown_ca_or_wrong_name_is_a_tls_failure() {
+    let secure = TlsRegistry::start(Registry::start(|_| manifest()).await, &[b"h2"]).await;
     let strange = Settings {
         roots: Vec::new(),
         ..secure.settings("localhost")
     };
     assert_eq!(
-        said(strange).await,
+        response_kind(strange).await,
         ResponseKind::Unavailable(UpstreamFailure::Tls(TlsFailure::UnknownIssuer))
     );
     assert_eq!(
-        said(secure.settings("127.0.0.1")).await,
+        response_kind(secure.settings("127.0.0.1")).await,
         ResponseKind::Unavailable(UpstreamFailure::Tls(TlsFailure::WrongName))
     );
     let plain = Registry::start(|_| manifest()).await;
@@ -131,27 +131,27 @@ async fn an_unknown_ca_or_another_name_is_a_silence_by_tls() {
         ..secure.settings("localhost")
     };
     assert_eq!(
-        said(plain).await,
+        response_kind(plain).await,
         ResponseKind::Unavailable(UpstreamFailure::Tls(TlsFailure::NotTls))
     );
     assert!(secure.registry.seen().is_empty());
 }
 
 #[tokio::test]
-async fn a_redirect_never_leaves_tls() {
+async fn redirect_never_leaves_tls() {
     let plain = Registry::start(|_| manifest()).await;
     let url = plain.url();
-    let registry = Registry::start(move |_| answer(307).header("location", &url)).await;
-    let secure = Secure::start(registry, &[b"h2"]).await;
+    let registry = Registry::start(move |_| response(307).header("location", &url)).await;
+    let secure = TlsRegistry::start(registry, &[b"h2"]).await;
     assert_eq!(
-        said(secure.settings("localhost")).await,
+        response_kind(secure.settings("localhost")).await,
         ResponseKind::Unavailable(UpstreamFailure::Redirects(RedirectFailure::Downgrade))
     );
     assert!(plain.seen().is_empty());
 }
 
 #[test]
-fn a_root_that_is_none_is_named() {
+fn invalid_root_is_reported_by_index() {
     let settings = Settings {
         roots: vec![vec![1, 2, 3]],
         ..Settings::new("a", vec!["https://a".parse().unwrap()])
@@ -161,21 +161,24 @@ fn a_root_that_is_none_is_named() {
 }
 
 #[tokio::test]
-async fn a_plain_upstream_is_asked_through_its_proxy_in_absolute_form() {
+async fn plain_upstream_uses_the_proxy_in_absolute_form() {
     let proxy = Registry::start(|_| manifest()).await;
     let through = proxy.url().replace("http://", "http://user:secret@");
     let settings = Settings {
         proxy: ProxyChoice::Url(through),
         ..Settings::new("a", vec!["http://reg.example".parse().unwrap()])
     };
-    assert_eq!(said(settings).await, ResponseKind::Digest(digest(MANIFEST)));
+    assert_eq!(
+        response_kind(settings).await,
+        ResponseKind::Digest(digest(MANIFEST))
+    );
     let seen = &proxy.seen()[0];
     assert_eq!(seen.uri, "http://reg.example/v2/library/a/manifests/latest");
     assert_eq!(seen.header("proxy-authorization"), Some("Basic dXNlcjpzZWNyZXQ="));
 }
 
 #[tokio::test]
-async fn a_tls_upstream_is_asked_through_a_tunnel() {
+async fn tls_upstream_uses_a_proxy_tunnel() {
     for (reply, expected) in [
         ("HTTP/1.1 200 OK\r\n\r\n", ResponseKind::Digest(digest(MANIFEST))),
         (
@@ -183,12 +186,12 @@ async fn a_tls_upstream_is_asked_through_a_tunnel() {
             ResponseKind::Unavailable(UpstreamFailure::Unreachable),
         ),
     ] {
-        let secure = Secure::start(Registry::start(|_| manifest()).await, &[b"h2"]).await;
+        let secure = TlsRegistry::start(Registry::start(|_| manifest()).await, &[b"h2"]).await;
         let target = secure.address;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let proxy = format!("http://user:secret@{}", listener.local_addr().unwrap());
-        let asked = Arc::new(Mutex::new(String::new()));
-        let seen = Arc::clone(&asked);
+        let received = Arc::new(Mutex::new(String::new()));
+        let seen = Arc::clone(&received);
         tokio::spawn(async move {
             let (mut client, _) = listener.accept().await.unwrap();
             let mut head = Vec::new();
@@ -206,15 +209,15 @@ async fn a_tls_upstream_is_asked_through_a_tunnel() {
             proxy: ProxyChoice::Url(proxy),
             ..secure.settings("localhost")
         };
-        assert_eq!(said(settings).await, expected);
-        let asked = asked.lock().unwrap();
+        assert_eq!(response_kind(settings).await, expected);
+        let received = received.lock().unwrap();
         assert!(
-            asked.starts_with(&format!("CONNECT localhost:{} HTTP/1.1\r\n", target.port())),
-            "{asked}"
+            received.starts_with(&format!("CONNECT localhost:{} HTTP/1.1\r\n", target.port())),
+            "{received}"
         );
         assert!(
-            asked.contains("Proxy-Authorization: Basic dXNlcjpzZWNyZXQ="),
-            "{asked}"
+            received.contains("Proxy-Authorization: Basic dXNlcjpzZWNyZXQ="),
+            "{received}"
         );
     }
 }

@@ -1,7 +1,7 @@
-//! Docker's `config.json`: which credential, or which helper, is for which repository. Pure.
+//! Docker's `config.json`: the credential or credential helper for each repository. No I/O.
 //!
-//! Both readings of its keys hold: docker's, where a key is a host or a URL of one, and that of containers-auth.json(5),
-//! where a key may go on with a path and the longest that fits wins.
+//! Supports both forms of keys: docker's, where a key is a host or a URL, and that of containers-auth.json(5), where
+//! a key may include a path and the longest match wins.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,36 +15,36 @@ use super::helper::HelperName;
 use super::{IDENTITY_TOKEN, UpstreamCredential};
 use crate::oci::name::Repository;
 
-/// What docker and its helpers call Docker Hub.
+/// Docker Hub's name in docker's configuration and for its helpers.
 pub(super) const HUB_SERVER: &str = "https://index.docker.io/v1/";
 const HUB: &str = "docker.io";
 const HUB_HOSTS: [&str; 3] = ["docker.io", "index.docker.io", "registry-1.docker.io"];
 
-/// Docker's configuration, as far as it is about credentials.
+/// The credential settings of docker's configuration.
 pub struct DockerConfig {
     /// By host, or host and path.
     credentials: HashMap<String, Arc<UpstreamCredential>>,
-    /// By host, or host and path: the helper, and what it calls the registry.
+    /// By host, or host and path: the helper, and its name for the registry.
     helpers: HashMap<String, (HelperName, String)>,
-    /// For all others: the helper, and how the registries were written that it is known to have.
+    /// The default helper, with its names for the registries that it is known to have.
     store: Option<(HelperName, HashMap<String, String>)>,
 }
 
 /// Why a text is not docker's configuration. Never quotes the text.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DockerConfigError {
-    /// Not JSON, or not of this shape.
-    #[error("line {0} is not what docker writes")]
+    /// Not JSON, or not of this structure.
+    #[error("line {0} is not valid in docker's configuration")]
     RequestError(usize),
-    /// An `auth` that is not base64 of user and password.
+    /// An `auth` that is not the base64 of user and password.
     #[error("`auth` of `{0}` is not the base64 of a user, a colon and a password")]
     Auth(String),
-    /// A helper that cannot be a program's name.
+    /// An invalid helper name.
     #[error("`{0}` cannot be the name of a credential helper")]
     Helper(String),
 }
 
-/// What is to be used for a repository.
+/// The result of a lookup.
 pub(super) enum Match {
     Credential(Arc<UpstreamCredential>),
     Helper { helper: HelperName, server: String },
@@ -72,7 +72,7 @@ struct Entry {
 }
 
 impl DockerConfig {
-    /// Reads it.
+    /// Parses it.
     pub fn read(text: &str) -> Result<Self, DockerConfigError> {
         let file: File =
             serde_json::from_str(text).map_err(|error| DockerConfigError::RequestError(error.line()))?;
@@ -81,10 +81,10 @@ impl DockerConfig {
         for (key, entry) in file.auths {
             match entry.credential(&key)? {
                 Some(credential) => {
-                    credentials.insert(place(&key), Arc::new(credential));
+                    credentials.insert(normalized_key(&key), Arc::new(credential));
                 }
                 None => {
-                    known.insert(place(&key), key);
+                    known.insert(normalized_key(&key), key);
                 }
             }
         }
@@ -95,7 +95,7 @@ impl DockerConfig {
         let helpers = file
             .cred_helpers
             .into_iter()
-            .map(|(key, name)| Ok((place(&key), (helper(name)?, key))));
+            .map(|(key, name)| Ok((normalized_key(&key), (helper(name)?, key))));
         let helpers = helpers.collect::<Result<_, DockerConfigError>>()?;
         let store = match file.creds_store {
             name if name.is_empty() => None,
@@ -108,14 +108,14 @@ impl DockerConfig {
         })
     }
 
-    /// What is for `repository` of the registry with these names: the longest key that fits, a helper before what the
-    /// file itself has; and where none fits, the store for all.
+    /// Looks up `repository` of the registry with these names. The longest matching key wins, and a helper takes
+    /// precedence over a credential in the file. Without a match, the default helper is used.
     pub(super) fn find(&self, names: &[String], repository: Option<&Repository>) -> Match {
         let path = repository.map(Repository::as_str).unwrap_or_default();
         let mut below = Some(path).filter(|path| !path.is_empty());
         loop {
             for name in names {
-                let host = place(name);
+                let host = normalized_key(name);
                 let key = below.map_or_else(|| host.clone(), |path| format!("{host}/{path}"));
                 if let Some((helper, server)) = self.helpers.get(&key) {
                     return Match::Helper {
@@ -133,7 +133,9 @@ impl DockerConfig {
         let Some((helper, known)) = &self.store else {
             return Match::Nothing;
         };
-        let written = names.iter().find_map(|name| known.get(&place(name)).cloned());
+        let written = names
+            .iter()
+            .find_map(|name| known.get(&normalized_key(name)).cloned());
         let usual = || match names.first() {
             Some(name) if is_hub(name) => HUB_SERVER.to_owned(),
             name => name.cloned().unwrap_or_default(),
@@ -154,8 +156,8 @@ impl Entry {
             )));
         }
         if self.auth.is_empty() {
-            let is_given = !self.username.is_empty() && !self.password.is_empty();
-            return Ok(is_given.then(|| UpstreamCredential::new(self.username, self.password.as_str())));
+            let has_both = !self.username.is_empty() && !self.password.is_empty();
+            return Ok(has_both.then(|| UpstreamCredential::new(self.username, self.password.as_str())));
         }
         let wrong = || DockerConfigError::Auth(key.to_owned());
         let pair = BASE64_STANDARD
@@ -164,7 +166,7 @@ impl Entry {
             .map_err(|_| wrong())?;
         let pair = std::str::from_utf8(&pair).map_err(|_| wrong())?;
         let (username, password) = pair.split_once(':').ok_or_else(wrong)?;
-        // docker pads with NUL, and writes a lone colon where there is nothing.
+        // docker pads with NUL, and writes a lone colon for an empty credential.
         let password = password.trim_end_matches('\0');
         Ok((!username.is_empty()).then(|| UpstreamCredential::new(username, password)))
     }
@@ -175,8 +177,8 @@ pub(super) fn is_hub(host: &str) -> bool {
     HUB_HOSTS.contains(&host)
 }
 
-/// A key in its one form: host in lower case, and path where it has one. A URL's path is no repository's.
-fn place(key: &str) -> String {
+/// Normalizes a key: lower-case host, and the path if there is one. The path of a URL is ignored.
+fn normalized_key(key: &str) -> String {
     let stripped = key
         .strip_prefix("https://")
         .or_else(|| key.strip_prefix("http://"));
@@ -192,7 +194,7 @@ fn place(key: &str) -> String {
     }
 }
 
-/// The text holds secrets; its shape is not worth showing.
+/// Prints nothing, because the text contains secrets.
 impl std::fmt::Debug for DockerConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("DockerConfig").finish_non_exhaustive()

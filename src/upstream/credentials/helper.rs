@@ -1,6 +1,7 @@
-//! Credential helpers: programs named `docker-credential-…`, asked `get` with the registry's name on standard input
-//! (docker-credential-helpers, "Development"). Nothing secret is on the command line or in the environment that we give
-//! them, and nothing they say is logged but the error they report in words.
+//! Credential helpers: programs named `docker-credential-…`, called with `get` and the registry's name on standard
+//! input (docker-credential-helpers, "Development").
+//!
+//! No secret is on the command line or in the environment. Of a helper's output, only its error message is logged.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -18,31 +19,31 @@ use zeroize::Zeroizing;
 
 use super::{CredentialUnavailable, UpstreamCredential};
 
-/// How long a helper may take.
+/// Timeout of a helper.
 const RUN_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Longest answer of a helper.
+/// Maximum size of a helper's output.
 const OUTPUT_BYTES_MAX: usize = 64 * 1024;
 
-/// How long an answer is used. The shortest-lived that are known (Artifact Registry's) live for an hour, ECR's for twelve.
+/// How long a credential is used. The shortest known lifetime is an hour (Artifact Registry); ECR's is twelve.
 const OUTPUT_TTL: Duration = Duration::from_secs(30 * 60);
 
-/// How long a helper is left alone that failed, had nothing, or gave again what the registry refuses.
+/// Delay before a helper runs again after it failed, had no credential, or returned the rejected one again.
 const RETRY_AFTER: Duration = Duration::from_secs(30);
 
-/// Longest error of a helper that is told on.
+/// Maximum length of a helper's error message in the log.
 const ERROR_CHARS_MAX: usize = 200;
 
 const PREFIX: &str = "docker-credential-";
 
-/// What a helper says where it has nothing.
+/// The error of a helper without a credential.
 const NOT_FOUND: &str = "credentials not found";
 
-/// The name of a helper: `ecr-login` for the program `docker-credential-ecr-login`.
+/// Name of a helper: `ecr-login` for the program `docker-credential-ecr-login`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HelperName(String);
 
-/// A text that cannot be the end of a program's name. The operator's mistake.
+/// A text that cannot be part of a program's name. A configuration error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the name of a credential helper has letters, digits, `-`, `_` and `.` only")]
 pub struct HelperNameError;
@@ -66,36 +67,36 @@ impl fmt::Display for HelperName {
     }
 }
 
-/// What helpers have given, by helper and registry.
+/// Cached credentials, by helper and registry.
 pub(super) struct Helpers {
     outputs: Mutex<HashMap<(HelperName, String), Arc<HelperSlot>>>,
     run_helper: RunHelper,
 }
 
-/// Asks the program (first) about a registry (second). `Err` says in words what went wrong.
+/// Runs the program (first) for a registry (second). `Err` describes the failure.
 pub(super) type RunHelper = Box<dyn Fn(String, String) -> HelperFuture + Send + Sync>;
 
-/// The answer, on its way.
+/// The result of [`RunHelper`].
 pub(super) type HelperFuture =
     Pin<Box<dyn Future<Output = Result<Option<UpstreamCredential>, String>> + Send>>;
 
-/// One helper's answer about one registry.
+/// Cache slot of one helper and registry.
 #[derive(Default)]
 struct HelperSlot {
     state: tokio::sync::Mutex<HelperState>,
-    /// The serial of the credential that was refused.
+    /// The serial of the rejected credential.
     refused: Mutex<Option<u64>>,
 }
 
 #[derive(Default)]
 struct HelperState {
     output: Option<HelperOutput>,
-    /// Until when it is left alone: it failed, or was asked because of a refusal.
+    /// Earliest next run after a failure, or after a run because of a rejection.
     retry_at: Option<Instant>,
 }
 
 struct HelperOutput {
-    /// `None`: it has none.
+    /// `None`: the helper has none.
     credential: Option<Arc<UpstreamCredential>>,
     at: Instant,
 }
@@ -121,7 +122,7 @@ impl Helpers {
         }
     }
 
-    /// What the helper gives for `server`; asked once however many want it.
+    /// The helper's credential for `server`. Concurrent callers share one run.
     pub(super) async fn get(
         &self,
         helper: &HelperName,
@@ -145,10 +146,10 @@ impl Helpers {
         if is_due && state.retry_at.is_none_or(|until| until <= now) {
             state.retry_at = is_refused.then(|| now + RETRY_AFTER);
             match (self.run_helper)(helper.to_string(), server.to_owned()).await {
-                Ok(answer) => state.take(answer),
+                Ok(response) => state.take(response),
                 Err(error) => {
                     state.retry_at = Some(now + RETRY_AFTER);
-                    tracing::warn!(%helper, server, error, "the credential helper gave no credential; what it gave before stays");
+                    tracing::warn!(%helper, server, error, "credential helper failed");
                 }
             }
         }
@@ -156,7 +157,7 @@ impl Helpers {
         Ok(output.credential.clone())
     }
 
-    /// The registry has refused what was given: it is not used again without asking the helper.
+    /// The registry rejected the credential: the helper runs before it is used again.
     pub(super) fn check_soon(&self, used: &UpstreamCredential) {
         let outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
         for slot in outputs.values() {
@@ -172,7 +173,7 @@ impl Helpers {
 }
 
 impl HelperState {
-    /// What says the same as before is the same: the tokens got with it stay good.
+    /// An unchanged credential keeps its serial, so that its tokens stay valid.
     fn take(&mut self, new: Option<UpstreamCredential>) {
         let old = self.output.take().and_then(|output| output.credential);
         let credential = match (new, old) {
@@ -197,7 +198,7 @@ pub(super) async fn run(program: String, server: String) -> Result<Option<Upstre
     let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
     let running = async {
         if let Some(mut stdin) = stdin {
-            // One that needs no input may have closed it.
+            // A helper without need of input may have closed it.
             let _ = stdin.write_all(server.as_bytes()).await;
         }
         let mut stdout_bytes = Zeroizing::new(Vec::new());
@@ -210,28 +211,28 @@ pub(super) async fn run(program: String, server: String) -> Result<Option<Upstre
                 .map_err(|error| error.to_string())?;
         }
         if stdout_bytes.len() > OUTPUT_BYTES_MAX {
-            return Err(format!("its answer is longer than {OUTPUT_BYTES_MAX} bytes"));
+            return Err(format!("its output is longer than {OUTPUT_BYTES_MAX} bytes"));
         }
         let status = child.wait().await.map_err(|error| error.to_string())?;
         parse_output(status.success(), &stdout_bytes)
     };
     timeout(RUN_TIMEOUT, running)
         .await
-        .unwrap_or_else(|_| Err(format!("no answer within {} s", RUN_TIMEOUT.as_secs())))
+        .unwrap_or_else(|_| Err(format!("it timed out after {} s", RUN_TIMEOUT.as_secs())))
 }
 
 fn parse_output(succeeded: bool, stdout_bytes: &[u8]) -> Result<Option<UpstreamCredential>, String> {
     if succeeded {
-        let answer: HelperResponse =
-            serde_json::from_slice(stdout_bytes).map_err(|_| "its answer is not a credential".to_owned())?;
-        let is_empty = answer.secret.is_empty();
-        return Ok((!is_empty).then(|| UpstreamCredential::new(answer.username, answer.secret.as_str())));
+        let response: HelperResponse =
+            serde_json::from_slice(stdout_bytes).map_err(|_| "its output is not a credential".to_owned())?;
+        let is_empty = response.secret.is_empty();
+        return Ok((!is_empty).then(|| UpstreamCredential::new(response.username, response.secret.as_str())));
     }
     let text = String::from_utf8_lossy(stdout_bytes);
     if text.to_ascii_lowercase().contains(NOT_FOUND) {
         return Ok(None);
     }
-    // Whoever fails says why in words, and not in JSON.
+    // A helper reports a failure as text, not as JSON; JSON could be a credential.
     if text.contains(['{', '}']) {
         return Err("it failed".to_owned());
     }

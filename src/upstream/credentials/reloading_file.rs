@@ -1,4 +1,4 @@
-//! A file that is read again when it changed.
+//! File that is reloaded when it changes.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -13,21 +13,21 @@ use zeroize::Zeroizing;
 
 use super::CredentialUnavailable;
 
-/// A file looked at less than this ago is taken not to have changed.
+/// Minimum interval between two checks of the file.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Longer files are something else.
+/// Maximum size of the file.
 const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
-/// Understands the text of a file, or says what is wrong with it, without quoting it.
+/// Parses the file, or describes the error without quoting the text.
 type Parse<T> = Box<dyn Fn(&str) -> Result<T, String> + Send + Sync>;
 
-/// What a file says, as it was when last looked at.
+/// The parsed content of a file, as of its last check.
 pub(super) struct ReloadingFile<T> {
     path: PathBuf,
     parse: Parse<T>,
     loaded: Mutex<Loaded<T>>,
-    /// One look at a time.
+    /// Allows one check at a time.
     checking: tokio::sync::Mutex<()>,
 }
 
@@ -37,7 +37,7 @@ struct Loaded<T> {
     checked_at: Option<Instant>,
 }
 
-/// What changes when a file is written or exchanged.
+/// Identifies a version of the file.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct FileVersion {
     file: u64,
@@ -63,7 +63,7 @@ impl<T> ReloadingFile<T> {
         &self.path
     }
 
-    /// What the file says. While it cannot be read, what it said before.
+    /// The parsed content. If the file cannot be read, the previous content.
     pub(super) async fn get(&self) -> Result<Arc<T>, CredentialUnavailable> {
         if let Some(value) = self.recent() {
             return Ok(value);
@@ -78,7 +78,7 @@ impl<T> ReloadingFile<T> {
             Ok(Ok(None)) => Ok(None),
             Ok(Ok(Some((version, text)))) => (self.parse)(&text).map(|value| Some((version, value))),
             Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err("reading it ended without an answer".to_owned()),
+            Err(_) => Err("reading it was cancelled".to_owned()),
         };
         let mut loaded = self.loaded();
         loaded.checked_at = Some(Instant::now());
@@ -90,13 +90,13 @@ impl<T> ReloadingFile<T> {
             }
             Err(error) => {
                 let path = self.path.display();
-                tracing::warn!(%path, error, "the file with the proxy's own credential cannot be used; what it said before stays");
+                tracing::warn!(%path, error, "failed to reload credential file");
             }
         }
         loaded.value.clone().ok_or(CredentialUnavailable)
     }
 
-    /// The next one who asks looks at the file.
+    /// The next call checks the file.
     pub(super) fn check_soon(&self) {
         self.loaded().checked_at = None;
     }
@@ -110,7 +110,7 @@ impl<T> ReloadingFile<T> {
             .filter(|_| loaded.checked_at.is_some_and(is_recent))
     }
 
-    /// Every change under this lock is complete in itself.
+    /// Each change under this lock is complete in one statement.
     fn loaded(&self) -> std::sync::MutexGuard<'_, Loaded<T>> {
         self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }

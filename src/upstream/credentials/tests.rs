@@ -1,4 +1,4 @@
-//! Files and helpers that are there, change, and fail.
+//! Credential files and helpers: present, changing and failing.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may fail loudly")]
 
 use std::os::unix::fs::PermissionsExt;
@@ -29,7 +29,7 @@ fn found(config: &str, of: &[&str], name: &str) -> String {
 }
 
 #[test]
-fn the_longest_key_of_dockers_configuration_wins() {
+fn longest_docker_config_key_wins() {
     // host: h, host/team: t, host/team/app: a; and Docker Hub as docker writes it.
     let config = r#"{"auths": {
         "registry.example.com": {"auth": "aDpw"},
@@ -58,12 +58,12 @@ fn the_longest_key_of_dockers_configuration_wins() {
     ] {
         assert_eq!(found(config, &[host], name), expected, "{host}/{name}");
     }
-    // By whatever name the upstream has, the one in images first.
+    // Under any of the upstream's names, the image name's first.
     assert_eq!(found(config, &["mirror", "registry.example.com"], "x"), "h");
 }
 
 #[test]
-fn a_store_for_all_is_asked_where_nothing_else_fits() {
+fn default_helper_is_used_without_a_match() {
     let config = r#"{"auths": {"https://known.example.com": {}, "own.example.com": {"auth": "aDpw"}},
         "credsStore": "pass", "credHelpers": {"gcr.io": "gcloud"}}"#;
     for (host, expected) in [
@@ -84,7 +84,7 @@ fn a_store_for_all_is_asked_where_nothing_else_fits() {
 }
 
 #[test]
-fn an_identity_token_is_known_as_one() {
+fn identity_token_is_recognized() {
     let config = r#"{"auths": {"a.example.com": {"auth": "PHRva2VuPjo=", "identitytoken": "refresh"}}}"#;
     let config = DockerConfig::read(config).unwrap();
     let Match::Credential(credential) = config.find(&names(&["a.example.com"]), None) else {
@@ -94,7 +94,7 @@ fn an_identity_token_is_known_as_one() {
     assert_eq!(credential.password(), "refresh");
 }
 
-/// A program of this content.
+/// A script as a program file.
 fn program(folder: &Path, script: &str) -> String {
     let path = folder.join("docker-credential-test");
     std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
@@ -103,7 +103,7 @@ fn program(folder: &Path, script: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_helper_is_told_the_registry_on_its_input_and_believed_within_limits() {
+async fn helper_gets_registry_on_stdin_and_output_is_limited() {
     let folder = tempfile::tempdir().unwrap();
     let run = |script: &str| helper::run(program(folder.path(), script), "reg.example.com".to_owned());
     let output = run(
@@ -122,10 +122,10 @@ async fn a_helper_is_told_the_registry_on_its_input_and_believed_within_limits()
     for (script, why) in [
         ("echo no session; exit 1", "no session"),
         (r#"echo '{"Secret":"canary"}'; exit 1"#, "it failed"),
-        ("echo canary", "its answer is not a credential"),
+        ("echo canary", "its output is not a credential"),
         (
             "head -c 100000 /dev/zero",
-            "its answer is longer than 65536 bytes",
+            "its output is longer than 65536 bytes",
         ),
         ("exit 3", "it failed"),
     ] {
@@ -136,20 +136,20 @@ async fn a_helper_is_told_the_registry_on_its_input_and_believed_within_limits()
     assert!(missing.unwrap_err().starts_with("cannot run it"));
 }
 
-/// Helpers that answer from a list, the last one again and again, and how often they were asked.
+/// Helpers with scripted output, the last one repeated, and the number of runs.
 fn scripted(outputs: &[Result<&'static str, &'static str>]) -> (Helpers, Arc<Mutex<usize>>) {
     let (asked, outputs) = (Arc::new(Mutex::new(0)), outputs.to_vec());
     let count = Arc::clone(&asked);
     let run_helper = move |_, _| {
         let mut count = count.lock().unwrap();
-        let answer = outputs.get(*count).or(outputs.last()).copied().unwrap();
+        let response = outputs.get(*count).or(outputs.last()).copied().unwrap();
         *count += 1;
-        let answer = match answer {
+        let response = match response {
             Ok("") => Ok(None),
             Ok(secret) => Ok(Some(UpstreamCredential::new("robot", secret))),
             Err(error) => Err(error.to_owned()),
         };
-        Box::pin(async move { answer }) as helper::HelperFuture
+        Box::pin(async move { response }) as helper::HelperFuture
     };
     (Helpers::with_runner(Box::new(run_helper)), asked)
 }
@@ -160,14 +160,14 @@ async fn get(helpers: &Helpers) -> Result<String, CredentialUnavailable> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_helper_is_asked_again_long_before_its_answer_runs_out() {
+async fn helper_runs_again_before_credential_expires() {
     let (helpers, asked) = scripted(&[Ok("one"), Ok("two"), Err("no session"), Ok("three")]);
     for _ in 0..3 {
         assert_eq!(get(&helpers).await.unwrap(), "one");
     }
     tokio::time::advance(Duration::from_secs(1801)).await;
     assert_eq!(get(&helpers).await.unwrap(), "two");
-    // What it gave stays while it fails, and it is not asked at every turn.
+    // The credential stays while the helper fails, and the helper does not run for every request.
     tokio::time::advance(Duration::from_secs(1801)).await;
     for _ in 0..3 {
         assert_eq!(get(&helpers).await.unwrap(), "two");
@@ -178,7 +178,7 @@ async fn a_helper_is_asked_again_long_before_its_answer_runs_out() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refused_answer_is_asked_for_once_more_and_then_left_alone() {
+async fn rejected_credential_runs_helper_once_more() {
     let (helpers, asked) = scripted(&[Ok("one"), Ok("two"), Ok("two")]);
     let refused = helpers
         .get(&"test".parse().unwrap(), "reg")
@@ -200,7 +200,7 @@ async fn a_refused_answer_is_asked_for_once_more_and_then_left_alone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_helper_that_never_gave_anything_is_a_failure_and_one_that_has_nothing_is_none() {
+async fn helper_failure_differs_from_no_credential() {
     let (failing, _) = scripted(&[Err("no session")]);
     assert_eq!(get(&failing).await, Err(CredentialUnavailable));
     let (empty, _) = scripted(&[Ok("")]);
@@ -208,7 +208,7 @@ async fn a_helper_that_never_gave_anything_is_a_failure_and_one_that_has_nothing
 }
 
 #[tokio::test]
-async fn a_password_file_is_read_again_when_it_changed_and_kept_while_it_is_gone() {
+async fn changed_password_file_reloads_missing_one_is_kept() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("password");
     std::fs::write(&path, "one\n").unwrap();
@@ -223,18 +223,14 @@ async fn a_password_file_is_read_again_when_it_changed_and_kept_while_it_is_gone
     std::fs::write(&path, "another").unwrap();
     let two = own.renewed(None, &one).await.unwrap();
     assert_eq!(two.password(), "another");
-    assert_ne!(
-        one.principal(),
-        two.principal(),
-        "no token of one is used for the other"
-    );
+    assert_ne!(one.principal(), two.principal(), "tokens are not shared");
     std::fs::remove_file(&path).unwrap();
     assert!(own.renewed(None, &two).await.is_none());
     assert_eq!(own.current(None).await.unwrap().unwrap().password(), "another");
 }
 
 #[test]
-fn a_helpers_name_is_no_path_and_no_option() {
+fn helper_name_rejects_paths_and_options() {
     for name in ["ecr-login", "docker-credential-ecr-login", "gcr", "a.b_c"] {
         assert!(name.parse::<HelperName>().is_ok(), "{name}");
     }
@@ -244,7 +240,7 @@ fn a_helpers_name_is_no_path_and_no_option() {
 }
 
 #[test]
-fn r15_an_upstream_below_another_registry_shows_that_ones_credential() {
+fn r15_prefixed_upstream_uses_outer_registrys_credential() {
     let elsewhere: Origin = "https://1.dkr.ecr.eu-west-1.amazonaws.com".parse().unwrap();
     let hosts = || vec!["index.docker.io".to_owned()];
     let plain = Names::new("docker.io", hosts(), Some(&elsewhere));

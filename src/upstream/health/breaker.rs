@@ -1,4 +1,4 @@
-//! The failures of one scope: how many, since when it is open, and when it is probed next.
+//! Circuit breaker of one scope: failures, state and probes.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -10,34 +10,34 @@ use super::WaitLimit;
 use crate::oci::endpoint::Endpoint;
 use crate::oci::failure::UpstreamFailure;
 
-/// So many failures …
+/// This many failures …
 pub(super) const FAILURES_MAX: usize = 3;
-/// … within so long, without a response in between, open a scope.
+/// … within this window, without a response in between, open a scope.
 pub(super) const WINDOW: Duration = Duration::from_secs(30);
-/// Principals that are known to have met a failure; of more, the first ones ask again.
+/// Principals recorded per breaker. If more meet a failure, the oldest are dropped and send requests again.
 const PRINCIPALS_MAX: usize = 16;
-/// From one probe to the next while clients ask, and after the first one while none do.
+/// Interval between probes while clients send requests, and up to the second probe otherwise.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
-/// The longest time between two probes: how late the return of a registry is noticed that no client asks for.
+/// Longest interval between probes, which bounds how late a recovered registry is detected without client requests.
 const PROBE_INTERVAL_MAX: Duration = Duration::from_secs(30);
 
 /// How a scope fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FailureMode {
-    /// There is no response. It takes all of the wait, and concerns all of the scope.
+    /// No response: uses up the caller's wait and affects the whole scope.
     NoResponse,
-    /// There is a response, soon, and it says so. It concerns what was asked for alone.
+    /// An error response, soon after the request: affects only that request.
     Error,
 }
 
-/// What of a scope is told apart: where several parts of it fail, all of it does.
+/// The parts of a scope. If several parts fail, the whole scope does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Granularity {
-    /// One request is like any other: no connection comes about.
+    /// One part: no connection can be established.
     Everything,
-    /// The repositories of a kind of request.
+    /// One part per repository, for a kind of request.
     Repositories,
-    /// The requests of a kind in a repository.
+    /// One part per request, for a kind of request in a repository.
     Requests,
 }
 
@@ -55,40 +55,40 @@ impl Granularity {
 enum State {
     Suspected,
     Open(Instant),
-    /// A denial came from in front of what failed, or a probe said nothing: the next request decides.
+    /// A denial arrived, or a probe was inconclusive: the next request decides.
     HalfOpen(Instant),
 }
 
-/// A scope with failures and no response since.
+/// Circuit breaker of a scope with failures and no response since.
 #[derive(Clone, Debug)]
 pub(super) struct Breaker {
     state: State,
     mode: FailureMode,
     granularity: Granularity,
     cause: UpstreamFailure,
-    /// When the last failures came, oldest first; never more than [`FAILURES_MAX`].
+    /// Times of the last failures, oldest first; at most [`FAILURES_MAX`].
     failures: Vec<Instant>,
     failed_at: Instant,
-    /// Whether some failure was none of the upstream's way with a principal: there was nothing at all.
+    /// Whether a failure was independent of the credential: there was no response at all.
     affects_all: bool,
-    /// Who met the others.
+    /// Principals that met the other failures.
     principals: Vec<[u8; 32]>,
-    /// What failed last.
+    /// The operation that failed last.
     failed: Endpoint,
-    /// Whether something else in the scope failed as well.
+    /// Whether several parts of the scope failed.
     is_widespread: bool,
-    /// What the next probe sends.
+    /// The operation that the next probe sends.
     probe_operation: Endpoint,
     began_at: Instant,
-    /// When a client last asked for something that the scope shortened the wait for.
+    /// When a client last sent a request whose wait this breaker shortened.
     requested_at: Instant,
     probed_at: Option<Instant>,
-    /// Probes since a client last asked.
+    /// Probes since the last request of a client.
     idle_probes: u32,
 }
 
 impl Breaker {
-    /// A scope that begins to fail. [`Self::fail`] counts the first failure.
+    /// A breaker in the suspected state. [`Self::fail`] counts the first failure.
     pub(super) fn new(
         (mode, granularity): (FailureMode, Granularity),
         endpoint: &Endpoint,
@@ -113,7 +113,7 @@ impl Breaker {
         }
     }
 
-    /// One more failure, and of whom if it may be theirs alone; `true` if that opened the scope.
+    /// Records a failure, with the principal if it may depend on the credential. `true` if the breaker opened.
     pub(super) fn fail(
         &mut self,
         cause: UpstreamFailure,
@@ -122,7 +122,7 @@ impl Breaker {
     ) -> bool {
         let is_other = self.granularity.are_distinct(&self.failed, endpoint);
         if self.mode == FailureMode::Error && is_other && self.granularity == Granularity::Requests {
-            // Errors of two objects are not repetitions of one.
+            // Errors of two requests are not repetitions of one.
             if self.open_since().is_some() {
                 return false;
             }
@@ -141,7 +141,7 @@ impl Breaker {
                 self.principals.push(principal);
             }
         }
-        // What failed tells more than that a budget ran out.
+        // A concrete cause says more than an expired wait.
         if cause != UpstreamFailure::RevalidateTimeout {
             self.cause = cause;
         }
@@ -151,7 +151,7 @@ impl Breaker {
         self.failures
             .retain(|at| now.saturating_duration_since(*at) <= WINDOW);
         self.failures.push(now);
-        // One repository says nothing of the others: they are still asked.
+        // One failing repository says nothing about others, so their requests are still sent.
         let may_open = self.granularity != Granularity::Repositories || self.is_widespread;
         match self.state {
             State::Suspected if self.failures.len() >= FAILURES_MAX && may_open => {
@@ -169,7 +169,7 @@ impl Breaker {
         false
     }
 
-    /// A response came that shows no more than that something is alive, or a probe that shows nothing.
+    /// Half-opens the breaker after a denial or an inconclusive probe.
     pub(super) fn half_open(&mut self) {
         if let State::Open(since) = self.state {
             self.state = State::HalfOpen(since);
@@ -185,12 +185,12 @@ impl Breaker {
         self.mode
     }
 
-    /// Whether a response for `endpoint` ends it.
+    /// Whether a response for `endpoint` closes it.
     pub(super) fn is_closed_by(&self, endpoint: &Endpoint) -> bool {
         self.mode == FailureMode::NoResponse || self.failed == *endpoint
     }
 
-    /// How long an asker with a cached copy waits.
+    /// How long a caller with a cached copy waits.
     pub(super) fn wait(&mut self, (endpoint, principal): (&Endpoint, [u8; 32]), now: Instant) -> WaitLimit {
         if !self.affects_all && !self.principals.contains(&principal) {
             return WaitLimit::Full;
@@ -201,7 +201,7 @@ impl Breaker {
             FailureMode::Error if is_open && is_failed => WaitLimit::None,
             FailureMode::Error => return WaitLimit::Full,
             FailureMode::NoResponse if is_open && (self.is_widespread || is_failed) => WaitLimit::None,
-            // Such a failure comes soon, and the wait is not needed for it.
+            // These failures arrive quickly, so the wait need not be shortened.
             FailureMode::NoResponse
                 if matches!(
                     self.cause,
@@ -214,7 +214,7 @@ impl Breaker {
         };
         self.requested_at = now;
         if wait == WaitLimit::None {
-            // Nothing else finds out whether this one has a response.
+            // The caller sends no request, so only a probe can find out whether this operation works.
             self.probe_operation = endpoint.clone();
         }
         wait
@@ -239,17 +239,17 @@ impl Breaker {
         self.requested_at
     }
 
-    /// The next probe is for this, at once.
+    /// Probes this operation next, at once.
     pub(super) fn set_next_probe(&mut self, endpoint: Endpoint) {
         self.probe_operation = endpoint;
     }
 
-    /// Whether it is probed at all: a few errors keep nothing from being sent.
+    /// Whether it is probed. A few error responses do not keep requests from being sent.
     pub(super) fn is_probed(&self) -> bool {
         self.mode == FailureMode::NoResponse || self.open_since().is_some()
     }
 
-    /// When the next probe is sent.
+    /// When the next probe is due.
     pub(super) fn due(&self) -> Instant {
         match self.probed_at {
             None if self.probe_operation != self.failed => self.requested_at,
@@ -259,10 +259,10 @@ impl Breaker {
         }
     }
 
-    /// A probe is sent: for what.
+    /// Marks a probe as sent and returns the operation to send.
     pub(super) fn take_probe(&mut self, now: Instant) -> Endpoint {
-        let is_asked = self.probed_at.is_none_or(|at| self.requested_at > at);
-        self.idle_probes = if is_asked {
+        let is_requested = self.probed_at.is_none_or(|at| self.requested_at > at);
+        self.idle_probes = if is_requested {
             0
         } else {
             self.idle_probes.saturating_add(1)
@@ -272,14 +272,14 @@ impl Breaker {
     }
 }
 
-/// The time to the probe after so many that no client asked for: 1, 2, 4, … 30 s.
+/// Interval to the next probe after this many without a client request: 1, 2, 4, … 30 s.
 fn backoff(idle_probes: u32) -> Duration {
     PROBE_INTERVAL
         .saturating_mul(2_u32.saturating_pow(idle_probes.min(16)))
         .min(PROBE_INTERVAL_MAX)
 }
 
-/// A map of at most so many entries; the one that was changed longest ago gives way.
+/// Map with a maximum number of entries. The least recently changed one is dropped first.
 #[derive(Debug)]
 pub(super) struct Bounded<K, V> {
     entries: HashMap<K, (u64, V)>,

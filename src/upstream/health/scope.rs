@@ -1,18 +1,18 @@
-//! Scopes of a failure: what of an upstream it concerns.
+//! Scopes of a failure: which requests to an upstream it affects.
 
 use std::fmt;
 
 use crate::oci::endpoint::Endpoint;
 use crate::oci::name::Repository;
 
-/// Kinds of request that fail apart from each other.
+/// Kinds of request that fail independently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RequestKind {
-    /// Which digest a tag names.
+    /// HEAD of a manifest.
     Head,
-    /// A manifest.
+    /// GET of a manifest.
     Get,
-    /// A blob, or whether it may be read.
+    /// HEAD or GET of a blob.
     Blob,
     /// A list of tags or referrers.
     List,
@@ -24,7 +24,7 @@ pub enum RequestKind {
 
 impl RequestKind {
     pub(super) const COUNT: usize = 6;
-    /// All of them, those that most pulls need first.
+    /// All kinds, those that most pulls need first.
     pub const ALL: [Self; Self::COUNT] = [
         Self::Head,
         Self::Get,
@@ -34,7 +34,7 @@ impl RequestKind {
         Self::Token,
     ];
 
-    /// The kind of a request for `endpoint`; `is_head`: without its content.
+    /// The kind of a request for `endpoint`; `is_head`: without content.
     pub(in crate::upstream) fn of_request(endpoint: &Endpoint, is_head: bool) -> Self {
         match endpoint {
             Endpoint::Manifest { .. } if is_head => Self::Head,
@@ -57,7 +57,7 @@ impl RequestKind {
         }
     }
 
-    /// The one of this kind.
+    /// The element for this kind.
     pub(super) const fn of<T>(self, [head, get, blob, list, ping, token]: &[T; Self::COUNT]) -> &T {
         match self {
             Self::Head => head,
@@ -84,23 +84,23 @@ impl RequestKind {
     }
 }
 
-/// What of an upstream a failure concerns.
+/// Which requests to an upstream a failure affects.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum FailureScope {
-    /// Every request: no connection comes about.
+    /// All requests: no connection can be established.
     Connection,
-    /// Requests of one kind, for any repository.
-    RequestKind(RequestKind),
+    /// Requests of one kind, in any repository.
+    Kind(RequestKind),
     /// Requests of one kind in one repository.
     Repository(RequestKind, Repository),
 }
 
 impl FailureScope {
-    /// Whether all of this is of `other` as well.
+    /// Whether `other` includes this scope.
     pub(super) fn is_within(&self, other: &Self) -> bool {
         match (self, other) {
             (_, Self::Connection) => true,
-            (Self::Repository(kind, _), Self::RequestKind(other)) => kind == other,
+            (Self::Repository(kind, _), Self::Kind(other)) => kind == other,
             _ => self == other,
         }
     }
@@ -109,7 +109,7 @@ impl FailureScope {
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Connection => "connection",
-            Self::RequestKind(kind) | Self::Repository(kind, _) => kind.name(),
+            Self::Kind(kind) | Self::Repository(kind, _) => kind.name(),
         }
     }
 }
@@ -120,7 +120,7 @@ impl fmt::Display for FailureScope {
         f.write_str(self.name())?;
         match self {
             Self::Repository(_, repository) => write!(f, " {repository}"),
-            Self::Connection | Self::RequestKind(_) => Ok(()),
+            Self::Connection | Self::Kind(_) => Ok(()),
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Laws of the state machine, over all short histories of requests in two repositories, of two kinds, by two principals.
+//! Rules of the failure detector, checked over all short histories of requests in two repositories, of two kinds, by
+//! two principals.
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,
@@ -14,20 +15,20 @@ use super::*;
 use crate::oci::failure::RedirectFailure;
 
 const BUDGET: Duration = Duration::from_secs(2);
-/// The wait for a response that does not come.
+/// The wait for a missing response.
 const LATE: Duration = Duration::from_secs(3);
 
-/// A request: its kind, its repository and its principal, each one of two.
+/// A request: its kind, repository and principal, two of each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Asked {
+struct TestRequest {
     is_list: bool,
     is_b: bool,
     principal: u8,
 }
 
-impl Asked {
-    fn all() -> impl Iterator<Item = Asked> {
-        (0..8_u8).map(|n| Asked {
+impl TestRequest {
+    fn all() -> impl Iterator<Item = TestRequest> {
+        (0..8_u8).map(|n| TestRequest {
             is_list: n & 1 > 0,
             is_b: n & 2 > 0,
             principal: n >> 2,
@@ -74,9 +75,9 @@ enum Event {
     Denied,
     Failed,
     TimedOut,
-    /// An asker's budget; the request goes on.
+    /// A caller's timeout expires; the request continues.
     Expired,
-    /// An asker's budget, while the request waits for a place.
+    /// A caller's timeout expires while the request is queued.
     ExpiredQueued,
     Abandoned,
 }
@@ -96,9 +97,9 @@ impl World {
         }
     }
 
-    /// Sends a request for it, and what happens happens.
-    fn happens(&mut self, event: Event, asked: Asked) -> Vec<BreakerChange> {
-        self.happens_to(event, (asked.kind(), asked.endpoint(), asked.principal()))
+    /// Sends this request and applies the event.
+    fn happens(&mut self, event: Event, request: TestRequest) -> Vec<BreakerChange> {
+        self.happens_to(event, (request.kind(), request.endpoint(), request.principal()))
     }
 
     fn happens_to(
@@ -133,8 +134,8 @@ impl World {
         self.detector.finish(id, ended, self.now)
     }
 
-    fn wait(&mut self, asked: Asked) -> WaitLimit {
-        self.wait_of(asked.kind(), asked.endpoint(), asked.principal())
+    fn wait(&mut self, request: TestRequest) -> WaitLimit {
+        self.wait_of(request.kind(), request.endpoint(), request.principal())
     }
 
     fn wait_for(&mut self, kind: RequestKind, endpoint: &Endpoint) -> WaitLimit {
@@ -156,11 +157,19 @@ impl World {
     }
 }
 
-/// Every history of so many of these events of any request that `is_part` of it.
-fn histories(length: u32, events: &[Event], is_part: fn(&Asked) -> bool) -> Vec<Vec<(Event, Asked)>> {
+/// All histories of this length, of these events, for all requests that match `is_part`.
+fn histories(
+    length: u32,
+    events: &[Event],
+    is_part: fn(&TestRequest) -> bool,
+) -> Vec<Vec<(Event, TestRequest)>> {
     let steps: Vec<_> = events
         .iter()
-        .flat_map(|event| Asked::all().filter(is_part).map(|asked| (*event, asked)))
+        .flat_map(|event| {
+            TestRequest::all()
+                .filter(is_part)
+                .map(|request| (*event, request))
+        })
         .collect();
     let mut all = vec![Vec::new()];
     for _ in 0..length {
@@ -180,10 +189,10 @@ fn histories(length: u32, events: &[Event], is_part: fn(&Asked) -> bool) -> Vec<
 
 #[allow(
     clippy::trivially_copy_pass_by_ref,
-    reason = "a filter of iterators takes a reference"
+    reason = "an iterator filter takes a reference"
 )]
-fn by_one_principal(asked: &Asked) -> bool {
-    asked.principal == 0
+fn by_one_principal(request: &TestRequest) -> bool {
+    request.principal == 0
 }
 
 const ALL: [Event; 7] = [
@@ -197,53 +206,53 @@ const ALL: [Event; 7] = [
 ];
 
 #[test]
-fn t05_laws_of_every_short_history() {
+fn t05_breaker_rules_over_all_short_histories() {
     for history in histories(3, &ALL, |_| true).into_iter().chain(histories(
         4,
         &[Answered, Denied, Failed, TimedOut],
         by_one_principal,
     )) {
         let mut world = World::new();
-        for (event, asked) in &history {
-            let before: Vec<_> = Asked::all().map(|other| world.wait(other)).collect();
-            world.happens(*event, *asked);
-            let after: Vec<_> = Asked::all().map(|other| world.wait(other)).collect();
-            let own = world.wait(*asked);
+        for (event, request) in &history {
+            let before: Vec<_> = TestRequest::all().map(|other| world.wait(other)).collect();
+            world.happens(*event, *request);
+            let after: Vec<_> = TestRequest::all().map(|other| world.wait(other)).collect();
+            let own = world.wait(*request);
             match event {
-                Answered => assert_eq!(
-                    own,
-                    WaitLimit::Full,
-                    "a response ends every suspicion: {history:?}"
-                ),
+                Answered => assert_eq!(own, WaitLimit::Full, "a response closes every scope: {history:?}"),
                 Expired | TimedOut => {
-                    assert_ne!(own, WaitLimit::Full, "a silence is one at once: {history:?}")
+                    assert_ne!(
+                        own,
+                        WaitLimit::Full,
+                        "a missing response is suspected at once: {history:?}"
+                    )
                 }
                 Abandoned | ExpiredQueued => {
-                    assert_eq!(after, before, "what was not sent is no sign: {history:?}");
+                    assert_eq!(after, before, "a queued request changes nothing: {history:?}");
                 }
                 Denied | Failed => {}
             }
-            for (n, other) in Asked::all().enumerate() {
-                if other.kind() != asked.kind() {
-                    assert_eq!(after[n], before[n], "other kinds are as before: {history:?}");
+            for (n, other) in TestRequest::all().enumerate() {
+                if other.kind() != request.kind() {
+                    assert_eq!(after[n], before[n], "other kinds are unchanged: {history:?}");
                 }
             }
             let is_failing = after.iter().any(|wait| *wait != WaitLimit::Full);
             let probe = world.detector.next_probe(world.now);
             assert!(
                 !is_failing || probe.is_some_and(|(due, _)| due <= world.now + Duration::from_secs(1)),
-                "what clients ask for is probed within a second: {history:?}"
+                "requested content is probed within a second: {history:?}"
             );
         }
     }
 }
 
 #[test]
-fn t04_one_bad_repository_leaves_others_alone() {
-    let is_a = |asked: &Asked| !asked.is_b && asked.principal == 0 && !asked.is_list;
+fn t04_failing_repository_leaves_others_closed() {
+    let is_a = |request: &TestRequest| !request.is_b && request.principal == 0 && !request.is_list;
     for history in histories(5, &[Answered, Denied, Failed, TimedOut, Expired], is_a) {
         let mut world = World::new();
-        let b = Asked {
+        let b = TestRequest {
             is_b: true,
             ..history[0].1
         };
@@ -252,11 +261,11 @@ fn t04_one_bad_repository_leaves_others_alone() {
             world.happens(*event, *a);
             errors_alone &= matches!(event, Answered | Failed | Denied);
             let wait = world.wait(b);
-            assert_ne!(wait, WaitLimit::None, "it is asked all the same: {history:?}");
+            assert_ne!(wait, WaitLimit::None, "the request is sent: {history:?}");
             if errors_alone {
                 assert_eq!(wait, WaitLimit::Full, "a 5xx is a response: {history:?}");
             }
-            // Without a look at what fails, the history would not go on as it was.
+            // Querying the wait changes the state, so a copy is queried.
             let mut copy = World::new();
             for (event, a) in &history {
                 copy.happens(*event, *a);
@@ -265,14 +274,14 @@ fn t04_one_bad_repository_leaves_others_alone() {
             assert_eq!(
                 copy.wait(b),
                 WaitLimit::Full,
-                "its own response tells: {history:?}"
+                "its own response decides: {history:?}"
             );
         }
     }
 }
 
 #[test]
-fn t04_responses_meanwhile_keep_a_silence_to_its_repository() {
+fn t04_other_responses_confine_timeout_to_its_repository() {
     let (mut world, a, b) = (World::new(), tag("a"), tag("b"));
     for _ in 0..10 {
         let id = world.detector.sent(RequestKind::Head, &a, [0; 32], world.now);
@@ -287,7 +296,7 @@ fn t04_responses_meanwhile_keep_a_silence_to_its_repository() {
 }
 
 #[test]
-fn t05_twenty_silent_images_cost_one_budget() {
+fn t05_twenty_unresponsive_images_cost_one_timeout() {
     let mut world = World::new();
     let mut waits = Vec::new();
     for n in 0..20 {
@@ -317,15 +326,15 @@ fn t05_twenty_silent_images_cost_one_budget() {
     assert_eq!(
         (open.scope, open.cause),
         (
-            FailureScope::RequestKind(RequestKind::Head),
+            FailureScope::Kind(RequestKind::Head),
             UpstreamFailure::RevalidateTimeout
         )
     );
 }
 
 #[test]
-fn t05_one_request_that_hangs_is_waited_for_once() {
-    // One tag, polled: all its askers share one request.
+fn t05_hanging_request_is_waited_for_once() {
+    // One tag, polled: all callers share one request.
     let (mut world, tag) = (World::new(), tag("a"));
     world.detector.sent(RequestKind::Head, &tag, [0; 32], world.now);
     let mut waits = Vec::new();
@@ -352,7 +361,7 @@ fn t05_one_request_that_hangs_is_waited_for_once() {
 }
 
 #[test]
-fn t05_many_askers_of_one_request_are_one_silence() {
+fn t05_callers_sharing_a_request_count_one_failure() {
     let (mut world, tag) = (World::new(), tag("a"));
     world.detector.sent(RequestKind::Head, &tag, [0; 32], world.now);
     world.now += BUDGET;
@@ -363,7 +372,7 @@ fn t05_many_askers_of_one_request_are_one_silence() {
 }
 
 #[test]
-fn t05_slow_responses_shorten_the_wait_until_a_quick_one() {
+fn t05_slow_response_shortens_wait_until_a_fast_one() {
     let (mut world, a, b) = (World::new(), tag("a"), tag("b"));
     let mut takes = |millis: u64, of: &Endpoint| {
         let id = world.detector.sent(RequestKind::Head, of, [0; 32], world.now);
@@ -381,13 +390,13 @@ fn t05_slow_responses_shorten_the_wait_until_a_quick_one() {
 }
 
 #[test]
-fn t04_a_slow_repository_has_another_one_looked_at() {
+fn t04_slow_repository_triggers_probe_of_another() {
     let (mut world, a, b) = (World::new(), tag("a"), tag("b"));
     world.happens_to(Answered, (RequestKind::Head, &b, [0; 32]));
     let id = world.detector.sent(RequestKind::Head, &a, [0; 32], world.now);
     world.now += Duration::from_millis(1_900);
     world.detector.finish(id, RequestOutcome::Response, world.now);
-    let scope = FailureScope::RequestKind(RequestKind::Head);
+    let scope = FailureScope::Kind(RequestKind::Head);
     assert_eq!(
         world.detector.next_probe(world.now),
         Some((world.now, scope.clone()))
@@ -400,11 +409,11 @@ fn t04_a_slow_repository_has_another_one_looked_at() {
 }
 
 #[test]
-fn t04_a_silent_repository_has_another_one_looked_at_first() {
+fn t04_unresponsive_repository_probes_another_first() {
     let (mut world, a, b) = (World::new(), tag("a"), tag("b"));
     world.happens_to(Answered, (RequestKind::Head, &b, [0; 32]));
     world.expires(&a);
-    let scope = FailureScope::RequestKind(RequestKind::Head);
+    let scope = FailureScope::Kind(RequestKind::Head);
     let (due, probed) = world.detector.next_probe(world.now).unwrap();
     assert_eq!((due, &probed), (world.now, &scope));
     assert_eq!(world.detector.take_probe(&scope, world.now), Some(b));
@@ -412,8 +421,8 @@ fn t04_a_silent_repository_has_another_one_looked_at_first() {
 }
 
 #[test]
-fn t05_what_a_client_was_turned_away_with_is_probed_next() {
-    let (mut world, scope) = (World::new(), FailureScope::RequestKind(RequestKind::Head));
+fn t05_unsent_request_is_probed_next() {
+    let (mut world, scope) = (World::new(), FailureScope::Kind(RequestKind::Head));
     for name in ["a", "b", "a"] {
         world.expires(&tag(name));
     }
@@ -424,7 +433,7 @@ fn t05_what_a_client_was_turned_away_with_is_probed_next() {
 }
 
 #[test]
-fn t05_a_token_service_fails_apart_from_the_registry() {
+fn t05_token_service_fails_apart_from_the_registry() {
     let mut world = World::new();
     for name in ["a", "b", "a"] {
         let id = world
@@ -449,11 +458,11 @@ fn t05_a_token_service_fails_apart_from_the_registry() {
         world.detector.wait(&query, BUDGET, world.now)
     };
     assert_eq!((waits(true), waits(false)), (WaitLimit::None, WaitLimit::Full));
-    // An answer of the registry's to one with a token of his own says nothing of the token service.
+    // A registry's response to a caller with its own token says nothing about the token service.
     world.happens_to(Answered, (RequestKind::Head, &c, [1; 32]));
     assert_eq!(
         world.detector.open_breaker().unwrap().scope,
-        FailureScope::RequestKind(RequestKind::Token)
+        FailureScope::Kind(RequestKind::Token)
     );
     let id = world.detector.sent(RequestKind::Head, &c, [0; 32], world.now);
     world.detector.waiting_for_token(id, world.now);
@@ -465,7 +474,7 @@ fn t05_a_token_service_fails_apart_from_the_registry() {
 }
 
 #[test]
-fn t05_a_denial_half_opens_and_the_next_request_decides() {
+fn t05_denial_half_opens_and_next_request_decides() {
     let mut world = World::new();
     for name in ["a", "b", "a"] {
         world.expires(&tag(name));
@@ -476,7 +485,7 @@ fn t05_a_denial_half_opens_and_the_next_request_decides() {
         assert_eq!(
             world.wait_for(RequestKind::Head, &a),
             WaitLimit::Short,
-            "it is asked"
+            "the request is sent"
         );
         world.expires(&a);
         assert_eq!(world.wait_for(RequestKind::Head, &a), WaitLimit::None, "at once");
@@ -487,12 +496,8 @@ fn t05_a_denial_half_opens_and_the_next_request_decides() {
 }
 
 #[test]
-fn t05_probe_that_says_nothing_half_opens() {
-    let (mut world, a, scope) = (
-        World::new(),
-        tag("a"),
-        FailureScope::RequestKind(RequestKind::Head),
-    );
+fn t05_inconclusive_probe_half_opens() {
+    let (mut world, a, scope) = (World::new(), tag("a"), FailureScope::Kind(RequestKind::Head));
     for name in ["a", "b", "a"] {
         world.expires(&tag(name));
     }
@@ -510,13 +515,13 @@ fn t05_probe_that_says_nothing_half_opens() {
         assert_eq!(
             world.wait_for(RequestKind::Head, &tag("c")),
             WaitLimit::Short,
-            "it is asked"
+            "the request is sent"
         );
     }
 }
 
 #[test]
-fn t04_errors_of_one_principal_keep_no_other_waiting() {
+fn t04_errors_of_one_principal_do_not_affect_others() {
     let (ours, theirs) = ([0; 32], [1; 32]);
     for cause in [UpstreamFailure::Status(500), UpstreamFailure::ConnectionReset] {
         let mut world = World::new();
@@ -541,12 +546,12 @@ fn t04_errors_of_one_principal_keep_no_other_waiting() {
         }
         fails(&mut world, "a", ours);
         let wait = world.wait_of(RequestKind::Head, &tag("a"), ours);
-        assert_eq!(wait, WaitLimit::None, "{cause}: it is no other's alone");
+        assert_eq!(wait, WaitLimit::None, "{cause}: it affects all principals");
     }
 }
 
 #[test]
-fn t05_silence_of_one_principal_concerns_all() {
+fn t05_timeout_of_one_principal_affects_all() {
     let mut world = World::new();
     for _ in 0..3 {
         world.happens_to(TimedOut, (RequestKind::Head, &tag("a"), [1; 32]));
@@ -556,7 +561,7 @@ fn t05_silence_of_one_principal_concerns_all() {
 }
 
 #[test]
-fn t04_an_error_concerns_what_was_asked_for_alone() {
+fn t04_error_affects_only_its_request() {
     let mut world = World::new();
     let (bad, good) = (endpoint("/v2/a/manifests/bad"), endpoint("/v2/a/manifests/good"));
     for n in 0..FAILURES_MAX {
@@ -572,7 +577,7 @@ fn t04_an_error_concerns_what_was_asked_for_alone() {
 }
 
 #[test]
-fn no_connection_concerns_every_request() {
+fn connection_failure_affects_every_request() {
     let (mut world, a) = (World::new(), tag("a"));
     let fails = |world: &mut World| {
         let id = world.detector.sent(RequestKind::Head, &a, [0; 32], world.now);
@@ -591,12 +596,12 @@ fn no_connection_concerns_every_request() {
             UpstreamFailure::ConnectionRefused
         )]
     );
-    for asked in Asked::all() {
-        assert_eq!(world.wait(asked), WaitLimit::None);
+    for request in TestRequest::all() {
+        assert_eq!(world.wait(request), WaitLimit::None);
     }
     let closed = world.happens_to(Denied, (RequestKind::List, &a, [0; 32]));
-    assert_eq!(closed.len(), 1, "any response shows a connection");
-    // Far apart they open nothing.
+    assert_eq!(closed.len(), 1, "any response closes the connection scope");
+    // Far apart, they do not open a breaker.
     for _ in 0..10 {
         world.now += WINDOW;
         assert_eq!(fails(&mut world), []);
@@ -605,7 +610,7 @@ fn no_connection_concerns_every_request() {
 }
 
 #[test]
-fn a_limit_or_a_broken_object_is_a_response() {
+fn rate_limit_or_broken_object_is_a_response() {
     for (cause, expected) in [
         (UpstreamFailure::RateLimited, RequestOutcome::Response),
         (UpstreamFailure::Malformed, RequestOutcome::Response),
@@ -647,13 +652,13 @@ fn a_limit_or_a_broken_object_is_a_response() {
     assert_eq!(
         RequestOutcome::of(&UpstreamResponse::unavailable(UpstreamFailure::Timeout), false),
         RequestOutcome::Unknown,
-        "another URL has the last word"
+        "another URL's response is final"
     );
 }
 
 #[test]
-fn probes_come_each_second_while_clients_ask_and_rarely_otherwise() {
-    let (mut world, scope) = (World::new(), FailureScope::RequestKind(RequestKind::Head));
+fn probes_back_off_without_client_requests() {
+    let (mut world, scope) = (World::new(), FailureScope::Kind(RequestKind::Head));
     for name in ["a", "b", "a"] {
         world.expires(&tag(name));
     }
@@ -669,7 +674,11 @@ fn probes_come_each_second_while_clients_ask_and_rarely_otherwise() {
     assert_eq!(quiet, [1, 2, 4, 8, 16, 30, 30, 30]);
     world.now += Duration::from_secs(10);
     world.wait_for(RequestKind::Head, &tag("a"));
-    assert_eq!(waits(&mut world), 0, "a request after a quiet time starts one");
+    assert_eq!(
+        waits(&mut world),
+        0,
+        "a request after an idle time starts a probe"
+    );
     for _ in 0..5 {
         world.now += Duration::from_millis(100);
         world.wait_for(RequestKind::Head, &tag("a"));
@@ -680,7 +689,7 @@ fn probes_come_each_second_while_clients_ask_and_rarely_otherwise() {
 }
 
 #[test]
-fn t05_names_that_strangers_choose_take_bounded_memory() {
+fn t05_client_chosen_names_take_bounded_memory() {
     let mut world = World::new();
     for n in 0..3_000 {
         let name = tag(&format!("made/up-{n}"));

@@ -1,9 +1,9 @@
-//! Rate-limit windows: a pause after a limited request, then a slow start.
+//! Rate-limit window: a pause after a limited request, then a slow start.
 //!
-//! While a window is closed no request goes out. Once it is over one request goes first. Each response that is no limit
-//! lets one more go at a time, so many queued requests do not all run into the same limit again. A limited response
-//! among them closes the window anew. Of a burst of limited responses only the first counts: the others were sent
-//! before the pause.
+//! While a window is closed, no request is sent. When the pause ends, one request is sent first. Each response that
+//! is not limited allows one more concurrent request, so that queued requests do not all meet the same limit again. A
+//! limited response closes the window again. In a burst of limited responses only the first counts, because the
+//! others were sent before the pause.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,22 +13,22 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::oci::failure::UpstreamFailure;
 
-/// The first pause where the upstream states none; doubled while limited responses go on …
+/// The first pause if the upstream states none; doubled while responses stay limited …
 const PAUSE_MIN: Duration = Duration::from_secs(1);
 /// … up to this.
 const PAUSE_MAX: Duration = Duration::from_secs(30);
-/// The shortest pause that an upstream can ask for …
+/// The shortest pause that an upstream can state …
 const STATED_MIN: Duration = Duration::from_millis(100);
 /// … and the longest.
 const STATED_MAX: Duration = Duration::from_secs(3600);
-/// The longest for a 503, whose `Retry-After` is a guess when the service will be back.
+/// The longest pause for a 503, whose `Retry-After` only estimates when the service recovers.
 const STATED_503_MAX: Duration = Duration::from_secs(60);
-/// Requests at a time at which a slow start is over.
+/// Concurrent requests at which the slow start ends.
 const SLOW_START_MAX: u32 = 16;
-/// How often a waiting request looks again, should a notification have gone to a request that was then cancelled.
+/// Polling interval of a waiting request, in case a notification went to a request that was then cancelled.
 const RECHECK: Duration = Duration::from_secs(1);
 
-/// The window of one kind of request.
+/// Window of one key.
 #[derive(Debug)]
 pub(super) struct Window {
     state: Mutex<State>,
@@ -38,19 +38,19 @@ pub(super) struct Window {
 #[derive(Debug)]
 struct State {
     closed_until: Instant,
-    /// Why: a limit, or a 503.
+    /// A rate limit, or a 503.
     cause: UpstreamFailure,
-    /// Counts the pauses, so that a response to a request from before the last one is known.
+    /// Number of pauses so far. Identifies responses to requests sent before the last pause.
     round: u64,
-    /// Pauses in a row without a response that was no limit.
+    /// Consecutive pauses without an unlimited response.
     limited: u32,
-    /// How many requests may be out at a time; `None`: any number.
+    /// Maximum number of concurrent requests; `None`: unlimited.
     concurrency_max: Option<u32>,
-    /// How many of this round are.
+    /// Requests of this round in flight.
     in_flight: u32,
 }
 
-/// A window that lets no request through now.
+/// A pause: the window permits no request now.
 #[derive(Clone, Debug)]
 pub struct Pause {
     window: Arc<Window>,
@@ -58,7 +58,7 @@ pub struct Pause {
     until: Instant,
 }
 
-/// The permission to send one request. Dropped without a word, it says nothing of the limit.
+/// Permit for one request. If dropped without a result, it does not change the limit.
 #[derive(Debug)]
 pub(in crate::upstream) struct SendPermit {
     window: Option<Arc<Window>>,
@@ -74,22 +74,22 @@ impl PartialEq for Pause {
 impl Eq for Pause {}
 
 impl Pause {
-    /// What closed it.
+    /// What closed the window.
     pub(in crate::upstream) fn cause(&self) -> UpstreamFailure {
         self.cause
     }
 
-    /// How long it still lasts; a moment at least, for a slow start has no end that is known.
+    /// Remaining time. At least a moment, because the end of a slow start is unknown.
     pub(in crate::upstream) fn left(&self, now: Instant) -> Duration {
         self.until.saturating_duration_since(now).max(STATED_MIN)
     }
 
-    /// Waits until a request may be tried again; `false` if that is not before `deadline`.
+    /// Waits until the window may permit a request. `false` if that is after `deadline`.
     pub(in crate::upstream) async fn wait_until_open(&self, deadline: Instant) -> bool {
         loop {
             let freed = self.window.freed.notified();
             tokio::pin!(freed);
-            // In the queue before the look, so that nothing is missed in between.
+            // Registered before the check, so that no notification is missed.
             freed.as_mut().enable();
             let now = Instant::now();
             let again = match self.window.state().is_open(now) {
@@ -101,14 +101,14 @@ impl Pause {
             if now >= deadline {
                 return false;
             }
-            // Its end and a notification mean the same: look again.
+            // Whether it timed out or was notified, check again.
             let _ = timeout_at(again.min(deadline), freed).await;
         }
     }
 }
 
 impl SendPermit {
-    /// For requests of which no window is known.
+    /// Permit for a key without a window.
     pub(super) fn unlimited() -> SendPermit {
         SendPermit {
             window: None,
@@ -116,17 +116,17 @@ impl SendPermit {
         }
     }
 
-    /// The response was no limit.
+    /// The response was not limited.
     pub(in crate::upstream) fn not_limited(mut self) {
         if let Some(window) = self.window.take() {
             window.state().end(self.round, true);
-            // The slot of this one, and one more.
+            // One for the freed slot, one for the additional slot.
             window.freed.notify_one();
             window.freed.notify_one();
         }
     }
 
-    /// The response was a limit, or a 503 that states a wait. `window` is that of the same key as this turn.
+    /// The response was limited, or a 503 that states a wait. `window` must be that of this permit's key.
     pub(super) fn limited(
         mut self,
         window: &Arc<Window>,
@@ -170,7 +170,7 @@ impl Window {
         }
     }
 
-    /// Lets a request through, or says until when not.
+    /// Permits a request, or returns the pause.
     pub(super) fn admit(self: &Arc<Self>, now: Instant) -> Result<SendPermit, Pause> {
         let mut state = self.state();
         match state.is_open(now) {
@@ -189,7 +189,7 @@ impl Window {
         }
     }
 
-    /// The pause, if it is closed; not during a slow start.
+    /// The pause, if the window is closed; `None` during a slow start.
     pub(super) fn current_pause(self: &Arc<Self>, now: Instant) -> Option<Pause> {
         let state = self.state();
         (state.closed_until > now).then(|| Pause {
@@ -200,13 +200,13 @@ impl Window {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Every change under this lock is whole when it is let go.
+        // Each change under this lock is complete when the lock is released.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl State {
-    /// `Err`: until when not; the moment itself if all slots are taken.
+    /// `Err`: when to retry; the current time if the maximum of concurrent requests is reached.
     fn is_open(&self, now: Instant) -> Result<(), Instant> {
         if self.closed_until > now {
             return Err(self.closed_until);
@@ -247,7 +247,7 @@ impl State {
     }
 }
 
-/// How long the `nth` pause in a row is. An upstream that states a wait which proves too short is left alone longer.
+/// Length of the `nth` consecutive pause. If a stated wait proves too short, the pause is doubled.
 fn pause(cause: UpstreamFailure, stated: Option<Duration>, nth: u32) -> Duration {
     let doubled = |times: u32| {
         PAUSE_MIN
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn r02_pauses_double_only_while_limits_go_on_and_are_capped() {
+    async fn r02_pauses_double_while_limited_up_to_a_cap() {
         let window = Arc::new(Window::new(Instant::now()));
         for seconds in [1, 2, 4, 8, 16, 30, 30] {
             let permit = window.admit(Instant::now()).unwrap();
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn r02_a_burst_of_limits_is_one_pause() {
+    async fn r02_burst_of_limits_is_one_pause() {
         let window = Arc::new(Window::new(Instant::now()));
         let permits: Vec<_> = (0..20).map(|_| window.admit(Instant::now()).unwrap()).collect();
         for permit in permits {
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn r02_stated_waits_are_clamped_and_a_liar_is_left_alone_longer() {
+    fn r02_stated_waits_are_clamped_and_doubled_if_too_short() {
         let (ms, limit) = (Duration::from_millis, UpstreamFailure::RateLimited);
         for (cause, stated, nth, wait) in [
             (limit, ms(0), 1, ms(100)),
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn r02_after_a_pause_one_request_goes_first_then_ever_more() {
+    async fn r02_slow_start_after_a_pause() {
         let window = Arc::new(Window::new(Instant::now()));
         let permit = window.admit(Instant::now()).unwrap();
         limited(&window, permit, None);
@@ -345,14 +345,14 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn r02_a_request_that_is_cancelled_leaves_its_place() {
+    async fn r02_cancelled_request_frees_its_slot() {
         let window = Arc::new(Window::new(Instant::now()));
         let permit = window.admit(Instant::now()).unwrap();
         limited(&window, permit, None);
         let waiting = |window: &Arc<Window>| window.admit(Instant::now()).unwrap_err();
         assert!(
             !waiting(&window).wait_until_open(Instant::now()).await,
-            "no patience at all"
+            "the deadline has passed"
         );
         let deadline = Instant::now() + Duration::from_secs(20);
         assert!(waiting(&window).wait_until_open(deadline).await);
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn r02_a_pause_beyond_the_deadline_is_not_waited_for() {
+    async fn r02_pause_beyond_deadline_is_not_waited_for() {
         let window = Arc::new(Window::new(Instant::now()));
         let permit = window.admit(Instant::now()).unwrap();
         let pause = permit.limited(

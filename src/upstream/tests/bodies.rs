@@ -1,12 +1,12 @@
-//! Bodies: whole, in part, cut, stuck, coded.
+//! Response bodies: complete, ranges, truncated, stalled and encoded ones.
 
-use super::registry::{Registry, answer};
+use super::registry::{Registry, response};
 use super::*;
 
 #[tokio::test]
-async fn a_body_arrives_whole() {
+async fn body_arrives_complete() {
     let registry = Registry::start(|_| {
-        answer(200)
+        response(200)
             .header("docker-content-digest", &digest("bytes").to_string())
             .body("bytes")
     })
@@ -25,13 +25,13 @@ async fn a_body_arrives_whole() {
 }
 
 #[tokio::test]
-async fn a_transfer_is_resumed_where_it_stopped_if_the_registry_knows_how() {
+async fn transfer_resumes_if_ranges_are_supported() {
     for (play, start) in [(206, 2), (200, 0)] {
         let registry = Registry::start(move |seen| {
             assert_eq!(seen.header("range"), Some("bytes=2-"));
             match play {
-                206 => answer(206).header("content-range", "bytes 2-4/5").body("tes"),
-                _ => answer(200).body("bytes"),
+                206 => response(206).header("content-range", "bytes 2-4/5").body("tes"),
+                _ => response(200).body("bytes"),
             }
         })
         .await;
@@ -44,14 +44,15 @@ async fn a_transfer_is_resumed_where_it_stopped_if_the_registry_knows_how() {
 }
 
 #[tokio::test]
-async fn a_part_nobody_asked_for_is_refused() {
+async fn unrequested_range_is_rejected() {
     for (from, range) in [
         (None, "bytes 2-4/5"),
         (Some(1), "bytes 2-4/5"),
         (Some(2), "bytes */5"),
         (Some(2), "x"),
     ] {
-        let registry = Registry::start(move |_| answer(206).header("content-range", range).body("tes")).await;
+        let registry =
+            Registry::start(move |_| response(206).header("content-range", range).body("tes")).await;
         let refused = upstream(&[&registry])
             .get(&anonymous(), &blob("bytes"), &accept(), from)
             .await;
@@ -64,8 +65,8 @@ async fn a_part_nobody_asked_for_is_refused() {
 }
 
 #[tokio::test]
-async fn a_range_beyond_the_end_is_passed_on() {
-    let registry = Registry::start(|_| answer(416).header("content-range", "bytes */5")).await;
+async fn range_beyond_the_end_is_forwarded() {
+    let registry = Registry::start(|_| response(416).header("content-range", "bytes */5")).await;
     let refused = upstream(&[&registry])
         .get(&anonymous(), &blob("bytes"), &accept(), Some(9))
         .await;
@@ -76,12 +77,12 @@ async fn a_range_beyond_the_end_is_passed_on() {
 }
 
 #[tokio::test]
-async fn a_short_body_is_an_error_and_never_an_end() {
+async fn short_body_is_an_error() {
     for length in [Some("10"), None] {
         let registry = Registry::start(move |_| {
-            let play = answer(200).body("bytes").cut();
+            let play = response(200).body("bytes").cut();
             length.map_or_else(
-                || answer(200).body("bytes").cut(),
+                || response(200).body("bytes").cut(),
                 |length| play.header("content-length", length),
             )
         })
@@ -103,9 +104,9 @@ async fn a_short_body_is_an_error_and_never_an_end() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_body_that_stops_flowing_is_given_up() {
+async fn stalled_body_times_out() {
     let registry =
-        Registry::start(|_| answer(200).header("content-length", "10").body("bytes").stall()).await;
+        Registry::start(|_| response(200).header("content-length", "10").body("bytes").stall()).await;
     let mut fetched = piped(&registry)
         .get(&anonymous(), &blob("bytes"), &accept(), None)
         .await
@@ -118,7 +119,7 @@ async fn a_body_that_stops_flowing_is_given_up() {
 }
 
 #[tokio::test]
-async fn a_coded_body_is_refused_and_identity_is_none() {
+async fn content_coding_is_rejected_except_identity() {
     for (coding, good) in [
         ("gzip", false),
         ("zstd", false),
@@ -126,14 +127,14 @@ async fn a_coded_body_is_refused_and_identity_is_none() {
         ("identity, gzip", false),
     ] {
         let registry =
-            Registry::start(move |_| answer(200).header("content-encoding", coding).body("bytes")).await;
+            Registry::start(move |_| response(200).header("content-encoding", coding).body("bytes")).await;
         let result = upstream(&[&registry])
             .get(&anonymous(), &blob("bytes"), &accept(), None)
             .await;
         match result {
             Ok(_) => assert!(good, "{coding}"),
-            Err(answer) => assert_eq!(
-                (answer.kind, good),
+            Err(response) => assert_eq!(
+                (response.kind, good),
                 (ResponseKind::Unavailable(UpstreamFailure::Malformed), false),
                 "{coding}"
             ),
@@ -142,13 +143,13 @@ async fn a_coded_body_is_refused_and_identity_is_none() {
 }
 
 #[tokio::test]
-async fn what_is_collected_is_limited() {
+async fn collected_body_is_limited() {
     for promised in [true, false] {
         let registry = Registry::start(move |_| {
             if promised {
-                answer(200).body("bytes")
+                response(200).body("bytes")
             } else {
-                answer(200).body("bytes").stall()
+                response(200).body("bytes").stall()
             }
         })
         .await;
@@ -161,36 +162,42 @@ async fn what_is_collected_is_limited() {
 }
 
 #[tokio::test]
-async fn a_manifest_too_large_to_hash_is_no_answer() {
-    let registry = Registry::start(|_| answer(200).body(MANIFEST)).await;
+async fn oversized_manifest_is_unavailable() {
+    let registry = Registry::start(|_| response(200).body(MANIFEST)).await;
     let settings = Settings {
         manifest_bytes_max: 100,
         ..settings(&[&registry])
     };
-    let answer = Upstream::new(settings, &Transport::system())
+    let response = Upstream::new(settings, &Transport::system())
         .unwrap()
         .head(&anonymous(), &tag(), &accept())
         .await;
-    assert_eq!(answer.kind, ResponseKind::Unavailable(UpstreamFailure::TooLarge));
+    assert_eq!(
+        response.kind,
+        ResponseKind::Unavailable(UpstreamFailure::TooLarge)
+    );
 }
 
 #[tokio::test]
-async fn headers_beyond_the_limit_are_refused() {
+async fn oversized_headers_are_rejected() {
     let registry = Registry::start(|_| {
-        (0..9).fold(answer(200), |play, n| {
+        (0..9).fold(response(200), |play, n| {
             play.header(&format!("x-{n}"), &"y".repeat(8_000))
         })
     })
     .await;
-    let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(answer.kind, ResponseKind::Unavailable(UpstreamFailure::Malformed));
+    let response = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(
+        response.kind,
+        ResponseKind::Unavailable(UpstreamFailure::Malformed)
+    );
 }
 
 #[tokio::test]
-async fn a_part_is_asked_for_and_no_more() {
+async fn only_the_range_is_requested() {
     let registry = Registry::start(move |seen| {
         assert_eq!(seen.header("range"), Some("bytes=1-2"));
-        answer(206).header("content-range", "bytes 1-2/5").body("yt")
+        response(206).header("content-range", "bytes 1-2/5").body("yt")
     })
     .await;
     let part = RangeSpec {
@@ -209,8 +216,8 @@ async fn a_part_is_asked_for_and_no_more() {
 }
 
 #[tokio::test]
-async fn after_a_break_the_next_address_is_asked_first() {
-    let play = |_: &registry::Seen| answer(206).header("content-range", "bytes 2-4/5").body("tes");
+async fn resume_tries_the_next_url_first() {
+    let play = |_: &registry::Seen| response(206).header("content-range", "bytes 2-4/5").body("tes");
     let (one, two) = (Registry::start(play).await, Registry::start(play).await);
     let upstream = upstream(&[&one, &two]);
     let mut part = RangeSpec {
@@ -228,13 +235,13 @@ async fn after_a_break_the_next_address_is_asked_first() {
 }
 
 #[tokio::test]
-async fn after_a_break_a_no_is_not_the_last_word_while_there_is_another_address() {
+async fn resume_skips_urls_without_the_content() {
     let good = Registry::start(|seen| match seen.header("range") {
-        Some(_) => answer(206).header("content-range", "bytes 2-4/5").body("tes"),
-        None => answer(200).body("bytes"),
+        Some(_) => response(206).header("content-range", "bytes 2-4/5").body("tes"),
+        None => response(200).body("bytes"),
     })
     .await;
-    let lacking = Registry::start(|_| answer(404)).await;
+    let lacking = Registry::start(|_| response(404)).await;
     let resumed = RangeSpec {
         from: 2,
         until: None,
@@ -245,7 +252,7 @@ async fn after_a_break_a_no_is_not_the_last_word_while_there_is_another_address(
             .get_part(&anonymous(), &blob("bytes"), &accept(), part)
             .await
             .map(|fetched| fetched.url)
-            .map_err(|answer| answer.kind)
+            .map_err(|response| response.kind)
     };
     assert_eq!(get(upstream(&[&good, &lacking]), resumed).await, Ok(UrlIndex(0)));
     assert_eq!(

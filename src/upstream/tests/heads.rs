@@ -1,10 +1,10 @@
-//! HEAD, and what stands in for it.
+//! HEAD requests and their fallbacks.
 
-use super::registry::{Registry, answer, manifest};
+use super::registry::{Registry, manifest, response};
 use super::*;
 
 #[tokio::test]
-async fn a_good_registry_is_asked_once_and_politely() {
+async fn compliant_registry_gets_one_head() {
     let registry = Registry::start(|_| {
         manifest()
             .header("ratelimit-limit", "100;w=21600")
@@ -12,24 +12,24 @@ async fn a_good_registry_is_asked_once_and_politely() {
     })
     .await;
     let upstream = upstream(&[&registry]);
-    let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
-    assert_eq!(answer.length, Some(MANIFEST.len() as u64));
+    let response = upstream.head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(response.kind, ResponseKind::Digest(digest(MANIFEST)));
+    assert_eq!(response.length, Some(MANIFEST.len() as u64));
     assert_eq!(
-        answer
+        response
             .media_type
             .as_ref()
             .map(crate::oci::manifest::MediaType::as_str),
         Some(OCI_MANIFEST)
     );
-    assert_eq!(answer.rate_limit.remaining, Some(99));
+    assert_eq!(response.rate_limit.remaining, Some(99));
     assert_eq!(upstream.status().quotas[0].limit.limit, Some(100));
-    assert!(answer.body.is_none());
+    assert!(response.body.is_none());
     let seen = &registry.seen()[0];
     assert_eq!(
         seen.headers.get_all("accept").iter().count(),
         2,
-        "all lines are passed on"
+        "all challenge lines are forwarded"
     );
     assert_eq!(seen.header("accept-encoding"), Some("identity"));
     assert!(seen.header("user-agent").unwrap().starts_with("ifnewer/"));
@@ -37,11 +37,11 @@ async fn a_good_registry_is_asked_once_and_politely() {
 }
 
 #[tokio::test]
-async fn a_refused_head_becomes_a_get_and_is_remembered() {
+async fn rejected_head_falls_back_to_get_and_is_cached() {
     for status in [405, 501] {
         let registry = Registry::start(move |seen| {
             if seen.method == Method::HEAD {
-                answer(status)
+                response(status)
             } else {
                 manifest()
             }
@@ -49,9 +49,9 @@ async fn a_refused_head_becomes_a_get_and_is_remembered() {
         .await;
         let upstream = upstream(&[&registry]);
         for _ in 0..2 {
-            let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
-            assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
-            let (bytes, media_type) = answer.body.unwrap();
+            let response = upstream.head(&anonymous(), &tag(), &accept()).await;
+            assert_eq!(response.kind, ResponseKind::Digest(digest(MANIFEST)));
+            let (bytes, media_type) = response.body.unwrap();
             assert_eq!(
                 (bytes.as_ref(), media_type.as_str()),
                 (MANIFEST.as_bytes(), OCI_MANIFEST)
@@ -64,7 +64,7 @@ async fn a_refused_head_becomes_a_get_and_is_remembered() {
 }
 
 #[tokio::test]
-async fn without_a_usable_digest_the_body_is_hashed() {
+async fn missing_digest_is_computed_from_the_body() {
     for header in [
         None,
         Some("sha256:abc"),
@@ -73,18 +73,22 @@ async fn without_a_usable_digest_the_body_is_hashed() {
         Some(""),
     ] {
         let registry = Registry::start(move |_| {
-            let play = answer(200).header("content-type", OCI_MANIFEST).body(MANIFEST);
+            let play = response(200).header("content-type", OCI_MANIFEST).body(MANIFEST);
             header.map_or_else(
-                || answer(200).body(MANIFEST),
+                || response(200).body(MANIFEST),
                 |header| play.header("docker-content-digest", header),
             )
         })
         .await;
         let upstream = upstream(&[&registry]);
-        let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
-        assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)), "{header:?}");
+        let response = upstream.head(&anonymous(), &tag(), &accept()).await;
+        assert_eq!(
+            response.kind,
+            ResponseKind::Digest(digest(MANIFEST)),
+            "{header:?}"
+        );
         assert!(
-            answer.body.is_some(),
+            response.body.is_some(),
             "the type is in the manifest if not in the header"
         );
         assert_eq!(upstream.status().quirks, [Quirk::NoDigest]);
@@ -92,16 +96,16 @@ async fn without_a_usable_digest_the_body_is_hashed() {
 }
 
 #[tokio::test]
-async fn two_digests_that_differ_are_none() {
+async fn conflicting_digest_headers_are_ignored() {
     let registry =
         Registry::start(|_| manifest().header("docker-content-digest", &digest("other").to_string())).await;
-    let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
+    let response = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(response.kind, ResponseKind::Digest(digest(MANIFEST)));
     assert_eq!(registry.seen().len(), 2, "the body was hashed");
 }
 
 #[tokio::test]
-async fn a_web_page_is_no_manifest_and_teaches_nothing() {
+async fn html_page_is_no_manifest_and_no_quirk() {
     for (media_type, body) in [
         ("text/html", "<html>log in</html>"),
         (
@@ -112,25 +116,26 @@ async fn a_web_page_is_no_manifest_and_teaches_nothing() {
         (OCI_MANIFEST, "<html>log in</html>"),
     ] {
         let registry =
-            Registry::start(move |_| answer(200).header("content-type", media_type).body(body)).await;
+            Registry::start(move |_| response(200).header("content-type", media_type).body(body)).await;
         let upstream = upstream(&[&registry]);
-        let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
+        let response = upstream.head(&anonymous(), &tag(), &accept()).await;
         let cause = if media_type == "text/html" {
             UpstreamFailure::NotRegistry
         } else {
             UpstreamFailure::Malformed
         };
-        assert_eq!(answer.kind, ResponseKind::Unavailable(cause), "{body}");
+        assert_eq!(response.kind, ResponseKind::Unavailable(cause), "{body}");
         assert!(upstream.status().quirks.is_empty());
     }
 }
 
 #[tokio::test]
-async fn a_manifest_sent_as_text_has_the_type_it_names_itself() {
-    let registry = Registry::start(|_| answer(200).header("content-type", "text/plain").body(MANIFEST)).await;
-    let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+async fn manifest_sent_as_text_has_its_own_media_type() {
+    let registry =
+        Registry::start(|_| response(200).header("content-type", "text/plain").body(MANIFEST)).await;
+    let response = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
     assert_eq!(
-        answer
+        response
             .media_type
             .as_ref()
             .map(crate::oci::manifest::MediaType::as_str),
@@ -139,54 +144,54 @@ async fn a_manifest_sent_as_text_has_the_type_it_names_itself() {
 }
 
 #[tokio::test]
-async fn a_manifest_by_digest_without_header_is_hashed() {
-    let registry = Registry::start(|_| answer(200).body(MANIFEST)).await;
+async fn manifest_by_digest_without_header_is_hashed() {
+    let registry = Registry::start(|_| response(200).body(MANIFEST)).await;
     let by_digest = endpoint(&format!("/v2/library/a/manifests/{}", digest(MANIFEST)));
-    let answer = upstream(&[&registry])
+    let response = upstream(&[&registry])
         .head(&anonymous(), &by_digest, &accept())
         .await;
-    assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
+    assert_eq!(response.kind, ResponseKind::Digest(digest(MANIFEST)));
     assert_eq!(registry.seen().len(), 2);
 }
 
 #[tokio::test]
-async fn a_manifest_by_digest_with_other_bytes_is_wrong() {
+async fn manifest_by_digest_with_wrong_bytes_is_rejected() {
     let registry = Registry::start(|seen| {
         if seen.method == Method::HEAD {
-            answer(405)
+            response(405)
         } else {
             manifest()
         }
     })
     .await;
     let by_digest = endpoint(&format!("/v2/library/a/manifests/{}", digest("other")));
-    let answer = upstream(&[&registry])
+    let response = upstream(&[&registry])
         .head(&anonymous(), &by_digest, &accept())
         .await;
     assert_eq!(
-        answer.kind,
+        response.kind,
         ResponseKind::Unavailable(UpstreamFailure::DigestMismatch)
     );
 }
 
 #[tokio::test]
-async fn the_bytes_are_believed_and_not_the_header() {
+async fn computed_digest_overrides_header() {
     let registry = Registry::start(|seen| match seen.method {
-        Method::HEAD => answer(405),
-        _ => answer(200)
+        Method::HEAD => response(405),
+        _ => response(200)
             .header("content-type", OCI_MANIFEST)
             .header("docker-content-digest", &digest("other").to_string())
             .body(MANIFEST),
     })
     .await;
-    let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
+    let response = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(response.kind, ResponseKind::Digest(digest(MANIFEST)));
 }
 
 #[tokio::test]
-async fn r05_a_404_of_a_manifest_is_checked_by_one_get() {
+async fn r05_manifest_404_is_verified_by_one_get() {
     let registry =
-        Registry::start(|_| answer(404).header("docker-distribution-api-version", "registry/2.0")).await;
+        Registry::start(|_| response(404).header("docker-distribution-api-version", "registry/2.0")).await;
     let upstream = upstream(&[&registry]);
     for _ in 0..3 {
         assert_eq!(
@@ -200,16 +205,16 @@ async fn r05_a_404_of_a_manifest_is_checked_by_one_get() {
     assert_eq!(
         (said, registry.seen().len()),
         (ResponseKind::NotFound, 5),
-        "who pushes is told what the HEAD says"
+        "a push gets the HEAD's result"
     );
 }
 
 #[tokio::test]
-async fn r05_a_head_that_lies_about_a_manifest_is_found_out_once() {
+async fn r05_wrong_manifest_head_is_detected_once() {
     for status in [400, 403, 404, 500] {
         let registry = Registry::start(move |seen| {
             if seen.method == Method::HEAD {
-                answer(status).header("content-type", "application/json")
+                response(status).header("content-type", "application/json")
             } else {
                 manifest()
             }
@@ -233,7 +238,7 @@ async fn r05_a_head_that_lies_about_a_manifest_is_found_out_once() {
 }
 
 #[tokio::test]
-async fn r02_a_denied_head_is_overruled_by_a_yes_or_a_limit_of_its_status() {
+async fn r02_denied_head_yields_to_success_or_rate_limit() {
     let limit = r#"{"errors":[{"code":"TOOMANYREQUESTS"}]}"#;
     for (head, get, body, said) in [
         (403, 429, limit, ResponseKind::Denied),
@@ -257,7 +262,7 @@ async fn r02_a_denied_head_is_overruled_by_a_yes_or_a_limit_of_its_status() {
     ] {
         let registry = Registry::start(move |seen| {
             let is_head = seen.method == Method::HEAD;
-            let reply = answer(if is_head { head } else { get }).header("content-type", "application/json");
+            let reply = response(if is_head { head } else { get }).header("content-type", "application/json");
             if is_head {
                 reply
             } else {
@@ -266,20 +271,20 @@ async fn r02_a_denied_head_is_overruled_by_a_yes_or_a_limit_of_its_status() {
         })
         .await;
         for what in [tag(), blob("layer")] {
-            // Each has limits of its own: a pause of one would keep the next from being sent.
+            // Each has its own rate limits: a pause of one would keep the next from being sent.
             let upstream = upstream(&[&registry]);
-            let answer = upstream.head(&anonymous(), &what, &accept()).await;
-            assert_eq!(answer.kind, said, "{head} {get} {body} {what:?}");
+            let response = upstream.head(&anonymous(), &what, &accept()).await;
+            assert_eq!(response.kind, said, "{head} {get} {body} {what:?}");
         }
     }
 }
 
 #[tokio::test]
-async fn r04_head_403_known_as_untrue_is_no_denial() {
+async fn r04_head_403_with_quirk_is_no_denial() {
     let registry = Registry::start(|seen| match (&seen.method, seen.path()) {
-        (&Method::HEAD, _) => answer(403).header("content-type", "application/json"),
+        (&Method::HEAD, _) => response(403).header("content-type", "application/json"),
         (_, path) if path.ends_with("/latest") => manifest(),
-        _ => answer(503).header("retry-after", "30"),
+        _ => response(503).header("retry-after", "30"),
     })
     .await;
     let upstream = upstream(&[&registry]);
@@ -294,8 +299,8 @@ async fn r04_head_403_known_as_untrue_is_no_denial() {
 }
 
 #[tokio::test]
-async fn a_page_with_status_404_deletes_nothing() {
-    let page = |_: &registry::Seen| answer(404).header("content-type", "text/html").body("<html>");
+async fn html_404_is_not_a_deletion() {
+    let page = |_: &registry::Seen| response(404).header("content-type", "text/html").body("<html>");
     let registry = Registry::start(page).await;
     let said = upstream(&[&registry])
         .head(&anonymous(), &tag(), &accept())
@@ -305,24 +310,24 @@ async fn a_page_with_status_404_deletes_nothing() {
 }
 
 #[tokio::test]
-async fn r04_a_head_of_a_blob_that_is_refused_is_checked_by_one_byte() {
+async fn r04_rejected_blob_head_is_verified_by_one_byte() {
     for status in [400, 401, 403, 404, 405, 500, 501] {
         let registry = Registry::start(move |seen| match (&seen.method, seen.header("range")) {
             (&Method::GET, Some("bytes=0-0")) => {
-                answer(206).header("content-range", "bytes 0-0/1234").body("x")
+                response(206).header("content-range", "bytes 0-0/1234").body("x")
             }
-            _ => answer(status),
+            _ => response(status),
         })
         .await;
         let upstream = upstream(&[&registry]);
         for _ in 0..2 {
-            let answer = upstream.head(&anonymous(), &blob("layer"), &accept()).await;
+            let response = upstream.head(&anonymous(), &blob("layer"), &accept()).await;
             assert_eq!(
-                (answer.kind, answer.length),
+                (response.kind, response.length),
                 (ResponseKind::UnprovenDigest(digest("layer")), Some(1234))
             );
         }
-        // A 500 is tried once more before it is believed.
+        // A 500 is retried once.
         let heads = registry
             .seen()
             .iter()
@@ -343,18 +348,21 @@ async fn r04_a_head_of_a_blob_that_is_refused_is_checked_by_one_byte() {
 }
 
 #[tokio::test]
-async fn a_blob_denied_is_denied() {
-    let registry = Registry::start(|_| answer(401).header("www-authenticate", "Basic realm=x")).await;
+async fn denied_blob_is_denied() {
+    let registry = Registry::start(|_| response(401).header("www-authenticate", "Basic realm=x")).await;
     let upstream = upstream(&[&registry]);
     for _ in 0..2 {
-        let answer = upstream.head(&anonymous(), &blob("layer"), &accept()).await;
-        assert_eq!((answer.kind, answer.challenge.len()), (ResponseKind::Denied, 1));
+        let response = upstream.head(&anonymous(), &blob("layer"), &accept()).await;
+        assert_eq!(
+            (response.kind, response.challenge.len()),
+            (ResponseKind::Denied, 1)
+        );
     }
-    assert_eq!(registry.seen().len(), 3, "checked by a GET once");
+    assert_eq!(registry.seen().len(), 3, "verified by one GET");
 }
 
 #[tokio::test]
-async fn every_status_has_its_meaning() {
+async fn every_status_is_classified() {
     for (status, said) in [
         (400, ResponseKind::Other(http::StatusCode::BAD_REQUEST)),
         (401, ResponseKind::Denied),
@@ -372,20 +380,20 @@ async fn every_status_has_its_meaning() {
         (304, ResponseKind::Unavailable(UpstreamFailure::Malformed)),
     ] {
         let registry = Registry::start(move |_| {
-            answer(status)
+            response(status)
                 .header("content-type", "application/json")
                 .header("retry-after", "1")
         })
         .await;
-        let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
-        assert_eq!(answer.kind, said, "{status}");
+        let response = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+        assert_eq!(response.kind, said, "{status}");
     }
 }
 
 #[tokio::test]
-async fn an_errors_text_is_kept() {
+async fn error_message_is_kept() {
     let registry = Registry::start(|_| {
-        answer(404).body(r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown to us"}]}"#)
+        response(404).body(r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown to us"}]}"#)
     })
     .await;
     let refused = upstream(&[&registry])

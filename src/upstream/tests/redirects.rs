@@ -1,9 +1,9 @@
-//! Where a registry may send us, and with what.
+//! Redirects: where they may lead, and with which credentials.
 
 use std::net::IpAddr;
 
 use super::super::ip_scope::IpScope;
-use super::registry::{Registry, answer, manifest};
+use super::registry::{Registry, manifest, response};
 use crate::oci::failure::RedirectFailure;
 use http::{Method, Uri};
 
@@ -12,26 +12,26 @@ use std::sync::Mutex;
 use super::*;
 
 #[tokio::test]
-async fn the_authorization_is_dropped_when_the_origin_is_left_and_not_regained() {
+async fn authorization_is_dropped_across_origins_for_good() {
     let storage = Registry::start(|seen| {
         let back = seen.header("x-back").unwrap_or_default().to_owned();
         assert!(back.is_empty());
         match seen.path() {
-            "/back" => answer(302).header("location", seen.uri.query().unwrap()),
-            _ => answer(200).body("bytes"),
+            "/back" => response(302).header("location", seen.uri.query().unwrap()),
+            _ => response(200).body("bytes"),
         }
     })
     .await;
     let away = storage.url();
     let registry = Registry::start(move |seen| match seen.path() {
-        "/here" => answer(200).body("bytes"),
+        "/here" => response(200).body("bytes"),
         path if path.ends_with(&digest("direct").to_string()) => {
-            answer(307).header("location", &format!("{away}/x?sig=1"))
+            response(307).header("location", &format!("{away}/x?sig=1"))
         }
-        path if path.ends_with(&digest("relative").to_string()) => answer(301).header("location", "/here"),
+        path if path.ends_with(&digest("relative").to_string()) => response(301).header("location", "/here"),
         _ => {
             let here = format!("http://{}/here", seen.header("host").unwrap());
-            answer(307).header("location", &format!("{away}/back?{here}"))
+            response(307).header("location", &format!("{away}/back?{here}"))
         }
     })
     .await;
@@ -52,17 +52,17 @@ async fn the_authorization_is_dropped_when_the_origin_is_left_and_not_regained()
     assert_eq!(
         shown,
         [true, true, true, true, false],
-        "kept on the same origin; not regained after a detour"
+        "kept on the same origin, not regained after a redirect elsewhere"
     );
     assert!(storage.seen().iter().all(|seen| seen.authorization().is_none()));
     assert_eq!(storage.seen()[0].uri.query(), Some("sig=1"));
 }
 
 #[tokio::test]
-async fn a_head_follows_too() {
+async fn head_follows_redirects() {
     let registry = Registry::start(|seen| match seen.path() {
         "/moved" => manifest(),
-        _ => answer(308).header("location", "/moved"),
+        _ => response(308).header("location", "/moved"),
     })
     .await;
     assert_eq!(
@@ -73,13 +73,13 @@ async fn a_head_follows_too() {
         ResponseKind::Digest(digest(MANIFEST))
     );
     assert_eq!(
-        registry.asked(),
+        registry.requests(),
         ["HEAD /v2/library/a/manifests/latest", "HEAD /moved"]
     );
 }
 
 #[tokio::test]
-async fn redirects_that_lead_nowhere_end() {
+async fn invalid_redirects_end() {
     for location in [
         Some("/again"),
         Some("ftp://a/"),
@@ -87,14 +87,14 @@ async fn redirects_that_lead_nowhere_end() {
         None,
     ] {
         let registry = Registry::start(move |_| match location {
-            Some(location) => answer(302).header("location", location),
-            None => answer(302),
+            Some(location) => response(302).header("location", location),
+            None => response(302),
         })
         .await;
-        let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+        let response = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
         assert!(
             matches!(
-                answer.kind,
+                response.kind,
                 ResponseKind::Unavailable(UpstreamFailure::Redirects(_))
             ),
             "{location:?}"
@@ -104,32 +104,28 @@ async fn redirects_that_lead_nowhere_end() {
 }
 
 #[tokio::test]
-async fn storage_that_refuses_is_asked_for_anew_and_is_no_denial() {
+async fn rejecting_storage_is_retried_and_is_no_denial() {
     let storage = Registry::start(|seen| {
         if seen.nth == 0 {
-            answer(403)
+            response(403)
         } else {
-            answer(200).body("bytes")
+            response(200).body("bytes")
         }
     })
     .await;
     let away = storage.url();
-    let registry = Registry::start(move |_| answer(307).header("location", &away)).await;
+    let registry = Registry::start(move |_| response(307).header("location", &away)).await;
     let upstream = upstream(&[&registry]);
     let fetched = upstream
         .get(&anonymous(), &blob("bytes"), &accept(), None)
         .await
         .unwrap();
     assert_eq!(fetched.status, 200);
-    assert_eq!(
-        registry.seen().len(),
-        2,
-        "the signed URL is made anew by the registry"
-    );
+    assert_eq!(registry.seen().len(), 2, "the registry signs a new URL");
 
-    let storage = Registry::start(|_| answer(403)).await;
+    let storage = Registry::start(|_| response(403)).await;
     let away = storage.url();
-    let registry = Registry::start(move |_| answer(307).header("location", &away)).await;
+    let registry = Registry::start(move |_| response(307).header("location", &away)).await;
     let refused = super::upstream(&[&registry])
         .get(&anonymous(), &blob("bytes"), &accept(), None)
         .await;
@@ -140,48 +136,48 @@ async fn storage_that_refuses_is_asked_for_anew_and_is_no_denial() {
 }
 
 #[tokio::test]
-async fn r01_a_refusal_of_the_redirects_target_is_no_yes_and_no_denial() {
+async fn r01_error_of_redirect_target_is_a_failure() {
     for endpoint in [blob("bytes"), tag(), endpoint("/v2/library/a/tags/list")] {
         for status in [400, 401, 403, 404, 405] {
-            let elsewhere = Registry::start(move |_| answer(status)).await;
+            let elsewhere = Registry::start(move |_| response(status)).await;
             let away = elsewhere.url();
-            let registry = Registry::start(move |_| answer(302).header("location", &away)).await;
-            let answer = upstream(&[&registry])
+            let registry = Registry::start(move |_| response(302).header("location", &away)).await;
+            let response = upstream(&[&registry])
                 .head(&anonymous(), &endpoint, &accept())
                 .await;
             assert_eq!(
-                answer.kind,
+                response.kind,
                 ResponseKind::Unavailable(UpstreamFailure::Status(status)),
                 "{endpoint:?}"
             );
-            assert!(answer.challenge.is_empty());
+            assert!(response.challenge.is_empty());
         }
     }
 }
 
 #[tokio::test]
-async fn storage_that_refuses_head_is_asked_for_one_byte() {
+async fn storage_rejecting_head_gets_one_byte_get() {
     let storage = Registry::start(|seen| match seen.method {
-        Method::HEAD => answer(403),
-        _ => answer(206).header("content-range", "bytes 0-0/1234").body("x"),
+        Method::HEAD => response(403),
+        _ => response(206).header("content-range", "bytes 0-0/1234").body("x"),
     })
     .await;
     let away = storage.url();
-    let registry = Registry::start(move |_| answer(307).header("location", &away)).await;
+    let registry = Registry::start(move |_| response(307).header("location", &away)).await;
     let upstream = upstream(&[&registry]);
     for _ in 0..2 {
-        let answer = upstream.head(&anonymous(), &blob("bytes"), &accept()).await;
+        let response = upstream.head(&anonymous(), &blob("bytes"), &accept()).await;
         let said = ResponseKind::UnprovenDigest(digest("bytes"));
-        assert_eq!((answer.kind, answer.length), (said, Some(1234)));
+        assert_eq!((response.kind, response.length), (said, Some(1234)));
     }
-    assert_eq!(registry.seen().len(), 3, "and that is remembered");
+    assert_eq!(registry.seen().len(), 3, "and the quirk is cached");
 }
 
 #[tokio::test]
-async fn r01_what_another_origin_answers_proves_nothing_without_bytes() {
+async fn r01_other_origin_proves_nothing_without_bytes() {
     let elsewhere = Registry::start(|seen| match seen.path() {
         "/manifests/latest" => manifest(),
-        _ => answer(200)
+        _ => response(200)
             .header("docker-content-digest", &digest("bytes").to_string())
             .body("bytes"),
     })
@@ -189,7 +185,7 @@ async fn r01_what_another_origin_answers_proves_nothing_without_bytes() {
     let away = elsewhere.url();
     let registry = Registry::start(move |seen| {
         let path = seen.path().trim_start_matches("/v2/library/a");
-        answer(307).header("location", &format!("{away}{path}"))
+        response(307).header("location", &format!("{away}{path}"))
     })
     .await;
     let upstream = upstream(&[&registry]);
@@ -200,16 +196,16 @@ async fn r01_what_another_origin_answers_proves_nothing_without_bytes() {
 }
 
 #[tokio::test]
-async fn an_address_nearer_than_allowed_is_not_dialled() {
+async fn address_in_narrower_scope_is_not_dialed() {
     let registry = Registry::start(|_| manifest()).await;
     let port = registry.url().rsplit_once(':').unwrap().1.to_owned();
     for host in ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "0.0.0.0"] {
         let uri = format!("http://{host}:{port}/").parse().unwrap();
-        let dialled = tcp::TcpDialer
+        let dialed = tcp::TcpDialer
             .dial(&uri, &IpScope::Private.into(), Duration::from_secs(3))
             .await;
         assert_eq!(
-            dialled.err().map(|error| error.cause),
+            dialed.err().map(|error| error.cause),
             Some(UpstreamFailure::Redirects(RedirectFailure::NarrowerScope)),
             "{host}"
         );
@@ -223,44 +219,44 @@ async fn an_address_nearer_than_allowed_is_not_dialled() {
     );
 }
 
-/// Stands at a public address, and leads to the places of this table; notes what is dialled.
-struct Public {
-    dialled: Mutex<Vec<String>>,
+/// A registry at a public address that redirects to the targets of this table, and records what is dialed.
+struct PublicDialer {
+    dialed: Mutex<Vec<String>>,
     at: &'static [(&'static str, &'static str)],
     pipes: Arc<dyn Dialer>,
 }
 
-impl Dialer for Public {
-    fn dial(&self, to: &Uri, limit: &AddressLimit, patience: Duration) -> DialFuture {
+impl Dialer for PublicDialer {
+    fn dial(&self, to: &Uri, limit: &AddressLimit, timeout: Duration) -> DialFuture {
         let host = to.host().unwrap().to_owned();
         let at = self.at.iter().find(|(name, _)| *name == host);
         let at: IpAddr = at.map_or("8.8.8.8", |(_, at)| at).parse().unwrap();
         if !limit.allows(at) {
             return Box::pin(async move { Err(DialError::scope_denied(at)) });
         }
-        self.dialled.lock().unwrap().push(host);
-        let dialling = self.pipes.dial(to, limit, patience);
+        self.dialed.lock().unwrap().push(host);
+        let dialing = self.pipes.dial(to, limit, timeout);
         Box::pin(async move {
             Ok(DialedStream {
                 peer: Some(at),
-                ..dialling.await?
+                ..dialing.await?
             })
         })
     }
 }
 
-/// A registry at a public address that redirects everything to this place, with these rules.
+/// A registry at a public address that redirects everything to this target, with these rules.
 async fn redirected(to: &'static str, redirects: &[RedirectRule]) -> (UpstreamResponse, Vec<String>) {
     let registry = Registry::start(move |seen| {
         if seen.uri.path().starts_with("/v2/") {
-            answer(307).header("location", to)
+            response(307).header("location", to)
         } else {
             manifest()
         }
     })
     .await;
-    let dial = Arc::new(Public {
-        dialled: Mutex::default(),
+    let dial = Arc::new(PublicDialer {
+        dialed: Mutex::default(),
         at: &[
             ("storage.corp", "10.1.2.3"),
             ("169.254.169.254", "169.254.169.254"),
@@ -277,38 +273,38 @@ async fn redirected(to: &'static str, redirects: &[RedirectRule]) -> (UpstreamRe
         &Transport::with_dialer(Arc::clone(&dial) as Arc<dyn Dialer>),
     )
     .unwrap();
-    let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
-    let dialled = dial.dialled.lock().unwrap().clone();
-    (answer, dialled)
+    let response = upstream.head(&anonymous(), &tag(), &accept()).await;
+    let dialed = dial.dialed.lock().unwrap().clone();
+    (response, dialed)
 }
 
 #[tokio::test]
-async fn r13_a_private_address_only_where_redirects_names_it() {
+async fn r13_private_address_only_if_redirects_allows_it() {
     let named = [RedirectRule {
         plain: false,
         to: RedirectTarget::Host(HostPattern::read("storage.corp").unwrap(), None),
     }];
-    let (answer, dialled) = redirected("http://storage.corp/x", &named).await;
-    assert_eq!(answer.kind, ResponseKind::UnprovenDigest(digest(MANIFEST)));
-    assert_eq!(dialled, ["registry.example", "storage.corp"]);
+    let (response, dialed) = redirected("http://storage.corp/x", &named).await;
+    assert_eq!(response.kind, ResponseKind::UnprovenDigest(digest(MANIFEST)));
+    assert_eq!(dialed, ["registry.example", "storage.corp"]);
     for (to, entry) in [
         ("http://storage.corp/x", "storage.corp"),
         ("http://169.254.169.254/latest/meta-data", "169.254.169.254"),
     ] {
-        let (answer, dialled) = redirected(to, &[]).await;
+        let (response, dialed) = redirected(to, &[]).await;
         assert_eq!(
-            answer.kind,
+            response.kind,
             ResponseKind::Unavailable(UpstreamFailure::Redirects(RedirectFailure::NarrowerScope)),
             "{to}"
         );
-        assert_eq!(dialled, ["registry.example"]);
-        let detail = answer.detail.unwrap();
+        assert_eq!(dialed, ["registry.example"]);
+        let detail = response.detail.unwrap();
         assert!(detail.contains(&format!("redirects = [\"{entry}\"]")), "{detail}");
     }
-    // The name that is allowed opens no other.
-    let (answer, _) = redirected("http://169.254.169.254/latest/meta-data", &named).await;
+    // An allowed host name allows no other target.
+    let (response, _) = redirected("http://169.254.169.254/latest/meta-data", &named).await;
     assert_eq!(
-        answer.kind,
+        response.kind,
         ResponseKind::Unavailable(UpstreamFailure::Redirects(RedirectFailure::NarrowerScope))
     );
 }

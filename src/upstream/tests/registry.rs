@@ -1,4 +1,4 @@
-//! A registry that plays a script: a closure from what was asked to what is answered. It keeps what it saw.
+//! Scripted registry: a closure maps requests to responses. It records all requests.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -22,7 +22,7 @@ use super::super::{AddressLimit, DialFuture, DialedStream, Dialer};
 use super::{MANIFEST, OCI_MANIFEST, digest};
 use crate::oci::failure::UpstreamFailure;
 
-/// A request as the registry saw it.
+/// A recorded request.
 #[derive(Clone, Debug)]
 pub(in crate::upstream) struct Seen {
     pub(in crate::upstream) method: Method,
@@ -30,7 +30,7 @@ pub(in crate::upstream) struct Seen {
     pub(in crate::upstream) headers: HeaderMap,
     pub(in crate::upstream) body: Bytes,
     pub(in crate::upstream) version: Version,
-    /// How many came before it.
+    /// The number of requests before it.
     pub(in crate::upstream) nth: usize,
 }
 
@@ -53,18 +53,18 @@ impl Seen {
             .unwrap()
     }
 
-    /// A challenge whose realm is this registry.
-    pub(in crate::upstream) fn challenge(&self) -> Play {
+    /// A challenge with this registry as the realm.
+    pub(in crate::upstream) fn challenge(&self) -> Reply {
         let challenge = format!(
             r#"Bearer realm="http://{}/token",service="reg",scope="repository:library/a:pull""#,
             self.host()
         );
-        answer(401).header("www-authenticate", &challenge)
+        response(401).header("www-authenticate", &challenge)
     }
 }
 
-/// What the registry does with a request.
-pub(in crate::upstream) struct Play {
+/// How the registry responds to a request.
+pub(in crate::upstream) struct Reply {
     response: http::response::Builder,
     body: Bytes,
     end: End,
@@ -73,70 +73,70 @@ pub(in crate::upstream) struct Play {
 #[derive(Clone, Copy, PartialEq)]
 enum End {
     Proper,
-    /// The connection is closed after the body, whatever length was promised.
+    /// Closes the connection after the body, whatever `Content-Length` says.
     Cut,
-    /// Nothing comes after the body, and the connection stays.
+    /// Sends nothing after the body and keeps the connection open.
     Stall,
-    /// The connection is closed before any answer.
+    /// Closes the connection before any response.
     Hangup,
 }
 
-pub(in crate::upstream) fn answer(status: u16) -> Play {
+pub(in crate::upstream) fn response(status: u16) -> Reply {
     let response = Response::builder().status(StatusCode::from_u16(status).unwrap());
-    Play {
+    Reply {
         response,
         body: Bytes::new(),
         end: End::Proper,
     }
 }
 
-/// 200 with [`MANIFEST`] as a good registry sends it, to HEAD and GET.
-pub(in crate::upstream) fn manifest() -> Play {
-    answer(200)
+/// 200 with [`MANIFEST`] and all headers, for HEAD and GET.
+pub(in crate::upstream) fn manifest() -> Reply {
+    response(200)
         .header("content-type", OCI_MANIFEST)
         .header("docker-content-digest", &digest(MANIFEST).to_string())
         .body(MANIFEST)
 }
 
-/// A token service's answer.
-pub(in crate::upstream) fn token(token: &str) -> Play {
-    answer(200).body(&format!(r#"{{"token":"{token}"}}"#))
+/// A token response.
+pub(in crate::upstream) fn token(token: &str) -> Reply {
+    response(200).body(&format!(r#"{{"token":"{token}"}}"#))
 }
 
-pub(in crate::upstream) fn hangup() -> Play {
-    Play {
+pub(in crate::upstream) fn hangup() -> Reply {
+    Reply {
         end: End::Hangup,
-        ..answer(200)
+        ..response(200)
     }
 }
 
-impl Play {
-    pub(in crate::upstream) fn header(mut self, name: &str, value: &str) -> Play {
+impl Reply {
+    pub(in crate::upstream) fn header(mut self, name: &str, value: &str) -> Reply {
         self.response = self.response.header(name, value);
         self
     }
 
-    pub(in crate::upstream) fn body(mut self, body: &str) -> Play {
+    pub(in crate::upstream) fn body(mut self, body: &str) -> Reply {
         self.body = Bytes::copy_from_slice(body.as_bytes());
         self
     }
 
-    pub(in crate::upstream) fn cut(self) -> Play {
-        Play {
+    pub(in crate::upstream) fn cut(self) -> Reply {
+        Reply {
             end: End::Cut,
             ..self
         }
     }
 
-    pub(in crate::upstream) fn stall(self) -> Play {
-        Play {
+    pub(in crate::upstream) fn stall(self) -> Reply {
+        Reply {
             end: End::Stall,
             ..self
         }
     }
 }
 
-/// A running registry. Dropped, it stops listening.
+/// A running registry. Stops listening when dropped.
 pub(in crate::upstream) struct Registry {
     address: SocketAddr,
     stage: Arc<Stage>,
@@ -144,7 +144,7 @@ pub(in crate::upstream) struct Registry {
 }
 
 struct Stage {
-    play: Box<dyn Fn(&Seen) -> Play + Send + Sync>,
+    play: Box<dyn Fn(&Seen) -> Reply + Send + Sync>,
     seen: Mutex<Vec<Seen>>,
     refuses: AtomicBool,
 }
@@ -156,7 +156,9 @@ impl Drop for Registry {
 }
 
 impl Registry {
-    pub(in crate::upstream) async fn start(play: impl Fn(&Seen) -> Play + Send + Sync + 'static) -> Registry {
+    pub(in crate::upstream) async fn start(
+        play: impl Fn(&Seen) -> Reply + Send + Sync + 'static,
+    ) -> Registry {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stage = Arc::new(Stage {
@@ -187,7 +189,7 @@ impl Registry {
     }
 
     /// Method and path of all requests so far.
-    pub(in crate::upstream) fn asked(&self) -> Vec<String> {
+    pub(in crate::upstream) fn requests(&self) -> Vec<String> {
         self.seen()
             .iter()
             .map(|seen| format!("{} {}", seen.method, seen.path()))
@@ -203,12 +205,12 @@ impl Registry {
         self.stage.refuses.store(refuses, Ordering::SeqCst);
     }
 
-    /// In-memory pipes to this registry, whatever the address.
+    /// A dialer with in-memory pipes to this registry, for any address.
     pub(in crate::upstream) fn dial(&self) -> Arc<dyn Dialer> {
         Arc::new(Pipes(Arc::clone(&self.stage)))
     }
 
-    /// Serves one connection that somebody else accepted (and perhaps put TLS on).
+    /// Serves one connection accepted by the caller, who may have added TLS.
     pub(in crate::upstream) fn serve(
         &self,
         stream: impl super::super::dialer::Stream + 'static,
@@ -303,7 +305,7 @@ impl Body for Script {
         match (self.data.take(), self.end) {
             (Some(data), _) => Poll::Ready(Some(Ok(Frame::data(data)))),
             (None, End::Stall) => Poll::Pending,
-            // What was sent so far is flushed before the connection goes.
+            // Flushes the bytes sent so far before the connection closes.
             (None, End::Cut) if !self.flushed => {
                 self.flushed = true;
                 cx.waker().wake_by_ref();

@@ -1,9 +1,9 @@
-//! What is learned of an upstream, over a reload: the same state, other settings.
+//! Learned state over a reload: the same state with other settings.
 
-use super::registry::{Registry, answer, manifest, token};
+use super::registry::{Registry, manifest, response, token};
 use super::*;
 
-/// As a reload makes it, with pipes to `registry`.
+/// An upstream as a reload creates it, with pipes to `registry`.
 fn reloaded(state: &LearnedState, settings: Settings, registry: &Registry) -> Upstream {
     let upstream = Upstream::with_state(state, settings, &Transport::with_dialer(registry.dial())).unwrap();
     upstream.activate();
@@ -33,8 +33,8 @@ fn as_own() -> Caller {
 }
 
 #[tokio::test(start_paused = true)]
-async fn o03_retry_after_outlives_a_reload_by_address_not_by_position() {
-    let registry = Registry::start(|_| answer(429).header("retry-after", "300")).await;
+async fn o03_retry_after_outlives_reload_keyed_by_url() {
+    let registry = Registry::start(|_| response(429).header("retry-after", "300")).await;
     let state = LearnedState::default();
     let before = reloaded(&state, at(&["http://a.example"]), &registry);
     before.head(&anonymous(), &tag(), &accept()).await;
@@ -46,7 +46,7 @@ async fn o03_retry_after_outlives_a_reload_by_address_not_by_position() {
         limited.kind,
         ResponseKind::Unavailable(UpstreamFailure::RateLimited)
     );
-    assert_eq!(registry.seen().len(), 1, "it asked to be left alone");
+    assert_eq!(registry.seen().len(), 1, "not requested within Retry-After");
 
     let both = reloaded(&state, at(&["http://b.example", "http://a.example"]), &registry);
     both.head(&anonymous(), &tag(), &accept()).await;
@@ -59,8 +59,8 @@ async fn o03_retry_after_outlives_a_reload_by_address_not_by_position() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn o03_another_own_credential_waits_for_no_earlier_limit() {
-    let registry = Registry::start(|_| answer(429).header("retry-after", "300")).await;
+async fn o03_new_credential_ignores_earlier_rate_limit() {
+    let registry = Registry::start(|_| response(429).header("retry-after", "300")).await;
     let state = LearnedState::default();
     reloaded(&state, own("first"), &registry)
         .head(&as_own(), &tag(), &accept())
@@ -74,7 +74,7 @@ async fn o03_another_own_credential_waits_for_no_earlier_limit() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn o03_open_breaker_outlives_a_reload_and_its_probe_finds_the_upstream() {
+async fn o03_open_breaker_and_its_probe_outlive_reload() {
     let registry = Registry::start(|_| manifest()).await;
     let state = LearnedState::default();
     let before = reloaded(&state, at(&["http://a.example"]), &registry);
@@ -90,7 +90,7 @@ async fn o03_open_breaker_outlives_a_reload_and_its_probe_finds_the_upstream() {
     assert!(after.status().last_failure.is_some());
     registry.refuses(false);
     tokio::time::sleep(Duration::from_secs(3)).await;
-    assert_eq!(after.unavailable_now(), None, "the probe goes on");
+    assert_eq!(after.unavailable_now(), None, "the probe continues");
 }
 
 #[tokio::test(start_paused = true)]
@@ -112,7 +112,7 @@ async fn o03_upstream_removed_and_added_again_is_probed_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn o03_breaker_of_another_address_is_closed_and_late_silences_do_not_count() {
+async fn o03_new_url_starts_closed_despite_late_failures() {
     let registry = Registry::start(|_| manifest()).await;
     let state = LearnedState::default();
     let before = reloaded(&state, at(&["http://a.example"]), &registry);
@@ -128,16 +128,16 @@ async fn o03_breaker_of_another_address_is_closed_and_late_silences_do_not_count
     assert_eq!(
         after.unavailable_now(),
         None,
-        "the old address says nothing of the new one"
+        "failures of the old URL do not count for the new one"
     );
     assert!(after.status().last_failure.is_none());
 }
 
 #[tokio::test(start_paused = true)]
-async fn o03_quirks_outlive_a_reload_by_address() {
+async fn o03_quirks_outlive_reload_keyed_by_url() {
     let registry = Registry::start(|seen| {
         if seen.method == Method::HEAD {
-            answer(405)
+            response(405)
         } else {
             manifest()
         }
@@ -162,12 +162,12 @@ async fn o03_quirks_outlive_a_reload_by_address() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn o03_tokens_outlive_a_reload_unless_the_own_credential_changed() {
+async fn o03_tokens_outlive_reload_of_the_same_credential() {
     let registry = Registry::start(|seen| match (seen.path(), seen.authorization()) {
         ("/token", Some(own)) if own.starts_with("Basic ") => token(&format!("of-{}", &own[6..])),
         ("/token", _) => token("of-nobody"),
         (_, Some(sent)) if sent.starts_with("Bearer ") => manifest(),
-        _ => answer(401).header(
+        _ => response(401).header(
             "www-authenticate",
             r#"Bearer realm="http://a.example/token",service="s""#,
         ),
@@ -200,11 +200,11 @@ async fn o03_tokens_outlive_a_reload_unless_the_own_credential_changed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn o03_a_token_is_shown_to_no_other_address_and_no_realm_that_lost_trust() {
+async fn o03_token_is_bound_to_url_and_trusted_realm() {
     let registry = Registry::start(|seen| match (seen.path(), seen.authorization()) {
         ("/token", _) => token("t"),
         (_, Some("Bearer t")) => manifest(),
-        _ => answer(401).header(
+        _ => response(401).header(
             "www-authenticate",
             r#"Bearer realm="http://tokens.test/token",service="s""#,
         ),
@@ -229,7 +229,7 @@ async fn o03_a_token_is_shown_to_no_other_address_and_no_realm_that_lost_trust()
     assert_eq!(
         registry.seen()[4].authorization(),
         None,
-        "first as if nothing were known"
+        "starts without learned state"
     );
 
     let asked = registry.count("/token");

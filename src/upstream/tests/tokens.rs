@@ -1,4 +1,4 @@
-//! The Bearer handshake as a registry and its token service see it.
+//! Bearer token authentication, as seen by a registry and its token service.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,11 +7,11 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 
 use super::super::token::{TokenCredential, TokenFailure, TokenKey, TokenOwner, TokenOwnerKind};
-use super::registry::{Play, Registry, Seen, answer, manifest, token};
+use super::registry::{Registry, Reply, Seen, manifest, response, token};
 use super::*;
 
-/// A registry that wants `Bearer good` and gives it to whoever asks.
-fn bearer(seen: &Seen) -> Play {
+/// A registry that requires `Bearer good` and issues it to any caller.
+fn bearer(seen: &Seen) -> Reply {
     match (seen.path(), seen.authorization()) {
         ("/token", _) => token("good"),
         (_, Some("Bearer good")) => manifest(),
@@ -20,16 +20,16 @@ fn bearer(seen: &Seen) -> Play {
 }
 
 #[tokio::test]
-async fn an_anonymous_caller_gets_a_token_and_keeps_it() {
+async fn anonymous_token_is_cached() {
     let registry = Registry::start(bearer).await;
     let upstream = upstream(&[&registry]);
     for _ in 0..3 {
-        let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
-        assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
+        let response = upstream.head(&anonymous(), &tag(), &accept()).await;
+        assert_eq!(response.kind, ResponseKind::Digest(digest(MANIFEST)));
     }
     let manifest = "HEAD /v2/library/a/manifests/latest";
     assert_eq!(
-        registry.asked(),
+        registry.requests(),
         [manifest, "GET /token", manifest, manifest, manifest]
     );
     let asked = registry.seen();
@@ -41,7 +41,7 @@ async fn an_anonymous_caller_gets_a_token_and_keeps_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_token_without_expires_in_lives_a_minute_and_is_replaced_before() {
+async fn token_without_expires_in_lives_a_minute() {
     let registry = Registry::start(bearer).await;
     let upstream = piped(&registry);
     upstream.head(&anonymous(), &tag(), &accept()).await;
@@ -63,32 +63,32 @@ async fn a_token_without_expires_in_lives_a_minute_and_is_replaced_before() {
 }
 
 #[tokio::test]
-async fn a_second_401_is_the_registrys_word_and_the_first_challenge_is_passed_on() {
+async fn second_401_is_final_with_the_first_challenge() {
     let registry = Registry::start(|seen| match (seen.path(), seen.authorization()) {
         ("/token", _) => token("weak"),
         (_, None) => seen.challenge().header("www-authenticate", r#"Basic realm="x""#),
-        _ => answer(401).header(
+        _ => response(401).header(
             "www-authenticate",
             r#"Bearer realm="http://x/",error="insufficient_scope""#,
         ),
     })
     .await;
-    let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(answer.kind, ResponseKind::Denied);
-    assert_eq!(answer.status, Some(http::StatusCode::UNAUTHORIZED));
-    assert_eq!(answer.challenge.len(), 2);
+    let response = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(response.kind, ResponseKind::Denied);
+    assert_eq!(response.status, Some(http::StatusCode::UNAUTHORIZED));
+    assert_eq!(response.challenge.len(), 2);
     assert!(
-        answer
+        response
             .challenge
             .iter()
             .all(|line| !line.to_str().unwrap().contains("error=")),
-        "{answer:?}"
+        "{response:?}"
     );
     assert_eq!(registry.seen().len(), 3);
 }
 
 #[tokio::test]
-async fn a_token_that_was_revoked_is_replaced_once() {
+async fn revoked_token_is_replaced_once() {
     let registry = Registry::start(|seen| match (seen.path(), seen.authorization()) {
         ("/token", _) => token(&format!("t{}", seen.nth)),
         (_, Some("Bearer t1")) if seen.nth == 2 => manifest(),
@@ -123,10 +123,10 @@ async fn a_token_that_was_revoked_is_replaced_once() {
 }
 
 #[tokio::test]
-async fn an_expired_looking_403_with_a_kept_token_is_tried_once_more() {
+async fn expired_403_with_cached_token_is_retried() {
     let registry = Registry::start(|seen| match (seen.path(), seen.authorization()) {
         ("/token", _) => token(if seen.nth == 1 { "old" } else { "new" }),
-        (_, Some("Bearer old")) if seen.nth > 2 => answer(403)
+        (_, Some("Bearer old")) if seen.nth > 2 => response(403)
             .body(r#"{"errors":[{"code":"DENIED","message":"Your authorization token has expired."}]}"#),
         (_, Some(_)) => manifest(),
         _ => seen.challenge(),
@@ -140,7 +140,7 @@ async fn an_expired_looking_403_with_a_kept_token_is_tried_once_more() {
 }
 
 #[tokio::test]
-async fn a_clients_bearer_goes_as_it_is_and_is_never_exchanged() {
+async fn client_bearer_token_is_never_exchanged() {
     let registry = Registry::start(bearer).await;
     let upstream = upstream(&[&registry]);
     assert_eq!(
@@ -158,12 +158,12 @@ async fn a_clients_bearer_goes_as_it_is_and_is_never_exchanged() {
 }
 
 #[tokio::test]
-async fn a_clients_basic_is_shown_to_the_registry_and_then_to_its_realm() {
+async fn client_basic_goes_to_registry_then_realm() {
     let registry = Registry::start(bearer).await;
-    let answer = upstream(&[&registry])
+    let response = upstream(&[&registry])
         .head(&client("Basic dTpw"), &tag(), &accept())
         .await;
-    assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
+    assert_eq!(response.kind, ResponseKind::Digest(digest(MANIFEST)));
     let shown: Vec<_> = registry
         .seen()
         .iter()
@@ -180,7 +180,7 @@ async fn a_clients_basic_is_shown_to_the_registry_and_then_to_its_realm() {
 }
 
 #[tokio::test]
-async fn our_own_account_is_used_only_for_callers_that_say_so() {
+async fn configured_credential_only_for_its_callers() {
     let registry = Registry::start(bearer).await;
     let own = UpstreamCredential::new("robot", "secret");
     let settings = Settings {
@@ -220,9 +220,9 @@ async fn our_own_account_is_used_only_for_callers_that_say_so() {
 }
 
 #[tokio::test]
-async fn our_own_account_is_posted_where_the_realm_has_no_get() {
+async fn configured_credential_is_posted_without_get() {
     let registry = Registry::start(|seen| match seen.path() {
-        "/token" if seen.method == Method::GET => answer(405),
+        "/token" if seen.method == Method::GET => response(405),
         _ => bearer(seen),
     })
     .await;
@@ -240,11 +240,11 @@ async fn our_own_account_is_posted_where_the_realm_has_no_get() {
         trace: TraceContext::new_root(),
         wait_deadline: None,
     };
-    let answer = Upstream::new(settings, &Transport::system())
+    let response = Upstream::new(settings, &Transport::system())
         .unwrap()
         .head(&caller, &tag(), &accept())
         .await;
-    assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
+    assert_eq!(response.kind, ResponseKind::Digest(digest(MANIFEST)));
     let posted = registry
         .seen()
         .into_iter()
@@ -257,7 +257,7 @@ async fn our_own_account_is_posted_where_the_realm_has_no_get() {
 }
 
 #[tokio::test]
-async fn a_realm_elsewhere_is_never_asked() {
+async fn untrusted_realm_is_never_contacted() {
     for realm in [
         "http://evil.example/token",
         "http://user@127.0.0.1/token",
@@ -268,36 +268,36 @@ async fn a_realm_elsewhere_is_never_asked() {
         let challenge = format!(r#"Bearer realm="{realm}",service="x""#);
         let registry = Registry::start({
             let challenge = challenge.clone();
-            move |_| answer(401).header("www-authenticate", &challenge)
+            move |_| response(401).header("www-authenticate", &challenge)
         })
         .await;
-        let answer = upstream(&[&registry])
+        let response = upstream(&[&registry])
             .head(&client("Basic dTpw"), &tag(), &accept())
             .await;
-        assert_eq!(answer.kind, ResponseKind::Denied, "{realm}");
-        assert_eq!(answer.challenge, [challenge.as_str()], "passed on as it came");
+        assert_eq!(response.kind, ResponseKind::Denied, "{realm}");
+        assert_eq!(response.challenge, [challenge.as_str()], "forwarded unchanged");
         assert_eq!(registry.seen().len(), 1, "{realm}");
     }
 }
 
 #[tokio::test]
-async fn a_token_service_is_not_followed_elsewhere() {
-    // At once, and after two hops at home.
+async fn token_service_redirect_is_not_followed() {
+    // At once, and after two redirects within the origin.
     for last in ["/token", "/token/3"] {
         let elsewhere = Registry::start(|_| token("stolen")).await;
         let url = elsewhere.url();
         let registry = Registry::start(move |seen| match seen.path() {
-            path if path == last => answer(307).header("location", &url),
-            "/token" => answer(302).header("location", "/token/2"),
-            "/token/2" => answer(308).header("location", "/token/3"),
+            path if path == last => response(307).header("location", &url),
+            "/token" => response(302).header("location", "/token/2"),
+            "/token/2" => response(308).header("location", "/token/3"),
             _ => seen.challenge(),
         })
         .await;
-        let answer = upstream(&[&registry])
+        let response = upstream(&[&registry])
             .head(&client("Basic dTpw"), &tag(), &accept())
             .await;
         assert_eq!(
-            answer.kind,
+            response.kind,
             ResponseKind::Unavailable(UpstreamFailure::TokenService)
         );
         assert_eq!(registry.count(last), 1, "{last}");
@@ -306,7 +306,7 @@ async fn a_token_service_is_not_followed_elsewhere() {
 }
 
 #[tokio::test]
-async fn what_the_token_service_says_decides() {
+async fn token_service_status_decides() {
     for (status, body, said) in [
         (401, "", ResponseKind::Denied),
         (403, "", ResponseKind::Denied),
@@ -335,24 +335,24 @@ async fn what_the_token_service_says_decides() {
         ),
     ] {
         let registry = Registry::start(move |seen| match seen.path() {
-            "/token" => answer(status).body(body),
+            "/token" => response(status).body(body),
             _ => bearer(seen),
         })
         .await;
-        let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
-        assert_eq!(answer.kind, said, "{status} {body}");
+        let response = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+        assert_eq!(response.kind, said, "{status} {body}");
         if said == ResponseKind::Denied {
-            assert_eq!(answer.challenge.len(), 1, "the registry's own challenge");
+            assert_eq!(response.challenge.len(), 1, "the registry's own challenge");
         }
     }
 }
 
 #[tokio::test]
-async fn a_challenge_without_scope_gets_the_usual_one() {
+async fn challenge_without_scope_gets_default_scope() {
     let registry = Registry::start(|seen| match (seen.path(), seen.authorization()) {
         (_, Some("Bearer good")) => manifest(),
         ("/token", _) => token("good"),
-        _ => answer(401).header(
+        _ => response(401).header(
             "www-authenticate",
             &format!(
                 r#"Bearer realm="http://{}/token?a=b""#,
@@ -369,25 +369,28 @@ async fn a_challenge_without_scope_gets_the_usual_one() {
 }
 
 #[tokio::test]
-async fn a_ping_shows_the_challenge_instead_of_answering_it() {
+async fn ping_returns_the_challenge() {
     let registry = Registry::start(bearer).await;
-    let answer = upstream(&[&registry])
+    let response = upstream(&[&registry])
         .head(&anonymous(), &Endpoint::Ping, &accept())
         .await;
-    assert_eq!((answer.kind, answer.challenge.len()), (ResponseKind::Denied, 1));
-    assert_eq!(registry.asked(), ["GET /v2/"]);
+    assert_eq!(
+        (response.kind, response.challenge.len()),
+        (ResponseKind::Denied, 1)
+    );
+    assert_eq!(registry.requests(), ["GET /v2/"]);
 }
 
-/// Askers at the same time share a token fetch, but never across principals: each sees its own token only, and the
-/// forbidden one nothing.
+/// Concurrent callers share a token request only within a principal. Each gets its own token, and a denied principal
+/// none.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_fetch_for_many_askers_but_never_for_two_principals() {
+async fn token_requests_coalesce_per_principal() {
     for _ in 0..20 {
         let registry = Registry::start(|seen| match (seen.path(), seen.authorization()) {
             ("/token", Some("Basic Ym9iOmI=")) => token("bob"),
             ("/token", Some("Basic ZXZlOmU=")) => token("eve"),
             (_, Some("Bearer bob")) => manifest(),
-            (_, Some("Bearer eve")) => answer(403),
+            (_, Some("Bearer eve")) => response(403),
             _ => seen.challenge(),
         })
         .await;
@@ -412,8 +415,8 @@ async fn one_fetch_for_many_askers_but_never_for_two_principals() {
 }
 
 #[tokio::test]
-async fn who_waited_for_a_token_that_failed_shares_the_failure() {
-    let registry = Registry::start(|_| answer(500)).await;
+async fn waiting_caller_shares_token_failure() {
+    let registry = Registry::start(|_| response(500)).await;
     let upstream = upstream(&[&registry]);
     let AuthClient { http, tokens, .. } = &upstream.0.auth_client;
     let holder = TokenOwner {
@@ -422,7 +425,7 @@ async fn who_waited_for_a_token_that_failed_shares_the_failure() {
     };
     let realm = format!("{}/token", registry.url());
     let key = TokenKey::of(tokens, &upstream.0.urls[0], (&realm, None, &[]), None, holder).unwrap();
-    // All three are polled before the first answer can arrive: one fetches, two wait for it.
+    // All three are polled before the first response arrives: one sends the request, two wait for it.
     let trace = TraceContext::new_root();
     let get = || tokens.get(http, &key, TokenCredential::Anonymous, (None, &trace));
     let (one, two, three) = tokio::join!(get(), get(), get());
@@ -437,5 +440,5 @@ async fn who_waited_for_a_token_that_failed_shares_the_failure() {
         get().await,
         Err(TokenFailure::Unusable(_) | TokenFailure::NoResponse(_))
     ));
-    assert_eq!(registry.seen().len(), 2, "who comes later asks anew");
+    assert_eq!(registry.seen().len(), 2, "later callers send a new request");
 }

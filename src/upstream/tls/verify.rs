@@ -1,8 +1,8 @@
-//! The verifier of server certificates: webpki's judgement, and pinned certificates beside it.
+//! Verifier of server certificates: webpki, and pinned certificates in addition.
 //!
-//! webpki refuses a certificate with CA:TRUE as a server's own, and a leaf that no anchor has issued. OpenSSL (with partial
-//! chains, as curl uses it) and Go accept either when it is itself among the trusted certificates, so docker and
-//! containerd do. `openssl req -x509` makes the first kind.
+//! webpki rejects a server certificate with CA:TRUE, and a leaf that no trust anchor issued. OpenSSL (with partial
+//! chains, as curl uses it) and Go accept either if it is itself trusted, and so do docker and containerd. `openssl
+//! req -x509` creates the first kind.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -17,10 +17,10 @@ use x509_parser::prelude::FromDer as _;
 use x509_parser::x509::X509Version;
 
 use super::TlsError;
-use super::fault::untrusted;
+use super::failure::untrusted;
 use crate::oci::digest::{Algorithm, Digest};
 
-/// The certificates that are trusted: as authorities, and each for itself.
+/// Trusted certificates: as authorities, and each as a pinned server certificate.
 #[derive(Clone, Debug)]
 pub(in crate::upstream) struct Trust {
     anchors: Arc<RootCertStore>,
@@ -28,7 +28,7 @@ pub(in crate::upstream) struct Trust {
 }
 
 impl Trust {
-    /// The operating system's certificates, or the bundled ones where there are none (scratch images). Reads files.
+    /// The operating system's certificates, or the bundled ones if there are none (scratch images). Reads files.
     pub(in crate::upstream) fn system() -> Trust {
         let native = rustls_native_certs::load_native_certs();
         let mut trust = Trust {
@@ -48,7 +48,7 @@ impl Trust {
         trust
     }
 
-    /// The same and `further` ones, DER.
+    /// The same with additional certificates, DER.
     pub(in crate::upstream) fn with(&self, further: &[Vec<u8>]) -> Result<Trust, TlsError> {
         let mut trust = self.clone();
         for (position, der) in further.iter().enumerate() {
@@ -59,7 +59,7 @@ impl Trust {
         Ok(trust)
     }
 
-    /// How many authorities are trusted.
+    /// The number of trusted authorities.
     pub(in crate::upstream) fn anchors(&self) -> usize {
         self.anchors.len()
     }
@@ -92,7 +92,8 @@ impl Trust {
     }
 }
 
-/// RFC 5280 §4.2.1.9. A leaf that is pinned vouches for itself alone: webpki takes any anchor for an authority.
+/// RFC 5280 §4.2.1.9. A pinned leaf must not become a trust anchor, because webpki accepts any anchor as an
+/// authority.
 fn may_issue(certificate: &X509Certificate<'_>) -> bool {
     certificate.version() != X509Version::V3 || certificate.is_ca()
 }
@@ -112,16 +113,16 @@ impl ServerCertVerifier for Verifier {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let judged =
+        let verified =
             self.webpki
                 .verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now);
-        let judged = match judged {
+        let verified = match verified {
             Err(_) if self.pinned.contains(&Digest::of(Algorithm::Sha256, end_entity)) => {
                 pinned(end_entity, server_name, now)
             }
-            judged => judged,
+            verified => verified,
         };
-        judged.map_err(|error| untrusted(error, end_entity, server_name, now))
+        verified.map_err(|error| untrusted(error, end_entity, server_name, now))
     }
 
     fn verify_tls12_signature(
@@ -147,7 +148,7 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
-/// What holds for a certificate that is trusted by itself: its dates, its names and its purpose.
+/// Verifies a pinned certificate: validity period, name and key usage.
 fn pinned(
     certificate: &CertificateDer<'_>,
     name: &ServerName<'_>,

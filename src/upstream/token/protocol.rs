@@ -1,4 +1,4 @@
-//! The texts of the token handshake: realm, query, form, answer. Pure.
+//! Encoding and parsing for token authentication: realm, query, form and response. No I/O.
 
 use std::time::Duration;
 
@@ -8,27 +8,27 @@ use zeroize::Zeroizing;
 
 use crate::upstream::origin::{Origin, is_loopback, is_one_of, same_host, same_site};
 
-/// One token; a header line has to hold it.
+/// Maximum size of a token, which must fit into a header line.
 const TOKEN_BYTES_MAX: usize = 16 * 1024;
-/// `expires_in` if it is missing, and the least it is taken for (token.md: "no less than 60 seconds").
+/// Lifetime if `expires_in` is missing, and the minimum (token.md: "no less than 60 seconds").
 const LIFE_MIN: Duration = Duration::from_secs(60);
-/// The most `expires_in` is taken for.
+/// The maximum lifetime.
 const LIFE_MAX: Duration = Duration::from_secs(12 * 3600);
 
-/// Where a token is asked for.
+/// The URL of a token service.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Realm {
     pub(super) uri: Uri,
-    /// The registry, which is reached by https, names it by http. It is asked by https.
+    /// The challenge names an http URL although the registry has https; the URL is upgraded to https.
     pub(super) is_upgraded: bool,
 }
 
-/// Whether a credential may be sent to `realm` by order of the registry at `origin`: https (or http to a registry
-/// that is http itself), no user name in it, on the same host, the same site, or a host the operator named.
-/// CVE-2020-15157 and its kin are what happens otherwise.
+/// The realm, if a credential may be sent to it on behalf of the registry at `origin`. It must use https (or http if
+/// the registry does), contain no user name, and have the same host or site or a host in `token_hosts`. Otherwise a
+/// registry could collect credentials for other hosts (CVE-2020-15157).
 ///
-/// Behind a balancer that ends TLS, Artifactory and Harbor name themselves by http. No credential is sent there in
-/// clear text: https at that host is asked instead.
+/// Behind a load balancer that terminates TLS, Artifactory and Harbor name an http realm. No credential is sent in
+/// clear text: the request goes to https at that host.
 pub(super) fn realm_allowed(origin: &Origin, realm: &str, hosts: &[String]) -> Option<Realm> {
     let named: Uri = realm.parse().ok()?;
     let plain = match named.scheme_str()? {
@@ -53,8 +53,8 @@ pub(super) fn realm_allowed(origin: &Origin, realm: &str, hosts: &[String]) -> O
     known.then_some(Realm { uri, is_upgraded })
 }
 
-/// The same place by https: at the registry's own port where it is the registry's host, for the port named is that of the
-/// side without TLS; elsewhere at the port named, unless that is the one of http.
+/// The same URL with https. On the registry's own host, it uses the registry's port, because the named port is the
+/// one without TLS. Elsewhere it keeps the named port, unless that is 80.
 fn upgrade_to_https(origin: &Origin, named: &Uri) -> Option<Uri> {
     let own = origin.root().join("/")?;
     let authority = if same_host(&own, named) {
@@ -73,8 +73,8 @@ fn upgrade_to_https(origin: &Origin, named: &Uri) -> Option<Uri> {
     })
 }
 
-/// The `Authorization` an answer gives, and how long it lives. `token` and `access_token` mean the
-/// same; `issued_at` is not read, for life is counted from the answer's arrival and needs no clock in common.
+/// The `Authorization` of a token response, and its lifetime. `token` and `access_token` are equivalent. `issued_at`
+/// is ignored: the lifetime is counted from the response's arrival, so the clocks need not agree.
 pub(in crate::upstream) fn parse(body: &[u8]) -> Option<(Zeroizing<String>, Duration)> {
     let json: serde_json::Value = serde_json::from_slice(body).ok()?;
     let text = |name| {
@@ -87,7 +87,7 @@ pub(in crate::upstream) fn parse(body: &[u8]) -> Option<(Zeroizing<String>, Dura
         .filter(|token| token.len() <= TOKEN_BYTES_MAX)?;
     let header = Zeroizing::new(format!("Bearer {token}"));
     HeaderValue::from_str(&header).ok()?;
-    // Some services write the number as a string or with a fraction; none of them means less than a minute.
+    // Some services send a string or a fraction.
     let seconds = json
         .get("expires_in")
         .and_then(|value| value.as_f64().or_else(|| value.as_str()?.trim().parse().ok()));
@@ -95,14 +95,14 @@ pub(in crate::upstream) fn parse(body: &[u8]) -> Option<(Zeroizing<String>, Dura
     Some((header, life.unwrap_or(LIFE_MIN).clamp(LIFE_MIN, LIFE_MAX)))
 }
 
-/// Service and scopes as a query, each scope by itself.
+/// Service and scopes as a query, one parameter per scope.
 pub(super) fn query(service: Option<&str>, scopes: &[String]) -> String {
     let service = service.map(|service| ("service", service));
     let scopes = scopes.iter().map(|scope| ("scope", scope.as_str()));
     encoded(&service.into_iter().chain(scopes).collect::<Vec<_>>())
 }
 
-/// Adds a query to the one a realm may have already.
+/// Appends a query to the realm's own.
 pub(super) fn with_query(realm: &Uri, query: &str) -> Option<Uri> {
     let path = match realm.query() {
         _ if query.is_empty() => realm.path_and_query()?.to_string(),
@@ -114,7 +114,7 @@ pub(super) fn with_query(realm: &Uri, query: &str) -> Option<Uri> {
     Uri::from_parts(parts).ok()
 }
 
-/// `application/x-www-form-urlencoded`, with the reserved characters scopes are made of left readable.
+/// `application/x-www-form-urlencoded`. The reserved characters of scopes stay readable.
 pub(super) fn encoded(pairs: &[(&str, &str)]) -> String {
     let mut text = String::new();
     let digit =

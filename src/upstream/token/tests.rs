@@ -6,7 +6,7 @@ use super::super::origin::Origin;
 use super::protocol::{encoded, parse, realm_allowed, with_query};
 
 #[test]
-fn a_realm_must_belong_to_the_registry() {
+fn realm_must_belong_to_the_registry() {
     let hosts = ["auth.corp.example", "tokens.corp.example:8443", "[fd00::7]"].map(str::to_owned);
     for (origin, realm, allowed) in [
         (
@@ -58,7 +58,7 @@ fn a_realm_must_belong_to_the_registry() {
 }
 
 #[test]
-fn r16_a_realm_by_http_is_asked_by_https() {
+fn r16_http_realm_is_upgraded_to_https() {
     for (origin, realm, asked) in [
         (
             "https://harbor.example",
@@ -70,7 +70,7 @@ fn r16_a_realm_by_http_is_asked_by_https() {
             "http://harbor.example:80/t?a=b",
             "https://harbor.example/t?a=b",
         ),
-        // The port of the side without TLS says nothing about the other side.
+        // The port without TLS says nothing about the port with TLS.
         (
             "https://art.example",
             "http://art.example:8081/t",
@@ -106,13 +106,13 @@ fn r16_a_realm_by_http_is_asked_by_https() {
 }
 
 #[test]
-fn an_answer_nested_without_end_is_no_token() {
+fn deeply_nested_response_is_no_token() {
     let deep = format!(r#"{{"token":"a","x":{}"#, "[".repeat(60_000));
     assert!(parse(deep.as_bytes()).is_none());
 }
 
 #[test]
-fn a_token_lives_between_a_minute_and_half_a_day() {
+fn token_lifetime_is_clamped() {
     for (body, seconds) in [
         (r#"{"token":"a"}"#, 60),
         (r#"{"token":"a","expires_in":5}"#, 60),
@@ -147,7 +147,7 @@ fn a_token_lives_between_a_minute_and_half_a_day() {
 }
 
 #[test]
-fn queries_keep_what_the_realm_had() {
+fn realm_query_is_kept() {
     let query = encoded(&[("service", "a b&c"), ("scope", "repository:x/y:pull,push")]);
     assert_eq!(query, "service=a%20b%26c&scope=repository:x/y:pull,push");
     for (realm, whole) in [
@@ -165,7 +165,7 @@ fn queries_keep_what_the_realm_had() {
 }
 
 #[test]
-fn basic_is_what_rfc_7617_says_and_is_not_shown() {
+fn basic_header_follows_rfc_7617_and_is_hidden() {
     let header = basic("Aladdin", "open sesame");
     assert_eq!(header, "Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==");
     assert!(!format!("{header:?}").contains("QWxh"));

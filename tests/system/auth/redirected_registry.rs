@@ -134,7 +134,7 @@ async fn no_token_is_sent_to_untrusted_redirected_registry() {
                     .filter(|seen| manifests(seen))
                     .all(|seen| !seen.authorized())
             );
-            proxy.program().says("name it in `token_hosts`").await;
+            proxy.program().says("add it to `token_hosts`").await;
         }
     }
 }

@@ -181,7 +181,7 @@ async fn a_realm_elsewhere_is_used_where_the_operator_names_it() {
         } else {
             ask(&proxy).await.is_refused(401);
             assert_eq!(upstream.token_requests().len(), 0);
-            proxy.program().says("name it in `token_hosts`").await;
+            proxy.program().says("add it to `token_hosts`").await;
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The reason of a TLS failure: from an error of rustls to a [`TlsFailure`] for everyone, and to a sentence with names and
-//! dates for the operator.
+//! Classification of TLS errors: from a rustls error to a [`TlsFailure`], and to a description with names and dates for
+//! the operator.
 
 use std::fmt;
 use std::io;
@@ -18,15 +18,15 @@ use x509_parser::x509::X509Name;
 
 use crate::oci::failure::TlsFailure;
 
-/// Names of a certificate that are told.
+/// Maximum number of certificate names in a description.
 const NAMES_MAX: usize = 5;
-/// Characters of a name that are told.
+/// Maximum length of a name in a description.
 const NAME_CHARS_MAX: usize = 100;
 
-/// A server certificate that was refused, and why. The certificate is at hand only where it is judged.
+/// A rejected server certificate with its description, created where the certificate is available.
 #[derive(Debug)]
 struct Untrusted {
-    fault: TlsFailure,
+    failure: TlsFailure,
     detail: String,
 }
 
@@ -38,7 +38,7 @@ impl fmt::Display for Untrusted {
 
 impl std::error::Error for Untrusted {}
 
-/// The same error with the reason in words.
+/// Adds classification and description to a certificate error.
 pub(super) fn untrusted(
     error: Error,
     certificate: &CertificateDer<'_>,
@@ -49,7 +49,7 @@ pub(super) fn untrusted(
         return error;
     };
     let read = X509Certificate::from_der(certificate).map(|(_, read)| read).ok();
-    let (fault, detail) = match why {
+    let (failure, detail) = match why {
         CertificateError::Expired => (TlsFailure::Expired, "its certificate has expired".to_owned()),
         CertificateError::ExpiredContext { not_after, .. } => (
             TlsFailure::Expired,
@@ -66,7 +66,7 @@ pub(super) fn untrusted(
         CertificateError::NotValidYetContext { not_before, .. } => (
             TlsFailure::NotYetValid,
             format!(
-                "its certificate is valid from {} on; is a clock wrong?",
+                "its certificate is valid from {} on; check the clocks",
                 date(*not_before)
             ),
         ),
@@ -84,34 +84,33 @@ pub(super) fn untrusted(
         {
             (
                 TlsFailure::SelfSigned,
-                "its certificate is self-signed; if it is the right one, name it in `ca_file`".to_owned(),
+                "its certificate is self-signed; if it is correct, add it to `ca_file`".to_owned(),
             )
         }
         CertificateError::UnknownIssuer | CertificateError::BadSignature => (
             TlsFailure::UnknownIssuer,
             format!(
-                "its certificate is issued by {}, an unknown authority; if it is the right one, name the \
+                "its certificate is issued by {}, an unknown authority; if it is correct, add the \
                      authority's certificate in `ca_file`",
                 read.as_ref()
-                    .map_or_else(|| "nobody".to_owned(), |read| issuer(read.issuer()))
+                    .map_or_else(|| "an unnamed issuer".to_owned(), |read| issuer(read.issuer()))
             ),
         ),
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => (
             TlsFailure::WrongPurpose,
-            "its certificate is not made for servers (extended key usage)".to_owned(),
+            "its certificate is not for servers (extended key usage)".to_owned(),
         ),
         CertificateError::Other(_) if read.as_ref().is_some_and(|read| read.is_ca()) => (
             TlsFailure::WrongPurpose,
-            "its certificate is that of an authority (CA:TRUE); if it is the right one, name it in `ca_file`"
-                .to_owned(),
+            "its certificate is an authority's (CA:TRUE); if it is correct, add it to `ca_file`".to_owned(),
         ),
         other => (TlsFailure::Other, other.to_string()),
     };
-    let untrusted = Untrusted { fault, detail };
+    let untrusted = Untrusted { failure, detail };
     Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(untrusted))))
 }
 
-/// Whether the certificate's own key signed it. Equal names alone do not say so.
+/// Whether the certificate is signed by its own key. Equal subject and issuer do not prove it.
 fn is_self_signed(certificate: &CertificateDer<'_>, name: &ServerName<'_>, now: UnixTime) -> bool {
     let mut itself = RootCertStore::empty();
     if itself.add(certificate.clone().into_owned()).is_err() {
@@ -129,19 +128,19 @@ fn is_self_signed(certificate: &CertificateDer<'_>, name: &ServerName<'_>, now: 
     )
 }
 
-/// The reason within an I/O error, if it is one of TLS.
+/// The TLS error inside an I/O error, classified.
 pub(super) fn of(error: &io::Error) -> Option<(TlsFailure, String)> {
     let error = error.get_ref()?.downcast_ref::<Error>()?;
     Some(classify(error))
 }
 
-/// What an error of rustls comes down to.
+/// Classifies a rustls error.
 pub(super) fn classify(error: &Error) -> (TlsFailure, String) {
-    let text = |fault, detail: &str| (fault, detail.to_owned());
+    let text = |failure, detail: &str| (failure, detail.to_owned());
     match error {
         Error::InvalidCertificate(CertificateError::Other(other)) => {
             match other.0.downcast_ref::<Untrusted>() {
-                Some(untrusted) => (untrusted.fault, untrusted.detail.clone()),
+                Some(untrusted) => (untrusted.failure, untrusted.detail.clone()),
                 None => (TlsFailure::Other, other.0.to_string()),
             }
         }
@@ -158,12 +157,12 @@ pub(super) fn classify(error: &Error) -> (TlsFailure, String) {
         ) => (
             TlsFailure::ClientCertificate,
             format!(
-                "the server wants another client certificate, or one at all ({error}); see `client_certificate` and \
+                "the server requires another client certificate, or one at all ({error}); see `client_certificate` and \
                  `client_key`"
             ),
         ),
         Error::AlertReceived(AlertDescription::UnrecognisedName) => {
-            text(TlsFailure::WrongName, "the server knows no host of this name")
+            text(TlsFailure::WrongName, "the server does not know this host name")
         }
         Error::AlertReceived(
             AlertDescription::ProtocolVersion
@@ -178,19 +177,19 @@ pub(super) fn classify(error: &Error) -> (TlsFailure, String) {
             InvalidMessage::InvalidContentType | InvalidMessage::UnknownProtocolVersion,
         ) => text(
             TlsFailure::NotTls,
-            "what answers there is not TLS; if it is plain HTTP, write http:// in `url`",
+            "the server does not speak TLS; if it is plain HTTP, use http:// in `url`",
         ),
         error => (TlsFailure::Other, error.to_string()),
     }
 }
 
-/// The certificate that ends then: the server's own, or one that it sent along.
+/// The certificate with this expiry: the server's own, or an intermediate.
 fn which(read: Option<&X509Certificate<'_>>, not_after: UnixTime) -> &'static str {
     let own = read.and_then(|read| u64::try_from(read.validity().not_after.timestamp()).ok());
     if own.is_none_or(|own| own == not_after.as_secs()) {
         "its certificate"
     } else {
-        "the certificate of an authority that it is issued by"
+        "the certificate of an issuing authority"
     }
 }
 
@@ -198,21 +197,21 @@ fn date(at: UnixTime) -> String {
     let at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(at.as_secs()));
     let text = at.map(|at| humantime::format_rfc3339_seconds(at).to_string());
     text.and_then(|text| text.get(..10).map(str::to_owned))
-        .unwrap_or_else(|| "no date".to_owned())
+        .unwrap_or_else(|| "an unknown date".to_owned())
 }
 
-/// The subject alternative names, as many as one reads.
+/// The subject alternative names, up to the maximum.
 fn names(read: &X509Certificate<'_>) -> String {
     let alternatives = read.subject_alternative_name().ok().flatten();
     let names = alternatives.iter().flat_map(|names| &names.value.general_names);
-    let told = names.filter_map(|name| match name {
+    let listed = names.filter_map(|name| match name {
         GeneralName::DNSName(name) => Some(printable(name)),
         GeneralName::IPAddress(bytes) => address(bytes).map(|address| address.to_string()),
         _ => None,
     });
-    let told: Vec<_> = told.collect();
-    let more = told.len().saturating_sub(NAMES_MAX);
-    let mut text = told.into_iter().take(NAMES_MAX).collect::<Vec<_>>().join(", ");
+    let listed: Vec<_> = listed.collect();
+    let more = listed.len().saturating_sub(NAMES_MAX);
+    let mut text = listed.into_iter().take(NAMES_MAX).collect::<Vec<_>>().join(", ");
     if text.is_empty() {
         "no host (it has no subject alternative name, and a common name does not count)"
             .clone_into(&mut text);
@@ -229,11 +228,11 @@ fn address(bytes: &[u8]) -> Option<IpAddr> {
 
 fn issuer(name: &X509Name<'_>) -> String {
     let common = name.iter_common_name().next().and_then(|name| name.as_str().ok());
-    let whole = || name.to_string();
-    format!("\"{}\"", printable(&common.map_or_else(whole, str::to_owned)))
+    let complete = || name.to_string();
+    format!("\"{}\"", printable(&common.map_or_else(complete, str::to_owned)))
 }
 
-/// A stranger's text, fit for a terminal.
+/// Makes an untrusted text safe for a terminal.
 fn printable(text: &str) -> String {
     let fit = |c: char| {
         if c.is_ascii_graphic() || c == ' ' || (c.is_alphanumeric()) {

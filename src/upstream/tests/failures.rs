@@ -1,19 +1,19 @@
-//! An upstream in trouble: retries, other addresses, rate limits, the breaker.
+//! Failures of an upstream: retries, failover, rate limits and circuit breakers.
 
-use super::registry::{Registry, answer, hangup, manifest};
+use super::registry::{Registry, hangup, manifest, response};
 use http::Uri;
 
 use super::*;
 
 #[tokio::test(start_paused = true)]
-async fn a_server_error_is_tried_once_more() {
+async fn server_error_is_retried_once() {
     for (errors, said) in [
         (1, ResponseKind::Digest(digest(MANIFEST))),
         (9, ResponseKind::Unavailable(UpstreamFailure::Status(502))),
     ] {
         let registry = Registry::start(move |seen| {
             if seen.nth < errors {
-                answer(502)
+                response(502)
             } else {
                 manifest()
             }
@@ -28,7 +28,7 @@ async fn a_server_error_is_tried_once_more() {
 }
 
 #[tokio::test]
-async fn a_connection_that_dies_before_an_answer_is_replaced_once() {
+async fn closed_connection_is_replaced_once() {
     let registry = Registry::start(|seen| if seen.nth == 1 { hangup() } else { manifest() }).await;
     let upstream = upstream(&[&registry]);
     for _ in 0..2 {
@@ -40,18 +40,18 @@ async fn a_connection_that_dies_before_an_answer_is_replaced_once() {
     assert_eq!(registry.seen().len(), 3);
 
     let registry = Registry::start(|_| hangup()).await;
-    let answer = super::upstream(&[&registry])
+    let response = super::upstream(&[&registry])
         .head(&anonymous(), &tag(), &accept())
         .await;
     assert_eq!(
-        answer.kind,
+        response.kind,
         ResponseKind::Unavailable(UpstreamFailure::ConnectionReset)
     );
     assert_eq!(registry.seen().len(), 2);
 }
 
 #[tokio::test]
-async fn a_closed_port_refuses() {
+async fn closed_port_is_connection_refused() {
     let registry = Registry::start(|_| manifest()).await;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -83,12 +83,12 @@ async fn a_closed_port_refuses() {
 }
 
 #[tokio::test]
-async fn r06_urls_are_asked_in_order_until_one_says_yes() {
-    let silent = Registry::start(|_| answer(500).header("retry-after", "1")).await;
+async fn r06_urls_are_tried_in_order_until_success() {
+    let silent = Registry::start(|_| response(500).header("retry-after", "1")).await;
     for second in [200, 404, 403] {
         let answering = Registry::start(move |_| match second {
             200 => manifest(),
-            status => answer(status).header("content-type", "application/json"),
+            status => response(status).header("content-type", "application/json"),
         })
         .await;
         let last = Registry::start(|_| manifest()).await;
@@ -96,29 +96,29 @@ async fn r06_urls_are_asked_in_order_until_one_says_yes() {
         let said = upstream.head(&anonymous(), &tag(), &accept()).await.kind;
         assert_eq!(said, ResponseKind::Digest(digest(MANIFEST)));
         assert!(upstream.get(&anonymous(), &tag(), &accept(), None).await.is_ok());
-        assert_eq!(last.seen().is_empty(), second == 200, "a yes ends it");
+        assert_eq!(last.seen().is_empty(), second == 200, "success is final");
     }
 }
 
 #[tokio::test]
-async fn a_silence_is_reported_by_the_first_address() {
+async fn first_urls_failure_is_reported() {
     let (first, second) = (
-        Registry::start(|_| answer(503).header("retry-after", "1")).await,
+        Registry::start(|_| response(503).header("retry-after", "1")).await,
         Registry::start(|_| hangup()).await,
     );
-    let answer = upstream(&[&first, &second])
+    let response = upstream(&[&first, &second])
         .head(&anonymous(), &tag(), &accept())
         .await;
     assert_eq!(
-        answer.kind,
+        response.kind,
         ResponseKind::Unavailable(UpstreamFailure::Status(503))
     );
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_rate_limited_caller_waits_and_others_do_not() {
+async fn rate_limited_caller_waits_and_others_do_not() {
     let registry = Registry::start(|seen| match seen.authorization() {
-        Some("Bearer fast") if seen.nth < 2 => answer(429).header("retry-after", "20"),
+        Some("Bearer fast") if seen.nth < 2 => response(429).header("retry-after", "20"),
         _ => manifest(),
     })
     .await;
@@ -135,9 +135,9 @@ async fn a_rate_limited_caller_waits_and_others_do_not() {
     assert_eq!(
         (again.kind, again.retry_after),
         (limited, Some(HeaderValue::from_static("15"))),
-        "what is left of it"
+        "the remaining pause"
     );
-    assert_eq!(registry.seen().len(), 1, "not asked within the window");
+    assert_eq!(registry.seen().len(), 1, "no request within the window");
     assert_eq!(
         upstream.head(&slow, &tag(), &accept()).await.kind,
         ResponseKind::Digest(digest(MANIFEST))
@@ -150,20 +150,20 @@ async fn a_rate_limited_caller_waits_and_others_do_not() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn retry_after_may_be_a_date_and_is_measured_by_the_registrys_own_clock() {
+async fn retry_after_date_uses_the_responses_date() {
     let registry = Registry::start(|_| {
-        answer(429)
+        response(429)
             .header("date", "Sun, 06 Nov 1994 08:49:37 GMT")
             .header("retry-after", "Sun, 06 Nov 1994 08:51:17 GMT")
     })
     .await;
-    let answer = piped(&registry).head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(answer.retry_after, Some(HeaderValue::from_static("100")));
+    let response = piped(&registry).head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(response.retry_after, Some(HeaderValue::from_static("100")));
 }
 
 #[tokio::test(start_paused = true)]
 async fn rate_limits_never_open_the_breaker() {
-    let registry = Registry::start(|_| answer(429)).await;
+    let registry = Registry::start(|_| response(429)).await;
     let upstream = piped(&registry);
     for n in 0..10 {
         upstream
@@ -175,13 +175,13 @@ async fn rate_limits_never_open_the_breaker() {
 
 const BUDGET: Duration = Duration::from_secs(2);
 
-/// How long an asker with a cached copy of the tag waits.
+/// How long a caller with a cached copy of the tag waits.
 fn waits(upstream: &Upstream) -> Result<Duration, UpstreamFailure> {
     upstream.wait_limit(&anonymous(), (&tag(), true), BUDGET)
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_breaker_opens_after_three_silences_and_a_probe_closes_it() {
+async fn breaker_opens_after_three_failures_and_probe_closes_it() {
     let registry = Registry::start(|_| manifest()).await;
     registry.refuses(true);
     let upstream = piped(&registry);
@@ -202,16 +202,16 @@ async fn the_breaker_opens_after_three_silences_and_a_probe_closes_it() {
     assert_eq!(
         upstream.unavailable_now(),
         Some(UpstreamFailure::BreakerOpen),
-        "it is still away"
+        "it still fails"
     );
     registry.refuses(false);
     tokio::time::sleep(Duration::from_secs(31)).await;
-    assert_eq!(upstream.unavailable_now(), None, "noticed within half a minute");
-    assert_eq!(registry.asked(), ["GET /v2/"], "by one probe");
+    assert_eq!(upstream.unavailable_now(), None, "detected within half a minute");
+    assert_eq!(registry.requests(), ["GET /v2/"], "by one probe");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_caller_that_asks_all_the_same_closes_the_breaker_by_its_success() {
+async fn uncached_request_closes_the_breaker() {
     let registry = Registry::start(|_| manifest()).await;
     registry.refuses(true);
     let upstream = piped(&registry);
@@ -229,22 +229,22 @@ async fn a_caller_that_asks_all_the_same_closes_the_breaker_by_its_success() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_silent_token_service_is_probed_itself() {
+async fn failed_token_service_is_probed() {
     let down = Arc::new(std::sync::atomic::AtomicBool::new(true));
     let registry = Registry::start({
         let down = Arc::clone(&down);
         move |seen| match seen.path() {
-            "/token" if down.load(std::sync::atomic::Ordering::SeqCst) => answer(500),
-            "/token" => answer(400),
+            "/token" if down.load(std::sync::atomic::Ordering::SeqCst) => response(500),
+            "/token" => response(400),
             _ => seen.challenge(),
         }
     })
     .await;
     let upstream = piped(&registry);
     for _ in 0..3 {
-        let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
+        let response = upstream.head(&anonymous(), &tag(), &accept()).await;
         assert_eq!(
-            answer.kind,
+            response.kind,
             ResponseKind::Unavailable(UpstreamFailure::TokenService)
         );
     }
@@ -252,7 +252,7 @@ async fn a_silent_token_service_is_probed_itself() {
     assert_eq!(
         waits(&upstream),
         Err(UpstreamFailure::BreakerOpen),
-        "an answer to /v2/ is not enough"
+        "a response to /v2/ is not enough"
     );
     down.store(false, std::sync::atomic::Ordering::SeqCst);
     tokio::time::sleep(Duration::from_secs(31)).await;
@@ -260,12 +260,12 @@ async fn a_silent_token_service_is_probed_itself() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn t05_token_service_that_answered_another_is_asked() {
+async fn t05_token_service_that_responded_is_not_probed() {
     let status = Arc::new(std::sync::atomic::AtomicU16::new(500));
     let registry = Registry::start({
         let status = Arc::clone(&status);
         move |seen| match seen.path() {
-            "/token" => answer(status.load(std::sync::atomic::Ordering::SeqCst)),
+            "/token" => response(status.load(std::sync::atomic::Ordering::SeqCst)),
             _ => seen.challenge(),
         }
     })
@@ -275,7 +275,7 @@ async fn t05_token_service_that_answered_another_is_asked() {
         upstream.head(&anonymous(), &tag(), &accept()).await;
     }
     assert_eq!(waits(&upstream), Err(UpstreamFailure::BreakerOpen));
-    // The last word of the token service is no failure, so there is nothing to probe.
+    // A rate limit of the token service is no failure, so there is nothing to probe.
     status.store(429, std::sync::atomic::Ordering::SeqCst);
     let other = endpoint("/v2/library/b/manifests/latest");
     upstream.head(&anonymous(), &other, &accept()).await;
@@ -291,7 +291,7 @@ async fn t05_login_page_for_a_probe_half_opens() {
         move |seen| match seen.header("authorization") {
             _ if !is_up.load(std::sync::atomic::Ordering::SeqCst) => hangup(),
             Some(_) => manifest(),
-            None => answer(200)
+            None => response(200)
                 .header("content-type", "text/html")
                 .body("<html>log in"),
         }
@@ -311,13 +311,13 @@ async fn t05_login_page_for_a_probe_half_opens() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn t05_probe_keeps_to_the_limits_of_who_it_asks_as() {
+async fn t05_probe_respects_its_callers_rate_limit() {
     let is_up = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let registry = Registry::start({
         let is_up = Arc::clone(&is_up);
         move |_| {
             if is_up.load(std::sync::atomic::Ordering::SeqCst) {
-                answer(429).header("retry-after", "3600")
+                response(429).header("retry-after", "3600")
             } else {
                 hangup()
             }
@@ -348,7 +348,7 @@ async fn t05_probe_keeps_to_the_limits_of_who_it_asks_as() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_upstream_that_is_dropped_is_not_probed() {
+async fn dropped_upstream_is_not_probed() {
     let registry = Registry::start(|_| hangup()).await;
     let upstream = piped(&registry);
     for _ in 0..3 {
@@ -362,10 +362,10 @@ async fn an_upstream_that_is_dropped_is_not_probed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn no_answer_in_time_is_a_silence() {
-    // A stream nobody reads: connected, and then nothing.
-    struct Hole;
-    impl Dialer for Hole {
+async fn missing_response_is_a_timeout() {
+    // A connection without a response.
+    struct BlackHole;
+    impl Dialer for BlackHole {
         fn dial(&self, _: &Uri, _: &AddressLimit, _: Duration) -> DialFuture {
             Box::pin(async {
                 let (ours, theirs) = tokio::io::duplex(1024);
@@ -380,7 +380,7 @@ async fn no_answer_in_time_is_a_silence() {
             })
         }
     }
-    // R12: 25 s, or what the operator says.
+    // R12: 25 s by default, or as configured.
     for within in [None, Some(90)] {
         let mut settings = Settings {
             proxy: ProxyChoice::None,
@@ -389,7 +389,7 @@ async fn no_answer_in_time_is_a_silence() {
         if let Some(within) = within {
             settings.timeouts.headers = Duration::from_secs(within);
         }
-        let upstream = Upstream::new(settings, &Transport::with_dialer(Arc::new(Hole))).unwrap();
+        let upstream = Upstream::new(settings, &Transport::with_dialer(Arc::new(BlackHole))).unwrap();
         for endpoint in [tag(), blob("bytes")] {
             let before = Instant::now();
             let got = upstream.get(&anonymous(), &endpoint, &accept(), None).await;
@@ -403,7 +403,7 @@ async fn no_answer_in_time_is_a_silence() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_dial_that_hangs_is_given_up_soon() {
+async fn hanging_dial_times_out() {
     struct Hang;
     impl Dialer for Hang {
         fn dial(&self, _: &Uri, _: &AddressLimit, _: Duration) -> DialFuture {
@@ -416,20 +416,20 @@ async fn a_dial_that_hangs_is_given_up_soon() {
     };
     let upstream = Upstream::new(settings, &Transport::with_dialer(Arc::new(Hang))).unwrap();
     let before = Instant::now();
-    let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
+    let response = upstream.head(&anonymous(), &tag(), &accept()).await;
     assert_eq!(
-        answer.kind,
+        response.kind,
         ResponseKind::Unavailable(UpstreamFailure::ConnectTimeout)
     );
     assert_eq!(before.elapsed().as_secs(), 3);
 }
 
-/// Blobs have their places among the downloads. A request that is queued has no time limit of its own.
+/// Blobs have permits of the download queue. A queued request has no timeout.
 #[tokio::test(start_paused = true)]
-async fn t02_a_request_waits_for_its_place_without_a_limit() {
+async fn t02_queued_request_has_no_timeout() {
     let registry = Registry::start(|seen| {
         if seen.method == Method::GET {
-            answer(200).body("bytes").stall()
+            response(200).body("bytes").stall()
         } else {
             manifest()
         }
@@ -439,7 +439,7 @@ async fn t02_a_request_waits_for_its_place_without_a_limit() {
     let (caller, manifest) = (anonymous(), tag());
     let accept = accept();
     let mut held = Vec::new();
-    // Some places are kept for revalidation.
+    // Some permits are reserved for revalidation.
     for _ in 0..DOWNLOADS_MAX - DOWNLOADS_MAX / 8 {
         held.push(upstream.get(&caller, &manifest, &accept, None).await.unwrap());
     }
@@ -451,8 +451,8 @@ async fn t02_a_request_waits_for_its_place_without_a_limit() {
         class: Class::Revalidation,
         ..caller.clone()
     };
-    let answer = upstream.head(&revalidating, &tag(), &accept).await;
-    assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
+    let response = upstream.head(&revalidating, &tag(), &accept).await;
+    assert_eq!(response.kind, ResponseKind::Digest(digest(MANIFEST)));
     drop(
         upstream
             .get(&caller, &blob("bytes"), &accept, None)
@@ -463,7 +463,7 @@ async fn t02_a_request_waits_for_its_place_without_a_limit() {
     assert!(waiting.await.is_ok());
 }
 
-/// What it takes to ask for so many images with a cached copy, one after the other, of an upstream behind this dial.
+/// Time to request so many cached images one after the other, from an upstream behind this dialer.
 async fn job_over(dial: Arc<dyn Dialer>) -> Duration {
     let settings = Settings {
         proxy: ProxyChoice::None,
@@ -486,7 +486,7 @@ async fn job_over(dial: Arc<dyn Dialer>) -> Duration {
 }
 
 #[tokio::test(start_paused = true)]
-async fn t05_dropped_syns_cost_one_budget() {
+async fn t05_dropped_syns_cost_one_timeout() {
     struct Hang;
     impl Dialer for Hang {
         fn dial(&self, _: &Uri, _: &AddressLimit, _: Duration) -> DialFuture {
@@ -499,9 +499,9 @@ async fn t05_dropped_syns_cost_one_budget() {
 
 #[tokio::test(start_paused = true)]
 async fn t05_slow_heads_cost_one_response() {
-    /// Each connection comes about after 1.9 s.
-    struct Late(Arc<dyn Dialer>);
-    impl Dialer for Late {
+    /// Each connection is established after 1.9 s.
+    struct SlowDialer(Arc<dyn Dialer>);
+    impl Dialer for SlowDialer {
         fn dial(&self, uri: &Uri, limit: &AddressLimit, within: Duration) -> DialFuture {
             let dialling = self.0.dial(uri, limit, within);
             Box::pin(async move {
@@ -511,6 +511,6 @@ async fn t05_slow_heads_cost_one_response() {
         }
     }
     let registry = Registry::start(|_| manifest().header("connection", "close")).await;
-    let took = job_over(Arc::new(Late(registry.dial()))).await;
+    let took = job_over(Arc::new(SlowDialer(registry.dial()))).await;
     assert!(took < Duration::from_secs(3), "{took:?}");
 }
