@@ -284,7 +284,7 @@ fn index_open_timeout_releases_the_files() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("index");
     let fault = open_within(path.clone(), Duration::ZERO).err();
-    let why = "it did not open within 0 s".to_owned();
+    let why = "not opened within 0 s".to_owned();
     assert_eq!(fault, Some(IndexError::Damaged(why)));
     // The abandoned opening may still use its files for a moment.
     let opens = || {
