@@ -1,17 +1,17 @@
-//! The configuration: from text to plain typed data, or to everything that is wrong with it, at once.
+//! Configuration: parses and validates all settings and reports all errors together.
 //!
-//! The text becomes tables of known keys, the variables and flags are laid over them, and each value is read once by the
-//! reader of its kind. Nothing here binds, connects or writes; it reads the files
-//! that the configuration names (a password, certificates), because a wrong name is the operator's mistake as well and
-//! should be told before any port is bound. The environment is not read here: [`Sources`] brings it.
+//! A TOML document becomes tables of known keys. Environment variables and flags override the file, then each value is
+//! parsed once. This module binds no port, opens no connection and writes no file. It reads the files that settings name
+//! (passwords, certificates), so that a wrong path is reported before any port is bound. Callers pass the environment in
+//! [`Sources`].
 //!
-//! * `keys`: every key with its default and its meaning.
-//! * `document`, `table`: what is written where; `variable`: what is laid over it.
-//! * `value`, `address`: the readers of the values.
-//! * `build`: the sections, and what concerns several of them.
-//! * `upstream`: the well-known upstreams and what may be said about one; `names`: that each name means one.
-//! * `files`: the files that are named. * `entry`: who may come in at all.
-//! * `fault`: how a mistake is told; `summary`: what is in effect, in words; `effective`: key by key, and from where.
+//! * `schema`: all keys with their defaults and descriptions.
+//! * `document`, `table`: TOML sections with source locations. * `env`: variables and flags.
+//! * `parsers`, `address`, `network`: value parsers.
+//! * `load`: sections, and checks across sections. * `limits`: the section `[limits]`.
+//! * `upstream`: well-known and configured upstreams. * `validate`: unique host names, no request loop.
+//! * `access`: the sections `[access]` and `[[allow]]`. * `files`: files that settings name.
+//! * `diagnostic`: errors with locations. * `summary`: output of `ifnewer check`. * `show`: output of `ifnewer config`.
 
 mod access;
 mod address;
@@ -52,160 +52,160 @@ use crate::policy::rules::Rules;
 use diagnostic::{Origin, Report};
 use document::Document;
 
-/// A configuration longer than this is something else.
+/// Maximum length of a configuration file in bytes.
 pub const TEXT_BYTES_MAX: usize = 1024 * 1024;
 
-/// Where the cache is when nobody says so. A user's own cache folder is for the command line to find.
+/// Default cache directory of root. The command line finds the cache directory of other users.
 pub const ROOT_DATA_DIR: &str = "/var/cache/ifnewer";
 
-/// Everything that can be configured, checked.
+/// The validated configuration.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The cache's folder.
+    /// Cache directory.
     pub data: PathBuf,
-    /// The name of the upstream that is meant by a client that names none; one of `upstreams`.
+    /// Name of the upstream for requests that name none; one of `upstreams`.
     pub default_upstream: Arc<str>,
-    /// Where clients and operators reach us.
+    /// Listeners for clients and operators.
     pub listen: Listen,
-    /// Our certificates.
+    /// Server certificate and CA.
     pub tls: Tls,
-    /// Who may come in at all; `None`: whoever reaches the listener.
+    /// Client authentication at the cache; `None`: every client that reaches the listener has access.
     pub access: Option<AccessConfig>,
-    /// Where `CONNECT` may lead besides the upstreams.
+    /// `CONNECT` targets besides the upstreams.
     pub tunnels: Vec<TunnelRule>,
-    /// How much is kept.
+    /// Size limits of the store.
     pub store: StoreLimits,
-    /// The registries that exist. Their names and hosts are all different.
+    /// Configured registries. Their names and hosts are unique.
     pub upstreams: Vec<UpstreamConfig>,
-    /// Which rule holds for an image.
+    /// Effective policy by image.
     pub rules: Rules,
-    /// What is told, and how.
+    /// Log level and format.
     pub log: Log,
-    /// The limits of the front and of the upstream side.
+    /// Limits of connections, requests and timeouts.
     pub limits: Limits,
 }
 
-/// Where clients and operators reach us.
+/// Listeners for clients and operators.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listen {
-    /// The addresses of the registry, all different; at least one of these and `sockets` together.
+    /// Listen addresses of the registry, unique. `registry` and `sockets` together have at least one.
     pub registry: Vec<SocketAddr>,
-    /// The unix sockets of the registry, all different.
+    /// Unix sockets of the registry, unique.
     pub sockets: Vec<PathBuf>,
-    /// From where a connection begins with a PROXY protocol header, which is believed.
+    /// Trusted senders of PROXY protocol headers.
     pub proxy_protocol_from: Vec<Network>,
-    /// Who may speak without TLS.
+    /// Clients that may connect without TLS.
     pub plain_http: PlainHttp,
-    /// Where the admin API is.
+    /// Address of the admin API.
     pub admin: Admin,
-    /// The file with the token that it asks for. Read where it is used.
+    /// File with the admin token. The admin listener reads it.
     pub admin_token_file: Option<PathBuf>,
 }
 
-/// Who may speak without TLS.
+/// Clients that may connect without TLS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PlainHttp {
-    /// Clients on this machine.
+    /// Clients on this host.
     Loopback,
-    /// Everyone.
+    /// Every client.
     Any,
     /// No client.
     Off,
 }
 
-/// Where the admin API is.
+/// Address of the admin API.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Admin {
-    /// Nowhere.
+    /// Disabled.
     Off,
-    /// On a TCP address.
+    /// TCP address.
     Tcp(SocketAddr),
-    /// On a unix socket.
+    /// Unix socket.
     Unix(PathBuf),
 }
 
-/// Our certificates.
+/// Server certificate and CA.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tls {
-    /// The folder of the certificates that we make ourselves.
+    /// Directory of generated certificates.
     pub folder: PathBuf,
-    /// Further names on the server certificate.
+    /// Additional names in the server certificate.
     pub names: Vec<String>,
-    /// Whether a CA that is made may vouch only for the upstreams' hosts and our own names.
+    /// Whether a new CA is limited by name constraints to the upstreams' hosts and the cache's names.
     pub constrained: bool,
-    /// The operator's own server certificate, used instead of ours.
+    /// Server certificate of the operator, used instead of a generated one.
     pub certificate: Option<ServerCertificate>,
 }
 
-/// A server certificate brought by the operator. The files are read where the certificate is used.
+/// Server certificate of the operator. The TLS acceptor reads the files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerCertificate {
-    /// The chain, PEM.
+    /// Certificate chain, PEM.
     pub certificate: PathBuf,
-    /// The private key, PEM.
+    /// Private key, PEM.
     pub key: PathBuf,
 }
 
-/// How much is kept.
+/// Size limits of the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StoreLimits {
-    /// How much the cache may hold.
+    /// Maximum size of the cache.
     pub bytes_max: u64,
-    /// How much is left free on the disk.
+    /// Minimum free disk space.
     pub free_bytes_min: u64,
-    /// Bytes in a second that are read again in the background; 0 is none.
+    /// Scrub rate in bytes per second; 0 disables the scrub.
     pub scrub_rate: u64,
 }
 
-/// What is told, and how.
+/// Log level and format.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Log {
-    /// A level, or a filter of `tracing_subscriber::EnvFilter`; known to be readable.
+    /// Level, or a valid filter of `tracing_subscriber::EnvFilter`.
     pub level: String,
-    /// How it is written.
+    /// Output format.
     pub format: LogFormat,
 }
 
-/// How the log is written.
+/// Log format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
-    /// For people.
+    /// Text for operators.
     Human,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// The limits of the front and of the upstream side. None of them is zero but `drain`, which may be.
+/// Limits of connections, requests and timeouts. Only `drain` may be zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections at a time.
+    /// Maximum concurrent connections.
     pub connections_max: usize,
-    /// Connections at a time from one address.
+    /// Maximum concurrent connections of one address.
     pub connections_per_peer_max: usize,
-    /// Requests at a time on one HTTP/2 connection.
+    /// Maximum concurrent requests on one HTTP/2 connection.
     pub streams_per_connection_max: u32,
-    /// Tunnels at a time.
+    /// Maximum concurrent CONNECT tunnels.
     pub tunnels_max: usize,
-    /// Requests at a time to all upstreams together.
+    /// Maximum concurrent blob downloads from all upstreams.
     pub downloads_max: usize,
-    /// Requests at a time to one upstream.
+    /// Maximum concurrent requests to one upstream, and as many blob downloads.
     pub downloads_per_upstream_max: usize,
-    /// For a TLS handshake.
+    /// Timeout of a TLS handshake.
     pub handshake_timeout: Duration,
-    /// For a request's header.
+    /// Timeout of a request header.
     pub header_timeout: Duration,
-    /// Without a request.
+    /// Timeout of an idle connection.
     pub idle_timeout: Duration,
-    /// Without a byte of an answer being taken.
+    /// Timeout of a response of which the client reads no byte.
     pub write_timeout: Duration,
-    /// For requests under way at the end.
+    /// Time to complete requests in flight at shutdown.
     pub drain: Duration,
 }
 
 impl Limits {
-    /// These limits, or lower ones where the process may open only so many files. Each connection finds the five that a
-    /// pull takes at most (its own, that to the upstream, and the files of what is written); a tunnel takes one besides
-    /// its connection. What is left is for connections that wait, for the store and for the admin listener.
+    /// Lowers the limits to what `descriptors` file descriptors allow. A pull needs at most five: its connection, the
+    /// upstream connection and the files being written. A tunnel needs one besides its connection. The remainder is for
+    /// waiting connections, the store and the admin listener.
     #[must_use]
     pub fn capped_to(self, descriptors: usize) -> Self {
         Self {
@@ -216,7 +216,7 @@ impl Limits {
         }
     }
 
-    /// In words, where a process that may open only so many files has lower limits than these.
+    /// Describes the lowered limits; `None` if `descriptors` suffice.
     pub fn describe_caps(&self, descriptors: usize) -> Option<String> {
         let few = self.capped_to(descriptors);
         (few != *self).then(|| {
@@ -233,34 +233,34 @@ impl Limits {
         })
     }
 
-    /// Connections that may wait for a place of their address, of all addresses. Each holds a descriptor.
+    /// Maximum connections, of all addresses, that wait for a permit of their address. Each uses a descriptor.
     pub fn connections_waiting_max(&self) -> usize {
         (self.connections_max / 2).max(1)
     }
 }
 
-/// All that a configuration is made of. What comes later here overrides what comes earlier.
+/// Sources of the configuration. Later fields override earlier ones.
 #[derive(Clone, Debug)]
 pub struct Sources<'a> {
-    /// Where the cache is when nobody says so.
+    /// Default cache directory.
     pub data: PathBuf,
-    /// The folder `certs` of the working directory, if there is one that may be ours: without a file, certificates are
-    /// there, else in the cache's folder.
+    /// The directory `certs` in the working directory, if it is empty or holds a CA of this program. Without a
+    /// configuration file, it overrides `certs` in the cache directory.
     pub working_dir_certs: Option<PathBuf>,
-    /// The text of the file; empty without one.
+    /// Text of the file; empty without a file.
     pub text: &'a str,
-    /// The file's name, for the faults and for relative paths; empty without one: then relative paths start at the
+    /// Path of the file, for diagnostics and relative paths. Without a file it is empty, and relative paths start at the
     /// working directory.
     pub origin: &'a Path,
-    /// The environment. Only what begins with `IFNEWER_` counts.
+    /// Environment variables; those without the prefix `IFNEWER_` are ignored.
     pub variables: Vec<(String, String)>,
-    /// The command line.
+    /// Flags of the command line.
     pub flags: Vec<Flag>,
 }
 
 impl Config {
-    /// Reads a text without environment and flags. `origin` names it in the faults; paths in it are relative to the
-    /// folder of `origin`.
+    /// Parses a text without environment and flags. Diagnostics name it `origin`; relative paths start at the directory
+    /// of `origin`.
     pub fn read(text: &str, origin: &Path) -> Result<Self, Diagnostics> {
         let data = PathBuf::from(ROOT_DATA_DIR);
         Self::gather(&Sources {
@@ -273,8 +273,8 @@ impl Config {
         })
     }
 
-    /// Reads everything. All faults are told at once; only where the text is not TOML, or where values are wrong on
-    /// which others depend, may mending them bring up more.
+    /// Loads all sources and reports all errors together. Fixing invalid TOML, or a value on which others depend, can
+    /// reveal further errors.
     pub fn gather(sources: &Sources<'_>) -> Result<Self, Diagnostics> {
         let mut report = Report::new(sources.text, sources.origin);
         if sources.text.len() > TEXT_BYTES_MAX {
@@ -297,12 +297,12 @@ impl Config {
         }
     }
 
-    /// What is in effect, in words and without secrets.
+    /// Summary of the effective settings, without secrets.
     pub fn summary(&self) -> Summary<'_> {
         Summary(self)
     }
 
-    /// The hosts of the upstreams, and of token services in whose place tokens are given, without ports: what certificates are made for.
+    /// Hosts, without ports, for which leaf certificates are issued: upstreams, and token services with local tokens.
     pub fn hosts(&self) -> HashSet<String> {
         let names = self.upstreams.iter().flat_map(|upstream| {
             let hosts = upstream.hosts.iter().map(String::as_str);
@@ -314,14 +314,14 @@ impl Config {
             .collect()
     }
 
-    /// The CAs of client certificates, DER.
+    /// CA certificates of client certificates, DER.
     pub fn client_roots(&self) -> &[Vec<u8>] {
         self.access
             .as_ref()
             .map_or(&[], |access| access.client_roots.as_slice())
     }
 
-    /// The upstream of that name or host.
+    /// Finds an upstream by name or host.
     pub fn upstream(&self, name_or_host: &str) -> Option<&UpstreamConfig> {
         self.upstreams
             .iter()

@@ -93,7 +93,7 @@ pub(super) enum LayerState {
     Waiting,
     Fetching,
     /// Cached before this job.
-    Held,
+    Cached,
     Fetched,
     Failed,
 }
@@ -236,7 +236,7 @@ impl PullJob {
         let transfers = downloads.statuses();
         let progress = self.progress();
         let received = |layer: &Layer| match layer.state {
-            LayerState::Held | LayerState::Fetched => layer.size.unwrap_or_default(),
+            LayerState::Cached | LayerState::Fetched => layer.size.unwrap_or_default(),
             LayerState::Waiting | LayerState::Failed | LayerState::Fetching => {
                 let running = transfers.iter().find(|transfer| transfer.digest == layer.digest);
                 running.map_or(0, |transfer| transfer.received)

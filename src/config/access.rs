@@ -1,4 +1,4 @@
-//! Who may come in at all: by a password or a certificate of the cache's own, and what each may pull.
+//! Sections `[access]` and `[[allow]]`: users of the cache, client CAs, and the images that users may pull.
 
 use std::fmt;
 
@@ -12,43 +12,43 @@ use super::upstream::ParsedUpstream;
 use super::{parsers, validate};
 use crate::policy::rules::ImageMatcher;
 
-/// What `htpasswd -B` makes by itself; anything below is no protection at all.
+/// Default cost of `htpasswd -B`; lower costs protect too little.
 const COST_MIN: u32 = 5;
 
-/// A hash that takes longer to check (some seconds) would keep everybody waiting.
+/// Highest accepted cost: higher ones take seconds and would delay other logins.
 const COST_MAX: u32 = 14;
 
-/// Who may come in.
+/// Client authentication at the cache.
 #[derive(Clone, Debug)]
 pub struct AccessConfig {
-    /// Who may come in by a password; no two of the same name.
+    /// Users with a password; names are unique.
     pub users: Vec<User>,
-    /// The CAs whose certificates open as well, DER. At least one of these and `users` together.
+    /// CAs of client certificates, DER. `users` and this together have at least one entry.
     pub client_roots: Vec<Vec<u8>>,
-    /// What they may pull; none: everything. What no list allows is refused.
+    /// Allow lists. Without any list, users may pull every image. Otherwise, images in no list are denied.
     pub allows: Vec<Allow>,
 }
 
 /// A user of the cache itself.
 #[derive(Clone, PartialEq, Eq)]
 pub struct User {
-    /// Its name.
+    /// User name.
     pub name: String,
-    /// Its password, hashed by bcrypt.
+    /// bcrypt hash of the password.
     pub hash: String,
 }
 
-/// What some users may pull.
+/// Images that some users may pull.
 #[derive(Clone, Debug)]
 pub struct Allow {
-    /// Names; one that ends in `*` stands for all that begin so.
+    /// User names; a trailing `*` matches any suffix.
     pub users: Vec<String>,
-    /// What they may pull.
+    /// Images that these users may pull.
     pub images: ImageMatcher,
 }
 
 impl Allow {
-    /// Whether it is about this user.
+    /// Whether the list applies to this user.
     pub fn applies_to(&self, user: &str) -> bool {
         self.users.iter().any(|name| match name.strip_suffix('*') {
             Some(beginning) => user.starts_with(beginning),
@@ -57,7 +57,7 @@ impl Allow {
     }
 }
 
-/// A hash can be guessed at, so it is not shown.
+/// Omits the hash, which would allow offline guessing.
 impl fmt::Debug for User {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("User")
@@ -101,7 +101,7 @@ pub(super) fn read(
     }))
 }
 
-/// The users of `htpasswd`; none if it is not set.
+/// Users of `htpasswd`; empty if it is not set.
 fn users_of(
     table: &Table,
     plain_http: Option<PlainHttp>,
@@ -112,7 +112,7 @@ fn users_of(
     };
     if plain_http == Some(PlainHttp::Any) {
         let message = "with listen.plain_http = \"any\", passwords would cross the network in plain text";
-        let help = "set listen.plain to \"loopback\" or \"off\"".to_owned();
+        let help = "set listen.plain_http to \"loopback\" or \"off\"".to_owned();
         return Err(report.emit(table.at("htpasswd"), table.path("htpasswd"), message, Some(help)));
     }
     let bytes = read_file(table, "htpasswd", &file, report)?;
@@ -135,14 +135,14 @@ fn allow(table: &Table, configured: &[ParsedUpstream], report: &mut Report<'_>) 
         .unwrap_or_default();
     for (key, is_empty) in [("users", users.is_empty()), ("images", images.is_empty())] {
         if is_empty {
-            let message = format!("a list without `{key}` allows nothing");
+            let message = format!("an allow list without `{key}` has no effect");
             return Err(report.emit(table.at(key), table.path(key), message, None));
         }
     }
     for (at, glob) in &images {
         if glob.has_tag() {
-            let message = "a right is to a repository, and not to a tag: layers have none";
-            let help = Some("write it without what follows the `:`".to_owned());
+            let message = "an allow list applies to repositories, not to tags, because layers have no tag";
+            let help = Some("remove the `:` and the tag".to_owned());
             return Err(report.emit(at, table.path("images"), message, help));
         }
         if let Some(upstream) = glob.upstream()
@@ -160,9 +160,9 @@ fn allow(table: &Table, configured: &[ParsedUpstream], report: &mut Report<'_>) 
     })
 }
 
-/// `name:hash` a line; empty lines and those that begin with `#` do not count. An error never quotes a hash.
+/// Parses `name:hash` lines; ignores empty lines and `#` comments. Errors never quote a hash.
 fn users(bytes: &[u8]) -> Result<Vec<User>, (String, &'static str)> {
-    const MAKE: &str = "make the file with: htpasswd -B -c FILE USER";
+    const MAKE: &str = "create the file with: htpasswd -B -c FILE USER";
     let text = std::str::from_utf8(bytes).map_err(|_| ("the file is not text".to_owned(), MAKE))?;
     let mut users: Vec<User> = Vec::new();
     for (index, line) in text.lines().enumerate() {
@@ -176,14 +176,14 @@ fn users(bytes: &[u8]) -> Result<Vec<User>, (String, &'static str)> {
         };
         if users.iter().any(|user| user.name == name) {
             return Err((
-                format!("line {number}: `{name}` stands here twice"),
+                format!("line {number}: `{name}` is listed twice"),
                 "keep one of the lines",
             ));
         }
         let Some(cost) = cost(hash) else {
-            let help = "only bcrypt is taken, as made by: htpasswd -B FILE USER";
+            let help = "only bcrypt is supported, as created by: htpasswd -B FILE USER";
             return Err((
-                format!("line {number}: the hash of `{name}` is not one of bcrypt"),
+                format!("line {number}: the hash of `{name}` is not a bcrypt hash"),
                 help,
             ));
         };
@@ -191,7 +191,7 @@ fn users(bytes: &[u8]) -> Result<Vec<User>, (String, &'static str)> {
             let message = format!(
                 "line {number}: the hash of `{name}` has cost {cost}, outside of {COST_MIN} to {COST_MAX}"
             );
-            return Err((message, "make it anew with: htpasswd -B -C 10 FILE USER"));
+            return Err((message, "recreate it with: htpasswd -B -C 10 FILE USER"));
         }
         users.push(User {
             name: name.to_owned(),
@@ -199,12 +199,12 @@ fn users(bytes: &[u8]) -> Result<Vec<User>, (String, &'static str)> {
         });
     }
     if users.is_empty() {
-        return Err(("there is no user in the file".to_owned(), MAKE));
+        return Err(("the file has no users".to_owned(), MAKE));
     }
     Ok(users)
 }
 
-/// The cost of a bcrypt hash: `$2b$10$` and 53 characters.
+/// Cost of a bcrypt hash: `$2b$10$` and 53 characters.
 fn cost(hash: &str) -> Option<u32> {
     let rest = ["$2a$", "$2b$", "$2y$"]
         .iter()

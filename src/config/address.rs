@@ -1,4 +1,4 @@
-//! The grammar of addresses, URLs and host names, with the remedy for what people write instead.
+//! Parsers of addresses, URLs and host names, with hints for common mistakes.
 
 use std::borrow::Cow;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -8,10 +8,10 @@ use http::uri::{Authority, Uri};
 
 use super::parsers::{ParseError, invalid};
 
-/// The port of https, which a registry's name leaves out.
+/// Port of https, which registry names omit.
 const USUAL_PORT: u16 = 443;
 
-/// An IP address with its port.
+/// Parses an IP address with a port.
 pub(super) fn address(text: &str) -> Result<SocketAddr, ParseError> {
     if let Ok(address) = SocketAddr::from_str(text) {
         return Ok(address);
@@ -20,17 +20,17 @@ pub(super) fn address(text: &str) -> Result<SocketAddr, ParseError> {
     let is_port = port.parse::<u16>().is_ok();
     let help = match text.rsplit_once(':') {
         Some(("" | "*", _)) if is_port => {
-            format!("for every address of this machine, write \"0.0.0.0:{port}\"")
+            format!("for every address of this host, write \"0.0.0.0:{port}\"")
         }
         Some(("localhost", _)) if is_port => format!("write \"127.0.0.1:{port}\""),
-        None if is_port => format!("write \"127.0.0.1:{port}\" for this machine alone"),
+        None if is_port => format!("write \"127.0.0.1:{port}\" for this host alone"),
         None if text.parse::<std::net::IpAddr>().is_ok() => format!("the port is missing: \"{text}:5000\""),
         _ => r#"write an IP address and a port, as in "127.0.0.1:5000" or "[::1]:5000""#.to_owned(),
     };
     invalid(format!("`{text}` is not an address with a port"), help)
 }
 
-/// An absolute http(s) URL without trailing slash. What it says is not repeated in the fault: it may hold a password.
+/// Parses an absolute http(s) URL; removes trailing slashes. Errors do not quote it, because it may contain a password.
 pub(super) fn url(text: &str) -> Result<String, ParseError> {
     let example = r#"write it as in "https://registry.example.org""#;
     if !text.contains("://") {
@@ -50,7 +50,7 @@ pub(super) fn url(text: &str) -> Result<String, ParseError> {
         .is_none_or(|authority| authority.as_str().contains('@'))
     {
         return invalid(
-            "a URL holds no user and no password here",
+            "a URL with a user or password is not accepted here",
             "use `username` and `password_file`, with auth = \"shared\"",
         );
     }
@@ -59,7 +59,7 @@ pub(super) fn url(text: &str) -> Result<String, ParseError> {
     }
     let text = text.trim_end_matches('/');
     if text.ends_with("/v2") {
-        return invalid("`/v2` is added by itself", "leave out `/v2`");
+        return invalid("`/v2` is added automatically", "remove `/v2`");
     }
     Ok(text.to_owned())
 }
@@ -77,7 +77,7 @@ pub(super) fn proxy_url(text: &str) -> Result<String, ParseError> {
     }
     match uri.authority() {
         Some(authority) if authority.as_str().contains('@') => invalid(
-            "a URL holds no user and no password here",
+            "a URL with a user or password is not accepted here",
             "set HTTPS_PROXY for the process, and proxy = \"environment\"",
         ),
         Some(authority) if is_host(authority) => Ok(text.trim_end_matches('/').to_owned()),
@@ -85,13 +85,13 @@ pub(super) fn proxy_url(text: &str) -> Result<String, ParseError> {
     }
 }
 
-/// A host name, with a port where it is not the usual one, as it stands in an image's name.
+/// Parses a host name as in image names, with a port unless it is the default.
 pub(super) fn host(text: &str) -> Result<String, ParseError> {
     let example = r#"write it as in "registry.example.org" or "registry.example.org:5000""#;
     if text.contains("://") || text.contains('/') {
         return invalid(
             format!("`{}` is not a host name", without_secret(text)),
-            "leave out the scheme and the path",
+            "remove the scheme and the path",
         );
     }
     if text.chars().any(char::is_uppercase) {
@@ -117,7 +117,7 @@ pub(super) fn host(text: &str) -> Result<String, ParseError> {
     }
 }
 
-/// A name without its port, an IPv6 address without its brackets.
+/// Host name without the port; IPv6 address without brackets.
 pub fn host_part(name: &str) -> &str {
     if let Some(address) = name.strip_prefix('[') {
         return address.split(']').next().unwrap_or(address);
@@ -125,8 +125,8 @@ pub fn host_part(name: &str) -> &str {
     name.split_once(':').map_or(name, |(host, _)| host)
 }
 
-/// The one spelling of a registry's host (RFC 3986 §6.2.2.1 and §6.2.3): lower case, without the dot of the DNS root and
-/// without port 443, an IPv6 address in its shortest form. `None` for text that is not a host with at most a port.
+/// Canonical form of a registry's host (RFC 3986 §6.2.2.1 and §6.2.3): lower case, without a trailing dot and without
+/// port 443; an IPv6 address in its shortest form. `None` if the text is not a host with an optional port.
 pub fn canonical(text: &str) -> Option<Cow<'_, str>> {
     let (host, port) = if let Some(rest) = text.strip_prefix('[') {
         let (address, port) = rest.split_once(']')?;
@@ -146,7 +146,7 @@ pub fn canonical(text: &str) -> Option<Cow<'_, str>> {
     })
 }
 
-/// The port of a `:` and digits, 443 of nothing; `None` for other text.
+/// Parses `:port`; empty text is 443. `None` for other text.
 fn port_or_usual(text: &str) -> Option<u16> {
     let digits = text.strip_prefix(':').unwrap_or(text);
     if digits.is_empty() {
@@ -156,7 +156,7 @@ fn port_or_usual(text: &str) -> Option<u16> {
     digits.parse().ok().filter(|_| is_port)
 }
 
-/// A host name without the dot of the DNS root.
+/// Host name without a trailing dot.
 fn canonical_name(host: &str) -> Option<&str> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
     let host = host.strip_suffix('.').unwrap_or(host);
@@ -164,7 +164,7 @@ fn canonical_name(host: &str) -> Option<&str> {
     is_name.then_some(host)
 }
 
-/// Whether both name one host.
+/// Whether both names have the same canonical form.
 pub(super) fn is_same_host(one: &str, other: &str) -> bool {
     one == other || canonical(one).is_some_and(|one| canonical(other).is_some_and(|other| one == other))
 }

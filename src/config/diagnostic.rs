@@ -1,20 +1,20 @@
-//! What is wrong with a configuration: where, what, and what to write instead.
+//! Configuration diagnostics: location, message and hint.
 
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-/// Everything that is wrong, in the order of the file. Never empty.
+/// All diagnostics, in the order of the file. Never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diagnostics(Vec<Diagnostic>);
 
 impl Diagnostics {
-    /// One fault alone.
+    /// A single diagnostic.
     pub fn one(diagnostic: Diagnostic) -> Self {
         Self(vec![diagnostic])
     }
 
-    /// The faults, in the order of the file.
+    /// Iterates in the order of the file.
     pub fn iter(&self) -> std::slice::Iter<'_, Diagnostic> {
         self.0.iter()
     }
@@ -43,42 +43,42 @@ impl fmt::Display for Diagnostics {
 
 impl std::error::Error for Diagnostics {}
 
-/// One thing that is wrong. Printed with its line, a caret, and the remedy.
+/// One error. `Display` prints it with its line, a caret and a hint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diagnostic {
-    /// Where it stands.
+    /// Location of the error.
     pub location: Location,
-    /// The key concerned, as in `store.size`; empty where the file is not TOML.
+    /// Key, such as `store.size`; empty if the file is not TOML.
     pub key: String,
-    /// What is wrong.
+    /// Error message.
     pub message: String,
-    /// What to write instead.
+    /// Suggested fix.
     pub help: Option<String>,
 }
 
-/// Where a setting was given.
+/// Location of a setting.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Location {
-    /// In the text of a configuration file.
+    /// Span in the configuration file.
     Text {
-        /// The file, as it was named.
+        /// Path as passed by the operator.
         file: PathBuf,
         /// Line, from 1.
         line: usize,
         /// Column in characters, from 1.
         column: usize,
-        /// Bytes of the text.
+        /// Byte range in the text.
         span: Range<usize>,
-        /// The line as it may be printed: what looks like a secret is masked.
+        /// The line with secrets masked.
         source: String,
     },
-    /// A file as a whole.
+    /// An entire file.
     File(PathBuf),
-    /// An environment variable.
+    /// Environment variable.
     Variable(String),
-    /// A flag of the command line.
+    /// Command-line flag.
     Flag(String),
-    /// Not given anywhere: the built-in value.
+    /// Built-in default.
     Default,
 }
 
@@ -103,7 +103,7 @@ impl fmt::Display for Diagnostic {
         {
             let number = line.to_string();
             let before = source.chars().take(column - 1);
-            // A tab stays a tab, or the caret would stand elsewhere than what it points to.
+            // Tabs are kept, so that the caret aligns with the value.
             let margin: String = before.map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
             let carets = span
                 .len()
@@ -119,7 +119,7 @@ impl fmt::Display for Diagnostic {
     }
 }
 
-/// Where a value comes from, before anything is known to be wrong with it.
+/// Origin of a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Origin {
     Span(Range<usize>),
@@ -128,11 +128,11 @@ pub(super) enum Origin {
     Default,
 }
 
-/// The fault was told to the [`Report`]; the value is lost.
+/// Marker error: the [`Report`] already has a diagnostic.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reported;
 
-/// Collects the faults of one reading.
+/// Collects the diagnostics of one load.
 pub(super) struct Report<'a> {
     text: &'a str,
     origin: &'a Path,
@@ -148,7 +148,7 @@ impl<'a> Report<'a> {
         }
     }
 
-    /// Notes a fault.
+    /// Adds a diagnostic.
     pub(super) fn emit(
         &mut self,
         at: &Origin,
@@ -170,7 +170,7 @@ impl<'a> Report<'a> {
         self.diagnostics.is_empty()
     }
 
-    /// All faults in the order of the text; those from elsewhere come last.
+    /// Sorts diagnostics by their position in the text; those from other origins come last.
     pub(super) fn into_diagnostics(mut self) -> Diagnostics {
         self.diagnostics
             .sort_by_key(|diagnostic| match &diagnostic.location {
@@ -180,7 +180,7 @@ impl<'a> Report<'a> {
         Diagnostics(self.diagnostics)
     }
 
-    /// A path as meant: relative to the file in which it stands, or to the working directory.
+    /// Resolves a path relative to the configuration file; paths of variables and flags are relative to the working directory.
     pub(super) fn resolve(&self, at: &Origin, path: PathBuf) -> PathBuf {
         match at {
             Origin::Span(_) | Origin::Default => self
@@ -191,7 +191,7 @@ impl<'a> Report<'a> {
         }
     }
 
-    /// Where that is, for people.
+    /// Printable location of an origin.
     pub(super) fn location(&self, at: &Origin) -> Location {
         match at {
             Origin::Span(span) => self.in_text(span),
@@ -215,7 +215,7 @@ impl<'a> Report<'a> {
     }
 }
 
-/// A line as it may be printed. Faults end up in logs, and logs in the wrong hands.
+/// Masks secrets and control characters of a line, because diagnostics are logged.
 fn sanitize(line: &str) -> String {
     let line: String = line
         .trim_end_matches('\r')
@@ -240,7 +240,7 @@ fn sanitize(line: &str) -> String {
     mask_userinfo(&line)
 }
 
-/// `https://user:secret@host` without what stands between `//` and `@`.
+/// Masks the user information of URLs: `https://user:secret@host`.
 fn mask_userinfo(line: &str) -> String {
     let Some((scheme, rest)) = line.split_once("://") else {
         return line.to_owned();

@@ -1,4 +1,4 @@
-//! From text to tables of known keys: what is written where, nothing yet about what it means.
+//! TOML document as tables of known keys with source spans; values are not interpreted yet.
 
 use std::collections::BTreeMap;
 
@@ -10,20 +10,19 @@ use super::parsers::nearest;
 use super::schema::{KEYS, Section};
 use super::table::{Entry, Table};
 
-/// A whole configuration file.
+/// A parsed configuration file.
 pub(super) struct Document {
-    /// The text is not TOML: nothing was read of it.
+    /// Whether the text is not TOML; then no table is filled.
     pub(super) is_malformed: bool,
     fixed: BTreeMap<Section, Table>,
-    /// In the order of the file.
+    /// Sections in the order of the file.
     pub(super) upstreams: Vec<Table>,
     pub(super) rules: Vec<Table>,
     pub(super) allows: Vec<Table>,
 }
 
 impl Document {
-    /// Reads the text. A text that is not TOML gives the faults of its grammar alone: what can still be read of it
-    /// says little about what was meant.
+    /// Parses the text. Invalid TOML yields syntax errors only, because the parsed remainder is unreliable.
     pub(super) fn read(text: &str, report: &mut Report<'_>) -> Self {
         let (root, errors) = DeTable::parse_recoverable(text);
         report_syntax_errors(text, &errors, report);
@@ -48,7 +47,7 @@ impl Document {
         document
     }
 
-    /// A section that occurs once.
+    /// A section that occurs at most once.
     pub(super) fn fixed(&self, section: Section) -> Table {
         self.fixed
             .get(&section)
@@ -56,7 +55,7 @@ impl Document {
             .unwrap_or_else(|| Table::new(section, "", Origin::Default))
     }
 
-    /// Puts a value in the place of what the file says.
+    /// Overrides a value of the file.
     pub(super) fn replace(&mut self, section: Section, key: &'static str, entry: Entry) {
         if let Some(table) = self.fixed.get_mut(&section) {
             table.set(key, entry);
@@ -88,7 +87,7 @@ impl Document {
                         &at,
                         name,
                         message,
-                        Some(format!("write {} on a line of its own", section.header())),
+                        Some(format!("write {} on its own line", section.header())),
                     );
                 }
                 (_, "upstream" | "rule" | "allow", _) => {
@@ -133,7 +132,7 @@ impl Document {
     }
 }
 
-/// Sections that may occur again and again, in their order. Operators count from one.
+/// Reads repeatable sections in order; they are numbered from one.
 fn read_numbered(section: Section, tables: &[Spanned<DeValue<'_>>], report: &mut Report<'_>) -> Vec<Table> {
     let mut read = Vec::new();
     for (index, table) in tables.iter().enumerate() {
@@ -146,7 +145,7 @@ fn read_numbered(section: Section, tables: &[Spanned<DeValue<'_>>], report: &mut
             let message = if section == Section::Rule {
                 "a rule is a section"
             } else {
-                "a list of what is allowed is a section"
+                "an allow list is a section"
             };
             let header = section.header().trim_matches('`');
             report.emit(&at, name, message, Some(format!("begin each one with {header}")));
@@ -155,7 +154,7 @@ fn read_numbered(section: Section, tables: &[Spanned<DeValue<'_>>], report: &mut
     read
 }
 
-/// One fault a line: what follows on the same line is mostly the parser's confusion about the first.
+/// Reports one syntax error per line, because further errors of a line mostly follow from the first.
 fn report_syntax_errors(text: &str, errors: &[toml::de::Error], report: &mut Report<'_>) {
     let mut reported_lines = Vec::new();
     for error in errors {
@@ -169,7 +168,7 @@ fn report_syntax_errors(text: &str, errors: &[toml::de::Error], report: &mut Rep
         reported_lines.push(line);
         let unquoted = error.message().starts_with("string values must be quoted");
         let (message, help) = match text.get(span.clone()) {
-            Some(word) if unquoted => ("a text needs quotes", Some(format!("write \"{word}\""))),
+            Some(word) if unquoted => ("a string needs quotes", Some(format!("write \"{word}\""))),
             _ => (error.message(), None),
         };
         report.emit(&Origin::Span(span), "", message, help);
@@ -197,7 +196,7 @@ fn put(table: &mut Table, name: &str, at: &Origin, value: &Spanned<DeValue<'_>>,
     let path = table.path(name);
     if let Some(key) = table.section.renamed(name) {
         let message = format!("`{name}` is now `{}`", key.name);
-        let help = format!("write `{}` in its place", key.name);
+        let help = format!("write `{}` instead", key.name);
         report.emit(at, path, message, Some(help));
         return;
     }
@@ -206,11 +205,10 @@ fn put(table: &mut Table, name: &str, at: &Origin, value: &Spanned<DeValue<'_>>,
     report.emit(at, path, message, Some(help));
 }
 
-/// What was probably meant by a key that this section does not have.
+/// Hint for an unknown key of this section.
 fn suggestion(section: Section, name: &str) -> String {
     if section == Section::Upstream && name == "password" {
-        return "a password does not belong here; put it into a file and name that as `password_file`"
-            .to_owned();
+        return "passwords are not accepted here; put it into a file and set `password_file`".to_owned();
     }
     if let Some(key) = KEYS.iter().find(|key| key.name == name && key.section != section) {
         return format!("`{name}` belongs to {}", key.section.header());
@@ -236,11 +234,14 @@ fn suggestion(section: Section, name: &str) -> String {
             key.name,
             key.section.header()
         ),
-        None => format!("the keys here are {}", own.collect::<Vec<_>>().join(", ")),
+        None => format!(
+            "the keys of this section are {}",
+            own.collect::<Vec<_>>().join(", ")
+        ),
     }
 }
 
-/// `[upstream.docker.io]`: a table whose only content is a table, by a name that is no key.
+/// Detects `[upstream.docker.io]`: a table that contains only a table, under a name that is not a key.
 fn is_dotted_name(keys: &DeTable<'_>) -> bool {
     let mut values = keys.iter();
     match (values.next(), values.next()) {

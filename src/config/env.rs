@@ -1,4 +1,4 @@
-//! Settings from the environment and the command line: laid over what the file says.
+//! Overrides from environment variables and command-line flags.
 
 use super::Sources;
 use super::diagnostic::{Origin, Report};
@@ -9,18 +9,18 @@ use super::table::{Entry, Value};
 
 const PREFIX: &str = "IFNEWER_";
 
-/// A setting given on the command line.
+/// A setting of the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flag {
-    /// The flag, as in `--listen`.
+    /// Flag name, such as `--listen`.
     pub name: &'static str,
-    /// The key it sets, as in `listen.registry`.
+    /// Key, such as `listen.registry`.
     pub key: &'static str,
-    /// What it was given; several values are joined by commas.
+    /// Value; several values are joined by commas.
     pub value: String,
 }
 
-/// Lays the variables over the file, then the flags over both.
+/// Applies variables over the file, then flags over both.
 pub(super) fn apply_overrides(document: &mut Document, sources: &Sources<'_>, report: &mut Report<'_>) {
     for (name, value) in &sources.variables {
         if !name.starts_with(PREFIX)
@@ -30,16 +30,13 @@ pub(super) fn apply_overrides(document: &mut Document, sources: &Sources<'_>, re
             continue;
         }
         match key_of(name) {
-            // What a composed environment leaves empty is meant as unset.
+            // Compose files set unused variables to the empty string.
             Some(_) if value.is_empty() => {}
             Some(key) => replace(document, key, Origin::Variable(name.clone()), value),
             None => {
                 let at = Origin::Variable(name.clone());
                 let (message, help) = match renamed(name) {
-                    Some(new) => (
-                        format!("`{name}` is now `{new}`"),
-                        format!("set `{new}` in its place"),
-                    ),
+                    Some(new) => (format!("`{name}` is now `{new}`"), format!("set `{new}` instead")),
                     None => ("no setting has this name".to_owned(), suggestion(name)),
                 };
                 report.emit(&at, name.as_str(), message, Some(help));
@@ -58,7 +55,7 @@ fn replace(document: &mut Document, key: &Key, at: Origin, value: &str) {
     document.replace(key.section, key.name, Entry { at, value });
 }
 
-/// The variable of a key that was renamed.
+/// New variable name of a renamed key.
 fn renamed(variable: &str) -> Option<String> {
     Section::FIXED.into_iter().find_map(|section| {
         let lower = variable.to_lowercase();
@@ -88,9 +85,8 @@ fn key_of(variable: &str) -> Option<&'static Key> {
         .find(|key| key.variable().as_deref() == Some(variable))
 }
 
-/// Kubernetes gives every pod variables about the services of its namespace. A service named `ifnewer` must not keep
-/// ifnewer from starting: `IFNEWER_SERVICE_HOST`, `IFNEWER_PORT`, `IFNEWER_PORT_5000_TCP_ADDR`, and the same for
-/// `ifnewer-…`.
+/// Whether Kubernetes set the variable for a service of the pod's namespace. A service named `ifnewer` or `ifnewer-…`
+/// must not prevent the start: `IFNEWER_SERVICE_HOST`, `IFNEWER_PORT`, `IFNEWER_PORT_5000_TCP_ADDR`.
 fn is_kubernetes_service_variable(name: &str) -> bool {
     let after = |word: &str| name.split_once(word).map(|(_, rest)| rest);
     name.ends_with("_SERVICE_HOST")

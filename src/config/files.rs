@@ -1,4 +1,4 @@
-//! The files that a configuration names: passwords, certificates, keys. Wrong ones are told before any port is bound.
+//! Files that settings name: passwords, certificates, keys. Invalid ones are reported before any port is bound.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use super::parsers;
 use super::table::Table;
 use crate::upstream::{ClientCertificate, ClientCertificateError, DockerConfig};
 
-/// Longest file that is read whole: a password, a bundle of certificates.
+/// Maximum size of such a file.
 const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
 pub(super) fn password_file(
@@ -42,12 +42,11 @@ pub(super) fn docker_config(
         Ok(Err(error)) => error.to_string(),
         Err(_) => "the file is not text".to_owned(),
     };
-    let help =
-        "it should be what `docker login` writes: {\"auths\": {\"host\": {\"auth\": \"…\"}}}".to_owned();
+    let help = "expected the format of `docker login`: {\"auths\": {\"host\": {\"auth\": \"…\"}}}".to_owned();
     Err(report.emit(table.at(KEY), table.path(KEY), message, Some(help)))
 }
 
-/// The certificates in the file that `key` names, DER; none if it is not set.
+/// Certificates of the file that `key` names, DER; empty if `key` is not set.
 pub(super) fn roots(table: &Table, key: &str, report: &mut Report<'_>) -> Result<Vec<Vec<u8>>, Reported> {
     let Some(file) = table.text_if_set(report, key, &parsers::PATH)? else {
         return Ok(Vec::new());
@@ -59,8 +58,8 @@ pub(super) fn roots(table: &Table, key: &str, report: &mut Report<'_>) -> Result
     match certificates {
         Ok(certificates) if !certificates.is_empty() => Ok(certificates),
         Ok(_) => {
-            let help = "it should contain -----BEGIN CERTIFICATE-----".to_owned();
-            let message = "there is no certificate in the file";
+            let help = "expected -----BEGIN CERTIFICATE-----".to_owned();
+            let message = "the file has no certificate";
             Err(report.emit(table.at(key), table.path(key), message, Some(help)))
         }
         Err(error) => {
@@ -88,7 +87,7 @@ pub(super) fn read_file(
     Err(report.emit(table.at(key), table.path(key), message, None))
 }
 
-/// The client certificate and its key: both or neither, and of one pair.
+/// Client certificate and its private key: both or neither, and matching.
 pub(super) fn client_certificate(
     table: &Table,
     report: &mut Report<'_>,
@@ -119,16 +118,13 @@ pub(super) fn client_certificate(
         .map_err(|error| {
             let (at, help) = match error {
                 ClientCertificateError::NoCertificate => {
-                    (of_certificate, "it should contain -----BEGIN CERTIFICATE-----")
+                    (of_certificate, "expected -----BEGIN CERTIFICATE-----")
                 }
-                ClientCertificateError::NoKey => (
-                    of_key,
-                    "it should contain -----BEGIN PRIVATE KEY-----, without a password",
-                ),
+                ClientCertificateError::NoKey => {
+                    (of_key, "expected -----BEGIN PRIVATE KEY-----, without a password")
+                }
                 ClientCertificateError::Key(_) => (of_key, "use an RSA or an ECDSA key"),
-                ClientCertificateError::Mismatch => {
-                    (of_key, "name the key that the certificate was made for")
-                }
+                ClientCertificateError::Mismatch => (of_key, "use the private key of this certificate"),
             };
             report.emit(
                 table.at(at),

@@ -1,4 +1,4 @@
-//! `[limits]`: each by itself, and combinations that cannot work.
+//! Section `[limits]`: ranges of each limit, and contradictory combinations.
 
 use std::time::Duration;
 
@@ -7,17 +7,17 @@ use super::diagnostic::{Report, Reported};
 use super::parsers;
 use super::table::Table;
 
-/// File descriptors that a process may have at most (`fs.nr_open` as Linux has it).
+/// Maximum file descriptors of a process (default of Linux `fs.nr_open`).
 const DESCRIPTORS_MAX: usize = 1 << 20;
 
-/// A transfer may hold 256 KiB of what it reads: so many hold 256 MiB.
+/// Upper bound of downloads: each buffers up to 256 KiB, so 1024 buffer 256 MiB.
 const DOWNLOADS_MAX: usize = 1024;
 
-/// A number that has no bound of its own.
+/// Upper bound of numbers without a specific one.
 const MANY: usize = 1_000_000;
 
 pub(super) fn read(table: &Table, report: &mut Report<'_>) -> Result<Limits, Reported> {
-    let descriptors = "a process has at most 1048576 file descriptors, and five belong to each connection";
+    let descriptors = "a process has at most 1048576 file descriptors, and each connection needs five";
     let connections_max = number(
         table,
         report,
@@ -37,7 +37,7 @@ pub(super) fn read(table: &Table, report: &mut Report<'_>) -> Result<Limits, Rep
         (MANY, "no client sends as many"),
     );
     let tunnels_max = number(table, report, "tunnels_max", (DESCRIPTORS_MAX / 10, descriptors));
-    let memory = "each transfer may hold 256 KiB of memory, two files and a connection";
+    let memory = "each download uses up to 256 KiB of memory, two files and a connection";
     let downloads_max = number(table, report, "downloads_max", (DOWNLOADS_MAX, memory));
     let per_upstream = number(
         table,
@@ -87,7 +87,7 @@ pub(super) fn read(table: &Table, report: &mut Report<'_>) -> Result<Limits, Rep
     })
 }
 
-/// A number from 1 to what a process can have, with the reason for that.
+/// Reads a number from 1 to `max`; the error names the reason of the maximum.
 fn number(
     table: &Table,
     report: &mut Report<'_>,
@@ -103,8 +103,7 @@ fn number(
     Err(report.emit(table.at(key), table.path(key), message, Some(help)))
 }
 
-/// What is counted within something larger. A default that is larger than the whole is lowered to it; a given one is a
-/// mistake.
+/// Limits a number to a total that includes it. A default above the total is lowered; a configured value is an error.
 fn part(
     table: &Table,
     report: &mut Report<'_>,
@@ -112,14 +111,14 @@ fn part(
     (of, whole): (&str, usize),
 ) -> usize {
     if number > whole && table.is_set(key) {
-        let message = format!("{number} is more than `{of}` ({whole}), within which it is counted");
+        let message = format!("{number} is more than `{of}` ({whole}), which includes it");
         let help = format!("lower it to {whole} at most, or raise `{of}`");
         report.emit(table.at(key), table.path(key), message, Some(help));
     }
     number.min(whole)
 }
 
-/// The head of a response is waited for from the request on, and a connection is made within that.
+/// `first_byte_timeout` starts with the request, so it includes the connection.
 pub(super) fn check_connect_timeout(
     table: &Table,
     connect: Duration,
@@ -132,7 +131,7 @@ pub(super) fn check_connect_timeout(
     }
     let words = |duration: Duration| humantime::format_duration(duration);
     let message = format!(
-        "{} is never reached: `{whole}` ({}) runs from the request on and includes it",
+        "{} is never reached: `{whole}` ({}) starts with the request and includes it",
         words(connect),
         words(first_byte)
     );
@@ -140,7 +139,7 @@ pub(super) fn check_connect_timeout(
     report.emit(table.at(key), table.path(key), message, Some(help));
 }
 
-/// A connection on which nothing moves ends after the longer of two other timeouts, whatever is waited for.
+/// An idle connection ends after the longer of two other timeouts, so a longer header timeout has no effect.
 fn check_header_timeout(table: &Table, limits: &Limits, report: &mut Report<'_>) {
     let key = "header_timeout";
     let (header, quiet) = (

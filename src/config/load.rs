@@ -1,4 +1,4 @@
-//! From tables of known keys to the configuration: one reader per section, and the checks that need several.
+//! Builds the configuration from tables: one reader per section, and checks across sections.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -14,10 +14,10 @@ use super::validate;
 use super::{Admin, Config, Listen, Log, ServerCertificate, Sources, StoreLimits, Tls};
 use crate::policy::rules::{EffectivePolicy, ImagePattern, PolicyOverrides, Rules};
 
-/// The name of a folder of certificates that nobody has named.
+/// Default name of the certificate directory.
 pub(super) const CERTIFICATES: &str = "certs";
 
-/// The whole configuration. Every section is read before the first failure counts, so that all faults are told.
+/// Builds the configuration. All sections are read before returning an error, so that all errors are reported.
 pub(super) fn load(
     document: &Document,
     sources: &Sources<'_>,
@@ -93,7 +93,7 @@ fn listen(table: &Table, report: &mut Report<'_>) -> Result<Listen, Reported> {
     for (at, address) in registry {
         let twice = match address {
             parsers::Address::Tcp(address) => {
-                // Port 0 is another port each time.
+                // Each use of port 0 binds another port.
                 let twice = address.port() != 0 && seen.contains(&address);
                 seen.push(address);
                 twice.then(|| address.to_string())
@@ -107,7 +107,7 @@ fn listen(table: &Table, report: &mut Report<'_>) -> Result<Listen, Reported> {
             }
         };
         if let Some(twice) = twice {
-            let message = format!("`{twice}` stands here twice");
+            let message = format!("`{twice}` is listed twice");
             report.emit(&at, table.path("registry"), message, None);
         }
     }
@@ -116,8 +116,8 @@ fn listen(table: &Table, report: &mut Report<'_>) -> Result<Listen, Reported> {
         && address.port() != 0
         && seen.contains(&address)
     {
-        let message = format!("`{address}` is an address of the registry already");
-        let help = "the admin API has an address of its own; clients must not reach it".to_owned();
+        let message = format!("`{address}` is already an address of the registry");
+        let help = "the admin API needs another address that clients cannot reach".to_owned();
         report.emit(table.at("admin"), table.path("admin"), message, Some(help));
     }
     Ok(Listen {
@@ -130,8 +130,8 @@ fn listen(table: &Table, report: &mut Report<'_>) -> Result<Listen, Reported> {
     })
 }
 
-/// The folder of certificates where none is named: beside the file, and without a file the one place that does not
-/// depend on where the program is started, unless a folder is meant for them there.
+/// Default certificate directory without a configuration file: `certs` in the working directory if that is usable, else in
+/// the cache directory, which does not depend on the working directory. `None` with a file: then it is beside the file.
 pub(super) fn certificates(sources: &Sources<'_>, data: Option<&PathBuf>) -> Option<PathBuf> {
     let is_without_file = sources.origin.as_os_str().is_empty();
     let in_data = || data.map(|data| data.join(CERTIFICATES));
@@ -223,7 +223,7 @@ fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<EffectivePolic
     Ok(rule)
 }
 
-/// What an upstream's section or a `[[rule]]` changes.
+/// Overrides of an upstream's section or a `[[rule]]`.
 pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<PolicyOverrides, Reported> {
     let policy = table.text_if_set(report, "policy", &parsers::POLICY);
     let max_age = table.text_if_set(report, "max_age", &parsers::DURATION);
@@ -245,7 +245,7 @@ pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<PolicyOv
     })
 }
 
-/// A right that outlives an outage's limit would make that limit a false promise.
+/// A grant must last at least as long in an outage, otherwise `grant_ttl` would exceed its offline limit.
 fn check_grant_ttls(table: &Table, rule: &EffectivePolicy, report: &mut Report<'_>) {
     if rule.grant_ttl > rule.grant_ttl_offline {
         let key = if table.is_set("grant_ttl") {
@@ -258,8 +258,7 @@ fn check_grant_ttls(table: &Table, rule: &EffectivePolicy, report: &mut Report<'
             humantime::format_duration(rule.grant_ttl),
             humantime::format_duration(rule.grant_ttl_offline)
         );
-        let help =
-            "a right holds at least as long in an outage: make `grant_ttl_offline` the longer one".to_owned();
+        let help = "a grant must last at least as long in an outage: increase `grant_ttl_offline`".to_owned();
         report.emit(table.at(key), table.path(key), message, Some(help));
     }
 }
@@ -295,11 +294,11 @@ fn rules(
         };
         let images = images.unwrap_or_default();
         if images.is_empty() {
-            let help = r#"name them, as in images = ["ghcr.io/acme/*"]"#.to_owned();
+            let help = r#"add them, as in images = ["ghcr.io/acme/*"]"#.to_owned();
             report.emit(
                 table.at("images"),
                 table.path("images"),
-                "a rule without images never holds",
+                "a rule without images never applies",
                 Some(help),
             );
         }
@@ -329,7 +328,7 @@ fn rules(
     rules.map_err(|error| report.emit(&Origin::Default, "rule", error.to_string(), None))
 }
 
-/// A glob that can never be the first to match is a mistake: it looks as if it did something.
+/// Rejects a glob that can never be the first match.
 fn check_pattern_reachable(
     table: &Table,
     at: &Origin,
@@ -344,12 +343,12 @@ fn check_pattern_reachable(
         report.emit(at, table.path("images"), error.message, error.help);
     }
     if let Some((_, rule)) = seen.iter().find(|(earlier, _)| *earlier == pattern.as_str()) {
-        let message = format!("never reached: `{pattern}` stands already in rule {rule}");
+        let message = format!("never reached: `{pattern}` is already in rule {rule}");
         report.emit(
             at,
             table.path("images"),
             message,
-            Some("the first match wins; leave one out".to_owned()),
+            Some("the first matching rule applies; remove one of them".to_owned()),
         );
     }
 }

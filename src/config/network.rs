@@ -1,4 +1,4 @@
-//! Networks and hosts that the operator names as a set: `10.0.0.0/8`, `*.example.org:8443`, `http://minio.internal:9000`.
+//! Parsers of networks and host patterns: `10.0.0.0/8`, `*.example.org:8443`, `http://minio.internal:9000`.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -8,7 +8,7 @@ use super::parsers::{ParseError, invalid};
 pub use crate::upstream::Network;
 use crate::upstream::{HostPattern, NetworkError, RedirectRule, RedirectTarget};
 
-/// The port of a host that is named without one.
+/// Default port of a host pattern.
 const HTTPS: u16 = 443;
 
 pub(super) fn network(text: &str) -> Result<Network, ParseError> {
@@ -16,11 +16,11 @@ pub(super) fn network(text: &str) -> Result<Network, ParseError> {
     match Network::read(text) {
         Ok(network) => Ok(network),
         Err(NetworkError::Address) => invalid(format!("`{text}` is not a network"), example),
-        Err(NetworkError::Length) => invalid(format!("`{text}` has a wrong length after the `/`"), example),
+        Err(NetworkError::Length) => invalid(format!("`{text}` has an invalid prefix length"), example),
     }
 }
 
-/// Where a `CONNECT` may lead: a host or a glob over hosts, and a port.
+/// Allowed `CONNECT` target: a host or a glob over hosts, and a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TunnelRule {
     host: HostPattern,
@@ -28,12 +28,12 @@ pub struct TunnelRule {
 }
 
 impl TunnelRule {
-    /// Whether this host (lower case, without brackets) at this port is meant.
+    /// Whether the rule matches this host (lower case, without brackets) and port.
     pub fn allows(&self, host: &str, port: u16) -> bool {
         self.host.matches(host) && self.port == port
     }
 
-    /// Whether one host is named, and not a set of them.
+    /// Whether the rule names a single host.
     pub fn is_exact(&self) -> bool {
         self.host.is_exact()
     }
@@ -55,7 +55,7 @@ pub(super) fn tunnel(text: &str) -> Result<TunnelRule, ParseError> {
 }
 
 fn host_pattern(text: &str, example: &str) -> Result<(HostPattern, Option<u16>), ParseError> {
-    // A star in the place of a label makes no difference to what a host may look like otherwise.
+    // Validate the host syntax with each star replaced by a letter.
     host(&text.replace('*', "x"))?;
     let (name, port) = match text.rsplit_once(':') {
         Some((name, port)) if !port.ends_with(']') => match port.parse() {
@@ -70,25 +70,25 @@ fn host_pattern(text: &str, example: &str) -> Result<(HostPattern, Option<u16>),
     }
 }
 
-/// A host, a glob over hosts or a network, with `http://` before it where plain HTTP is meant.
+/// Parses a redirect target: a host, a glob over hosts or a network; `http://` allows plain HTTP.
 pub(super) fn redirect(text: &str) -> Result<RedirectRule, ParseError> {
     let example = r#"write it as in "s3.example.org", "http://minio.internal:9000" or "10.20.0.0/16""#;
     let (plain, rest) = match text.split_once("://") {
         Some(("http", rest)) => (true, rest),
         Some(("https", rest)) => (false, rest),
         Some(_) => {
-            return invalid("a redirect is followed to http:// and https:// alone", example);
+            return invalid("redirects are followed to http:// and https:// only", example);
         }
         None => (false, text),
     };
     let is_url = rest.len() < text.len();
     match Network::read(rest.trim_start_matches('[').trim_end_matches(']')) {
-        // A URL has a port, if only the usual one.
+        // A URL with an address is a host, with the default port.
         Ok(_) if is_url && !rest.contains('/') => {}
         Ok(network) if network.is_everything() => {
             return invalid(
-                format!("`{text}` is every address there is"),
-                r#"name the network that the storage is in, as in "10.20.0.0/16""#,
+                format!("`{text}` includes every address"),
+                r#"write the network of the storage, as in "10.20.0.0/16""#,
             );
         }
         Ok(network) => {
@@ -96,14 +96,14 @@ pub(super) fn redirect(text: &str) -> Result<RedirectRule, ParseError> {
             return Ok(RedirectRule { plain, to });
         }
         Err(NetworkError::Length) => {
-            return invalid(format!("`{text}` has a wrong length after the `/`"), example);
+            return invalid(format!("`{text}` has an invalid prefix length"), example);
         }
         Err(NetworkError::Address) => {} // A host, perhaps.
     }
     if rest.contains('/') {
         return invalid(
             format!("`{text}` has a path"),
-            "leave out the path: a host and its port are what counts",
+            "remove the path: only host and port count",
         );
     }
     let (host, port) = host_pattern(rest, example)?;
@@ -124,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_tunnel_leads_to_one_port() {
+    fn tunnel_rule_matches_one_port() {
         for (text, host, port, allowed) in [
             ("auth.example.org", "auth.example.org", 443, true),
             ("auth.example.org", "auth.example.org", 22, false),
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn r13_an_entry_of_redirects_names_a_host_or_a_network() {
+    fn r13_redirect_entry_is_host_or_network() {
         for text in [
             "s3.example.org",
             "s3.example.org:9000",

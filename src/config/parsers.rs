@@ -1,4 +1,4 @@
-//! From the text of one value to the value: what each kind of value is, and how it is read.
+//! Value parsers: the syntax of each kind of value.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -15,24 +15,24 @@ use crate::policy::rules::{ImagePattern, StaleLimit};
 use crate::policy::{OnNotFound, Policy};
 use crate::upstream::{HelperName, HelperNameError, RedirectRule};
 
-/// A value that is written as text.
+/// Parser of a value that is written as a string.
 pub(super) struct ValueParser<T> {
-    /// What it is, with its article.
+    /// Kind of value, with its article.
     pub(super) expected: &'static str,
-    /// One, as it would be written.
+    /// Example, as written in the file.
     pub(super) example: &'static str,
-    /// Reads it.
+    /// Parses the string.
     pub(super) parse: fn(&str) -> Result<T, ParseError>,
 }
 
-/// Why a text is not the value expected.
+/// Why a string is not the expected value.
 #[derive(Debug)]
 pub(super) struct ParseError {
     pub(super) message: String,
     pub(super) help: Option<String>,
 }
 
-/// Shorthand: what is wrong, and what to write instead.
+/// Builds an error from a message and a hint.
 pub(super) fn invalid<T>(message: impl Into<String>, help: impl Into<String>) -> Result<T, ParseError> {
     Err(ParseError {
         message: message.into(),
@@ -55,14 +55,14 @@ pub(super) const STALENESS: ValueParser<StaleLimit> = ValueParser {
     },
 };
 
-/// A time that something may take: "0s" would mean never.
+/// Timeout; "0s" is rejected because every operation would fail.
 pub(super) const TIMEOUT: ValueParser<Duration> = ValueParser {
     expected: "a duration",
     example: r#""10s""#,
     parse: |text| match duration(text)? {
         Duration::ZERO => invalid(
-            "a time of zero would let nothing through",
-            r#"write how long it may take, as in "10s""#,
+            "a timeout of zero would fail every request",
+            r#"write a timeout, as in "10s""#,
         ),
         time => Ok(time),
     },
@@ -74,24 +74,24 @@ pub(super) const SIZE: ValueParser<u64> = ValueParser {
     parse: size,
 };
 
-/// Bytes in a second; 0 for "off".
+/// Bytes per second; 0 for "off".
 pub(super) const RATE: ValueParser<u64> = ValueParser {
     expected: "a rate or \"off\"",
     example: r#""20 MiB/s""#,
     parse: |text| match (text, text.strip_suffix("/s")) {
         ("off", _) => Ok(0),
         (_, Some(bytes)) => match size(bytes.trim_end())? {
-            0 => invalid("a rate of zero reads nothing", r#"write "off""#),
+            0 => invalid("a rate of zero verifies nothing", r#"write "off""#),
             bytes => Ok(bytes),
         },
         (text, None) => invalid(
             format!("`{text}` is not a rate"),
-            r#"write bytes in a second, as in "20 MiB/s", or "off""#,
+            r#"write bytes per second, as in "20 MiB/s", or "off""#,
         ),
     },
 };
 
-/// A store smaller than this holds no image at all.
+/// Minimum store size; a smaller one holds no image.
 const STORE_BYTES_MIN: u64 = 1024 * 1024;
 
 pub(super) const STORE_SIZE: ValueParser<u64> = ValueParser {
@@ -110,7 +110,7 @@ pub(super) const STORE_SIZE: ValueParser<u64> = ValueParser {
     },
 };
 
-/// Where the registry listens.
+/// Listen address of the registry.
 pub(super) enum Address {
     Tcp(SocketAddr),
     Unix(PathBuf),
@@ -219,9 +219,9 @@ pub(super) const PATH: ValueParser<PathBuf> = ValueParser {
     expected: "a path",
     example: r#""/var/cache/ifnewer""#,
     parse: |text| match text {
-        "" => invalid("an empty path", "leave the key out, or name a file or folder"),
-        text if text.contains('\0') => invalid("no path holds a NUL", "write it without"),
-        text if text.starts_with('~') => invalid("`~` is not expanded here", "write the path in full"),
+        "" => invalid("an empty path", "remove the key, or name a file or directory"),
+        text if text.contains('\0') => invalid("a path cannot contain a NUL", "remove it"),
+        text if text.starts_with('~') => invalid("`~` is not expanded here", "write the full path"),
         text => Ok(PathBuf::from(text)),
     },
 };
@@ -232,7 +232,7 @@ pub(super) const URL: ValueParser<String> = ValueParser {
     parse: url,
 };
 
-/// The project of another registry. Empty: none.
+/// Repository prefix at another registry; empty: none.
 pub(super) const REPOSITORY_PREFIX: ValueParser<Option<Repository>> = ValueParser {
     expected: "the beginning of a repository's name",
     example: r#""hub-proxy""#,
@@ -242,11 +242,14 @@ pub(super) const REPOSITORY_PREFIX: ValueParser<Option<Repository>> = ValueParse
             return Ok(None);
         }
         if text.contains("://") {
-            return invalid("the prefix is no URL", "leave out the scheme and the host");
+            return invalid("the prefix is not a URL", "remove the scheme and the host");
         }
         if text.starts_with('/') || text.ends_with('/') {
             let trimmed = text.trim_matches('/');
-            return invalid("the prefix has a slash too many", format!("write \"{trimmed}\""));
+            return invalid(
+                "the prefix begins or ends with a slash",
+                format!("write \"{trimmed}\""),
+            );
         }
         match text.parse::<Repository>() {
             Ok(prefix) => Ok(Some(prefix)),
@@ -258,7 +261,7 @@ pub(super) const REPOSITORY_PREFIX: ValueParser<Option<Repository>> = ValueParse
     },
 };
 
-/// Where a token service is: what clients will be told of it in a challenge, so with its path.
+/// Token service URL as it appears in challenges, with its path.
 pub(super) const REALM: ValueParser<String> = ValueParser {
     expected: "the URL of a token service",
     example: r#""https://auth.example.org/token""#,
@@ -270,7 +273,7 @@ pub(super) const REALM: ValueParser<String> = ValueParser {
             return Ok(text);
         }
         invalid(
-            "a token service is named as in the upstream's challenges: https, and a path",
+            "a token service URL needs https and a path, as in the upstream's challenges",
             r#"write the realm in full, as in "https://auth.example.org/token""#,
         )
     },
@@ -296,7 +299,7 @@ pub(super) const HOST: ValueParser<String> = ValueParser {
     parse: host,
 };
 
-/// A name or an address on a certificate: without a port.
+/// Host name or address in a certificate, without a port.
 pub(super) const CERTIFICATE_NAME: ValueParser<String> = ValueParser {
     expected: "a host name or an address",
     example: r#""cache.example.org""#,
@@ -304,7 +307,7 @@ pub(super) const CERTIFICATE_NAME: ValueParser<String> = ValueParser {
         Ok(_) => Ok(text.to_owned()),
         Err(_) if text.contains(':') => invalid(
             format!("`{text}` is not a name for a certificate"),
-            "leave out the scheme and the port",
+            "remove the scheme and the port",
         ),
         Err(_) => host(text.strip_prefix("*.").unwrap_or(text)).map(|_| text.to_owned()),
     },
@@ -314,19 +317,16 @@ pub(super) const USERNAME: ValueParser<String> = ValueParser {
     expected: "a user name",
     example: r#""robot""#,
     parse: |text| match text {
-        "" => invalid(
-            "an empty user name",
-            "leave the key out to go without a credential",
-        ),
+        "" => invalid("an empty user name", "remove the key to use no credential"),
         text if text.contains(':') || text.chars().any(char::is_control) => invalid(
-            "a user name has no `:` and no control characters",
-            "the password goes into a file, named by `password_file`",
+            "a user name cannot contain `:` or control characters",
+            "put the password into a file and set `password_file`",
         ),
         text => Ok(text.to_owned()),
     },
 };
 
-/// A user of ours (by certificate perhaps a URI), or with `*` at its end all whose names begin so.
+/// User name (a URI in some certificates); a trailing `*` matches any suffix.
 pub(super) const USER: ValueParser<String> = ValueParser {
     expected: "a user's name",
     example: r#""ci-*""#,
@@ -334,8 +334,8 @@ pub(super) const USER: ValueParser<String> = ValueParser {
         let name = text.strip_suffix('*').unwrap_or(text);
         if text.is_empty() || name.contains('*') || name.chars().any(char::is_control) {
             return invalid(
-                format!("`{text}` is no user"),
-                "write a name, or its beginning and a `*` as in \"ci-*\"",
+                format!("`{text}` is not a user name"),
+                "write a name, or a prefix with `*` as in \"ci-*\"",
             );
         }
         Ok(text.to_owned())
@@ -361,14 +361,14 @@ pub(super) const PATTERN: ValueParser<ImagePattern> = ValueParser {
     },
 };
 
-/// Choices by their names before 0.2, each with its name today.
+/// Renamed choices: old name, new name.
 const RENAMED_CHOICES: &[(&str, &str)] = &[
     ("serve", "serve-stale"),
     ("proven", "per-client"),
     ("nobody", "off"),
 ];
 
-/// One of the choices, or the nearest and all of them.
+/// Parses a choice; the error names the nearest choice and all choices.
 pub(super) fn choice<T: Clone>(text: &str, choices: &[(&'static str, T)]) -> Result<T, ParseError> {
     if let Some((_, value)) = choices.iter().find(|(name, _)| *name == text) {
         return Ok(value.clone());
@@ -387,7 +387,7 @@ pub(super) fn choice<T: Clone>(text: &str, choices: &[(&'static str, T)]) -> Res
     invalid(format!("`{text}` is none of {}", quoted.join(", ")), help)
 }
 
-/// The candidate that was probably meant. `None` rather than a far-fetched one.
+/// Nearest candidate by edit distance; `None` if none is close.
 pub(super) fn nearest<'a>(text: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let text = text.to_lowercase();
     candidates
@@ -406,7 +406,7 @@ fn duration(text: &str) -> Result<Duration, ParseError> {
             format!("the duration `{text}` has no unit"),
             format!("did you mean \"{text}s\"?"),
         ),
-        _ if text == "forever" => invalid("`forever` has no meaning here", "write a duration, as in \"30d\""),
+        _ if text == "forever" => invalid("`forever` is not valid here", "write a duration, as in \"30d\""),
         _ => invalid(
             format!("`{text}` is not a duration"),
             r#"write a number and its unit: "500ms", "30s", "5m", "12h", "7d""#,
@@ -431,7 +431,7 @@ fn log_level(text: &str) -> Result<String, ParseError> {
         return Ok(word);
     }
     if !text.contains('=') && !text.contains(',') {
-        // Taken for a target by the filter's grammar, and then nothing at all would be logged.
+        // The filter syntax would read it as a target, and then nothing would be logged.
         return choice(text, &LEVELS.map(|level| (level, level.to_owned())));
     }
     match tracing_subscriber::EnvFilter::builder().parse(text) {

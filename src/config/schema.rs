@@ -1,9 +1,9 @@
-//! Every key of the configuration: its name, its default and its meaning, in one place.
+//! Schema: all configuration keys with their defaults and descriptions.
 //!
-//! The defaults are read from here, unknown keys are compared with these, the variables are named after them, and a
-//! test holds `config/ifnewer.toml` against this table.
+//! This table supplies defaults, suggestions for unknown keys and names of variables. A test compares
+//! `config/ifnewer.toml` with it.
 
-/// A part of the configuration file.
+/// Section of the configuration file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Section {
     /// Before the first `[section]`.
@@ -33,7 +33,7 @@ pub enum Section {
 }
 
 impl Section {
-    /// Those that occur once and whose keys are variables as well.
+    /// Sections that occur at most once. Their keys have environment variables.
     pub const FIXED: [Self; 9] = [
         Self::Top,
         Self::Listen,
@@ -46,7 +46,7 @@ impl Section {
         Self::Limits,
     ];
 
-    /// The name of its table; empty for the top.
+    /// Table name; empty for the top.
     pub fn name(self) -> &'static str {
         match self {
             Self::Top => "",
@@ -64,7 +64,7 @@ impl Section {
         }
     }
 
-    /// How its beginning is written in the file.
+    /// Section header as written in the file.
     pub fn header(self) -> &'static str {
         match self {
             Self::Top => "the top, before the first `[section]`",
@@ -82,32 +82,32 @@ impl Section {
         }
     }
 
-    /// Its keys.
+    /// Keys of the section.
     pub fn keys(self) -> impl Iterator<Item = &'static Key> + Clone {
         KEYS.iter().filter(move |key| key.section == self)
     }
 
-    /// The key of that name.
+    /// Finds a key by name.
     pub fn key(self, name: &str) -> Option<&'static Key> {
         self.keys().find(|key| key.name == name)
     }
 }
 
-/// A key.
+/// Configuration key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Key {
-    /// Where it stands.
+    /// Section of the key.
     pub section: Section,
-    /// Its name there.
+    /// Name in the section.
     pub name: &'static str,
-    /// Its default as it would be written in the file; `None`: unset, or taken from elsewhere as `doc` says.
+    /// Default as written in the file; `None`: unset, or described in `doc`.
     pub default: Option<&'static str>,
-    /// What it does, in one sentence.
+    /// Description.
     pub doc: &'static str,
 }
 
 impl Key {
-    /// The full name, as in `store.size`.
+    /// Full name, such as `store.size`.
     pub fn path(&self) -> String {
         match self.section {
             Top => self.name.to_owned(),
@@ -115,7 +115,7 @@ impl Key {
         }
     }
 
-    /// The environment variable that overrides the file. Upstreams and rules have none.
+    /// Environment variable that overrides the file; `None` for upstreams and rules.
     pub fn variable(&self) -> Option<String> {
         Section::FIXED
             .contains(&self.section)
@@ -134,55 +134,55 @@ const fn key(section: Section, name: &'static str, default: Option<&'static str>
 
 use Section::{Access, Allow, Connect, Default, Limits, Listen, Log, Rule, Store, Tls, Top, Upstream};
 
-/// Every key.
-#[rustfmt::skip] // One key a line: the table is read by its columns.
+/// All keys.
+#[rustfmt::skip] // One key per line, for readability.
 pub const KEYS: &[Key] = &[
-    key(Top, "data", None, "The cache's folder, for one process at a time; the default is the user's cache folder, or /var/cache/ifnewer for root."),
-    key(Top, "default_upstream", Some(r#""docker.io""#), "The upstream meant by a client that names none: dockerd with `registry-mirrors`."),
+    key(Top, "data", None, "Cache directory; one process at a time. Default: the user's cache directory, or /var/cache/ifnewer for root."),
+    key(Top, "default_upstream", Some(r#""docker.io""#), "Upstream of a request that names none, such as those of dockerd with `registry-mirrors`."),
 
-    key(Listen, "registry", Some(r#"["127.0.0.1:5000"]"#), "The addresses for clients, or \"unix:/path\"; each speaks TLS and plain HTTP. Sockets of the service manager (LISTEN_FDS) take their place."),
-    key(Listen, "plain_http", Some(r#""loopback""#), "Who may speak without TLS: \"loopback\", \"any\" or \"off\"."),
-    key(Listen, "proxy_protocol_from", Some("[]"), "Networks of load balancers whose PROXY protocol header (version 1 or 2) says who the client is; from there it must come."),
-    key(Listen, "admin", Some(r#""127.0.0.1:5001""#), "The address for health, metrics and the admin API: an address, \"unix:/path\" or \"off\"."),
-    key(Listen, "admin_token_file", None, "The file with the token that the admin API asks for; an admin address that others can reach needs one."),
+    key(Listen, "registry", Some(r#"["127.0.0.1:5000"]"#), "Listen addresses for clients, or \"unix:/path\". Each accepts TLS and plain HTTP. Sockets passed by the service manager (LISTEN_FDS) replace them."),
+    key(Listen, "plain_http", Some(r#""loopback""#), "Clients that may connect without TLS: \"loopback\", \"any\" or \"off\"."),
+    key(Listen, "proxy_protocol_from", Some("[]"), "Networks of load balancers that send a PROXY protocol header (version 1 or 2). The header gives the client address and is mandatory from these networks."),
+    key(Listen, "admin", Some(r#""127.0.0.1:5001""#), "Address of health checks, metrics and the admin API: an address, \"unix:/path\" or \"off\"."),
+    key(Listen, "admin_token_file", None, "File with the token of the admin API. Required if the admin address is reachable from other hosts."),
 
-    key(Tls, "folder", Some(r#""certs""#), "The folder of ca.pem, ca.key, server.pem and server.key, made at the first start; relative to this file. Without a file: `certs` where the program is started, if that folder is empty or has our CA, else `certs` in the cache's folder."),
-    key(Tls, "names", Some("[]"), "Further host names and addresses on the server certificate."),
-    key(Tls, "constrained", Some("true"), "Whether the CA, when it is made, may vouch only for the cache's names and the hosts of upstreams configured then."),
-    key(Tls, "certificate", None, "A server certificate of your own, PEM with its chain; needs `key`."),
-    key(Tls, "key", None, "The private key of `certificate`, PEM."),
+    key(Tls, "folder", Some(r#""certs""#), "Directory of ca.pem, ca.key, server.pem and server.key, created at the first start; relative to this file. Without a configuration file: `certs` in the working directory if it is empty or holds a CA of this program, else `certs` in the cache directory."),
+    key(Tls, "names", Some("[]"), "Additional host names and addresses in the server certificate."),
+    key(Tls, "constrained", Some("true"), "Limit a new CA by name constraints to the cache's names and the upstream hosts configured at that time."),
+    key(Tls, "certificate", None, "Your own server certificate, PEM with its chain; requires `key`."),
+    key(Tls, "key", None, "Private key of `certificate`, PEM."),
 
-    key(Store, "size", Some(r#""50 GiB""#), "How much the cache may hold; the least recently used goes first."),
-    key(Store, "free", Some(r#""5 GiB""#), "How much is left free on the disk."),
-    key(Store, "scrub", Some(r#""20 MiB/s""#), "How fast everything held is read again once a week, to find what the disk changed; or \"off\"."),
+    key(Store, "size", Some(r#""50 GiB""#), "Maximum size of the cache. Least recently used images are evicted first."),
+    key(Store, "free", Some(r#""5 GiB""#), "Minimum free space on the disk."),
+    key(Store, "scrub", Some(r#""20 MiB/s""#), "Read rate of the weekly scrub that verifies all cached content; or \"off\"."),
 
-    key(Default, "policy", Some(r#""if-newer""#), "The pull policy: \"always\", \"if-newer\", \"if-not-present\" or \"never\"."),
-    key(Default, "max_age", Some(r#""0s""#), "How long a tag is served without asking, once the upstream has confirmed it."),
-    key(Default, "stale_if_error", Some(r#""forever""#), "How old a copy may be that is served while the upstream is silent."),
-    key(Default, "revalidate_timeout", Some(r#""2s""#), "How long a client waits for the upstream's word when there is a copy to serve."),
-    key(Default, "on_not_found", Some(r#""refuse""#), "What becomes of a held tag that was deleted upstream: \"refuse\" or \"serve-stale\"."),
-    key(Default, "grant_ttl", Some(r#""5m""#), "How long the upstream's yes to a credential holds while the upstream answers, and its answer to what refers to a cached manifest."),
-    key(Default, "grant_ttl_offline", Some(r#""12h""#), "How long it holds while the upstream is silent."),
-    key(Default, "prefetch", Some("true"), "Whether an image's layers are begun as soon as the first of them is asked for, or, where a tag moved whose image was pulled here before, as soon as its manifest was fetched."),
+    key(Default, "policy", Some(r#""if-newer""#), "Pull policy: \"always\", \"if-newer\", \"if-not-present\" or \"never\"."),
+    key(Default, "max_age", Some(r#""0s""#), "Freshness lifetime of a tag: after a revalidation, the tag is served for this long without another upstream request."),
+    key(Default, "stale_if_error", Some(r#""forever""#), "Maximum time since the last revalidation at which a tag is still served while the upstream is unavailable: a duration or \"forever\"."),
+    key(Default, "revalidate_timeout", Some(r#""2s""#), "Time a client waits for a revalidation if a cached copy can be served instead."),
+    key(Default, "on_not_found", Some(r#""refuse""#), "Response for a cached tag that the upstream reports as deleted (404): \"refuse\" or \"serve-stale\"."),
+    key(Default, "grant_ttl", Some(r#""5m""#), "Lifetime of an authorization while the upstream is available, and of its referrers list for a cached manifest."),
+    key(Default, "grant_ttl_offline", Some(r#""12h""#), "Lifetime of an authorization while the upstream is unavailable."),
+    key(Default, "prefetch", Some("true"), "Download all layers of an image once the first one is requested; or, if a tag moved and its old image was pulled here, once the new manifest is fetched."),
 
-    key(Upstream, "url", None, "Where the registry is, or a list asked in order until one has the image; the default is https:// and its name."),
-    key(Upstream, "repository_prefix", None, "What stands before the name of each repository there, for an upstream below a project of another registry: \"hub-proxy\"; a list has one for each URL."),
-    key(Upstream, "hosts", None, "Further host names that mean this upstream."),
-    key(Upstream, "enabled", Some("true"), "With false, the upstream does not exist; meant for the well-known ones."),
-    key(Upstream, "auth", Some(r#""per-client""#), "Whose right counts: \"per-client\", each client's own; or \"shared\", whoever reaches the listener is entitled."),
-    key(Upstream, "username", None, "The user of the proxy's own credential there; needs `password_file` and auth = \"shared\"."),
-    key(Upstream, "password_file", None, "The file with the password of `username`."),
-    key(Upstream, "docker_config", None, "Docker's config.json with the proxy's own credentials, by host and path, and credential helpers; needs auth = \"shared\"."),
-    key(Upstream, "credential_helper", None, "The helper that gives the proxy's own credential: \"ecr-login\" for docker-credential-ecr-login; needs auth = \"shared\"."),
-    key(Upstream, "token_hosts", Some("[]"), "Hosts that are trusted with credentials for this upstream when it sends clients there for a token, or redirects to another registry there; its own host, for tokens its site, and for registry.k8s.io the hosts below pkg.dev, are anyway."),
-    key(Upstream, "local_tokens", None, "Where its token service is, as in \"https://auth.docker.io/token\": clients reach it through us, and while it is silent get tokens of ours that open what they could read before. Read docs/security.md first."),
-    key(Upstream, "ca_file", None, "PEM certificates to trust there, besides the system's: authorities, or the server's own, self-signed or not."),
-    key(Upstream, "client_certificate", None, "The client certificate shown to it when it asks for one, PEM with its chain; needs `client_key`. Redirect targets and token services elsewhere are not shown it."),
-    key(Upstream, "client_key", None, "The private key of `client_certificate`, PEM."),
-    key(Upstream, "redirects", Some("[]"), "Where its redirects may lead besides https and addresses no nearer than its own: hosts, globs over hosts and networks; with http:// before one, by plain HTTP."),
-    key(Upstream, "proxy", Some(r#""environment""#), "The proxy on the way there: \"environment\" (HTTPS_PROXY, NO_PROXY), \"none\" or a URL."),
-    key(Upstream, "connect_timeout", Some(r#""3s""#), "How long a connection may take to come about."),
-    key(Upstream, "first_byte_timeout", Some(r#""25s""#), "How long the head of an answer may take once it was asked for; more for a registry that first fetches for itself. What is held is not waited for longer than `revalidate_timeout`."),
+    key(Upstream, "url", None, "URL of the registry, or a list tried in order until one has the image. Default: https:// and the upstream's name."),
+    key(Upstream, "repository_prefix", None, "Prefix of each repository name at the registry, for an upstream that is a project of another registry: \"hub-proxy\". A list has one prefix for each URL."),
+    key(Upstream, "hosts", None, "Additional host names of this upstream."),
+    key(Upstream, "enabled", Some("true"), "If false, the upstream does not exist. Use it to remove a well-known upstream."),
+    key(Upstream, "auth", Some(r#""per-client""#), "Authorization of reads: \"per-client\", the upstream authorizes each client by its own credential; or \"shared\", every client that reaches the listener may read whatever the cache can read."),
+    key(Upstream, "username", None, "User name of the cache's credential at this upstream; requires `password_file` and auth = \"shared\"."),
+    key(Upstream, "password_file", None, "File with the password of `username`."),
+    key(Upstream, "docker_config", None, "Docker's config.json with the cache's credentials, by host and path, and credential helpers; requires auth = \"shared\"."),
+    key(Upstream, "credential_helper", None, "Credential helper that supplies the cache's credential: \"ecr-login\" for docker-credential-ecr-login; requires auth = \"shared\"."),
+    key(Upstream, "token_hosts", Some("[]"), "Additional hosts that may receive credentials for this upstream: token services named by its challenges, and registries that it redirects to. Always allowed: its own host, token services of the same site, and for registry.k8s.io the hosts below pkg.dev."),
+    key(Upstream, "local_tokens", None, "URL of the upstream's token service, as in \"https://auth.docker.io/token\". Clients reach that service through the cache. While it is unavailable, the cache issues local tokens for content that the client was authorized to read before. See docs/security.md first."),
+    key(Upstream, "ca_file", None, "PEM certificates to trust for this upstream in addition to the system's: CAs, or the server's certificate, self-signed or not."),
+    key(Upstream, "client_certificate", None, "Client certificate for this upstream, PEM with its chain; requires `client_key`. It is not sent to redirect targets or token services on other hosts."),
+    key(Upstream, "client_key", None, "Private key of `client_certificate`, PEM."),
+    key(Upstream, "redirects", Some("[]"), "Additional redirect targets: hosts, globs over hosts, networks; with http:// for plain HTTP. Without an entry, a redirect needs https and an address in the same scope as the registry or a wider one."),
+    key(Upstream, "proxy", Some(r#""environment""#), "Proxy for requests to this upstream: \"environment\" (HTTPS_PROXY, NO_PROXY), \"none\" or a URL."),
+    key(Upstream, "connect_timeout", Some(r#""3s""#), "Timeout for a connection to this upstream."),
+    key(Upstream, "first_byte_timeout", Some(r#""25s""#), "Timeout from a request to its response header. Increase it for a registry that first fetches the content itself. If a cached copy exists, clients wait `revalidate_timeout` at most."),
     key(Upstream, "policy", None, "As in [default], for this upstream."),
     key(Upstream, "max_age", None, "As in [default], for this upstream."),
     key(Upstream, "stale_if_error", None, "As in [default], for this upstream."),
@@ -192,7 +192,7 @@ pub const KEYS: &[Key] = &[
     key(Upstream, "grant_ttl_offline", None, "As in [default], for this upstream."),
     key(Upstream, "prefetch", None, "As in [default], for this upstream."),
 
-    key(Rule, "images", None, "Globs over upstream/repository:tag; `*` also crosses `/`."),
+    key(Rule, "images", None, "Globs over upstream/repository:tag; `*` also matches `/`."),
     key(Rule, "policy", None, "As in [default], for these images."),
     key(Rule, "max_age", None, "As in [default], for these images."),
     key(Rule, "stale_if_error", None, "As in [default], for these images."),
@@ -200,41 +200,41 @@ pub const KEYS: &[Key] = &[
     key(Rule, "on_not_found", None, "As in [default], for these images."),
     key(Rule, "prefetch", None, "As in [default], for these images."),
 
-    key(Access, "htpasswd", None, "The file with the users of the cache itself and their passwords, hashed by bcrypt."),
-    key(Access, "client_ca", None, "PEM certificates of the CAs whose client certificates open as well. Without this and `htpasswd`, whoever reaches the listener may ask."),
+    key(Access, "htpasswd", None, "File with the users of the cache and their bcrypt password hashes."),
+    key(Access, "client_ca", None, "PEM certificates of the CAs that issue client certificates. Without this and `htpasswd`, every client that reaches the listener has access."),
 
-    key(Allow, "users", None, "Users of `access.htpasswd`, or names in client certificates; a name that ends in `*` stands for all that begin so."),
-    key(Allow, "images", None, "Globs over upstream/repository that they may pull; `*` also crosses `/`. With any [[allow]], what none allows is refused."),
+    key(Allow, "users", None, "Users of `access.htpasswd`, or names in client certificates. A trailing `*` matches any suffix."),
+    key(Allow, "images", None, "Globs over upstream/repository that these users may pull; `*` also matches `/`. If there is any [[allow]], an image that none allows is denied."),
 
-    key(Connect, "tunnel", Some("[]"), "Hosts, or globs over hosts, that CONNECT may tunnel to unread; at port 443 unless another is written."),
+    key(Connect, "tunnel", Some("[]"), "Hosts, or globs over hosts, to which CONNECT may open a tunnel; port 443 unless another is given."),
 
-    key(Log, "level", Some(r#""info""#), "How much is told: \"error\", \"warn\", \"info\", \"debug\", \"trace\", or a filter as in \"info,ifnewer::upstream=debug\"."),
-    key(Log, "format", Some(r#""human""#), "How it is written: \"human\" or \"json\"."),
+    key(Log, "level", Some(r#""info""#), "Log level: \"error\", \"warn\", \"info\", \"debug\", \"trace\", or a filter such as \"info,ifnewer::upstream=debug\"."),
+    key(Log, "format", Some(r#""human""#), "Log format: \"human\" or \"json\"."),
 
-    key(Limits, "connections_max", Some("4096"), "Connections at a time. For a further one the oldest without a request in flight is closed; while each has one, it waits to be accepted. Few file descriptors lower this: five belong to each connection."),
-    key(Limits, "connections_per_peer_max", Some("256"), "Connections at a time from one address, which is the client's where a balancer sends the PROXY protocol; as many further ones wait, and beyond those they are closed."),
-    key(Limits, "streams_per_connection_max", Some("100"), "Requests at a time on one HTTP/2 connection."),
-    key(Limits, "tunnels_max", Some("256"), "Tunnels of CONNECT at a time; further ones are answered with 503."),
-    key(Limits, "downloads_max", Some("256"), "Blob transfers at a time from all upstreams together; further ones are queued. One upstream has at most three quarters of them."),
-    key(Limits, "downloads_per_upstream_max", Some("64"), "Questions at a time to one upstream, and as many blob transfers; further ones are queued."),
-    key(Limits, "handshake_timeout", Some(r#""10s""#), "How long a TLS handshake may take."),
-    key(Limits, "header_timeout", Some(r#""10s""#), "How long a client may take to send a request's header; over HTTP/1.1 from the end of the answer before it."),
-    key(Limits, "idle_timeout", Some(r#""60s""#), "How long a connection may wait for a place of its address, nothing may move in a tunnel, and an HTTP/2 client may leave a ping unanswered."),
-    key(Limits, "write_timeout", Some(r#""60s""#), "How long a client may go without taking a single byte of an answer."),
-    key(Limits, "drain", Some(r#""30s""#), "How long requests under way may take to end after SIGTERM."),
+    key(Limits, "connections_max", Some("4096"), "Maximum concurrent connections. At the limit, the oldest connection without a request in flight is closed; if there is none, the new connection waits to be accepted. A low limit of file descriptors lowers this: each connection needs five."),
+    key(Limits, "connections_per_peer_max", Some("256"), "Maximum concurrent connections of one client address (from the PROXY protocol header, if a balancer sends it). As many more wait; connections beyond those are closed."),
+    key(Limits, "streams_per_connection_max", Some("100"), "Maximum concurrent requests on one HTTP/2 connection."),
+    key(Limits, "tunnels_max", Some("256"), "Maximum concurrent CONNECT tunnels. Further requests get 503."),
+    key(Limits, "downloads_max", Some("256"), "Maximum concurrent blob downloads from all upstreams. Further ones are queued. One upstream gets three quarters of them at most."),
+    key(Limits, "downloads_per_upstream_max", Some("64"), "Maximum concurrent requests to one upstream, and as many blob downloads. Further ones are queued."),
+    key(Limits, "handshake_timeout", Some(r#""10s""#), "Timeout of a TLS handshake."),
+    key(Limits, "header_timeout", Some(r#""10s""#), "Timeout of a request header; for HTTP/1.1 it starts at the end of the previous response."),
+    key(Limits, "idle_timeout", Some(r#""60s""#), "Timeout of a connection in the queue of its address, of a tunnel without traffic, and of an unanswered HTTP/2 ping."),
+    key(Limits, "write_timeout", Some(r#""60s""#), "Timeout of a response of which the client reads no byte."),
+    key(Limits, "drain", Some(r#""30s""#), "Time that requests in flight have to complete after SIGTERM."),
 ];
 
-/// Short forms of variables, named like the flags.
+/// Short variable names that match the flags.
 pub(super) const VARIABLE_ALIASES: &[(&str, &str)] = &[
     ("IFNEWER_LISTEN", "IFNEWER_LISTEN_REGISTRY"),
     ("IFNEWER_ADMIN", "IFNEWER_LISTEN_ADMIN"),
     ("IFNEWER_LOG", "IFNEWER_LOG_LEVEL"),
 ];
 
-/// Variables that are not settings: they are read by the command line.
+/// Variables that the command line reads; they are not settings.
 pub(super) const NON_SETTING_VARIABLES: &[&str] = &["IFNEWER_CONFIG"];
 
-/// Keys by their names before 0.2, each with its name today.
+/// Renamed keys: old name, new name.
 pub(super) const RENAMED: &[(&str, &str)] = &[
     ("fresh", "max_age"),
     ("stale", "stale_if_error"),
@@ -250,7 +250,7 @@ pub(super) const RENAMED: &[(&str, &str)] = &[
 ];
 
 impl Section {
-    /// The key of this section that had the name `old`.
+    /// Finds the key of this section that was renamed from `old`.
     pub(super) fn renamed(self, old: &str) -> Option<&'static Key> {
         let (_, new) = RENAMED.iter().find(|(name, _)| *name == old)?;
         self.key(new)

@@ -1,7 +1,7 @@
-//! Every setting in effect and where it comes from, for `ifnewer config show`; and the reference of all of them. Both are
-//! made from the table of keys, so that no setting is left out.
+//! Output of `ifnewer config show` (effective settings with their origins) and `ifnewer config reference`. Both are
+//! generated from the schema, so that they are complete.
 //!
-//! What is shown can be used as a configuration file. It holds no secret: those are in files of their own, which are named.
+//! The output of `show` is a valid configuration file. It contains no secrets, because settings name the files of secrets.
 
 use std::fmt::{self, Display, Formatter, Write as _};
 
@@ -11,24 +11,24 @@ use super::schema::{KEYS, Key, Section};
 use super::table::{Table, Value};
 use super::{Config, Diagnostics, Sources, env};
 
-/// The settings in effect, printed as a configuration file.
+/// Effective settings, printed as a configuration file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     sections: Vec<(String, Vec<Setting>)>,
-    /// Whether each is followed by where it comes from.
+    /// Whether to print the origin of each setting.
     pub with_origin: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Setting {
     name: &'static str,
-    /// As it would be written in the file; `None`: not set.
+    /// Value as written in the file; `None`: not set.
     value: Option<String>,
     origin: Location,
 }
 
 impl Settings {
-    /// Reads them. A configuration that is wrong has none in effect.
+    /// Loads the settings. An invalid configuration is an error.
     pub fn read(sources: &Sources<'_>) -> Result<Self, Diagnostics> {
         let config = Config::gather(sources)?;
         let mut report = Report::new(sources.text, sources.origin);
@@ -69,7 +69,7 @@ impl Settings {
     }
 }
 
-/// The settings of a section: all of them, or only those that were given or have a default.
+/// Settings of a section: all, or only those that are set or have a default.
 fn settings(table: &Table, report: &Report<'_>, with_unset: bool) -> Vec<Setting> {
     let keys = table.section.keys();
     let read = keys.map(|key| Setting {
@@ -81,7 +81,7 @@ fn settings(table: &Table, report: &Report<'_>, with_unset: bool) -> Vec<Setting
         .collect()
 }
 
-/// A value as the file would say it.
+/// Formats a value as TOML.
 fn written(key: &Key, value: &Value) -> String {
     match value {
         Value::Text(text) => quoted(text),
@@ -92,7 +92,7 @@ fn written(key: &Key, value: &Value) -> String {
             format!("[{}]", all.join(", "))
         }
         Value::Other(kind) => (*kind).to_owned(),
-        // Of which kind it is, its default says; what has none is a text.
+        // The default determines the type; keys without a default are strings.
         Value::Raw(text) => match key.default.and_then(|default| default.chars().next()) {
             Some('[') => {
                 let all: Vec<_> = text
@@ -133,7 +133,7 @@ impl Display for Settings {
     }
 }
 
-/// Where a setting comes from, on one line.
+/// Origin of a setting, on one line.
 struct Origin<'a>(&'a Location);
 
 impl Display for Origin<'_> {
@@ -147,19 +147,19 @@ impl Display for Origin<'_> {
     }
 }
 
-/// Every setting, as `docs/configuration.md` has them.
+/// Reference of all settings, as in `docs/configuration.md`.
 pub fn reference() -> String {
     let mut text = String::from(
         "# Configuration\n\n\
          <!-- Made by `ifnewer config reference > docs/configuration.md`; a test holds it to the program. -->\n\n\
-         An empty file works, and no file does. `ifnewer check` reads the configuration and says what is wrong;\n\
-         `ifnewer config show --origin` prints every setting in effect and where it comes from: a flag, a variable, a line of\n\
-         the file, or the default. They count in that order. SIGHUP reads file and certificates again; `data`, `[listen]` and\n\
-         `[limits]`, but for `downloads_per_upstream_max`, wait for a restart.\n\n\
+         An empty file works, and so does no file. `ifnewer check` validates the configuration.\n\
+         `ifnewer config show --origin` prints each effective setting with its origin: a flag, a variable, a line of\n\
+         the file, or the default, in this order of precedence. SIGHUP reads the file and the certificates again. `data`,\n\
+         `[listen]` and `[limits]` need a restart, except `downloads_per_upstream_max`.\n\n\
          The file is `--config`, `IFNEWER_CONFIG` or `/etc/ifnewer/ifnewer.toml`. Durations are written as `\"500ms\"`, `\"30s\"`,\n\
          `\"5m\"`, `\"12h\"`, `\"7d\"`; sizes as `\"500 MiB\"`, `\"50 GiB\"`, `\"1 TB\"`. Lists in variables are separated by commas; an\n\
-         empty variable counts as unset. Relative paths start at the folder of the file. The same with more words, to be\n\
-         copied: [`config/ifnewer.toml`](../config/ifnewer.toml).\n",
+         empty variable counts as unset. Relative paths start at the directory of the file. Commented template:\n\
+         [`config/ifnewer.toml`](../config/ifnewer.toml).\n",
     );
     let mut last = None;
     for key in KEYS {
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn each_setting_says_where_it_comes_from() {
+    fn each_setting_shows_its_origin() {
         let mut settings = Settings::read(&sources()).unwrap();
         settings.with_origin = true;
         let text = settings.to_string();
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_is_a_configuration_that_means_the_same() {
+    fn shown_settings_parse_to_the_same_configuration() {
         let shown = Settings::read(&sources()).unwrap();
         let text = shown.to_string();
         let again = Sources {
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_in_effect_of_what_is_wrong() {
+    fn invalid_configuration_shows_no_settings() {
         let error = Sources {
             text: "polcy = 1",
             ..sources()

@@ -1,4 +1,4 @@
-//! What is in effect, for `ifnewer check`: every fact in words that can be searched for in the configuration.
+//! Summary of the effective settings, for `ifnewer check`, in terms of the configuration keys.
 
 use std::fmt::{self, Display, Formatter};
 use std::time::Duration;
@@ -41,9 +41,9 @@ impl Display for Summary<'_> {
         }
         if let Some(access) = &config.access {
             let lists = match access.allows.len() {
-                0 => "each may pull everything".to_owned(),
-                1 => "1 list of what they may pull".to_owned(),
-                lists => format!("{lists} lists of what they may pull"),
+                0 => "each may pull every image".to_owned(),
+                1 => "1 allow list".to_owned(),
+                lists => format!("{lists} allow lists"),
             };
             let cas = match access.client_roots.len() {
                 0 => String::new(),
@@ -53,33 +53,25 @@ impl Display for Summary<'_> {
         }
         match &config.tls.certificate {
             Some(own) => writeln!(f, "tls       {}", own.certificate.display())?,
-            None => writeln!(
-                f,
-                "tls       made by ourselves in {}",
-                config.tls.folder.display()
-            )?,
+            None => writeln!(f, "tls       generated in {}", config.tls.folder.display())?,
         }
         let (size, free) = (
             ByteSize(config.store.bytes_max),
             ByteSize(config.store.free_bytes_min),
         );
-        writeln!(f, "store     {size}, {free} left free")?;
+        writeln!(f, "store     {size}, {free} kept free")?;
         let format = match config.log.format {
             LogFormat::Human => "human",
             LogFormat::Json => "json",
         };
         writeln!(f, "log       {}, {format}", config.log.level)?;
-        writeln!(
-            f,
-            "\nupstreams (a client that names none means {})",
-            config.default_upstream
-        )?;
+        writeln!(f, "\nupstreams (default: {})", config.default_upstream)?;
         for upstream in &config.upstreams {
             write_upstream(f, upstream, config.rules.default_for(&upstream.name))?;
         }
         let rules: Vec<_> = config.rules.names().collect();
         if !rules.is_empty() {
-            writeln!(f, "\nrules (the first match wins)")?;
+            writeln!(f, "\nrules (the first match applies)")?;
         }
         for rule in rules {
             writeln!(f, "  {rule}")?;

@@ -1,4 +1,4 @@
-//! A section of the configuration: which values its keys have, and where each comes from.
+//! Configuration section: the value and origin of each key.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -10,38 +10,38 @@ use super::diagnostic::{Origin, Report, Reported};
 use super::parsers::ValueParser;
 use super::schema::Section;
 
-/// A section with the values given for its keys, or their defaults.
+/// Section with configured or default values.
 #[derive(Clone)]
 pub(super) struct Table {
     pub(super) section: Section,
-    /// The name of the upstream, or the number of the rule.
+    /// Upstream name, or number of the rule or list.
     pub(super) name: String,
     pub(super) at: Origin,
     entries: BTreeMap<&'static str, Entry>,
 }
 
-/// A value and where it comes from.
+/// Value and its origin.
 #[derive(Clone)]
 pub(super) struct Entry {
     pub(super) at: Origin,
     pub(super) value: Value,
 }
 
-/// A value before its meaning is known.
+/// Untyped value.
 #[derive(Clone)]
 pub(super) enum Value {
     Text(String),
     Number(i64),
     Bool(bool),
     List(Vec<Entry>),
-    /// Of a kind that no key has.
+    /// Kind that no key accepts.
     Other(&'static str),
-    /// From a variable or a flag, where everything is text.
+    /// String from a variable or a flag.
     Raw(String),
 }
 
 impl Table {
-    /// A section in which nothing was written: the defaults.
+    /// Section with default values.
     pub(super) fn new(section: Section, name: impl Into<String>, at: Origin) -> Self {
         let entries = section
             .keys()
@@ -58,7 +58,7 @@ impl Table {
         }
     }
 
-    /// A key's full name, as the operator knows it.
+    /// Full name of a key in messages.
     pub(super) fn path(&self, key: &str) -> String {
         match self.section {
             Section::Top => key.to_owned(),
@@ -69,7 +69,7 @@ impl Table {
         }
     }
 
-    /// Where a key was given; where the section begins, if it was not.
+    /// Origin of a configured key, or else of the section.
     pub(super) fn at(&self, key: &str) -> &Origin {
         self.entries
             .get(key)
@@ -78,17 +78,17 @@ impl Table {
             .unwrap_or(&self.at)
     }
 
-    /// Where a key's value comes from, be it the default.
+    /// Origin of a key's value, which may be the default.
     pub(super) fn entry_at(&self, key: &str) -> &Origin {
         self.entries.get(key).map_or(&Origin::Default, |entry| &entry.at)
     }
 
-    /// What a key has, be it the default.
+    /// Value of a key, which may be the default.
     pub(super) fn value(&self, key: &str) -> Option<&Value> {
         self.entries.get(key).map(|entry| &entry.value)
     }
 
-    /// Whether a key was given, and not only its default holds.
+    /// Whether a key is configured, not only a default.
     pub(super) fn is_set(&self, key: &str) -> bool {
         self.entries
             .get(key)
@@ -99,7 +99,7 @@ impl Table {
         self.entries.insert(key, entry);
     }
 
-    /// A text-shaped value that is given or has a default.
+    /// String value that is configured or has a default.
     pub(super) fn text<T>(
         &self,
         report: &mut Report<'_>,
@@ -110,7 +110,7 @@ impl Table {
             .ok_or_else(|| self.unset(report, key))
     }
 
-    /// A text-shaped value that may be left out.
+    /// Optional string value.
     pub(super) fn text_if_set<T>(
         &self,
         report: &mut Report<'_>,
@@ -123,7 +123,7 @@ impl Table {
         one(report, &self.path(key), entry, kind).map(Some)
     }
 
-    /// A list of text-shaped values, each with its place. One value alone counts as a list where `or_one` says so.
+    /// Optional list of string values with their origins. With `or_one`, a single value counts as a list.
     pub(super) fn list_if_set<T>(
         &self,
         report: &mut Report<'_>,
@@ -166,7 +166,7 @@ impl Table {
         read.into_iter().collect::<Result<Vec<_>, Reported>>().map(Some)
     }
 
-    /// A list that is given or has a default.
+    /// List that is configured or has a default.
     pub(super) fn list<T>(
         &self,
         report: &mut Report<'_>,
@@ -177,7 +177,7 @@ impl Table {
             .ok_or_else(|| self.unset(report, key))
     }
 
-    /// A whole number within a range.
+    /// Integer within a range.
     pub(super) fn number(
         &self,
         report: &mut Report<'_>,
@@ -215,7 +215,7 @@ impl Table {
             .ok_or_else(|| self.unset(report, key))
     }
 
-    /// `true` or `false`, or neither.
+    /// Optional `true` or `false`.
     pub(super) fn bool_if_set(&self, report: &mut Report<'_>, key: &str) -> Result<Option<bool>, Reported> {
         let Some(entry) = self.entries.get(key) else {
             return Ok(None);
@@ -236,7 +236,7 @@ impl Table {
         }
     }
 
-    /// A key without default that must be given.
+    /// Reports a missing key that has no default.
     fn unset(&self, report: &mut Report<'_>, key: &str) -> Reported {
         report.emit(&self.at, self.path(key), format!("`{key}` is missing"), None)
     }
@@ -260,7 +260,7 @@ fn one<T>(report: &mut Report<'_>, path: &str, entry: &Entry, kind: &ValueParser
 }
 
 impl Entry {
-    /// A value of the file.
+    /// Reads a value of the file.
     pub(super) fn read(value: &Spanned<DeValue<'_>>) -> Self {
         Self::with(value.get_ref(), Origin::Span(value.span()), &Self::read)
     }
@@ -289,7 +289,7 @@ impl Entry {
 impl Value {
     fn kind(&self) -> &'static str {
         match self {
-            Self::Text(_) | Self::Raw(_) => "a text",
+            Self::Text(_) | Self::Raw(_) => "a string",
             Self::Number(_) => "a number",
             Self::Bool(_) => "true or false",
             Self::List(_) => "a list",

@@ -22,7 +22,7 @@ fn read(text: &str) -> Config {
     Config::read(text, Path::new("/etc/ifnewer/ifnewer.toml")).unwrap_or_else(|faults| panic!("{faults}"))
 }
 
-/// A text with variables and flags, read at the working directory.
+/// Loads a text with variables and flags, relative to the working directory.
 fn gather(
     text: &str,
     variables: &[(&str, &str)],
@@ -269,13 +269,13 @@ fn rules_hold_in_their_order() {
 }
 
 #[test]
-fn the_summary_says_what_is_in_effect() {
+fn summary_shows_effective_settings() {
     let text = "[[rule]]\nimages = [\"ghcr.io/acme/*\"]\npolicy = \"never\"\n[upstream.\"quay.io\"]\npolicy = \"always\"";
     let summary = read(text).summary().to_string();
     for line in [
         "registry  127.0.0.1:5000 (plain HTTP from loopback)",
         "admin     127.0.0.1:5001",
-        "store     50.0 GiB, 5.0 GiB left free",
+        "store     50.0 GiB, 5.0 GiB kept free",
         "  quay.io  https://quay.io: always, max_age 0s, stale_if_error forever, revalidate_timeout 2s, on_not_found refuse, grant_ttl 5m, grant_ttl_offline 12h",
         "  rule 1: ghcr.io/acme/*",
     ] {
@@ -306,7 +306,7 @@ proptest::proptest! {
 }
 
 #[test]
-fn a_process_that_may_open_few_files_has_lower_limits() {
+fn low_descriptor_limit_lowers_limits() {
     let limits = Limits {
         connections_max: 4096,
         downloads_max: 512,
@@ -324,7 +324,7 @@ fn a_process_that_may_open_few_files_has_lower_limits() {
 }
 
 #[test]
-fn t10_a_default_limit_is_lowered_to_the_whole_it_is_part_of() {
+fn t10_default_limit_is_lowered_to_its_total() {
     let limits = read("[limits]\nconnections_max = 100\ndownloads_max = 8").limits;
     assert_eq!(
         (
@@ -334,13 +334,13 @@ fn t10_a_default_limit_is_lowered_to_the_whole_it_is_part_of() {
         ),
         (100, 100, 8)
     );
-    // Timeouts of which one is given alone keep their meaning.
+    // A single configured timeout keeps its value.
     read("[limits]\nidle_timeout = \"300ms\"\nwrite_timeout = \"300ms\"");
     read("[upstream.\"ghcr.io\"]\nfirst_byte_timeout = \"1s\"");
 }
 
 #[test]
-fn t10_few_descriptors_are_told_in_words() {
+fn t10_low_descriptor_limit_is_described() {
     let limits = read("").limits;
     assert_eq!(limits.describe_caps(1 << 20), None);
     assert_eq!(
@@ -353,7 +353,7 @@ fn t10_few_descriptors_are_told_in_words() {
 }
 
 #[test]
-fn o05_without_a_file_the_ca_has_one_place() {
+fn o05_without_file_ca_directory_is_fixed() {
     let folder = |here: Option<&str>, origin: &str, variables: &[(&str, &str)]| {
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         let config = Config::gather(&Sources {

@@ -1,4 +1,4 @@
-//! Upstreams: those everyone knows, those the operator adds, and what may be said about one.
+//! Sections `[upstream."name"]`: well-known and configured upstreams.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -15,21 +15,21 @@ use crate::oci::Repository;
 use crate::policy::rules::PolicyOverrides;
 use crate::upstream::{ClientCertificate, HelperName, RedirectRule};
 
-/// An upstream that exists without being configured.
+/// Upstream that exists by default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WellKnown {
-    /// Its name in references.
+    /// Name in image references.
     pub name: &'static str,
-    /// Where it is.
+    /// Registry URL.
     pub url: &'static str,
-    /// Further names that mean it.
+    /// Additional host names.
     pub hosts: &'static [&'static str],
-    /// Hosts of the registry that it redirects to: their responses are its own.
+    /// Hosts of the registry that it redirects to; their responses count as its own.
     pub token_hosts: &'static [&'static str],
 }
 
-/// The upstreams that exist without being configured.
-#[rustfmt::skip] // One a line.
+/// Upstreams that exist by default.
+#[rustfmt::skip] // One per line.
 pub const WELL_KNOWN: &[WellKnown] = &[
     WellKnown { name: "docker.io", url: "https://registry-1.docker.io", hosts: &["index.docker.io", "registry-1.docker.io"], token_hosts: &[] },
     WellKnown { name: "ghcr.io", url: "https://ghcr.io", hosts: &[], token_hosts: &[] },
@@ -41,12 +41,12 @@ pub const WELL_KNOWN: &[WellKnown] = &[
     WellKnown { name: "registry.gitlab.com", url: "https://registry.gitlab.com", hosts: &[], token_hosts: &[] },
 ];
 
-/// Where an upstream is.
+/// Address of an upstream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Url {
-    /// An absolute http(s) URL without user, query, fragment and trailing slash.
+    /// Absolute http(s) URL without user, query, fragment and trailing slash.
     pub address: String,
-    /// What stands before the name of each repository there.
+    /// Prefix of each repository name there.
     pub repository_prefix: Option<Repository>,
 }
 
@@ -59,80 +59,79 @@ impl fmt::Display for Url {
     }
 }
 
-/// A registry we fetch from.
+/// Configured upstream registry.
 #[derive(Clone, Debug)]
 pub struct UpstreamConfig {
-    /// Its name in references: `docker.io`, `registry.example.org:5000`.
+    /// Name in image references: `docker.io`, `registry.example.org:5000`.
     pub name: Arc<str>,
-    /// Where it is; at least one, asked in order.
+    /// URLs, tried in order; at least one.
     pub urls: Vec<Url>,
-    /// Further host names that mean it.
+    /// Additional host names.
     pub hosts: Vec<String>,
-    /// Whose right counts there.
+    /// Authorization mode.
     pub auth: AuthMode,
-    /// Where its token service is, if tokens are given in its place: an https URL with a path. Only with
-    /// [`AuthMode::PerClient`].
+    /// URL of its token service, if local tokens are enabled: https with a path. Only with [`AuthMode::PerClient`].
     pub local_tokens: Option<String>,
-    /// The proxy's own credential there. Only with [`AuthMode::Shared`].
+    /// Credential of the cache. Only with [`AuthMode::Shared`].
     pub credential: Option<Credential>,
-    /// Hosts that credentials may be shown to for a token, besides its own host and site; with a port where it is not the
-    /// usual one.
+    /// Additional hosts that may receive credentials for a token, besides its own host and site; with a port unless it is
+    /// the default.
     pub token_hosts: Vec<String>,
-    /// Certificates to trust besides the system's, DER.
+    /// Certificates to trust in addition to the system's, DER.
     pub roots: Vec<Vec<u8>>,
-    /// Shown to it when it asks for one.
+    /// Client certificate for this upstream.
     pub client_certificate: Option<ClientCertificate>,
-    /// Where its redirects may lead besides https and addresses no nearer than its own.
+    /// Additional redirect targets, besides https to the same or a wider address scope.
     pub redirects: Vec<RedirectRule>,
-    /// The way there.
+    /// Proxy for upstream requests.
     pub proxy: Proxy,
-    /// How long a connection may take to come about.
+    /// Timeout of a connection.
     pub connect_timeout: Duration,
-    /// From a request to the head of its answer, redirects included.
+    /// Timeout from a request to its response header, including redirects.
     pub first_byte_timeout: Duration,
 }
 
 impl UpstreamConfig {
-    /// The host of its token service, with the port if it is not the usual one, if tokens are given in its place.
+    /// Host of its token service, with a port unless it is the default, if local tokens are enabled.
     pub fn token_host(&self) -> Option<&str> {
         let rest = self.local_tokens.as_deref()?.strip_prefix("https://")?;
         let host = rest.split('/').next()?;
         Some(host.strip_suffix(":443").unwrap_or(host))
     }
 
-    /// Whether this is its name or one of its hosts, in whatever spelling.
+    /// Whether this is its name or one of its hosts, in any spelling.
     pub fn has_name(&self, name_or_host: &str) -> bool {
         let mut names = self.hosts.iter().map(String::as_str).chain([&*self.name]);
         names.any(|name| address::is_same_host(name, name_or_host))
     }
 }
 
-/// Whose right to read counts.
+/// Authorization mode of an upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AuthMode {
-    /// Each client's own, shown by the upstream's yes to its credential.
+    /// The upstream authorizes each client by the client's credential.
     PerClient,
-    /// Whoever reaches the listener is entitled.
+    /// Every client that reaches the listener is authorized.
     Shared,
 }
 
-/// Where the proxy's own credential comes from. What is secret about it is read where it is used, again and again.
+/// Source of the cache's credential. Secrets are read at each use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Credential {
-    /// A user, and the file with its password or token.
+    /// User name, and a file with the password or token.
     Password {
-        /// The user.
+        /// User name.
         username: String,
-        /// The file.
+        /// Password file.
         file: PathBuf,
     },
     /// Docker's `config.json`: credentials by host and path, and credential helpers.
     DockerConfig(PathBuf),
-    /// A credential helper.
+    /// Credential helper.
     Helper(HelperName),
 }
 
-/// As `ifnewer check` shows it.
+/// Format of `ifnewer check`.
 impl fmt::Display for Credential {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -143,25 +142,25 @@ impl fmt::Display for Credential {
     }
 }
 
-/// The way to an upstream.
+/// Proxy of an upstream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Proxy {
-    /// As `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` say.
+    /// From `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY`.
     Environment,
-    /// Straight.
+    /// Direct connection.
     None,
-    /// Through this one: a URL without user and password.
+    /// Proxy URL without user and password.
     Url(String),
 }
 
-/// An upstream as read, with where it stands, for the checks that need more than one section.
+/// Parsed upstream with its locations, for checks across sections.
 pub(super) struct ParsedUpstream {
     pub(super) name: Arc<str>,
     pub(super) table: Table,
     pub(super) changes: PolicyOverrides,
     pub(super) hosts: Vec<(Origin, String)>,
     pub(super) urls: Vec<(Origin, String)>,
-    /// `None`: it does not exist, or something is wrong with it, which was told.
+    /// Result of parsing; errors are already reported.
     state: State,
 }
 
@@ -191,7 +190,7 @@ impl ParsedUpstream {
     }
 }
 
-/// The well-known upstreams as changed by the file, then the others in the order of the file.
+/// Well-known upstreams with the file's overrides, then the others in the order of the file.
 pub(super) fn read_all(document: &Document, report: &mut Report<'_>) -> Vec<ParsedUpstream> {
     let untouched = |known: &WellKnown| Table::new(Section::Upstream, known.name, Origin::Default);
     let of_file = |known: &WellKnown| {
@@ -230,7 +229,7 @@ fn read(table: Table, report: &mut Report<'_>) -> ParsedUpstream {
     let credential = auth.and_then(|auth| credential(&table, auth, report));
     let local_tokens = auth.and_then(|auth| local_tokens(&table, auth, report));
     let token_hosts = table.list(report, "token_hosts", &parsers::HOST);
-    // Of another address in its place nothing is known.
+    // The well-known token hosts apply only to the well-known URL.
     let own_registry = well_known(&table.name)
         .filter(|known| {
             urls.as_ref()
@@ -292,15 +291,15 @@ fn read(table: Table, report: &mut Report<'_>) -> ParsedUpstream {
     }
 }
 
-/// An image's first component is an upstream only if it looks like a host; else it is part of a repository's name.
+/// An upstream name must look like a host. Otherwise an image's first component is part of the repository name.
 fn check_name(table: &Table, report: &mut Report<'_>) -> Result<(), Reported> {
     let name = table.name.as_str();
     let path = format!("upstream.\"{name}\"");
     match address::host(name) {
         Ok(_) if name.contains(['.', ':']) || name == "localhost" => Ok(()),
         Ok(_) => {
-            let message = format!("`{name}` cannot be told from a repository's name");
-            let help = "name the upstream as images do: a host name with a dot or a port".to_owned();
+            let message = format!("`{name}` looks like a repository name");
+            let help = "use a host name with a dot or a port, as in image names".to_owned();
             Err(report.emit(&table.at, path, message, Some(help)))
         }
         Err(error) => Err(report.emit(&table.at, path, error.message, error.help)),
@@ -314,7 +313,7 @@ fn urls(table: &Table, report: &mut Report<'_>) -> Result<Vec<(Origin, String)>,
         return Ok(vec![(Origin::Default, url)]);
     };
     if urls.is_empty() {
-        let help = "leave the key out for https:// and the upstream's name".to_owned();
+        let help = "remove the key to use https:// and the upstream's name".to_owned();
         return Err(report.emit(
             table.at("url"),
             table.path("url"),
@@ -324,13 +323,13 @@ fn urls(table: &Table, report: &mut Report<'_>) -> Result<Vec<(Origin, String)>,
     }
     for (index, (at, url)) in urls.iter().enumerate() {
         if urls.iter().take(index).any(|(_, earlier)| earlier == url) {
-            report.emit(at, table.path("url"), format!("`{url}` stands here twice"), None);
+            report.emit(at, table.path("url"), format!("`{url}` is listed twice"), None);
         }
     }
     Ok(urls)
 }
 
-/// What stands before each repository's name, by URL: one for all of them, or as many as there are URLs.
+/// Repository prefix of each URL: one for all URLs, or one per URL.
 fn repository_prefixes(
     table: &Table,
     urls: usize,
@@ -343,7 +342,7 @@ fn repository_prefixes(
     let count = prefixes.len();
     let mut prefixes = prefixes.into_iter().map(|(_, prefix)| prefix);
     match (count, prefixes.next()) {
-        // What is wrong with the URLs was told.
+        // The URL errors are already reported.
         _ if urls == 0 => Ok(Vec::new()),
         (1, Some(prefix)) => Ok(vec![prefix; urls]),
         (_, Some(first)) if count == urls => Ok(std::iter::once(first).chain(prefixes).collect()),
@@ -366,7 +365,7 @@ fn hosts(table: &Table, report: &mut Report<'_>) -> Result<Vec<(Origin, String)>
         .collect())
 }
 
-/// The three ways to give one; at most one of them.
+/// Keys of the cache's credential; at most one of three sources is allowed.
 const CREDENTIAL_KEYS: [&str; 4] = ["username", "password_file", "docker_config", "credential_helper"];
 
 fn credential(
@@ -424,8 +423,9 @@ fn require_shared_auth(
     if auth == AuthMode::Shared {
         return Ok(());
     }
-    let message = "a credential of the proxy's own would open this upstream's private images to every client";
-    let help = "if everyone who reaches the listener may read them, add auth = \"shared\"; else remove the \
+    let message =
+        "a credential of the cache would make this upstream's private images readable by every client";
+    let help = "if every client that reaches the listener may read them, add auth = \"shared\"; otherwise remove the \
                 credential, and clients use their own";
     Err(report.emit(table.at(key), table.path(key), message, Some(help.to_owned())))
 }
@@ -435,7 +435,7 @@ fn local_tokens(table: &Table, auth: AuthMode, report: &mut Report<'_>) -> Resul
     let realm = table.text_if_set(report, KEY, &parsers::REALM)?;
     if realm.is_some() && auth == AuthMode::Shared {
         let message = "with auth = \"shared\" no client needs a token";
-        let help = Some("leave one of the two out".to_owned());
+        let help = Some("remove one of the two".to_owned());
         return Err(report.emit(table.at(KEY), table.path(KEY), message, help));
     }
     Ok(realm)

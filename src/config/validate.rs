@@ -1,4 +1,4 @@
-//! What an upstream's name means: one upstream, which exists and is not ourselves.
+//! Checks across upstreams: unique host names, no request loop, existing references.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,14 +10,14 @@ use super::diagnostic::{Origin, Report};
 use super::parsers::{ParseError, nearest};
 use super::upstream::ParsedUpstream;
 
-/// A name must mean one upstream, or a client's credential could be sent to the wrong one.
+/// Host names must be unique, otherwise a client's credential could be sent to the wrong upstream.
 pub(super) fn check_hosts_unique(configured: &[ParsedUpstream], report: &mut Report<'_>) {
     let mut seen: Vec<(&str, &str)> = Vec::new();
     let existing = configured.iter().filter(|upstream| !upstream.is_disabled());
     for upstream in existing.clone() {
         if let Some((name, _)) = seen.iter().find(|(name, _)| is_same_host(name, &upstream.name)) {
             let message = format!("`{}` and `{name}` are one registry", upstream.name);
-            let help = "443 is the port of a name without one: keep one of the two sections".to_owned();
+            let help = "443 is the default port: keep one of the two sections".to_owned();
             let path = format!("upstream.\"{}\"", upstream.name);
             report.emit(&upstream.table.at, path, message, Some(help));
         }
@@ -28,14 +28,14 @@ pub(super) fn check_hosts_unique(configured: &[ParsedUpstream], report: &mut Rep
             if let Some((_, owner)) = seen.iter().find(|(name, _)| is_same_host(name, host)) {
                 let other = existing.clone().find(|upstream| &*upstream.name == *owner);
                 let (at, message) = match (at, other) {
-                    // A host that comes with a well-known upstream: the mistake is at the other one.
+                    // The host is a default of a well-known upstream, so the error is reported at the other section.
                     (Origin::Default, Some(other)) => (
                         &other.table.at,
                         format!("`{host}` is a host of the upstream `{}`", upstream.name),
                     ),
                     _ => (at, format!("`{host}` already means the upstream `{owner}`")),
                 };
-                let help = "a name means one upstream: leave it out in one of the two places".to_owned();
+                let help = "host names must be unique: remove it from one of the two upstreams".to_owned();
                 report.emit(at, upstream.table.path("hosts"), message, Some(help));
             }
             seen.push((host, &upstream.name));
@@ -44,7 +44,7 @@ pub(super) fn check_hosts_unique(configured: &[ParsedUpstream], report: &mut Rep
     check_token_hosts_unique(existing, &seen, report);
 }
 
-/// The same holds for the hosts of token services that are ours too; one may be its own upstream's host.
+/// Hosts of intercepted token services must be unique too; one may equal its own upstream's host.
 fn check_token_hosts_unique<'a>(
     existing: impl Iterator<Item = &'a ParsedUpstream>,
     taken: &[(&str, &str)],
@@ -64,7 +64,7 @@ fn check_token_hosts_unique<'a>(
             .find(|(name, _)| is_same_host(name, host))
         {
             let message = format!("`{host}` already means the upstream `{owner}`");
-            let help = "name a token service that is this upstream's alone, or leave the key out".to_owned();
+            let help = "use a token service of this upstream alone, or remove the key".to_owned();
             report.emit(
                 upstream.table.at(KEY),
                 upstream.table.path(KEY),
@@ -76,7 +76,7 @@ fn check_token_hosts_unique<'a>(
     }
 }
 
-/// An upstream at our own address would have every request come round and round.
+/// Rejects an upstream at the cache's own address, which would cause a request loop.
 pub(super) fn check_no_loop(
     configured: &[ParsedUpstream],
     listening: &[SocketAddr],
@@ -102,19 +102,19 @@ pub(super) fn check_no_loop(
                 })
             };
             if address.is_some_and(is_ours) {
-                let message = format!("`{url}` is ifnewer's own address: it would ask itself");
+                let message = format!("`{url}` is an address of this cache: requests would loop");
                 report.emit(
                     at,
                     upstream.table.path("url"),
                     message,
-                    Some("name the registry itself".to_owned()),
+                    Some("write the address of the registry".to_owned()),
                 );
             }
         }
     }
 }
 
-/// The upstream of exactly that name, or what is wrong with the name.
+/// Finds an upstream by exact name.
 pub(super) fn find(name: &str, configured: &[ParsedUpstream]) -> Result<Arc<str>, ParseError> {
     if let Some(found) = configured.iter().find(|upstream| &*upstream.name == name) {
         return if found.is_disabled() {

@@ -81,7 +81,7 @@ impl UpstreamFailure {
             Self::NotRegistry => "not-registry",
             Self::TooLarge => "too-large",
             Self::Redirects(_) => "redirects",
-            Self::DigestMismatch => "wrong-digest",
+            Self::DigestMismatch => "digest-mismatch",
             Self::Unverifiable => "unverifiable",
             Self::Offline => "offline",
             Self::Busy => "busy",

@@ -35,25 +35,19 @@ fn the_tables_of_policies_are_the_programs_own_decisions() {
 fn tables() -> String {
     let whole = Some(held(old(), now() - Duration::from_secs(60)));
     let mut out = String::new();
-    table(
-        &mut out,
-        "The image is held, and the registry has lately shown that this client may read it",
-        &rows(),
-        |row| CacheState {
+    table(&mut out, "Cached image, client with a grant", &rows(), |row| {
+        CacheState {
             authorization: Authorization::Granted,
             ..state(row, whole)
-        },
-    );
-    table(
-        &mut out,
-        "The image is held, and nothing is known of this client",
-        &rows(),
-        |row| state(row, whole),
-    );
+        }
+    });
+    table(&mut out, "Cached image, client without a grant", &rows(), |row| {
+        state(row, whole)
+    });
     let possible: Vec<_> = rows().into_iter().filter(|row| row.also_without_a_copy).collect();
     table(
         &mut out,
-        "The image is not held, and the registry has lately shown that this client may read it",
+        "No cached image, client with a grant",
         &possible,
         |row| CacheState {
             authorization: Authorization::Granted,
@@ -102,7 +96,7 @@ fn rows() -> Vec<Row> {
             },
         ),
         row(
-            "another digest, but the new image cannot be had",
+            "another digest, but the fetch failed",
             Revalidation::FetchFailed(UpstreamFailure::ConnectionReset),
         ),
         also("401 or 403", Revalidation::Denied(CredentialOwner::Client)),
@@ -118,11 +112,11 @@ fn rows() -> Vec<Row> {
                 Revalidation::NotFound,
             )
         },
-        also("silence", Revalidation::Unavailable(UpstreamFailure::Timeout)),
+        also("unavailable", Revalidation::Unavailable(UpstreamFailure::Timeout)),
         Row {
             confirmed_long_ago: true,
             ..row(
-                "silence, and `stale_if_error` is over",
+                "unavailable, `stale_if_error` exceeded",
                 Revalidation::Unavailable(UpstreamFailure::Timeout),
             )
         },
@@ -132,7 +126,7 @@ fn rows() -> Vec<Row> {
 fn table(out: &mut String, title: &str, rows: &[Row], state: impl Fn(&Row) -> CacheState) {
     writeln!(out, "\n{title}:\n").unwrap();
     let policies = Policy::ALL.map(|policy| format!("`{policy}`")).join(" | ");
-    writeln!(out, "| the registry says | {policies} |\n|---|---|---|---|---|").unwrap();
+    writeln!(out, "| registry's response | {policies} |\n|---|---|---|---|---|").unwrap();
     for row in rows {
         let cells = Policy::ALL.map(|policy| cell(CacheState { policy, ..state(row) }));
         writeln!(out, "| {} | {} |", row.words, cells.join(" | ")).unwrap();
@@ -152,11 +146,11 @@ fn cell(s: CacheState) -> String {
     };
     let name = decision.name();
     match decision {
-        Decision::Serve(_) if asked => format!("held copy, `{name}`"),
-        Decision::Serve(_) => format!("held copy, `{name}`; nobody is asked"),
+        Decision::Serve(_) if asked => format!("cached copy, `{name}`"),
+        Decision::Serve(_) => format!("cached copy, `{name}`; no request"),
         Decision::Fetch(_) => format!("new copy, `{name}`"),
-        Decision::Deny(_) if asked => format!("no, `{name}`"),
-        Decision::Deny(_) => format!("no, `{name}`; nobody is asked"),
+        Decision::Deny(_) if asked => format!("denied, `{name}`"),
+        Decision::Deny(_) => format!("denied, `{name}`; no request"),
         Decision::Revalidate | Decision::ProbeLayers(_) => panic!("no end: {decision:?}"),
     }
 }

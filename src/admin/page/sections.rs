@@ -155,7 +155,7 @@ fn pulled(pull: &PullView) -> Markup {
     let held = pull
         .layers
         .iter()
-        .filter(|layer| layer.state == LayerState::Held)
+        .filter(|layer| layer.state == LayerState::Cached)
         .count();
     html! {
         span.name { (breaking(&pull.image)) }

@@ -161,7 +161,7 @@ async fn layer(
     match proxy.handle(request(spec, endpoint, clock)).await {
         ProxyResponse::Blob { content, .. } => match content {
             BlobBody::Head | BlobBody::Memory(_) | BlobBody::File(_) => {
-                job.mark(&digest, LayerState::Held);
+                job.mark(&digest, LayerState::Cached);
                 Ok(())
             }
             BlobBody::Download(mut reader) => match reader.settled().await {

@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::canonical;
 
 #[test]
-fn k7_a_host_has_one_spelling() {
+fn k7_host_has_one_canonical_form() {
     for (text, expected) in [
         ("ghcr.io", Some("ghcr.io")),
         ("GHCR.io", Some("ghcr.io")),

@@ -1,9 +1,9 @@
-//! The files that a configuration names.
+//! Files that settings name.
 
 use crate::config::{Config, Credential};
 
 #[test]
-fn a_credential_is_read_from_its_file_and_never_printed() {
+fn credential_file_is_read_and_never_printed() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("password"), "s3cret\n").unwrap();
     let text =
@@ -19,7 +19,7 @@ fn a_credential_is_read_from_its_file_and_never_printed() {
 }
 
 #[test]
-fn what_is_wrong_with_dockers_configuration_is_told_and_none_of_it_shown() {
+fn invalid_docker_config_is_reported_without_secrets() {
     let folder = tempfile::tempdir().unwrap();
     let text = "[upstream.\"ghcr.io\"]\nauth = \"shared\"\ndocker_config = \"config.json\"";
     let told = |content: &str| {
@@ -58,7 +58,7 @@ fn what_is_wrong_with_dockers_configuration_is_told_and_none_of_it_shown() {
 }
 
 #[test]
-fn users_are_read_or_what_is_wrong_with_them_is_told() {
+fn htpasswd_users_are_read_or_rejected() {
     let folder = tempfile::tempdir().unwrap();
     let hash = "$2y$10$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW";
     let told = |users: &str, more: &str| {
@@ -77,16 +77,16 @@ fn users_are_read_or_what_is_wrong_with_them_is_told() {
             && !allow.applies_to("alice2")
             && !allow.applies_to("ci")
     );
-    assert!(config.summary().to_string().contains("2 users, 1 list"));
+    assert!(config.summary().to_string().contains("2 users, 1 allow list"));
 
     let weak = hash.replace("$10$", "$04$");
     for (users, more, why) in [
-        ("\n".to_owned(), "", "there is no user in the file"),
-        (format!("a:{hash}\na:{hash}"), "", "line 2: `a` stands here twice"),
+        ("\n".to_owned(), "", "the file has no users"),
+        (format!("a:{hash}\na:{hash}"), "", "line 2: `a` is listed twice"),
         (
             "a:{SHA}canary".to_owned(),
             "",
-            "line 1: the hash of `a` is not one of bcrypt",
+            "line 1: the hash of `a` is not a bcrypt hash",
         ),
         (
             "canary".to_owned(),
@@ -106,7 +106,7 @@ fn users_are_read_or_what_is_wrong_with_them_is_told() {
         (
             format!("a:{hash}"),
             "[[allow]]\nusers = [\"a\"]",
-            "a list without `images` allows nothing",
+            "an allow list without `images` has no effect",
         ),
         (
             format!("a:{hash}"),
@@ -131,7 +131,7 @@ fn users_are_read_or_what_is_wrong_with_them_is_told() {
 }
 
 #[test]
-fn cas_of_clients_open_alone_or_beside_users() {
+fn client_ca_works_alone_or_with_htpasswd() {
     let folder = tempfile::tempdir().unwrap();
     let make = || {
         let made = rcgen::generate_simple_self_signed(["ca".to_owned()]).unwrap();
@@ -143,7 +143,7 @@ fn cas_of_clients_open_alone_or_beside_users() {
         let read = Config::read(&text, &folder.path().join("ifnewer.toml"));
         read.map_err(|faults| faults.to_string())
     };
-    // No password crosses the network where there is none.
+    // Without passwords, plain HTTP is allowed.
     let list = "[[allow]]\nusers = [\"spiffe://example.org/*\"]\nimages = [\"docker.io/*\"]\n[listen]\nplain_http = \"any\"";
     let config = told(&(make() + &make()), list).unwrap();
     let access = config.access.as_ref().unwrap();
@@ -153,10 +153,10 @@ fn cas_of_clients_open_alone_or_beside_users() {
         config
             .summary()
             .to_string()
-            .contains("0 users, certificates of 2 CAs, 1 list")
+            .contains("0 users, certificates of 2 CAs, 1 allow list")
     );
     for (pem, why) in [
-        ("", "there is no certificate in the file"),
+        ("", "the file has no certificate"),
         ("-----BEGIN CERTIFICATE-----\n?", "the file is not PEM"),
     ] {
         let faults = told(pem, "").unwrap_err();
@@ -190,7 +190,7 @@ fn a_bundle_of_certificates_is_read() {
 }
 
 #[test]
-fn files_that_cannot_be_used_are_told() {
+fn unusable_files_are_reported() {
     let folder = tempfile::tempdir().unwrap();
     for (name, content) in [
         ("empty", "\n"),
@@ -209,7 +209,7 @@ fn files_that_cannot_be_used_are_told() {
         (
             "ca_file = \"text\"".to_owned(),
             "3:11",
-            "there is no certificate in the file",
+            "the file has no certificate",
         ),
         ("ca_file = \"broken\"".to_owned(), "3:11", "the file is not PEM"),
         ("ca_file = \".\"".to_owned(), "3:11", "cannot read "),

@@ -1,4 +1,4 @@
-//! What is refused, with the place and the sentence.
+//! Invalid settings: message and location.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ fn faults(text: &str) -> Diagnostics {
         .unwrap_err()
 }
 
-/// The first line of each fault, without the file's name.
+/// First line of each diagnostic, without the file name.
 fn told(faults: &Diagnostics) -> Vec<String> {
     let first = |fault: &crate::config::Diagnostic| fault.to_string().lines().next().unwrap_or("").to_owned();
     faults
@@ -23,11 +23,11 @@ fn told(faults: &Diagnostics) -> Vec<String> {
 
 #[test]
 #[expect(clippy::too_many_lines, reason = "a table, one mistake a line")]
-fn every_mistake_is_told_with_its_place() {
+fn invalid_setting_reports_its_location() {
     #[rustfmt::skip]
     let table = [
         // The grammar of TOML.
-        ("data = always", "1:8: a text needs quotes"),
+        ("data = always", "1:8: a string needs quotes"),
         ("[listen\nplain_http = \"any\"", "1:8: unclosed table, expected `]`"),
         ("data = \"a\"\ndata = \"b\"", "2:1: duplicate key"),
         ("[store]\nsize = \"1 GiB", "2:14: invalid basic string, expected `\"`"),
@@ -36,10 +36,10 @@ fn every_mistake_is_told_with_its_place() {
         ("\n[default]\n  polcy = \"always\"", "3:3: unknown key `polcy`"),
         ("[defualt]\npolicy = \"always\"", "1:2: unknown key `defualt`"),
         ("[listen]\ndefault_upstream = \"ghcr.io\"", "2:1: unknown key `default_upstream`"),
-        ("[upstream.\"ghcr.io\"]\ncredential_helper = \"ecr-login\"", "2:21: a credential of the proxy's own would open this upstream's private images to every client"),
+        ("[upstream.\"ghcr.io\"]\ncredential_helper = \"ecr-login\"", "2:21: a credential of the cache would make this upstream's private images readable by every client"),
         ("[upstream.\"ghcr.io\"]\nauth = \"shared\"\ncredential_helper = \"../evil\"", "3:21: the name of a credential helper has letters, digits, `-`, `_` and `.` only"),
         ("[upstream.\"ghcr.io\"]\nauth = \"shared\"\ncredential_helper = \"a\"\ndocker_config = \"b\"", "3:21: several credentials for one upstream: docker_config, credential_helper"),
-        ("[upstream.\"ghcr.io\"]\ndocker_config = \"x\"", "2:17: a credential of the proxy's own would open this upstream's private images to every client"),
+        ("[upstream.\"ghcr.io\"]\ndocker_config = \"x\"", "2:17: a credential of the cache would make this upstream's private images readable by every client"),
         ("[upstream.\"ghcr.io\"]\npassword = \"x\"", "2:1: unknown key `password`"),
         ("[[rule]]\nimages = [\"*\"]\ngrant_ttl = \"5m\"", "3:1: unknown key `grant_ttl`"),
         // Sections of the wrong shape.
@@ -52,28 +52,28 @@ fn every_mistake_is_told_with_its_place() {
         ("[upstream.registry.k8s.io]", "1:11: an upstream's name with dots needs quotes"),
         // Kinds.
         ("data = 5", "1:8: expected a path, found a number"),
-        ("[listen]\nregistry = \"127.0.0.1:5000\"", "2:12: expected a list, found a text"),
+        ("[listen]\nregistry = \"127.0.0.1:5000\"", "2:12: expected a list, found a string"),
         ("[default]\nrevalidate_timeout = 2", "2:22: expected a duration, found a number"),
         ("[default]\nrevalidate_timeout = 2.5", "2:22: expected a duration, found a fraction"),
-        ("[limits]\nconnections_max = \"many\"", "2:19: expected a whole number, found a text"),
+        ("[limits]\nconnections_max = \"many\"", "2:19: expected a whole number, found a string"),
         ("[limits]\nconnections_max = 0", "2:19: 0 is outside of 1 to 1000000"),
-        ("[limits]\nconnections_max = 209716", "2:19: 209716 is more than a process can have: a process has at most 1048576 file descriptors, and five belong to each connection"),
-        ("[limits]\ndownloads_max = 1025", "2:17: 1025 is more than a process can have: each transfer may hold 256 KiB of memory, two files and a connection"),
-        ("[limits]\nconnections_max = 100\nconnections_per_peer_max = 101", "3:28: 101 is more than `connections_max` (100), within which it is counted"),
-        ("[limits]\nconnections_per_peer_max = 5000", "2:28: 5000 is more than `connections_max` (4096), within which it is counted"),
-        ("[limits]\nconnections_max = 100\ntunnels_max = 200", "3:15: 200 is more than `connections_max` (100), within which it is counted"),
-        ("[limits]\ndownloads_max = 8\ndownloads_per_upstream_max = 9", "3:30: 9 is more than `downloads_max` (8), within which it is counted"),
+        ("[limits]\nconnections_max = 209716", "2:19: 209716 is more than a process can have: a process has at most 1048576 file descriptors, and each connection needs five"),
+        ("[limits]\ndownloads_max = 1025", "2:17: 1025 is more than a process can have: each download uses up to 256 KiB of memory, two files and a connection"),
+        ("[limits]\nconnections_max = 100\nconnections_per_peer_max = 101", "3:28: 101 is more than `connections_max` (100), which includes it"),
+        ("[limits]\nconnections_per_peer_max = 5000", "2:28: 5000 is more than `connections_max` (4096), which includes it"),
+        ("[limits]\nconnections_max = 100\ntunnels_max = 200", "3:15: 200 is more than `connections_max` (100), which includes it"),
+        ("[limits]\ndownloads_max = 8\ndownloads_per_upstream_max = 9", "3:30: 9 is more than `downloads_max` (8), which includes it"),
         ("[limits]\nheader_timeout = \"2m\"", "2:18: 2m is never reached: a connection ends when nothing has moved on it for 1m, the longer of `idle_timeout` and `write_timeout`"),
-        ("[upstream.\"ghcr.io\"]\nconnect_timeout = \"10s\"\nfirst_byte_timeout = \"5s\"", "2:19: 10s is never reached: `first_byte_timeout` (5s) runs from the request on and includes it"),
+        ("[upstream.\"ghcr.io\"]\nconnect_timeout = \"10s\"\nfirst_byte_timeout = \"5s\"", "2:19: 10s is never reached: `first_byte_timeout` (5s) starts with the request and includes it"),
         ("[limits]\ndownloads_max = -5", "2:17: -5 is outside of 1 to 1000000"),
         ("[limits]\ndownloads_max = 99999999999999999999", "2:17: expected a whole number, found a number that is too large"),
-        ("[upstream.\"ghcr.io\"]\nenabled = \"no\"", "2:11: expected true or false, found a text"),
+        ("[upstream.\"ghcr.io\"]\nenabled = \"no\"", "2:11: expected true or false, found a string"),
         ("[tls]\nnames = [\"a.example.org\", 5]", "2:27: expected a host name or an address, found a number"),
         // Durations and sizes.
         ("[default]\nmax_age = \"5\"", "2:11: the duration `5` has no unit"),
         ("[default]\nmax_age = \"5 parsecs\"", "2:11: `5 parsecs` is not a duration"),
-        ("[default]\nmax_age = \"forever\"", "2:11: `forever` has no meaning here"),
-        ("[default]\nrevalidate_timeout = \"0s\"", "2:22: a time of zero would let nothing through"),
+        ("[default]\nmax_age = \"forever\"", "2:11: `forever` is not valid here"),
+        ("[default]\nrevalidate_timeout = \"0s\"", "2:22: a timeout of zero would fail every request"),
         ("[store]\nsize = \"big\"", "2:8: `big` is not a size"),
         ("[store]\nsize = \"50\"", "2:8: 50 B is too small to hold an image"),
         // Choices.
@@ -87,9 +87,9 @@ fn every_mistake_is_told_with_its_place() {
         ("[listen]\nregistry = [\"127.0.0.1\"]", "2:13: `127.0.0.1` is not an address with a port"),
         ("[listen]\nregistry = [\"127.0.0.1:1\", \":5000\"]", "2:28: `:5000` is not an address with a port"),
         ("[listen]\nregistry = []", "2:12: without an address no client can reach the cache"),
-        ("[listen]\nregistry = [\"127.0.0.1:1\", \"127.0.0.1:1\"]", "2:28: `127.0.0.1:1` stands here twice"),
+        ("[listen]\nregistry = [\"127.0.0.1:1\", \"127.0.0.1:1\"]", "2:28: `127.0.0.1:1` is listed twice"),
         ("[listen]\nadmin = \"unix:admin.sock\"", "2:9: the path of a unix socket must be absolute"),
-        ("[listen]\nadmin = \"127.0.0.1:5000\"", "2:9: `127.0.0.1:5000` is an address of the registry already"),
+        ("[listen]\nadmin = \"127.0.0.1:5000\"", "2:9: `127.0.0.1:5000` is already an address of the registry"),
         ("data = \"\"", "1:8: an empty path"),
         ("data = \"~/cache\"", "1:8: `~` is not expanded here"),
         ("[tls]\ncertificate = \"c.pem\"", "2:15: `certificate` without `key`"),
@@ -106,58 +106,58 @@ fn every_mistake_is_told_with_its_place() {
         ("[upstream.\"ghcr.io:443\"]", "1:11: `ghcr.io:443` and `ghcr.io` are one registry"),
         ("[upstream.\"[::1]:5000\"]\n[upstream.\"[0:0::1]:5000\"]", "2:11: `[0:0::1]:5000` and `[::1]:5000` are one registry"),
         ("[upstream.\"a.io\"]\nhosts = [\"ghcr.io:443\"]", "2:10: `ghcr.io:443` already means the upstream `ghcr.io`"),
-        ("[upstream.\"mirror\"]", "1:11: `mirror` cannot be told from a repository's name"),
+        ("[upstream.\"mirror\"]", "1:11: `mirror` looks like a repository name"),
         ("[upstream.\"ghcr.io\"]\nurl = \"ghcr.io\"", "2:7: the URL has no scheme"),
         ("[upstream.\"ghcr.io\"]\nurl = \"ftp://ghcr.io\"", "2:7: an upstream's URL begins with https:// or http://"),
         ("[upstream.\"ghcr.io\"]\nurl = \"https://ghcr.io?x=y\"", "2:7: an upstream's URL has no query and no fragment"),
         ("[upstream.\"ghcr.io\"]\nurl = \"https://ghcr.io#x\"", "2:7: an upstream's URL has no query and no fragment"),
-        ("[upstream.\"ghcr.io\"]\nurl = \"https://u:p@ghcr.io\"", "2:7: a URL holds no user and no password here"),
+        ("[upstream.\"ghcr.io\"]\nurl = \"https://u:p@ghcr.io\"", "2:7: a URL with a user or password is not accepted here"),
         ("[upstream.\"ghcr.io\"]\nurl = \"https://ghcr.io:99999\"", "2:7: the URL's host or port is wrong"),
         ("[upstream.\"ghcr.io\"]\nurl = \"https://\"", "2:7: not a URL"),
-        ("[upstream.\"ghcr.io\"]\nurl = \"https://ghcr.io/v2/\"", "2:7: `/v2` is added by itself"),
+        ("[upstream.\"ghcr.io\"]\nurl = \"https://ghcr.io/v2/\"", "2:7: `/v2` is added automatically"),
         ("[upstream.\"ghcr.io\"]\nurl = []", "2:7: an empty list of URLs"),
-        ("[upstream.\"ghcr.io\"]\nurl = [\"https://a.io\", \"https://a.io/\"]", "2:24: `https://a.io` stands here twice"),
-        ("[upstream.\"ghcr.io\"]\nurl = \"http://localhost:5000\"", "2:7: `http://localhost:5000` is ifnewer's own address: it would ask itself"),
+        ("[upstream.\"ghcr.io\"]\nurl = [\"https://a.io\", \"https://a.io/\"]", "2:24: `https://a.io` is listed twice"),
+        ("[upstream.\"ghcr.io\"]\nurl = \"http://localhost:5000\"", "2:7: `http://localhost:5000` is an address of this cache: requests would loop"),
         ("[upstream.\"ghcr.io\"]\nproxy = \"ftp://proxy\"", "2:9: a proxy's URL begins with http://, https:// or socks5://"),
-        ("[upstream.\"ghcr.io\"]\nproxy = \"http://u:p@proxy\"", "2:9: a URL holds no user and no password here"),
+        ("[upstream.\"ghcr.io\"]\nproxy = \"http://u:p@proxy\"", "2:9: a URL with a user or password is not accepted here"),
         ("[upstream.\"ghcr.io\"]\nproxy = \"env\"", "2:9: `env` is none of \"environment\", \"none\""),
         ("[upstream.\"ghcr.io\"]\ntoken_hosts = [\"https://auth.example.org/token\"]", "2:16: `https://auth.example.org/token` is not a host name"),
         ("[upstream.\"ghcr.io\"]\ntoken_hosts = [\"auth.example.org\", \"*.example.org\"]", "2:36: `*.example.org` is not a host name"),
         ("[upstream.\"ghcr.io\"]\nrepository_prefix = \"Hub\"", "2:21: not the beginning of a repository's name: the character at byte 0 is not allowed in a name"),
-        ("[upstream.\"ghcr.io\"]\nrepository_prefix = \"/hub/\"", "2:21: the prefix has a slash too many"),
-        ("[upstream.\"ghcr.io\"]\nrepository_prefix = \"https://h.example/hub\"", "2:21: the prefix is no URL"),
+        ("[upstream.\"ghcr.io\"]\nrepository_prefix = \"/hub/\"", "2:21: the prefix begins or ends with a slash"),
+        ("[upstream.\"ghcr.io\"]\nrepository_prefix = \"https://h.example/hub\"", "2:21: the prefix is not a URL"),
         ("[upstream.\"ghcr.io\"]\nrepository_prefix = [\"a\", \"b\"]", "2:21: 2 prefixes for 1 URLs"),
         ("[upstream.\"ghcr.io\"]\nrepository_prefix = []", "2:21: 0 prefixes for 1 URLs"),
         ("[upstream.\"ghcr.io\"]\nredirects = [\"s3.example.org\", \"*\"]", "2:32: `*` is neither a host nor a network"),
         ("[upstream.\"ghcr.io\"]\nredirects = [\"http://minio.internal/bucket\"]", "2:14: `http://minio.internal/bucket` has a path"),
-        ("[upstream.\"ghcr.io\"]\nredirects = [\"0.0.0.0/0\"]", "2:14: `0.0.0.0/0` is every address there is"),
-        ("[upstream.\"ghcr.io\"]\nredirects = [\"10.0.0.0/99\"]", "2:14: `10.0.0.0/99` has a wrong length after the `/`"),
-        ("[upstream.\"ghcr.io\"]\nredirects = [\"ftp://minio\"]", "2:14: a redirect is followed to http:// and https:// alone"),
-        ("[upstream.\"ghcr.io\"]\nredirects = \"http://minio\"", "2:13: expected a list, found a text"),
+        ("[upstream.\"ghcr.io\"]\nredirects = [\"0.0.0.0/0\"]", "2:14: `0.0.0.0/0` includes every address"),
+        ("[upstream.\"ghcr.io\"]\nredirects = [\"10.0.0.0/99\"]", "2:14: `10.0.0.0/99` has an invalid prefix length"),
+        ("[upstream.\"ghcr.io\"]\nredirects = [\"ftp://minio\"]", "2:14: redirects are followed to http:// and https:// only"),
+        ("[upstream.\"ghcr.io\"]\nredirects = \"http://minio\"", "2:13: expected a list, found a string"),
         ("[upstream.\"ghcr.io\"]\nclient_certificate = \"c.pem\"", "2:22: `client_certificate` without `client_key`"),
         ("[upstream.\"ghcr.io\"]\nclient_key = \"c.key\"", "2:14: `client_key` without `client_certificate`"),
         ("[upstream.\"ghcr.io\"]\nclient_certificate = \"/absent/c.pem\"\nclient_key = \"/absent/c.key\"", "2:22: cannot read /absent/c.pem: No such file or directory (os error 2)"),
-        ("[upstream.\"ghcr.io\"]\nfirst_byte_timeout = \"0s\"", "2:22: a time of zero would let nothing through"),
+        ("[upstream.\"ghcr.io\"]\nfirst_byte_timeout = \"0s\"", "2:22: a timeout of zero would fail every request"),
         ("[upstream.\"ghcr.io\"]\nfirst_byte_timeout = \"90\"", "2:22: the duration `90` has no unit"),
         ("[upstream.\"ghcr.io\"]\nhosts = [\"quay.io\"]", "2:10: `quay.io` already means the upstream `quay.io`"),
         ("[upstream.\"a.io\"]\nhosts = [\"x.io\"]\n[upstream.\"b.io\"]\nhosts = [\"x.io\"]", "4:10: `x.io` already means the upstream `a.io`"),
         ("[upstream.\"index.docker.io\"]", "1:11: `index.docker.io` is a host of the upstream `docker.io`"),
         ("[upstream.\"ghcr.io\"]\nusername = \"robot\"", "2:12: `username` without `password_file`"),
         ("[upstream.\"ghcr.io\"]\npassword_file = \"p\"", "2:17: `password_file` without `username`"),
-        ("[upstream.\"ghcr.io\"]\nusername = \"a:b\"\npassword_file = \"p\"", "2:12: a user name has no `:` and no control characters"),
+        ("[upstream.\"ghcr.io\"]\nusername = \"a:b\"\npassword_file = \"p\"", "2:12: a user name cannot contain `:` or control characters"),
         ("[upstream.\"ghcr.io\"]\nusername = \"robot\"\npassword_file = \"p\"",
-            "2:12: a credential of the proxy's own would open this upstream's private images to every client"),
+            "2:12: a credential of the cache would make this upstream's private images readable by every client"),
         ("[default]\ngrant_ttl = \"24h\"", "2:13: `grant_ttl` (1day) is longer than `grant_ttl_offline` (12h)"),
         ("[upstream.\"ghcr.io\"]\ngrant_ttl_offline = \"1m\"", "2:21: `grant_ttl` (5m) is longer than `grant_ttl_offline` (1m)"),
         // Rules.
-        ("[[rule]]\npolicy = \"always\"", "1:1: a rule without images never holds"),
-        ("[[rule]]\nimages = []", "2:10: a rule without images never holds"),
+        ("[[rule]]\npolicy = \"always\"", "1:1: a rule without images never applies"),
+        ("[[rule]]\nimages = []", "2:10: a rule without images never applies"),
         ("[[rule]]\nimages = [\"ghcr.io/[\"]", "2:11: invalid glob: unclosed character class; missing ']'"),
         ("[[rule]]\nimages = [\"nginx:v1\"]", "2:11: the glob can match no image: an image is `upstream/repository`"),
         ("[[rule]]\nimages = [\"ghcr.io/a@sha256:00\"]", "2:11: a rule cannot name a digest, because content by digest never changes"),
         ("[[rule]]\nimages = [\"dcker.io/nginx\"]", "2:11: the upstream `dcker.io` is not configured"),
         ("[[rule]]\nimages = [\"registry-1.docker.io/library/nginx\"]", "2:11: the upstream `registry-1.docker.io` is not configured"),
-        ("[[rule]]\nimages = [\"*:a\"]\n[[rule]]\nimages = [\"*:a\"]", "4:11: never reached: `*:a` stands already in rule 1"),
+        ("[[rule]]\nimages = [\"*:a\"]\n[[rule]]\nimages = [\"*:a\"]", "4:11: never reached: `*:a` is already in rule 1"),
     ];
     for (text, expected) in table {
         assert_eq!(told(&faults(text)), [expected], "{text}");
@@ -165,13 +165,13 @@ fn every_mistake_is_told_with_its_place() {
 }
 
 #[test]
-fn a_token_service_is_named_in_full_and_is_one_upstreams_alone() {
+fn token_service_needs_full_url_and_one_upstream() {
     #[rustfmt::skip]
     let table = [
         ("[upstream.\"ghcr.io\"]\nlocal_tokens = \"http://ghcr.io/token\"",
-            "2:16: a token service is named as in the upstream's challenges: https, and a path"),
+            "2:16: a token service URL needs https and a path, as in the upstream's challenges"),
         ("[upstream.\"ghcr.io\"]\nlocal_tokens = \"https://ghcr.io\"",
-            "2:16: a token service is named as in the upstream's challenges: https, and a path"),
+            "2:16: a token service URL needs https and a path, as in the upstream's challenges"),
         ("[upstream.\"ghcr.io\"]\nlocal_tokens = \"https://quay.io/v2/auth\"", "2:16: `quay.io` already means the upstream `quay.io`"),
         ("[upstream.\"a.io\"]\nlocal_tokens = \"https://x.io/t\"\n[upstream.\"b.io\"]\nlocal_tokens = \"https://x.io/t\"",
             "4:16: `x.io` already means the upstream `a.io`"),
@@ -183,7 +183,7 @@ fn a_token_service_is_named_in_full_and_is_one_upstreams_alone() {
 }
 
 #[test]
-fn all_faults_are_told_at_once_in_the_order_of_the_file() {
+fn all_errors_are_reported_in_file_order() {
     let text = "
 polcy = 1
 [[rule]]
@@ -204,7 +204,7 @@ max_age = \"5\"
 }
 
 #[test]
-fn a_wrong_variable_or_flag_is_told_by_its_name() {
+fn invalid_variable_or_flag_is_named() {
     let table = [
         (
             ("IFNEWER_STROE_SIZE", "1 GiB"),
@@ -216,7 +216,7 @@ fn a_wrong_variable_or_flag_is_told_by_its_name() {
         ),
         (
             ("IFNEWER_LIMITS_CONNECTIONS_MAX", "x"),
-            "IFNEWER_LIMITS_CONNECTIONS_MAX: expected a whole number, found a text",
+            "IFNEWER_LIMITS_CONNECTIONS_MAX: expected a whole number, found a string",
         ),
         (
             ("IFNEWER_LOG", "loud"),
@@ -242,7 +242,7 @@ fn a_wrong_variable_or_flag_is_told_by_its_name() {
 }
 
 #[test]
-fn a_text_beyond_all_measure_is_refused_unread() {
+fn oversized_file_is_rejected_unread() {
     let text = "#".repeat(crate::config::TEXT_BYTES_MAX + 1);
     assert_eq!(told(&faults(&text)), ["1:1: longer than 1048576 bytes"]);
 }
@@ -288,6 +288,6 @@ fn renamed_key_or_value_names_its_successor() {
     assert_eq!(
         gather("", &[variable], &[]).unwrap_err().to_string(),
         "IFNEWER_DEFAULT_OFFLINE_GRANT: `IFNEWER_DEFAULT_OFFLINE_GRANT` is now `IFNEWER_DEFAULT_GRANT_TTL_OFFLINE`\n\
-         help: set `IFNEWER_DEFAULT_GRANT_TTL_OFFLINE` in its place"
+         help: set `IFNEWER_DEFAULT_GRANT_TTL_OFFLINE` instead"
     );
 }

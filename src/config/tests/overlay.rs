@@ -1,4 +1,4 @@
-//! Variables and flags over the file.
+//! Overrides by variables and flags.
 
 use std::path::Path;
 use std::time::Duration;
@@ -8,11 +8,11 @@ use crate::config::{Admin, KEYS, Key, Log, LogFormat, StoreLimits};
 use crate::policy::Policy;
 
 #[test]
-fn variables_have_different_names_and_none_looks_like_one_of_kubernetes() {
+fn variables_are_unique_and_differ_from_kubernetes_ones() {
     let mut names: Vec<String> = KEYS.iter().filter_map(Key::variable).collect();
     let count = names.len();
     for name in &names {
-        // Nothing accepts a NUL; what is taken for a variable of Kubernetes would not even be read.
+        // No value accepts a NUL. A variable mistaken for one of Kubernetes would be ignored.
         assert!(gather("", &[(name, "\0")], &[]).is_err(), "{name}");
     }
     names.sort();
@@ -69,7 +69,7 @@ fn variables_of_every_kind_are_read() {
         ("IFNEWER_DEFAULT_POLICY", "if-not-present"),
         ("IFNEWER_DEFAULT_UPSTREAM", "ghcr.io"),
         ("IFNEWER_TLS_NAMES", "cache.example.org,10.0.0.1"),
-        // What a composed environment leaves empty is unset.
+        // An empty variable is unset.
         ("IFNEWER_STORE_SIZE", ""),
         ("IFNEWER_CONFIG", "read elsewhere"),
         ("HOME", "not ours"),

@@ -1,4 +1,4 @@
-//! How faults look to the one who must mend them.
+//! Rendering of diagnostics.
 
 use std::path::Path;
 
@@ -39,7 +39,7 @@ help: did you mean `policy`? It belongs to `[default]`"#;
 }
 
 #[test]
-fn the_caret_stands_under_the_value_after_tabs_and_wide_letters() {
+fn caret_aligns_after_tabs_and_wide_characters() {
     let text = "\n".repeat(9) + "[upstream.\"ghcr.io\"]\n\t\"max_age\" = \"5 müde\"";
     let expected = "
 config/ifnewer.toml:11:14: `5 müde` is not a duration
@@ -56,9 +56,9 @@ fn secrets_are_masked() {
 config/ifnewer.toml:2:1: unknown key `password`
 2 | password = ***
   | ^^^^^^^^
-help: a password does not belong here; put it into a file and name that as `password_file`
+help: passwords are not accepted here; put it into a file and set `password_file`
 
-config/ifnewer.toml:3:8: a URL holds no user and no password here
+config/ifnewer.toml:3:8: a URL with a user or password is not accepted here
 3 | url = ["https://***@ghcr.io", "http://***@b"]
   |        ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
 help: use `username` and `password_file`, with auth = "shared""#;
@@ -68,13 +68,13 @@ help: use `username` and `password_file`, with auth = "shared""#;
 }
 
 #[test]
-fn a_credential_without_shared_access_is_refused_with_the_reason() {
+fn cache_credential_requires_shared_auth() {
     let text = "[upstream.\"ghcr.io\"]\nusername = \"robot\"\npassword_file = \"/run/secrets/ghcr\"\n";
     let expected = r#"
-config/ifnewer.toml:2:12: a credential of the proxy's own would open this upstream's private images to every client
+config/ifnewer.toml:2:12: a credential of the cache would make this upstream's private images readable by every client
 2 | username = "robot"
   |            ^^^^^^^
-help: if everyone who reaches the listener may read them, add auth = "shared"; else remove the credential, and clients use their own"#;
+help: if every client that reaches the listener may read them, add auth = "shared"; otherwise remove the credential, and clients use their own"#;
     assert_eq!(printed(text), expected.trim_start());
 }
 

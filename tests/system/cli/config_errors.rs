@@ -61,7 +61,7 @@ const WRONG: &[(&str, &str, &[&str])] = &[
     (
         "own credentials without shared access",
         "[upstream.\"docker.io\"]\nusername = \"me\"\npassword_file = \"/dev/null\"",
-        &["access", "shared"],
+        &["auth", "shared"],
     ),
 ];
 

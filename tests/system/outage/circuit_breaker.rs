@@ -43,7 +43,7 @@ async fn job(proxy: &Proxy, images: &[Image]) -> Vec<String> {
 
 fn cause(reply: &Reply) -> String {
     let status = reply.cache_status();
-    let (_, cause) = status.split_once("stale-").unwrap();
+    let (_, cause) = status.split_once("stale-if-error-").unwrap();
     cause.to_owned()
 }
 
