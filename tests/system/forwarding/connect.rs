@@ -67,7 +67,7 @@ async fn elsewhere_is_refused_and_not_connected_to() {
         );
     }
     assert_eq!((hub.connections(), other.connections()), (0, 0));
-    assert!(metrics(&proxy).await.contains("reason=\"no-tunnel\""));
+    assert!(metrics(&proxy).await.contains("reason=\"tunnel-not-allowed\""));
 }
 
 #[tokio::test]
