@@ -64,6 +64,7 @@ pub(super) struct AccessTimes {
     is_tracking: AtomicBool,
     /// Content used or referenced since tracking started.
     needed: Mutex<HashSet<Digest>>,
+    removing: Mutex<()>,
 }
 
 impl AccessTimes {
@@ -103,6 +104,18 @@ impl AccessTimes {
         if self.is_tracking.load(Ordering::SeqCst) {
             self.needed().extend(digests);
         }
+    }
+
+    /// [`Self::mark_needed`] of what was written just now. A removal that was decided before that ends first: what is found
+    /// stored afterwards stays.
+    pub(super) fn mark_needed_and_wait(&self, digests: impl IntoIterator<Item = Digest>) {
+        self.mark_needed(digests);
+        drop(self.removing());
+    }
+
+    /// Held by an eviction from the decision to remove something until it is removed.
+    pub(super) fn removing(&self) -> MutexGuard<'_, ()> {
+        self.removing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Starts to track needed content, with an empty set.

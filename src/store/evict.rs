@@ -361,7 +361,7 @@ impl Evictor {
                         !self.pins.has(&Pin::Tag(key.clone()))
                             && !targets.iter().any(|name| self.access_times.was_needed(name))
                     };
-                    let _evicting = self.pins.evicting();
+                    let _removing = self.access_times.removing();
                     let removed = self.tags.evict(key, targets, is_free)?;
                     if removed.is_some() {
                         self.note_tag_removal(key);
@@ -370,7 +370,7 @@ impl Evictor {
                 }
                 Step::Manifest(digest) | Step::Blob(digest) => {
                     self.sync_tag_removals()?;
-                    let _evicting = self.pins.evicting();
+                    let _removing = self.access_times.removing();
                     let is_free =
                         || !self.access_times.was_needed(digest) && !self.pins.has(&Pin::Digest(*digest));
                     match step {

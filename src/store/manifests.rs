@@ -232,7 +232,7 @@ impl Manifests {
         self.access_times.mark_needed(children.iter().copied());
         let written = self.write(checked, source);
         // An eviction that began after the first call and listed the manifests before the write has seen neither.
-        self.access_times.mark_needed(children);
+        self.access_times.mark_needed_and_wait(children);
         written
     }
 

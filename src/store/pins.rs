@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockWriteGuard};
 
 use serde::{Deserialize, Serialize};
 
@@ -68,8 +68,6 @@ pub(super) struct Pins {
     entries: RwLock<BTreeMap<Pin, PathBuf>>,
     /// Serialises changes.
     changing: Mutex<()>,
-    /// Held by an eviction between its check for pins and the removal.
-    evicting: Mutex<()>,
 }
 
 impl Pins {
@@ -99,7 +97,6 @@ impl Pins {
             access_times: Arc::clone(access_times),
             entries: RwLock::new(entries),
             changing: Mutex::default(),
-            evicting: Mutex::default(),
         }
     }
 
@@ -108,11 +105,6 @@ impl Pins {
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .contains_key(pin)
-    }
-
-    /// Locked by an eviction before it checks for pins, until the removal is done.
-    pub(super) fn evicting(&self) -> MutexGuard<'_, ()> {
-        self.evicting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn all(&self) -> Vec<Pin> {
@@ -142,7 +134,7 @@ impl Pins {
         }
         // Wait for a running eviction that has already checked for pins, so that it cannot remove content after the pin
         // is acknowledged.
-        drop(self.evicting());
+        drop(self.access_times.removing());
         let written = self.fs.write_durable(&path, &encode(&Record::of(pin)));
         written.map_err(|error| {
             self.change().remove(pin);

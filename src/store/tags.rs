@@ -64,7 +64,7 @@ impl Store {
         let is_complete = |digest: &Digest| view.is_tag_complete(key, digest);
         let result = self.tags.put(key, variant, received_at, &is_complete);
         // An eviction that began after the first call and listed the tags before the write has seen neither.
-        self.access_times.mark_needed([digest]);
+        self.access_times.mark_needed_and_wait([digest]);
         result
     }
 

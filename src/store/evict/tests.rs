@@ -187,18 +187,35 @@ fn evict_removes_complete_image_without_conflict() {
 }
 
 #[test]
+fn store_manifest_waits_for_a_removal_of_its_layer() {
+    let fixture = Fixture::memory();
+    let store = fixture.open();
+    let (written, is_written) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let removing = store.access_times.removing();
+        scope.spawn(|| {
+            put_manifest(&store, &manifest(1), "library/alpine").unwrap();
+            written.send(()).unwrap();
+        });
+        assert!(is_written.recv_timeout(Duration::from_millis(50)).is_err());
+        drop(removing);
+        is_written.recv().unwrap();
+    });
+}
+
+#[test]
 fn t08_pin_waits_for_running_eviction() {
     let fixture = Fixture::memory();
     let store = fixture.open();
     let (pinned, is_pinned) = std::sync::mpsc::channel();
     std::thread::scope(|scope| {
-        let evicting = store.pins.evicting();
+        let removing = store.access_times.removing();
         scope.spawn(|| {
             store.pin(&Pin::Tag(key("1"))).unwrap();
             pinned.send(()).unwrap();
         });
         assert!(is_pinned.recv_timeout(Duration::from_millis(50)).is_err());
-        drop(evicting);
+        drop(removing);
         is_pinned.recv().unwrap();
     });
 }

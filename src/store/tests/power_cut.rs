@@ -17,7 +17,6 @@ struct Power {
 
 impl Power {
     fn is_cut(&self) -> bool {
-        jitter();
         self.calls.fetch_add(1, Ordering::SeqCst) >= self.last
     }
 
@@ -27,16 +26,6 @@ impl Power {
         } else {
             Ok(())
         }
-    }
-}
-
-fn jitter() {
-    static N: AtomicUsize = AtomicUsize::new(0);
-    let n = N
-        .fetch_add(1, Ordering::Relaxed)
-        .wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    if (n >> 40) % 8 == 0 {
-        std::thread::sleep(Duration::from_micros((n >> 50) as u64 % 200));
     }
 }
 
@@ -119,7 +108,6 @@ impl PowerCutFs {
     }
 
     fn find(&self, path: &Path) -> io::Result<Arc<PowerCutFile>> {
-        jitter();
         self.names
             .lock()
             .unwrap()
@@ -229,7 +217,6 @@ impl FileSystem for PowerCutFs {
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
-        jitter();
         let names = self.names.lock().unwrap();
         let mut found: Vec<Entry> = Vec::new();
         for (file, content) in names.iter() {
