@@ -234,7 +234,7 @@ impl fmt::Display for DownloadError {
             }
             Self::Unstorable(fault) | Self::Store(fault) => write!(f, "{fault}"),
             Self::DiskFailed(disk_failed) => write!(f, "{disk_failed}"),
-            Self::Abandoned => f.write_str("given up, for nobody waits for it"),
+            Self::Abandoned => f.write_str("abandoned, because no request waits for it"),
             Self::QueueFull(_) => f.write_str("too many downloads are queued"),
         }
     }

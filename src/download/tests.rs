@@ -47,12 +47,12 @@ impl ByteStream for Arriving {
 #[derive(Clone, Default)]
 struct Script {
     answers: Arc<Mutex<VecDeque<Result<Stream, UpstreamResponse>>>>,
-    asked: Arc<Mutex<Vec<u64>>>,
+    offsets: Arc<Mutex<Vec<u64>>>,
 }
 
 impl Source for Script {
     fn open(&mut self, from: u64) -> impl Future<Output = Result<Stream, UpstreamResponse>> + Send {
-        self.asked.lock().unwrap().push(from);
+        self.offsets.lock().unwrap().push(from);
         let answer = self.answers.lock().unwrap().pop_front();
         async move {
             answer.unwrap_or(Err(UpstreamResponse::unavailable(
@@ -86,7 +86,7 @@ impl Script {
         send(&self.stream(start, total), bytes);
     }
 
-    fn silence(&self, cause: UpstreamFailure) {
+    fn no_response(&self, cause: UpstreamFailure) {
         self.answer(UpstreamResponse::unavailable(cause));
     }
 
@@ -94,13 +94,13 @@ impl Script {
         self.answers.lock().unwrap().push_back(Err(answer));
     }
 
-    fn asked(&self) -> Vec<u64> {
-        self.asked.lock().unwrap().clone()
+    fn offsets(&self) -> Vec<u64> {
+        self.offsets.lock().unwrap().clone()
     }
 
     /// Waits until the source was opened this many times.
-    async fn has_asked(&self, times: usize) {
-        while self.asked().len() < times {
+    async fn was_opened(&self, times: usize) {
+        while self.offsets().len() < times {
             tokio::task::yield_now().await;
         }
     }
@@ -213,7 +213,7 @@ async fn take(reader: &mut Reader, length: usize) -> Vec<u8> {
 }
 
 /// All bytes that a reader gets, and its end.
-async fn drain(mut reader: Reader) -> (Vec<u8>, Result<(), Arc<DownloadError>>) {
+async fn read_to_end(mut reader: Reader) -> (Vec<u8>, Result<(), Arc<DownloadError>>) {
     let mut bytes = Vec::new();
     loop {
         match reader.next().await {
@@ -224,8 +224,8 @@ async fn drain(mut reader: Reader) -> (Vec<u8>, Result<(), Arc<DownloadError>>) 
     }
 }
 
-async fn whole(reader: Reader) -> Vec<u8> {
-    let (bytes, end) = drain(reader).await;
+async fn read_all(reader: Reader) -> Vec<u8> {
+    let (bytes, end) = read_to_end(reader).await;
     end.unwrap();
     bytes
 }
@@ -255,5 +255,5 @@ async fn begun_again(reader: &Reader) {
 }
 
 async fn failure(reader: Reader) -> Arc<DownloadError> {
-    drain(reader).await.1.unwrap_err()
+    read_to_end(reader).await.1.unwrap_err()
 }

@@ -219,7 +219,7 @@ mod tests {
         for (cause, name, sentence) in [
             (
                 UpstreamFailure::ConnectionRefused,
-                "refused",
+                "connection-refused",
                 "refused the connection",
             ),
             (UpstreamFailure::Status(503), "http-status", "answered 503"),
@@ -230,7 +230,7 @@ mod tests {
             ),
             (
                 UpstreamFailure::RevalidateTimeout,
-                "budget",
+                "revalidate-timeout",
                 "did not respond within `revalidate_timeout`",
             ),
             (

@@ -10,15 +10,15 @@ const FAR: usize = 9 * MIB;
 #[derive(Clone, Default)]
 pub(super) struct Parts {
     answers: Arc<Mutex<VecDeque<Arriving>>>,
-    asked: Arc<Mutex<Vec<(u64, u64)>>>,
+    offsets: Arc<Mutex<Vec<(u64, u64)>>>,
     /// Never responds.
     hangs: bool,
 }
 
 impl RangeSource for Parts {
     fn open(&mut self, from: u64, until: Option<u64>) -> RangeFuture<'_> {
-        let asked = (from, until.unwrap_or(u64::MAX));
-        self.asked.lock().unwrap().push(asked);
+        let offsets = (from, until.unwrap_or(u64::MAX));
+        self.offsets.lock().unwrap().push(offsets);
         let answer = self.answers.lock().unwrap().pop_front();
         let hangs = self.hangs;
         Box::pin(async move {
@@ -37,13 +37,13 @@ impl Parts {
         wire
     }
 
-    pub(super) fn asked(&self) -> Vec<(u64, u64)> {
-        self.asked.lock().unwrap().clone()
+    pub(super) fn offsets(&self) -> Vec<(u64, u64)> {
+        self.offsets.lock().unwrap().clone()
     }
 }
 
 /// A fill that is paused at its beginning, and the wire that continues it.
-fn standing(blob: &[u8]) -> (Downloads, Wire, Reader) {
+fn paused_fill(blob: &[u8]) -> (Downloads, Wire, Reader) {
     let (downloads, script) = (downloads(), Script::default());
     let wire = script.stream(0, Some(blob.len()));
     let reader = leader(&downloads, digest(blob)).start(script);
@@ -59,34 +59,34 @@ fn part_of(downloads: &Downloads, blob: &[u8], (start, end): (usize, usize), par
 #[tokio::test]
 async fn range_far_ahead_is_fetched_separately() {
     let (blob, parts) = (content(LARGE), Parts::default());
-    let (downloads, wire, first) = standing(&blob);
+    let (downloads, wire, first) = paused_fill(&blob);
     let part = parts.part();
     send(&part, &blob[FAR..FAR + 1000]);
     send(&part, b"and unrequested bytes");
     let reader = part_of(&downloads, &blob, (FAR, FAR + 1000), &parts);
-    assert_eq!(whole(reader).await, blob[FAR..FAR + 1000]);
-    assert_eq!(parts.asked(), [(FAR as u64, FAR as u64 + 1000)]);
+    assert_eq!(read_all(reader).await, blob[FAR..FAR + 1000]);
+    assert_eq!(parts.offsets(), [(FAR as u64, FAR as u64 + 1000)]);
     send(&wire, &blob);
     drop(wire);
-    assert_eq!(whole(first).await, blob, "the fill is unaffected");
+    assert_eq!(read_all(first).await, blob, "the fill is unaffected");
 }
 
 #[tokio::test]
 async fn near_long_and_open_ended_ranges_wait_for_the_fill() {
     let (blob, parts) = (content(30 * MIB), Parts::default());
-    let (downloads, wire, _first) = standing(&blob);
+    let (downloads, wire, _first) = paused_fill(&blob);
     let near = part_of(&downloads, &blob, (FAR_BYTES, FAR_BYTES + 10), &parts);
     let long = part_of(&downloads, &blob, (FAR, FAR + 17 * MIB), &parts);
     let endless = part_of(&downloads, &blob, (29 * MIB, 30 * MIB), &parts).waiting_for_fill();
     let all = follower(&downloads, digest(&blob)).with_range_source(parts.clone());
-    let readers = [near, long, endless, all].map(|reader| tokio::spawn(whole(reader)));
+    let readers = [near, long, endless, all].map(|reader| tokio::spawn(read_all(reader)));
     send(&wire, &blob);
     drop(wire);
     let lengths = [10, 17 * MIB, MIB, 30 * MIB];
     for (reader, length) in readers.into_iter().zip(lengths) {
         assert_eq!(reader.await.unwrap().len(), length);
     }
-    assert_eq!(parts.asked(), []);
+    assert_eq!(parts.offsets(), []);
 }
 
 const FAR_BYTES: usize = 8 * MIB;
@@ -95,20 +95,20 @@ const FAR_BYTES: usize = 8 * MIB;
 async fn denied_or_interrupted_range_comes_from_the_fill() {
     for answered in [false, true] {
         let (blob, parts) = (content(LARGE), Parts::default());
-        let (downloads, wire, _first) = standing(&blob);
+        let (downloads, wire, _first) = paused_fill(&blob);
         let part = answered.then(|| parts.part());
         let mut reader = part_of(&downloads, &blob, (FAR, FAR + 1000), &parts);
-        let mut came = Vec::new();
+        let mut received = Vec::new();
         if let Some(part) = part {
             send(&part, &blob[FAR..FAR + 300]);
-            came = take(&mut reader, 300).await;
+            received = take(&mut reader, 300).await;
             part.send(Err(UpstreamFailure::ConnectionReset)).unwrap();
         }
         send(&wire, &blob);
         drop(wire);
-        came.extend(whole(reader).await);
-        assert_eq!(came, blob[FAR..FAR + 1000]);
-        assert_eq!(parts.asked().len(), 1, "asked once");
+        received.extend(read_all(reader).await);
+        assert_eq!(received, blob[FAR..FAR + 1000]);
+        assert_eq!(parts.offsets().len(), 1, "requested once");
     }
 }
 
@@ -116,10 +116,10 @@ async fn denied_or_interrupted_range_comes_from_the_fill() {
 async fn fill_that_arrives_first_is_used() {
     let (blob, mut parts) = (content(LARGE), Parts::default());
     parts.hangs = true;
-    let (downloads, wire, _first) = standing(&blob);
+    let (downloads, wire, _first) = paused_fill(&blob);
     let reader = part_of(&downloads, &blob, (FAR, FAR + 1000), &parts);
-    let reading = tokio::spawn(whole(reader));
-    while parts.asked().is_empty() {
+    let reading = tokio::spawn(read_all(reader));
+    while parts.offsets().is_empty() {
         tokio::task::yield_now().await;
     }
     send(&wire, &blob);
@@ -130,25 +130,25 @@ async fn fill_that_arrives_first_is_used() {
 #[tokio::test]
 async fn without_a_permit_a_range_waits_for_the_fill() {
     let (blob, parts) = (content(LARGE), Parts::default());
-    let (downloads, wire, _first) = standing(&blob);
+    let (downloads, wire, _first) = paused_fill(&blob);
     let places = u32::try_from(AHEAD_RANGES_MAX).unwrap();
     let taken = Arc::clone(&downloads.shared.ahead_permits)
         .acquire_many_owned(places)
         .await
         .unwrap();
     let reader = part_of(&downloads, &blob, (FAR, FAR + 1000), &parts);
-    let reading = tokio::spawn(whole(reader));
+    let reading = tokio::spawn(read_all(reader));
     send(&wire, &blob);
     drop(wire);
     assert_eq!(reading.await.unwrap(), blob[FAR..FAR + 1000]);
-    assert_eq!(parts.asked(), []);
+    assert_eq!(parts.offsets(), []);
     drop(taken);
 }
 
 #[tokio::test]
 async fn range_permits_are_released_after_read_or_drop() {
     let (blob, parts) = (content(LARGE), Parts::default());
-    let (downloads, _wire, _first) = standing(&blob);
+    let (downloads, _wire, _first) = paused_fill(&blob);
     for left in [false, true] {
         let part = parts.part();
         send(&part, &blob[FAR..FAR + 1000]);

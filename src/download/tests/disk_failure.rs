@@ -112,7 +112,7 @@ async fn full_disk_evicts_partial_downloads_first() {
     let script = Script::default();
     script.ending(0, Some(blob.len()), &blob);
     let reader = leader(&downloads, digest(&blob)).start(script);
-    assert_eq!(whole(reader).await, blob);
+    assert_eq!(read_all(reader).await, blob);
     downloads.idle().await;
     assert_eq!(held(&downloads, digest(&blob)).unwrap(), blob);
     assert!(store.take_partial(&digest(&left)).is_none());
@@ -137,9 +137,9 @@ async fn disk_failure_readers_get_a_verified_remainder() {
             send(&parts.part(), &blob[room..]);
         }
         let (downloads, first, waiting) = disk_failed(&blob, room, &parts);
-        assert_eq!(whole(first).await, blob, "{room}");
-        assert_eq!(whole(waiting).await, blob, "{room}");
-        assert_eq!(parts.asked(), [(room as u64, MIB as u64); 2]);
+        assert_eq!(read_all(first).await, blob, "{room}");
+        assert_eq!(read_all(waiting).await, blob, "{room}");
+        assert_eq!(parts.offsets(), [(room as u64, MIB as u64); 2]);
         assert_eq!((downloads.count(), held(&downloads, digest(&blob))), (0, None));
     }
 }
@@ -151,7 +151,7 @@ async fn corrupt_remainder_never_completes_a_blob() {
     wrong[MIB - 1] ^= 1;
     send(&parts.part(), &wrong[600_000..]);
     let (_downloads, first, _) = disk_failed(&blob, 600_000, &parts);
-    let (bytes, end) = drain(first).await;
+    let (bytes, end) = read_to_end(first).await;
     assert!(matches!(
         *end.unwrap_err(),
         DownloadError::Interrupted(UpstreamFailure::DigestMismatch)
@@ -184,11 +184,11 @@ async fn range_is_read_from_the_file_then_from_upstream() {
     send(&parts.part(), &blob[600_000..700_000]);
     let (downloads, first, waiting) = disk_failed(&blob, 600_000, &parts);
     assert_eq!(
-        whole(waiting.within(500_000, 700_000)).await,
+        read_all(waiting.within(500_000, 700_000)).await,
         blob[500_000..700_000]
     );
-    assert_eq!(whole(first.within(7, 77)).await, blob[7..77]);
-    assert_eq!(parts.asked(), [(600_000, 700_000)]);
+    assert_eq!(read_all(first.within(7, 77)).await, blob[7..77]);
+    assert_eq!(parts.offsets(), [(600_000, 700_000)]);
     drop(downloads);
 }
 
@@ -219,7 +219,7 @@ async fn blob_of_unknown_size_without_space_streams_unstored() {
     let parts = Parts::default();
     send(&parts.part(), &bytes[1_000_000..]);
     let reader = reader.with_range_source(parts);
-    assert_eq!(whole(reader).await, bytes);
+    assert_eq!(read_all(reader).await, bytes);
     assert_eq!(held(&downloads, digest(&bytes)), None);
     assert!(disk.list(Path::new("ingest")).unwrap().is_empty());
 }
@@ -228,15 +228,15 @@ async fn blob_of_unknown_size_without_space_streams_unstored() {
 #[tokio::test]
 async fn t08_denied_leader_does_not_fail_followers() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
-    script.silence(UpstreamFailure::ConnectionRefused);
+    script.no_response(UpstreamFailure::ConnectionRefused);
     let parts = Parts::default();
     send(&parts.part(), &blob);
     let leader = leader(&downloads, digest(&blob));
     let waiting = follower(&downloads, digest(&blob)).with_range_source(parts.clone());
     let first = leader.start(script).with_range_source(parts.clone());
     assert!(matches!(*failure(first).await, DownloadError::NotStarted(_)));
-    assert_eq!(whole(waiting).await, blob);
-    assert_eq!(parts.asked(), [(0, u64::MAX)]);
+    assert_eq!(read_all(waiting).await, blob);
+    assert_eq!(parts.offsets(), [(0, u64::MAX)]);
 }
 
 #[tokio::test]
@@ -263,6 +263,6 @@ async fn t08_full_disk_does_not_fail_queued_readers() {
     let mut reader = reader.with_range_source(parts.clone());
     let failed = reader.info().await.err().unwrap();
     assert!(matches!(*failed, DownloadError::Unstorable(_)), "{failed}");
-    assert_eq!(whole(reader).await, blob);
-    assert_eq!(parts.asked(), [(0, u64::MAX)]);
+    assert_eq!(read_all(reader).await, blob);
+    assert_eq!(parts.offsets(), [(0, u64::MAX)]);
 }

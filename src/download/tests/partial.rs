@@ -51,8 +51,8 @@ async fn partial_is_resumed_in_this_and_the_next_process() {
         let script = Script::default();
         script.ending(2 * MIB + 5, Some(WHOLE), &blob[2 * MIB + 5..]);
         let reader = leader(&downloads, digest(&blob)).start(script.clone());
-        assert_eq!(whole(reader).await, blob);
-        assert_eq!(script.asked(), [2 * MIB as u64 + 5]);
+        assert_eq!(read_all(reader).await, blob);
+        assert_eq!(script.offsets(), [2 * MIB as u64 + 5]);
         downloads.idle().await;
         assert_eq!(held(&downloads, digest(&blob)).unwrap(), blob);
         assert_eq!(left(&disk), [] as [PathBuf; 0]);
@@ -71,8 +71,8 @@ async fn after_a_kill_it_resumes_from_the_last_checksum() {
     let (downloads, script) = (downloads_on(&disk), Script::default());
     let rest = script.stream(2 * MIB, Some(WHOLE));
     let mut reader = leader(&downloads, digest(&blob)).start(script.clone());
-    script.has_asked(1).await;
-    let mark = usize::try_from(script.asked()[0]).unwrap();
+    script.was_opened(1).await;
+    let mark = usize::try_from(script.offsets()[0]).unwrap();
     assert!((2 * MIB..2 * MIB + 100_000).contains(&mark), "{mark}");
     assert_eq!(
         take(&mut reader, mark).await,
@@ -81,7 +81,7 @@ async fn after_a_kill_it_resumes_from_the_last_checksum() {
     );
     send(&rest, &blob[2 * MIB..]);
     drop(rest);
-    assert_eq!(whole(reader).await, blob[mark..]);
+    assert_eq!(read_all(reader).await, blob[mark..]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -95,7 +95,7 @@ async fn denied_client_gets_no_partial_bytes_and_the_next_does() {
         ..UpstreamResponse::unavailable(UpstreamFailure::Malformed)
     });
     let reader = leader(&downloads, digest(&blob)).start(script);
-    let (bytes, end) = drain(reader).await;
+    let (bytes, end) = read_to_end(reader).await;
     assert_eq!(bytes, b"");
     assert!(
         matches!(&*end.unwrap_err(), DownloadError::NotStarted(answer) if answer.kind == ResponseKind::Denied)
@@ -103,8 +103,8 @@ async fn denied_client_gets_no_partial_bytes_and_the_next_does() {
     let script = Script::default();
     script.ending(2 * MIB, Some(WHOLE), &blob[2 * MIB..]);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
-    assert_eq!(whole(reader).await, blob);
-    assert_eq!(script.asked(), [2 * MIB as u64]);
+    assert_eq!(read_all(reader).await, blob);
+    assert_eq!(script.offsets(), [2 * MIB as u64]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -117,11 +117,11 @@ async fn partial_corrupted_on_disk_is_refetched_and_not_served() {
         script.ending(2 * MIB, Some(WHOLE), &blob[2 * MIB..]);
         script.ending(0, Some(WHOLE), &blob);
         let reader = leader(&downloads, digest(&blob)).start(script.clone());
-        assert_eq!(stepped(whole(reader)).await, blob);
-        let asked = script.asked();
-        assert_eq!((asked.len(), asked[0]), (2, 2 * MIB as u64));
-        assert!(asked[1] <= damaged as u64, "{asked:?}");
-        assert_eq!(asked[1] > 0, damaged > MIB, "{asked:?}: what agrees is kept");
+        assert_eq!(stepped(read_all(reader)).await, blob);
+        let offsets = script.offsets();
+        assert_eq!((offsets.len(), offsets[0]), (2, 2 * MIB as u64));
+        assert!(offsets[1] <= damaged as u64, "{offsets:?}");
+        assert_eq!(offsets[1] > 0, damaged > MIB, "{offsets:?}: what agrees is kept");
     }
 }
 
@@ -133,8 +133,8 @@ async fn upstream_without_ranges_is_read_past_the_partial() {
     let script = Script::default();
     script.ending(0, Some(WHOLE), &blob);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
-    assert_eq!(whole(reader).await, blob);
-    assert_eq!(script.asked(), [2 * MIB as u64]);
+    assert_eq!(read_all(reader).await, blob);
+    assert_eq!(script.offsets(), [2 * MIB as u64]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -143,11 +143,11 @@ async fn upstream_that_rejects_ranges_gets_a_full_request() {
     let downloads = downloads_on(&disk);
     interrupted(&downloads, &blob, 2 * MIB).await;
     let script = Script::default();
-    script.silence(UpstreamFailure::Status(501));
+    script.no_response(UpstreamFailure::Status(501));
     script.ending(0, Some(WHOLE), &blob);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
-    assert_eq!(whole(reader).await, blob);
-    assert_eq!(script.asked(), [2 * MIB as u64, 0]);
+    assert_eq!(read_all(reader).await, blob);
+    assert_eq!(script.offsets(), [2 * MIB as u64, 0]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -159,8 +159,8 @@ async fn partial_of_another_size_is_discarded() {
     script.ending(2 * MIB, Some(WHOLE), &blob[2 * MIB..]);
     script.ending(0, Some(WHOLE), &blob);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
-    assert_eq!(whole(reader).await, blob);
-    assert_eq!(script.asked(), [2 * MIB as u64, 0]);
+    assert_eq!(read_all(reader).await, blob);
+    assert_eq!(script.offsets(), [2 * MIB as u64, 0]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -180,8 +180,11 @@ async fn digest_mismatch_after_resume_restarts_once() {
     send(&rest, &blob[2 * MIB..]);
     drop(rest);
     begun_again(&waiting).await;
-    assert_eq!(whole(waiting).await, blob);
-    assert!(drain(first).await.1.is_err(), "it had some of the wrong bytes");
+    assert_eq!(read_all(waiting).await, blob);
+    assert!(
+        read_to_end(first).await.1.is_err(),
+        "it had some of the wrong bytes"
+    );
     downloads.idle().await;
     assert_eq!(held(&downloads, digest(&blob)).unwrap(), blob);
     assert_eq!(left(&disk), [] as [PathBuf; 0]);

@@ -47,7 +47,7 @@ async fn t06_transfer_between_lookup_and_lock_repeats_the_lookup() {
     assert!(downloads.shared.store.blob(&digest(&blob)).unwrap().is_none());
     script.ending(0, Some(1000), &blob);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
-    assert_eq!(whole(reader).await, blob);
+    assert_eq!(read_all(reader).await, blob);
     downloads.idle().await;
     assert!(
         lookup.enter(&requester(), options()).is_none(),
@@ -55,7 +55,7 @@ async fn t06_transfer_between_lookup_and_lock_repeats_the_lookup() {
     );
     let joined = downloads.join(digest(&blob), requester(), options()).await;
     assert!(matches!(joined, Joined::Cached(_)));
-    assert_eq!(script.asked(), [0]);
+    assert_eq!(script.offsets(), [0]);
     assert!(downloads.shared.running().lookups.is_empty());
 }
 
@@ -116,15 +116,15 @@ async fn t02_queued_transfer_waits_without_a_timeout() {
     let (holding, waiting) = (Script::default(), Script::default());
     let wire = holding.stream(0, Some(1000));
     let _first = leader(&downloads, digest(&first)).start(holding.clone());
-    holding.has_asked(1).await;
+    holding.was_opened(1).await;
     waiting.ending(0, Some(2000), &second);
     let reader = leader(&downloads, digest(&second)).start(waiting.clone());
     // Longer than the limit for a response head.
     tokio::time::sleep(Duration::from_secs(29)).await;
-    assert!(reader.is_queued() && waiting.asked().is_empty());
+    assert!(reader.is_queued() && waiting.offsets().is_empty());
     send(&wire, &first);
     drop(wire);
-    assert_eq!(whole(reader).await, second);
+    assert_eq!(read_all(reader).await, second);
 }
 
 #[tokio::test]
@@ -134,7 +134,7 @@ async fn t08_transfer_abandoned_in_the_queue_sends_no_request() {
     let (holding, waiting) = (Script::default(), Script::default());
     let wire = holding.stream(0, Some(1000));
     let held = leader(&downloads, digest(&first)).start(holding.clone());
-    holding.has_asked(1).await;
+    holding.was_opened(1).await;
     let reader = leader(&downloads, digest(&second)).start(waiting.clone());
     let other = follower(&downloads, digest(&second));
     until(|| reader.is_queued()).await;
@@ -144,8 +144,8 @@ async fn t08_transfer_abandoned_in_the_queue_sends_no_request() {
     until(|| downloads.count() == 1).await;
     send(&wire, &first);
     drop(wire);
-    assert_eq!(whole(held).await, first);
-    assert!(waiting.asked().is_empty());
+    assert_eq!(read_all(held).await, first);
+    assert!(waiting.offsets().is_empty());
     assert_eq!(downloads.abandoned(), 1);
 }
 
@@ -156,7 +156,7 @@ async fn t08_small_range_does_not_fetch_the_complete_blob() {
     let leader = leader_for(&downloads, digest(&blob), part());
     let reader = leader.start(script.clone()).within(0, 10);
     send(&wire, &blob[..MIB / 2]);
-    assert_eq!(whole(reader).await, blob[..10]);
+    assert_eq!(read_all(reader).await, blob[..10]);
     send(&wire, &blob[MIB / 2..MIB - 1000]);
     downloads.idle().await;
     assert!(wire.is_closed(), "the transfer has ended");
@@ -172,12 +172,12 @@ async fn t08_range_with_followers_fetches_the_complete_blob() {
     let leader = leader_for(&downloads, digest(&blob), part());
     let reader = leader.start(script.clone()).within(0, 10);
     send(&wire, &blob[..MIB / 2]);
-    assert_eq!(whole(reader).await, blob[..10]);
+    assert_eq!(read_all(reader).await, blob[..10]);
     let reader = follower(&downloads, digest(&blob));
     send(&wire, &blob[MIB / 2..]);
     drop(wire);
-    assert_eq!(whole(reader).await, blob);
-    assert_eq!(script.asked(), [0]);
+    assert_eq!(read_all(reader).await, blob);
+    assert_eq!(script.offsets(), [0]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -187,7 +187,7 @@ async fn t08_abandoned_range_closes_its_connection_first() {
     let leader = leader_for(&downloads, digest(&blob), part());
     let reader = leader.start(script.clone()).within(0, 10);
     send(&wire, &blob[..MIB / 2]);
-    assert_eq!(whole(reader).await, blob[..10]);
+    assert_eq!(read_all(reader).await, blob[..10]);
     wire.closed().await;
     script.ending(0, Some(MIB), &blob);
     // On a busy machine the transfer is abandoned before that request arrives, which then leads.
@@ -196,8 +196,8 @@ async fn t08_abandoned_range_closes_its_connection_first() {
         Joined::Follower { reader, .. } => reader,
         Joined::Cached(_) => panic!("it has not arrived"),
     };
-    assert_eq!(whole(reader).await, blob);
-    assert_eq!(script.asked().len(), 2);
+    assert_eq!(read_all(reader).await, blob);
+    assert_eq!(script.offsets().len(), 2);
 }
 
 #[tokio::test]
@@ -206,7 +206,7 @@ async fn t08_transfer_abandoned_at_once_sends_no_request() {
     script.ending(0, Some(1000), &blob);
     drop(leader(&downloads, digest(&blob)).start(script.clone()));
     downloads.idle().await;
-    assert!(script.asked().is_empty());
+    assert!(script.offsets().is_empty());
     assert_eq!(downloads.abandoned(), 1);
 }
 
@@ -227,7 +227,7 @@ async fn t08_request_during_abandonment_leads_the_next_transfer() {
         panic!("no transfer is running any more")
     };
     script.ending(0, Some(1000), &blob);
-    assert_eq!(whole(next.start(script)).await, blob);
+    assert_eq!(read_all(next.start(script)).await, blob);
 }
 
 #[tokio::test(start_paused = true)]
@@ -264,7 +264,7 @@ async fn t02_unstored_streams_need_permits_too() {
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
     until(|| reader.is_queued()).await;
     drop(place);
-    assert_eq!(whole(reader).await, blob);
+    assert_eq!(read_all(reader).await, blob);
     let waits = tokio::time::timeout(Duration::ZERO, downloads.admit("ghcr.io", options().demand));
     assert!(!matches!(waits.await, Ok(Err(AcquireError::Full(_)))));
 }

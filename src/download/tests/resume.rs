@@ -11,8 +11,8 @@ async fn interrupted_transfer_resumes_at_the_last_byte() {
     script.breaking(300_000, MIB, &blob[300_000..700_000]);
     script.ending(700_000, Some(MIB), &blob[700_000..]);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
-    assert_eq!(stepped(whole(reader)).await, blob);
-    assert_eq!(script.asked(), [0, 300_000, 700_000]);
+    assert_eq!(stepped(read_all(reader)).await, blob);
+    assert_eq!(script.offsets(), [0, 300_000, 700_000]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -22,8 +22,8 @@ async fn stream_that_starts_earlier_is_skipped_forward() {
     script.breaking(0, MIB, &blob[..555_555]);
     script.ending(123_456, Some(MIB), &blob[123_456..]);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
-    assert_eq!(stepped(whole(reader)).await, blob);
-    assert_eq!(script.asked(), [0, 333_333, 555_555]);
+    assert_eq!(stepped(read_all(reader)).await, blob);
+    assert_eq!(script.offsets(), [0, 333_333, 555_555]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -33,8 +33,8 @@ async fn stream_that_starts_too_late_is_not_used() {
     script.ending(500, Some(1000), &blob[500..]);
     script.ending(400, Some(1000), &blob[400..]);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
-    assert_eq!(stepped(whole(reader)).await, blob);
-    assert_eq!(script.asked(), [0, 400, 400]);
+    assert_eq!(stepped(read_all(reader)).await, blob);
+    assert_eq!(script.offsets(), [0, 400, 400]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -47,7 +47,7 @@ async fn consecutive_resumes_without_a_byte_fail() {
         script.breaking(0, 1000, &blob[..400]);
         for _ in 0..20 {
             match answer {
-                None => script.silence(UpstreamFailure::ConnectionRefused),
+                None => script.no_response(UpstreamFailure::ConnectionRefused),
                 Some(()) => script.breaking(400, 1000, b""),
             }
         }
@@ -56,7 +56,7 @@ async fn consecutive_resumes_without_a_byte_fail() {
             DownloadError::Interrupted(found) => assert_eq!(*found, cause),
             other => panic!("{other}"),
         }
-        assert_eq!(script.asked(), [0, 400, 400, 400, 400, 400, 400, 400]);
+        assert_eq!(script.offsets(), [0, 400, 400, 400, 400, 400, 400, 400]);
         downloads.idle().await;
         assert_eq!((held(&downloads, digest(&blob)), downloads.count()), (None, 0));
     }
@@ -70,8 +70,8 @@ async fn one_byte_resets_the_failure_count() {
     }
     script.ending(49, Some(50), &blob[49..]);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
-    assert_eq!(stepped(whole(reader)).await, blob);
-    assert_eq!(script.asked(), (0..50).collect::<Vec<u64>>());
+    assert_eq!(stepped(read_all(reader)).await, blob);
+    assert_eq!(script.offsets(), (0..50).collect::<Vec<u64>>());
 }
 
 #[tokio::test(start_paused = true)]
@@ -80,8 +80,8 @@ async fn clean_end_before_the_stated_size_is_resumed() {
     script.ending(0, Some(1000), &blob[..600]);
     script.ending(600, Some(1000), &blob[600..]);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
-    assert_eq!(stepped(whole(reader)).await, blob);
-    assert_eq!(script.asked(), [0, 600]);
+    assert_eq!(stepped(read_all(reader)).await, blob);
+    assert_eq!(script.offsets(), [0, 600]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -92,8 +92,8 @@ async fn stream_below_minimum_throughput_is_replaced() {
     script.ending(400, Some(MIB), &blob[400..]);
     let began = Instant::now();
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
-    assert_eq!(stepped(whole(reader)).await, blob);
-    assert_eq!(script.asked(), [0, 400]);
+    assert_eq!(stepped(read_all(reader)).await, blob);
+    assert_eq!(script.offsets(), [0, 400]);
     assert!(
         began.elapsed().as_secs() >= 30,
         "less than half a minute of low throughput is tolerated"
@@ -112,9 +112,9 @@ async fn stream_above_minimum_throughput_is_kept() {
         }
         drop(slow);
     };
-    let (got, ()) = stepped(async { tokio::join!(whole(reader), feeding) }).await;
+    let (got, ()) = stepped(async { tokio::join!(read_all(reader), feeding) }).await;
     assert_eq!(got, blob);
-    assert_eq!(script.asked(), [0]);
+    assert_eq!(script.offsets(), [0]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -133,7 +133,7 @@ async fn endless_low_throughput_fails() {
         matches!(*failed, DownloadError::Interrupted(UpstreamFailure::Timeout)),
         "{failed}"
     );
-    assert_eq!(script.asked().len(), 8);
+    assert_eq!(script.offsets().len(), 8);
     drop(wires);
 }
 
@@ -141,7 +141,7 @@ async fn endless_low_throughput_fails() {
 async fn retry_after_midway_is_waited_out() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     script.breaking(0, 1000, &blob[..400]);
-    script.silence(UpstreamFailure::Status(503));
+    script.no_response(UpstreamFailure::Status(503));
     script.answer(UpstreamResponse {
         retry_after: Some("9".parse().unwrap()),
         ..UpstreamResponse::unavailable(UpstreamFailure::RateLimited)
@@ -149,8 +149,8 @@ async fn retry_after_midway_is_waited_out() {
     script.ending(400, Some(1000), &blob[400..]);
     let began = Instant::now();
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
-    assert_eq!(stepped(whole(reader)).await, blob);
-    assert_eq!(script.asked(), [0, 400, 400, 400]);
+    assert_eq!(stepped(read_all(reader)).await, blob);
+    assert_eq!(script.offsets(), [0, 400, 400, 400]);
     assert!(began.elapsed().as_secs() >= 9, "{:?}", began.elapsed());
 }
 
@@ -168,7 +168,7 @@ async fn retry_after_of_hours_is_not_waited_out() {
         matches!(*failed, DownloadError::Interrupted(UpstreamFailure::RateLimited)),
         "{failed}"
     );
-    assert_eq!(script.asked(), [0, 400]);
+    assert_eq!(script.offsets(), [0, 400]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -183,7 +183,7 @@ async fn denial_midway_fails_sooner_than_unavailability() {
     }
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
     stepped(failure(reader)).await;
-    assert_eq!(script.asked(), [0, 400, 400, 400]);
+    assert_eq!(script.offsets(), [0, 400, 400, 400]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -193,8 +193,8 @@ async fn response_of_another_size_is_not_used() {
     script.ending(400, Some(900), &blob[400..900]);
     script.ending(400, Some(1000), &blob[400..]);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
-    assert_eq!(stepped(whole(reader)).await, blob);
-    assert_eq!(script.asked(), [0, 400, 400]);
+    assert_eq!(stepped(read_all(reader)).await, blob);
+    assert_eq!(script.offsets(), [0, 400, 400]);
 }
 
 #[tokio::test]
@@ -202,8 +202,8 @@ async fn interruption_after_the_last_byte_is_ignored() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     script.breaking(0, 1000, &blob);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
-    assert_eq!(whole(reader).await, blob);
-    assert_eq!(script.asked(), [0]);
+    assert_eq!(read_all(reader).await, blob);
+    assert_eq!(script.offsets(), [0]);
 }
 
 #[tokio::test]
@@ -235,15 +235,15 @@ async fn mismatch_after_resume_fails_only_readers_with_wrong_bytes() {
     send(&rest, &blob[300_000..]);
     drop(rest);
     stepped(begun_again(&waiting)).await;
-    assert_eq!(stepped(whole(waiting)).await, blob);
-    let (_, end) = stepped(drain(first)).await;
+    assert_eq!(stepped(read_all(waiting)).await, blob);
+    let (_, end) = stepped(read_to_end(first)).await;
     assert!(matches!(
         *end.unwrap_err(),
         DownloadError::Interrupted(UpstreamFailure::DigestMismatch)
     ));
     downloads.idle().await;
     assert_eq!(held(&downloads, digest(&blob)).unwrap(), blob);
-    assert_eq!(script.asked(), [0, 300_000, 0]);
+    assert_eq!(script.offsets(), [0, 300_000, 0]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -260,7 +260,7 @@ async fn digest_mismatch_restarts_once_only() {
         matches!(*failed, DownloadError::DigestMismatch(Mismatch::Digest(_))),
         "{failed}"
     );
-    assert_eq!(script.asked(), [0, 300, 0]);
+    assert_eq!(script.offsets(), [0, 300, 0]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -274,5 +274,5 @@ async fn source_with_few_bytes_per_resume_fails_eventually() {
         &*stepped(failure(reader)).await,
         DownloadError::Interrupted(UpstreamFailure::ConnectionReset)
     ));
-    assert_eq!(script.asked().len(), 65);
+    assert_eq!(script.offsets().len(), 65);
 }

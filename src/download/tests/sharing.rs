@@ -16,12 +16,12 @@ async fn one_transfer_serves_early_late_and_later_readers() {
     assert_eq!(downloads.count(), 1);
     send(&wire, &blob[MIB / 2..]);
     drop(wire);
-    assert_eq!([beginning, whole(first).await].concat(), blob);
-    assert_eq!(whole(before).await, blob);
-    assert_eq!(whole(during).await, blob);
+    assert_eq!([beginning, read_all(first).await].concat(), blob);
+    assert_eq!(read_all(before).await, blob);
+    assert_eq!(read_all(during).await, blob);
     downloads.idle().await;
     assert!(matches!(join(&downloads, digest(&blob)), Joined::Cached(held) if held.size == MIB as u64));
-    assert_eq!((script.asked(), downloads.count()), (vec![0], 0));
+    assert_eq!((script.offsets(), downloads.count()), (vec![0], 0));
 }
 
 #[tokio::test]
@@ -48,13 +48,13 @@ async fn dropped_leader_fails_followers_and_the_next_leads() {
     assert!(matches!(*failure(waiting).await, DownloadError::Abandoned));
     script.ending(0, Some(1000), &blob);
     let reader = leader(&downloads, digest(&blob)).start(script);
-    assert_eq!(whole(reader).await, blob);
+    assert_eq!(read_all(reader).await, blob);
 }
 
 #[tokio::test]
 async fn failed_download_leaves_the_map_before_readers_know() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
-    script.silence(UpstreamFailure::ConnectionRefused);
+    script.no_response(UpstreamFailure::ConnectionRefused);
     let leader = leader(&downloads, digest(&blob));
     let mut waiting = follower(&downloads, digest(&blob));
     let _first = leader.start(script);
@@ -95,7 +95,7 @@ async fn map_entry_is_removed_before_readers_are_notified() {
 #[tokio::test]
 async fn denial_carries_the_upstream_response() {
     let (downloads, script) = (downloads(), Script::default());
-    script.silence(UpstreamFailure::RateLimited);
+    script.no_response(UpstreamFailure::RateLimited);
     let reader = leader(&downloads, digest(b"x")).start(script.clone());
     match &*failure(reader).await {
         DownloadError::NotStarted(answer) => assert_eq!(
@@ -105,7 +105,7 @@ async fn denial_carries_the_upstream_response() {
         other => panic!("{other}"),
     }
     assert_eq!(
-        script.asked(),
+        script.offsets(),
         [0],
         "a denial before the first byte is not retried"
     );
@@ -129,7 +129,7 @@ async fn last_bytes_are_withheld_until_digest_verification() {
             matches!(&*reader.progress.borrow(), Progress::Filling(_, readable) if *readable == open as u64)
         );
         drop(wire);
-        assert_eq!([beginning, whole(reader).await].concat(), blob);
+        assert_eq!([beginning, read_all(reader).await].concat(), blob);
     }
 }
 
@@ -145,7 +145,7 @@ async fn corrupt_blob_is_neither_completed_nor_stored() {
             let joined = follower(&downloads, wanted);
             let first = leader.start(script.clone());
             for reader in [first, joined] {
-                let (bytes, end) = drain(reader).await;
+                let (bytes, end) = read_to_end(reader).await;
                 assert!(bytes.len() <= length.saturating_sub(usize::try_from(WITHHELD_BYTES).unwrap()));
                 assert!(matches!(
                     *end.unwrap_err(),
@@ -153,7 +153,7 @@ async fn corrupt_blob_is_neither_completed_nor_stored() {
                 ));
             }
             downloads.idle().await;
-            assert_eq!((held(&downloads, wanted), script.asked()), (None, vec![0]));
+            assert_eq!((held(&downloads, wanted), script.offsets()), (None, vec![0]));
         }
     }
 }
@@ -178,8 +178,8 @@ async fn range_reader_does_not_wait_for_the_remainder() {
     let nothing = follower(&downloads, digest(&blob)).within(7, 7);
     let _first = leader.start(script);
     send(&wire, &blob[..400_000]);
-    assert_eq!(whole(part).await, blob[100_000..300_000]);
-    assert_eq!(whole(nothing).await, b"");
+    assert_eq!(read_all(part).await, blob[100_000..300_000]);
+    assert_eq!(read_all(nothing).await, b"");
     assert_eq!(downloads.count(), 1, "the remainder has not arrived");
     drop(wire);
 }
@@ -206,7 +206,7 @@ async fn empty_blob_is_downloaded() {
         script.ending(0, total, b"");
         let mut reader = leader(&downloads, digest(b"")).start(script);
         reader.settled().await.unwrap();
-        assert_eq!(whole(reader).await, b"");
+        assert_eq!(read_all(reader).await, b"");
         downloads.idle().await;
         assert_eq!(held(&downloads, digest(b"")).unwrap(), b"");
     }
