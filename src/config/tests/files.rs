@@ -111,7 +111,7 @@ fn htpasswd_users_are_read_or_rejected() {
         (
             format!("a:{hash}"),
             "[[allow]]\nusers = [\"a\"]\nimages = [\"docker.io/x:1\"]",
-            "a right is to a repository",
+            "an allow list applies to repositories",
         ),
         (
             format!("a:{hash}"),
