@@ -296,7 +296,7 @@ fn row(image: &Image, secret: &str) -> Markup {
                 }
             }
             td data-label="State" {
-                @if image.complete { span.mark.hit { "whole" } } @else { span.mark.stale title="Some of it must still be fetched" { "part" } }
+                @if image.complete { span.mark.hit { "complete" } } @else { span.mark.stale title="Some layers must still be fetched" { "incomplete" } }
                 @if image.fresh_until.is_some() { " " span.mark.local { "fresh" } }
                 @if image.pinned { " " span.mark.local { "pinned" } }
             }

@@ -38,16 +38,16 @@ pub(super) async fn ls(client: &Client, args: &Ls, output: &mut Output<'_>) -> R
         "digest",
         "state",
         ">size",
-        ">its own",
+        ">unique",
         "confirmed",
         "policy",
     ]);
     for image in &images {
-        let is_whole = image.get("complete").and_then(Value::as_bool).unwrap_or_default();
+        let is_complete = image.get("complete").and_then(Value::as_bool).unwrap_or_default();
         table.row(vec![
             text(image, "image").to_owned(),
             short_digest(text(image, "digest")),
-            state(is_whole, image).to_owned(),
+            state(is_complete, image).to_owned(),
             bytes(number(image, "bytes")),
             bytes(number(image, "unique_bytes")),
             confirmed(image),
@@ -69,8 +69,8 @@ pub(super) async fn show(client: &Client, args: &Show, output: &mut Output<'_>) 
         return output.json(&image);
     }
     output.line(&output.paint(Style::Bold, text(&image, "image")))?;
-    let is_whole = image.get("complete").and_then(Value::as_bool).unwrap_or_default();
-    let state = if is_whole {
+    let is_complete = image.get("complete").and_then(Value::as_bool).unwrap_or_default();
+    let state = if is_complete {
         output.paint(Style::Success, "complete: it can be pulled without the upstream")
     } else {
         output.paint(Style::Warning, "incomplete: layers must still be fetched")
@@ -228,13 +228,13 @@ pub(super) fn print(table: &Table, output: &mut Output<'_>) -> Result<(), Comman
     Ok(())
 }
 
-fn state(is_whole: bool, image: &Value) -> &'static str {
+fn state(is_complete: bool, image: &Value) -> &'static str {
     let is_pinned = image.get("pinned").and_then(Value::as_bool).unwrap_or_default();
-    match (is_whole, is_pinned) {
-        (true, false) => "whole",
-        (true, true) => "whole, pinned",
-        (false, false) => "part",
-        (false, true) => "part, pinned",
+    match (is_complete, is_pinned) {
+        (true, false) => "complete",
+        (true, true) => "complete, pinned",
+        (false, false) => "incomplete",
+        (false, true) => "incomplete, pinned",
     }
 }
 

@@ -116,7 +116,7 @@ async fn o03_a_token_of_ours_is_good_over_a_reload_in_an_outage() {
         token(&proxy, &upstream, "acme/app", bob).await,
     );
     proxy.program().reload();
-    proxy.program().says("the configuration was read again").await;
+    proxy.program().says("configuration reloaded").await;
     proxy
         .pull_with("acme/app", "1", &image, |ask| ask.bearer(&hers))
         .await

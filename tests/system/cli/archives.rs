@@ -81,7 +81,7 @@ async fn an_image_is_carried_to_a_cache_that_no_registry_reaches() {
     assert!(
         done(&to, &["why", "demo"])
             .await
-            .contains("imported and never confirmed")
+            .contains("imported, not confirmed")
     );
 
     let again: Value = serde_json::from_str(&done(&to, &["import", "--json", &archive]).await).unwrap();
@@ -211,9 +211,9 @@ async fn half_an_export_leaves_no_file() {
     fs::set_permissions(&path, permissions).unwrap();
     fs::write(&path, bytes).unwrap();
     let (code, out, err) = run(&from, &["export", "demo", "-o", archive.to_str().unwrap()]).await;
-    assert!(code == Some(1) && err.contains("broke off"), "{out}{err}");
+    assert!(code == Some(1) && err.contains("is incomplete"), "{out}{err}");
     assert_eq!(left(), (false, false));
-    from.program().says("is not what its name says").await;
+    from.program().says("does not match its digest").await;
     within("the damaged blob to be set aside", async {
         while path.exists() {
             tokio::time::sleep(std::time::Duration::from_millis(5)).await;

@@ -62,7 +62,7 @@ async fn rotated_ca_takes_effect_on_reload_and_old_one_is_kept() {
     assert_eq!(proxy.get("/v2/").tls(&old, &["http/1.1"]).await.status, 200);
 
     proxy.program().reload();
-    proxy.program().says("read again").await;
+    proxy.program().says("configuration reloaded").await;
     assert_eq!(proxy.get("/v2/").tls(&new, &["http/1.1"]).await.status, 200);
 
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;

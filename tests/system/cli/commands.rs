@@ -40,13 +40,15 @@ async fn what_is_held_is_listed_shown_and_explained() {
     assert!(lines.next().unwrap().starts_with("IMAGE "), "{listed}");
     let line = lines.next().unwrap();
     assert!(
-        line.starts_with("docker.io/library/demo:latest ") && line.contains(short) && line.contains("whole"),
+        line.starts_with("docker.io/library/demo:latest ")
+            && line.contains(short)
+            && line.contains("complete"),
         "{listed}"
     );
     let shown = done(&proxy, &["show", "demo"]).await;
     for part in [
         image.digest.as_str(),
-        "whole",
+        "complete",
         "policy     if-newer",
         "config",
         "layer",
@@ -265,7 +267,7 @@ async fn a_wrong_word_and_a_cache_that_is_gone_are_told_apart() {
     let mut program = setup.run(&["ls", "--admin", &admin]);
     assert_eq!(program.exit().await, Some(1));
     assert!(
-        program.stderr().contains("no ifnewer answers at"),
+        program.stderr().contains("cannot reach ifnewer at"),
         "{}",
         program.stderr()
     );

@@ -250,7 +250,7 @@ async fn reloaded_certificate_applies_to_new_connections() {
         }
     })
     .await;
-    proxy.program().says("the configuration was read again").await;
+    proxy.program().says("configuration reloaded").await;
     let new_ca = proxy.ca_pem();
     assert_ne!(old_ca, new_ca);
     proxy.get(&path).tls(&new_ca, &[]).await.is_image(&image);

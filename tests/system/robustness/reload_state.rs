@@ -6,7 +6,7 @@ use crate::registry::{Image, Seen, Upstream};
 /// Reloads the configuration and waits until it is in effect. Once per process.
 pub async fn reload(proxy: &Proxy) {
     proxy.program().reload();
-    proxy.program().says("the configuration was read again").await;
+    proxy.program().says("configuration reloaded").await;
 }
 
 async fn reload_as(proxy: &Proxy, setup: &Setup) {
