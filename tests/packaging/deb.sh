@@ -60,7 +60,7 @@ a_client_pulls() {
   in_machine ifnewer check
   in_machine systemctl reload ifnewer
   skopeo copy -q --insecure-policy --src-tls-verify=false docker://127.0.0.1:5000/library/demo:latest "dir:$scratch/pulled"
-  [[ $(reason_of_pull http://127.0.0.1:5000) == *unchanged* ]] || fail "it is not held"
+  [[ $(reason_of_pull http://127.0.0.1:5000) == *revalidated* ]] || fail "it is not held"
 }
 
 commands_mean_this_cache() {
@@ -141,7 +141,7 @@ upgrade_restarts_it() {
   install_deb
   [[ $(in_machine pidof ifnewer) != "$before" ]] || fail "the old program runs on"
   is_ready
-  [[ $(reason_of_pull http://127.0.0.1:5000) == *unchanged* ]] || fail "the cache or its configuration is another"
+  [[ $(reason_of_pull http://127.0.0.1:5000) == *revalidated* ]] || fail "the cache or its configuration is another"
 }
 
 disabled_stays_disabled() {
