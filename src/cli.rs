@@ -281,6 +281,30 @@ pub fn colour_allowed() -> bool {
     !refused
 }
 
+/// Allocator settings that glibc reads from the environment at program start only.
+const ALLOCATOR_VARIABLES: [(&str, &str); 3] = [
+    ("MALLOC_ARENA_MAX", "1"),
+    ("MALLOC_MMAP_THRESHOLD_", "131072"),
+    ("MALLOC_TRIM_THRESHOLD_", "131072"),
+];
+
+/// Marks a re-executed program. glibc removes its own variables from the environment of a program with file
+/// capabilities (`AT_SECURE`), so they cannot serve as the mark.
+const REEXECUTED: (&str, &str) = ("_IFNEWER_STARTED_AGAIN", "1");
+
+/// Allocator variables to set before re-executing the server. `None` if any of them is set already or the program was
+/// re-executed.
+pub fn allocator_settings() -> Option<impl Iterator<Item = (&'static str, &'static str)>> {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "variables of the C library, not our own"
+    )]
+    let is_set = |(name, _): &(&str, &str)| std::env::var_os(name).is_some();
+    let has_any = ALLOCATOR_VARIABLES.iter().chain([&REEXECUTED]).any(is_set);
+    let settings = ALLOCATOR_VARIABLES.into_iter().chain([REEXECUTED]);
+    (cfg!(target_env = "gnu") && !has_any).then_some(settings)
+}
+
 /// Trace endpoint and service name from the standard OpenTelemetry variables. `None` disables tracing.
 pub fn otlp_endpoint() -> Option<(String, String)> {
     #[expect(

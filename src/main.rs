@@ -20,11 +20,6 @@ use ifnewer::{admin, ca, cli, demo, doctor, setup, terminal};
 use listenfd::ListenFd;
 use tracing_subscriber::EnvFilter;
 
-/// glibc's allocator keeps the pages between those still used: 2,000 slow readers and 64 pulls of 300 MiB left 159 MiB
-/// resident, of which 7 MiB were in use. jemalloc gives them back. `.cargo/config.toml` has its settings.
-#[global_allocator]
-static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
-
 const FAILED: u8 = 1;
 const USAGE_ERROR: u8 = 2;
 
@@ -90,6 +85,7 @@ fn main() -> ExitCode {
         },
         Command::Remote(command) => block_on(cmd_operate(&config, command)),
         Command::Serve => {
+            limit_heap();
             init_logging(&config.log);
             let descriptors = raise_fd_limit();
             disable_core_dumps();
@@ -98,6 +94,24 @@ fn main() -> ExitCode {
             block_on(cmd_serve(cli.options, config, inherited, descriptors))
         }
     }
+}
+
+/// Re-executes the program with allocator settings that glibc reads only at program start. By default, glibc gives
+/// many threads an arena each, which retain their peak memory. Measured with 4,000 tags: 400 views of the list leave
+/// 68 MiB, and 59 with one arena; 2,000 unread responses leave 92 MiB, and 69.
+fn limit_heap() {
+    use std::os::unix::process::CommandExt as _;
+    let (Some(settings), Ok(program)) = (cli::allocator_settings(), std::env::current_exe()) else {
+        return;
+    };
+    let mut arguments = std::env::args_os();
+    let mut again = std::process::Command::new(program);
+    if let Some(name) = arguments.next() {
+        again.arg0(name);
+    }
+    again.args(arguments).envs(settings);
+    // `exec` returns only on failure. Then this process serves, with more memory.
+    let _ = again.exec();
 }
 
 async fn cmd_serve(

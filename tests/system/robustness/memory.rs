@@ -211,3 +211,30 @@ async fn t03_unread_h2_streams_stay_within_the_budget() {
         )
         .await;
 }
+
+/// The allocator settings of a started process.
+fn heap_settings(proxy: &Proxy) -> Vec<String> {
+    let environment = std::fs::read(format!("/proc/{}/environ", proxy.program().id())).unwrap();
+    let variables = environment.split(|byte| *byte == 0).map(String::from_utf8_lossy);
+    variables
+        .filter(|variable| variable.starts_with("MALLOC_"))
+        .map(std::borrow::Cow::into_owned)
+        .collect()
+}
+
+#[cfg(target_env = "gnu")]
+#[tokio::test]
+async fn t18_serve_has_one_arena_unless_told_otherwise() {
+    let upstream = Upstream::start().await;
+    let proxy = Proxy::over(&upstream).await;
+    let settings = heap_settings(&proxy);
+    assert!(
+        settings.contains(&"MALLOC_ARENA_MAX=1".to_owned()),
+        "{settings:?}"
+    );
+    assert_eq!(settings.len(), 3);
+
+    let own = Setup::over(&upstream).environment("MALLOC_ARENA_MAX", "4");
+    let proxy = own.start().await;
+    assert_eq!(heap_settings(&proxy), ["MALLOC_ARENA_MAX=4"]);
+}
