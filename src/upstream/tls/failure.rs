@@ -91,7 +91,7 @@ pub(super) fn untrusted(
             TlsFailure::UnknownIssuer,
             format!(
                 "its certificate is issued by {}, an unknown authority; if it is correct, add the \
-                     authority's certificate in `ca_file`",
+                     authority's certificate to `ca_file`",
                 read.as_ref()
                     .map_or_else(|| "an unnamed issuer".to_owned(), |read| issuer(read.issuer()))
             ),

@@ -73,7 +73,7 @@ async fn r07_reason_of_a_tls_failure_is_told() {
         (
             (known(), Presented::self_signed(&NAMES)),
             "its TLS certificate is self-signed",
-            "name it in `ca_file`",
+            "add it to `ca_file`",
         ),
         // A pinned leaf certificate is trusted by itself.
         (
@@ -100,7 +100,7 @@ async fn r07_plain_http_or_an_old_tls_version_is_told() {
     is_told(
         &proxy,
         "does not speak TLS at that port",
-        "write http:// in `url`",
+        "use http:// in `url`",
     )
     .await;
 
