@@ -85,6 +85,7 @@ pub enum RunError {
 
 /// Serves until SIGTERM or SIGINT, on the `inherited` sockets if there are any. `descriptors` is the file descriptor
 /// limit. `reload` reads the configuration again on SIGHUP.
+#[expect(clippy::too_many_lines, reason = "builds every part of the process, in order")]
 pub async fn serve(
     config: Config,
     inherited: InheritedSockets,

@@ -107,7 +107,7 @@ pub struct Counts {
 /// A permit. Dropping it releases it.
 pub struct Permit {
     queue: Arc<Shared>,
-    permit: PermitId,
+    id: PermitId,
     since: Instant,
 }
 
@@ -250,7 +250,7 @@ impl Shared {
             state.counts.waited += now.saturating_duration_since(since);
             let permit = Permit {
                 queue: Arc::clone(self),
-                permit,
+                id: permit,
                 since: now,
             };
             granted.push((reply, Ok(permit)));
@@ -390,7 +390,7 @@ fn notify(granted: Granted) {
 impl Drop for Permit {
     fn drop(&mut self) {
         let mut state = self.queue.state();
-        state.scheduler.release(self.permit);
+        state.scheduler.release(self.id);
         let mean_hold = self.since.elapsed();
         state.mean_hold = state.mean_hold / 8 * 7 + mean_hold / 8;
         let granted = self.queue.grant(&mut state);

@@ -90,7 +90,7 @@ pub struct RegistryService {
     pub registry: Arc<ArcSwap<ServingState>>,
     /// Metrics, access log and decision log.
     pub telemetry: Telemetry,
-    /// BufferPool for reading blobs.
+    /// `BufferPool` for reading blobs.
     pub buffers: BufferPool,
     /// The limit of response bytes in memory.
     pub egress: Egress,

@@ -183,6 +183,7 @@ impl Store {
         })
     }
 
+    #[expect(clippy::too_many_lines, reason = "builds every part of the store, in order")]
     fn open_with(
         settings: &Settings,
         fs: Arc<dyn FileSystem>,

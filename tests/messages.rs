@@ -50,7 +50,9 @@ fn messages_match_the_snapshot() {
         found.push('\n');
     }
     let snapshot = root.join("tests/messages.txt");
-    if std::env::var_os("UPDATE_MESSAGES").is_some() {
+    #[expect(clippy::disallowed_methods, reason = "the switch of this test alone")]
+    let is_update = std::env::var_os("UPDATE_MESSAGES").is_some();
+    if is_update {
         fs::write(&snapshot, found).unwrap();
         return;
     }
@@ -78,7 +80,7 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
         if path.is_dir() && name != "tests" {
             found.extend(sources(&path));
-        } else if name.ends_with(".rs") && name != "tests.rs" {
+        } else if path.extension().is_some_and(|extension| extension == "rs") && name != "tests.rs" {
             found.push(path);
         }
     }
@@ -130,7 +132,7 @@ fn end_of(text: &str) -> usize {
     let (mut depth, mut at) = (0_usize, 0);
     loop {
         match &text[at..] {
-            rest if rest.is_empty() => return text.len(),
+            "" => return text.len(),
             rest if literal(rest).is_some() => {
                 at += literal(rest).unwrap().0;
                 if depth == 0 {

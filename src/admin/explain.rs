@@ -40,6 +40,7 @@ pub(super) struct Explanation {
     /// The decision for each possible upstream response.
     pub(super) what_if: Vec<WhatIf>,
     /// The decision and its facts as `name=value`, for bug reports.
+    #[expect(clippy::struct_field_names, reason = "the name of the field in the API")]
     pub(super) explanation: String,
 }
 

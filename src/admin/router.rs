@@ -30,7 +30,7 @@ const BODY_BYTES_MAX: usize = 64 * 1024;
 /// Timeout for reading a request body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// OpenAPI description.
+/// `OpenAPI` description.
 pub(super) const OPENAPI: &str = include_str!("openapi.json");
 
 /// Allowed methods of paths that take others than GET, for 405 responses.

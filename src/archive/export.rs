@@ -168,7 +168,7 @@ impl Plan {
                         .ok_or_else(|| io::Error::other(format!("{digest} was removed during the export")))?;
                     let mut content = VerifyingReader::new(&held, *digest);
                     archive.append_data(&mut header(*size), &name, &mut content)?;
-                    if !content.is_verified() {
+                    if !content.into_verified() {
                         store.quarantine_blob(digest);
                         return Err(io::Error::other(format!("{digest} does not match its digest")));
                     }
@@ -222,7 +222,7 @@ impl<'a> VerifyingReader<'a> {
         }
     }
 
-    fn is_verified(self) -> bool {
+    fn into_verified(self) -> bool {
         self.offset == self.held.size && self.hasher.finish() == self.digest
     }
 }

@@ -191,12 +191,12 @@ async fn transfer<S: Source>(
     let writer = Writer::new(resumed, &guard.download, total);
     let steps = Arc::clone(&guard.shared.write_steps);
     let writing = tokio::spawn(writer.run(chunks, steps));
-    let fetched = fetcher.run(stream).await;
+    let outcome = fetcher.run(stream).await;
     let resumed_midway = fetcher.resumed;
     // Closes the writer's queue.
     drop(fetcher);
     let written = writing.await.unwrap_or(Err(DownloadError::Abandoned));
-    let ended = match fetched {
+    let ended = match outcome {
         Err(FetchError::Upstream(cause)) => Err(DownloadError::Interrupted(cause)),
         Err(FetchError::Unwanted) => Err(DownloadError::Abandoned),
         Err(FetchError::WriterGone) | Ok(()) => written,

@@ -251,9 +251,9 @@ impl Waiters {
             .retain(|of| of.ticket != queued.ticket || !Arc::ptr_eq(&of.queue, &permit.queue));
         // A request may have joined after the grant.
         if let Some(highest) = state.waiting.keys().map(|demand| demand.class).min() {
-            permit.queue.raise(permit.permit, highest);
+            permit.queue.raise(permit.id, highest);
         }
-        state.permit = Some((Arc::clone(&permit.queue), permit.permit));
+        state.permit = Some((Arc::clone(&permit.queue), permit.id));
         true
     }
 

@@ -195,15 +195,14 @@ impl Connections {
     /// A place of the process for a connection that has a seat. While there is none, the oldest quiet connection is
     /// closed; while all are busy, it is waited for.
     pub(crate) async fn place(&self, seat: Seat) -> Slot {
-        let place = match self.0.places.try_acquire() {
-            Some(place) => Some(place),
-            None => {
-                let present = seat.present.address.present.load(Ordering::Relaxed);
-                let has_many = is_many(present, self.0.bounds.places);
-                let newcomer = if has_many { Newcomer::Many } else { Newcomer::Few };
-                let acquired = self.0.places.acquire(has_many);
-                self.freed(acquired, None, newcomer, CloseReason::NoPlace).await
-            }
+        let place = if let Some(place) = self.0.places.try_acquire() {
+            Some(place)
+        } else {
+            let present = seat.present.address.present.load(Ordering::Relaxed);
+            let has_many = is_many(present, self.0.bounds.places);
+            let newcomer = if has_many { Newcomer::Many } else { Newcomer::Few };
+            let acquired = self.0.places.acquire(has_many);
+            self.freed(acquired, None, newcomer, CloseReason::NoPlace).await
         };
         self.slot(seat, place)
     }

@@ -97,7 +97,7 @@ impl Store {
         match &removed {
             // An invalidation by a later write stays.
             Ok(removed) if removed.is_durable => {
-                self.clear_invalidation(&invalidation, |now| Some(now) == since)?
+                self.clear_invalidation(&invalidation, |now| Some(now) == since)?;
             }
             _ if since.is_none() => {
                 self.invalidate(&invalidation, self.access_times.now())?;

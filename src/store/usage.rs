@@ -98,9 +98,9 @@ impl Counters {
         let is_new = op()?;
         self.changes.fetch_add(1, Ordering::Release);
         if is_new && position(kind, path) < *counted {
-            let counter = self.counter(kind);
-            counter.count.fetch_add(1, Ordering::Relaxed);
-            counter.bytes.fetch_add(bytes, Ordering::Relaxed);
+            let of_kind = self.counter(kind);
+            of_kind.count.fetch_add(1, Ordering::Relaxed);
+            of_kind.bytes.fetch_add(bytes, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -116,12 +116,12 @@ impl Counters {
         let Some(bytes) = op()? else { return Ok(false) };
         self.changes.fetch_add(1, Ordering::Release);
         if position(kind, path) < *counted {
-            let counter = self.counter(kind);
+            let of_kind = self.counter(kind);
             // Another program may have changed the file's size since it was counted.
-            let _ = counter
+            let _ = of_kind
                 .count
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| count.checked_sub(1));
-            let _ = counter
+            let _ = of_kind
                 .bytes
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |all| {
                     Some(all.saturating_sub(bytes))
@@ -178,9 +178,9 @@ pub(super) fn count_existing(fs: &dyn FileSystem, counters: &Counters, stop: &At
             let entries = fs.list(&folder).unwrap_or_default();
             let files = entries.iter().filter(|entry| is_content(entry));
             let (count, bytes) = files.fold((0, 0), |(count, bytes), file| (count + 1, bytes + file.size));
-            let counter = counters.counter(kind);
-            counter.count.fetch_add(count, Ordering::Relaxed);
-            counter.bytes.fetch_add(bytes, Ordering::Relaxed);
+            let of_kind = counters.counter(kind);
+            of_kind.count.fetch_add(count, Ordering::Relaxed);
+            of_kind.bytes.fetch_add(bytes, Ordering::Relaxed);
             *counted += 1;
         }
     }

@@ -391,7 +391,7 @@ impl FailureDetector {
                 }
             }
             RequestOutcome::NoResponse(cause) => {
-                self.record_no_response(sent, cause, (since, now), &mut changes)
+                self.record_no_response(sent, cause, (since, now), &mut changes);
             }
             RequestOutcome::ServerError(cause) => {
                 self.record_response(kind, endpoint, (since, now), &mut changes);

@@ -299,7 +299,7 @@ is_heard_soon() {
 
 is_heard() {
   curl -sSf "http://$(<"$state/ifnewer.admin")/api/v1/upstreams" |
-    jq -e --arg name "$1" '.upstreams[] | select(.name == $name) | .silent == null' >/dev/null
+    jq -e --arg name "$1" '.upstreams[] | select(.name == $name) | .unavailable == null' >/dev/null
 }
 
 bob_stays_denied() {

@@ -311,7 +311,7 @@ fn gather(folder: &Path, name: &str, files: &mut Vec<(String, PathBuf, u64)>) ->
         let (name, metadata) = (format!("{name}{own}"), entry.metadata()?);
         match EntryKind::of(&name) {
             Some(EntryKind::Folder) if metadata.is_dir() => {
-                gather(&entry.path(), &format!("{name}/"), files)?
+                gather(&entry.path(), &format!("{name}/"), files)?;
             }
             Some(EntryKind::Layout | EntryKind::Index | EntryKind::Blob(_)) if metadata.is_file() => {
                 files.push((name, entry.path(), metadata.len()));

@@ -66,12 +66,11 @@ impl Places {
         loop {
             let next = {
                 let mut state = self.state();
-                match state.few.pop_front().or_else(|| state.many.pop_front()) {
-                    Some(next) => next,
-                    None => {
-                        state.free += 1;
-                        return;
-                    }
+                if let Some(next) = state.few.pop_front().or_else(|| state.many.pop_front()) {
+                    next
+                } else {
+                    state.free += 1;
+                    return;
                 }
             };
             match next.send(Place(Some(self.clone()))) {

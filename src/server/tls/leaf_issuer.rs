@@ -96,7 +96,7 @@ impl LeafIssuer {
         match &made {
             Ok(_) => tracing::debug!(%host, "made a certificate"),
             Err(error) => {
-                tracing::warn!(%error, "failed to issue a leaf certificate, host cannot be intercepted")
+                tracing::warn!(%error, "failed to issue a leaf certificate, host cannot be intercepted");
             }
         }
         let renew_at = now + Duration::from_secs(LEAF_DAYS * 86_400) - RENEW_BEFORE;

@@ -33,7 +33,7 @@ pub(in crate::setup) fn plan(endpoint: &CacheEndpoint, files: &dyn FileSource) -
                 &text,
                 &endpoint.host_port(),
                 ("http", &Value::Boolean(true)),
-            )?
+            )?;
         }
         (Scheme::Https, Some(_)) => text = with(path, &text, &endpoint.host_port(), ("ca", &authority))?,
         (Scheme::Https, None) => {}

@@ -56,7 +56,7 @@ impl Evictor {
         });
         Snapshot {
             images,
-            manifests: manifests,
+            manifests,
             blobs,
         }
     }

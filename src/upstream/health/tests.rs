@@ -225,7 +225,7 @@ fn t05_breaker_rules_over_all_short_histories() {
                         own,
                         WaitLimit::Full,
                         "a missing response is suspected at once: {history:?}"
-                    )
+                    );
                 }
                 Abandoned | ExpiredQueued => {
                     assert_eq!(after, before, "a queued request changes nothing: {history:?}");

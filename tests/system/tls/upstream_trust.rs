@@ -97,12 +97,7 @@ async fn r07_plain_http_or_an_old_tls_version_is_told() {
     let upstream = Upstream::start_tls().await;
     let proxy = Proxy::over(&upstream).await;
     upstream.speaks_plain();
-    is_told(
-        &proxy,
-        "does not speak TLS at that port",
-        "use http:// in `url`",
-    )
-    .await;
+    is_told(&proxy, "does not speak TLS at that port", "use http:// in `url`").await;
 
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("https://{}", listener.local_addr().unwrap());

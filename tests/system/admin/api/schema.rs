@@ -1,4 +1,4 @@
-//! The subset of JSON Schema that the OpenAPI document uses. Other keywords are reported.
+//! The subset of JSON Schema that the `OpenAPI` document uses. Other keywords are reported.
 
 use serde_json::{Map, Value};
 
