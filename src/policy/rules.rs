@@ -62,17 +62,17 @@ pub struct EffectivePolicy {
 pub struct PolicyOverrides {
     /// See [`EffectivePolicy::policy`].
     pub policy: Option<Policy>,
-    /// See [`EffectivePolicy::fresh`].
+    /// See [`EffectivePolicy::max_age`].
     pub max_age: Option<Duration>,
-    /// See [`EffectivePolicy::stale`].
+    /// See [`EffectivePolicy::stale_if_error`].
     pub stale_if_error: Option<StaleLimit>,
-    /// See [`EffectivePolicy::budget`].
+    /// See [`EffectivePolicy::revalidate_timeout`].
     pub revalidate_timeout: Option<Duration>,
-    /// See [`EffectivePolicy::absent`].
+    /// See [`EffectivePolicy::on_not_found`].
     pub on_not_found: Option<OnNotFound>,
-    /// See [`EffectivePolicy::grant`].
+    /// See [`EffectivePolicy::grant_ttl`].
     pub grant_ttl: Option<Duration>,
-    /// See [`EffectivePolicy::offline_grant`].
+    /// See [`EffectivePolicy::grant_ttl_offline`].
     pub grant_ttl_offline: Option<Duration>,
     /// See [`EffectivePolicy::prefetch`].
     pub prefetch: Option<bool>,

@@ -29,7 +29,7 @@ pub enum Refreshed {
 
 impl ProxyService {
     /// Revalidates the tag of `request` and fetches its manifest if it moved. A digest cannot change, so a request by
-    /// digest returns [`Refreshed::Unavailable`] with [`Cause::Malformed`].
+    /// digest returns [`Refreshed::Unavailable`] with `UpstreamFailure::Malformed`.
     pub async fn refresh(self: &Arc<Self>, request: &Request) -> Refreshed {
         let (Some(tag), Endpoint::Manifest { repository, .. }) = (request.tag(), &request.endpoint) else {
             return Refreshed::Unavailable(UpstreamFailure::Malformed);

@@ -28,7 +28,7 @@ impl TunnelDialer {
         Ok(TunnelDialer(UpstreamConnector::new(transport, settings)?))
     }
 
-    /// Opens a stream to a host and port. [`Cause::Redirects`] if the address is narrower than `narrowest_scope`. The
+    /// Opens a stream to a host and port. `UpstreamFailure::Redirects` if the address is narrower than `narrowest_scope`. The
     /// connected address is checked, so a name that changes between lookups bypasses nothing.
     pub async fn open(
         &self,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use crate::full::{all_whole, until_caching};
+use crate::full::{all_complete, until_caching};
 use crate::proxy::{Program, Session};
 use crate::registry::within;
 use crate::world::{REPOSITORY, World, tag};
@@ -16,7 +16,7 @@ pub async fn campaign(count: u32) -> Result<String, String> {
     let mut world = World::new(10).await;
     let setup = world.setup().through(&["prlimit", &format!("--nofile={FEW}")]);
     let proxy = setup.start().await;
-    all_whole(world.pull_new(&proxy, AT_ONCE)).await;
+    all_complete(world.pull_new(&proxy, AT_ONCE)).await;
 
     // Over existing connections, because a new one would need a descriptor too.
     let mut session = Session::open(proxy.registry_address()).await;

@@ -100,7 +100,7 @@ fn main() {
             }
         });
         match response {
-            Ok(response) => println!("   {told}"),
+            Ok(response) => println!("   {response}"),
             Err(absent) if std::env::var("CI").as_deref() == Ok("true") => {
                 panic!("{name} cannot run here, and CI must run it: {absent}")
             }

@@ -5,9 +5,9 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::memory::memory;
 use crate::proxy::{Ask, Program, Proxy, Setup};
 use crate::registry::{noise, sha256};
-use crate::robustness::memory::memory;
 use crate::world::{REPOSITORY, World, sealed};
 
 /// The goals. Time and memory are for the largest store for which they apply.
@@ -165,7 +165,7 @@ async fn read_everything(proxy: &Proxy) -> serde_json::Value {
     assert!(begun.status < 300, "{begun:?}");
     until_logged(proxy, READ).await;
     let response = proxy.admin("/api/v1/verify").await.json();
-    assert_eq!(response["damaged"], 0, "{told}");
+    assert_eq!(response["damaged"], 0, "{response}");
     response
 }
 
