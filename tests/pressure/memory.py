@@ -10,8 +10,8 @@ from kit.content import Image
 from kit.lab import shown
 
 RSS_MIB_MAX = 128
-# Two thousand answered HTTP/1 connections take 54 MiB outside the budget of response bytes, and glibc keeps what is
-# between what is still used.
+# Answered HTTP/1 connections take memory outside the budget of response bytes, and glibc keeps free pages between those
+# that are in use.
 RSS_MIB_BOUND = 200
 RSS_AT_REST_MIB_MAX = 64
 LOOKING_MIB_MAX = 64
