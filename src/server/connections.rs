@@ -1,10 +1,10 @@
-//! Connection admission: places per address and for the process, and which connection is closed when they run out.
+//! Connection admission: limits per address and for the process, and the idle connection that is closed at a limit.
 //!
-//! From accept on, a connection holds a place of its address ([`Seat`]). Beyond those of its address it waits, without a
-//! place of the process. With a seat it takes a place of the process ([`Slot`]). Where none is left, the oldest quiet
-//! connection is closed: one without a request in flight. [`victim`] says which, and is pure.
+//! An accepted connection first needs a permit of its address ([`AddressPermit`]). While its address has none left, it
+//! waits without a permit of the process. It then needs a permit of the process ([`Slot`]). If none is left, the longest
+//! idle connection is closed. A connection is idle while it has no request in flight. [`victim`] chooses; it is pure.
 
-mod places;
+mod permits;
 mod victim;
 
 use std::collections::HashMap;
@@ -21,27 +21,27 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use self::places::{Place, Places};
+use self::permits::{Permit, Permits};
 use self::victim::{Candidate, Choice, Newcomer, is_many, victim};
 use crate::store::LogLimit;
 use crate::telemetry::{CloseReason, ConnectionState, OpenConnection, Telemetry};
 
-/// A connection that is closed to make room has finished what it was sending within this.
-const CLOSED_WITHIN: Duration = Duration::from_millis(500);
+/// The time in which a connection that is being closed sends the rest of its response.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// How often it is looked again for a connection to close while nothing is heard of any.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Interval of the search for a connection to close, if no connection reports that it became idle.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How many connections there may be.
+/// Limits on the number of connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Bounds {
-    /// Of the process.
+    /// Connections of the process.
     pub(crate) places: usize,
-    /// Of one address. As many further ones wait.
+    /// Connections of one address. The same number of further ones may wait.
     pub(crate) per_address: usize,
-    /// That wait for a seat of their address, of all addresses.
+    /// Waiting connections of all addresses together.
     pub(crate) waiting: usize,
-    /// Whether the oldest quiet connection of an address is closed for a further one of the same address.
+    /// Whether, at the limit of an address, its longest idle connection is closed for a new one.
     pub(crate) closes_at_address: bool,
 }
 
@@ -55,19 +55,20 @@ struct Inner {
     telemetry: Telemetry,
     closed: LogLimit,
     began: Instant,
-    places: Places,
-    /// Askers for a place of the process, and what tells them that a connection became quiet.
-    wanted: AtomicUsize,
-    quieted: Notify,
+    permits: Permits,
+    /// Connections that wait until another one is closed.
+    waiters: AtomicUsize,
+    /// Wakes `waiters` when a connection became idle.
+    became_idle: Notify,
     registered: Mutex<Registered>,
-    /// Those that come through a unix socket, whose mode says who may.
+    /// Connections through a unix socket. They have no limit of an address: the socket's mode restricts its users.
     local: Arc<Address>,
 }
 
 #[derive(Default)]
 struct Registered {
     addresses: HashMap<IpAddr, Arc<Address>>,
-    /// Those with a place of the process.
+    /// The connections with a permit of the process.
     open: HashMap<u64, Arc<Entry>>,
     next: u64,
     waiting: usize,
@@ -75,16 +76,16 @@ struct Registered {
 
 /// The connections of one address.
 struct Address {
-    seats: Arc<Semaphore>,
-    /// Those that have a seat or wait for one. Changed under the lock alone.
+    permits: Arc<Semaphore>,
+    /// Connections that have a permit or wait for one. Changed only under the lock.
     present: AtomicUsize,
-    /// Those with a place of the process and without a request in flight.
-    quiet: AtomicUsize,
-    /// Those that ended without a request since the last request.
+    /// Open connections without a request in flight.
+    idle: AtomicUsize,
+    /// Connections that ended without a request, since the last request of this address.
     unused: AtomicUsize,
 }
 
-/// One connection, as those see it that look for one to close.
+/// State of an open connection, shared with its requests and with the search for a connection to close.
 struct Entry {
     connections: Connections,
     address: Arc<Address>,
@@ -92,19 +93,19 @@ struct Entry {
     /// Requests and tunnels in flight.
     requests: AtomicUsize,
     has_requested: AtomicBool,
-    /// Whether bytes wait for the peer to take earlier ones.
+    /// Whether bytes wait until the peer has read earlier ones.
     is_sending: AtomicBool,
-    /// In microseconds since the start of `connections`.
-    quiet_since: AtomicU64,
+    /// In microseconds since `Inner::began`.
+    idle_since: AtomicU64,
     closing: CancellationToken,
 }
 
-/// Why a connection was not let in.
+/// Why a connection was rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refused {
-    /// As many connections of its address wait as may.
+    /// The limit of waiting connections of its address is reached.
     Address,
-    /// As many connections of all addresses wait as may.
+    /// The limit of waiting connections of all addresses is reached.
     Waiting,
 }
 
@@ -118,18 +119,18 @@ impl Refused {
     }
 }
 
-/// What becomes of a connection that was accepted.
+/// Result of the admission of an accepted connection.
 pub(crate) enum Entering {
-    /// It has a seat of its address.
-    Seated(Seat),
-    /// It waits for one.
+    /// It has a permit of its address.
+    Seated(AddressPermit),
+    /// It waits for a permit of its address.
     Waits(Wait),
-    /// It is closed.
+    /// It is rejected, and closed by the caller.
     Refused(Refused),
 }
 
 impl Connections {
-    /// No connection yet. `listener` names the kind of listener in the log and the metrics.
+    /// Without connections. `listener` names the kind of listener in log and metrics.
     pub(crate) fn new(listener: &'static str, bounds: Bounds, telemetry: Telemetry) -> Self {
         Self(Arc::new(Inner {
             listener,
@@ -137,9 +138,9 @@ impl Connections {
             telemetry,
             closed: LogLimit::default(),
             began: Instant::now(),
-            places: Places::new(bounds.places),
-            wanted: AtomicUsize::new(0),
-            quieted: Notify::new(),
+            permits: Permits::new(bounds.places),
+            waiters: AtomicUsize::new(0),
+            became_idle: Notify::new(),
             registered: Mutex::default(),
             local: Address::new(Semaphore::MAX_PERMITS),
         }))
@@ -149,7 +150,7 @@ impl Connections {
         self.0.registered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a connection that was accepted under its address. Never waits.
+    /// Counts an accepted connection under its address. Never waits.
     pub(crate) fn enter(&self, ip: Option<IpAddr>) -> Entering {
         let bounds = self.0.bounds;
         let mut registered = self.registered();
@@ -166,8 +167,8 @@ impl Connections {
         if address.present.load(Ordering::Relaxed) >= bounds.per_address.saturating_mul(2) && ip.is_some() {
             return Entering::Refused(Refused::Address);
         }
-        let seat = Arc::clone(&address.seats).try_acquire_owned();
-        if seat.is_err() && registered.waiting >= bounds.waiting {
+        let permit = Arc::clone(&address.permits).try_acquire_owned();
+        if permit.is_err() && registered.waiting >= bounds.waiting {
             return Entering::Refused(Refused::Waiting);
         }
         address.present.fetch_add(1, Ordering::Relaxed);
@@ -177,8 +178,8 @@ impl Connections {
             ip,
         };
         let telemetry = &self.0.telemetry;
-        if let Ok(permit) = seat {
-            return Entering::Seated(Seat {
+        if let Ok(permit) = permit {
+            return Entering::Seated(AddressPermit {
                 _permit: permit,
                 present,
             });
@@ -192,33 +193,34 @@ impl Connections {
         })
     }
 
-    /// A place of the process for a connection that has a seat. While there is none, the oldest quiet connection is
-    /// closed; while all are busy, it is waited for.
-    pub(crate) async fn place(&self, seat: Seat) -> Slot {
-        let place = if let Some(place) = self.0.places.try_acquire() {
-            Some(place)
+    /// Takes a permit of the process for a connection that has one of its address. If none is left, closes the longest
+    /// idle connection; while all have a request in flight, waits for one.
+    pub(crate) async fn place(&self, of_address: AddressPermit) -> Slot {
+        let permit = if let Some(permit) = self.0.permits.try_acquire() {
+            Some(permit)
         } else {
-            let present = seat.present.address.present.load(Ordering::Relaxed);
+            let present = of_address.present.address.present.load(Ordering::Relaxed);
             let has_many = is_many(present, self.0.bounds.places);
             let newcomer = if has_many { Newcomer::Many } else { Newcomer::Few };
-            let acquired = self.0.places.acquire(has_many);
-            self.freed(acquired, None, newcomer, CloseReason::NoPlace).await
+            let acquired = self.0.permits.acquire(has_many);
+            self.close_until(acquired, None, newcomer, CloseReason::ConnectionLimit)
+                .await
         };
-        self.slot(seat, place)
+        self.slot(of_address, permit)
     }
 
-    fn slot(&self, seat: Seat, place: Option<Place>) -> Slot {
+    fn slot(&self, of_address: AddressPermit, permit: Option<Permit>) -> Slot {
         let entry = Arc::new(Entry {
             connections: self.clone(),
-            address: Arc::clone(&seat.present.address),
-            ip: seat.present.ip,
+            address: Arc::clone(&of_address.present.address),
+            ip: of_address.present.ip,
             requests: AtomicUsize::new(0),
             is_sending: AtomicBool::new(false),
             has_requested: AtomicBool::new(false),
-            quiet_since: AtomicU64::new(self.micros(Instant::now())),
+            idle_since: AtomicU64::new(self.micros(Instant::now())),
             closing: CancellationToken::new(),
         });
-        entry.address.quiet.fetch_add(1, Ordering::Relaxed);
+        entry.address.idle.fetch_add(1, Ordering::Relaxed);
         let mut registered = self.registered();
         let id = registered.next;
         registered.next += 1;
@@ -227,8 +229,8 @@ impl Connections {
         Slot {
             id,
             entry,
-            place,
-            _seat: seat,
+            permit,
+            _of_address: of_address,
             _counted: self
                 .0
                 .telemetry
@@ -236,43 +238,43 @@ impl Connections {
         }
     }
 
-    /// What is to be `acquired`, for which quiet connections are closed: those of this address, or of all.
-    async fn freed<T>(
+    /// Awaits `acquired`, and closes idle connections until it completes: those of one address, or of all.
+    async fn close_until<T>(
         &self,
         acquired: impl Future<Output = Option<T>>,
         of: Option<&Arc<Address>>,
         newcomer: Newcomer,
         why: CloseReason,
     ) -> Option<T> {
-        let _wanted = Wanted::count(&self.0.wanted);
+        let _waiter = Waiter::count(&self.0.waiters);
         let mut acquired = pin!(acquired);
         loop {
-            let mut quieted = pin!(self.0.quieted.notified());
-            // From here on, a connection that becomes quiet is noticed.
-            quieted.as_mut().enable();
-            let look_again = match self.close_one(of, newcomer, why) {
-                // Its place comes within a moment: no other one is closed until then.
-                Choice::Close(()) => match timeout(LOOK_EVERY, acquired.as_mut()).await {
+            let mut became_idle = pin!(self.0.became_idle.notified());
+            // Registered before the search, so that no connection becomes idle unnoticed.
+            became_idle.as_mut().enable();
+            let retry_after = match self.close_one(of, newcomer, why) {
+                // Its permit is free soon. No other connection is closed until then.
+                Choice::Close(()) => match timeout(RETRY_INTERVAL, acquired.as_mut()).await {
                     Ok(acquired) => return acquired,
                     Err(_) => continue,
                 },
-                Choice::NotBefore(left) => left.min(LOOK_EVERY),
-                Choice::NoneQuiet => LOOK_EVERY,
+                Choice::NotBefore(left) => left.min(RETRY_INTERVAL),
+                Choice::NoneIdle => RETRY_INTERVAL,
             };
             tokio::select! {
                 biased;
                 acquired = acquired.as_mut() => return acquired,
-                () = quieted => {}
-                () = sleep(look_again) => {}
+                () = became_idle => {}
+                () = sleep(retry_after) => {}
             }
         }
     }
 
-    /// Closes the connection that goes first, if any may go, where the process or the system has no descriptor left.
+    /// Closes an idle connection if accepting failed because the process or the system has no file descriptor left.
     pub(crate) fn accept_failed(&self, error: &io::Error) {
         let errno = error.raw_os_error().map(Errno::from_raw_os_error);
         if matches!(errno, Some(Errno::MFILE | Errno::NFILE)) {
-            self.close_one(None, Newcomer::Few, CloseReason::NoDescriptor);
+            self.close_one(None, Newcomer::Few, CloseReason::DescriptorLimit);
         }
     }
 
@@ -281,12 +283,12 @@ impl Connections {
         let registered = self.registered();
         let candidates = registered.open.values().filter_map(|entry| {
             let is_of = of.is_none_or(|address| Arc::ptr_eq(address, &entry.address));
-            let is_quiet = entry.requests.load(Ordering::SeqCst) == 0 && !entry.closing.is_cancelled();
-            (is_of && is_quiet).then(|| Candidate {
-                what: entry,
-                of_address: entry.address.quiet.load(Ordering::Relaxed),
-                quiet_for: entry.quiet_for(now),
-                is_unused: is_many(entry.address.unused.load(Ordering::Relaxed), self.0.bounds.places),
+            let is_idle = entry.requests.load(Ordering::SeqCst) == 0 && !entry.closing.is_cancelled();
+            (is_of && is_idle).then(|| Candidate {
+                connection: entry,
+                of_address: entry.address.idle.load(Ordering::Relaxed),
+                idle_for: entry.idle_for(now),
+                has_no_grace: is_many(entry.address.unused.load(Ordering::Relaxed), self.0.bounds.places),
             })
         });
         match victim(candidates, self.0.bounds.places, newcomer) {
@@ -297,7 +299,7 @@ impl Connections {
                 Choice::Close(())
             }
             Choice::NotBefore(left) => Choice::NotBefore(left),
-            Choice::NoneQuiet => Choice::NoneQuiet,
+            Choice::NoneIdle => Choice::NoneIdle,
         }
     }
 
@@ -307,11 +309,11 @@ impl Connections {
 }
 
 impl Address {
-    fn new(seats: usize) -> Arc<Self> {
+    fn new(permits: usize) -> Arc<Self> {
         Arc::new(Self {
-            seats: Arc::new(Semaphore::new(seats)),
+            permits: Arc::new(Semaphore::new(permits)),
             present: AtomicUsize::new(0),
-            quiet: AtomicUsize::new(0),
+            idle: AtomicUsize::new(0),
             unused: AtomicUsize::new(0),
         })
     }
@@ -334,13 +336,13 @@ impl Drop for Present {
     }
 }
 
-/// A place of an address. Fields are dropped in this order: the place is free before the connection is not counted.
-pub(crate) struct Seat {
+/// A permit of an address. The field order matters: the permit is released before the connection is no longer counted.
+pub(crate) struct AddressPermit {
     _permit: OwnedSemaphorePermit,
     present: Present,
 }
 
-/// A connection that waits for a place of its address.
+/// A connection that waits for a permit of its address.
 pub(crate) struct Wait {
     _counted: OpenConnection,
     present: Option<Present>,
@@ -348,30 +350,30 @@ pub(crate) struct Wait {
 }
 
 impl Wait {
-    /// A place of the address and one of the process. `None` if that takes longer than `patience`.
-    pub(crate) async fn slot(mut self, patience: Duration) -> Option<Slot> {
+    /// Takes a permit of the address and one of the process. `None` if the former takes longer than `wait_timeout`.
+    pub(crate) async fn slot(mut self, wait_timeout: Duration) -> Option<Slot> {
         let connections = self.connections.clone();
         let present = self.present.take()?;
-        let seats = Arc::clone(&present.address.seats);
+        let permits = Arc::clone(&present.address.permits);
         let permit = if connections.0.bounds.closes_at_address {
-            let acquired = async { seats.acquire_owned().await.ok() };
+            let acquired = async { permits.acquire_owned().await.ok() };
             let address = Some(&present.address);
-            let freed = connections.freed(
+            let acquired = connections.close_until(
                 acquired,
                 address,
                 Newcomer::SameAddress,
-                CloseReason::NoPlaceOfAddress,
+                CloseReason::AddressLimit,
             );
-            timeout(patience, freed).await.ok()??
+            timeout(wait_timeout, acquired).await.ok()??
         } else {
-            timeout(patience, seats.acquire_owned()).await.ok()?.ok()?
+            timeout(wait_timeout, permits.acquire_owned()).await.ok()?.ok()?
         };
-        let seat = Seat {
+        let of_address = AddressPermit {
             _permit: permit,
             present,
         };
-        // It counts as waiting until it has both: each holds a descriptor.
-        Some(connections.place(seat).await)
+        // It counts as waiting until it has both permits, because it uses a file descriptor.
+        Some(connections.place(of_address).await)
     }
 }
 
@@ -381,35 +383,35 @@ impl Drop for Wait {
     }
 }
 
-/// A connection that was let in, until it ends. Its place of the process is free before that of its address.
+/// An open connection with both permits. The permit of the process is released before that of the address.
 pub(crate) struct Slot {
     id: u64,
     entry: Arc<Entry>,
-    place: Option<Place>,
-    _seat: Seat,
+    permit: Option<Permit>,
+    _of_address: AddressPermit,
     _counted: OpenConnection,
 }
 
 impl Slot {
-    /// Counts the connection under the address that its PROXY header names, and no longer under the balancer's. Waits as
-    /// one that was accepted from there, and then without a place of the process.
-    pub(crate) async fn announced(mut self, ip: IpAddr, patience: Duration) -> Result<Self, Refused> {
+    /// Counts the connection under the address in its PROXY header instead of the load balancer's. At the limit of that
+    /// address it waits, without a permit of the process.
+    pub(crate) async fn announced(mut self, ip: IpAddr, wait_timeout: Duration) -> Result<Self, Refused> {
         let connections = self.entry.connections.clone();
         match connections.enter(Some(ip)) {
-            Entering::Seated(seat) => {
-                let place = self.place.take();
+            Entering::Seated(of_address) => {
+                let permit = self.permit.take();
                 drop(self);
-                Ok(connections.slot(seat, place))
+                Ok(connections.slot(of_address, permit))
             }
             Entering::Waits(wait) => {
                 drop(self);
-                wait.slot(patience).await.ok_or(Refused::Address)
+                wait.slot(wait_timeout).await.ok_or(Refused::Address)
             }
             Entering::Refused(refused) => Err(refused),
         }
     }
 
-    /// What requests of this connection hold while they are in flight.
+    /// The handle with which requests of this connection are counted.
     pub(crate) fn handle(&self) -> Handle {
         Handle(Some(Arc::clone(&self.entry)))
     }
@@ -418,20 +420,20 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         self.entry.connections.registered().open.remove(&self.id);
-        // A request that is still counted leaves its quiet to be counted by nobody.
         self.entry.closing.cancel();
         if !self.entry.has_requested.load(Ordering::Relaxed) {
             self.entry.address.unused.fetch_add(1, Ordering::Relaxed);
         }
+        // A request that ends later must not count this connection as idle: its count never falls to zero.
         if self.entry.requests.swap(usize::MAX / 2, Ordering::AcqRel) == 0 {
-            self.entry.address.quiet.fetch_sub(1, Ordering::Relaxed);
+            self.entry.address.idle.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }
 
 impl Entry {
-    fn quiet_for(&self, now: Instant) -> Duration {
-        let since = self.quiet_since.load(Ordering::Relaxed);
+    fn idle_for(&self, now: Instant) -> Duration {
+        let since = self.idle_since.load(Ordering::Relaxed);
         Duration::from_micros(self.connections.micros(now).saturating_sub(since))
     }
 
@@ -441,45 +443,45 @@ impl Entry {
         inner.telemetry.record_connection_closed(inner.listener, why);
         if let Some(skipped) = inner.closed.admits() {
             let client = self.ip.map(tracing::field::display);
-            let quiet_ms = self.quiet_for(now).as_millis();
+            let idle_ms = self.idle_for(now).as_millis();
             tracing::warn!(
                 listener = inner.listener,
                 client,
                 reason = why.name(),
-                quiet_ms,
+                idle_ms,
                 skipped,
                 connections = inner.bounds.places,
-                "a connection without a request was closed to make room for another"
+                "closed an idle connection for a new one"
             );
         }
     }
 }
 
-/// A connection as its requests see it.
+/// Handle of a connection for its requests.
 #[derive(Clone, Default)]
 pub(crate) struct Handle(Option<Arc<Entry>>);
 
 impl Handle {
-    /// The connection is busy until what is given is dropped.
+    /// Counts a request in flight until the result is dropped.
     pub(crate) fn request(&self) -> InFlight {
         if let Some(entry) = &self.0 {
             entry.has_requested.store(true, Ordering::Relaxed);
             entry.address.unused.store(0, Ordering::Relaxed);
             if entry.requests.fetch_add(1, Ordering::AcqRel) == 0 {
-                entry.address.quiet.fetch_sub(1, Ordering::Relaxed);
+                entry.address.idle.fetch_sub(1, Ordering::Relaxed);
             }
         }
         InFlight(self.0.clone())
     }
 
-    /// Notes whether bytes wait for the peer to take earlier ones.
+    /// Records whether bytes wait until the peer has read earlier ones.
     pub(crate) fn note_sending(&self, is_sending: bool) {
         if let Some(entry) = &self.0 {
             entry.is_sending.store(is_sending, Ordering::Relaxed);
         }
     }
 
-    /// Completes when the connection is to be closed to make room.
+    /// Completes when the connection is chosen to be closed.
     pub(crate) async fn closing(&self) {
         match &self.0 {
             Some(entry) => entry.closing.cancelled().await,
@@ -487,19 +489,19 @@ impl Handle {
         }
     }
 
-    /// Lets a connection that is to be closed end: one without a request so far at once; else `serving`, told to take no
-    /// further request, finishes what it is sending, as long as the peer takes it. A request that came in between is
-    /// answered.
+    /// Ends a connection that was chosen to be closed. If it has had no request, it ends at once. Otherwise `serving`,
+    /// which accepts no further request, sends what is left, while the peer reads it. A request that arrived in between
+    /// gets its response.
     pub(crate) async fn ended<T>(&self, mut serving: impl Future<Output = T> + Unpin) -> Option<T> {
         let entry = self.0.as_ref()?;
         if !entry.has_requested.load(Ordering::Relaxed) {
             return None;
         }
         loop {
-            match timeout(CLOSED_WITHIN, &mut serving).await {
+            match timeout(CLOSE_TIMEOUT, &mut serving).await {
                 Ok(ended) => return Some(ended),
                 Err(_) if entry.requests.load(Ordering::Relaxed) > 0 => {}
-                // A response ends for its request with the last bytes that are handed on, before they are sent.
+                // A request ends when the last bytes of its response are queued, which is before they are sent.
                 Err(_) if entry.is_sending.load(Ordering::Relaxed) => {}
                 Err(_) => return None,
             }
@@ -521,27 +523,27 @@ impl Drop for InFlight {
         let Some(entry) = &self.0 else { return };
         let inner = &entry.connections.0;
         let now = entry.connections.micros(Instant::now());
-        entry.quiet_since.store(now, Ordering::Relaxed);
+        entry.idle_since.store(now, Ordering::Relaxed);
         if entry.requests.fetch_sub(1, Ordering::SeqCst) == 1 {
-            entry.address.quiet.fetch_add(1, Ordering::Relaxed);
-            if inner.wanted.load(Ordering::SeqCst) > 0 {
-                inner.quieted.notify_waiters();
+            entry.address.idle.fetch_add(1, Ordering::Relaxed);
+            if inner.waiters.load(Ordering::SeqCst) > 0 {
+                inner.became_idle.notify_waiters();
             }
         }
     }
 }
 
-/// Counted while it lives.
-struct Wanted<'a>(&'a AtomicUsize);
+/// Counts a waiter until dropped.
+struct Waiter<'a>(&'a AtomicUsize);
 
-impl<'a> Wanted<'a> {
-    fn count(wanted: &'a AtomicUsize) -> Self {
-        wanted.fetch_add(1, Ordering::SeqCst);
-        Self(wanted)
+impl<'a> Waiter<'a> {
+    fn count(waiters: &'a AtomicUsize) -> Self {
+        waiters.fetch_add(1, Ordering::SeqCst);
+        Self(waiters)
     }
 }
 
-impl Drop for Wanted<'_> {
+impl Drop for Waiter<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }

@@ -1,18 +1,18 @@
-//! The budget of response bytes in memory: read, and not yet written to a socket.
+//! Memory budget of response bodies: bytes that were read and not yet written to a socket.
 //!
-//! A client decides how long a chunk stays in memory: by its windows, by the number of its streams, by not reading. Each
+//! A client controls how long a chunk stays in memory: by its windows, by its number of streams, and by not reading. Each
 //! chunk is therefore counted, for the process and for the client's address, until the connection drops it. An address
-//! may have as much outstanding as is free (dynamic thresholds, Choudhury and Hahne 1998): one alone gets half of
-//! [`BYTES_MAX`], two get a third each, and some is always free for the next.
+//! may have as many bytes outstanding as are free (dynamic thresholds, Choudhury and Hahne 1998). One address alone gets
+//! half of [`BYTES_MAX`], two get a third each, and some is always free for the next.
 //!
-//! The budget bounds the size of a step, it never stops a body: a body with nothing outstanding may always read one step
-//! of the least size. The bound is therefore [`BYTES_MAX`], and one least step for each of [`BODIES_MAX`] bodies:
+//! The budget limits the size of a read and never stops a body: a body with nothing outstanding may always read one chunk
+//! of the minimum size. The limit is therefore [`BYTES_MAX`] plus one minimum chunk for each of [`BODIES_MAX`] bodies:
 //! 40 MiB + 512 × 16 KiB + 15,872 × 4 KiB = 110 MiB for the process, and 20 MiB + 512 × 16 KiB + 7,680 × 4 KiB = 58 MiB
-//! for one address. A body beyond its address's share of [`BODIES_MAX`] waits for another one to end, and reads nothing
+//! for one address. A body beyond its address's share of [`BODIES_MAX`] waits until another one ends, and reads nothing
 //! meanwhile.
 //!
-//! Not counted, for constants bound it: what several bodies share in memory (manifests and small blobs: a reference), and
-//! per connection 64 KiB of TLS records.
+//! Not counted, because constants limit it: content that several bodies share in memory (manifests and small blobs), and
+//! 64 KiB of TLS records for each connection.
 
 mod ledger;
 
@@ -26,31 +26,31 @@ use tokio::sync::oneshot;
 
 use ledger::{Ledger, Ticket};
 
-/// The bytes of all response bodies in memory, beyond one least step for each body. With less, 64 readers of one address
-/// would not have the largest step each.
+/// The bytes of all response bodies in memory, beyond one minimum chunk for each body. With less, 64 readers of one
+/// address could not read the largest chunk each.
 const BYTES_MAX: usize = 40 * 1024 * 1024;
 
-/// Response bodies that may read at a time. Further ones wait.
+/// Response bodies that may read at the same time. Further ones wait.
 const BODIES_MAX: usize = 16_384;
 
-/// A client's address; none for a socket file.
+/// A client's address. `None` for a unix socket.
 type Address = Option<IpAddr>;
 
-/// The budget of response bytes of the process.
+/// Memory budget of the response bodies of the process.
 #[derive(Clone, Default)]
-pub struct Egress(Arc<Mutex<Ledger<oneshot::Sender<Place>>>>);
+pub struct Egress(Arc<Mutex<Ledger<oneshot::Sender<Permit>>>>);
 
-/// What is outstanding now.
+/// Current use of the budget.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outstanding {
-    /// Bytes in memory, read and not yet written.
+    /// Bytes that were read and not yet written.
     pub bytes: u64,
-    /// Bodies that wait for another one to end.
+    /// Bodies that wait until another one ends.
     pub waiting: u64,
 }
 
 impl Egress {
-    /// What is outstanding now.
+    /// Current use of the budget.
     pub fn outstanding(&self) -> Outstanding {
         let ledger = self.ledger();
         Outstanding {
@@ -64,12 +64,12 @@ impl Egress {
         Account {
             egress: self.clone(),
             address,
-            own: Arc::default(),
+            of_body: Arc::default(),
             admission: Admission::New,
         }
     }
 
-    fn ledger(&self) -> MutexGuard<'_, Ledger<oneshot::Sender<Place>>> {
+    fn ledger(&self) -> MutexGuard<'_, Ledger<oneshot::Sender<Permit>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -78,48 +78,48 @@ impl Egress {
 pub(super) struct Account {
     egress: Egress,
     address: Address,
-    own: Arc<Own>,
+    of_body: Arc<BodyBytes>,
     admission: Admission,
 }
 
 enum Admission {
     New,
     Queued {
-        admitted: oneshot::Receiver<Place>,
+        admitted: oneshot::Receiver<Permit>,
         _queued: Queued,
     },
     Admitted {
-        _place: Place,
+        _permit: Permit,
     },
 }
 
-/// What one body has outstanding, and the task that waits for it to become less.
+/// The outstanding bytes of one body, and the task that waits until they are fewer.
 #[derive(Default)]
-struct Own(Mutex<(usize, Option<Waker>)>);
+struct BodyBytes(Mutex<(usize, Option<Waker>)>);
 
-impl Own {
+impl BodyBytes {
     fn lock(&self) -> MutexGuard<'_, (usize, Option<Waker>)> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Account {
-    /// Reserves the bytes of the next step, once the body may read.
+    /// Reserves the bytes of the next chunk. Pending until the body may read.
     pub(super) fn poll_reserve(&mut self, context: &mut Context<'_>) -> Poll<Charge> {
         ready!(self.poll_admission(context));
-        let mut own = self.own.lock();
-        let (outstanding, waker) = &mut *own;
+        let mut of_body = self.of_body.lock();
+        let (outstanding, waker) = &mut *of_body;
         let Some(bytes) = self.egress.ledger().reserve(self.address, *outstanding) else {
-            // Some of its own is outstanding: dropping that wakes it.
+            // A chunk of this body is outstanding. Its drop wakes the task.
             *waker = Some(context.waker().clone());
             return Poll::Pending;
         };
         *outstanding += bytes;
-        drop(own);
+        drop(of_body);
         Poll::Ready(Charge {
             egress: self.egress.clone(),
             address: self.address,
-            own: Arc::clone(&self.own),
+            of_body: Arc::clone(&self.of_body),
             bytes,
         })
     }
@@ -130,8 +130,8 @@ impl Account {
                 Admission::Admitted { .. } => return Poll::Ready(()),
                 Admission::New => self.admission = self.enter(),
                 Admission::Queued { admitted, .. } => match ready!(Pin::new(admitted).poll(context)) {
-                    Ok(place) => self.admission = Admission::Admitted { _place: place },
-                    // The queue never drops a waiter; were it to, the body would queue again.
+                    Ok(permit) => self.admission = Admission::Admitted { _permit: permit },
+                    // Not expected: the queue drops no waiter. The body would queue again.
                     Err(_) => self.admission = Admission::New,
                 },
             }
@@ -143,7 +143,7 @@ impl Account {
         if ledger.enter(self.address) {
             drop(ledger);
             return Admission::Admitted {
-                _place: Place::new(&self.egress, self.address),
+                _permit: Permit::new(&self.egress, self.address),
             };
         }
         let (sender, admitted) = oneshot::channel();
@@ -161,7 +161,7 @@ impl Account {
     }
 }
 
-/// A wait for a [`Place`]; leaves the queue when it is dropped.
+/// A wait for a [`Permit`]. Its drop leaves the queue.
 struct Queued {
     egress: Egress,
     address: Address,
@@ -175,16 +175,16 @@ impl Drop for Queued {
     }
 }
 
-/// The right of a body to read, until it ends.
-struct Place(Option<(Egress, Address)>);
+/// The permit of a body to read. Its drop gives it to the next waiter.
+struct Permit(Option<(Egress, Address)>);
 
-impl Place {
+impl Permit {
     fn new(egress: &Egress, address: Address) -> Self {
         Self(Some((egress.clone(), address)))
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         let Some((egress, address)) = self.0.take() else {
             return;
@@ -193,33 +193,33 @@ impl Drop for Place {
         loop {
             let next = egress.ledger().admit();
             let Some((address, waiter)) = next else { return };
-            // A waiter that left meanwhile hands its place back, by this very function.
-            let _ = waiter.send(Place::new(&egress, address));
+            // If the waiter has left, the permit comes back and is dropped here, which admits the next one.
+            let _ = waiter.send(Permit::new(&egress, address));
         }
     }
 }
 
-/// Bytes of one body that are in memory, or about to be.
+/// Bytes of one body that are in memory or reserved for the next read.
 pub(super) struct Charge {
     egress: Egress,
     address: Address,
-    own: Arc<Own>,
+    of_body: Arc<BodyBytes>,
     bytes: usize,
 }
 
 impl Charge {
-    /// The size of the step.
+    /// The size of the reserved chunk.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Counts `chunk`, which keeps `held` bytes of memory, until the last reference to it is dropped.
-    pub(super) fn onto(mut self, chunk: Bytes, held: usize) -> Bytes {
-        if held != self.bytes {
-            self.egress.ledger().adjust(self.address, self.bytes, held);
-            let mut own = self.own.lock();
-            own.0 = own.0.saturating_sub(self.bytes) + held;
-            self.bytes = held;
+    /// Counts `chunk`, which occupies `in_memory` bytes, until the last reference to it is dropped.
+    pub(super) fn onto(mut self, chunk: Bytes, in_memory: usize) -> Bytes {
+        if in_memory != self.bytes {
+            self.egress.ledger().adjust(self.address, self.bytes, in_memory);
+            let mut of_body = self.of_body.lock();
+            of_body.0 = of_body.0.saturating_sub(self.bytes) + in_memory;
+            self.bytes = in_memory;
         }
         Bytes::from_owner(Counted { chunk, _charge: self })
     }
@@ -228,17 +228,17 @@ impl Charge {
 impl Drop for Charge {
     fn drop(&mut self) {
         self.egress.ledger().adjust(self.address, self.bytes, 0);
-        let mut own = self.own.lock();
-        own.0 = own.0.saturating_sub(self.bytes);
-        let waker = own.1.take();
-        drop(own);
+        let mut of_body = self.of_body.lock();
+        of_body.0 = of_body.0.saturating_sub(self.bytes);
+        let waker = of_body.1.take();
+        drop(of_body);
         if let Some(waker) = waker {
             waker.wake();
         }
     }
 }
 
-/// A chunk on its way out. The chunk goes before its charge.
+/// A counted chunk. The field order matters: the chunk is dropped before its charge.
 struct Counted {
     chunk: Bytes,
     _charge: Charge,

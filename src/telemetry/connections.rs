@@ -1,4 +1,4 @@
-//! Listener metrics: open connections, connections closed to free a slot, and rejected admin tokens.
+//! Listener metrics: open connections, idle connections closed at a limit, and rejected admin tokens.
 
 use std::sync::atomic::AtomicU64;
 
@@ -13,9 +13,9 @@ type IntGauge = Gauge<u64, AtomicU64>;
 /// State of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectionState {
-    /// It has a slot.
+    /// It has a permit of its address and one of the process.
     Open,
-    /// It waits for a slot of its address.
+    /// It waits for a permit of its address.
     Waiting,
 }
 
@@ -49,21 +49,21 @@ impl TokenRejection {
 /// Why an idle connection was closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CloseReason {
-    /// The process had no slot for another connection.
-    NoPlace,
-    /// Its address had no slot for another connection.
-    NoPlaceOfAddress,
+    /// The limit of connections of the listener was reached.
+    ConnectionLimit,
+    /// The limit of connections of its address was reached.
+    AddressLimit,
     /// The process had no file descriptor left.
-    NoDescriptor,
+    DescriptorLimit,
 }
 
 impl CloseReason {
     /// The name in the log and the metrics.
     pub fn name(self) -> &'static str {
         match self {
-            Self::NoPlace => "no-place",
-            Self::NoPlaceOfAddress => "no-place-of-address",
-            Self::NoDescriptor => "no-descriptor",
+            Self::ConnectionLimit => "connection-limit",
+            Self::AddressLimit => "address-limit",
+            Self::DescriptorLimit => "descriptor-limit",
         }
     }
 }
@@ -125,12 +125,12 @@ impl Connections {
     pub(super) fn register(&self, registry: &mut Registry) {
         registry.register(
             "connections",
-            "Current connections, by listener: open, or waiting for a slot of their address",
+            "Current connections, by listener: open, or waiting because their address has reached its limit",
             self.open.clone(),
         );
         registry.register(
             "connections_closed",
-            "Idle connections closed to free a slot for others, by listener and reason",
+            "Idle connections closed for new ones at a limit, by listener and reason",
             self.closed.clone(),
         );
         registry.register(

@@ -9,7 +9,10 @@ use super::*;
 
 const LONG: Duration = Duration::from_secs(60);
 
-#[expect(clippy::unnecessary_wraps, reason = "what connections are counted by")]
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "the key by which connections are counted"
+)]
 fn host(last: u8) -> Option<IpAddr> {
     Some(Ipv4Addr::new(192, 0, 2, last).into())
 }
@@ -25,16 +28,16 @@ fn connections(places: usize, per_address: usize, waiting: usize) -> Connections
 }
 
 impl Connections {
-    fn seat(&self, ip: Option<IpAddr>) -> Seat {
+    fn address_permit(&self, ip: Option<IpAddr>) -> AddressPermit {
         match self.enter(ip) {
-            Entering::Seated(seat) => seat,
+            Entering::Seated(permit) => permit,
             Entering::Waits(_) => panic!("it waits"),
             Entering::Refused(refused) => panic!("{refused:?}"),
         }
     }
 
     async fn open(&self, ip: Option<IpAddr>) -> Slot {
-        self.place(self.seat(ip)).await
+        self.place(self.address_permit(ip)).await
     }
 
     fn waits(&self, ip: Option<IpAddr>) -> Wait {
@@ -56,9 +59,9 @@ impl Connections {
         registered.addresses.is_empty()
             && registered.open.is_empty()
             && registered.waiting == 0
-            && self.0.places.free() == self.0.bounds.places
-            && self.0.local.quiet.load(Ordering::Relaxed) == 0
-            && self.0.wanted.load(Ordering::Relaxed) == 0
+            && self.0.permits.free() == self.0.bounds.places
+            && self.0.local.idle.load(Ordering::Relaxed) == 0
+            && self.0.waiters.load(Ordering::Relaxed) == 0
     }
 }
 
@@ -102,7 +105,7 @@ async fn t10_a_wait_for_a_seat_ends_with_its_patience() {
     assert!(connections.is_empty());
 }
 
-/// Opens a further connection while the process has no place; the one that is to be closed ends as soon as it is told.
+/// Opens a connection at the limit of the process. The connection chosen to be closed ends at once.
 async fn opened_over(
     connections: &Connections,
     ip: Option<IpAddr>,
@@ -138,7 +141,7 @@ async fn t10_the_connection_quiet_for_longest_makes_room() {
 
 #[tokio::test(start_paused = true)]
 async fn t10_the_address_with_most_quiet_connections_makes_room() {
-    // Not at once: a request may be on its way.
+    // After a grace, because a request may be under way.
     for (newcomer, grace) in [(host(2), GRACE_AMONG_MANY), (host(3), GRACE_FROM_FEW)] {
         let connections = connections(16, 32, 8);
         let mut open = vec![connections.open(host(1)).await];
@@ -177,7 +180,7 @@ async fn t10_connections_of_an_address_without_requests_have_no_grace() {
     sleep(GRACE_AMONG_MANY).await;
     let (waited, open) = waits(open).await;
     assert!(!waited, "two have ended without a request");
-    // The newcomer is the youngest; still it has no grace.
+    // The new connection is the youngest and has no grace either.
     let (waited, open) = waits(open.into_iter().rev().take(8).collect()).await;
     assert!(!waited);
     let address = Arc::clone(&open[0].entry.address);
@@ -233,10 +236,10 @@ async fn t10_one_connection_is_closed_for_one_that_comes() {
         let connections = connections.clone();
         async move { drop(connections.open(host(9)).await) }
     });
-    sleep(CLOSED_WITHIN).await;
-    // Another one becomes quiet meanwhile.
+    sleep(CLOSE_TIMEOUT).await;
+    // Another one becomes idle meanwhile.
     drop(open[3].handle().request());
-    sleep(CLOSED_WITHIN / 2).await;
+    sleep(CLOSE_TIMEOUT / 2).await;
     assert_eq!(open.iter().filter(|slot| slot.is_closing()).count(), 1);
     drop(open);
     opening.await.unwrap();
@@ -247,8 +250,8 @@ async fn t10_a_request_between_choice_and_close_is_answered() {
     let connections = connections(1, 1, 8);
     let slot = connections.open(host(1)).await;
     let handle = slot.handle();
-    slot.entry.close(CloseReason::NoPlace, Instant::now());
-    // Chosen as quiet; its request comes before it is told.
+    slot.entry.close(CloseReason::ConnectionLimit, Instant::now());
+    // Its request arrives after it was chosen as idle and before it is closed.
     let request = handle.request();
     handle.closing().await;
     let answered = std::pin::pin!(async {
@@ -263,16 +266,16 @@ async fn t10_a_request_between_choice_and_close_is_answered() {
 async fn t10_a_closing_connection_without_a_request_ends_at_once() {
     let connections = connections(2, 2, 8);
     let before = Instant::now();
-    let silent = connections.open(host(1)).await;
+    let unused = connections.open(host(1)).await;
     let endless = std::pin::pin!(std::future::pending::<()>());
-    assert_eq!(silent.handle().ended(endless).await, None);
+    assert_eq!(unused.handle().ended(endless).await, None);
     assert_eq!(before.elapsed(), Duration::ZERO);
-    // One that has had its answer may have bytes of it left to send.
+    // After a response, bytes of it may still have to be sent.
     let idle = connections.open(host(1)).await;
     drop(idle.handle().request());
     let endless = std::pin::pin!(std::future::pending::<()>());
     assert_eq!(idle.handle().ended(endless).await, None);
-    assert_eq!(before.elapsed(), CLOSED_WITHIN);
+    assert_eq!(before.elapsed(), CLOSE_TIMEOUT);
 }
 
 #[tokio::test(start_paused = true)]
@@ -299,7 +302,7 @@ async fn t10_a_client_behind_a_balancer_counts_under_its_own_address() {
     assert!(matches!(connections.enter(host(1)), Entering::Waits(_)));
     let client = balancer.announced(host(2).unwrap(), LONG).await.ok().unwrap();
     let next = connections.open(host(1)).await;
-    // The second connection of the client waits, and gives back the place it was accepted with.
+    // The client's second connection waits, and releases the permit with which it was accepted.
     let waiting = tokio::spawn(next.announced(host(2).unwrap(), LONG));
     yield_now().await;
     let other = connections.open(host(3)).await;
@@ -369,9 +372,9 @@ proptest! {
             for step in steps {
                 match step {
                     Step::Enter(last) => match connections.enter(host(last)) {
-                        Entering::Seated(seat) => {
-                            let placed = timeout(Duration::from_millis(1), connections.place(seat)).await;
-                            open.extend(placed.ok());
+                        Entering::Seated(permit) => {
+                            let slot = timeout(Duration::from_millis(1), connections.place(permit)).await;
+                            open.extend(slot.ok());
                         }
                         Entering::Waits(wait) => waiting.push(wait),
                         Entering::Refused(_) => {}
@@ -387,10 +390,10 @@ proptest! {
                     Step::Leave(_) | Step::Begin(_) | Step::Answer(_) | Step::Announce(..) => {}
                 }
                 for address in connections.registered().addresses.values() {
-                    let quiet = open.iter().filter(|slot| {
+                    let idle = open.iter().filter(|slot| {
                         Arc::ptr_eq(&slot.entry.address, address) && slot.entry.requests.load(Ordering::Relaxed) == 0
                     });
-                    assert_eq!(address.quiet.load(Ordering::Relaxed), quiet.count());
+                    assert_eq!(address.idle.load(Ordering::Relaxed), idle.count());
                 }
                 assert!(open.len() <= 3);
             }
@@ -401,41 +404,41 @@ proptest! {
 
     #[test]
     fn t10_the_first_to_go_is_crowded_or_has_had_its_grace(
-        quiet in proptest::collection::vec((1..6_usize, 0..3_000_u64), 0..12),
-        is_unused: bool,
+        idle in proptest::collection::vec((1..6_usize, 0..3_000_u64), 0..12),
+        has_no_grace: bool,
         places in 1..40_usize,
         newcomer in prop_oneof![Just(Newcomer::SameAddress), Just(Newcomer::Few), Just(Newcomer::Many)],
     ) {
-        let candidates = quiet.iter().map(|&(of_address, ms)| Candidate {
-            what: (of_address, Duration::from_millis(ms)),
+        let candidates = idle.iter().map(|&(of_address, ms)| Candidate {
+            connection: (of_address, Duration::from_millis(ms)),
             of_address,
-            quiet_for: Duration::from_millis(ms),
-            is_unused,
+            idle_for: Duration::from_millis(ms),
+            has_no_grace,
         });
         let has_many = |one: &&(usize, u64)| newcomer == Newcomer::SameAddress || one.0 > places / 8;
         let grace_of_many = match newcomer {
-            _ if is_unused => 0,
+            _ if has_no_grace => 0,
             Newcomer::SameAddress => 0,
             Newcomer::Few => GRACE_FROM_FEW.as_millis(),
             Newcomer::Many => GRACE_AMONG_MANY.as_millis(),
         };
         let grace = |one: &(usize, u64)| if has_many(&one) { grace_of_many } else { GRACE.as_millis() };
         let has_had_it = |one: &&(usize, u64)| u128::from(one.1) >= grace(one);
-        let first = match quiet.iter().filter(has_many).max() {
+        let first = match idle.iter().filter(has_many).max() {
             Some(crowded) => Some(crowded).filter(has_had_it),
-            None => quiet.iter().filter(has_had_it).max(),
+            None => idle.iter().filter(has_had_it).max(),
         };
         match victim(candidates, places, newcomer) {
-            Choice::Close((of_address, quiet_for)) => {
-                prop_assert_eq!(first, Some(&(of_address, u64::try_from(quiet_for.as_millis()).unwrap())));
+            Choice::Close((of_address, idle_for)) => {
+                prop_assert_eq!(first, Some(&(of_address, u64::try_from(idle_for.as_millis()).unwrap())));
             }
             Choice::NotBefore(left) => {
                 prop_assert!(first.is_none());
-                let next = quiet.iter().filter(has_many).max();
-                let next = next.or_else(|| quiet.iter().max_by_key(|one| one.1)).unwrap();
+                let next = idle.iter().filter(has_many).max();
+                let next = next.or_else(|| idle.iter().max_by_key(|one| one.1)).unwrap();
                 prop_assert_eq!(left.as_millis(), grace(next) - u128::from(next.1));
             }
-            Choice::NoneQuiet => prop_assert!(quiet.is_empty()),
+            Choice::NoneIdle => prop_assert!(idle.is_empty()),
         }
     }
 }

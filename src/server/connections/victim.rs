@@ -1,72 +1,72 @@
-//! The choice of the connection that is closed to make room for another. Pure.
+//! Choice of the idle connection that is closed for a new one. Pure.
 
 use std::time::Duration;
 
-/// So long a quiet connection is left alone: its handshake or its next request may be under way.
+/// An idle connection is not closed before this time, because its handshake or next request may be under way.
 pub(super) const GRACE: Duration = Duration::from_secs(1);
 
-/// An address with more quiet connections than this share of all places has many.
+/// An address has many connections if it has more than this share of the limit: one in `MANY_SHARE`.
 const MANY_SHARE: usize = 8;
 
-/// So long a quiet connection of an address that has many is protected from a newcomer of an address that has many: as
-/// long as a client takes from its connection to its request on a busy machine.
+/// Grace of an idle connection whose address has many, if the new connection's address has many too. A client on a busy
+/// machine needs this long from its connection to its request.
 pub(super) const GRACE_AMONG_MANY: Duration = Duration::from_millis(400);
 
-/// So long it is protected from a newcomer of another address.
+/// Grace of an idle connection whose address has many, if the new connection's address has few.
 pub(super) const GRACE_FROM_FEW: Duration = Duration::from_millis(50);
 
-/// Whether so many connections of one address are many, for so many places in all.
-pub(super) fn is_many(connections: usize, places: usize) -> bool {
-    connections > places / MANY_SHARE
+/// Whether one address with this number of connections has many, at this limit of the process.
+pub(super) fn is_many(connections: usize, limit: usize) -> bool {
+    connections > limit / MANY_SHARE
 }
 
-/// The address of the connection that needs a place.
+/// The address of the new connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Newcomer {
-    /// It replaces one of its own address.
+    /// It has reached its limit, so it replaces a connection of its own.
     SameAddress,
     /// It has few connections.
     Few,
-    /// It has many.
+    /// It has many connections.
     Many,
 }
 
 /// A connection without a request in flight.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Candidate<T> {
-    pub(super) what: T,
-    /// How many such connections its address has.
+    pub(super) connection: T,
+    /// The number of idle connections of its address.
     pub(super) of_address: usize,
-    pub(super) quiet_for: Duration,
-    /// Whether its address opens connections and sends no request: they have no grace.
-    pub(super) is_unused: bool,
+    pub(super) idle_for: Duration,
+    /// Whether its address opens connections and sends no requests. They have no grace.
+    pub(super) has_no_grace: bool,
 }
 
-/// Which one goes.
+/// The connection to close, if any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Choice<T> {
-    /// This one.
+    /// Close this one.
     Close(T),
-    /// None before that time has passed.
+    /// None for this time.
     NotBefore(Duration),
-    /// None: each has a request in flight.
-    NoneQuiet,
+    /// None, because each has a request in flight.
+    NoneIdle,
 }
 
-/// The connection that goes first: of the address with the most quiet ones, that which has been quiet for the longest. An
-/// address that has many makes room alone: its grace is waited for, and no other address makes room in its place. Within
-/// one address there is no grace.
+/// Chooses the longest idle connection of the address with the most idle ones. If an address has many, only its
+/// connections are closed: during their grace, no connection of another address is closed instead. If the new connection
+/// replaces one of its own address, there is no grace.
 pub(super) fn victim<T>(
     candidates: impl Iterator<Item = Candidate<T>>,
-    places: usize,
+    limit: usize,
     newcomer: Newcomer,
 ) -> Choice<T> {
     let (share, grace) = match newcomer {
         Newcomer::SameAddress => (0, Duration::ZERO),
-        Newcomer::Few => (places, GRACE_FROM_FEW),
-        Newcomer::Many => (places, GRACE_AMONG_MANY),
+        Newcomer::Few => (limit, GRACE_FROM_FEW),
+        Newcomer::Many => (limit, GRACE_AMONG_MANY),
     };
-    let order = |one: &Candidate<T>| (one.of_address, one.quiet_for);
+    let order = |one: &Candidate<T>| (one.of_address, one.idle_for);
     let precedes = |one: &Candidate<T>, other: &Option<Candidate<T>>| {
         other.as_ref().is_none_or(|other| order(one) > order(other))
     };
@@ -76,25 +76,29 @@ pub(super) fn victim<T>(
             if precedes(&candidate, &crowded) {
                 crowded = Some(candidate);
             }
-        } else if candidate.quiet_for < GRACE {
-            let wait = GRACE.saturating_sub(candidate.quiet_for);
+        } else if candidate.idle_for < GRACE {
+            let wait = GRACE.saturating_sub(candidate.idle_for);
             left = Some(left.map_or(wait, |left: Duration| left.min(wait)));
         } else if precedes(&candidate, &first) {
             first = Some(candidate);
         }
     }
     if let Some(crowded) = crowded {
-        let grace = if crowded.is_unused { Duration::ZERO } else { grace };
-        let wait = grace.saturating_sub(crowded.quiet_for);
+        let grace = if crowded.has_no_grace {
+            Duration::ZERO
+        } else {
+            grace
+        };
+        let wait = grace.saturating_sub(crowded.idle_for);
         return if wait.is_zero() {
-            Choice::Close(crowded.what)
+            Choice::Close(crowded.connection)
         } else {
             Choice::NotBefore(wait)
         };
     }
     match (first, left) {
-        (Some(first), _) => Choice::Close(first.what),
+        (Some(first), _) => Choice::Close(first.connection),
         (None, Some(left)) => Choice::NotBefore(left),
-        (None, None) => Choice::NoneQuiet,
+        (None, None) => Choice::NoneIdle,
     }
 }

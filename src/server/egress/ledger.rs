@@ -1,38 +1,38 @@
-//! Who has how much outstanding, and who reads next: the rules of the budget, without clock, task or lock.
+//! Accounts of the memory budget by client address: sizes of reads, and turns of waiting bodies. Without clock, task or lock.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use super::{Address, BODIES_MAX, BYTES_MAX};
 use crate::store::file_read::READ_CHUNK_BYTES;
 
-/// The middle step, for a few hundred bodies of one address.
-const STEP_BYTES_SHORT: usize = 64 * 1024;
+/// The medium chunk, for a few hundred bodies of one address.
+const CHUNK_BYTES_MEDIUM: usize = 64 * 1024;
 
-/// The least step while at most [`ROOMY_BODIES_MAX`] bodies read; also what a body may read that has nothing outstanding,
-/// however much others have.
-const STEP_BYTES_MIN: usize = 16 * 1024;
+/// The minimum chunk while at most [`UNCROWDED_BODIES_MAX`] bodies read. A body with nothing outstanding may always read
+/// it.
+const CHUNK_BYTES_MIN: usize = 16 * 1024;
 
-/// The least step when more do.
-const STEP_BYTES_CROWDED: usize = 4 * 1024;
+/// The minimum chunk while more bodies read.
+const CHUNK_BYTES_MIN_CROWDED: usize = 4 * 1024;
 
-const ROOMY_BODIES_MAX: usize = 512;
+const UNCROWDED_BODIES_MAX: usize = 512;
 
-/// A step is at most this part of what is left to its address, so that the last bytes are spread over many bodies.
-const STEPS_LEFT: usize = 32;
+/// A chunk is at most one in `CHUNKS_LEFT_MIN` of the bytes left to its address, so that many bodies share the last ones.
+const CHUNKS_LEFT_MIN: usize = 32;
 
-/// One body may have two large steps outstanding: one being written, one ready.
+/// One body may have two large chunks outstanding: one being written, one ready.
 const BODY_BYTES_MAX: usize = 2 * READ_CHUNK_BYTES;
 
-/// A place in the queue.
+/// Identifies a waiter in the queue.
 pub(super) type Ticket = u64;
 
-/// The accounts of all addresses. `W` is what waits.
+/// The accounts of all addresses. `W` is the type of a waiter.
 pub(super) struct Ledger<W> {
     bytes: usize,
     bodies: usize,
     waiting: usize,
     accounts: HashMap<Address, Account<W>>,
-    /// Addresses with waiters, the next one first.
+    /// Addresses with waiters, in the order of their turns.
     turns: VecDeque<Address>,
     tickets: Ticket,
 }
@@ -40,7 +40,7 @@ pub(super) struct Ledger<W> {
 struct Account<W> {
     bytes: usize,
     bodies: usize,
-    /// In the order of their coming.
+    /// In order of arrival.
     waiting: BTreeMap<Ticket, W>,
 }
 
@@ -78,7 +78,7 @@ impl<W> Ledger<W> {
         self.waiting
     }
 
-    /// Counts another body of `address` in, if its share allows it and no earlier one waits.
+    /// Admits another body of `address`, if the share of the address allows it and no earlier body waits.
     pub(super) fn enter(&mut self, address: Address) -> bool {
         let free = BODIES_MAX.saturating_sub(self.bodies);
         let account = self.accounts.entry(address).or_default();
@@ -90,7 +90,7 @@ impl<W> Ledger<W> {
         true
     }
 
-    /// Queues what could not enter.
+    /// Queues a body that [`Self::enter`] did not admit.
     pub(super) fn queue(&mut self, address: Address, waiter: W) -> Ticket {
         let account = self.accounts.entry(address).or_default();
         if account.waiting.is_empty() {
@@ -103,7 +103,7 @@ impl<W> Ledger<W> {
         ticket
     }
 
-    /// Takes a waiter out of the queue, if it is still there.
+    /// Removes a waiter from the queue, if it is still there.
     pub(super) fn cancel(&mut self, address: Address, ticket: Ticket) -> Option<W> {
         let account = self.accounts.get_mut(&address)?;
         let waiter = account.waiting.remove(&ticket)?;
@@ -115,7 +115,7 @@ impl<W> Ledger<W> {
         Some(waiter)
     }
 
-    /// Counts a body out.
+    /// Ends a body of `address`.
     pub(super) fn leave(&mut self, address: Address) {
         if let Some(account) = self.accounts.get_mut(&address) {
             account.bodies = account.bodies.saturating_sub(1);
@@ -124,7 +124,7 @@ impl<W> Ledger<W> {
         self.close(address);
     }
 
-    /// Counts the next waiter in whose address's share allows it; the addresses take turns.
+    /// Admits the next waiter whose address's share allows it. The addresses take turns.
     pub(super) fn admit(&mut self) -> Option<(Address, W)> {
         let free = BODIES_MAX.saturating_sub(self.bodies);
         for _ in 0..self.turns.len() {
@@ -148,18 +148,18 @@ impl<W> Ledger<W> {
         None
     }
 
-    /// Counts the next step of a body of `address` that has `own` bytes outstanding; its size. `None`: not before some of
-    /// those are written.
-    pub(super) fn reserve(&mut self, address: Address, own: usize) -> Option<usize> {
+    /// Counts the next chunk of a body that has `outstanding` bytes, and returns its size. `None` until some of those are
+    /// written.
+    pub(super) fn reserve(&mut self, address: Address, outstanding: usize) -> Option<usize> {
         let free = BYTES_MAX.saturating_sub(self.bytes);
         let account = self.accounts.entry(address).or_default();
-        let step = step(free.saturating_sub(account.bytes), self.bodies, own)?;
-        account.bytes += step;
-        self.bytes += step;
-        Some(step)
+        let bytes = chunk_bytes(free.saturating_sub(account.bytes), self.bodies, outstanding)?;
+        account.bytes += bytes;
+        self.bytes += bytes;
+        Some(bytes)
     }
 
-    /// Counts `after` bytes in place of `before`.
+    /// Counts `after` bytes instead of `before`.
     pub(super) fn adjust(&mut self, address: Address, before: usize, after: usize) {
         let account = self.accounts.entry(address).or_default();
         account.bytes = account.bytes.saturating_sub(before) + after;
@@ -167,7 +167,7 @@ impl<W> Ledger<W> {
         self.close(address);
     }
 
-    /// Forgets an address that has nothing any more.
+    /// Removes the account of an address without bytes, bodies and waiters.
     fn close(&mut self, address: Address) {
         let is_idle =
             |account: &Account<W>| account.bytes == 0 && account.bodies == 0 && account.waiting.is_empty();
@@ -177,23 +177,23 @@ impl<W> Ledger<W> {
     }
 }
 
-/// The next step of a body with `own` bytes outstanding, where `left` bytes are left to its address.
-fn step(left: usize, bodies: usize, own: usize) -> Option<usize> {
-    let least = if bodies > ROOMY_BODIES_MAX {
-        STEP_BYTES_CROWDED
+/// The size of the next chunk of a body with `outstanding` bytes, if `left` bytes are left to its address.
+fn chunk_bytes(left: usize, bodies: usize, outstanding: usize) -> Option<usize> {
+    let min = if bodies > UNCROWDED_BODIES_MAX {
+        CHUNK_BYTES_MIN_CROWDED
     } else {
-        STEP_BYTES_MIN
+        CHUNK_BYTES_MIN
     };
-    let step = match left / STEPS_LEFT {
+    let bytes = match left / CHUNKS_LEFT_MIN {
         READ_CHUNK_BYTES.. => READ_CHUNK_BYTES,
-        STEP_BYTES_SHORT.. => STEP_BYTES_SHORT,
-        _ => least,
+        CHUNK_BYTES_MEDIUM.. => CHUNK_BYTES_MEDIUM,
+        _ => min,
     };
-    if own == 0 || (left >= step && own + step <= BODY_BYTES_MAX) {
-        Some(step)
-    } else if own <= least / 2 {
-        // A short chunk, such as the head of a part, does not cost a body its turn.
-        Some(least - own)
+    if outstanding == 0 || (left >= bytes && outstanding + bytes <= BODY_BYTES_MAX) {
+        Some(bytes)
+    } else if outstanding <= min / 2 {
+        // A short chunk, such as the head of a part, must not stop a body from reading.
+        Some(min - outstanding)
     } else {
         None
     }

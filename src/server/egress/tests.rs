@@ -8,7 +8,7 @@ fn reserve_now(account: &mut Account) -> Poll<Charge> {
     account.poll_reserve(&mut Context::from_waker(Waker::noop()))
 }
 
-/// Bodies of an address until one has to wait.
+/// Admits bodies of an address until one has to wait.
 fn crowd(egress: &Egress) -> Vec<Account> {
     let mut accounts = Vec::new();
     loop {
@@ -64,7 +64,7 @@ async fn t03_a_dropped_waiter_hands_its_place_on() {
         assert!(reserve_now(waiter).is_pending());
     }
     assert_eq!(egress.outstanding().waiting, 3);
-    // One leaves while it waits, one after a place was sent to it and before it took it.
+    // One leaves while it waits, one after a permit was sent to it and before it received it.
     drop(waiters.remove(0));
     assert_eq!(egress.outstanding().waiting, 2);
     inside.pop();

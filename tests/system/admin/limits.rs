@@ -48,7 +48,7 @@ async fn t14_idle_admin_connections_do_not_stop_health() {
         idle.push(sent(&proxy, 1, b"").await.0);
     }
     is_healthy(&proxy).await;
-    proxy.program().says("no-place-of-address").await;
+    proxy.program().says("address-limit").await;
     // Another address has its own permits.
     let (_stream, reply) = sent(
         &proxy,

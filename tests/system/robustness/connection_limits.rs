@@ -111,7 +111,7 @@ async fn t10_the_oldest_quiet_connection_is_closed_for_another() {
     proxy.program().says("closed to make room for another").await;
     counts(
         &proxy,
-        "ifnewer_connections_closed_total{listener=\"registry\",reason=\"no-place\"} 2",
+        "ifnewer_connections_closed_total{listener=\"registry\",reason=\"connection-limit\"} 2",
     )
     .await;
 }

@@ -5,12 +5,12 @@ use proptest::prelude::*;
 
 use super::*;
 
-#[expect(clippy::unnecessary_wraps, reason = "as the ledger knows it")]
+#[expect(clippy::unnecessary_wraps, reason = "the key of an account")]
 fn address(last: u8) -> Address {
     Some(IpAddr::V4(Ipv4Addr::new(192, 0, 2, last)))
 }
 
-/// Bodies of an address, each with as much outstanding as it is given.
+/// Admits bodies of an address and lets each read as much as the ledger allows. Returns their bytes.
 fn fill(ledger: &mut Ledger<()>, address: Address, bodies: usize) -> usize {
     let mut outstanding = 0;
     for _ in 0..bodies {
@@ -24,25 +24,25 @@ fn fill(ledger: &mut Ledger<()>, address: Address, bodies: usize) -> usize {
     outstanding
 }
 
-/// Room for one least step of each of so many bodies.
-fn least(bodies: usize) -> usize {
-    bodies.min(ROOMY_BODIES_MAX) * STEP_BYTES_MIN
-        + bodies.saturating_sub(ROOMY_BODIES_MAX) * STEP_BYTES_CROWDED
+/// The bytes of one minimum chunk for each body.
+fn min_bytes(bodies: usize) -> usize {
+    bodies.min(UNCROWDED_BODIES_MAX) * CHUNK_BYTES_MIN
+        + bodies.saturating_sub(UNCROWDED_BODIES_MAX) * CHUNK_BYTES_MIN_CROWDED
 }
 
 #[test]
 fn t03_one_address_leaves_half_of_the_budget_free() {
     let mut ledger = Ledger::default();
     let greedy = fill(&mut ledger, address(1), 2_000);
-    assert!(greedy <= BYTES_MAX / 2 + least(2_000), "{greedy}");
-    // 34 MiB for what took 2.5 GB without a budget.
+    assert!(greedy <= BYTES_MAX / 2 + min_bytes(2_000), "{greedy}");
+    // 34 MiB; without a budget, the same took 2.5 GB.
     assert!(greedy < 36 * 1024 * 1024, "{greedy}");
-    // Another address has large steps.
+    // Another address has large chunks.
     assert!(ledger.enter(address(2)));
-    assert!(ledger.reserve(address(2), 0) >= Some(STEP_BYTES_SHORT));
-    // One quiet body of the greedy address goes on, in small ones.
-    assert_eq!(ledger.reserve(address(1), 0), Some(STEP_BYTES_CROWDED));
-    assert_eq!(ledger.reserve(address(1), STEP_BYTES_CROWDED), None);
+    assert!(ledger.reserve(address(2), 0) >= Some(CHUNK_BYTES_MEDIUM));
+    // A body of the greedy address with nothing outstanding continues with small ones.
+    assert_eq!(ledger.reserve(address(1), 0), Some(CHUNK_BYTES_MIN_CROWDED));
+    assert_eq!(ledger.reserve(address(1), CHUNK_BYTES_MIN_CROWDED), None);
 }
 
 #[test]
@@ -52,11 +52,11 @@ fn t03_ordinary_readers_have_large_steps() {
         assert!(ledger.enter(address(1)));
         assert_eq!(ledger.reserve(address(1), 0), Some(READ_CHUNK_BYTES));
     }
-    // 10 jobs × 40 layers, each with one step outstanding.
+    // 10 jobs × 40 layers, each with one chunk outstanding.
     let mut ledger = Ledger::<()>::default();
     for _ in 0..400 {
         assert!(ledger.enter(address(1)));
-        assert!(ledger.reserve(address(1), 0).unwrap() >= STEP_BYTES_MIN);
+        assert!(ledger.reserve(address(1), 0).unwrap() >= CHUNK_BYTES_MIN);
     }
     assert_eq!(ledger.waiting(), 0);
 }
@@ -66,8 +66,8 @@ fn t03_short_chunks_do_not_cost_a_body_its_turn() {
     let mut ledger = Ledger::<()>::default();
     fill(&mut ledger, address(1), 250);
     assert!(ledger.enter(address(1)));
-    assert_eq!(ledger.reserve(address(1), 120), Some(STEP_BYTES_MIN - 120));
-    assert_eq!(ledger.reserve(address(1), STEP_BYTES_MIN), None);
+    assert_eq!(ledger.reserve(address(1), 120), Some(CHUNK_BYTES_MIN - 120));
+    assert_eq!(ledger.reserve(address(1), CHUNK_BYTES_MIN), None);
 }
 
 #[test]
@@ -79,16 +79,16 @@ fn t03_waiting_bodies_enter_by_turns_of_addresses() {
             *count += 1;
         }
     }
-    // Half of all, and then half of the rest.
+    // Half of all, then half of the remaining.
     assert_eq!(inside, [BODIES_MAX / 2, BODIES_MAX / 4]);
     let tickets: Vec<_> = (0..3).map(|name| ledger.queue(address(0), name)).collect();
     ledger.queue(address(1), 10);
     ledger.queue(address(1), 11);
     assert_eq!(ledger.admit(), None);
-    assert!(!ledger.enter(address(1)), "nobody overtakes");
+    assert!(!ledger.enter(address(1)), "a waiter precedes it");
     assert_eq!(ledger.cancel(address(0), tickets[0]), Some(0));
     assert_eq!(ledger.cancel(address(0), tickets[0]), None);
-    // The one with more than its share of what is free waits on.
+    // An address with more bodies than are free waits on.
     ledger.leave(address(1));
     assert_eq!(ledger.admit(), Some((address(1), 10)));
     assert_eq!(ledger.admit(), None);
@@ -103,20 +103,20 @@ fn t03_waiting_bodies_enter_by_turns_of_addresses() {
 }
 
 #[derive(Clone, Debug)]
-enum Deed {
+enum Step {
     Enter(u8),
     Leave(u8),
     Read(u8),
     Written(u8),
 }
 
-fn deed() -> impl Strategy<Value = Deed> {
-    let who = 0..4_u8;
+fn step() -> impl Strategy<Value = Step> {
+    let client = 0..4_u8;
     prop_oneof![
-        2 => who.clone().prop_map(Deed::Enter),
-        1 => who.clone().prop_map(Deed::Leave),
-        4 => who.clone().prop_map(Deed::Read),
-        2 => who.prop_map(Deed::Written),
+        2 => client.clone().prop_map(Step::Enter),
+        1 => client.clone().prop_map(Step::Leave),
+        4 => client.clone().prop_map(Step::Read),
+        2 => client.prop_map(Step::Written),
     ]
 }
 
@@ -124,48 +124,48 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn t03_the_ledger_is_what_its_bodies_have(deeds in vec(deed(), 0..400)) {
+    fn t03_the_ledger_is_what_its_bodies_have(steps in vec(step(), 0..400)) {
         let mut ledger = Ledger::<()>::default();
         let mut bodies: Vec<(u8, Vec<usize>)> = Vec::new();
-        for deed in deeds {
-            match deed {
-                Deed::Enter(who) => {
-                    prop_assert!(ledger.enter(address(who)));
-                    bodies.push((who, Vec::new()));
+        for step in steps {
+            match step {
+                Step::Enter(client) => {
+                    prop_assert!(ledger.enter(address(client)));
+                    bodies.push((client, Vec::new()));
                 }
-                Deed::Leave(who) => {
-                    if let Some(place) = bodies.iter().position(|(of, _)| *of == who) {
-                        let (_, steps) = bodies.remove(place);
-                        ledger.leave(address(who));
-                        for step in steps {
-                            ledger.adjust(address(who), step, 0);
+                Step::Leave(client) => {
+                    if let Some(place) = bodies.iter().position(|(of, _)| *of == client) {
+                        let (_, chunks) = bodies.remove(place);
+                        ledger.leave(address(client));
+                        for bytes in chunks {
+                            ledger.adjust(address(client), bytes, 0);
                         }
                     }
                 }
-                Deed::Read(who) => {
-                    for (_, steps) in bodies.iter_mut().filter(|(of, _)| *of == who) {
-                        let own = steps.iter().sum();
-                        let step = ledger.reserve(address(who), own);
-                        prop_assert!(own > 0 || step.is_some(), "a body with nothing outstanding may read");
-                        steps.extend(step);
+                Step::Read(client) => {
+                    for (_, chunks) in bodies.iter_mut().filter(|(of, _)| *of == client) {
+                        let own = chunks.iter().sum();
+                        let bytes = ledger.reserve(address(client), own);
+                        prop_assert!(own > 0 || bytes.is_some(), "a body with nothing outstanding may read");
+                        chunks.extend(bytes);
                     }
                 }
-                Deed::Written(who) => {
-                    for (_, steps) in bodies.iter_mut().filter(|(of, _)| *of == who) {
-                        if let Some(step) = steps.pop() {
-                            ledger.adjust(address(who), step, 0);
+                Step::Written(client) => {
+                    for (_, chunks) in bodies.iter_mut().filter(|(of, _)| *of == client) {
+                        if let Some(bytes) = chunks.pop() {
+                            ledger.adjust(address(client), bytes, 0);
                         }
                     }
                 }
             }
-            let sum: usize = bodies.iter().flat_map(|(_, steps)| steps).sum();
+            let sum: usize = bodies.iter().flat_map(|(_, chunks)| chunks).sum();
             prop_assert_eq!(ledger.bytes(), sum);
-            prop_assert!(sum <= BYTES_MAX + least(bodies.len()));
+            prop_assert!(sum <= BYTES_MAX + min_bytes(bodies.len()));
         }
-        for (who, steps) in bodies.drain(..) {
-            ledger.leave(address(who));
-            for step in steps {
-                ledger.adjust(address(who), step, 0);
+        for (client, chunks) in bodies.drain(..) {
+            ledger.leave(address(client));
+            for bytes in chunks {
+                ledger.adjust(address(client), bytes, 0);
             }
         }
         prop_assert!(ledger.accounts.is_empty());

@@ -1,26 +1,26 @@
-//! Connection places of the process, in a queue with two priorities.
+//! Connection permits of the process, with a queue of two priorities.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
 
-/// A fixed number of places. Addresses with few connections precede those with many: else each connection that a client
-/// opens beside a flood of another address waits for the whole flood. Cheap to clone.
+/// A fixed number of permits. Addresses with few connections precede those with many. Otherwise a client's connection
+/// would wait for all connections of another address that floods the cache. Cheap to clone.
 #[derive(Clone)]
-pub(super) struct Places(Arc<Mutex<State>>);
+pub(super) struct Permits(Arc<Mutex<State>>);
 
 struct State {
-    /// Not zero only while both queues are empty.
+    /// Zero unless both queues are empty.
     free: usize,
-    few: VecDeque<oneshot::Sender<Place>>,
-    many: VecDeque<oneshot::Sender<Place>>,
+    few: VecDeque<oneshot::Sender<Permit>>,
+    many: VecDeque<oneshot::Sender<Permit>>,
 }
 
-/// One place. It is given to the next in the queue when it is dropped.
-pub(super) struct Place(Option<Places>);
+/// One permit. Its drop gives it to the next waiter of the queue.
+pub(super) struct Permit(Option<Permits>);
 
-impl Places {
+impl Permits {
     pub(super) fn new(free: usize) -> Self {
         Self(Arc::new(Mutex::new(State {
             free,
@@ -38,23 +38,23 @@ impl Places {
         self.state().free
     }
 
-    pub(super) fn try_acquire(&self) -> Option<Place> {
+    pub(super) fn try_acquire(&self) -> Option<Permit> {
         let mut state = self.state();
         state.free = state.free.checked_sub(1)?;
-        Some(Place(Some(self.clone())))
+        Some(Permit(Some(self.clone())))
     }
 
-    /// Queues for a place. `has_many`: the address has many connections. Leaves the queue when it is dropped.
-    pub(super) async fn acquire(&self, has_many: bool) -> Option<Place> {
+    /// Waits for a permit. `has_many`: the address has many connections. A dropped future leaves the queue.
+    pub(super) async fn acquire(&self, has_many: bool) -> Option<Permit> {
         let receiver = {
             let mut state = self.state();
             if let Some(free) = state.free.checked_sub(1) {
                 state.free = free;
-                return Some(Place(Some(self.clone())));
+                return Some(Permit(Some(self.clone())));
             }
             let (sender, receiver) = oneshot::channel();
             let queue = if has_many { &mut state.many } else { &mut state.few };
-            // A waiting client that left keeps its entry until the entry is reached or the queue grows.
+            // The entry of a client that left stays until it is reached or the queue grows.
             queue.retain(|waiting| !waiting.is_closed());
             queue.push_back(sender);
             receiver
@@ -73,19 +73,19 @@ impl Places {
                     return;
                 }
             };
-            match next.send(Place(Some(self.clone()))) {
+            match next.send(Permit(Some(self.clone()))) {
                 Ok(()) => return,
-                // Its client left: the place is for the next one, and not released once more.
-                Err(mut place) => place.0 = None,
+                // Its client left. The loop gives the permit to the next one, so its drop must not release it again.
+                Err(mut permit) => permit.0 = None,
             }
         }
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
-        if let Some(places) = self.0.take() {
-            places.release();
+        if let Some(permits) = self.0.take() {
+            permits.release();
         }
     }
 }
@@ -101,11 +101,11 @@ mod tests {
 
     #[tokio::test]
     async fn t10_address_with_few_connections_precedes_one_with_many() {
-        let places = Places::new(1);
-        let first = places.try_acquire().unwrap();
-        assert!(places.try_acquire().is_none());
-        let mut many = pin!(places.acquire(true));
-        let mut few = pin!(places.acquire(false));
+        let permits = Permits::new(1);
+        let first = permits.try_acquire().unwrap();
+        assert!(permits.try_acquire().is_none());
+        let mut many = pin!(permits.acquire(true));
+        let mut few = pin!(permits.acquire(false));
         assert!(timeout(Duration::ZERO, many.as_mut()).await.is_err());
         assert!(timeout(Duration::ZERO, few.as_mut()).await.is_err());
         drop(first);
@@ -113,26 +113,30 @@ mod tests {
         assert!(timeout(Duration::ZERO, many.as_mut()).await.is_err());
         drop(second);
         drop(many.await.unwrap());
-        assert_eq!(places.free(), 1);
+        assert_eq!(permits.free(), 1);
     }
 
     #[tokio::test]
-    async fn place_of_a_client_that_left_goes_to_the_next() {
-        let places = Places::new(1);
-        let first = places.try_acquire().unwrap();
-        let mut next = pin!(places.acquire(true));
+    async fn permit_of_client_that_left_goes_to_the_next() {
+        let permits = Permits::new(1);
+        let first = permits.try_acquire().unwrap();
+        let mut next = pin!(permits.acquire(true));
         {
-            let mut left = Box::pin(places.acquire(false));
+            let mut left = Box::pin(permits.acquire(false));
             assert!(timeout(Duration::ZERO, left.as_mut()).await.is_err());
-            let mut left_with_a_place = Box::pin(places.acquire(false));
-            assert!(timeout(Duration::ZERO, left_with_a_place.as_mut()).await.is_err());
+            let mut left_with_a_permit = Box::pin(permits.acquire(false));
+            assert!(
+                timeout(Duration::ZERO, left_with_a_permit.as_mut())
+                    .await
+                    .is_err()
+            );
             assert!(timeout(Duration::ZERO, next.as_mut()).await.is_err());
             drop(left);
             drop(first);
-            // It holds the place, not yet taken out.
-            drop(left_with_a_place);
+            // The permit was sent to it and not received.
+            drop(left_with_a_permit);
         }
         drop(next.await.unwrap());
-        assert_eq!(places.free(), 1);
+        assert_eq!(permits.free(), 1);
     }
 }
