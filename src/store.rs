@@ -16,6 +16,8 @@
 //! challenges/ab/<hash>        last authentication challenge of an upstream, for outages
 //! scrub                       position of the background scrub
 //! pins/ab/<hash>              tags and digests that are never evicted
+//! blocks/ab/<digest>-<hash>   digests that are never served, in one repository or everywhere
+//! approvals/ab/<digest>-<hash> digests that are served before they are old enough
 //! offline                     present while offline mode is on; survives restarts
 //! quarantine/                 files that failed verification
 //! index/                      sled: a projection of the files, may be lost
@@ -68,6 +70,7 @@ mod secret;
 pub mod tags;
 pub mod usage;
 pub mod usage_report;
+pub mod verdicts;
 pub mod verify;
 mod view;
 
@@ -103,6 +106,7 @@ pub use self::quota::Limits;
 use self::quota::Quota;
 pub use self::scrub::ScrubTotals;
 use self::usage::{Counters, Usage};
+use self::verdicts::Verdicts;
 pub use self::view::View;
 
 const QUARANTINE_FOLDER: &str = "quarantine";
@@ -156,6 +160,7 @@ pub struct Store {
     usage: Arc<Counters>,
     access_times: Arc<AccessTimes>,
     pins: Arc<Pins>,
+    verdicts: Verdicts,
     quota: Arc<Quota>,
     evictor: Arc<Evictor>,
     scrub: Arc<scrub::Scrub>,
@@ -197,6 +202,7 @@ impl Store {
         let monitored = Arc::new(MonitoredFs::new(timed, &disk_health));
         let fs: Arc<dyn FileSystem> = Arc::clone(&monitored) as _;
         let secret = secret::read_or_create(fs.as_ref())?;
+        let verdicts = Verdicts::read(&fs)?;
         let partials = partial::PartialDownloads::find(fs.as_ref(), now);
         let index = IndexHandle::start(location(&fs))
             .map_err(|error| StoreError::io("start the thread of", "index", &error))?;
@@ -280,6 +286,7 @@ impl Store {
             usage,
             access_times,
             pins,
+            verdicts,
             quota,
             evictor,
             scrub,

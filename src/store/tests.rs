@@ -23,6 +23,7 @@ pub(super) mod power_cut;
 mod removals;
 mod tags;
 mod upkeep;
+mod verdicts;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,0 +1,504 @@
+//! Operator verdicts about digests: approvals (exempt from a minimum age) and blocks (never served).
+//!
+//! A verdict holds in one repository or everywhere. Both kinds may exist for one digest; callers let a block beat an
+//! approval. Each verdict is a small self-describing file, durable before its command returns. All are in memory, so
+//! that a lookup on the request path never needs the disk.
+//!
+//! Failures keep content refused. The name of a block's file has the digest, so a damaged or unreadable block still holds,
+//! and holds everywhere. A damaged approval is quarantined and no longer holds. A folder of blocks that cannot be listed
+//! stops the start.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use super::checksummed_json::{RECORD_BYTES_MAX, checksum, decode, encode, from_millis, hex, to_millis};
+use super::fs::FileSystem;
+use super::{AsyncStore, Store, StoreError, quarantine, remove_file};
+use crate::oci::{Digest, Repository};
+
+/// Maximum number of verdicts.
+pub const VERDICTS_MAX: usize = 8_192;
+
+/// Longest actor or reason of a verdict, in bytes. A longer text is cut.
+pub const NOTE_BYTES_MAX: usize = 1_024;
+
+/// What an operator decided about a digest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum VerdictKind {
+    /// The digest is served before it is old enough.
+    Approved,
+    /// The digest is never served.
+    Blocked,
+}
+
+impl VerdictKind {
+    /// Both kinds.
+    pub const ALL: [Self; 2] = [Self::Approved, Self::Blocked];
+
+    /// Name in the admin API.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Approved => "approved",
+            Self::Blocked => "blocked",
+        }
+    }
+
+    fn tree(self) -> &'static str {
+        match self {
+            Self::Approved => "approvals",
+            Self::Blocked => "blocks",
+        }
+    }
+}
+
+/// Where a verdict holds.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum VerdictScope {
+    /// In every repository of every upstream.
+    Everywhere,
+    /// In one repository.
+    Repository {
+        /// The name of the upstream.
+        upstream: Arc<str>,
+        /// The repository at the upstream.
+        repository: Repository,
+    },
+}
+
+impl VerdictScope {
+    fn covers(&self, of: &str, name: &Repository) -> bool {
+        match self {
+            Self::Everywhere => true,
+            Self::Repository { upstream, repository } => &**upstream == of && repository == name,
+        }
+    }
+}
+
+/// Key of a verdict.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct VerdictKey {
+    /// Approved or blocked.
+    pub kind: VerdictKind,
+    /// Where it holds.
+    pub scope: VerdictScope,
+    /// The digest of a manifest or blob. It need not be cached.
+    pub digest: Digest,
+}
+
+/// Who gave a verdict, when and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VerdictNote {
+    /// When it was given.
+    pub at: SystemTime,
+    /// Who gave it, as they called themselves.
+    pub by: String,
+    /// The operator's reason, if one was given.
+    pub reason: Option<String>,
+}
+
+/// A verdict that cannot be recorded.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VerdictError {
+    /// [`VERDICTS_MAX`] is reached.
+    #[error(
+        "{VERDICTS_MAX} digests are blocked or approved already, which is the limit; take some back first"
+    )]
+    TooMany,
+    /// A block could not be written. It holds until the cache restarts.
+    #[error("the digest is blocked until the next restart only: {0}")]
+    NotDurable(StoreError),
+    /// The disk failed. Nothing changed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+#[derive(Serialize, Deserialize)]
+struct Record {
+    verdict: String,
+    digest: String,
+    upstream: Option<String>,
+    repository: Option<String>,
+    at_ms: u64,
+    by: String,
+    reason: Option<String>,
+}
+
+impl Store {
+    /// Records a verdict, durable when this returns. Returns whether it is new; the note of an existing one is replaced.
+    pub fn put_verdict(&self, key: &VerdictKey, note: VerdictNote) -> Result<bool, VerdictError> {
+        self.verdicts.put(key, note)
+    }
+
+    /// Takes a verdict back, durably when this returns. Returns whether it existed.
+    pub fn remove_verdict(&self, key: &VerdictKey) -> Result<bool, StoreError> {
+        self.verdicts.remove(key)
+    }
+
+    /// All verdicts of this kind, in order.
+    pub fn verdicts(&self, kind: VerdictKind) -> Vec<(VerdictKey, Arc<VerdictNote>)> {
+        self.verdicts.all(kind)
+    }
+
+    /// The verdict of this kind that holds for `digest` in this repository. Reads memory only.
+    pub fn verdict(
+        &self,
+        kind: VerdictKind,
+        upstream: &str,
+        repository: &Repository,
+        digest: &Digest,
+    ) -> Option<Arc<VerdictNote>> {
+        self.verdicts.find(kind, upstream, repository, digest)
+    }
+}
+
+impl AsyncStore {
+    /// The block of `digest` in this repository or everywhere. Reads memory only.
+    pub fn block_of(
+        &self,
+        upstream: &str,
+        repository: &Repository,
+        digest: &Digest,
+    ) -> Option<Arc<VerdictNote>> {
+        self.store
+            .verdict(VerdictKind::Blocked, upstream, repository, digest)
+    }
+
+    /// The approval of `digest` in this repository or everywhere. Reads memory only.
+    pub fn approval_of(
+        &self,
+        upstream: &str,
+        repository: &Repository,
+        digest: &Digest,
+    ) -> Option<Arc<VerdictNote>> {
+        self.store
+            .verdict(VerdictKind::Approved, upstream, repository, digest)
+    }
+}
+
+/// A verdict in memory.
+struct Entry {
+    kind: VerdictKind,
+    scope: VerdictScope,
+    note: Arc<VerdictNote>,
+    /// Its file. A damaged record does not say its scope, so the path cannot always be derived.
+    path: PathBuf,
+}
+
+type Entries = HashMap<Digest, Vec<Entry>>;
+
+pub(super) struct Verdicts {
+    fs: Arc<dyn FileSystem>,
+    /// Not locked while a file is written or removed.
+    entries: RwLock<Entries>,
+    /// Number of verdicts. Usually 0, which saves the lock.
+    count: AtomicUsize,
+    /// Serialises changes.
+    changing: Mutex<()>,
+}
+
+impl Verdicts {
+    /// Loads the verdicts. Fails if a folder cannot be listed, because a forgotten block would serve what an operator
+    /// forbade.
+    pub(super) fn read(fs: &Arc<dyn FileSystem>) -> Result<Self, StoreError> {
+        let mut entries = Entries::new();
+        for kind in VerdictKind::ALL {
+            for path in files(fs.as_ref(), Path::new(kind.tree()))? {
+                if let Some((digest, entry)) = load(fs.as_ref(), kind, path) {
+                    entries.entry(digest).or_default().push(entry);
+                }
+            }
+        }
+        let count = AtomicUsize::new(entries.values().map(Vec::len).sum());
+        Ok(Self {
+            fs: Arc::clone(fs),
+            entries: RwLock::new(entries),
+            count,
+            changing: Mutex::default(),
+        })
+    }
+
+    fn find(
+        &self,
+        kind: VerdictKind,
+        upstream: &str,
+        repository: &Repository,
+        digest: &Digest,
+    ) -> Option<Arc<VerdictNote>> {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let of_digest = entries.get(digest)?.iter();
+        let mut holding =
+            of_digest.filter(|entry| entry.kind == kind && entry.scope.covers(upstream, repository));
+        holding.next().map(|entry| Arc::clone(&entry.note))
+    }
+
+    fn all(&self, kind: VerdictKind) -> Vec<(VerdictKey, Arc<VerdictNote>)> {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<_> = entries
+            .iter()
+            .flat_map(|(digest, of_digest)| of_digest.iter().map(move |entry| (*digest, entry)))
+            .filter(|(_, entry)| entry.kind == kind)
+            .map(|(digest, entry)| {
+                let key = VerdictKey {
+                    kind,
+                    scope: entry.scope.clone(),
+                    digest,
+                };
+                (key, Arc::clone(&entry.note))
+            })
+            .collect();
+        all.sort_by(|(one, _), (other, _)| one.cmp(other));
+        all
+    }
+
+    fn put(&self, key: &VerdictKey, note: VerdictNote) -> Result<bool, VerdictError> {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.path_of(key);
+        if known.is_none() && self.count.load(Ordering::Acquire) >= VERDICTS_MAX {
+            return Err(VerdictError::TooMany);
+        }
+        let note = VerdictNote {
+            by: cut(note.by),
+            reason: note.reason.map(cut),
+            ..note
+        };
+        let is_new = known.is_none();
+        let path = known.unwrap_or_else(|| key.path());
+        let record = encode(&Record::of(key, &note));
+        match key.kind {
+            // In memory first: it holds although the disk is full or slow.
+            VerdictKind::Blocked => {
+                self.insert(key, note, path.clone());
+                self.fs
+                    .write_durable(&path, &record)
+                    .map_err(|error| VerdictError::NotDurable(StoreError::io("write", &path, &error)))?;
+            }
+            VerdictKind::Approved => {
+                if let Err(error) = self.fs.write_durable(&path, &record) {
+                    if is_new {
+                        // The file may exist without a durable name. Report the first error.
+                        let _ = self.fs.remove(&path);
+                    }
+                    return Err(StoreError::io("write", &path, &error).into());
+                }
+                self.insert(key, note, path);
+            }
+        }
+        Ok(is_new)
+    }
+
+    fn remove(&self, key: &VerdictKey) -> Result<bool, StoreError> {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(path) = self.path_of(key) else {
+            return Ok(false);
+        };
+        match key.kind {
+            // The file first: after an error the digest stays blocked.
+            VerdictKind::Blocked => {
+                self.remove_file(&path)?;
+                self.forget(key);
+            }
+            VerdictKind::Approved => {
+                self.forget(key);
+                self.remove_file(&path)?;
+            }
+        }
+        Ok(true)
+    }
+
+    fn remove_file(&self, path: &Path) -> Result<(), StoreError> {
+        remove_file(self.fs.as_ref(), path)?;
+        // Without this, a power cut could restore the verdict.
+        let Some(folder) = path.parent() else {
+            return Ok(());
+        };
+        match self.fs.sync_dir(folder) {
+            // A block that could not be written may have no folder.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(StoreError::io("fsync", folder, &error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn path_of(&self, key: &VerdictKey) -> Option<PathBuf> {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let mut of_digest = entries.get(&key.digest)?.iter();
+        of_digest
+            .find(|entry| entry.is(key))
+            .map(|entry| entry.path.clone())
+    }
+
+    fn insert(&self, key: &VerdictKey, note: VerdictNote, path: PathBuf) {
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        let of_digest = entries.entry(key.digest).or_default();
+        let before = of_digest.len();
+        of_digest.retain(|entry| !entry.is(key));
+        let replaced = before - of_digest.len();
+        of_digest.push(Entry {
+            kind: key.kind,
+            scope: key.scope.clone(),
+            note: Arc::new(note),
+            path,
+        });
+        self.count.fetch_add(1, Ordering::AcqRel);
+        self.count.fetch_sub(replaced, Ordering::AcqRel);
+    }
+
+    fn forget(&self, key: &VerdictKey) {
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(of_digest) = entries.get_mut(&key.digest) else {
+            return;
+        };
+        let before = of_digest.len();
+        of_digest.retain(|entry| !entry.is(key));
+        let removed = before - of_digest.len();
+        if of_digest.is_empty() {
+            entries.remove(&key.digest);
+        }
+        self.count.fetch_sub(removed, Ordering::AcqRel);
+    }
+}
+
+impl Entry {
+    fn is(&self, key: &VerdictKey) -> bool {
+        self.kind == key.kind && self.scope == key.scope
+    }
+}
+
+impl VerdictKey {
+    /// `<tree>/<first two digits>/<algorithm>-<hex>-<hash of the scope>`.
+    fn path(&self) -> PathBuf {
+        let scope = match &self.scope {
+            VerdictScope::Everywhere => String::new(),
+            VerdictScope::Repository { upstream, repository } => {
+                format!("{upstream}\0{}", repository.as_str())
+            }
+        };
+        let digest = self.digest.hex();
+        let shard = digest.get(..2).unwrap_or_default();
+        let name = format!(
+            "{}-{digest}-{}",
+            self.digest.algorithm(),
+            hex(&checksum(scope.as_bytes()))
+        );
+        [self.kind.tree(), shard, &name].iter().collect()
+    }
+}
+
+impl Record {
+    fn of(key: &VerdictKey, note: &VerdictNote) -> Self {
+        let (upstream, repository) = match &key.scope {
+            VerdictScope::Everywhere => (None, None),
+            VerdictScope::Repository { upstream, repository } => {
+                (Some(upstream.to_string()), Some(repository.as_str().to_owned()))
+            }
+        };
+        Self {
+            verdict: key.kind.name().to_owned(),
+            digest: key.digest.to_string(),
+            upstream,
+            repository,
+            at_ms: to_millis(note.at),
+            by: note.by.clone(),
+            reason: note.reason.clone(),
+        }
+    }
+
+    fn parse(self, kind: VerdictKind, digest: &Digest) -> Option<(VerdictScope, VerdictNote)> {
+        if self.verdict != kind.name() || self.digest.parse::<Digest>().ok()? != *digest {
+            return None;
+        }
+        let scope = match (self.upstream, self.repository) {
+            (None, None) => VerdictScope::Everywhere,
+            (Some(upstream), Some(repository)) => VerdictScope::Repository {
+                upstream: upstream.into(),
+                repository: repository.parse().ok()?,
+            },
+            _ => return None,
+        };
+        let note = VerdictNote {
+            at: from_millis(self.at_ms),
+            by: self.by,
+            reason: self.reason,
+        };
+        Some((scope, note))
+    }
+}
+
+/// Reads one file. `None` if it states no digest, or is a damaged approval.
+fn load(fs: &dyn FileSystem, kind: VerdictKind, path: PathBuf) -> Option<(Digest, Entry)> {
+    let Some(digest) = digest_in(&path) else {
+        quarantine(fs, &path, "verdict with a foreign name");
+        return None;
+    };
+    let read = fs.read_file(&path, RECORD_BYTES_MAX);
+    let found = read.as_ref().ok().and_then(|bytes| decode::<Record>(bytes));
+    let (scope, note) = match (found.and_then(|record| record.parse(kind, &digest)), kind) {
+        (Some(found), _) => found,
+        (None, VerdictKind::Blocked) => {
+            tracing::error!(path = %path.display(), %digest,
+                "block is damaged or unreadable; it holds in every repository");
+            let note = VerdictNote {
+                at: SystemTime::UNIX_EPOCH,
+                by: "unknown".to_owned(),
+                reason: Some("the record of this block is damaged".to_owned()),
+            };
+            (VerdictScope::Everywhere, note)
+        }
+        (None, VerdictKind::Approved) if read.is_ok() => {
+            quarantine(fs, &path, "damaged approval, the digest is not approved");
+            return None;
+        }
+        (None, VerdictKind::Approved) => {
+            tracing::error!(path = %path.display(), %digest,
+                "failed to read approval; the digest is not approved");
+            return None;
+        }
+    };
+    let entry = Entry {
+        kind,
+        scope,
+        note: Arc::new(note),
+        path,
+    };
+    Some((digest, entry))
+}
+
+/// The digest in the name of a verdict's file.
+fn digest_in(path: &Path) -> Option<Digest> {
+    let name = path.file_name()?.to_str()?;
+    let (algorithm, rest) = name.split_once('-')?;
+    let (hex, _) = rest.split_once('-')?;
+    format!("{algorithm}:{hex}").parse().ok()
+}
+
+fn files(fs: &dyn FileSystem, tree: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    let list = |folder: &Path| {
+        fs.list(folder)
+            .map_err(|error| StoreError::io("list", folder, &error))
+    };
+    let mut found = Vec::new();
+    for folder in list(tree)?.into_iter().filter(|entry| entry.is_folder) {
+        let folder = tree.join(folder.name);
+        found.extend(list(&folder)?.into_iter().map(|file| folder.join(file.name)));
+    }
+    Ok(found)
+}
+
+/// `text` without control characters and at most [`NOTE_BYTES_MAX`] long.
+fn cut(text: String) -> String {
+    let mut text: String = text.chars().filter(|one| !one.is_control()).collect();
+    while text.len() > NOTE_BYTES_MAX {
+        text.pop();
+    }
+    text
+}
