@@ -33,13 +33,13 @@ pub enum TrustStore {
 #[derive(Debug, thiserror::Error)]
 pub enum RotateError {
     /// There is no CA yet.
-    #[error("{}: there is no certificate authority yet; it is made when `ifnewer` first starts", .0.display())]
+    #[error("{} does not exist; `ifnewer` creates the certificate authority at its first start", .0.display())]
     NoCa(PathBuf),
     /// The new CA could not be created. The old one stays in place.
-    #[error("nothing was changed: {0}")]
+    #[error("failed to create a new certificate authority: {0}; nothing was changed")]
     Generate(#[from] TlsError),
     /// A file could not be saved or replaced.
-    #[error("cannot {action} {}: {error}; run `ifnewer ca rotate` again, which begins anew", path.display())]
+    #[error("failed to {action} {}: {error}; run `ifnewer ca rotate` again, which starts over", path.display())]
     File {
         /// The action.
         action: &'static str,
@@ -97,12 +97,14 @@ pub fn install(
         }
     };
     let mut applied = job(store).apply(root, options.force, &|files: &dyn FileSource| {
-        let differs = files.read(&path)?.is_some_and(|held| held != ca.pem().as_bytes());
+        let differs = files
+            .read(&path)?
+            .is_some_and(|installed| installed != ca.pem().as_bytes());
         if differs && !options.force {
             return Err(SetupError::Conflict {
                 path: root.resolve(&path),
-                what: "another certificate is there".to_owned(),
-                remedy: "With --force it is replaced; `ifnewer ca uninstall` brings it back.".to_owned(),
+                what: "contains another certificate".to_owned(),
+                remedy: "Use --force to replace it; `ifnewer ca uninstall` restores it.".to_owned(),
             });
         }
         let bytes = ca.pem().as_bytes().to_vec();
@@ -118,7 +120,7 @@ pub fn install(
     if store == TrustStore::System && !applied.changed.is_empty() {
         update_os_trust_store(root, false, &mut applied);
         applied.by_hand.push(
-            "restart what should trust it now: a running program keeps the list it read at its start \
+            "restart the programs that must trust it, because each reads the trust store at its start \
              (systemctl restart docker)"
                 .to_owned(),
         );
@@ -177,7 +179,7 @@ pub fn rotate(config: &Config, clock: Clock) -> Result<PathBuf, RotateError> {
             fs::hard_link(&from, &to)
                 .or_else(|_| fs::copy(&from, &to).map(drop))
                 .map_err(|error| RotateError::File {
-                    action: "keep",
+                    action: "save a copy of",
                     path: from,
                     error,
                 })?;
@@ -188,7 +190,7 @@ pub fn rotate(config: &Config, clock: Clock) -> Result<PathBuf, RotateError> {
         copy_owner(&to, &from)
             .and_then(|()| fs::rename(&from, &to))
             .map_err(|error| RotateError::File {
-                action: "put in its place",
+                action: "replace",
                 path: to,
                 error,
             })?;
@@ -198,15 +200,15 @@ pub fn rotate(config: &Config, clock: Clock) -> Result<PathBuf, RotateError> {
 }
 
 /// Copies the owner, because the cache usually runs as another user than the operator and must read its key.
-fn copy_owner(held: &Path, new: &Path) -> std::io::Result<()> {
+fn copy_owner(current: &Path, new: &Path) -> std::io::Result<()> {
     let new_owner = fs::metadata(new)?;
-    let Ok(held) = fs::metadata(held) else {
+    let Ok(current) = fs::metadata(current) else {
         return Ok(());
     };
-    if (held.uid(), held.gid()) == (new_owner.uid(), new_owner.gid()) {
+    if (current.uid(), current.gid()) == (new_owner.uid(), new_owner.gid()) {
         return Ok(());
     }
-    chown(new, Some(held.uid()), Some(held.gid()))
+    chown(new, Some(current.uid()), Some(current.gid()))
 }
 
 /// Instructions after a rotation.
@@ -220,21 +222,21 @@ impl Display for RotateReport<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "made a new certificate authority and server certificate; the old ones: {}",
+            "created a new certificate authority and server certificate; the old ones are in {}",
             self.old.display()
         )?;
         writeln!(
             f,
-            "now by hand: reload the running ifnewer: kill -HUP, or systemctl reload ifnewer"
+            "to do: reload the running ifnewer: systemctl reload ifnewer, or kill -HUP"
         )?;
         writeln!(
             f,
-            "now by hand: on each host whose clients verify TLS with it, again what was done there: `ifnewer ca install` \
-             or `ifnewer setup <client> --apply`. Until then they refuse our certificate and go past the cache"
+            "to do: on each host whose clients trust the old one, repeat `ifnewer ca install` or \
+             `ifnewer setup <client> --apply`. Until then the clients reject the certificate and bypass the cache"
         )?;
         writeln!(
             f,
-            "note: to go back, copy the old files over the new ones and reload"
+            "note: to revert, copy the old files over the new ones and reload"
         )
     }
 }
@@ -247,9 +249,9 @@ fn stamp(now: SystemTime) -> String {
 
 fn create_dir(folder: &Path) -> Result<(), RotateError> {
     use std::os::unix::fs::DirBuilderExt as _;
-    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
-    made.map_err(|error| RotateError::File {
-        action: "make",
+    let created = fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
+    created.map_err(|error| RotateError::File {
+        action: "create",
         path: folder.to_owned(),
         error,
     })
@@ -258,7 +260,7 @@ fn create_dir(folder: &Path) -> Result<(), RotateError> {
 fn remove_dir(folder: &Path) -> Result<(), RotateError> {
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(RotateError::File {
-            action: "clear",
+            action: "empty",
             path: folder.to_owned(),
             error,
         }),
@@ -279,7 +281,7 @@ fn job(store: TrustStore) -> Job {
 enum OsTrustStore {
     /// Debian, Ubuntu, Alpine.
     Debian,
-    /// RHEL, Fedora and their kin.
+    /// RHEL, Fedora and their derivatives.
     RedHat,
 }
 
@@ -292,7 +294,6 @@ impl OsTrustStore {
     }
 
     /// The command that rebuilds the bundle. Without `--fresh`, Debian's keeps removed certificates.
-    ///
     fn command(self, removed: bool) -> &'static [&'static str] {
         match (self, removed) {
             (Self::Debian, false) => &["update-ca-certificates"],
@@ -310,13 +311,13 @@ fn os_trust_store(root: &RootFs) -> Result<OsTrustStore, SetupError> {
         (true, false) => Ok(OsTrustStore::Debian),
         (false, true) => Ok(OsTrustStore::RedHat),
         (true, true) => Err(SetupError::Unsupported(
-            "this system has both update-ca-certificates and update-ca-trust; use the right one by hand, with the \
-             output of `ifnewer ca export`"
+            "this system has both update-ca-certificates and update-ca-trust; install the output of \
+             `ifnewer ca export` with one of them by hand"
                 .to_owned(),
         )),
         (false, false) => Err(SetupError::Unsupported(
-            "no trust store is known here: neither update-ca-certificates (install ca-certificates) nor \
-             update-ca-trust"
+            "no trust store found: neither update-ca-certificates (package ca-certificates) nor \
+             update-ca-trust is installed"
                 .to_owned(),
         )),
     }
@@ -327,7 +328,7 @@ fn update_os_trust_store(root: &RootFs, removed: bool, applied: &mut Applied) {
     let args = system.command(removed);
     let line = args.join(" ");
     if !root.is_real() {
-        applied.by_hand.push(format!("{line}, inside the image"));
+        applied.by_hand.push(format!("run {line} inside the image"));
         return;
     }
     let ran = args
@@ -336,14 +337,14 @@ fn update_os_trust_store(root: &RootFs, removed: bool, applied: &mut Applied) {
     match ran {
         Some(Ok(output)) if output.status.success() => applied.notified.push(format!("ran {line}")),
         Some(Ok(output)) => {
-            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            let stderr = String::from_utf8_lossy(&output.stderr).trim().to_owned();
             applied
                 .by_hand
-                .push(format!("{line} (it failed: {}; {said})", output.status));
+                .push(format!("run {line} (it failed: {}; {stderr})", output.status));
         }
         Some(Err(error)) => applied
             .by_hand
-            .push(format!("{line} (it could not be run: {error})")),
+            .push(format!("run {line} (it could not be started: {error})")),
         None => {}
     }
 }

@@ -26,16 +26,16 @@ use registry::Registry;
 #[derive(Debug, thiserror::Error)]
 pub enum DemoError {
     /// An operating system call failed.
-    #[error("the demo cannot be set up: {0}")]
+    #[error("failed to set up the demo: {0}")]
     Io(#[from] io::Error),
     /// The cache did not start.
     #[error("ifnewer did not start: {0}")]
     NotStarted(String),
     /// The admin API did not respond.
     #[error(transparent)]
-    Ask(#[from] ClientError),
+    Admin(#[from] ClientError),
     /// The client cannot be created.
-    #[error("the demo's client cannot be set up: {0}")]
+    #[error("failed to create the client of the demo: {0}")]
     Client(String),
 }
 
@@ -65,7 +65,7 @@ pub async fn run(
     if let Some(stay) = stay {
         writeln!(
             out,
-            "\nthe page is at http://{}/ ; press Ctrl-C to end",
+            "\nadmin page: http://{}/ (press Ctrl-C to stop)",
             cache.admin
         )?;
         // Both a dropped and a resolved sender end the demo.
@@ -91,7 +91,7 @@ impl Drop for TempFolder {
     }
 }
 
-/// The cache did not start.
+/// The process of the cache, stopped when dropped.
 struct Cache {
     child: Child,
     registry: SocketAddr,
@@ -111,7 +111,7 @@ impl Cache {
             .stderr(std::fs::File::create(folder.0.join("log"))?)
             .spawn()?;
         let Some(stdout) = child.stdout.take() else {
-            return Err(DemoError::NotStarted("it has no standard output".to_owned()));
+            return Err(DemoError::NotStarted("no standard output".to_owned()));
         };
         let announced = tokio::task::spawn_blocking(move || {
             let mut found = (None, None);

@@ -1,7 +1,7 @@
 //! `ifnewer doctor`: checks that clients use the cache.
 //!
-//! A misconfigured client bypasses the cache silently. The checks cover every place where that can happen; the last
-//! one pulls an image and searches for the pull in the cache's log.
+//! A misconfigured client bypasses the cache without an error. The checks cover every such misconfiguration; the last one
+//! pulls an image and searches for the pull in the cache's log.
 //!
 //! * `cache`: listener, readiness and upstreams. * `host`: disk, file descriptors, clock, environment of the process,
 //!   files written by `setup`.
@@ -72,7 +72,7 @@ pub struct Check {
     pub name: String,
     /// The result.
     pub state: State,
-    /// What was found, and where.
+    /// The finding, with its location.
     pub found: String,
     /// The remedy; empty if none is needed.
     pub remedy: String,

@@ -45,7 +45,7 @@ fn main() -> ExitCode {
             if let Some(lowered) = config.limits.describe_caps(raise_fd_limit()) {
                 let _ = writeln!(
                     out,
-                    "\nlimits    a process started from here has lower ones: {lowered}"
+                    "\nlimits    lowered by the file descriptor limit of this shell: {lowered}"
                 );
             }
             ExitCode::SUCCESS
@@ -81,7 +81,7 @@ fn main() -> ExitCode {
         }
         Command::Man { out } => match cli::manual(out.as_deref(), &mut terminal::stdout(false)) {
             Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(FAILED, &format!("cannot write the manual: {error}")),
+            Err(error) => fail(FAILED, &format!("failed to write the manual pages: {error}")),
         },
         Command::Remote(command) => block_on(cmd_operate(&config, command)),
         Command::Serve => {
@@ -199,7 +199,7 @@ fn cmd_ca(config: &Config, args: cli::Ca) -> ExitCode {
             }
             (Ok(authority), Some(path)) => match std::fs::write(&path, authority.pem()) {
                 Ok(()) => ExitCode::SUCCESS,
-                Err(error) => fail(FAILED, &format!("cannot write {}: {error}", path.display())),
+                Err(error) => fail(FAILED, &format!("failed to write {}: {error}", path.display())),
             },
             (Err(refused), _) => fail(FAILED, &refused),
         },
@@ -277,7 +277,12 @@ fn disable_core_dumps() {
 async fn cmd_demo(stay: bool) -> ExitCode {
     let program = match std::env::current_exe() {
         Ok(program) => program,
-        Err(error) => return fail(FAILED, &format!("this program cannot find itself: {error}")),
+        Err(error) => {
+            return fail(
+                FAILED,
+                &format!("failed to determine the path of this program: {error}"),
+            );
+        }
     };
     let folder = std::env::temp_dir().join(format!("ifnewer-demo-{}", std::process::id()));
     let stay = stay.then(|| {
@@ -329,13 +334,12 @@ fn block_on(command: impl Future<Output = ExitCode>) -> ExitCode {
             runtime.shutdown_background();
             code
         }
-        Err(error) => fail(FAILED, &format!("cannot start: {error}")),
+        Err(error) => fail(FAILED, &format!("failed to start the runtime: {error}")),
     }
 }
 
 fn init_logging(log: &Log) {
     // The level was validated with the configuration.
-    //
     let filter = EnvFilter::try_new(&log.level).unwrap_or_else(|_| EnvFilter::new("info"));
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)

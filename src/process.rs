@@ -71,15 +71,15 @@ pub enum RunError {
     },
     /// The admin listener is reachable from other machines and has no token.
     #[error(
-        "listen.admin = \"{0}\" can be reached from other machines, and it names private repositories; \
-             use a loopback address or \"unix:/run/ifnewer/admin.sock\", or name a token with listen.admin_token_file"
+        "listen.admin = \"{0}\" is reachable from other machines and shows the names of private repositories; \
+             use a loopback address or \"unix:/run/ifnewer/admin.sock\", or set listen.admin_token_file"
     )]
     AdminExposed(SocketAddr),
     /// The admin token cannot be used.
     #[error("{0}")]
     AdminToken(#[from] TokenError),
     /// No upstream is configured.
-    #[error("no upstream is configured")]
+    #[error("no upstream is configured; add a section [upstream.\"docker.io\"]")]
     NoUpstream,
 }
 

@@ -120,7 +120,7 @@ pub enum SetupError {
         error: io::Error,
     },
     /// A file cannot be parsed.
-    #[error("{}:{line}: {detail}; mend it first, nothing was written", path.display())]
+    #[error("{}:{line}: {detail}; correct the file first; nothing was written", path.display())]
     Unreadable {
         /// The file.
         path: PathBuf,
@@ -147,8 +147,8 @@ pub enum SetupError {
     NoCa(String),
     /// A written file was modified since.
     #[error(
-        "{} was changed since `ifnewer {job}` wrote it; nothing was done. Take the change back, or use --force \
-         to lose it:\n{difference}",
+        "{} was modified after `ifnewer {job}` wrote it; nothing was done. Revert the modification, or use --force \
+         to overwrite it:\n{difference}",
         path.display()
     )]
     Changed {
@@ -160,10 +160,10 @@ pub enum SetupError {
         difference: String,
     },
     /// There is nothing to undo.
-    #[error("`ifnewer {0}` has changed nothing here, so there is nothing to undo")]
+    #[error("`ifnewer {0}` was not applied on this host, so there is nothing to undo")]
     NothingToUndo(String),
     /// The undo record is unusable.
-    #[error("{}: {detail}; what was there before is beside it, under the digest of its bytes", path.display())]
+    #[error("{}: {detail}; the original files are in the same folder, named by their digests", path.display())]
     BadRecord {
         /// The record.
         path: PathBuf,
@@ -171,13 +171,13 @@ pub enum SetupError {
         detail: String,
     },
     /// A symbolic link leads out of the root or to nothing.
-    #[error("{} is a link that leads out of --root or nowhere; nothing was written", path.display())]
+    #[error("{} is a symbolic link out of --root or to a missing file; nothing was written", path.display())]
     OutsideRoot {
         /// The link.
         path: PathBuf,
     },
     /// Another setup is running.
-    #[error("another `ifnewer setup` or `ifnewer ca` is at work here ({}); try again", path.display())]
+    #[error("another `ifnewer setup` or `ifnewer ca` is running ({} is locked); try again", path.display())]
     Locked {
         /// The lock file.
         path: PathBuf,

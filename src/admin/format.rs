@@ -76,7 +76,7 @@ pub(super) fn describe_decision(decision: &DecisionRecord) -> String {
 
 fn describe_complete(decision: &DecisionRecord) -> String {
     let upstream = &*decision.upstream;
-    let silent = |what: &str| match decision.cause {
+    let with_cause = |what: &str| match decision.cause {
         Some(cause) => format!("{upstream} {cause}: {what}"),
         None => what.to_owned(),
     };
@@ -86,10 +86,12 @@ fn describe_complete(decision: &DecisionRecord) -> String {
         (_, "immutable") => "requested by digest, which is immutable".to_owned(),
         (_, "not-revalidated") => "cached, and the policy does not revalidate".to_owned(),
         (_, "tag-moved") => format!("the tag has moved at {upstream} to an image that is cached"),
-        (CacheResult::Stale, "stale-if-error") => silent("served the cached copy"),
-        (_, "expired-grant") => silent("served by digest, on an expired grant"),
-        (_, "stale-fetch-failed") => silent("a newer image could not be fetched; served the cached one"),
-        (_, "previous-complete") => silent("the newest image is incomplete; served the last complete one"),
+        (CacheResult::Stale, "stale-if-error") => with_cause("served the cached copy"),
+        (_, "expired-grant") => with_cause("served by digest, on an expired grant"),
+        (_, "stale-fetch-failed") => with_cause("a newer image could not be fetched; served the cached one"),
+        (_, "previous-complete") => {
+            with_cause("the newest image is incomplete; served the last complete one")
+        }
         (_, "retained-deleted") => format!("deleted at {upstream}, retained by the policy"),
         (_, "cache-credential-rejected") => {
             format!("{upstream} rejects the cache's credential; served the cached copy")
@@ -100,17 +102,17 @@ fn describe_complete(decision: &DecisionRecord) -> String {
         (CacheResult::Miss, "head") => format!("HEAD forwarded to {upstream}"),
         (_, "collapsed") => "joined a running download".to_owned(),
         (_, "passthrough") => "passed through, not stored".to_owned(),
-        (_, "local-token") => silent("issued a local token"),
+        (_, "local-token") => with_cause("issued a local token"),
         (CacheResult::Refused, "forbidden") => {
             format!("denied: {upstream} does not authorize this credential")
         }
         (CacheResult::Refused, "auth-required") => format!("{upstream} requires authentication"),
         (CacheResult::Refused, "not-found") => format!("denied: the image does not exist at {upstream}"),
-        (CacheResult::Refused, "upstream-unavailable") => silent("no cached copy may be served instead"),
+        (CacheResult::Refused, "upstream-unavailable") => with_cause("no cached copy may be served instead"),
         (CacheResult::Refused, "stale-limit-exceeded") => {
-            silent("the cached copy is older than `stale_if_error` allows")
+            with_cause("the cached copy is older than `stale_if_error` allows")
         }
-        (CacheResult::Refused, "incomplete") => silent("the cached image is incomplete"),
+        (CacheResult::Refused, "incomplete") => with_cause("the cached image is incomplete"),
         (CacheResult::Refused, "not-cached" | "not-authorized") => {
             "denied: the policy `never` disables upstream requests".to_owned()
         }

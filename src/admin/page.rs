@@ -162,7 +162,7 @@ pub(super) async fn submit_form(admin: &Admin, body: &[u8]) -> Result<ApiRespons
         .auth
         .authorize_form(form.get("secret").unwrap_or_default())?;
     let image = form.get("image").unwrap_or_default();
-    let message = match form.get("deed").unwrap_or_default() {
+    let message = match form.get("action").unwrap_or_default() {
         "pull" => {
             admin.begin_pull(image, Platforms::local(), None)?;
             format!("Pulling {image}.")
@@ -184,9 +184,9 @@ pub(super) async fn submit_form(admin: &Admin, body: &[u8]) -> Result<ApiRespons
                 blocking(move || Ok(registry.proxy.store().blocking().delete_images(&[key], false)?)).await?;
             format!("Removed {named}; {} freed.", bytes(freed.bytes))
         }
-        deed @ ("pin" | "unpin") => {
-            let (name, _) = admin.pin(image, deed == "pin").await?;
-            match deed {
+        action @ ("pin" | "unpin") => {
+            let (name, _) = admin.pin(image, action == "pin").await?;
+            match action {
                 "pin" => format!("{name} is pinned: it is excluded from eviction."),
                 _ => format!("{name} is no longer pinned."),
             }

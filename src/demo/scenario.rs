@@ -130,13 +130,13 @@ pub(super) async fn run(
         )
         .await?;
     registry.set_rate_limit(true);
-    let held = |image: &Image, cause| Expectation::image(image, "stale-if-error").with_cause(cause);
+    let stale = |image: &Image, cause| Expectation::image(image, "stale-if-error").with_cause(cause);
     scenario
         .step(
             "rate limited (429)",
             &anyone,
             app,
-            held(&second, "rate-limited").with_cost(1, 0),
+            stale(&second, "rate-limited").with_cost(1, 0),
         )
         .await?;
     registry.set_rate_limit(false);
@@ -144,19 +144,24 @@ pub(super) async fn run(
     // Wait until the rate limit is over, so that the outage is the reason of the next step.
     tokio::time::sleep(RETRY_AFTER + Duration::from_millis(200)).await;
     scenario
-        .step("registry dead", &anyone, app, held(&second, "connection-refused"))
-        .await?;
-    scenario
         .step(
-            "dead, for alice",
-            &as_alice,
-            secret,
-            held(&private, "connection-refused"),
+            "registry down",
+            &anyone,
+            app,
+            stale(&second, "connection-refused"),
         )
         .await?;
     scenario
         .step(
-            "dead, for bob",
+            "down, for alice",
+            &as_alice,
+            secret,
+            stale(&private, "connection-refused"),
+        )
+        .await?;
+    scenario
+        .step(
+            "down, for bob",
             &as_bob,
             secret,
             Expectation::refused("upstream-unavailable", 502).with_cause("connection-refused"),
@@ -164,7 +169,7 @@ pub(super) async fn run(
         .await?;
     let unseen = Expectation::refused("upstream-unavailable", 502).with_cause("connection-refused");
     scenario
-        .step("dead, never seen", &anyone, "library/unseen:latest", unseen)
+        .step("down, not cached", &anyone, "library/unseen:latest", unseen)
         .await?;
     scenario.finish()
 }
@@ -181,15 +186,15 @@ impl Scenario<'_> {
     fn print_header(&mut self, cache: SocketAddr) -> Result<(), DemoError> {
         writeln!(
             self.out,
-            "a registry on loopback, and ifnewer with TLS in front of it at {cache}\n"
+            "ifnewer with TLS at {cache}, in front of a scripted registry on loopback\n"
         )?;
         let heads = (
             "",
-            "what happens",
-            "the client gets",
-            "upstream",
+            "step",
+            "response to the client",
+            "upstream traffic",
             "time",
-            "because",
+            "reason",
         );
         writeln!(
             self.out,
@@ -206,7 +211,7 @@ impl Scenario<'_> {
         image: &str,
         expected: Expectation,
     ) -> Result<(), DemoError> {
-        let wrong = || DemoError::Client(format!("`{image}` is no image"));
+        let wrong = || DemoError::Client(format!("`{image}` is not an image reference"));
         let (repository, tag) = image.rsplit_once(':').ok_or_else(wrong)?;
         let repository: Repository = repository.parse().map_err(|_| wrong())?;
         let tag: Reference = tag.parse().map_err(|_| wrong())?;
@@ -232,7 +237,7 @@ impl Scenario<'_> {
             None => format!("{} {}", got.status, truncated(&got.message)),
         };
         let cost = match requests {
-            0 => "nothing".to_owned(),
+            0 => "none".to_owned(),
             1 => format!("1 request, {}", bytes(sent)),
             more => format!("{more} requests, {}", bytes(sent)),
         };
@@ -253,7 +258,7 @@ impl Scenario<'_> {
             "{mark} {name:<20} {what:<40} {cost:<23} {ms:>7}  {sentence}"
         )?;
         for mismatch in mismatches {
-            writeln!(self.out, "   wrong: {mismatch}")?;
+            writeln!(self.out, "   mismatch: {mismatch}")?;
         }
         Ok(())
     }
@@ -261,8 +266,8 @@ impl Scenario<'_> {
     fn finish(self) -> Result<Summary, DemoError> {
         let Summary { lines, wrong } = self.summary;
         let words = match wrong {
-            0 => format!("all {lines} lines are as they should be"),
-            wrong => format!("{wrong} of {lines} lines are WRONG"),
+            0 => format!("all {lines} steps passed"),
+            wrong => format!("{wrong} of {lines} steps FAILED"),
         };
         writeln!(self.out, "\n{words}")?;
         Ok(self.summary)
@@ -276,14 +281,14 @@ fn mismatches(
     expected: &Expectation,
 ) -> Vec<String> {
     let mut mismatches = Vec::new();
-    let wanted = expected.image.as_ref().map(|image| image.digest);
-    if got.digest != wanted {
+    let expected_digest = expected.image.as_ref().map(|image| image.digest);
+    if got.digest != expected_digest {
         let shown =
             |digest: Option<Digest>| digest.map_or_else(|| "nothing".to_owned(), |digest| digest.to_string());
         mismatches.push(format!(
             "the client got {} instead of {}",
             shown(got.digest),
-            shown(wanted)
+            shown(expected_digest)
         ));
     }
     if got.status != expected.status {
@@ -292,12 +297,12 @@ fn mismatches(
             got.status, expected.status
         ));
     }
-    let told = |name: &str| event.get(name).and_then(Value::as_str);
-    if told("reason") != Some(expected.reason) || told("cause") != expected.cause {
+    let field = |name: &str| event.get(name).and_then(Value::as_str);
+    if field("reason") != Some(expected.reason) || field("cause") != expected.cause {
         mismatches.push(format!(
             "the reason is {} ({}) instead of {}",
-            told("reason").unwrap_or("none"),
-            told("cause").unwrap_or("no cause"),
+            field("reason").unwrap_or("none"),
+            field("cause").unwrap_or("no cause"),
             expected.reason
         ));
     }

@@ -24,7 +24,7 @@ pub(super) async fn listeners(context: &CheckContext<'_>) -> Vec<Check> {
         Ok(endpoint) => endpoint,
         Err(refused) => return vec![Check::failed(NAME, refused.to_string(), "")],
     };
-    let place = endpoint.host_port();
+    let address = endpoint.host_port();
     let mut checks = Vec::new();
     let speaks_plain = match context.config.listen.plain_http {
         PlainHttp::Any => true,
@@ -34,16 +34,16 @@ pub(super) async fn listeners(context: &CheckContext<'_>) -> Vec<Check> {
     if speaks_plain {
         checks.push(
             match http_probe::get(Target::Plain(&endpoint.host, endpoint.port), "/v2/").await {
-                Ok(reply) if reply.status == 200 => Check::ok(NAME, format!("http://{place} answers")),
+                Ok(reply) if reply.status == 200 => Check::ok(NAME, format!("http://{address} responds")),
                 Ok(reply) => Check::failed(
                     NAME,
-                    format!("http://{place}/v2/ answers {}", reply.status),
-                    "is something else listening there? see `ifnewer check` and listen.registry",
+                    format!("http://{address}/v2/ responds {}", reply.status),
+                    "is another program listening there? see `ifnewer check` and listen.registry",
                 ),
                 Err(error) => Check::failed(
                     NAME,
-                    format!("http://{place}: {error}"),
-                    "start ifnewer, or give the address by --address",
+                    format!("http://{address}: {error}"),
+                    "start ifnewer, or set the address with --address",
                 ),
             },
         );
@@ -60,7 +60,7 @@ async fn tls(context: &CheckContext<'_>, host: &str, port: u16) -> Check {
         (None, Some(_)) => {
             return Check::skipped(
                 NAME,
-                "the certificate is your own: name its authority by --ca to check it",
+                "the server certificate is configured by the operator; set its CA with --ca to check it",
             );
         }
         (None, None) => config.tls.folder.join("ca.pem"),
@@ -72,25 +72,25 @@ async fn tls(context: &CheckContext<'_>, host: &str, port: u16) -> Check {
             return Check::failed(
                 NAME,
                 format!("{}: {error}", path.display()),
-                "it is made at the first start; if the service has settings of its own (IFNEWER_TLS_FOLDER in its \
-                 unit), give this command the same",
+                "ifnewer creates it at the first start; if the service has settings of its own (IFNEWER_TLS_FOLDER in its \
+                 unit), use the same for this command",
             );
         }
     };
     match http_probe::get(Target::Tls(host, port, &roots), "/v2/").await {
         Ok(reply) if reply.status == 200 => Check::ok(
             NAME,
-            format!("https://{host}:{port} answers, verified with {}", path.display()),
+            format!("https://{host}:{port} responds, verified with {}", path.display()),
         ),
         Ok(reply) => Check::failed(
             NAME,
-            format!("https://{host}:{port}/v2/ answers {}", reply.status),
+            format!("https://{host}:{port}/v2/ responds {}", reply.status),
             "",
         ),
         Err(error) => Check::failed(
             NAME,
             format!("https://{host}:{port}, verified with {}: {error}", path.display()),
-            "reload ifnewer (kill -HUP) if the authority is new; write a missing name into `names` of [tls]",
+            "reload ifnewer (kill -HUP) if the CA is new; add a missing name to `names` of [tls]",
         ),
     }
 }
@@ -99,10 +99,10 @@ async fn tls(context: &CheckContext<'_>, host: &str, port: u16) -> Check {
 pub(super) async fn ready(context: &CheckContext<'_>) -> Check {
     const NAME: &str = "ready";
     let mut host = String::new();
-    let Some(place) = Target::admin(&context.config.listen.admin, &mut host) else {
+    let Some(target) = Target::admin(&context.config.listen.admin, &mut host) else {
         return Check::skipped(NAME, "listen.admin is off");
     };
-    match http_probe::get(place, "/readyz").await {
+    match http_probe::get(target, "/readyz").await {
         Ok(reply) if reply.status == 200 => {
             let text = reply.text();
             let lines: Vec<&str> = text.lines().collect();
@@ -113,13 +113,13 @@ pub(super) async fn ready(context: &CheckContext<'_>) -> Check {
         }
         Ok(reply) => Check::failed(
             NAME,
-            format!("/readyz answers {}: {}", reply.status, reply.text()),
+            format!("/readyz responds {}: {}", reply.status, reply.text()),
             "see the log",
         ),
         Err(error) => Check::failed(
             NAME,
             format!("the admin listener: {error}"),
-            "start ifnewer; is listen.admin the running one's?",
+            "start ifnewer; does listen.admin match the running process?",
         ),
     }
 }
@@ -127,7 +127,7 @@ pub(super) async fn ready(context: &CheckContext<'_>) -> Check {
 /// Requests each upstream from this process with the configured proxy and roots, and reports its rate limit.
 pub(super) async fn upstreams(context: &CheckContext<'_>) -> Vec<Check> {
     let connector = Transport::system();
-    let mut asked = JoinSet::new();
+    let mut tasks = JoinSet::new();
     for (position, upstream) in context.config.upstreams.iter().enumerate() {
         let name = format!("upstream {}", upstream.name);
         match process::upstream(
@@ -138,15 +138,19 @@ pub(super) async fn upstreams(context: &CheckContext<'_>) -> Vec<Check> {
         ) {
             Ok(client) => {
                 let endpoint = endpoint(upstream, &context.options.canary);
-                asked.spawn(async move { (position, self::upstream(name, &client, endpoint).await) });
+                tasks.spawn(async move { (position, self::upstream(name, &client, endpoint).await) });
             }
             Err(error) => {
-                let check = Check::failed(name, error.to_string(), "mend its section in the configuration");
-                asked.spawn(async move { (position, check) });
+                let check = Check::failed(
+                    name,
+                    error.to_string(),
+                    "correct its section in the configuration",
+                );
+                tasks.spawn(async move { (position, check) });
             }
         }
     }
-    let mut checks = asked.join_all().await;
+    let mut checks = tasks.join_all().await;
     checks.sort_by_key(|(position, _)| *position);
     let seen = upstream_states(context).await;
     let names = context.config.upstreams.iter().map(|upstream| &*upstream.name);
@@ -159,8 +163,8 @@ pub(super) async fn upstreams(context: &CheckContext<'_>) -> Vec<Check> {
 /// State of the upstreams as reported by the running cache, if it is reachable.
 async fn upstream_states(context: &CheckContext<'_>) -> Option<Value> {
     let mut host = String::new();
-    let place = Target::admin(&context.config.listen.admin, &mut host)?;
-    http_probe::get(place, "/api/v1/upstreams").await.ok()?.json()
+    let target = Target::admin(&context.config.listen.admin, &mut host)?;
+    http_probe::get(target, "/api/v1/upstreams").await.ok()?.json()
 }
 
 /// Combines the local result with that of the running cache, which may use another network path or credential.
@@ -178,8 +182,8 @@ pub(super) fn merge_results(mut check: Check, name: &str, seen: Option<&Value>) 
         let detail = detail.map_or_else(String::new, |detail| format!(" ({detail})"));
         return Check::failed(
             check.name,
-            format!("it answers this command, and is silent to the running cache: {text}{detail}"),
-            "do both go by the same proxy and DNS?",
+            format!("responds to this command, but not to the running cache: {text}{detail}"),
+            "do both use the same proxy and DNS?",
         );
     }
     let limits = seen
@@ -191,15 +195,12 @@ pub(super) fn merge_results(mut check: Check, name: &str, seen: Option<&Value>) 
     match left.min_by_key(|(left, _)| *left) {
         Some((0, limit)) => Check::failed(
             check.name,
-            format!(
-                "none of the pulls of {} are left ({})",
-                limit["credential"], limit["limit"]
-            ),
-            "wait, or let clients log in: held images are served meanwhile",
+            format!("no pulls left for {} ({})", limit["credential"], limit["limit"]),
+            "wait, or have clients log in; cached images are still served",
         ),
         Some((left, limit)) => {
             check.found = format!(
-                "answers; {left} of {} pulls left for {}",
+                "available; {left} of {} pulls left for {}",
                 limit["limit"], limit["credential"]
             );
             check
@@ -227,7 +228,7 @@ fn endpoint(upstream: &UpstreamConfig, canary: &str) -> Option<Endpoint> {
 
 async fn upstream(name: String, upstream: &Upstream, endpoint: Option<Endpoint>) -> Check {
     let Some(endpoint) = endpoint else {
-        return Check::skipped(name, "the canary has no tag to ask for");
+        return Check::skipped(name, "the canary image has no tag");
     };
     let anonymous = Caller {
         principal: [0; 32],
@@ -238,10 +239,10 @@ async fn upstream(name: String, upstream: &Upstream, endpoint: Option<Endpoint>)
         trace: TraceContext::new_root(),
         wait_deadline: None,
     };
-    let answer = upstream.head(&anonymous, &endpoint, &Accept::any()).await;
-    if let Some(cause) = answer.failure() {
+    let response = upstream.head(&anonymous, &endpoint, &Accept::any()).await;
+    if let Some(cause) = response.failure() {
         let registry = upstream.name();
-        let detail = answer.detail.as_deref();
+        let detail = response.detail.as_deref();
         let detail = detail.map_or_else(String::new, |detail| format!(" ({detail})"));
         return Check::failed(
             name,
@@ -249,47 +250,47 @@ async fn upstream(name: String, upstream: &Upstream, endpoint: Option<Endpoint>)
             remedy(registry, cause),
         );
     }
-    let allowances = upstream.status().quotas;
-    let limit = allowances
+    let quotas = upstream.status().quotas;
+    let limit = quotas
         .iter()
-        .find_map(|allowance| Some((allowance.limit.remaining?, allowance.limit.limit?)));
+        .find_map(|quota| Some((quota.limit.remaining?, quota.limit.limit?)));
     match limit {
         Some((0, limit)) => Check::failed(
             name,
-            format!("it answers, and none of the {limit} anonymous pulls of this address are left"),
-            "wait, or let clients log in: held images are served meanwhile",
+            format!("available, but none of the {limit} anonymous pulls of this address are left"),
+            "wait, or have clients log in; cached images are still served",
         ),
-        Some((left, limit)) => Check::ok(name, format!("answers; {left} of {limit} anonymous pulls left")),
-        None => Check::ok(name, "answers"),
+        Some((left, limit)) => Check::ok(name, format!("available; {left} of {limit} anonymous pulls left")),
+        None => Check::ok(name, "available"),
     }
 }
 
-/// Remedy for an unavailable upstream. The detail beside it names the setting.
+/// Remedy for an unavailable upstream.
 fn remedy(registry: &str, cause: UpstreamFailure) -> String {
     let section = format!("[upstream.\"{registry}\"]");
     match (cause, cause.setting()) {
         (UpstreamFailure::PlaintextRealm, _) => {
             "ask its operator to set the registry's external URL to https (Harbor: external_url; Artifactory: the base \
-             URL, or X-Forwarded-Proto at its balancer)"
+             URL, or X-Forwarded-Proto at its load balancer)"
                 .to_owned()
         }
         (UpstreamFailure::Tls(TlsFailure::NotYetValid | TlsFailure::Expired), _) => {
-            "have it renewed there; if the dates look right, this machine's clock is wrong".to_owned()
+            "have its operator renew the certificate; if its dates are right, this machine's clock is wrong".to_owned()
         }
         (UpstreamFailure::Tls(TlsFailure::WrongName), _) => {
             format!(
-                "write a name into `url` of {section} that its certificate has, or have the certificate made anew"
+                "use a name of its certificate in `url` of {section}, or have its operator reissue the certificate"
             )
         }
         (UpstreamFailure::Tls(TlsFailure::ClientCertificate), _) => {
             format!("set `client_certificate` and `client_key` of {section}")
         }
         (UpstreamFailure::Timeout | UpstreamFailure::ConnectTimeout, Some(setting)) => {
-            format!("check the way there, or allow it more time: `{setting}` of {section}")
+            format!("check the network path to it, or raise `{setting}` of {section}")
         }
         (_, Some(setting)) => format!("set `{setting}` of {section}"),
         (_, None) => {
-            format!("check DNS, firewall and `proxy`; if it is not used here: {section} enabled = false")
+            format!("check DNS, firewall and `proxy`; if you do not use this registry, set enabled = false in {section}")
         }
     }
 }

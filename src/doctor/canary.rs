@@ -53,8 +53,8 @@ impl Image {
             repository,
             reference: reference.to_owned(),
         };
-        let is_whole = !rest.is_empty() && !reference.is_empty() && plain(text);
-        is_whole.then_some(image)
+        let is_valid = !rest.is_empty() && !reference.is_empty() && plain(text);
+        is_valid.then_some(image)
     }
 
     fn name(&self) -> String {
@@ -71,7 +71,7 @@ impl Image {
 pub(super) fn canary_skipped(why: &str) -> Check {
     Check::skipped(
         "canary",
-        format!("{why}: whether the cache is used was NOT proven"),
+        format!("{why}: it is NOT proven that the cache is used"),
     )
 }
 
@@ -81,37 +81,37 @@ pub(super) async fn pull_canary(context: &CheckContext<'_>, socket: &Path) -> Ch
     let Some(image) = Image::read(&context.options.canary) else {
         return Check::failed(
             NAME,
-            format!("`{}` is no image", context.options.canary),
-            "name one by --canary",
+            format!("`{}` is not an image reference", context.options.canary),
+            "set an image with --canary",
         );
     };
     let before = match last_event(context).await {
-        Ok(Some(number)) => number,
-        Ok(None) => return canary_skipped("listen.admin is off, so that our own log cannot be asked"),
+        Ok(Some(id)) => id,
+        Ok(None) => return canary_skipped("listen.admin is off, so the log of the cache cannot be read"),
         Err(error) => return canary_skipped(&format!("the admin listener: {error}")),
     };
-    let whole = image.full_name();
-    let held = http_probe::get(Target::Unix(socket), &format!("/images/{whole}/json")).await;
-    let held = held.is_ok_and(|reply| reply.status == 200);
+    let name = image.full_name();
+    let present = http_probe::get(Target::Unix(socket), &format!("/images/{name}/json")).await;
+    let present = present.is_ok_and(|reply| reply.status == 200);
     let pulled = pull(socket, &image).await;
     let events = events_after(context, before).await.unwrap_or_default();
-    if !held && pulled.is_ok() {
+    if !present && pulled.is_ok() {
         // The image was not present before. If the removal fails, an unused image remains.
         let _ = http_probe::request(
             Target::Unix(socket),
             Method::DELETE,
-            &format!("/images/{whole}"),
+            &format!("/images/{name}"),
             PULL_TIMEOUT,
         )
         .await;
     }
-    verdict(&image, &pulled, &events)
+    result(&image, &pulled, &events)
 }
 
 /// The result from the pull and the log.
-pub(super) fn verdict(image: &Image, pulled: &Result<(), String>, events: &[Value]) -> Check {
+pub(super) fn result(image: &Image, pulled: &Result<(), String>, events: &[Value]) -> Check {
     const NAME: &str = "canary";
-    let whole = image.full_name();
+    let name = image.full_name();
     let field = |event: &Value, name: &str| {
         event
             .get(name)
@@ -125,7 +125,7 @@ pub(super) fn verdict(image: &Image, pulled: &Result<(), String>, events: &[Valu
         field(event, "repository") == image.repository
             && (reference == image.reference || reference.contains(':'))
     });
-    let told = |event: &Value| {
+    let decision = |event: &Value| {
         format!(
             "{} ({}, route {})",
             field(event, "result"),
@@ -137,36 +137,36 @@ pub(super) fn verdict(image: &Image, pulled: &Result<(), String>, events: &[Valu
         (Ok(()), Some(event)) if field(event, "result") == "denied" => Check::failed(
             NAME,
             format!(
-                "{whole} was asked of this cache, refused ({}), and pulled past it",
+                "this cache denied {name} ({}), and the daemon pulled it without the cache",
                 field(event, "reason")
             ),
             "see /api/v1/why for the image",
         ),
         (Ok(()), Some(event)) => Check::ok(
             NAME,
-            format!("{whole} was pulled through this cache: {}", told(event)),
+            format!("{name} was pulled through this cache: {}", decision(event)),
         ),
         (Ok(()), None) => Check::failed(
             NAME,
-            format!("{whole} was pulled, and NOT through this cache"),
+            format!("{name} was pulled, but NOT through this cache"),
             if image.registry == "docker.io" {
                 "see the checks above: the daemon does not use it"
             } else {
-                "Docker mirrors docker.io only: ifnewer setup docker --proxy, or choose another --canary"
+                "Docker mirrors only docker.io; run ifnewer setup docker --proxy, or choose another --canary"
             },
         ),
         (Err(error), Some(event)) => Check::failed(
             NAME,
             format!(
-                "{whole} was asked of this cache: {}; the pull failed: {error}",
-                told(event)
+                "this cache was requested for {name}: {}; the pull failed: {error}",
+                decision(event)
             ),
-            "see the log for the reason; choose an image that exists by --canary",
+            "see the log for the reason; set an existing image with --canary",
         ),
         (Err(error), None) => Check::failed(
             NAME,
-            format!("{whole} could not be pulled, and this cache was not asked: {error}"),
-            "see the checks above; without a network, choose an image that is held by --canary",
+            format!("{name} could not be pulled, and the daemon did not request it from this cache: {error}"),
+            "see the checks above; without a network, set a cached image with --canary",
         ),
     }
 }
@@ -196,27 +196,28 @@ async fn pull(socket: &Path, image: &Image) -> Result<(), String> {
     match fault {
         Some(fault) => Err(fault),
         None if reply.status == 200 => Ok(()),
-        None => Err(format!("the daemon answered {}", reply.status)),
+        None => Err(format!("the daemon responded {}", reply.status)),
     }
 }
 
 /// Id of the latest decision; `None` without an admin listener.
 async fn last_event(context: &CheckContext<'_>) -> io::Result<Option<u64>> {
     let mut host = String::new();
-    let Some(place) = Target::admin(&context.config.listen.admin, &mut host) else {
+    let Some(target) = Target::admin(&context.config.listen.admin, &mut host) else {
         return Ok(None);
     };
-    let reply = http_probe::get(place, "/api/v1/events?limit=1").await?;
-    let told = reply.json().filter(|_| reply.status == 200);
-    let told = told.ok_or_else(|| io::Error::other(format!("/api/v1/events answers {}", reply.status)))?;
-    let number = told.pointer("/events/0/id").and_then(Value::as_u64);
-    Ok(Some(number.unwrap_or(0)))
+    let reply = http_probe::get(target, "/api/v1/events?limit=1").await?;
+    let events = reply.json().filter(|_| reply.status == 200);
+    let events =
+        events.ok_or_else(|| io::Error::other(format!("/api/v1/events responds {}", reply.status)))?;
+    let id = events.pointer("/events/0/id").and_then(Value::as_u64);
+    Ok(Some(id.unwrap_or(0)))
 }
 
-async fn events_after(context: &CheckContext<'_>, number: u64) -> Option<Vec<Value>> {
+async fn events_after(context: &CheckContext<'_>, id: u64) -> Option<Vec<Value>> {
     let mut host = String::new();
-    let place = Target::admin(&context.config.listen.admin, &mut host)?;
-    let reply = http_probe::get(place, &format!("/api/v1/events?limit=1000&after={number}"))
+    let target = Target::admin(&context.config.listen.admin, &mut host)?;
+    let reply = http_probe::get(target, &format!("/api/v1/events?limit=1000&after={id}"))
         .await
         .ok()?;
     reply.json()?.get("events")?.as_array().cloned()

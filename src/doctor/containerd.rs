@@ -23,10 +23,10 @@ pub(super) fn examine(context: &CheckContext<'_>) -> Vec<Check> {
         .exists();
     if !root.resolve(Path::new(HOSTS)).exists() && !String::from_utf8_lossy(&config).contains("config_path") {
         let why = if used {
-            "containerd runs here, and nothing tells it of mirrors (Docker's own containerd needs none; for the \
-             kubelet: ifnewer setup containerd)"
+            "containerd runs here without mirrors (Docker's own containerd needs none; for the kubelet, run \
+             ifnewer setup containerd)"
         } else {
-            "no containerd here"
+            "containerd is not installed"
         };
         return vec![Check::skipped(NAME, why)];
     }
@@ -41,7 +41,7 @@ fn parse(config: &[u8]) -> Result<Table, (String, &'static str)> {
     toml::from_str(&String::from_utf8_lossy(config)).map_err(|error: toml::de::Error| {
         (
             format!("{CONFIG}: {}", error.message()),
-            "containerd does not start with it; mend it",
+            "containerd does not start with this file; correct it",
         )
     })
 }
@@ -57,14 +57,14 @@ fn config_path(root: &Table) -> Result<PathBuf, (String, &'static str)> {
     match paths.find(|path| !path.is_empty()) {
         Some(path) if path.contains(':') => Err((
             format!(
-                "{CONFIG}: config_path names several folders ({path}), of which containerd 2.2.0 reads none"
+                "{CONFIG}: config_path names several folders ({path}), and containerd 2.2.0 reads none of them"
             ),
-            "leave one of them; where they are containerd's default, ifnewer setup containerd --apply does",
+            "keep one of them; if they are containerd's default, run ifnewer setup containerd --apply",
         )),
         Some(path) => Ok(PathBuf::from(path)),
         None => Err((
-            format!("{CONFIG} has no config_path, so that the kubelet reads no hosts.toml"),
-            "ifnewer setup containerd --apply",
+            format!("{CONFIG} has no config_path, so the kubelet reads no hosts.toml"),
+            "run ifnewer setup containerd --apply",
         )),
     }
 }
@@ -92,7 +92,7 @@ fn hosts(context: &CheckContext<'_>, folder: &Path, knows_referrers: Option<bool
                 return Check::failed(
                     NAME,
                     format!("{}: {}", path.display(), error.message()),
-                    "containerd passes the mirror by; mend it",
+                    "containerd ignores this mirror; correct the file",
                 );
             }
         };
@@ -102,7 +102,7 @@ fn hosts(context: &CheckContext<'_>, folder: &Path, knows_referrers: Option<bool
             return Check::failed(
                 NAME,
                 format!("{}: containerd 1.6 cannot read the key {host}", path.display()),
-                "name the cache by a name or an IPv4 address",
+                "use a name or an IPv4 address for the cache",
             );
         }
         let Some((_, host)) = hosts.iter().find(|(host, _)| context.is_ours(host)) else {
@@ -115,26 +115,24 @@ fn hosts(context: &CheckContext<'_>, folder: &Path, knows_referrers: Option<bool
             .map(|list| list.iter().any(|name| name.as_str() == Some("referrers")));
         let objection = match (knows_referrers, referrers) {
             (Some(true), Some(false)) => {
-                "does not name the capability referrers: questions about signatures go past \
-                                          the cache"
+                "lacks the capability referrers: requests for signatures bypass the cache"
             }
             (Some(false), Some(true)) => {
-                "names the capability referrers, which containerd before 2.2 does not know: \
-                                          it passes the file by"
+                "has the capability referrers, which containerd before 2.2 does not support: it ignores the file"
             }
             _ => continue,
         };
         return Check::failed(
             NAME,
             format!("{} {objection}", path.display()),
-            "ifnewer setup containerd --apply",
+            "run ifnewer setup containerd --apply",
         );
     }
     if ours == 0 {
         return Check::failed(
             NAME,
             format!("no hosts.toml in {} names this cache", folder.display()),
-            "ifnewer setup containerd --apply",
+            "run ifnewer setup containerd --apply",
         );
     }
     Check::ok(

@@ -24,31 +24,31 @@ impl CheckContext<'_> {
     /// Whether a URL is an address of the cache. If the cache listens on every address, any address with its port may
     /// be.
     pub(super) fn is_ours(&self, url: &str) -> bool {
-        let place = url.split_once("://").map_or(url, |(_, rest)| rest);
-        let place = place.split('/').next().unwrap_or_default();
-        let Ok(place) = place.parse::<http::uri::Authority>() else {
+        let authority = url.split_once("://").map_or(url, |(_, rest)| rest);
+        let authority = authority.split('/').next().unwrap_or_default();
+        let Ok(authority) = authority.parse::<http::uri::Authority>() else {
             return false;
         };
         if self
             .endpoint
             .as_ref()
-            .is_ok_and(|endpoint| place.as_str() == endpoint.host_port())
+            .is_ok_and(|endpoint| authority.as_str() == endpoint.host_port())
         {
             return true;
         }
-        let host = place.host().trim_start_matches('[').trim_end_matches(']');
-        let port = place
+        let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+        let port = authority
             .port_u16()
             .unwrap_or(if url.starts_with("https") { 443 } else { 80 });
         let is_named = self.config.tls.names.iter().any(|name| name == host);
         let ip = host.parse::<IpAddr>().ok();
         let is_loopback = host == "localhost" || ip.is_some_and(|ip| ip.is_loopback());
-        self.config.listen.registry.iter().any(|held| {
-            let reaches = match held.ip() {
+        self.config.listen.registry.iter().any(|listener| {
+            let reaches = match listener.ip() {
                 every if every.is_unspecified() => is_loopback || ip.is_some(),
                 one => ip == Some(one) || is_loopback && one.is_loopback(),
             };
-            held.port() == port && (is_named || reaches)
+            listener.port() == port && (is_named || reaches)
         })
     }
 
@@ -63,7 +63,7 @@ pub(super) async fn examine(context: &CheckContext<'_>) -> Vec<Check> {
     let info = match info {
         Ok(reply) => reply
             .json()
-            .ok_or_else(|| io::Error::other(format!("/info answers {}", reply.status))),
+            .ok_or_else(|| io::Error::other(format!("/info responds {}", reply.status))),
         Err(error) => Err(error),
     };
     let absent = info
@@ -78,9 +78,11 @@ pub(super) async fn examine(context: &CheckContext<'_>) -> Vec<Check> {
     {
         checks.push(Check::skipped(
             "docker",
-            format!("no Docker daemon here ({})", socket.display()),
+            format!("no Docker daemon found ({})", socket.display()),
         ));
-        checks.push(canary::canary_skipped("there is no Docker daemon to pull with"));
+        checks.push(canary::canary_skipped(
+            "there is no Docker daemon for the test pull",
+        ));
         return checks;
     }
     checks.push(file(context, info.as_ref().ok()));
@@ -89,14 +91,14 @@ pub(super) async fn examine(context: &CheckContext<'_>) -> Vec<Check> {
         Err(error) => {
             let remedy = match error.kind() {
                 io::ErrorKind::PermissionDenied => "run this as root",
-                _ => "start it: systemctl start docker",
+                _ => "start it with systemctl start docker",
             };
             checks.push(Check::failed(
                 "docker",
                 format!("the daemon at {}: {error}", socket.display()),
                 remedy,
             ));
-            checks.push(canary::canary_skipped("the Docker daemon does not answer"));
+            checks.push(canary::canary_skipped("the Docker daemon does not respond"));
             return checks;
         }
     };
@@ -114,7 +116,7 @@ fn file(context: &CheckContext<'_>, info: Option<&Value>) -> Check {
     let path = Path::new("/etc/docker/daemon.json");
     let bytes = match context.root.read(path) {
         Ok(Some(bytes)) => bytes,
-        Ok(None) => return Check::skipped(NAME, format!("{} is not there", path.display())),
+        Ok(None) => return Check::skipped(NAME, format!("{} does not exist", path.display())),
         Err(refused) => return Check::failed(NAME, refused.to_string(), ""),
     };
     let value: Value = match serde_json::from_slice(&bytes) {
@@ -123,7 +125,7 @@ fn file(context: &CheckContext<'_>, info: Option<&Value>) -> Check {
             return Check::failed(
                 NAME,
                 format!("{}: {error}", path.display()),
-                "dockerd does not start with it; mend it",
+                "dockerd does not start with this file; correct it",
             );
         }
     };
@@ -132,25 +134,25 @@ fn file(context: &CheckContext<'_>, info: Option<&Value>) -> Check {
         .map(|info| texts(info.pointer("/RegistryConfig/Mirrors")))
         .unwrap_or_default();
     match mirrors.iter().find(|mirror| context.is_ours(mirror)) {
-        Some(mirror) if info.is_some() && !in_effect.iter().any(|held| same(held, mirror)) => Check::failed(
+        Some(mirror) if info.is_some() && !in_effect.iter().any(|used| same(used, mirror)) => Check::failed(
             NAME,
             format!(
-                "{} names {mirror}, and the daemon does not use it",
+                "{} names {mirror}, but the daemon does not use it",
                 path.display()
             ),
-            "kill -HUP $(cat /run/docker.pid); if that does not help, it is started with another --config-file",
+            "run kill -HUP $(cat /run/docker.pid); if that does not help, dockerd uses another --config-file",
         ),
         Some(mirror) => Check::ok(NAME, format!("{} names {mirror}", path.display())),
         None if in_effect.iter().any(|mirror| context.is_ours(mirror)) => Check::skipped(
             NAME,
             format!(
-                "{} does not name this cache, though the daemon uses it: told on its command line, or until its next start",
+                "{} does not name this cache, but the daemon uses it: from its command line, or until its next start",
                 path.display()
             ),
         ),
         None => Check::skipped(
             NAME,
-            format!("{} names no mirror that is this cache", path.display()),
+            format!("{} does not name this cache as a mirror", path.display()),
         ),
     }
 }
@@ -186,10 +188,10 @@ impl Uses {
             }
             Self::Mirror { url, position } => Check::failed(
                 NAME,
-                format!("dockerd {version} asks {position} other mirrors before {url}"),
-                "put it first in registry-mirrors",
+                format!("dockerd {version} requests {position} other mirrors before {url}"),
+                "move it to the front of registry-mirrors",
             ),
-            Self::Proxy(url) => Check::ok(NAME, format!("dockerd {version} goes by the proxy {url}")),
+            Self::Proxy(url) => Check::ok(NAME, format!("dockerd {version} uses the proxy {url}")),
             Self::Nothing => Check::failed(
                 NAME,
                 format!(
@@ -199,7 +201,7 @@ impl Uses {
                         some => some,
                     }
                 ),
-                "ifnewer setup docker --apply",
+                "run ifnewer setup docker --apply",
             ),
         }
     }
@@ -208,9 +210,9 @@ impl Uses {
 /// The CA as dockerd sees it: its folder for the cache's address, and the system bundle.
 async fn trust(context: &CheckContext<'_>, uses: &Uses) -> Check {
     const NAME: &str = "docker-trust";
-    let (place, by_proxy) = match uses {
+    let (address, by_proxy) = match uses {
         Uses::Mirror { url, .. } => match url.trim_end_matches('/').split_once("://") {
-            Some(("https", place)) => (place, false),
+            Some(("https", address)) => (address, false),
             _ => return Check::ok(NAME, format!("{url} needs no certificate")),
         },
         Uses::Proxy(_) => ("", true),
@@ -221,46 +223,46 @@ async fn trust(context: &CheckContext<'_>, uses: &Uses) -> Check {
         roots.extend(certificates(context, Path::new(bundle)));
     }
     if by_proxy {
-        let ours = CertificateDer::pem_file_iter(context.config.tls.folder.join("ca.pem"))
+        let ca = CertificateDer::pem_file_iter(context.config.tls.folder.join("ca.pem"))
             .and_then(Iterator::collect::<Result<Vec<_>, _>>)
             .unwrap_or_default();
-        return match ours.first() {
-            Some(ours) if roots.contains(ours) => Check::ok(
+        return match ca.first() {
+            Some(ca) if roots.contains(ca) => Check::ok(
                 NAME,
-                "the system's list has our authority; dockerd read it at its start",
+                "the system trust store contains the CA of the cache; dockerd read it at its start",
             ),
             _ => Check::failed(
                 NAME,
-                "the system's list does not have our authority, with which the proxy speaks for each registry",
-                "ifnewer ca install, then systemctl restart docker",
+                "the system trust store lacks the CA of the cache, which issues the certificates that the proxy shows",
+                "run ifnewer ca install, then systemctl restart docker",
             ),
         };
     }
-    let folder = Path::new("/etc/docker/certs.d").join(place);
+    let folder = Path::new("/etc/docker/certs.d").join(address);
     for path in context.root.list(&folder).unwrap_or_default() {
         if path.extension().is_some_and(|extension| extension == "crt") {
             roots.extend(certificates(context, &path));
         }
     }
-    let Ok(authority) = place.parse::<http::uri::Authority>() else {
+    let Ok(authority) = address.parse::<http::uri::Authority>() else {
         return Check::failed(
             NAME,
-            format!("https://{place} is no address"),
-            "ifnewer setup docker --apply",
+            format!("https://{address} is not a valid address"),
+            "run ifnewer setup docker --apply",
         );
     };
     let port = authority.port_u16().unwrap_or(443);
     let loopback = authority.host().starts_with("127.") || authority.host() == "localhost";
     match http_probe::get(Target::Tls(authority.host(), port, &roots), "/v2/").await {
-        Ok(_) => Check::ok(NAME, format!("what dockerd trusts verifies https://{place}")),
+        Ok(_) => Check::ok(NAME, format!("dockerd's trusted CAs verify https://{address}")),
         Err(_) if loopback => Check::ok(
             NAME,
-            format!("dockerd does not verify https://{place}, which is loopback"),
+            format!("dockerd does not verify https://{address}, because it is loopback"),
         ),
         Err(error) => Check::failed(
             NAME,
-            format!("https://{place}, with what dockerd trusts: {error}"),
-            "ifnewer setup docker --apply, or ifnewer ca install --into docker",
+            format!("https://{address}, verified with dockerd's trusted CAs: {error}"),
+            "run ifnewer setup docker --apply, or ifnewer ca install --into docker",
         ),
     }
 }
@@ -284,10 +286,10 @@ fn detour(context: &CheckContext<'_>, info: &Value, uses: &Uses) -> Check {
     } else {
         text("HttpProxy")
     };
-    let place = url
+    let address = url
         .split_once("://")
         .map_or("", |(_, rest)| rest.trim_end_matches('/'));
-    let authority = place.parse::<http::uri::Authority>().ok();
+    let authority = address.parse::<http::uri::Authority>().ok();
     let host = authority.as_ref().map_or("", |authority| authority.host());
     let loopback = context
         .endpoint
@@ -298,22 +300,22 @@ fn detour(context: &CheckContext<'_>, info: &Value, uses: &Uses) -> Check {
         let suffix = rule.trim_start_matches('.');
         rule == "*"
             || !suffix.is_empty()
-                && (host == suffix || host.ends_with(&format!(".{suffix}")) || place == rule)
+                && (host == suffix || host.ends_with(&format!(".{suffix}")) || address == rule)
     });
     if proxy.is_empty() {
-        Check::ok(NAME, "dockerd has no proxy between it and the mirror")
+        Check::ok(NAME, "dockerd uses no proxy for the mirror")
     } else if loopback || exempt {
         Check::ok(
             NAME,
             format!(
-                "dockerd's proxy {} is not asked for {place}",
+                "dockerd does not use its proxy {} for {address}",
                 without_password(proxy)
             ),
         )
     } else {
         Check::failed(
             NAME,
-            format!("dockerd asks its proxy {} for {place}", without_password(proxy)),
+            format!("dockerd uses its proxy {} for {address}", without_password(proxy)),
             format!("add {host} to its NO_PROXY and restart it"),
         )
     }

@@ -21,15 +21,15 @@ const DESCRIPTORS_RESERVED: u64 = 128;
 pub(super) fn disk(context: &CheckContext<'_>) -> Check {
     const NAME: &str = "disk";
     let data = &context.config.data;
-    let wanted = context.config.store.free_bytes_min;
+    let required = context.config.store.free_bytes_min;
     let stats = match rustix::fs::statvfs(data) {
         Ok(stats) => stats,
         Err(error) => {
             return Check::failed(
                 NAME,
                 format!("{}: {error}", data.display()),
-                "start ifnewer once; if the service has settings of its own (IFNEWER_DATA in its unit), give this \
-                 command the same",
+                "start ifnewer once; if the service has settings of its own (IFNEWER_DATA in its unit), use the same \
+                 for this command",
             );
         }
     };
@@ -38,19 +38,19 @@ pub(super) fn disk(context: &CheckContext<'_>) -> Check {
         return Check::failed(
             NAME,
             format!("{} is read-only", data.display()),
-            "nothing new is kept until it is mended",
+            "make it writable; until then nothing new is cached",
         );
     }
-    if free < wanted {
+    if free < required {
         return Check::failed(
             NAME,
             format!(
                 "{} has {} free, less than store.free ({})",
                 data.display(),
                 ByteSize(free),
-                ByteSize(wanted)
+                ByteSize(required)
             ),
-            "make room, or nothing new is kept: pulls pass through",
+            "free space; until then nothing new is cached, and pulls are forwarded",
         );
     }
     // File systems without inode counts report 0 of 0.
@@ -58,7 +58,7 @@ pub(super) fn disk(context: &CheckContext<'_>) -> Check {
         return Check::failed(
             NAME,
             format!("{} has {} inodes left", data.display(), stats.f_favail),
-            "remove small files there: each blob is a file",
+            "remove small files there, because each blob needs an inode",
         );
     }
     Check::ok(NAME, format!("{} has {} free", data.display(), ByteSize(free)))
@@ -77,10 +77,7 @@ pub(super) fn descriptors(context: &CheckContext<'_>) -> Check {
     let Some(pid) = process(context) else {
         return Check::skipped(
             NAME,
-            format!(
-                "no running ifnewer is named in {}/LOCK",
-                context.config.data.display()
-            ),
+            format!("{}/LOCK names no running ifnewer", context.config.data.display()),
         );
     };
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap_or_default();
@@ -95,9 +92,7 @@ pub(super) fn descriptors(context: &CheckContext<'_>) -> Check {
     if limit < needed {
         return Check::failed(
             NAME,
-            format!(
-                "process {pid} may open {limit} files, and {needed} connections and transfers are allowed"
-            ),
+            format!("process {pid} may open {limit} files, fewer than the {needed} that its limits allow"),
             format!(
                 "raise LimitNOFILE= of its unit to {}, or lower limits.connections_max",
                 needed.next_power_of_two()
@@ -116,7 +111,7 @@ pub(super) fn variables(context: &CheckContext<'_>) -> Check {
     let Some(environment) = environment else {
         return Check::skipped(
             NAME,
-            "the running ifnewer's environment cannot be read; run this as its user or as root",
+            "the environment of the running ifnewer cannot be read; run this as its user or as root",
         );
     };
     let text = String::from_utf8_lossy(&environment);
@@ -133,25 +128,19 @@ pub(super) fn variables(context: &CheckContext<'_>) -> Check {
         if context.is_ours(value) {
             return Check::failed(
                 NAME,
-                format!("the running ifnewer has {name}={value}, which is itself"),
-                "take it away there: it is for clients",
+                format!("the running ifnewer has {name}={value}, which is its own address"),
+                "remove the variable there; it is for clients",
             );
         }
     }
     if proxies.is_empty() {
-        return Check::ok(
-            NAME,
-            "the running ifnewer goes to the upstreams without a proxy of the environment",
-        );
+        return Check::ok(NAME, "the environment of the running ifnewer sets no proxy");
     }
-    let told: Vec<String> = proxies
+    let settings: Vec<String> = proxies
         .iter()
         .map(|(name, value)| format!("{name}={}", without_password(value)))
         .collect();
-    Check::ok(
-        NAME,
-        format!("the running ifnewer goes out by {}", told.join(", ")),
-    )
+    Check::ok(NAME, format!("the running ifnewer uses {}", settings.join(", ")))
 }
 
 pub(super) fn without_password(url: &str) -> String {
@@ -170,7 +159,7 @@ pub(super) async fn clock(context: &CheckContext<'_>) -> Check {
         .and_then(|upstream| upstream.urls.first())
         .and_then(|url| url.address.parse::<http::Uri>().ok());
     let Some((url, host)) = url.as_ref().and_then(|url| Some((url, url.host()?))) else {
-        return Check::skipped(NAME, "there is no upstream to ask");
+        return Check::skipped(NAME, "there is no default upstream");
     };
     let roots: Vec<CertificateDer<'static>> = rustls_native_certs::load_native_certs().certs;
     let reply = if url.scheme_str() == Some("http") {
@@ -180,26 +169,24 @@ pub(super) async fn clock(context: &CheckContext<'_>) -> Check {
     };
     let date = match &reply {
         Ok(reply) => reply.headers.get(http::header::DATE),
-        Err(error) => return Check::skipped(NAME, format!("{host} could not be asked directly: {error}")),
+        Err(error) => return Check::skipped(NAME, format!("{host} is not reachable directly: {error}")),
     };
-    let Some(theirs) = date.and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok()) else {
-        return Check::skipped(NAME, format!("{host} does not say what time it is"));
+    let Some(upstream_time) = date.and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok())
+    else {
+        return Check::skipped(NAME, format!("{host} sent no Date header"));
     };
-    let skew = match context.now.duration_since(theirs) {
+    let skew = match context.now.duration_since(upstream_time) {
         Ok(ahead) => ahead,
         Err(error) => error.duration(),
     };
     if skew > SKEW_MAX {
         return Check::failed(
             NAME,
-            format!("{} s away from the clock of {host}", skew.as_secs()),
-            "set the clock (timedatectl): certificates and tokens depend on it",
+            format!("{} s off the clock of {host}", skew.as_secs()),
+            "set the clock (timedatectl), because certificates and tokens depend on it",
         );
     }
-    Check::ok(
-        NAME,
-        format!("{} s away from the clock of {host}", skew.as_secs()),
-    )
+    Check::ok(NAME, format!("{} s off the clock of {host}", skew.as_secs()))
 }
 
 /// Checks that files written by `setup` are unmodified.
@@ -225,13 +212,13 @@ pub(super) fn setups(context: &CheckContext<'_>) -> Vec<Check> {
             .map(|(path, _)| path.display().to_string())
             .collect();
         checks.push(if changed.is_empty() {
-            Check::ok(name, format!("as written: {}", paths.join(", ")))
+            Check::ok(name, format!("unmodified: {}", paths.join(", ")))
         } else {
             Check::failed(
                 name,
                 changed.join(", "),
                 format!(
-                    "write it again, or take the rest back: ifnewer setup {} --apply, --undo",
+                    "run ifnewer setup {0} --apply to write it again, or ifnewer setup {0} --undo",
                     client.name()
                 ),
             )
@@ -242,7 +229,7 @@ pub(super) fn setups(context: &CheckContext<'_>) -> Vec<Check> {
 
 fn describe(path: &Path, state: FileState) -> String {
     match state {
-        FileState::AsBefore => format!("{} is as it was before", path.display()),
-        FileState::AsWritten | FileState::Changed => format!("{} was changed since", path.display()),
+        FileState::AsBefore => format!("{} was restored to its original content", path.display()),
+        FileState::AsWritten | FileState::Changed => format!("{} was modified", path.display()),
     }
 }

@@ -77,9 +77,9 @@ pub(super) async fn request(
     target: Target<'_>,
     method: Method,
     path: &str,
-    patience: Duration,
+    request_timeout: Duration,
 ) -> io::Result<Response> {
-    let asked = async {
+    let response = async {
         match target {
             Target::Plain(host, port) => {
                 let stream = TcpStream::connect((without_brackets(host), port)).await?;
@@ -106,10 +106,12 @@ pub(super) async fn request(
     let late = |_| {
         Err(io::Error::new(
             io::ErrorKind::TimedOut,
-            format!("no answer in {} s", patience.as_secs()),
+            format!("no response within {} s", request_timeout.as_secs()),
         ))
     };
-    tokio::time::timeout(patience, asked).await.unwrap_or_else(late)
+    tokio::time::timeout(request_timeout, response)
+        .await
+        .unwrap_or_else(late)
 }
 
 fn without_brackets(host: &str) -> &str {

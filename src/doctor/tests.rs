@@ -10,7 +10,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::canary::{Image, verdict};
+use super::canary::{Image, result};
 use super::*;
 
 fn image(text: &str) -> Image {
@@ -62,16 +62,16 @@ fn pull_missing_from_the_log_fails_the_canary() {
     let refused = [event("library/hello-world", "latest", "denied")];
     let broken = || Err("it broke".to_owned());
 
-    assert_eq!(verdict(&hello, &Ok(()), &seen).state, State::Ok);
-    assert_eq!(verdict(&hello, &Ok(()), &by_digest).state, State::Ok);
+    assert_eq!(result(&hello, &Ok(()), &seen).state, State::Ok);
+    assert_eq!(result(&hello, &Ok(()), &by_digest).state, State::Ok);
     for (pulled, events, part) in [
         (Ok(()), &[][..], "NOT through"),
         (Ok(()), &other[..], "NOT through"),
-        (Ok(()), &refused[..], "pulled past it"),
-        (broken(), &[][..], "was not asked: it broke"),
+        (Ok(()), &refused[..], "without the cache"),
+        (broken(), &[][..], "did not request it from this cache: it broke"),
         (broken(), &seen[..], "the pull failed: it broke"),
     ] {
-        let check = verdict(&hello, &pulled, events);
+        let check = result(&hello, &pulled, events);
         assert_eq!(check.state, State::Failed, "{check:?}");
         assert!(check.found.contains(part), "{check:?}");
         assert!(!check.remedy.is_empty());
@@ -152,7 +152,7 @@ fn what_the_running_cache_finds_counts_too() {
             .unwrap()
             .extend(further.as_object().unwrap().clone());
         let seen = json!({ "upstreams": [{ "name": "ghcr.io", "unavailable": { "text": "x" } }, upstream] });
-        cache::merge_results(Check::ok("u", "answers"), "docker.io", Some(&seen))
+        cache::merge_results(Check::ok("u", "available"), "docker.io", Some(&seen))
     };
     assert_eq!(told(json!({})).state, State::Ok);
     let limits = |left: u64| {

@@ -101,7 +101,7 @@ impl Job {
         baseline.apply_changes(&changes)?;
         for change in changes.iter().filter(|change| change.now != change.after) {
             let action = match (&change.now, &change.after) {
-                (None, _) => "made",
+                (None, _) => "created",
                 (_, None) => "removed",
                 _ => "changed",
             };
@@ -146,7 +146,7 @@ impl Job {
                     &backup.read_bytes(&former.digest)?,
                     Some(former.owner),
                 )?;
-                applied.changed.push(format!("put back {}", path.display()));
+                applied.changed.push(format!("restored {}", path.display()));
             } else {
                 root.remove(&written.path)?;
                 applied.changed.push(format!("removed {}", path.display()));
@@ -160,8 +160,8 @@ impl Job {
             applied.reload_dockerd(root);
             if !applied.notified.is_empty() && !names_mirrors(root)? {
                 applied.by_hand.push(
-                    "dockerd forgets a mirror that its file no longer names only when it is restarted: systemctl \
-                     restart docker"
+                    "restart dockerd, because a reload does not remove a mirror that its file no longer names: \
+                     systemctl restart docker"
                         .to_owned(),
                 );
             }
@@ -169,7 +169,7 @@ impl Job {
         if self.record_name != Client::Docker.name() {
             applied
                 .by_hand
-                .push("restart the service, if it was restarted for this".to_owned());
+                .push("restart the service, if the setup needed a restart".to_owned());
         }
         Ok(applied)
     }
@@ -180,18 +180,16 @@ impl Applied {
     fn reload_dockerd(&mut self, root: &RootFs) {
         match dockerd(root) {
             Some(pid) if kill_process(pid, Signal::HUP).is_ok() => {
-                self.notified.push(format!(
-                    "told dockerd (process {}) to read its configuration again",
-                    pid.as_raw_nonzero()
-                ));
+                self.notified
+                    .push(format!("reloaded dockerd (process {})", pid.as_raw_nonzero()));
             }
             Some(pid) => self.by_hand.push(format!(
-                "dockerd (process {0}) could not be told; as root: kill -HUP {0}",
+                "reload dockerd as root: kill -HUP {0}",
                 pid.as_raw_nonzero()
             )),
             None => self
                 .notes
-                .push("no dockerd runs here; it reads the file when it starts".to_owned()),
+                .push("dockerd is not running; it reads the file at its start".to_owned()),
         }
     }
 }
@@ -218,13 +216,13 @@ fn dockerd(root: &RootFs) -> Option<Pid> {
 impl Display for Applied {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         if self.changed.is_empty() {
-            writeln!(f, "nothing to do: everything is already so")?;
+            writeln!(f, "nothing to do: all files are up to date")?;
         }
         for line in self.changed.iter().chain(&self.notified) {
             writeln!(f, "{line}")?;
         }
         for line in &self.by_hand {
-            writeln!(f, "now by hand: {line}")?;
+            writeln!(f, "to do: {line}")?;
         }
         for line in &self.notes {
             writeln!(f, "note: {line}")?;

@@ -191,8 +191,8 @@ impl<'a> Baseline<'a> {
         if self.root.read(&change.path)? != change.now {
             return Err(SetupError::Conflict {
                 path: self.root.resolve(&change.path),
-                what: "it changed while this was at work".to_owned(),
-                remedy: "Try again.".to_owned(),
+                what: "was modified during this command".to_owned(),
+                remedy: "Run the command again.".to_owned(),
             });
         }
         let original = record

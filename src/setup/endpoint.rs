@@ -69,14 +69,14 @@ impl CaBundle {
         let unusable = |detail: String| SetupError::NoCa(format!("{}: {detail}", path.display()));
         let bytes = std::fs::read(path).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => unusable(
-                "there is no certificate authority yet. It is made when `ifnewer` first starts. If its service has \
-                 settings in its unit (IFNEWER_TLS_FOLDER), give this command the same; for a cache on another host, \
-                 take the output of `ifnewer ca export` there and name it by --ca"
+                "does not exist; `ifnewer` creates the certificate authority at its first start. If its service has \
+                 settings in its unit (IFNEWER_TLS_FOLDER), use the same for this command. For a cache on another \
+                 host, copy the output of `ifnewer ca export` from there and set it with --ca"
                     .to_owned(),
             ),
-            _ => SetupError::file("cannot read", path, error),
+            _ => SetupError::file("failed to read", path, error),
         })?;
-        Self::of(&bytes).ok_or_else(|| unusable("it holds no certificate (PEM)".to_owned()))
+        Self::of(&bytes).ok_or_else(|| unusable("contains no certificate in PEM format".to_owned()))
     }
 
     /// The certificates in a PEM text.
@@ -123,7 +123,7 @@ impl CacheEndpoint {
         }
         if host.starts_with('[') && !options.client.takes_ipv6() {
             return Err(SetupError::Address(format!(
-                "{} cannot be told of a mirror that is an IPv6 address ({host}); give a name or an IPv4 address by \
+                "{} does not support a mirror with an IPv6 address ({host}); set a name or an IPv4 address with \
                  --address",
                 options.client.name()
             )));
@@ -169,7 +169,7 @@ impl CacheEndpoint {
             || is_address && is_listen_address();
         if self.scheme == Scheme::Https && self.ca.is_some() && options.ca.is_none() && !is_named {
             self.warnings.push(format!(
-                "{name} must stand on our certificate: unless it is this host's own name, write it into `names` of \
+                "the server certificate must contain {name}: unless it is this host's own name, add it to `names` of \
                  [tls] (names = [\"{name}\"]) and reload ifnewer by SIGHUP"
             ));
         }
@@ -199,7 +199,7 @@ impl CacheEndpoint {
 fn parse_address(address: &str) -> Result<(Option<Scheme>, String, u16), SetupError> {
     let wrong = || {
         SetupError::Address(format!(
-            "--address {address}: write a host and a port, as in cache.example.org:5000, or a URL, as in \
+            "--address {address} is invalid: use a host and a port, as in cache.example.org:5000, or a URL, as in \
              https://cache.example.org"
         ))
     };
@@ -258,15 +258,15 @@ fn listen_address(config: &Config, options: &Options) -> Result<(Option<Scheme>,
         let port = all.first().map_or(5000, SocketAddr::port);
         return Err(match all.iter().find(|address| address.ip().is_unspecified()) {
             Some(_) => SetupError::Address(format!(
-                "which of this host's addresses containers reach is not known; give it by --address. On Docker's \
-                 usual bridge it is 172.17.0.1:{port}"
+                "the address at which containers reach this host is unknown; set it with --address. On Docker's \
+                 default bridge it is 172.17.0.1:{port}"
             )),
             None => unreachable_from_containers("127.0.0.1", port),
         });
     };
     if chosen.port() == 0 {
         return Err(SetupError::Address(
-            "listen.registry lets the system choose the port; give the one that it chose by --address"
+            "listen.registry has port 0, so the system chooses the port; set the chosen one with --address"
                 .to_owned(),
         ));
     }
@@ -286,9 +286,9 @@ fn client_host(address: SocketAddr) -> String {
 
 fn unreachable_from_containers(host: &str, port: u16) -> SetupError {
     SetupError::Address(format!(
-        "{host} inside a container is the container, not this host. Let ifnewer listen where containers reach it \
-         (listen.registry = [\"127.0.0.1:{port}\", \"172.17.0.1:{port}\"] on Docker's usual bridge), or give the \
-         address by --address"
+        "inside a container, {host} is the container and not this host. Add an address that containers reach \
+         (listen.registry = [\"127.0.0.1:{port}\", \"172.17.0.1:{port}\"] on Docker's default bridge), or set the \
+         address with --address"
     ))
 }
 

@@ -74,26 +74,26 @@ impl Plan {
 /// Renders new files completely and changed ones as a diff. Returns an error if a file cannot be read.
 pub(super) fn render(plan: &Plan, files: &dyn FileSource) -> (String, Option<SetupError>) {
     let mut text = String::new();
-    let mut objection = None;
-    for wanted in &plan.files {
-        let path = wanted.path.display();
-        let now = files.read(&wanted.path).unwrap_or_else(|refused| {
-            objection = Some(refused);
+    let mut unreadable = None;
+    for desired in &plan.files {
+        let path = desired.path.display();
+        let now = files.read(&desired.path).unwrap_or_else(|refused| {
+            unreadable = Some(refused);
             None
         });
         let _ = match now {
-            Some(now) if now == wanted.bytes => writeln!(text, "# {path} is already so"),
-            Some(now) => writeln!(text, "# {path} changes:\n{}", difference(&now, &wanted.bytes)),
-            None => writeln!(text, "# {path}\n{}", String::from_utf8_lossy(&wanted.bytes)),
+            Some(now) if now == desired.bytes => writeln!(text, "# {path} is up to date"),
+            Some(now) => writeln!(text, "# {path} changes:\n{}", difference(&now, &desired.bytes)),
+            None => writeln!(text, "# {path}\n{}", String::from_utf8_lossy(&desired.bytes)),
         };
     }
     for what in &plan.by_hand {
-        let _ = writeln!(text, "# then: {what}");
+        let _ = writeln!(text, "# to do: {what}");
     }
     for note in &plan.notes {
         let _ = writeln!(text, "# note: {note}");
     }
-    (text, objection)
+    (text, unreadable)
 }
 
 /// A unified diff.

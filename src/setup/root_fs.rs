@@ -29,7 +29,7 @@ impl RootFs {
     pub fn open(path: &Path) -> Result<Self, SetupError> {
         match fs::canonicalize(path) {
             Ok(path) => Ok(Self(path)),
-            Err(error) => Err(SetupError::file("cannot use as --root", path, error)),
+            Err(error) => Err(SetupError::file("failed to use as --root", path, error)),
         }
     }
 
@@ -59,7 +59,7 @@ impl RootFs {
             match fs::symlink_metadata(existing) {
                 Ok(_) => break,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(SetupError::file("cannot read", existing, error)),
+                Err(error) => return Err(SetupError::file("failed to read", existing, error)),
             }
             let (Some(parent), Some(name)) = (existing.parent(), existing.file_name()) else {
                 return Err(outside());
@@ -85,7 +85,7 @@ impl RootFs {
                 gid: metadata.gid(),
             })),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(SetupError::file("cannot read", &target, error)),
+            Err(error) => Err(SetupError::file("failed to read", &target, error)),
         }
     }
 
@@ -94,14 +94,14 @@ impl RootFs {
         let target = self.target(path)?;
         let folder = target.parent().unwrap_or(&self.0);
         fs::create_dir_all(folder)
-            .map_err(|error| SetupError::file("cannot make the folder", folder, error))?;
+            .map_err(|error| SetupError::file("failed to create the folder", folder, error))?;
         let mut name = target.file_name().unwrap_or_default().to_owned();
         name.push(".ifnewer-new");
         let temporary = target.with_file_name(name);
         let written = write_new(&temporary, bytes, owner).and_then(|()| fs::rename(&temporary, &target));
         if let Err(error) = written {
             let _ = fs::remove_file(&temporary);
-            return Err(SetupError::file("cannot write", &target, error));
+            return Err(SetupError::file("failed to write", &target, error));
         }
         sync(folder)
     }
@@ -112,7 +112,7 @@ impl RootFs {
         match fs::remove_file(&target) {
             Ok(()) => sync(target.parent().unwrap_or(&self.0)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(SetupError::file("cannot remove", &target, error)),
+            Err(error) => Err(SetupError::file("failed to remove", &target, error)),
         }
     }
 
@@ -141,14 +141,14 @@ impl FileSource for RootFs {
         let target = self.target(path)?;
         let read = fs::metadata(&target).and_then(|metadata| {
             if metadata.len() > FILE_BYTES_MAX {
-                return Err(io::Error::other("it is far too long for a configuration"));
+                return Err(io::Error::other("the file is too large for a configuration"));
             }
             fs::read(&target)
         });
         match read {
             Ok(bytes) => Ok(Some(bytes)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(SetupError::file("cannot read", &target, error)),
+            Err(error) => Err(SetupError::file("failed to read", &target, error)),
         }
     }
 
@@ -157,11 +157,11 @@ impl FileSource for RootFs {
         let entries = match fs::read_dir(&full_path) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(SetupError::file("cannot read", &full_path, error)),
+            Err(error) => return Err(SetupError::file("failed to read", &full_path, error)),
         };
         let mut found = Vec::new();
         for entry in entries {
-            let entry = entry.map_err(|error| SetupError::file("cannot read", &full_path, error))?;
+            let entry = entry.map_err(|error| SetupError::file("failed to read", &full_path, error))?;
             if entry.path().is_file() {
                 found.push(folder.join(entry.file_name()));
             }
@@ -201,5 +201,5 @@ fn write_new(path: &Path, bytes: &[u8], owner: Option<Owner>) -> io::Result<()> 
 fn sync(folder: &Path) -> Result<(), SetupError> {
     File::open(folder)
         .and_then(|folder| folder.sync_all())
-        .map_err(|error| SetupError::file("cannot sync", folder, error))
+        .map_err(|error| SetupError::file("failed to sync", folder, error))
 }

@@ -122,7 +122,7 @@ impl<'a> BackupDir<'a> {
             .recursive(true)
             .mode(0o700)
             .create(&folder)
-            .map_err(|error| SetupError::file("cannot make the folder", &folder, error))?;
+            .map_err(|error| SetupError::file("failed to create the folder", &folder, error))?;
         let path = folder.join("LOCK");
         let file = OpenOptions::new()
             .write(true)
@@ -130,11 +130,11 @@ impl<'a> BackupDir<'a> {
             .truncate(false)
             .mode(OWNER_ONLY)
             .open(&path)
-            .map_err(|error| SetupError::file("cannot open", &path, error))?;
+            .map_err(|error| SetupError::file("failed to open", &path, error))?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(file),
             Err(rustix::io::Errno::WOULDBLOCK) => Err(SetupError::Locked { path }),
-            Err(errno) => Err(SetupError::file("cannot lock", &path, errno.into())),
+            Err(errno) => Err(SetupError::file("failed to lock", &path, errno.into())),
         }
     }
 
@@ -150,7 +150,7 @@ impl<'a> BackupDir<'a> {
         let record: UndoRecord = serde_json::from_slice(&bytes).map_err(|error| wrong(error.to_string()))?;
         match record.version {
             1 => Ok(Some(record)),
-            other => Err(wrong(format!("version {other} is not known to this ifnewer"))),
+            other => Err(wrong(format!("version {other} is not supported by this ifnewer"))),
         }
     }
 

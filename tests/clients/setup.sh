@@ -94,7 +94,7 @@ applied_and_undone() {
   cmp "$file" "$scratch/before" || fail "showing has changed the file"
   ifnewer_ setup docker --apply "$@" >"$scratch/said"
   cat "$scratch/said"
-  grep -q 'told dockerd' "$scratch/said" || fail "dockerd was not told"
+  grep -q 'reloaded dockerd' "$scratch/said" || fail "dockerd was not told"
   wait_for dockerd 10 uses_mirror "$url"
   [[ $(ifnewer_ setup docker --apply "$@") == "nothing to do"* ]] || fail "the second time is not said to change nothing"
   ifnewer_ doctor --canary demo || fail "doctor is not green"

@@ -122,7 +122,7 @@ try {
   });
   await test("it has four numbers, two plots, how each upstream does, and the CA to download", {}, async (tab) => {
     await tab.goto(page);
-    for (const number of ["Byte hit ratio", "Bytes saved", "Served while silent", "Quota left"])
+    for (const number of ["Byte hit ratio", "Bytes saved", "Served stale", "Quota left"])
       assert.equal(await tab.locator("dt").getByText(number, { exact: false }).count() > 0, true, number);
     assert.equal(await tab.locator("svg[role=img]").count() >= 2, true, "two plots");
     await tab.locator("#upstreams").getByText("last asked").first().waitFor();

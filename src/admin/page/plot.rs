@@ -23,7 +23,7 @@ fn figure(name: &str, points: &[Point]) -> Markup {
     let pulls: u64 = points.iter().map(|point| point.counted.pulls).sum();
     let stale: u64 = points.iter().map(|point| point.counted.served_stale).sum();
     let words = format!(
-        "{name}: {pulls} pulls, {} sent to clients, {} fetched from upstreams, {stale} served while silent",
+        "{name}: {pulls} pulls, {} sent to clients, {} fetched from upstreams, {stale} served stale",
         bytes(sent),
         bytes(fetched)
     );
@@ -31,10 +31,10 @@ fn figure(name: &str, points: &[Point]) -> Markup {
         figure {
             figcaption {
                 strong { (name) }
-                span.dim { (pulls) " pulls · " (bytes(sent)) " sent · " (bytes(fetched)) " fetched" @if stale > 0 { " · " (stale) " while silent" } }
+                span.dim { (pulls) " pulls · " (bytes(sent)) " sent · " (bytes(fetched)) " fetched" @if stale > 0 { " · " (stale) " stale" } }
             }
             (drawing(points, &words))
-            p.legend aria-hidden="true" { span.key.cache { "from the cache" } span.key.fetch { "from upstreams" } span.key.silent { "pulls while silent" } }
+            p.legend aria-hidden="true" { span.key.cache { "from the cache" } span.key.fetch { "from upstreams" } span.key.stale { "pulls served stale" } }
         }
     }
 }
@@ -58,13 +58,13 @@ fn drawing(points: &[Point], words: &str) -> Markup {
     html! {
         svg viewBox=(format!("0 0 {} {}", step * count, HEIGHT + 10)) role="img" aria-label=(words) preserveAspectRatio="none" {
             line.axis x1="0" y1=(HEIGHT + 9) x2=(step * count) y2=(HEIGHT + 9) {}
-            @for (place, point) in (0_u64..).zip(points) {
+            @for (index, point) in (0_u64..).zip(points) {
                 @let fetched = tall(point.counted.fetched_bytes);
                 @let sent = tall(point.counted.sent_bytes).max(fetched);
-                @let x = place * step;
+                @let x = index * step;
                 @if sent > fetched { rect.cache x=(x) y=(HEIGHT + 8 - sent) width=(step - 1) height=(sent - fetched) rx="1" {} }
                 @if fetched > 0 { rect.fetch x=(x) y=(HEIGHT + 8 - fetched) width=(step - 1) height=(fetched) rx="1" {} }
-                @if point.counted.served_stale > 0 { rect.silent x=(x) y="0" width=(step - 1) height="5" rx="1" {} }
+                @if point.counted.served_stale > 0 { rect.stale x=(x) y="0" width=(step - 1) height="5" rx="1" {} }
             }
         }
     }

@@ -27,9 +27,9 @@ pub(super) fn header(status: &Status, secret: &str) -> Markup {
                 form.switch method="post" action="/act" {
                     input type="hidden" name="secret" value=(secret);
                     @if status.offline {
-                        button.warm name="deed" value="online" { "Go online" }
+                        button.warm name="action" value="online" { "Go online" }
                     } @else {
-                        button.quiet name="deed" value="offline" title="Send no upstream requests; serve cached images" { "Go offline" }
+                        button.quiet name="action" value="offline" title="Send no upstream requests; serve cached images" { "Go offline" }
                     }
                 }
             }
@@ -71,14 +71,14 @@ pub(super) fn numbers(status: &Status) -> Markup {
                     dd.note { "of " (bytes(*sent_bytes)) " sent since the start" }
                 }
                 div {
-                    dt { "Served while silent" }
+                    dt { "Served stale" }
                     dd { (served_stale) }
                     dd.note { "of " (pulls) " pulls since the start" }
                 }
                 div { (quota(status.quota.as_ref())) }
             }
             p.store {
-                "Holding " strong { (bytes(status.store.bytes)) } " of " (bytes(status.store.size)) " in "
+                "Cached: " strong { (bytes(status.store.bytes)) } " of " (bytes(status.store.size)) " in "
                 (status.store.tags) " tags, " (status.store.manifests) " manifests and " (status.store.blobs) " blobs."
                 " " meter min="0" max=(status.store.size) value=(status.store.bytes) aria-label="Store used" {}
             }
@@ -101,7 +101,7 @@ fn quota(quota: Option<&Quota>) -> Markup {
                     ", " (ago(quota.seconds_ago))
                 }
             }
-            None => { dd { "–" } dd.note { "no upstream has told of one" } }
+            None => { dd { "–" } dd.note { "no upstream has reported a quota" } }
         }
     }
 }
@@ -152,21 +152,21 @@ pub(super) fn transfers(transfers: &[TransferView], pulls: &[PullView]) -> Marku
 fn pulled(pull: &PullView) -> Markup {
     let all: u64 = pull.layers.iter().filter_map(|layer| layer.size).sum();
     let received: u64 = pull.layers.iter().map(|layer| layer.received).sum();
-    let held = pull
+    let cached = pull
         .layers
         .iter()
         .filter(|layer| layer.state == LayerState::Cached)
         .count();
     html! {
-        span.name { (breaking(&pull.image)) }
+        span.name { (wrappable(&pull.image)) }
         @match pull.state {
-            State::Waiting => { progress aria-label="Pulled" {} span.fact { "waiting for its turn" } }
+            State::Waiting => { progress aria-label="Pulled" {} span.fact { "queued" } }
             State::Fetching => {
                 @if all > 0 { progress max=(all) value=(received) aria-label="Pulled" {} } @else { progress aria-label="Pulled" {} }
                 span.fact { (bytes(received)) " of " (bytes(all)) }
             }
-            State::Done => { span.good { "pulled" } span.fact { (pull.layers.len()) " layers, " (held) " already cached" } }
-            State::Failed => { span.bad { "failed" } span.fact { (pull.error.as_deref().unwrap_or("the log says why")) } }
+            State::Done => { span.good { "pulled" } span.fact { (pull.layers.len()) " layers, " (cached) " already cached" } }
+            State::Failed => { span.bad { "failed" } span.fact { (pull.error.as_deref().unwrap_or("see the log")) } }
         }
     }
 }
@@ -184,16 +184,16 @@ pub(super) fn decisions(events: &[Event], shown: &PageQuery) -> Markup {
             }
             div #decisions-list data-live {
                 @if events.is_empty() {
-                    p.empty { "Nothing has been pulled yet. " a href="#setup" { "Tell your client about this cache" } "." }
+                    p.empty { "Nothing has been pulled yet. " a href="#setup" { "Set up a client" } "." }
                 } @else {
                     table {
-                        thead { tr { th scope="col" { "When" } th scope="col" { "Image" } th scope="col" { "What, and why" } th.wide scope="col" { "Client" } th.end scope="col" { "Time" } } }
+                        thead { tr { th scope="col" { "When" } th scope="col" { "Image" } th scope="col" { "Result and reason" } th.wide scope="col" { "Client" } th.end scope="col" { "Time" } } }
                         tbody {
                             @for event in events {
                                 tr {
                                     td.when data-label="When" { time datetime=(event.time) title=(event.time) { (clock(&event.time)) } }
                                     td data-label="Image" { (image_name(&event.upstream, &event.image)) }
-                                    td data-label="What, and why" {
+                                    td data-label="Result and reason" {
                                         span class=(format!("mark {}", event.result)) { (event.result) } " "
                                         (event.sentence)
                                     }
@@ -219,8 +219,7 @@ fn program(agent: &str) -> &str {
     agent.split(' ').next().unwrap_or(agent)
 }
 
-/// A digest shortened, for it is never read in full.
-/// The name of an image with its digest cut short.
+/// The name of an image, with a shortened digest.
 fn image_name(upstream: &str, image: &str) -> Markup {
     let (name, digest) = match image.split_once('@') {
         Some((name, digest)) => (name, Some(short_digest(digest))),
@@ -228,21 +227,21 @@ fn image_name(upstream: &str, image: &str) -> Markup {
     };
     html! {
         span.image {
-            span.upstream { (breaking(upstream)) "/" } wbr; (breaking(name))
+            span.upstream { (wrappable(upstream)) "/" } wbr; (wrappable(name))
             @if let Some(digest) = digest { wbr; span.dim { "@" (digest) } }
         }
     }
 }
 
 /// A name that wraps after `/` and before `:` and `@` only.
-fn breaking(name: &str) -> Markup {
+fn wrappable(name: &str) -> Markup {
     let parts = name.split_inclusive('/').map(|part| {
         let at = part.find([':', '@']).unwrap_or(part.len());
         part.split_at(at)
     });
     html! {
-        @for (place, (word, rest)) in parts.enumerate() {
-            @if place > 0 { wbr; }
+        @for (index, (word, rest)) in parts.enumerate() {
+            @if index > 0 { wbr; }
             (word)
             @if !rest.is_empty() { wbr; (rest) }
         }
@@ -267,8 +266,8 @@ pub(super) fn images(
             }
             form.act method="post" action="/act" {
                 input type="hidden" name="secret" value=(secret);
-                label { "Pull ahead" input type="text" name="image" placeholder="docker.io/library/alpine:3.20" required; }
-                button name="deed" value="pull" { "Pull" }
+                label { "Pull in advance" input type="text" name="image" placeholder="docker.io/library/alpine:3.20" required; }
+                button name="action" value="pull" { "Pull" }
             }
             div #images-list data-live {
                 @if images.is_empty() {
@@ -289,7 +288,7 @@ fn row(image: &Image, secret: &str) -> Markup {
     html! {
         tr {
             td data-label="Image" {
-                span.image { span.upstream { (breaking(&image.upstream)) "/" } wbr; (breaking(&image.repository)) wbr; ":" strong { (image.tag) } }
+                span.image { span.upstream { (wrappable(&image.upstream)) "/" } wbr; (wrappable(&image.repository)) wbr; ":" strong { (image.tag) } }
                 div.dim {
                     code title=(image.digest) { (short_digest(&image.digest)) }
                     @for platform in &image.platforms { " · " (platform) }
@@ -300,7 +299,7 @@ fn row(image: &Image, secret: &str) -> Markup {
                 @if image.fresh_until.is_some() { " " span.mark.local { "fresh" } }
                 @if image.pinned { " " span.mark.local { "pinned" } }
             }
-            td.end data-label="Size" { (bytes(image.bytes)) div.dim { (bytes(image.unique_bytes)) " its own" } }
+            td.end data-label="Size" { (bytes(image.bytes)) div.dim { (bytes(image.unique_bytes)) " unshared" } }
             td.wide data-label="Confirmed" {
                 @match (&image.confirmed_at, image.confirmed_seconds_ago) {
                     (Some(at), Some(seconds)) => time datetime=(at) title=(at) { (ago(seconds)) },
@@ -308,16 +307,16 @@ fn row(image: &Image, secret: &str) -> Markup {
                 }
             }
             td.wide data-label="Policy" { (image.policy) div.dim { (image.rule) } }
-            td.deeds {
+            td.actions {
                 form method="post" action="/act" {
                     input type="hidden" name="secret" value=(secret);
                     input type="hidden" name="image" value=(image.name);
-                    button.quiet name="deed" value="refresh" aria-label=(format!("Refresh {}", image.name)) { "Refresh" }
+                    button.quiet name="action" value="refresh" aria-label=(format!("Refresh {}", image.name)) { "Refresh" }
                     " "
                     @if image.pinned {
-                        button.quiet name="deed" value="unpin" aria-label=(format!("Unpin {}", image.name)) { "Unpin" }
+                        button.quiet name="action" value="unpin" aria-label=(format!("Unpin {}", image.name)) { "Unpin" }
                     } @else {
-                        button.quiet name="deed" value="pin" aria-label=(format!("Pin {}", image.name)) { "Pin" }
+                        button.quiet name="action" value="pin" aria-label=(format!("Pin {}", image.name)) { "Pin" }
                     }
                 }
                 form method="get" action="/" {
@@ -339,15 +338,15 @@ fn pages(shown: &PageQuery, limit: usize, total: usize) -> Markup {
     html! {
         @if total > limit {
             p.pages {
-                @if shown.from > 0 { (page(shown.from.saturating_sub(limit), "Before")) " " }
+                @if shown.from > 0 { (page(shown.from.saturating_sub(limit), "Previous")) " " }
                 (shown.from + 1) "–" ((shown.from + limit).min(total)) " of " (total) " "
-                @if shown.from + limit < total { (page(shown.from + limit, "Further")) }
+                @if shown.from + limit < total { (page(shown.from + limit, "Next")) }
             }
         }
     }
 }
 
-/// For a query.
+/// Percent-encodes a query value.
 fn escaped(text: &str) -> String {
     let plain = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_' | b'/' | b':');
     text.bytes()
@@ -364,18 +363,18 @@ fn escaped(text: &str) -> String {
 pub(super) fn confirm(trial: &RemovalPreview, secret: &str) -> Markup {
     html! {
         section.confirm role="alertdialog" aria-labelledby="confirm-title" aria-describedby="confirm-text" {
-            h2 #confirm-title { "Remove " (breaking(&trial.image)) "?" }
+            h2 #confirm-title { "Remove " (wrappable(&trial.image)) "?" }
             p #confirm-text {
                 @if trial.tags == 0 { "It is not cached." } @else {
-                    "This frees " strong { (bytes(trial.bytes)) } " in " (trial.blobs) " blobs that nothing else needs. "
+                    "This frees " strong { (bytes(trial.bytes)) } " in " (trial.blobs) " blobs that no other image uses. "
                     "The next pull fetches it again."
                 }
             }
             form method="post" action="/act" {
                 input type="hidden" name="secret" value=(secret);
                 input type="hidden" name="image" value=(trial.image);
-                @if trial.tags > 0 { button.warm name="deed" value="remove" autofocus { "Remove" } }
-                a.button.quiet href="/#images" { "Keep it" }
+                @if trial.tags > 0 { button.warm name="action" value="remove" autofocus { "Remove" } }
+                a.button.quiet href="/#images" { "Cancel" }
             }
         }
     }
@@ -392,7 +391,7 @@ pub(super) fn clients(seen: &[ClientView]) -> Markup {
                         li {
                             div {
                                 strong { (client.kind) } " on " (client.address)
-                                div.dim title=(client.agent) { (program(&client.agent)) @if let Some(image) = &client.last_image { ", last " (breaking(image)) } }
+                                div.dim title=(client.agent) { (program(&client.agent)) @if let Some(image) = &client.last_image { ", last " (wrappable(image)) } }
                             }
                             div.end { (ago(client.seconds_ago)) div.dim { (client.pulls) " pulls" } }
                         }

@@ -48,29 +48,29 @@ pub(super) fn section(address: &str, has_own_ca: bool) -> Markup {
         section #setup aria-labelledby="setup-title" {
             h2 #setup-title { "Set up a client" }
             p.dim {
-                "On this machine, " code { "ifnewer setup docker --apply" } " does it (also containerd, podman, buildkit, gitlab-runner, dind), and "
-                code { "ifnewer doctor" } " proves that it is used. By hand:"
+                "On this machine, " code { "ifnewer setup docker --apply" } " configures Docker (or containerd, k3s, podman, buildkit, gitlab-runner, dind), and "
+                code { "ifnewer doctor" } " checks that the cache is used. By hand:"
             }
-            (snippet("Docker", "/etc/docker/daemon.json, then: systemctl reload docker. Docker mirrors Docker Hub only.", &format!("{{ \"registry-mirrors\": [\"{url}\"] }}"), true))
-            (snippet("containerd, Kubernetes", "/etc/containerd/certs.d/_default/hosts.toml; every registry, and no restart where config_path names certs.d. From containerd 2.2 on add \"referrers\" to the capabilities.", &format!("[host.\"{url}\"]\n  capabilities = [\"pull\", \"resolve\"]{ca}"), false))
-            (snippet("Podman, CRI-O, Skopeo", "/etc/containers/registries.conf.d/ifnewer.conf; one such block for each registry.", &format!("[[registry]]\nprefix = \"docker.io\"\nlocation = \"docker.io\"\n[[registry.mirror]]\nlocation = \"{address}/docker.io\"{insecure}"), false))
-            (snippet("GitLab Runner with Docker in Docker", "in config.toml of the runner: the nested daemon does not inherit the mirror of its host.", &format!("[[runners.docker.services]]\n  name = \"docker:dind\"\n  command = [\"--registry-mirror\", \"{url}\"]"), false))
-            (snippet("Anything else", "the first component names the registry.", &format!("docker pull {address}/ghcr.io/org/image:tag"), false))
+            (snippet("Docker", "/etc/docker/daemon.json, then: systemctl reload docker. Docker mirrors only Docker Hub.", &format!("{{ \"registry-mirrors\": [\"{url}\"] }}"), true))
+            (snippet("containerd, Kubernetes", "/etc/containerd/certs.d/_default/hosts.toml; for every registry, without a restart if config_path names certs.d. For containerd 2.2 and newer, add \"referrers\" to the capabilities.", &format!("[host.\"{url}\"]\n  capabilities = [\"pull\", \"resolve\"]{ca}"), false))
+            (snippet("Podman, CRI-O, Skopeo", "/etc/containers/registries.conf.d/ifnewer.conf; one block for each registry.", &format!("[[registry]]\nprefix = \"docker.io\"\nlocation = \"docker.io\"\n[[registry.mirror]]\nlocation = \"{address}/docker.io\"{insecure}"), false))
+            (snippet("GitLab Runner with Docker in Docker", "in config.toml of the runner, because the nested daemon does not inherit the mirror of its host.", &format!("[[runners.docker.services]]\n  name = \"docker:dind\"\n  command = [\"--registry-mirror\", \"{url}\"]"), false))
+            (snippet("Other clients", "the first path component names the registry.", &format!("docker pull {address}/ghcr.io/org/image:tag"), false))
             @if has_own_ca {
                 p {
                     "For TLS without a warning: " a.button.quiet href="/ca.pem" download { "Download the CA" }
-                    " and trust it: " code { "ifnewer ca install" } ", or put it into /usr/local/share/ca-certificates and run update-ca-certificates."
+                    " and install it with " code { "ifnewer ca install" } ", or copy it to /usr/local/share/ca-certificates and run update-ca-certificates."
                 }
             }
         }
     }
 }
 
-fn snippet(name: &str, place: &str, text: &str, is_open: bool) -> Markup {
+fn snippet(name: &str, location: &str, text: &str, is_open: bool) -> Markup {
     html! {
         details open[is_open] {
             summary { (name) }
-            p.dim { (place) }
+            p.dim { (location) }
             pre tabindex="0" { code { (text) } }
         }
     }

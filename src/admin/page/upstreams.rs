@@ -9,7 +9,6 @@ use super::super::format::duration;
 use super::ago;
 
 /// State of each upstream.
-///
 pub(super) fn section(listed: &Value) -> Markup {
     let upstreams = listed.get("upstreams").and_then(Value::as_array);
     let text = |value: &Value, name: &str| {
@@ -30,13 +29,13 @@ pub(super) fn section(listed: &Value) -> Markup {
             h2 #upstreams-title { "Upstreams" }
             ul.rows #upstreams-list data-live {
                 @for upstream in upstreams.into_iter().flatten() {
-                    @let silent = upstream.get("unavailable").filter(|silent| !silent.is_null());
+                    @let unavailable = upstream.get("unavailable").filter(|failure| !failure.is_null());
                     @let last = upstream.get("last_failure").filter(|last| !last.is_null());
                     li {
                         div {
                             strong { (text(upstream, "name")) }
                             @if let Some(head) = upstream.get("last_head").filter(|head| head.is_object()) {
-                                div.dim { "last asked " (ago(number(head, "seconds_ago"))) ": " (number(head, "ms")) " ms, as " (text(upstream, "identity")) }
+                                div.dim { "last request " (ago(number(head, "seconds_ago"))) ": " (number(head, "ms")) " ms, as " (text(upstream, "identity")) }
                             }
                             @for limit in upstream.get("rate_limits").and_then(Value::as_array).into_iter().flatten() {
                                 @if let Some(left) = limit.get("remaining").and_then(Value::as_u64) {
@@ -49,22 +48,22 @@ pub(super) fn section(listed: &Value) -> Markup {
                                 }
                             }
                             @for quirk in upstream.get("quirks").and_then(Value::as_array).into_iter().flatten() {
-                                @if let Some(quirk) = quirk.as_str() { div.dim { "its own way: " (quirk) } }
+                                @if let Some(quirk) = quirk.as_str() { div.dim { "quirk: " (quirk) } }
                             }
                         }
                         div.end {
-                            @match (silent, last) {
-                                (Some(silent), _) => {
-                                    span.mark.stale { "silent" }
-                                    div.dim { (text(silent, "cause")) ", for " (duration(Duration::from_secs(seconds(silent)))) }
-                                    @if let Some(detail) = silent.get("detail").and_then(Value::as_str) { div.dim { (detail) } }
+                            @match (unavailable, last) {
+                                (Some(failure), _) => {
+                                    span.mark.stale { "unavailable" }
+                                    div.dim { (text(failure, "cause")) ", for " (duration(Duration::from_secs(seconds(failure)))) }
+                                    @if let Some(detail) = failure.get("detail").and_then(Value::as_str) { div.dim { (detail) } }
                                 }
                                 (None, Some(last)) => {
-                                    span.mark.hit { "answers" }
-                                    div.dim { "last silent " (ago(seconds(last))) ": " (text(last, "cause")) }
+                                    span.mark.hit { "available" }
+                                    div.dim { "last failure " (ago(seconds(last))) ": " (text(last, "cause")) }
                                     @if let Some(detail) = last.get("detail").and_then(Value::as_str) { div.dim { (detail) } }
                                 }
-                                (None, None) => { span.mark.local { "no trouble" } }
+                                (None, None) => { span.mark.local { "no failures" } }
                             }
                         }
                     }

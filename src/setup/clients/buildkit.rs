@@ -43,7 +43,7 @@ pub(in crate::setup) fn plan(endpoint: &CacheEndpoint, files: &dyn FileSource) -
     }
     plan.file(path, text.into_bytes());
     plan.by_hand(format!(
-        "restart buildkitd; for a builder of buildx, make it anew: docker buildx create --driver-opt network=host \
+        "restart buildkitd; recreate a builder of buildx: docker buildx create --driver-opt network=host \
          --buildkitd-config {CONFIG}"
     ));
     plan.notes.extend(endpoint.warnings.iter().cloned());
@@ -64,16 +64,16 @@ fn with(path: &Path, text: &Text, name: &str, (key, value): (&str, &Value)) -> R
         )
     };
     let root = edit_toml::read(path, text)?;
-    let held = edit_toml::table(&root, &["registry", name]).and_then(|table: &Table| table.get(key));
-    match held {
-        Some(held) if held == value || names(held, value) => Ok(text.clone()),
-        Some(held) => Err(conflict(
-            format!("[registry.\"{name}\"] already has {key} = {held}"),
+    let current = edit_toml::table(&root, &["registry", name]).and_then(|table: &Table| table.get(key));
+    match current {
+        Some(current) if current == value || names(current, value) => Ok(text.clone()),
+        Some(current) => Err(conflict(
+            format!("[registry.\"{name}\"] already has {key} = {current}"),
             by_hand(),
         )),
         None => edit_toml::set(text, &["registry", name], key, value).ok_or_else(|| {
             conflict(
-                "it is written in a way that cannot be added to by machine".to_owned(),
+                "the TOML layout does not permit an automatic edit".to_owned(),
                 by_hand(),
             )
         }),
@@ -81,9 +81,9 @@ fn with(path: &Path, text: &Text, name: &str, (key, value): (&str, &Value)) -> R
 }
 
 /// Whether a list begins with the elements of another.
-fn names(held: &Value, wanted: &Value) -> bool {
-    match (held.as_array(), wanted.as_array()) {
-        (Some(held), Some(wanted)) => held.starts_with(wanted),
+fn names(current: &Value, desired: &Value) -> bool {
+    match (current.as_array(), desired.as_array()) {
+        (Some(current), Some(desired)) => current.starts_with(desired),
         _ => false,
     }
 }

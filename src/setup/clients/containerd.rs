@@ -69,13 +69,13 @@ pub(in crate::setup) fn plan(
     let (edited, hosts) = config_path(config, &text)?;
     if edited != text {
         plan.by_hand(
-            "restart containerd once, for `config_path`: systemctl restart containerd. Later changes of \
-                      hosts.toml need none",
+            "restart containerd once, because it reads `config_path` at its start: systemctl restart containerd. \
+                      Later changes of hosts.toml need no restart",
         );
         if text.body.contains(HOSTS_BY_DEFAULT) {
             plan.note(
-                "config_path named two folders, of which containerd 2.2.0 reads neither; certificates in \
-                 /etc/docker/certs.d are not read any more",
+                "config_path named two folders, and containerd 2.2.0 reads neither; certificates in \
+                 /etc/docker/certs.d are no longer read",
             );
         }
     }
@@ -90,11 +90,11 @@ pub(in crate::setup) fn plan(
         let edited = host.in_file(&path, &text, upstream, force)?;
         plan.file(path, edited.into_bytes());
     }
-    plan.note("ctr does not read config_path: give it --hosts-dir. nerdctl and the kubelet do");
+    plan.note("ctr ignores config_path and needs --hosts-dir; nerdctl and the kubelet read it");
     if release.is_none() {
         plan.note(
-            "which containerd this is could not be found out; where it is 2.2 or newer, \
-             add \"referrers\" to `capabilities`, or questions about signatures go past the cache",
+            "the release of containerd is unknown; for 2.2 or newer, add \"referrers\" to `capabilities`. \
+             Otherwise requests for signatures bypass the cache",
         );
     }
     plan.notes.extend(endpoint.warnings.iter().cloned());
@@ -125,8 +125,8 @@ fn config_path(path: &Path, text: &Text) -> Result<(Text, PathBuf), SetupError> 
                 format!("version {version}")
             });
             return Err(conflict(
-                format!("it has {version}; hosts.toml is known in versions 2, 3 and 4"),
-                "Bring it up to date first: containerd config migrate",
+                format!("has {version}; hosts.toml is supported in versions 2, 3 and 4"),
+                "Migrate it first: containerd config migrate",
             ));
         }
     };
@@ -138,8 +138,7 @@ fn config_path(path: &Path, text: &Text) -> Result<(Text, PathBuf), SetupError> 
     };
     if is_used("mirrors") || is_used("configs") {
         return Err(conflict(
-            "it has registry.mirrors or registry.configs, beside which containerd refuses config_path"
-                .to_owned(),
+            "has registry.mirrors or registry.configs, with which containerd rejects config_path".to_owned(),
             "Move them into hosts.toml files first; containerd's docs/hosts.md says how.",
         ));
     }
@@ -152,25 +151,25 @@ fn config_path(path: &Path, text: &Text) -> Result<(Text, PathBuf), SetupError> 
         Some(Some(folders)) if folders.contains(':') => {
             return Err(conflict(
                 format!(
-                    "config_path names several folders ({folders}), of which containerd 2.2.0 reads none"
+                    "config_path names several folders ({folders}), and containerd 2.2.0 reads none of them"
                 ),
-                "Leave one of them, an absolute path.",
+                "Keep one of them, an absolute path.",
             ));
         }
         Some(Some(folder)) if folder.starts_with('/') => return Ok((text.clone(), PathBuf::from(folder))),
         Some(other) => {
             return Err(conflict(
-                format!("config_path is {}", other.unwrap_or("no text")),
-                "Make it one absolute path.",
+                format!("config_path is {}", other.unwrap_or("not a string")),
+                "Set it to one absolute path.",
             ));
         }
         None => edit_toml::set(text, section, "config_path", &hosts),
     };
     let edited = edited.ok_or_else(|| {
         conflict(
-            "it is written in a way that cannot be edited by machine".to_owned(),
+            "the TOML layout does not permit an automatic edit".to_owned(),
             &format!(
-                "Write by hand: {}  config_path = \"{HOSTS}\"",
+                "Add by hand: {}  config_path = \"{HOSTS}\"",
                 edit_toml::header(section)
             ),
         )
@@ -240,19 +239,19 @@ impl Host {
         };
         let by_hand = || {
             let settings = self.settings.to_string().trim_end().replace('\n', ", ");
-            format!("It should say: {header} with {settings}")
+            format!("Add by hand: {header} with {settings}")
         };
         let hosts = match root.get("host") {
             None => None,
             Some(Value::Table(hosts)) => Some(hosts),
-            Some(_) => return Err(conflict("`host` is not a section", "Mend it first.".to_owned())),
+            Some(_) => {
+                return Err(conflict(
+                    "`host` is not a section",
+                    "Correct the file first.".to_owned(),
+                ));
+            }
         };
-        let unedited = || {
-            conflict(
-                "it is written in a way that cannot be edited by machine",
-                by_hand(),
-            )
-        };
+        let unedited = || conflict("the TOML layout does not permit an automatic edit", by_hand());
         match hosts.and_then(|hosts| hosts.get(&self.url)).map(Value::as_table) {
             None => {}
             Some(Some(held)) if *held == self.settings => return Ok(text.clone()),
@@ -262,7 +261,7 @@ impl Host {
             }
             Some(_) => {
                 return Err(conflict(
-                    &format!("{header} is there with other settings"),
+                    &format!("already has {header} with other settings"),
                     by_hand(),
                 ));
             }
@@ -271,9 +270,9 @@ impl Host {
         let others: Vec<&str> = others.map(String::as_str).collect();
         if !others.is_empty() && !force {
             return Err(conflict(
-                &format!("it already names {}", others.join(", ")),
+                &format!("already names {}", others.join(", ")),
                 format!(
-                    "With --force, {} goes before it and it stays as the next one to be tried.",
+                    "Use --force to put {} before it; it is then tried next.",
                     self.url
                 ),
             ));

@@ -26,8 +26,8 @@ pub(in crate::setup) fn plan(
     let text = Text::read(path, files.read(path)?)?;
     plan.file(path, daemon(path, &text, endpoint, force)?.into_bytes());
     authority(&mut plan, endpoint, "/etc/docker");
-    plan.note("Docker mirrors Docker Hub only; for other registries: `ifnewer setup docker --proxy`, or the image name \
-               with the cache in front (docs/clients.md)");
+    plan.note("Docker mirrors only Docker Hub; for other registries use `ifnewer setup docker --proxy`, or image names \
+               that begin with the address of the cache (docs/clients.md)");
     plan.notes.extend(endpoint.warnings.iter().cloned());
     Ok(plan)
 }
@@ -44,7 +44,7 @@ pub(in crate::setup) fn plan_inside(
         .collect();
     let mounts = mounts.join(" ");
     plan.by_hand(format!(
-        "start each inner daemon with the files mounted: docker run --privileged {mounts} docker:dind"
+        "start each inner daemon with these mounts: docker run --privileged {mounts} docker:dind"
     ));
     if endpoint.ca.is_none() {
         plan.by_hand(format!(
@@ -101,7 +101,7 @@ fn daemon(path: &Path, text: &Text, endpoint: &CacheEndpoint, force: bool) -> Re
         return Err(SetupError::Conflict {
             path: path.to_owned(),
             what: format!("\"{MIRRORS}\" is {source}, not a list of URLs"),
-            remedy: "Mend it first.".to_owned(),
+            remedy: "Correct the file first.".to_owned(),
         });
     };
     let mirrors: Vec<String> = mirrors;
@@ -116,7 +116,7 @@ fn daemon(path: &Path, text: &Text, endpoint: &CacheEndpoint, force: bool) -> Re
             path: path.to_owned(),
             what: format!("\"{MIRRORS}\" already names {}", mirrors.join(", ")),
             remedy: format!(
-                "With --force, {} goes before it and it stays as the next one to be tried.",
+                "Use --force to put {} before it; it is then tried next.",
                 endpoint.url()
             ),
         });

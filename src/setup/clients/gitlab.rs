@@ -23,17 +23,17 @@ pub(in crate::setup) fn plan(endpoint: &CacheEndpoint, files: &dyn FileSource) -
         None => {
             let list: Vec<String> = mounts.iter().map(|mount| format!("{mount:?}")).collect();
             plan.by_hand(format!(
-                "{CONFIG} is not here; where the runner is, write into each [runners.docker]: volumes = [\"/cache\", {}]",
+                "{CONFIG} does not exist here; on the host of the runner, add to each [runners.docker]: volumes = [\"/cache\", {}]",
                 list.join(", ")
             ));
         }
         Some(bytes) => {
             let text = Text::read(path, Some(bytes))?;
             plan.file(path, with_mounts(path, &text, &mounts)?.into_bytes());
-            plan.note("GitLab Runner reads its config.toml again by itself");
+            plan.note("GitLab Runner reloads its config.toml automatically");
         }
     }
-    plan.note("the images of the jobs themselves are pulled by this host's daemon: ifnewer setup docker");
+    plan.note("this host's daemon pulls the images of the jobs; run ifnewer setup docker for it");
     Ok(plan)
 }
 
@@ -58,12 +58,12 @@ fn with_mounts(path: &Path, text: &Text, mounts: &[String]) -> Result<Text, Setu
         }
         is_docker = true;
         edited = with_volumes(&edited, position, mounts)
-            .ok_or_else(|| by_hand("it is written in a way that cannot be added to by machine"))?;
+            .ok_or_else(|| by_hand("the TOML layout does not permit an automatic edit"))?;
     }
     if is_docker {
         Ok(edited)
     } else {
-        Err(by_hand("it has no [[runners]] with a docker executor"))
+        Err(by_hand("has no [[runners]] with a docker executor"))
     }
 }
 
@@ -71,12 +71,12 @@ fn with_mounts(path: &Path, text: &Text, mounts: &[String]) -> Result<Text, Setu
 fn with_volumes(text: &Text, runner: usize, mounts: &[String]) -> Option<Text> {
     let root: Table = toml::from_str(&text.body).ok()?;
     let docker = root.get("runners")?.get(runner)?.get("docker")?.as_table()?;
-    let held: Vec<Value> = match docker.get("volumes") {
+    let current: Vec<Value> = match docker.get("volumes") {
         Some(volumes) => volumes.as_array()?.clone(),
         None => Vec::new(),
     };
     let missing = mounts.iter().map(|mount| Value::String(mount.clone()));
-    let missing: Vec<Value> = missing.filter(|mount| !held.contains(mount)).collect();
+    let missing: Vec<Value> = missing.filter(|mount| !current.contains(mount)).collect();
     if missing.is_empty() {
         return Some(text.clone());
     }
@@ -86,7 +86,7 @@ fn with_volumes(text: &Text, runner: usize, mounts: &[String]) -> Option<Text> {
         .get_mut(runner)?
         .get_mut("docker")?
         .as_table_mut()?;
-    let all = held.into_iter().chain(missing.iter().cloned()).collect();
+    let all = current.into_iter().chain(missing.iter().cloned()).collect();
     table.insert("volumes".to_owned(), Value::Array(all));
 
     let list: Vec<String> = missing.iter().map(ToString::to_string).collect();

@@ -20,7 +20,7 @@ pub(in crate::setup) fn plan(endpoint: &CacheEndpoint, files: &dyn FileSource) -
     if !text.is_blank() && text.body.replace("\r\n", "\n").trim() != wanted.trim() {
         return Err(SetupError::Conflict {
             path: path.to_owned(),
-            what: "it is there and says something else; YAML is not merged by machine".to_owned(),
+            what: "exists with other content; YAML is not merged automatically".to_owned(),
             remedy: format!("Merge by hand:\n{wanted}"),
         });
     }
@@ -29,7 +29,9 @@ pub(in crate::setup) fn plan(endpoint: &CacheEndpoint, files: &dyn FileSource) -
     if let Some(authority) = &endpoint.ca {
         plan.file(AUTHORITY, authority.pem());
     }
-    plan.by_hand("restart k3s on this node: systemctl restart k3s, or k3s-agent; running pods go on");
+    plan.by_hand(
+        "restart k3s on this node: systemctl restart k3s, or k3s-agent; running pods are not affected",
+    );
     plan.notes.extend(endpoint.warnings.iter().cloned());
     Ok(plan)
 }

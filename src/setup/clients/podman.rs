@@ -41,8 +41,8 @@ pub(in crate::setup) fn plan(
         Some(held) if held != wanted.as_bytes() && !force => {
             return Err(SetupError::Conflict {
                 path: ours.to_owned(),
-                what: "it is there and says something else".to_owned(),
-                remedy: "With --force it is replaced; --undo brings it back.".to_owned(),
+                what: "exists with other content".to_owned(),
+                remedy: "Use --force to replace it; --undo restores it.".to_owned(),
             });
         }
         _ => plan.file(ours, wanted),
@@ -54,7 +54,7 @@ pub(in crate::setup) fn plan(
         );
     }
     plan.note(
-        "podman, skopeo and buildah read it at every start; a running CRI-O after: systemctl reload crio",
+        "podman, skopeo and buildah read the file at each start; reload a running CRI-O: systemctl reload crio",
     );
     plan.notes.extend(endpoint.warnings.iter().cloned());
     Ok(plan)
@@ -66,9 +66,9 @@ fn objections(path: &Path, root: &Table, endpoint: &CacheEndpoint, force: bool) 
     if root.contains_key("registries") {
         return Err(SetupError::Conflict {
             path: path.to_owned(),
-            what: "it is in version 1 of the format ([registries.…]), beside which no other file is accepted"
+            what: "uses version 1 of the format ([registries.…]), with which podman accepts no other file"
                 .to_owned(),
-            remedy: "Rewrite it in version 2 first: man containers-registries.conf".to_owned(),
+            remedy: "Convert it to version 2 first: man containers-registries.conf".to_owned(),
         });
     }
     let registries = root.get("registry").and_then(Value::as_array);
@@ -84,11 +84,11 @@ fn objections(path: &Path, root: &Table, endpoint: &CacheEndpoint, force: bool) 
             return Err(SetupError::Conflict {
                 path: path.to_owned(),
                 what: format!(
-                    "it has a [[registry]] for {prefix} already; of two, the file read last wins whole"
+                    "already has a [[registry]] for {prefix}; of two, podman uses only the one in the last file"
                 ),
                 remedy: format!(
-                    "Put our [[registry.mirror]] there (location = \"{}/{prefix}\") and disable the others, or \
-                     use --force to write {OURS} nevertheless.",
+                    "Add a [[registry.mirror]] there (location = \"{}/{prefix}\") and disable the others, or \
+                     use --force to write {OURS} anyway.",
                     endpoint.host_port()
                 ),
             });
@@ -99,7 +99,7 @@ fn objections(path: &Path, root: &Table, endpoint: &CacheEndpoint, force: bool) 
 
 fn registries(endpoint: &CacheEndpoint) -> String {
     let mut text =
-        String::from("# Written by `ifnewer setup podman`; `ifnewer setup podman --undo` takes it back.\n");
+        String::from("# Written by `ifnewer setup podman`; `ifnewer setup podman --undo` removes it.\n");
     for Registry { name, plain_http } in &endpoint.upstreams {
         let insecure = if *plain_http { "insecure = true\n" } else { "" };
         let _ = write!(

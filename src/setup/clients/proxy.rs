@@ -26,8 +26,8 @@ pub(in crate::setup) fn plan(
         Client::Buildkit => "buildkit",
         Client::Podman | Client::GitlabRunner | Client::Dind => {
             return Err(SetupError::Unsupported(format!(
-                "--proxy writes a systemd unit's drop-in, and {} is no such service; set HTTPS_PROXY={} in its \
-                 environment",
+                "--proxy writes a drop-in for a systemd unit, and {} is not a systemd service; set HTTPS_PROXY={} in \
+                 its environment",
                 client.name(),
                 url(endpoint)
             )));
@@ -43,10 +43,12 @@ pub(in crate::setup) fn plan(
     }
     let mut plan = Plan::default();
     plan.file(ours, drop_in(endpoint));
-    plan.by_hand("trust the certificate authority on this host, for the service speaks TLS with it in the place of each \
-                  registry: ifnewer ca install");
+    plan.by_hand(
+        "install the CA on this host, because the proxy issues certificates for each registry: \
+                  ifnewer ca install",
+    );
     plan.by_hand(format!(
-        "restart the service, which alone reads its environment again: systemctl daemon-reload && systemctl restart \
+        "restart the service, because it reads its environment at its start: systemctl daemon-reload && systemctl restart \
          {unit}"
     ));
     plan.notes.extend(endpoint.warnings.iter().cloned());
@@ -64,7 +66,7 @@ fn url(endpoint: &CacheEndpoint) -> String {
 fn drop_in(endpoint: &CacheEndpoint) -> String {
     let url = url(endpoint);
     format!(
-        "# Written by `ifnewer setup --proxy`; --undo takes it back.\n[Service]\nEnvironment=\"HTTPS_PROXY={url}\"\n\
+        "# Written by `ifnewer setup --proxy`; --undo removes it.\n[Service]\nEnvironment=\"HTTPS_PROXY={url}\"\n\
          Environment=\"NO_PROXY=localhost,127.0.0.0/8,::1\"\n"
     )
 }
@@ -80,7 +82,7 @@ fn objections(folder: &Path, ours: &Path, files: &dyn FileSource) -> Result<(), 
         for line in text.body.lines().map(str::trim) {
             let sets = line.starts_with("Environment") && line.to_ascii_uppercase().contains("HTTPS_PROXY=");
             if sets || line.starts_with("EnvironmentFile") {
-                return Err(another(&path, &format!("it says {}", without_password(line))));
+                return Err(another(&path, &format!("sets {}", without_password(line))));
             }
         }
     }
@@ -93,7 +95,7 @@ fn objection_of_daemon(files: &dyn FileSource) -> Result<(), SetupError> {
     match Object::read(path, &text)?.get("proxies") {
         Some(_) => Err(another(
             path,
-            "it has \"proxies\", which outweighs the environment",
+            "has \"proxies\", which takes precedence over the environment",
         )),
         None => Ok(()),
     }
@@ -103,8 +105,8 @@ fn another(path: &Path, what: &str) -> SetupError {
     SetupError::Conflict {
         path: path.to_owned(),
         what: what.to_owned(),
-        remedy: "If that is the way out of this network, give it to ifnewer (`proxy` of the upstreams) and take it away \
-                 here; --force writes ours beside it."
+        remedy: "If this network needs that proxy, set it in ifnewer (`proxy` of the upstreams) and remove it here. Use \
+                 --force to add ours nevertheless."
             .to_owned(),
     }
 }

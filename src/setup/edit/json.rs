@@ -51,7 +51,7 @@ impl<'a> Object<'a> {
                         .unwrap_or_default()
                         .matches('\n')
                         .count(),
-                    detail: format!("\"{name}\" is there twice"),
+                    detail: format!("\"{name}\" occurs twice"),
                 });
             }
         }
@@ -116,7 +116,7 @@ impl<'a> Object<'a> {
             _ => Err(SetupError::Unreadable {
                 path: self.path.to_owned(),
                 line: 1,
-                detail: format!("\"{name}\" cannot be set by machine; set it to {value} by hand"),
+                detail: format!("\"{name}\" cannot be set automatically; set it to {value} by hand"),
             }),
         }
     }

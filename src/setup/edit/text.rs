@@ -26,7 +26,7 @@ impl Text {
             SetupError::Unreadable {
                 path: path.to_owned(),
                 line,
-                detail: "it is not UTF-8 text".to_owned(),
+                detail: "not UTF-8 text".to_owned(),
             }
         })?;
         Ok(match text.strip_prefix(BOM) {

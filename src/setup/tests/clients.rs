@@ -303,7 +303,10 @@ fn conflicting_containerd_config_is_not_changed() {
             "registry.mirrors",
         ),
         ("version = 5\n".to_owned(), "versions 2, 3 and 4"),
-        ("version = 2\nplugins = { x = { } }\n".to_owned(), "by machine"),
+        (
+            "version = 2\nplugins = { x = { } }\n".to_owned(),
+            "automatic edit",
+        ),
     ] {
         let held = MemoryFs::with("/etc/containerd/config.toml", &config);
         let told = refused(Client::Containerd, &held);

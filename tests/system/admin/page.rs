@@ -57,19 +57,19 @@ async fn the_page_says_it_all_without_scripts_and_its_forms_work() {
     assert!(shown.contains(&mirror), "{shown}");
 
     let secret = secret(&shown);
-    let offline = submit(&proxy, &format!("secret={secret}&deed=offline")).await;
+    let offline = submit(&proxy, &format!("secret={secret}&action=offline")).await;
     assert_eq!(offline.status, 303, "{offline:#?}");
     let after = page(&proxy, offline.header("location").unwrap()).await;
     assert!(
         after.contains("Offline: no upstream requests until") && after.contains("Go online"),
         "{after}"
     );
-    submit(&proxy, &format!("secret={secret}&deed=online")).await;
+    submit(&proxy, &format!("secret={secret}&action=online")).await;
     let asked = page(&proxy, "/?remove=docker.io/library/demo:latest").await;
     assert!(asked.contains("This frees"), "{asked}");
     let removed = submit(
         &proxy,
-        &format!("secret={secret}&deed=remove&image=docker.io%2Flibrary%2Fdemo%3Alatest"),
+        &format!("secret={secret}&action=remove&image=docker.io%2Flibrary%2Fdemo%3Alatest"),
     )
     .await;
     let after = page(&proxy, removed.header("location").unwrap()).await;
@@ -83,7 +83,11 @@ async fn the_page_says_it_all_without_scripts_and_its_forms_work() {
 async fn a_form_without_the_pages_secret_does_nothing() {
     let upstream = Upstream::start().await;
     let proxy = Proxy::over(&upstream).await;
-    for fields in ["deed=offline", "secret=&deed=offline", "secret=AAAA&deed=offline"] {
+    for fields in [
+        "action=offline",
+        "secret=&action=offline",
+        "secret=AAAA&action=offline",
+    ] {
         assert_eq!(submit(&proxy, fields).await.status, 403, "{fields}");
     }
     assert_eq!(proxy.admin("/api/v1/offline").await.json()["offline"], false);

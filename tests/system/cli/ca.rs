@@ -88,6 +88,9 @@ async fn what_is_not_there_is_not_replaced() {
     for words in [["ca", "rotate"], ["ca", "export"]] {
         let (code, _, stderr) = run(&setup, &words).await;
         assert_eq!(code, Some(1));
-        assert!(stderr.contains("no certificate authority yet"), "{stderr}");
+        assert!(
+            stderr.contains("creates the certificate authority at its first start"),
+            "{stderr}"
+        );
     }
 }

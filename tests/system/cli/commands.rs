@@ -303,9 +303,9 @@ async fn the_demo_plays_and_every_line_is_right() {
         "unchanged",
         "the tag moved",
         "rate limited",
-        "registry dead",
-        "dead, for bob",
-        "never seen",
+        "registry down",
+        "down, for bob",
+        "down, not cached",
     ] {
         assert!(
             told.lines()
@@ -313,7 +313,7 @@ async fn the_demo_plays_and_every_line_is_right() {
             "{line}: {told}"
         );
     }
-    assert!(told.contains("all 10 lines are as they should be"), "{told}");
+    assert!(told.contains("all 10 steps passed"), "{told}");
 }
 
 #[tokio::test]

@@ -243,7 +243,7 @@ async fn m05_doctor_and_setup_agree_on_referrers() {
     fs::write(folder.join("hosts.toml"), &earlier).unwrap();
     let (_, told) = host.doctor(&[]).await;
     assert!(
-        found(&told).contains("does not name the capability referrers"),
+        found(&told).contains("lacks the capability referrers"),
         "{told:#}"
     );
     fs::write(containerd.join("config.toml"), written_by_2(&containerd)).unwrap();
