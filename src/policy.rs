@@ -13,6 +13,7 @@
 
 pub mod authz;
 mod decision;
+pub mod min_age;
 pub mod rules;
 
 #[cfg(test)]
@@ -24,12 +25,20 @@ use std::time::{Duration, SystemTime};
 
 pub use decision::{Decision, DenyReason, HitReason, MissReason};
 
+use self::min_age::{Maturity, Youth};
 use crate::age;
 use crate::oci::{Digest, UpstreamFailure};
 
 /// Decides what to do with a request. Total: every state has a decision.
 pub fn decide(state: &CacheState) -> Decision {
     let s = &state.with_invalidation_applied();
+    match s.cooling {
+        None => decide_by_policy(s),
+        Some(cooling) => decide_by_age(s, &cooling),
+    }
+}
+
+fn decide_by_policy(s: &CacheState) -> Decision {
     match s.revalidation {
         Revalidation::NotDone => before_revalidation(s),
         Revalidation::Digest { digest, presence } => on_digest(s, digest, presence),
@@ -62,11 +71,27 @@ pub struct CacheState {
     /// Time after a confirmation during which a tag is served while the upstream is unavailable. `None`:
     /// unlimited.
     pub stale_if_error: Option<Duration>,
+    /// Facts about ages; `None` if no minimum age applies to the request.
+    pub cooling: Option<Cooling>,
     /// Time of the request.
     pub now: SystemTime,
 }
 
 impl CacheState {
+    /// The digest that the response is to have, if the upstream named one: the named digest or, while that is too
+    /// young, the newest one that is old enough.
+    pub fn target(&self) -> Option<Digest> {
+        match (self.revalidation, self.cooling) {
+            (Revalidation::Digest { .. } | Revalidation::NoDigest, Some(cooling))
+                if !cooling.named.is_mature() =>
+            {
+                cooling.older.map(|older| older.digest)
+            }
+            (Revalidation::Digest { digest, .. }, _) => Some(digest),
+            _ => None,
+        }
+    }
+
     /// Returns the same state with a revalidation result.
     #[must_use]
     pub fn with_revalidation(self, revalidation: Revalidation) -> Self {
@@ -232,6 +257,28 @@ impl CachedEntry {
     }
 }
 
+/// Facts about ages, for a request to which a minimum age applies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cooling {
+    /// Maturity of [`CacheState::cached`].
+    pub cached: Maturity,
+    /// Maturity of the previous complete image, if [`CachedEntry::completeness`] says that there is one.
+    pub previous: Maturity,
+    /// Maturity of the digest that the upstream named, after a revalidation.
+    pub named: Maturity,
+    /// The newest digest that is old enough and that the tag named before.
+    pub older: Option<OlderDigest>,
+}
+
+/// A digest that a tag named before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OlderDigest {
+    /// The digest.
+    pub digest: Digest,
+    /// How much of it is in the store.
+    pub presence: Presence,
+}
+
 /// Completeness of a cached image: config, layers and child manifests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Completeness {
@@ -300,6 +347,65 @@ pub enum CredentialOwner {
     Client,
     /// The cache itself: an operator error that the client cannot fix.
     Proxy,
+}
+
+/// Decides as if content that is too young did not exist, and as if the tag still named the newest digest that is old
+/// enough.
+fn decide_by_age(s: &CacheState, cooling: &Cooling) -> Decision {
+    let mature = &CacheState {
+        cached: s.cached.and_then(|cached| mature_part(cached, cooling)),
+        ..*s
+    };
+    let decision = match (s.revalidation, cooling.named) {
+        (Revalidation::Digest { .. } | Revalidation::NoDigest, Maturity::Young(youth)) => {
+            return instead_of(youth, mature, cooling.older);
+        }
+        _ => decide_by_policy(mature),
+    };
+    match (decision, cooling.cached) {
+        // Only the digest tells the age of what would be fetched.
+        (Decision::Fetch(MissReason::NotCached), _) if s.revalidation == Revalidation::NotDone => {
+            Decision::Revalidate
+        }
+        // The copy would be served, were it old enough.
+        (Decision::Deny(_), Maturity::Young(youth))
+            if matches!(decide_by_policy(s), Decision::Serve(_) | Decision::ProbeLayers(_)) =>
+        {
+            Decision::Deny(DenyReason::TooYoung(youth))
+        }
+        (decision, _) => decision,
+    }
+}
+
+/// The cached copy without what is too young of it.
+fn mature_part(cached: CachedEntry, cooling: &Cooling) -> Option<CachedEntry> {
+    let completeness = match cached.completeness {
+        Completeness::Incomplete { previous: Some(_) } if !cooling.previous.is_mature() => {
+            Completeness::Incomplete { previous: None }
+        }
+        completeness => completeness,
+    };
+    cooling.cached.is_mature().then_some(CachedEntry {
+        completeness,
+        ..cached
+    })
+}
+
+/// The decision while the digest that the upstream names is too young.
+fn instead_of(youth: Youth, s: &CacheState, older: Option<OlderDigest>) -> Decision {
+    let Some(OlderDigest { digest, presence }) = older else {
+        return Decision::Deny(DenyReason::TooYoung(youth));
+    };
+    let served = |reason| match reason {
+        HitReason::Revalidated | HitReason::TagMoved => HitReason::Cooling(youth),
+        other => other,
+    };
+    match decide_by_policy(&s.with_revalidation(Revalidation::Digest { digest, presence })) {
+        Decision::Serve(reason) => Decision::Serve(served(reason)),
+        Decision::ProbeLayers(reason) => Decision::ProbeLayers(served(reason)),
+        Decision::Fetch(_) => Decision::Fetch(MissReason::Cooling(youth)),
+        decision @ (Decision::Deny(_) | Decision::Revalidate) => decision,
+    }
 }
 
 #[expect(

@@ -64,6 +64,7 @@ use crate::clock::Clock;
 use crate::download::{Downloads, Reader};
 use crate::oci::{Accept, Digest, Endpoint, MediaType, RangeRequest, Reference, Repository};
 use crate::policy::authz::GrantEvidence;
+use crate::policy::min_age::Youth;
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{CacheState, Decision, DenyReason, HitReason, MissReason, decide};
 use crate::queue::Peer;
@@ -219,6 +220,15 @@ impl ServeReason {
             Self::Fetched(why) => why.name(),
             Self::Collapsed => "collapsed",
             Self::Passthrough => "passthrough",
+        }
+    }
+
+    /// The digest that the tag names and that is too young, if an older one is served instead.
+    pub fn youth(self) -> Option<Youth> {
+        match self {
+            Self::Cached(served) => served.youth(),
+            Self::Fetched(why) => why.youth(),
+            Self::Collapsed | Self::Passthrough => None,
         }
     }
 }
@@ -426,6 +436,7 @@ impl AuthContext {
             on_not_found: rule.on_not_found,
             max_age: rule.max_age,
             stale_if_error: rule.stale_if_error,
+            cooling: None,
             now,
         }
     }

@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use crate::oci::UpstreamFailure;
+use crate::policy::min_age::Youth;
 use crate::policy::{DenyReason, HitReason, MissReason};
 use crate::store::tags::NEVER_CONFIRMED;
 use crate::telemetry::{BodyEnd, CacheResult, DecisionRecord};
@@ -98,6 +99,9 @@ fn describe_complete(decision: &DecisionRecord) -> String {
         }
         (CacheResult::Miss, "not-cached") => format!("not cached: fetched from {upstream}"),
         (CacheResult::Miss, "new-digest") => format!("new digest at {upstream}: fetched"),
+        (_, "cooling") => {
+            format!("the tag's digest at {upstream} is younger than `min_age`; served the newest older one")
+        }
         (CacheResult::Miss, "no-digest") => format!("{upstream} returns no digest: fetched"),
         (CacheResult::Miss, "head") => format!("HEAD forwarded to {upstream}"),
         (_, "collapsed") => "joined a running download".to_owned(),
@@ -115,6 +119,9 @@ fn describe_complete(decision: &DecisionRecord) -> String {
         (CacheResult::Refused, "incomplete") => with_cause("the cached image is incomplete"),
         (CacheResult::Refused, "not-cached" | "not-authorized") => {
             "denied: the policy `never` disables upstream requests".to_owned()
+        }
+        (CacheResult::Refused, "too-young") => {
+            "denied: younger than `min_age`, and nothing older can be served".to_owned()
         }
         (CacheResult::Refused, reason) => format!("denied: {reason}"),
         (_, reason) => reason.to_owned(),
@@ -151,7 +158,22 @@ pub(super) fn describe_serve(served: HitReason, upstream: &str) -> String {
         HitReason::CacheCredentialRejected => {
             "serve the cached copy with a warning: the cache's credential is rejected".to_owned()
         }
+        HitReason::Cooling(youth) => {
+            format!(
+                "serve the newest cached image that `min_age` allows; {}",
+                describe_youth(&youth)
+            )
+        }
     }
+}
+
+/// The digest that is too young, and from when on it is served.
+pub(super) fn describe_youth(youth: &Youth) -> String {
+    let end = youth.describe_end();
+    youth.digest.map_or_else(
+        || end.clone(),
+        |digest| format!("the tag names {}, {end}", short_digest(&digest.to_string())),
+    )
 }
 
 /// Describes a decision to fetch.
@@ -160,6 +182,10 @@ pub(super) fn describe_fetch(why: MissReason, upstream: &str) -> String {
         MissReason::NotCached => format!("fetch it from {upstream}: it is not cached"),
         MissReason::NewDigest => format!("fetch the new digest from {upstream}"),
         MissReason::NoDigest => format!("fetch it from {upstream}, which returns no digest"),
+        MissReason::Cooling(youth) => format!(
+            "fetch the newest image that `min_age` allows from {upstream}; {}",
+            describe_youth(&youth)
+        ),
     }
 }
 
@@ -183,6 +209,12 @@ pub(super) fn describe_denial(refusal: DenyReason, upstream: &str) -> String {
         }
         DenyReason::Incomplete(cause) => {
             format!("deny: {upstream} {cause}, and the cached image is incomplete")
+        }
+        DenyReason::TooYoung(youth) => {
+            format!(
+                "deny: nothing that `min_age` allows can be served; {}",
+                describe_youth(&youth)
+            )
         }
     }
 }

@@ -16,6 +16,8 @@ pub const OCI_NAMESPACE: HeaderName = HeaderName::from_static("oci-namespace");
 pub const OCI_SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
 /// Cache handling of the request (RFC 9211).
 pub const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
+/// When the digest that the tag names will be old enough for `min_age` (RFC 9110 §5.6.7). Sent with an older digest.
+pub const COOLING_UNTIL: HeaderName = HeaderName::from_static("ifnewer-cooling-until");
 /// Docker Hub: pulls per window.
 pub const RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("ratelimit-limit");
 /// Docker Hub: remaining pulls in the window.

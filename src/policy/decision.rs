@@ -1,6 +1,7 @@
 //! Decisions and their reasons. Each reason has one name in the log, the metrics, `Cache-Status` and the admin
 //! API.
 
+use super::min_age::Youth;
 use crate::oci::UpstreamFailure;
 
 /// Action for a request, with its reason.
@@ -57,6 +58,8 @@ pub enum HitReason {
     RetainedDeleted,
     /// The upstream rejects the cache's own credential.
     CacheCredentialRejected,
+    /// The tag names a digest that is younger than `min_age`. Served is the newest one that is old enough.
+    Cooling(Youth),
 }
 
 impl HitReason {
@@ -74,6 +77,7 @@ impl HitReason {
             Self::PreviousComplete(_) => "previous-complete",
             Self::RetainedDeleted => "retained-deleted",
             Self::CacheCredentialRejected => "cache-credential-rejected",
+            Self::Cooling(_) => "cooling",
         }
     }
 
@@ -90,7 +94,16 @@ impl HitReason {
             | Self::TagMoved
             | Self::Immutable
             | Self::NotRevalidated
-            | Self::ExpiredGrant(_) => false,
+            | Self::ExpiredGrant(_)
+            | Self::Cooling(_) => false,
+        }
+    }
+
+    /// The digest that the tag names and that is too young, if that is the reason.
+    pub fn youth(self) -> Option<Youth> {
+        match self {
+            Self::Cooling(youth) => Some(youth),
+            _ => None,
         }
     }
 
@@ -115,6 +128,8 @@ pub enum MissReason {
     NewDigest,
     /// The upstream states no digest, so only the bytes can tell.
     NoDigest,
+    /// The tag names a digest that is younger than `min_age`. Fetched is the newest one that is old enough.
+    Cooling(Youth),
 }
 
 impl MissReason {
@@ -124,6 +139,15 @@ impl MissReason {
             Self::NotCached => "not-cached",
             Self::NewDigest => "new-digest",
             Self::NoDigest => "no-digest",
+            Self::Cooling(_) => "cooling",
+        }
+    }
+
+    /// The digest that the tag names and that is too young, if that is the reason.
+    pub fn youth(self) -> Option<Youth> {
+        match self {
+            Self::Cooling(youth) => Some(youth),
+            _ => None,
         }
     }
 }
@@ -150,6 +174,8 @@ pub enum DenyReason {
     StaleLimitExceeded(UpstreamFailure),
     /// The upstream is unavailable, and the cached image is incomplete.
     Incomplete(UpstreamFailure),
+    /// The digest is younger than `min_age`, and nothing that is old enough can be served.
+    TooYoung(Youth),
 }
 
 impl DenyReason {
@@ -164,6 +190,7 @@ impl DenyReason {
             Self::UpstreamUnavailable(_) => "upstream-unavailable",
             Self::StaleLimitExceeded(_) => "stale-limit-exceeded",
             Self::Incomplete(_) => "incomplete",
+            Self::TooYoung(_) => "too-young",
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Exhaustive tests of the decision: every state against every law, and the basic `if-newer` rule as a table.
 
+mod cooling;
+
 use std::time::{Duration, SystemTime};
 
 use super::*;
@@ -100,6 +102,7 @@ fn every_state() -> Vec<CacheState> {
                                         on_not_found,
                                         max_age,
                                         stale_if_error,
+                                        cooling: None,
                                         now: now(),
                                     });
                                 }
@@ -663,6 +666,7 @@ fn if_newer_follows_the_five_basic_steps() {
         on_not_found: OnNotFound::Refuse,
         max_age: Duration::ZERO,
         stale_if_error: None,
+        cooling: None,
         now: now(),
     };
     let not_cached = CacheState {

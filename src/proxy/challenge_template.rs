@@ -74,7 +74,10 @@ impl ProxyService {
             | DenyReason::StaleLimitExceeded(_)
             | DenyReason::Incomplete(_) => !answered,
             DenyReason::NotCached | DenyReason::NotAuthorized => true,
-            DenyReason::Forbidden | DenyReason::AuthRequired | DenyReason::NotFound => false,
+            DenyReason::Forbidden
+            | DenyReason::AuthRequired
+            | DenyReason::NotFound
+            | DenyReason::TooYoung(_) => false,
         };
         let Some(repository) = request.endpoint.repository().filter(|_| is_unavailable) else {
             return outcome;

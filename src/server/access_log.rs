@@ -208,7 +208,8 @@ impl AccessLogFields {
                 | DenyReason::NotAuthorized
                 | DenyReason::Forbidden
                 | DenyReason::AuthRequired
-                | DenyReason::NotFound => None,
+                | DenyReason::NotFound
+                | DenyReason::TooYoung(_) => None,
             },
             _ => info.and_then(|info| match info.reason {
                 ServeReason::Cached(served) => served.cause(),

@@ -172,6 +172,7 @@ fn state(row: &Row, copy: Option<CachedEntry>) -> CacheState {
         on_not_found: row.on_not_found,
         max_age: Duration::ZERO,
         stale_if_error: Some(STALE),
+        cooling: None,
         now: now(),
     }
 }

@@ -6,7 +6,7 @@ use http::HeaderMap;
 use http::header::{AGE, WARNING};
 
 use super::{ResponseContext, set_header};
-use crate::oci::header::CACHE_STATUS;
+use crate::oci::header::{CACHE_STATUS, COOLING_UNTIL};
 use crate::policy::{HitReason, MissReason};
 use crate::proxy::{ServeInfo, ServeReason};
 use crate::store::tags::NEVER_CONFIRMED;
@@ -24,6 +24,9 @@ pub(super) fn set_cache_headers(headers: &mut HeaderMap, info: ServeInfo, contex
         ServeReason::Passthrough => "ifnewer; fwd=bypass; detail=passthrough".to_owned(),
     };
     set_header(headers, CACHE_STATUS, &status);
+    if let Some(until) = info.reason.youth().and_then(|youth| youth.served_from) {
+        set_header(headers, COOLING_UNTIL, &httpdate::fmt_http_date(until));
+    }
     let Some(confirmed_at) = info.confirmed_at else {
         return;
     };

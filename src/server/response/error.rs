@@ -8,6 +8,7 @@ use super::{Body, ResponseContext, error_response, set_header};
 use crate::oci::header::CACHE_STATUS;
 use crate::oci::{ErrorBody, ErrorCode, UpstreamFailure};
 use crate::policy::DenyReason;
+use crate::policy::min_age::Youth;
 use crate::proxy::Denied;
 use crate::upstream::ResponseKind;
 
@@ -24,7 +25,8 @@ pub(super) fn build(refused: &Denied, context: &ResponseContext) -> Response<Bod
         | DenyReason::NotAuthorized
         | DenyReason::Forbidden
         | DenyReason::AuthRequired
-        | DenyReason::NotFound => None,
+        | DenyReason::NotFound
+        | DenyReason::TooYoung(_) => None,
     };
     let message = match upstream_message {
         Some(upstream_message) => format!("{message_text} ({upstream}: {upstream_message})"),
@@ -177,7 +179,30 @@ fn describe(refused: &Denied, context: &ResponseContext) -> (StatusCode, ErrorCo
             let message_text = format!("{upstream} {cause}; the cached copy of {image} is incomplete");
             (status, code, message_text)
         }
+        DenyReason::TooYoung(youth) => (
+            StatusCode::FORBIDDEN,
+            ErrorCode::Denied,
+            too_young(&youth, context),
+        ),
     }
+}
+
+/// The message for a digest below `min_age`.
+fn too_young(youth: &Youth, context: &ResponseContext) -> String {
+    let (upstream, image) = (context.upstream(), context.image());
+    let Some(digest) = youth.digest else {
+        return format!(
+            "{upstream}/{image} is younger than `min_age` allows, or of unknown age: {upstream} names no digest"
+        );
+    };
+    let repository = context.endpoint.repository().map(ToString::to_string);
+    format!(
+        "{upstream}/{image} is younger than `min_age` allows: it is {digest}, {}; {}; to serve it now, run `ifnewer \
+         approve {upstream}/{}@{digest}`",
+        youth.describe(context.now),
+        youth.describe_end(),
+        repository.unwrap_or_default(),
+    )
 }
 
 fn failure_status(cause: UpstreamFailure) -> (StatusCode, ErrorCode) {
