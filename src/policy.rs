@@ -14,6 +14,7 @@
 pub mod authz;
 mod decision;
 pub mod min_age;
+pub mod refresh;
 pub mod rules;
 
 #[cfg(test)]

@@ -12,6 +12,8 @@ use super::table::Table;
 use super::upstream::{self, ParsedUpstream};
 use super::validate;
 use super::{Admin, Config, Listen, Log, ServerCertificate, Sources, StoreLimits, Tls};
+use crate::policy::Policy;
+use crate::policy::refresh::{RefreshOverrides, RefreshPolicy};
 use crate::policy::rules::{EffectivePolicy, ImagePattern, PolicyOverrides, Rules};
 
 /// Default name of the certificate directory.
@@ -208,6 +210,9 @@ fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<EffectivePolic
     let grant_ttl = table.text(report, "grant_ttl", &parsers::DURATION);
     let grant_ttl_offline = table.text(report, "grant_ttl_offline", &parsers::DURATION);
     let prefetch = table.bool(report, "prefetch");
+    let refresh = table.text(report, "refresh", &parsers::REFRESH);
+    let refresh_used_within = table.text(report, "refresh_used_within", &parsers::DURATION);
+    let refresh_quota_floor = table.text(report, "refresh_quota_floor", &parsers::QUOTA_FLOOR);
     let rule = EffectivePolicy {
         name: Arc::from("default"),
         policy: policy?,
@@ -218,8 +223,14 @@ fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<EffectivePolic
         grant_ttl: grant_ttl?,
         grant_ttl_offline: grant_ttl_offline?,
         prefetch: prefetch?,
+        refresh: RefreshPolicy {
+            interval: refresh?.interval(),
+            used_within: refresh_used_within?,
+            quota_floor: refresh_quota_floor?,
+        },
     };
     check_grant_ttls(table, &rule, report);
+    check_refresh(table, &rule, report);
     Ok(rule)
 }
 
@@ -233,6 +244,9 @@ pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<PolicyOv
     let grant_ttl = table.text_if_set(report, "grant_ttl", &parsers::DURATION);
     let grant_ttl_offline = table.text_if_set(report, "grant_ttl_offline", &parsers::DURATION);
     let prefetch = table.bool_if_set(report, "prefetch");
+    let refresh = table.text_if_set(report, "refresh", &parsers::REFRESH);
+    let refresh_used_within = table.text_if_set(report, "refresh_used_within", &parsers::DURATION);
+    let refresh_quota_floor = table.text_if_set(report, "refresh_quota_floor", &parsers::QUOTA_FLOOR);
     Ok(PolicyOverrides {
         policy: policy?,
         max_age: max_age?,
@@ -242,7 +256,37 @@ pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<PolicyOv
         grant_ttl: grant_ttl?,
         grant_ttl_offline: grant_ttl_offline?,
         prefetch: prefetch?,
+        refresh: RefreshOverrides {
+            interval: refresh?,
+            used_within: refresh_used_within?,
+            quota_floor: refresh_quota_floor?,
+        },
     })
+}
+
+/// Rejects refreshes that a section turns on and that can never happen. `rule`: the effective policy of the section.
+fn check_refresh(table: &Table, rule: &EffectivePolicy, report: &mut Report<'_>) {
+    let Some(interval) = rule.refresh.interval else {
+        return;
+    };
+    if table.is_set("refresh") && rule.policy == Policy::Never {
+        let message = "`refresh` with policy = \"never\", which forbids requests to the registry";
+        let help = "write refresh = \"off\", or another policy".to_owned();
+        report.emit(table.at("refresh"), table.path("refresh"), message, Some(help));
+    }
+    let keys = ["refresh_used_within", "refresh"];
+    let Some(key) = keys.into_iter().find(|key| table.is_set(key)) else {
+        return;
+    };
+    if rule.refresh.used_within < interval {
+        let message = format!(
+            "`refresh_used_within` ({}) is shorter than `refresh` ({}): a tag would be out of use before its refresh",
+            humantime::format_duration(rule.refresh.used_within),
+            humantime::format_duration(interval)
+        );
+        let help = "increase `refresh_used_within`, or refresh more often".to_owned();
+        report.emit(table.at(key), table.path(key), message, Some(help));
+    }
 }
 
 /// A grant must last at least as long in an outage, otherwise `grant_ttl` would exceed its offline limit.
@@ -307,10 +351,18 @@ fn rules(
             seen.push((pattern.to_string(), table.name.clone()));
         }
         if let Ok(changes) = changes {
+            if let Ok(default) = &default {
+                let base = policy_of(default, &images, configured);
+                check_refresh(table, &base.with_overrides(Arc::from(""), &changes), report);
+            }
             read.push((images.into_iter().map(|(_, pattern)| pattern).collect(), changes));
         }
     }
     let default = default?;
+    for upstream in configured {
+        let policy = default.with_overrides(Arc::from(""), &upstream.changes);
+        check_refresh(&upstream.table, &policy, report);
+    }
     let changes_grant = |upstream: &&ParsedUpstream| {
         upstream.changes.grant_ttl.is_some() || upstream.changes.grant_ttl_offline.is_some()
     };
@@ -326,6 +378,24 @@ fn rules(
         .map(|upstream| (Arc::clone(&upstream.name), upstream.changes));
     let rules = Rules::new(default, upstreams, read);
     rules.map_err(|error| report.emit(&Origin::Default, "rule", error.to_string(), None))
+}
+
+/// The policy that a rule for these images overrides: of their upstream, if all name one, else the default.
+fn policy_of(
+    default: &EffectivePolicy,
+    images: &[(Origin, ImagePattern)],
+    configured: &[ParsedUpstream],
+) -> EffectivePolicy {
+    let mut names = images.iter().map(|(_, pattern)| pattern.upstream());
+    let first = names.next().flatten();
+    let only = first.filter(|first| names.all(|name| name == Some(first)));
+    let upstream = configured
+        .iter()
+        .find(|upstream| only.is_some_and(|only| only == &*upstream.name));
+    match upstream {
+        Some(upstream) => default.with_overrides(Arc::from(""), &upstream.changes),
+        None => default.clone(),
+    }
 }
 
 /// Rejects a glob that can never be the first match.

@@ -11,6 +11,7 @@ use super::address::{address, host, proxy_url, url};
 use super::network::{Network, TunnelRule, network, redirect, tunnel};
 use super::{Admin, AuthMode, LogFormat, PlainHttp, Proxy};
 use crate::oci::Repository;
+use crate::policy::refresh::{INTERVAL_MAX, INTERVAL_MIN, QuotaFloor, RefreshInterval};
 use crate::policy::rules::{ImagePattern, StaleLimit};
 use crate::policy::{OnNotFound, Policy};
 use crate::upstream::{HelperName, HelperNameError, RedirectRule};
@@ -52,6 +53,47 @@ pub(super) const STALENESS: ValueParser<StaleLimit> = ValueParser {
     parse: |text| match text {
         "forever" => Ok(StaleLimit::Unlimited),
         text => duration(text).map(StaleLimit::Within),
+    },
+};
+
+/// Interval of scheduled refreshes.
+pub(super) const REFRESH: ValueParser<RefreshInterval> = ValueParser {
+    expected: "a duration or \"off\"",
+    example: r#""1h""#,
+    parse: |text| match text {
+        "off" => Ok(RefreshInterval::Off),
+        text => match duration(text)? {
+            interval if interval < INTERVAL_MIN => invalid(
+                format!("an interval of {text} is too short for a registry"),
+                r#"write "1m" or more, or "off""#,
+            ),
+            interval if interval > INTERVAL_MAX => invalid(
+                format!("an interval of {text} is too long"),
+                r#"write "30d" or less, or "off""#,
+            ),
+            interval => Ok(RefreshInterval::Every(interval)),
+        },
+    },
+};
+
+pub(super) const QUOTA_FLOOR: ValueParser<QuotaFloor> = ValueParser {
+    expected: "a share in percent",
+    example: r#""25%""#,
+    parse: |text| {
+        let percent = text.strip_suffix('%').map(str::trim_end);
+        match percent.and_then(|percent| percent.parse::<u32>().ok()) {
+            Some(percent) => match u8::try_from(percent).ok().and_then(QuotaFloor::new) {
+                Some(floor) => Ok(floor),
+                None => invalid(
+                    format!("{percent}% is more than the quota"),
+                    r#"write "100%" or less"#,
+                ),
+            },
+            None => invalid(
+                format!("`{text}` is not a share in percent"),
+                r#"write a whole number with its sign, as in "25%""#,
+            ),
+        }
     },
 };
 

@@ -164,6 +164,9 @@ pub const KEYS: &[Key] = &[
     key(Default, "grant_ttl", Some(r#""5m""#), "Lifetime of an authorization while the upstream is available, and of its referrers list for a cached manifest."),
     key(Default, "grant_ttl_offline", Some(r#""12h""#), "Lifetime of an authorization while the upstream is unavailable."),
     key(Default, "prefetch", Some("true"), "Download all layers of an image once the first one is requested; or, if a tag moved and its old image was pulled here, once the new manifest is fetched."),
+    key(Default, "refresh", Some(r#""off""#), "How often tags in use are revalidated in the background, from \"1m\" to \"30d\". A tag that moved is fetched, so that the next pull finds it. Only with the cache's own credential or, for public repositories, with none. Or \"off\"."),
+    key(Default, "refresh_used_within", Some(r#""7d""#), "A tag is in use, and refreshed, if a client pulled it within this time."),
+    key(Default, "refresh_quota_floor", Some(r#""25%""#), "Share of the upstream's pull quota that is left to clients: below it, nothing is refreshed."),
 
     key(Upstream, "url", None, "URL of the registry, or a list tried in order until one has the image. Default: https:// and the upstream's name."),
     key(Upstream, "repository_prefix", None, "Prefix of each repository name at the registry, for an upstream that is a project of another registry: \"hub-proxy\". A list has one prefix for each URL."),
@@ -191,6 +194,9 @@ pub const KEYS: &[Key] = &[
     key(Upstream, "grant_ttl", None, "As in [default], for this upstream."),
     key(Upstream, "grant_ttl_offline", None, "As in [default], for this upstream."),
     key(Upstream, "prefetch", None, "As in [default], for this upstream."),
+    key(Upstream, "refresh", None, "As in [default], for this upstream."),
+    key(Upstream, "refresh_used_within", None, "As in [default], for this upstream."),
+    key(Upstream, "refresh_quota_floor", None, "As in [default], for this upstream."),
 
     key(Rule, "images", None, "Globs over upstream/repository:tag; `*` also matches `/`."),
     key(Rule, "policy", None, "As in [default], for these images."),
@@ -199,6 +205,8 @@ pub const KEYS: &[Key] = &[
     key(Rule, "revalidate_timeout", None, "As in [default], for these images."),
     key(Rule, "on_not_found", None, "As in [default], for these images."),
     key(Rule, "prefetch", None, "As in [default], for these images."),
+    key(Rule, "refresh", None, "As in [default], for these images."),
+    key(Rule, "refresh_used_within", None, "As in [default], for these images."),
 
     key(Access, "htpasswd", None, "File with the users of the cache and their bcrypt password hashes."),
     key(Access, "client_ca", None, "PEM certificates of the CAs that issue client certificates. Without this and `htpasswd`, every client that reaches the listener has access."),

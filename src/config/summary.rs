@@ -99,7 +99,7 @@ fn write_upstream(f: &mut Formatter<'_>, upstream: &UpstreamConfig, rule: &Effec
     let stale_if_error = rule
         .stale_if_error
         .map_or_else(|| "forever".to_owned(), format_duration);
-    writeln!(
+    write!(
         f,
         ": {}, max_age {}, stale_if_error {stale_if_error}, revalidate_timeout {}, on_not_found {}, grant_ttl {}, grant_ttl_offline {}",
         rule.policy,
@@ -108,7 +108,11 @@ fn write_upstream(f: &mut Formatter<'_>, upstream: &UpstreamConfig, rule: &Effec
         rule.on_not_found.name(),
         format_duration(rule.grant_ttl),
         format_duration(rule.grant_ttl_offline),
-    )
+    )?;
+    if let Some(interval) = rule.scheduled_refresh().interval {
+        write!(f, ", refresh {}", format_duration(interval))?;
+    }
+    writeln!(f)
 }
 
 fn format_duration(duration: Duration) -> String {

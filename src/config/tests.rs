@@ -283,6 +283,40 @@ fn summary_shows_effective_settings() {
     }
 }
 
+#[test]
+fn refresh_applies_by_default_upstream_and_rule() {
+    let config = read(
+        "[default]
+        refresh = \"1h\"
+        [upstream.\"quay.io\"]
+        refresh = \"off\"
+        refresh_quota_floor = \"50 %\"
+        [[rule]]
+        images = [\"quay.io/acme/*\"]
+        refresh = \"30m\"
+        refresh_used_within = \"1d\"
+        [[rule]]
+        images = [\"ghcr.io/sealed/*\"]
+        policy = \"never\"",
+    );
+    let find = |upstream: &str, repository: &str| {
+        let rule = config.rules.find(upstream, &repository.parse().unwrap(), None);
+        let refresh = rule.scheduled_refresh();
+        (
+            refresh.interval.map(|interval| interval.as_secs()),
+            refresh.used_within.as_secs(),
+            refresh.quota_floor.percent(),
+        )
+    };
+    assert_eq!(find("docker.io", "library/a"), (Some(3600), 604_800, 25));
+    assert_eq!(find("quay.io", "a/b"), (None, 604_800, 50));
+    assert_eq!(find("quay.io", "acme/b"), (Some(1800), 86_400, 50));
+    // Inherited, `refresh` does not contradict `never`: nothing is requested there.
+    assert_eq!(find("ghcr.io", "sealed/b"), (None, 604_800, 25));
+    let summary = config.summary().to_string();
+    assert!(summary.contains("grant_ttl_offline 12h, refresh 1h"), "{summary}");
+}
+
 proptest::proptest! {
     #[test]
     fn no_text_makes_it_panic(text in "[\\[\\]a-z_.=\"\n 0-9:/*@,#{}]{0,200}") {

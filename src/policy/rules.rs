@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use globset::{Candidate, Glob, GlobBuilder, GlobMatcher, GlobSet, GlobSetBuilder};
 
+use super::refresh::{RefreshOverrides, RefreshPolicy};
 use super::{OnNotFound, Policy};
 use crate::oci::{Repository, Tag};
 
@@ -55,6 +56,8 @@ pub struct EffectivePolicy {
     pub grant_ttl_offline: Duration,
     /// Whether a request for one layer of an image starts the downloads of the others.
     pub prefetch: bool,
+    /// Scheduled refreshes as configured; [`EffectivePolicy::scheduled_refresh`] is what applies.
+    pub refresh: RefreshPolicy,
 }
 
 /// Settings that a `[[rule]]` or an upstream's section overrides. `None` keeps the value.
@@ -76,6 +79,8 @@ pub struct PolicyOverrides {
     pub grant_ttl_offline: Option<Duration>,
     /// See [`EffectivePolicy::prefetch`].
     pub prefetch: Option<bool>,
+    /// See [`EffectivePolicy::refresh`].
+    pub refresh: RefreshOverrides,
 }
 
 /// Limit for the age of a copy that is served while the upstream is unavailable.
@@ -113,6 +118,16 @@ impl EffectivePolicy {
             grant_ttl: changes.grant_ttl.unwrap_or(self.grant_ttl),
             grant_ttl_offline: changes.grant_ttl_offline.unwrap_or(self.grant_ttl_offline),
             prefetch: changes.prefetch.unwrap_or(self.prefetch),
+            refresh: self.refresh.with_overrides(&changes.refresh),
+        }
+    }
+
+    /// Settings of scheduled refreshes. Under the policy `never` the cache sends no request, so nothing is refreshed.
+    pub fn scheduled_refresh(&self) -> RefreshPolicy {
+        let interval = self.refresh.interval.filter(|_| self.policy != Policy::Never);
+        RefreshPolicy {
+            interval,
+            ..self.refresh
         }
     }
 }

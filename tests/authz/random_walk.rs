@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use ifnewer::oci::{Digest, UpstreamFailure};
+use ifnewer::policy::refresh::RefreshPolicy;
 use ifnewer::policy::rules::{EffectivePolicy, PolicyOverrides, Rules};
 use ifnewer::policy::{OnNotFound, Policy};
 use tokio::task::JoinSet;
@@ -83,6 +84,7 @@ pub fn rules(sealed: bool) -> Rules {
         grant_ttl: GRANT,
         grant_ttl_offline: OFFLINE_GRANT,
         prefetch: false,
+        refresh: RefreshPolicy::OFF,
     };
     let of = |images: &str, changes: PolicyOverrides| (vec![images.parse().unwrap()], changes);
     let with_policy = |policy| PolicyOverrides {

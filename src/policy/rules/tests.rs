@@ -7,6 +7,7 @@
 )]
 
 use super::*;
+use crate::policy::refresh::RefreshInterval;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -21,6 +22,7 @@ fn default() -> EffectivePolicy {
         grant_ttl: 5 * MINUTE,
         grant_ttl_offline: 720 * MINUTE,
         prefetch: true,
+        refresh: RefreshPolicy::OFF,
     }
 }
 
@@ -274,4 +276,29 @@ fn glob_upstream_is_known_without_wildcards() {
     for (glob, expected) in table {
         assert_eq!(pattern(glob).upstream(), expected, "{glob}");
     }
+}
+
+#[test]
+fn rule_overrides_refresh_and_never_disables_it() {
+    let on = EffectivePolicy {
+        refresh: RefreshPolicy {
+            interval: Some(60 * MINUTE),
+            ..default().refresh
+        },
+        ..default()
+    };
+    assert_eq!(on.scheduled_refresh().interval, Some(60 * MINUTE));
+    let never = on.with_overrides(Arc::from(""), &policy(Policy::Never));
+    assert_eq!(never.scheduled_refresh().interval, None);
+    let changes = PolicyOverrides {
+        refresh: RefreshOverrides {
+            interval: Some(RefreshInterval::Off),
+            used_within: Some(MINUTE),
+            quota_floor: None,
+        },
+        ..PolicyOverrides::default()
+    };
+    let off = on.with_overrides(Arc::from(""), &changes);
+    assert_eq!((off.refresh.interval, off.refresh.used_within), (None, MINUTE));
+    assert_eq!(off.refresh.quota_floor, on.refresh.quota_floor);
 }
