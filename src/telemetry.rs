@@ -203,13 +203,13 @@ pub enum CacheResult {
     /// Fetched for this client.
     Miss,
     /// Fetched by a transfer that another client started.
-    Coalesced,
+    Collapsed,
     /// Answered locally, without image content.
     Local,
     /// Forwarded to the upstream.
-    Passed,
+    Forwarded,
     /// Denied.
-    Refused,
+    Denied,
     /// Incomplete because the client left.
     Aborted,
     /// Incomplete because the upstream or the disk failed, or the cached bytes were damaged.
@@ -223,10 +223,10 @@ impl CacheResult {
             Self::Hit => "hit",
             Self::Stale => "stale",
             Self::Miss => "miss",
-            Self::Coalesced => "collapsed",
+            Self::Collapsed => "collapsed",
             Self::Local => "local",
-            Self::Passed => "forwarded",
-            Self::Refused => "denied",
+            Self::Forwarded => "forwarded",
+            Self::Denied => "denied",
             Self::Aborted => "aborted",
             Self::Failed => "failed",
         }

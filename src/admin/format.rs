@@ -107,23 +107,23 @@ fn describe_complete(decision: &DecisionRecord) -> String {
         (_, "collapsed") => "joined a running download".to_owned(),
         (_, "passthrough") => "passed through, not stored".to_owned(),
         (_, "local-token") => with_cause("issued a local token"),
-        (CacheResult::Refused, "forbidden") => {
+        (CacheResult::Denied, "forbidden") => {
             format!("denied: {upstream} does not authorize this credential")
         }
-        (CacheResult::Refused, "auth-required") => format!("{upstream} requires authentication"),
-        (CacheResult::Refused, "not-found") => format!("denied: the image does not exist at {upstream}"),
-        (CacheResult::Refused, "upstream-unavailable") => with_cause("no cached copy may be served instead"),
-        (CacheResult::Refused, "stale-limit-exceeded") => {
+        (CacheResult::Denied, "auth-required") => format!("{upstream} requires authentication"),
+        (CacheResult::Denied, "not-found") => format!("denied: the image does not exist at {upstream}"),
+        (CacheResult::Denied, "upstream-unavailable") => with_cause("no cached copy may be served instead"),
+        (CacheResult::Denied, "stale-limit-exceeded") => {
             with_cause("the cached copy is older than `stale_if_error` allows")
         }
-        (CacheResult::Refused, "incomplete") => with_cause("the cached image is incomplete"),
-        (CacheResult::Refused, "not-cached" | "not-authorized") => {
+        (CacheResult::Denied, "incomplete") => with_cause("the cached image is incomplete"),
+        (CacheResult::Denied, "not-cached" | "not-authorized") => {
             "denied: the policy `never` disables upstream requests".to_owned()
         }
-        (CacheResult::Refused, "too-young") => {
+        (CacheResult::Denied, "too-young") => {
             "denied: younger than `min_age`, and nothing older can be served".to_owned()
         }
-        (CacheResult::Refused, reason) => format!("denied: {reason}"),
+        (CacheResult::Denied, reason) => format!("denied: {reason}"),
         (_, reason) => reason.to_owned(),
     }
 }

@@ -20,7 +20,7 @@ pub(super) struct Status {
     /// Whether there are no problems.
     pub(super) healthy: bool,
     /// Summary in one sentence.
-    pub(super) verdict: String,
+    pub(super) summary: String,
     /// Problems, one sentence each.
     pub(super) problems: Vec<String>,
     pub(super) offline: bool,
@@ -35,7 +35,7 @@ pub(super) struct Status {
 #[derive(Serialize)]
 pub(super) struct StoreStatus {
     /// Problems of the store.
-    pub(super) troubles: Vec<String>,
+    pub(super) problems: Vec<String>,
     pub(super) bytes: u64,
     pub(super) blobs: u64,
     pub(super) blob_bytes: u64,
@@ -69,8 +69,8 @@ pub(super) struct Evicted {
     pub(super) for_free: u64,
     pub(super) tags: u64,
     pub(super) bytes: u64,
-    /// Blobs passed through because no space was available.
-    pub(super) without_room: u64,
+    /// Blobs that were forwarded without storing, because the quota had no space for them.
+    pub(super) over_quota: u64,
 }
 
 impl StoreStatus {
@@ -78,7 +78,7 @@ impl StoreStatus {
         let (usage, limits, evicted) = (store.usage(), store.limits(), store.evictions());
         let scrubbed = store.scrubbed();
         Self {
-            troubles: store.health_issues().iter().map(ToString::to_string).collect(),
+            problems: store.health_issues().iter().map(ToString::to_string).collect(),
             bytes: usage.blob_bytes + usage.manifest_bytes,
             blobs: usage.blobs,
             blob_bytes: usage.blob_bytes,
@@ -100,7 +100,7 @@ impl StoreStatus {
                 for_free: evicted.for_free,
                 tags: evicted.tags,
                 bytes: evicted.bytes,
-                without_room: evicted.refused,
+                over_quota: evicted.refused,
             },
         }
     }
@@ -158,7 +158,7 @@ impl Admin {
             started_at: rfc3339(self.started_at),
             uptime_seconds: uptime.as_secs(),
             healthy: problems.is_empty(),
-            verdict: verdict(offline, &problems),
+            summary: summary(offline, &problems),
             problems,
             offline,
             store: StoreStatus::of(store),
@@ -186,8 +186,8 @@ impl Admin {
                 ));
             }
         }
-        for trouble in registry.proxy.store().health_issues() {
-            problems.push(format!("degraded: {trouble}"));
+        for issue in registry.proxy.store().health_issues() {
+            problems.push(format!("degraded: {issue}"));
         }
         if let Some(quota) = self.quota().filter(|quota| quota.remaining == 0) {
             problems.push(format!(
@@ -201,31 +201,31 @@ impl Admin {
     fn quota(&self) -> Option<Quota> {
         let registry = self.registry.load();
         let upstream_registries = registry.router.all().iter();
-        let told = upstream_registries.flat_map(|upstream_registry| {
+        let quotas = upstream_registries.flat_map(|upstream_registry| {
             let upstream = upstream_registry.name().to_owned();
-            let allowances = upstream_registry.upstream().status().quotas;
-            allowances.into_iter().filter_map(move |allowance| {
+            let quotas = upstream_registry.upstream().status().quotas;
+            quotas.into_iter().filter_map(move |quota| {
                 Some(Quota {
                     upstream: upstream.clone(),
-                    credential: allowance.owner.to_string(),
-                    remaining: allowance.limit.remaining?,
-                    limit: allowance.limit.limit,
-                    window_seconds: allowance.limit.window_s,
-                    seconds_ago: allowance.ago.as_secs(),
+                    credential: quota.owner.to_string(),
+                    remaining: quota.limit.remaining?,
+                    limit: quota.limit.limit,
+                    window_seconds: quota.limit.window_s,
+                    seconds_ago: quota.ago.as_secs(),
                 })
             })
         });
-        // A limit whose window has passed says nothing about the present.
+        // A limit is outdated once its window has passed.
         let counts = |quota: &Quota| {
             quota
                 .window_seconds
                 .is_none_or(|window| quota.seconds_ago < window)
         };
-        told.filter(counts).min_by_key(|quota| quota.remaining)
+        quotas.filter(counts).min_by_key(|quota| quota.remaining)
     }
 }
 
-fn verdict(offline: bool, problems: &[String]) -> String {
+fn summary(offline: bool, problems: &[String]) -> String {
     match (offline, problems.first()) {
         (_, None) => "Healthy: all requested upstreams respond".to_owned(),
         (true, Some(_)) => "Offline: serving cached images, no upstream requests".to_owned(),

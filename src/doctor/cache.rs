@@ -269,7 +269,7 @@ async fn upstream(name: String, upstream: &Upstream, endpoint: Option<Endpoint>)
 fn remedy(registry: &str, cause: UpstreamFailure) -> String {
     let section = format!("[upstream.\"{registry}\"]");
     match (cause, cause.setting()) {
-        (UpstreamFailure::PlaintextRealm, _) => {
+        (UpstreamFailure::InsecureRealm, _) => {
             "ask its operator to set the registry's external URL to https (Harbor: external_url; Artifactory: the base \
              URL, or X-Forwarded-Proto at its load balancer)"
                 .to_owned()

@@ -33,7 +33,7 @@ pub enum UpstreamFailure {
     /// Its token service issued no token.
     TokenService,
     /// Its challenge names a token service at an `http://` URL, where no credential is sent.
-    PlaintextRealm,
+    InsecureRealm,
     /// The cache's own credential for it is unavailable.
     CacheCredential,
     /// Its response is malformed.
@@ -51,7 +51,7 @@ pub enum UpstreamFailure {
     /// The operator switched offline mode on.
     Offline,
     /// The request was abandoned before its result was known.
-    Busy,
+    Abandoned,
     /// Too many requests of this client are queued for it.
     ClientQueueFull,
     /// Too many requests of all clients are queued for it.
@@ -75,7 +75,7 @@ impl UpstreamFailure {
             Self::RateLimited => "rate-limited",
             Self::Status(_) => "http-status",
             Self::TokenService => "token-service",
-            Self::PlaintextRealm => "insecure-realm",
+            Self::InsecureRealm => "insecure-realm",
             Self::CacheCredential => "cache-credential",
             Self::Malformed => "malformed",
             Self::NotRegistry => "not-registry",
@@ -84,7 +84,7 @@ impl UpstreamFailure {
             Self::DigestMismatch => "digest-mismatch",
             Self::Unverifiable => "unverifiable",
             Self::Offline => "offline",
-            Self::Busy => "busy",
+            Self::Abandoned => "abandoned",
             Self::ClientQueueFull => "client-queue-full",
             Self::QueueFull => "queue-full",
         }
@@ -188,9 +188,9 @@ impl fmt::Display for UpstreamFailure {
             Self::RevalidateTimeout => "did not respond within `revalidate_timeout`",
             Self::BreakerOpen => "failed repeatedly, so its circuit breaker is open",
             Self::RateLimited => "limits the rate of requests",
-            Self::Status(status) => return write!(f, "answered {status}"),
+            Self::Status(status) => return write!(f, "responded with status {status}"),
             Self::TokenService => "has a token service that issued no token",
-            Self::PlaintextRealm => {
+            Self::InsecureRealm => {
                 "has a token service at an http:// URL, where no credential is sent (its external URL should be https)"
             }
             Self::CacheCredential => "could not be contacted, because the cache's own credential is unavailable",
@@ -203,7 +203,7 @@ impl fmt::Display for UpstreamFailure {
             Self::DigestMismatch => "sent bytes that do not match their digest",
             Self::Unverifiable => "sent a manifest whose digest cannot be verified (docker's signed schema 1)",
             Self::Offline => "is not contacted in offline mode",
-            Self::Busy => "did not respond before the request was abandoned",
+            Self::Abandoned => "did not respond before the request was abandoned",
             Self::ClientQueueFull => "has too many queued requests of this client",
             Self::QueueFull => "has too many queued requests",
         })
@@ -222,7 +222,11 @@ mod tests {
                 "connection-refused",
                 "refused the connection",
             ),
-            (UpstreamFailure::Status(503), "http-status", "answered 503"),
+            (
+                UpstreamFailure::Status(503),
+                "http-status",
+                "responded with status 503",
+            ),
             (
                 UpstreamFailure::Tls(TlsFailure::Expired),
                 "tls",

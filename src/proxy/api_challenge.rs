@@ -131,7 +131,7 @@ impl ProxyService {
             (_, Some(stored)) => Ok(stored),
             (Some(Err(response)), None) => Err(response),
             (None, None) => Err(Arc::new(UpstreamResponse::unavailable(
-                crate::oci::UpstreamFailure::Busy,
+                crate::oci::UpstreamFailure::Abandoned,
             ))),
         }
     }

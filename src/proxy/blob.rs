@@ -299,7 +299,7 @@ impl BlobRequest<'_> {
         }
         let cause = match last.as_deref() {
             Some(DownloadError::NotStarted(response)) => response.cause(),
-            _ => UpstreamFailure::Busy,
+            _ => UpstreamFailure::Abandoned,
         };
         denied(DenyReason::UpstreamUnavailable(cause), None, false)
     }

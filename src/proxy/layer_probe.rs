@@ -160,7 +160,7 @@ impl ProxyService {
             if probes.len() >= PROBES_MAX
                 && let Some(probe) = probes.join_next().await
             {
-                probe.unwrap_or(Err(UpstreamFailure::Busy))?;
+                probe.unwrap_or(Err(UpstreamFailure::Abandoned))?;
             }
             let (proxy, upstream_request, progress) =
                 (Arc::clone(self), upstream_request.clone(), Arc::clone(&progress));
@@ -175,7 +175,7 @@ impl ProxyService {
             });
         }
         while let Some(probe) = probes.join_next().await {
-            probe.unwrap_or(Err(UpstreamFailure::Busy))?;
+            probe.unwrap_or(Err(UpstreamFailure::Abandoned))?;
         }
         Ok(())
     }
@@ -194,7 +194,7 @@ impl ProxyService {
             ..upstream_request
         };
         let Some(response) = self.coalesced_head(&upstream_request).wait().await else {
-            return Err(UpstreamFailure::Busy);
+            return Err(UpstreamFailure::Abandoned);
         };
         if response.kind.is_success() {
             Ok(())

@@ -222,7 +222,7 @@ impl ProxyService {
                     None => self.fetch_tags(upstream_request, key).await,
                 }
             }
-            None => Err((Revalidation::Unavailable(UpstreamFailure::Busy), None)),
+            None => Err((Revalidation::Unavailable(UpstreamFailure::Abandoned), None)),
         }
     }
 

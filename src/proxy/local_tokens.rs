@@ -137,7 +137,7 @@ impl ProxyService {
                 ),
             }
         });
-        answered.await.map_err(|_| UpstreamFailure::Busy)
+        answered.await.map_err(|_| UpstreamFailure::Abandoned)
     }
 
     /// Account of this token, if the token was issued for the repository.

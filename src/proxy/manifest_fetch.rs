@@ -185,9 +185,11 @@ impl ProxyService {
                 })
             }
         });
-        call.wait()
-            .await
-            .unwrap_or_else(|| Err(Arc::new(UpstreamResponse::unavailable(UpstreamFailure::Busy))))
+        call.wait().await.unwrap_or_else(|| {
+            Err(Arc::new(UpstreamResponse::unavailable(
+                UpstreamFailure::Abandoned,
+            )))
+        })
     }
 
     /// Replaces a stale `GET` response. If the `GET` by tag returned a digest that the tag had before, a lagging

@@ -332,6 +332,6 @@ fn cause_of(failure: &DownloadError) -> UpstreamFailure {
     match failure {
         DownloadError::NotStarted(response) => response.cause(),
         DownloadError::Interrupted(cause) => *cause,
-        _ => UpstreamFailure::Busy,
+        _ => UpstreamFailure::Abandoned,
     }
 }

@@ -392,10 +392,10 @@ impl<'a> ReferrersRequest<'a> {
             return call
                 .wait()
                 .await
-                .unwrap_or_else(|| unavailable(UpstreamFailure::Busy));
+                .unwrap_or_else(|| unavailable(UpstreamFailure::Abandoned));
         }
         if let Ok(listed) = timeout(wait, call.wait()).await {
-            listed.unwrap_or_else(|| unavailable(UpstreamFailure::Busy))
+            listed.unwrap_or_else(|| unavailable(UpstreamFailure::Abandoned))
         } else {
             self.report_timeout(context, wait);
             unavailable(UpstreamFailure::RevalidateTimeout)

@@ -42,7 +42,7 @@ impl ProxyService {
         let entry = candidates.as_ref().map(Candidates::entry);
         let upstream_request = UpstreamRequest::of(request, repository, &context.caller);
         let Some(response) = self.coalesced_head(&upstream_request).wait().await else {
-            return Refreshed::Unavailable(UpstreamFailure::Busy);
+            return Refreshed::Unavailable(UpstreamFailure::Abandoned);
         };
         // The result goes to the operator, who is authorized for all cached content.
         let revalidation = self

@@ -125,7 +125,7 @@ impl ProxyService {
                 }
             }
             None => Revalidated {
-                revalidation: Revalidation::Unavailable(UpstreamFailure::Busy),
+                revalidation: Revalidation::Unavailable(UpstreamFailure::Abandoned),
                 response: None,
             },
         }

@@ -131,7 +131,7 @@ impl Source for UpstreamSource {
             // The first response is recorded even without a waiting request.
             Some(waiters) if first => match waiters.while_waited_for(self.get(part)).await {
                 Some(response) => response,
-                None => return Err(UpstreamResponse::unavailable(UpstreamFailure::Busy)),
+                None => return Err(UpstreamResponse::unavailable(UpstreamFailure::Abandoned)),
             },
             _ => self.get(part).await,
         };

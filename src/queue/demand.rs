@@ -29,7 +29,7 @@ impl Class {
     /// Label in the metrics.
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Revalidation => "held",
+            Self::Revalidation => "revalidation",
             Self::Interactive => "interactive",
             Self::Bulk => "bulk",
             Self::Background => "background",

@@ -235,7 +235,7 @@ impl AccessLogFields {
     /// For a request forwarded to the registry.
     pub(super) fn forwarded() -> Self {
         Self {
-            result: telemetry::CacheResult::Passed,
+            result: telemetry::CacheResult::Forwarded,
             ..Self::rejected("forwarded")
         }
     }
@@ -268,7 +268,7 @@ impl AccessLogFields {
     /// For a rejected request.
     pub(super) fn rejected(reason: &'static str) -> Self {
         Self {
-            result: telemetry::CacheResult::Refused,
+            result: telemetry::CacheResult::Denied,
             reason,
             cause: None,
             digest: None,

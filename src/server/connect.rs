@@ -124,7 +124,7 @@ impl Connection {
                 };
                 let tunnelled = Arc::clone(&self).run_tunnel(stream, permit, upgrade, carried);
                 self.tasks.spawn(tunnelled);
-                let fields = AccessLogFields::connected(CacheResult::Passed, "tunnelled");
+                let fields = AccessLogFields::connected(CacheResult::Forwarded, "tunnelled");
                 (Response::new(Body::empty()), fields)
             }
             Err(error) => {

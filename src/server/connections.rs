@@ -113,8 +113,8 @@ impl Refused {
     /// The name in the log.
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Self::Address => "too-many-of-address",
-            Self::Waiting => "too-many-waiting",
+            Self::Address => "address-limit",
+            Self::Waiting => "waiting-limit",
         }
     }
 }

@@ -46,7 +46,7 @@ pub(super) fn classify(outcome: &ProxyResponse) -> (telemetry::CacheResult, &'st
         ProxyResponse::Passthrough(_) => {
             return (telemetry::CacheResult::Miss, ServeReason::Passthrough.name());
         }
-        ProxyResponse::Denied(refused) => return (telemetry::CacheResult::Refused, refused.reason.name()),
+        ProxyResponse::Denied(refused) => return (telemetry::CacheResult::Denied, refused.reason.name()),
         ProxyResponse::Manifest(_, info)
         | ProxyResponse::Blob { info, .. }
         | ProxyResponse::Listing(_, info)
@@ -57,7 +57,7 @@ pub(super) fn classify(outcome: &ProxyResponse) -> (telemetry::CacheResult, &'st
             telemetry::CacheResult::Stale
         }
         ServeReason::Cached(_) => telemetry::CacheResult::Hit,
-        ServeReason::Collapsed => telemetry::CacheResult::Coalesced,
+        ServeReason::Collapsed => telemetry::CacheResult::Collapsed,
         ServeReason::Fetched(_) | ServeReason::Passthrough => telemetry::CacheResult::Miss,
     };
     (result, info.reason.name())

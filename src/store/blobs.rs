@@ -38,7 +38,7 @@ pub struct Verified {
 pub enum Mismatch {
     /// The digest differs.
     #[error(transparent)]
-    Digest(#[from] Box<WrongDigest>),
+    Digest(#[from] Box<DigestMismatch>),
     /// The length differs from the announced one.
     #[error("expected {expected} bytes, found {found}")]
     Size {
@@ -52,7 +52,7 @@ pub enum Mismatch {
 /// The digest of the content is not the expected one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("expected digest {expected}, got {found}")]
-pub struct WrongDigest {
+pub struct DigestMismatch {
     /// Expected digest.
     pub expected: Digest,
     /// Digest of the content.
@@ -75,7 +75,7 @@ impl Verified {
         }
         let found = hasher.finish();
         if found != *expected {
-            return Err(Box::new(WrongDigest {
+            return Err(Box::new(DigestMismatch {
                 expected: *expected,
                 found,
             })

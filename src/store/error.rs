@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::Limits;
-use super::blobs::WrongDigest;
+use super::blobs::DigestMismatch;
 use crate::oci::Digest;
 
 /// Reason why the store cannot be opened. The operator must fix it.
@@ -113,7 +113,7 @@ pub enum StoreError {
     },
     /// The quota has no room for a blob, and nothing can be evicted for it.
     #[error(
-        "no room for {bytes} bytes within `store.{limit}`: everything cached is pinned, in use or younger than an hour; {}",
+        "no space for {bytes} bytes within `store.{limit}`: everything cached is pinned, in use or younger than an hour; {}",
         if *limit == "size" { "raise `store.size`" } else { "free some of the disk or lower `store.free`" }
     )]
     OverQuota {
@@ -124,7 +124,7 @@ pub enum StoreError {
     },
     /// The bytes do not match the digest. Nothing was stored.
     #[error(transparent)]
-    DigestMismatch(#[from] Box<WrongDigest>),
+    DigestMismatch(#[from] Box<DigestMismatch>),
     /// The bytes are not a manifest. Nothing was stored.
     #[error("{digest} is not a manifest: {reason}")]
     NotAManifest {
@@ -183,7 +183,7 @@ pub enum HealthIssue {
     },
     /// The quota is reached, and nothing can be evicted.
     #[error(
-        "no room: `store.size` ({} bytes) or `store.free` ({} bytes) is reached, and everything cached is pinned, in use \
+        "no space: `store.size` ({} bytes) or `store.free` ({} bytes) is reached, and everything cached is pinned, in use \
          or younger than an hour; pulls are forwarded without caching",
         .limits.bytes_max, .limits.free_bytes_min
     )]

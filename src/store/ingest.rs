@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::blobs::{BlobHandle, Blobs, Verified, WrongDigest};
+use super::blobs::{BlobHandle, Blobs, DigestMismatch, Verified};
 use super::checksummed_json::encode;
 use super::evict::Evictor;
 use super::fs::{FileSystem, FsFile, temp_path};
@@ -195,7 +195,7 @@ impl Ingest {
     pub fn commit(self, proof: Verified) -> Result<BlobHandle, StoreError> {
         if proof.digest() != self.digest {
             let (expected, found) = (self.digest, proof.digest());
-            return Err(Box::new(WrongDigest { expected, found }).into());
+            return Err(Box::new(DigestMismatch { expected, found }).into());
         }
         self.blobs.commit(&self.folder.join("data"), &self.file, proof)
     }

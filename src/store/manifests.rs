@@ -10,7 +10,7 @@ use quick_cache::sync::Cache;
 use serde::{Deserialize, Serialize};
 
 use super::access_times::{AccessTimes, ContentId};
-use super::blobs::WrongDigest;
+use super::blobs::DigestMismatch;
 use super::cache_key::weighted_cache;
 use super::checksummed_json::{RECORD_BYTES_MAX, decode, encode};
 use super::completeness::RemovedDigests;
@@ -57,7 +57,7 @@ impl StoredManifest {
 fn read(bytes: &Bytes, digest: Digest) -> Result<Manifest, StoreError> {
     let found = Digest::of(digest.algorithm(), bytes);
     if found != digest {
-        return Err(Box::new(WrongDigest {
+        return Err(Box::new(DigestMismatch {
             expected: digest,
             found,
         })

@@ -17,7 +17,7 @@ pub struct Gauges {
     /// Idle time of the next image to evict, at the last eviction. A short time means that the store is too small.
     pub longest_idle: Option<Duration>,
     /// Blobs passed through because they did not fit into the quota.
-    pub without_room: u64,
+    pub over_quota: u64,
     /// Damaged blobs and manifests found by the scrub since the start.
     pub scrub_damaged: u64,
     /// Disk errors of the store since the start, by operation.
@@ -35,7 +35,7 @@ pub struct Gauges {
     /// The queues of requests and transfers.
     pub queues: Vec<QueueGauges>,
     /// Transfers cancelled because no client waited for them.
-    pub given_up: u64,
+    pub downloads_abandoned: u64,
     /// Transfers in progress.
     pub transfers: u64,
     /// Clients that read from a transfer started by another client.

@@ -164,7 +164,7 @@ pub(super) struct Metrics {
     store_errors: Family<OperationLabels, Counter>,
     evicted: Family<LimitLabels, Counter>,
     evicted_bytes: Counter,
-    without_room: Counter,
+    over_quota: Counter,
     scrub_damaged: Counter,
     store_objects: IntGauge,
     store_tags: IntGauge,
@@ -175,7 +175,7 @@ pub(super) struct Metrics {
     queue_waited: Family<QueueLabels, Counter<f64, AtomicU64>>,
     queue_refused: Family<QueueReasonLabels, Counter>,
     queue_abandoned: Family<QueueLabels, Counter>,
-    given_up: Counter,
+    downloads_abandoned: Counter,
     transfers: IntGauge,
     waiters: IntGauge,
     offline: IntGauge,
@@ -230,7 +230,7 @@ impl Default for Metrics {
             store_errors: Family::default(),
             evicted: Family::default(),
             evicted_bytes: Counter::default(),
-            without_room: Counter::default(),
+            over_quota: Counter::default(),
             scrub_damaged: Counter::default(),
             store_objects: IntGauge::default(),
             store_tags: IntGauge::default(),
@@ -241,7 +241,7 @@ impl Default for Metrics {
             queue_waited: Family::default(),
             queue_refused: Family::default(),
             queue_abandoned: Family::default(),
-            given_up: Counter::default(),
+            downloads_abandoned: Counter::default(),
             transfers: IntGauge::default(),
             waiters: IntGauge::default(),
             offline: IntGauge::default(),
@@ -296,11 +296,11 @@ impl Metrics {
             match record.result() {
                 CacheResult::Hit => one(&self.totals.hits),
                 CacheResult::Stale => one(&self.totals.stale),
-                CacheResult::Refused => one(&self.totals.refused),
+                CacheResult::Denied => one(&self.totals.refused),
                 CacheResult::Miss
-                | CacheResult::Coalesced
+                | CacheResult::Collapsed
                 | CacheResult::Local
-                | CacheResult::Passed
+                | CacheResult::Forwarded
                 | CacheResult::Aborted
                 | CacheResult::Failed => 0,
             };
@@ -368,7 +368,7 @@ impl Metrics {
     }
 
     fn set_queue_gauges(&self, gauges: &Gauges) {
-        raise_to(&self.given_up, gauges.given_up);
+        raise_to(&self.downloads_abandoned, gauges.downloads_abandoned);
         for level in &gauges.queues {
             let queue = level.queue;
             for (class, count) in &level.waiting {
@@ -398,7 +398,7 @@ impl Metrics {
             raise_to(&self.evicted.get_or_create(&LimitLabels { limit }), *count);
         }
         raise_to(&self.evicted_bytes, gauges.evicted_bytes);
-        raise_to(&self.without_room, gauges.without_room);
+        raise_to(&self.over_quota, gauges.over_quota);
         raise_to(&self.scrub_damaged, gauges.scrub_damaged);
         self.store_objects.set(gauges.store_objects);
         self.store_tags.set(gauges.store_tags);

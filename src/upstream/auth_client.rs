@@ -295,7 +295,7 @@ impl AuthClient {
             // Also if no request was sent because of a pause: another request can then be sent sooner.
             Err(TokenFailure::RateLimited(_)) => RequestOutcome::Unknown,
             Err(TokenFailure::Unusable(_)) => RequestOutcome::ServerError(UpstreamFailure::TokenService),
-            Err(failure @ (TokenFailure::NoResponse(_) | TokenFailure::PlainRealm)) => {
+            Err(failure @ (TokenFailure::NoResponse(_) | TokenFailure::InsecureRealm)) => {
                 RequestOutcome::NoResponse(failure.into())
             }
         });
@@ -562,7 +562,9 @@ fn unavailable(cause: UpstreamFailure) -> Box<ErrorResponse> {
 pub(super) fn token_failure_response(failure: &TokenFailure) -> Box<ErrorResponse> {
     Box::new(ErrorResponse::from(match failure {
         TokenFailure::RateLimited(pause) => UpstreamResponse::paused(pause.clone()),
-        TokenFailure::Denied(_) | TokenFailure::PlainRealm => UpstreamResponse::unavailable(failure.into()),
+        TokenFailure::Denied(_) | TokenFailure::InsecureRealm => {
+            UpstreamResponse::unavailable(failure.into())
+        }
         TokenFailure::NoResponse(reason) | TokenFailure::Unusable(reason) => UpstreamResponse {
             detail: Some(format!("the token service: {reason}").into()),
             ..UpstreamResponse::unavailable(failure.into())

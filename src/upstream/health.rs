@@ -115,14 +115,14 @@ impl RequestOutcome {
             UpstreamFailure::Status(_)
             // Recorded where the token is fetched.
             | UpstreamFailure::TokenService
-            | UpstreamFailure::PlaintextRealm
+            | UpstreamFailure::InsecureRealm
             // An HTML page sent to clients without access must not keep clients with access from a fresh response.
             | UpstreamFailure::NotRegistry
             | UpstreamFailure::RevalidateTimeout
             | UpstreamFailure::BreakerOpen
             | UpstreamFailure::Offline
             | UpstreamFailure::CacheCredential
-            | UpstreamFailure::Busy
+            | UpstreamFailure::Abandoned
             | UpstreamFailure::ClientQueueFull
             | UpstreamFailure::QueueFull => Self::Unknown,
         }

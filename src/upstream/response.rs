@@ -151,7 +151,7 @@ impl UpstreamResponse {
     /// A request that was not sent because it got no permit.
     pub fn not_admitted(refused: AcquireError) -> UpstreamResponse {
         match refused {
-            AcquireError::Abandoned => UpstreamResponse::unavailable(UpstreamFailure::Busy),
+            AcquireError::Abandoned => UpstreamResponse::unavailable(UpstreamFailure::Abandoned),
             AcquireError::Full(full) => {
                 let cause = if full.is_client_limit {
                     UpstreamFailure::ClientQueueFull

@@ -86,7 +86,7 @@ pub(super) enum TokenFailure {
     /// An unusable response, with a description for the operator.
     Unusable(Arc<str>),
     /// The realm is an http URL, to which no credential is sent, and https at the same host failed.
-    PlainRealm,
+    InsecureRealm,
 }
 
 /// Why a token request returned no token.
@@ -283,7 +283,7 @@ impl Tokens {
                     "the registry's token realm begins with http://; credentials are not sent in clear text, and https at \
                      that host gave no token; ask its operator to set the registry's external URL to https"
                 );
-                Err(TokenFailure::PlainRealm)
+                Err(TokenFailure::InsecureRealm)
             }
             Err(FetchError::NoResponse(reason)) => Err(TokenFailure::NoResponse(reason)),
             Err(FetchError::Unusable(reason)) => Err(TokenFailure::Unusable(reason)),
@@ -292,7 +292,7 @@ impl Tokens {
             Some(key.realm.uri.clone()),
             matches!(
                 fetched,
-                Err(TokenFailure::NoResponse(_) | TokenFailure::Unusable(_) | TokenFailure::PlainRealm)
+                Err(TokenFailure::NoResponse(_) | TokenFailure::Unusable(_) | TokenFailure::InsecureRealm)
             ),
         );
         let header = fetched.as_ref().map(Token::header).map_err(Clone::clone);
@@ -548,7 +548,7 @@ impl From<&TokenFailure> for UpstreamFailure {
             TokenFailure::Denied(_) | TokenFailure::NoResponse(_) | TokenFailure::Unusable(_) => {
                 UpstreamFailure::TokenService
             }
-            TokenFailure::PlainRealm => UpstreamFailure::PlaintextRealm,
+            TokenFailure::InsecureRealm => UpstreamFailure::InsecureRealm,
         }
     }
 }

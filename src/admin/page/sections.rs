@@ -33,9 +33,9 @@ pub(super) fn header(status: &Status, secret: &str) -> Markup {
                     }
                 }
             }
-            div #verdict data-live class=(format!("verdict {mood}")) role="status" {
+            div #summary data-live class=(format!("summary {mood}")) role="status" {
                 span.dot aria-hidden="true" {}
-                p { strong { (status.verdict) } }
+                p { strong { (status.summary) } }
                 @if status.problems.len() > 1 {
                     ul { @for problem in &status.problems { li { (problem) } } }
                 }

@@ -31,7 +31,7 @@ pub(super) async fn stats(
     } else {
         Style::Warning
     };
-    output.line(&output.paint(style, text(&status, "verdict")))?;
+    output.line(&output.paint(style, text(&status, "summary")))?;
     for problem in list(&status, "problems")
         .iter()
         .filter(|_| list(&status, "problems").len() > 1)

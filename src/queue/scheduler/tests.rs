@@ -82,12 +82,25 @@ fn t12_lower_class_gets_one_turn_in_five() {
         of.push((scheduler.enter(&all, [demand(1, 0, Class::Interactive)]), "small"));
         of.push((scheduler.enter(&all, [demand(1, 0, Class::Bulk)]), "large"));
     }
-    of.push((scheduler.enter(&all, [demand(2, 0, Class::Revalidation)]), "held"));
+    of.push((
+        scheduler.enter(&all, [demand(2, 0, Class::Revalidation)]),
+        "revalidation",
+    ));
     let served = order(&mut scheduler, &of);
     assert_eq!(
         served.get(..11).unwrap(),
         [
-            "held", "small", "small", "small", "large", "small", "small", "small", "small", "large", "small"
+            "revalidation",
+            "small",
+            "small",
+            "small",
+            "large",
+            "small",
+            "small",
+            "small",
+            "small",
+            "large",
+            "small"
         ]
     );
     assert!(served.ends_with(&["large"; 10]));

@@ -56,7 +56,7 @@ fn warning(served: HitReason, upstream: &str, age: Option<Duration>) -> String {
             format!("{upstream} has a newer image that could not be fetched: it {cause}")
         }
         HitReason::PreviousComplete(cause) => {
-            let cause = cause.map_or_else(|| "is not asked".to_owned(), |cause| cause.to_string());
+            let cause = cause.map_or_else(|| "is not contacted".to_owned(), |cause| cause.to_string());
             format!(
                 "the newest image is incomplete in the cache and {upstream} {cause}; this is the last complete one"
             )
@@ -65,7 +65,7 @@ fn warning(served: HitReason, upstream: &str, age: Option<Duration>) -> String {
         HitReason::CacheCredentialRejected => format!("{upstream} rejected the credential of the cache"),
         other => match other.cause() {
             Some(cause) => format!("{upstream} {cause}"),
-            None => format!("{upstream} was not asked"),
+            None => format!("{upstream} was not contacted"),
         },
     };
     let text: String = why.chars().filter(|c| !matches!(c, '"' | '\\')).collect();

@@ -142,7 +142,7 @@ fn describe(refused: &Denied, context: &ResponseContext) -> (StatusCode, ErrorCo
             Some(status) if status.is_client_error() && status != StatusCode::UNAUTHORIZED => (
                 status,
                 ErrorCode::Denied,
-                format!("{upstream} answered {status} for {image}"),
+                format!("{upstream} responded with status {status} for {image}"),
             ),
             _ => (
                 StatusCode::UNAUTHORIZED,
@@ -155,7 +155,7 @@ fn describe(refused: &Denied, context: &ResponseContext) -> (StatusCode, ErrorCo
                 (
                     status,
                     ErrorCode::Unknown,
-                    format!("{upstream} answered {status} for {image}"),
+                    format!("{upstream} responded with status {status} for {image}"),
                 )
             } else {
                 let (status, code) = failure_status(cause);
@@ -215,7 +215,7 @@ fn failure_status(cause: UpstreamFailure) -> (StatusCode, ErrorCode) {
             (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::TooManyRequests)
         }
         UpstreamFailure::BreakerOpen
-        | UpstreamFailure::Busy
+        | UpstreamFailure::Abandoned
         | UpstreamFailure::Offline
         | UpstreamFailure::Status(503) => (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable),
         _ => (StatusCode::BAD_GATEWAY, ErrorCode::Unavailable),

@@ -1,7 +1,7 @@
 //! Blob store: blobs are visible after verification only, complete or a cache miss.
 
 use super::*;
-use crate::store::blobs::{Mismatch, SMALL_BLOB_BYTES_MAX, WrongDigest};
+use crate::store::blobs::{DigestMismatch, Mismatch, SMALL_BLOB_BYTES_MAX};
 
 #[test]
 fn committed_blob_is_stored_and_survives_reopen() {
@@ -29,7 +29,7 @@ fn unverified_blob_is_never_visible() {
             "not while it is written"
         );
         let fault = ingest.commit(verified(b"other")).unwrap_err();
-        let wrong = WrongDigest {
+        let wrong = DigestMismatch {
             expected: digest(b"layer"),
             found: digest(b"other"),
         };
@@ -63,7 +63,7 @@ fn wrong_digest_fails_verification() {
     let (right, wrong) = (digest(b"right"), digest(b"wrong"));
     assert_eq!(
         Verified::check(hashed(b"wrong"), &right, 5, Some(5)),
-        Err(Mismatch::Digest(Box::new(WrongDigest {
+        Err(Mismatch::Digest(Box::new(DigestMismatch {
             expected: right,
             found: wrong
         })))

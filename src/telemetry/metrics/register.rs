@@ -179,9 +179,9 @@ impl Metrics {
             self.longest_idle.clone(),
         );
         registry.register(
-            "store_without_room",
+            "store_over_quota",
             "Blobs passed through because they did not fit into the quota",
-            self.without_room.clone(),
+            self.over_quota.clone(),
         );
         registry.register(
             "store_scrub_damaged",
@@ -240,9 +240,9 @@ impl Metrics {
             self.queue_abandoned.clone(),
         );
         registry.register(
-            "downloads_given_up",
+            "downloads_abandoned",
             "Downloads cancelled because no client waited for them",
-            self.given_up.clone(),
+            self.downloads_abandoned.clone(),
         );
     }
 }

@@ -619,7 +619,7 @@ fn rate_limit_or_broken_object_is_a_response() {
             UpstreamFailure::Redirects(RedirectFailure::TooMany),
             RequestOutcome::Response,
         ),
-        (UpstreamFailure::Busy, RequestOutcome::Unknown),
+        (UpstreamFailure::Abandoned, RequestOutcome::Unknown),
         (UpstreamFailure::NotRegistry, RequestOutcome::Unknown),
         (UpstreamFailure::TokenService, RequestOutcome::Unknown),
         (

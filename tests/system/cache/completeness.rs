@@ -70,7 +70,7 @@ async fn newer_image_missing_layer_serves_last_complete() {
     let reply = proxy.pull(DEMO, "latest", &old).await;
     let warning = reply.header("warning").expect("the client is told");
     assert!(
-        warning.contains("last complete") && warning.contains("answered 404"),
+        warning.contains("last complete") && warning.contains("responded with status 404"),
         "{warning}"
     );
 

@@ -102,7 +102,7 @@ async fn what_finds_no_room_passes_through_and_the_reason_is_told() {
     let ready = proxy.admin("/readyz").await;
     let text = String::from_utf8_lossy(&ready.body).into_owned();
     assert!(
-        ready.status == 200 && text.contains("degraded: no room"),
+        ready.status == 200 && text.contains("degraded: no space"),
         "{text}"
     );
     pull(&proxy, "first", &first).await;

@@ -280,7 +280,7 @@ async fn an_import_into_a_store_that_is_full_leaves_it_as_it_was() {
         .start()
         .await;
     let (code, _, err) = run(&to, &["import", "--public", &archive]).await;
-    assert!(code == Some(1) && err.contains("no room for"), "{err}");
+    assert!(code == Some(1) && err.contains("no space for"), "{err}");
     let status = to.admin("/api/v1/status").await.json();
     assert_eq!(status["store"]["blobs"], 0, "{status}");
     let reply = to.manifest("library/demo", &image.digest).await;

@@ -173,7 +173,7 @@ async fn each_that_reads_prints_json_too() {
         (vec!["ls", "--json"], "/images/0/image"),
         (vec!["show", "demo", "--json"], "/digest"),
         (vec!["why", "demo", "--json"], "/reason"),
-        (vec!["stats", "--json"], "/status/verdict"),
+        (vec!["stats", "--json"], "/status/summary"),
         (vec!["log", "--json"], "/events/0/sentence"),
         (vec!["offline", "--json"], "/offline"),
     ] {

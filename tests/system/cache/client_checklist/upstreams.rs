@@ -181,9 +181,21 @@ async fn row_28_an_error_names_the_upstream_and_the_cause() {
         (Upstream::refuses as fn(&Upstream), 502, "refused the connection"),
         (Upstream::resets, 502, "broke the connection"),
         (Upstream::gzips, 502, "a malformed response"),
-        (|upstream| upstream.answers_status(500), 502, "answered 500"),
-        (|upstream| upstream.answers_status(503), 503, "answered 503"),
-        (|upstream| upstream.answers_status(451), 451, "answered 451"),
+        (
+            |upstream| upstream.answers_status(500),
+            502,
+            "responded with status 500",
+        ),
+        (
+            |upstream| upstream.answers_status(503),
+            503,
+            "responded with status 503",
+        ),
+        (
+            |upstream| upstream.answers_status(451),
+            451,
+            "responded with status 451",
+        ),
         (|upstream| upstream.answers_status(403), 403, "denies access"),
         (
             |upstream| upstream.answers_status(401),
