@@ -33,16 +33,19 @@ use crate::oci::{Digest, UpstreamFailure};
 /// Decides what to do with a request. Total: every state has a decision.
 pub fn decide(state: &CacheState) -> Decision {
     let s = &state.with_invalidation_applied();
-    match s.cooling {
+    let decision = match s.cooling {
         None => decide_by_policy(s),
         Some(cooling) => decide_by_age(s, &cooling),
-    }
+    };
+    s.blocked
+        .map_or(decision, |digest| refuse_blocked(s, decision, digest))
 }
 
 fn decide_by_policy(s: &CacheState) -> Decision {
     match s.revalidation {
         Revalidation::NotDone => before_revalidation(s),
         Revalidation::Digest { digest, presence } => on_digest(s, digest, presence),
+        Revalidation::Blocked(digest) => on_blocked_digest(s, digest),
         Revalidation::NoDigest => on_no_digest(s),
         Revalidation::NotFound => on_not_found(s),
         Revalidation::Denied(CredentialOwner::Client) => Decision::Deny(DenyReason::Forbidden),
@@ -61,6 +64,9 @@ pub struct CacheState {
     pub kind: ContentKind,
     /// Cached copy that can be served, if there is one.
     pub cached: Option<CachedEntry>,
+    /// Digest that the operator blocked: of the cached copy of a tag, or the requested digest, cached or not. A blocked
+    /// copy is replaced by a previous complete image that is not blocked, as an incomplete one is.
+    pub blocked: Option<Digest>,
     /// Authorization of this principal, from remembered upstream responses.
     pub authorization: Authorization,
     /// Result of the revalidation, if one was made.
@@ -83,11 +89,10 @@ impl CacheState {
     /// young, the newest one that is old enough.
     pub fn target(&self) -> Option<Digest> {
         match (self.revalidation, self.cooling) {
-            (Revalidation::Digest { .. } | Revalidation::NoDigest, Some(cooling))
-                if !cooling.named.is_mature() =>
-            {
-                cooling.older.map(|older| older.digest)
-            }
+            (
+                Revalidation::Digest { .. } | Revalidation::Blocked(_) | Revalidation::NoDigest,
+                Some(cooling),
+            ) if !cooling.named.is_mature() => cooling.older.map(|older| older.digest),
             (Revalidation::Digest { digest, .. }, _) => Some(digest),
             _ => None,
         }
@@ -99,10 +104,16 @@ impl CacheState {
         Self { revalidation, ..self }
     }
 
-    /// A tag that a forwarded write invalidated is treated as under `if-newer` with `max_age` 0. The policy
-    /// `never` is unaffected, because it forbids upstream requests.
+    /// Returns the same state with the digest that the operator blocked, if it is.
+    #[must_use]
+    pub fn with_blocked(self, blocked: Option<Digest>) -> Self {
+        Self { blocked, ..self }
+    }
+
+    /// A tag that a forwarded write invalidated is treated as under `if-newer` with `max_age` 0, as is one whose cached
+    /// copy is blocked. The policy `never` is unaffected, because it forbids upstream requests.
     fn with_invalidation_applied(self) -> Self {
-        if self.kind != ContentKind::Tag || !self.is_invalidated() {
+        if self.kind != ContentKind::Tag || !(self.is_invalidated() || self.blocked.is_some()) {
             return self;
         }
         let policy = match self.policy {
@@ -131,6 +142,9 @@ impl CacheState {
     /// missing blob themselves.
     fn completeness(&self, cached: CachedEntry) -> Completeness {
         match self.kind {
+            ContentKind::Tag if self.blocked.is_some() && cached.completeness == Completeness::Complete => {
+                Completeness::Incomplete { previous: None }
+            }
             ContentKind::Tag => cached.completeness,
             ContentKind::Manifest | ContentKind::Blob => Completeness::Complete,
         }
@@ -317,6 +331,8 @@ pub enum Revalidation {
         /// How much of that image is in the store.
         presence: Presence,
     },
+    /// 2xx with the digest that the reference names now, which the operator blocked.
+    Blocked(Digest),
     /// 2xx without a verifiable digest.
     NoDigest,
     /// 404.
@@ -359,6 +375,10 @@ fn decide_by_age(s: &CacheState, cooling: &Cooling) -> Decision {
     };
     let decision = match (s.revalidation, cooling.named) {
         (Revalidation::Digest { .. } | Revalidation::NoDigest, Maturity::Young(youth)) => {
+            return instead_of(youth, mature, cooling.older);
+        }
+        // A block of what is too young anyway takes the older digest from nobody.
+        (Revalidation::Blocked(_), Maturity::Young(youth)) if cooling.older.is_some() => {
             return instead_of(youth, mature, cooling.older);
         }
         _ => decide_by_policy(mature),
@@ -472,6 +492,59 @@ fn on_digest(s: &CacheState, digest: Digest, presence: Presence) -> Decision {
         },
         (ContentKind::Tag, None) if presence != Presence::None => Decision::Serve(HitReason::TagMoved),
         (_, None) => Decision::Fetch(MissReason::NotCached),
+    }
+}
+
+/// The upstream has authorized this principal, so the denial may say that the digest is blocked. An older copy is not
+/// served in its place: the tag would silently go back.
+fn on_blocked_digest(s: &CacheState, digest: Digest) -> Decision {
+    match (s.kind, s.cached) {
+        // This `HEAD` checked the authorization, not for a newer digest.
+        (ContentKind::Tag, Some(cached)) if s.policy == Policy::IfNotPresent && cached.digest != digest => {
+            serve_or_probe_layers(cached, cached.digest, HitReason::NotRevalidated)
+        }
+        _ => Decision::Deny(DenyReason::Blocked(digest)),
+    }
+}
+
+/// Replaces what would give out or fetch the blocked digest. Authorization was judged first: a principal that would get
+/// a denial or a revalidation gets the same, blocked or not.
+fn refuse_blocked(s: &CacheState, decision: Decision, digest: Digest) -> Decision {
+    match (s.kind, decision) {
+        (_, Decision::Revalidate) => decision,
+        (
+            ContentKind::Tag,
+            Decision::Serve(HitReason::Cooling(_))
+            | Decision::ProbeLayers(HitReason::Cooling(_))
+            | Decision::Fetch(MissReason::Cooling(_)),
+        ) if s.target() != Some(digest) => decision,
+        // Another digest than the blocked one.
+        (
+            ContentKind::Tag,
+            Decision::Serve(HitReason::PreviousComplete(_) | HitReason::TagMoved)
+            | Decision::ProbeLayers(HitReason::TagMoved)
+            | Decision::Fetch(MissReason::NotCached | MissReason::NewDigest | MissReason::NoDigest),
+        ) => decision,
+        // By digest, only a fetch would tell whether this principal is authorized.
+        (ContentKind::Manifest | ContentKind::Blob, Decision::Fetch(_))
+            if s.revalidation == Revalidation::NotDone && s.authorization != Authorization::Granted =>
+        {
+            Decision::Revalidate
+        }
+        // The copy is there, but blocked.
+        (
+            ContentKind::Tag,
+            Decision::Deny(
+                DenyReason::Incomplete(_) | DenyReason::StaleLimitExceeded(_) | DenyReason::NotCached,
+            ),
+        )
+        | (_, Decision::Serve(_) | Decision::ProbeLayers(_) | Decision::Fetch(_)) => {
+            Decision::Deny(DenyReason::Blocked(digest))
+        }
+        (_, Decision::Deny(DenyReason::TooYoung(youth))) if youth.digest == Some(digest) => {
+            Decision::Deny(DenyReason::Blocked(digest))
+        }
+        (_, Decision::Deny(_)) => decision,
     }
 }
 

@@ -13,6 +13,7 @@
 //!   nothing. `local_tokens`: tokens issued while the token service is unavailable.
 //! * `api_challenge`: the registry's `/v2/` challenge. `challenge_template`: the 401 returned in an outage.
 //! * `write_effect`, `invalidation`: cached content that a push or a deletion changes.
+//! * `blocks`: refuses digests that the operator blocked, whatever the way they were obtained.
 //! * `prefetch`, `attestations`: downloads started before a client requests them. `refresh`: revalidation requested
 //!   by the operator.
 //! * `passthrough`: responses that are never stored. `streamed_list`, `list_page`, `list_name`: long, derived and
@@ -22,6 +23,7 @@
 mod api_challenge;
 mod attestations;
 mod blob;
+mod blocks;
 mod cache_view;
 mod candidates;
 mod challenge_template;
@@ -73,6 +75,7 @@ use crate::store::access_times::ContentId;
 use crate::store::blobs::BlobHandle;
 use crate::store::challenges::StoredChallenge;
 use crate::store::manifests::StoredManifest;
+use crate::store::verdicts::VerdictNote;
 use crate::store::{AsyncStore, LogLimit, Store};
 use crate::telemetry::Telemetry;
 use crate::trace_context::TraceContext;
@@ -242,6 +245,8 @@ pub struct Denied {
     pub response: Option<Arc<UpstreamResponse>>,
     /// Whether the upstream rejected the proxy's own credential.
     pub proxy_credential: bool,
+    /// Who blocked the digest, for [`DenyReason::Blocked`]. `None` if the block was taken back in the meantime.
+    pub block: Option<Arc<VerdictNote>>,
 }
 
 impl ProxyService {
@@ -279,6 +284,7 @@ impl ProxyService {
             .authorization
             .take_if(|shown| self.is_expired_local_token(&request.registry, shown));
         let outcome = self.dispatch(&request).await;
+        let outcome = self.refuse_blocked(&request, outcome);
         match &outcome {
             ProxyResponse::Manifest(manifest, _) => {
                 self.store.touch(ContentId::Manifest(manifest.digest), now);
@@ -331,7 +337,9 @@ impl ProxyService {
             Reference::Tag(tag) => {
                 let candidates = self.candidates_for_tag(registry, repository, tag, None).await;
                 let entry = candidates.as_ref().map(candidates::Candidates::entry);
-                context.state(rule, crate::policy::ContentKind::Tag, entry, true, now)
+                context
+                    .state(rule, crate::policy::ContentKind::Tag, entry, true, now)
+                    .with_blocked(candidates.and_then(|candidates| candidates.blocked()))
             }
             Reference::Digest(digest) => {
                 self.digest_state(registry, (&context, rule), repository, digest, now)
@@ -431,6 +439,7 @@ impl AuthContext {
             policy: rule.policy,
             kind: subject,
             cached: entry,
+            blocked: None,
             authorization: crate::policy::authz::authorize(&evidence, &lifetimes, now),
             revalidation: crate::policy::Revalidation::NotDone,
             on_not_found: rule.on_not_found,
@@ -451,5 +460,6 @@ fn denied(
         reason: refusal,
         response,
         proxy_credential,
+        block: None,
     })
 }

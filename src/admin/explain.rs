@@ -190,6 +190,10 @@ fn reasons(
         }
         Authorization::Unknown => format!("{upstream} has not authorized {who} for this repository"),
     });
+    if let Some(digest) = situation.blocked {
+        let digest = short_digest(&digest.to_string());
+        lines.push(format!("{digest} is blocked by the operator"));
+    }
     if let Some(cause) = silent {
         lines.push(format!("{upstream} {cause}"));
     }
@@ -238,7 +242,10 @@ fn what_ifs(situation: &CacheState, upstream: &str) -> Vec<WhatIf> {
     };
     let mut heard = Vec::new();
     if situation.cached.is_some() {
-        heard.push(("the same digest", named(same, Presence::Complete)));
+        let again = situation
+            .blocked
+            .map_or_else(|| named(same, Presence::Complete), Revalidation::Blocked);
+        heard.push(("the same digest", again));
     }
     heard.extend([
         ("another digest", named(other, Presence::None)),

@@ -117,6 +117,7 @@ fn describe_complete(decision: &DecisionRecord) -> String {
             with_cause("the cached copy is older than `stale_if_error` allows")
         }
         (CacheResult::Denied, "incomplete") => with_cause("the cached image is incomplete"),
+        (CacheResult::Denied, "blocked") => "denied: the digest is blocked by the operator".to_owned(),
         (CacheResult::Denied, "not-cached" | "not-authorized") => {
             "denied: the policy `never` disables upstream requests".to_owned()
         }
@@ -216,6 +217,7 @@ pub(super) fn describe_denial(refusal: DenyReason, upstream: &str) -> String {
                 describe_youth(&youth)
             )
         }
+        DenyReason::Blocked(digest) => format!("deny: {digest} is blocked by the operator"),
     }
 }
 

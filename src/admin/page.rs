@@ -210,6 +210,7 @@ pub(super) fn describe_refresh(refreshed: Refreshed, upstream: &str) -> String {
     match refreshed {
         Refreshed::Unchanged(_) => format!("unchanged at {upstream}"),
         Refreshed::Newer(_) => format!("{upstream} has a newer image, which is cached now"),
+        Refreshed::Blocked(digest) => format!("{upstream} names {digest}, which is blocked and not fetched"),
         Refreshed::NotFound => format!("deleted at {upstream}; retained until a client requests it"),
         Refreshed::Denied => format!("{upstream} does not authorize this credential"),
         Refreshed::Unavailable(cause) => format!("{upstream} {cause}; the cached image is kept"),

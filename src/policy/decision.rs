@@ -2,7 +2,7 @@
 //! API.
 
 use super::min_age::Youth;
-use crate::oci::UpstreamFailure;
+use crate::oci::{Digest, UpstreamFailure};
 
 /// Action for a request, with its reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,6 +176,8 @@ pub enum DenyReason {
     Incomplete(UpstreamFailure),
     /// The digest is younger than `min_age`, and nothing that is old enough can be served.
     TooYoung(Youth),
+    /// The operator blocked this digest. Only a principal that may read it learns so.
+    Blocked(Digest),
 }
 
 impl DenyReason {
@@ -191,6 +193,7 @@ impl DenyReason {
             Self::StaleLimitExceeded(_) => "stale-limit-exceeded",
             Self::Incomplete(_) => "incomplete",
             Self::TooYoung(_) => "too-young",
+            Self::Blocked(_) => "blocked",
         }
     }
 }

@@ -72,6 +72,8 @@ fn every_state() -> Vec<CacheState> {
         digest_result(new_digest(), Presence::Complete),
         digest_result(new_digest(), Presence::ManifestOnly),
         digest_result(new_digest(), Presence::None),
+        Revalidation::Blocked(old_digest()),
+        Revalidation::Blocked(new_digest()),
         Revalidation::NoDigest,
         Revalidation::NotFound,
         Revalidation::Denied(CredentialOwner::Client),
@@ -89,7 +91,7 @@ fn every_state() -> Vec<CacheState> {
                     Authorization::Expired,
                     Authorization::Granted,
                 ] {
-                    for revalidation in results {
+                    for (blocked, revalidation) in blocks(kind, cached, &results) {
                         for on_not_found in OnNotFound::ALL {
                             for max_age in [Duration::ZERO, FRESH] {
                                 for stale_if_error in [None, Some(STALE)] {
@@ -97,6 +99,7 @@ fn every_state() -> Vec<CacheState> {
                                         policy,
                                         kind,
                                         cached,
+                                        blocked,
                                         authorization,
                                         revalidation,
                                         on_not_found,
@@ -114,6 +117,23 @@ fn every_state() -> Vec<CacheState> {
         }
     }
     all
+}
+
+/// Each result without a block, and with one of the cached copy of a tag or of the requested digest.
+fn blocks(
+    kind: ContentKind,
+    cached: Option<CachedEntry>,
+    results: &[Revalidation],
+) -> Vec<(Option<Digest>, Revalidation)> {
+    let may_be_blocked = kind != ContentKind::Tag || cached.is_some();
+    let blocked = may_be_blocked.then_some(Some(old_digest()));
+    let all = [None].into_iter().chain(blocked);
+    all.flat_map(|blocked| results.iter().map(move |result| (blocked, *result)))
+        .collect()
+}
+
+fn is_unblocked(s: &CacheState) -> bool {
+    s.blocked.is_none() && !matches!(s.revalidation, Revalidation::Blocked(_))
 }
 
 /// Only a tag moves or has a previous image, and a blob refers to nothing.
@@ -149,6 +169,15 @@ fn law(name: &str, applies: impl Fn(&CacheState) -> bool, law: impl Fn(&CacheSta
     assert!(checked > 0, "{name}: applies to no situation");
 }
 
+/// [`law`] about availability and economy, which a block overrules.
+fn unblocked_law(
+    name: &str,
+    applies: impl Fn(&CacheState) -> bool,
+    check: impl Fn(&CacheState, Decision) -> bool,
+) {
+    law(name, |s| is_unblocked(s) && applies(s), check);
+}
+
 fn invalidated(s: &CacheState) -> bool {
     s.cached.is_some_and(|cached| cached.is_invalidated)
 }
@@ -160,7 +189,7 @@ fn serves(decision: Decision) -> bool {
 fn has_2xx(s: &CacheState) -> bool {
     matches!(
         s.revalidation,
-        Revalidation::Digest { .. } | Revalidation::NoDigest
+        Revalidation::Digest { .. } | Revalidation::Blocked(_) | Revalidation::NoDigest
     )
 }
 
@@ -174,9 +203,11 @@ fn is_unavailable(s: &CacheState) -> bool {
 #[test]
 fn input_space_is_enumerated_completely() {
     let entries_of_a_tag_a_manifest_and_a_blob = (1 + 2 * 6 * 2 * 4) + (1 + 2 * 6 * 2) + (1 + 2 * 6);
+    // All but an uncached tag.
+    let blocked_ones = entries_of_a_tag_a_manifest_and_a_blob - 1;
     assert_eq!(
         every_state().len(),
-        4 * entries_of_a_tag_a_manifest_and_a_blob * 3 * 13 * 2 * 2 * 2
+        4 * (entries_of_a_tag_a_manifest_and_a_blob + blocked_ones) * 3 * 15 * 2 * 2 * 2
     );
 }
 
@@ -407,7 +438,7 @@ fn incomplete_image_is_served_only_after_a_2xx() {
 /// layers of one was then denied manifests in an outage.
 #[test]
 fn m02_manifest_by_digest_is_served_whatever_its_completeness() {
-    law(
+    unblocked_law(
         "completeness does not matter",
         |s| s.kind == ContentKind::Manifest && s.cached.is_some() && !is_complete(s),
         |s, v| {
@@ -419,7 +450,7 @@ fn m02_manifest_by_digest_is_served_whatever_its_completeness() {
             v == decide(&CacheState { cached, ..*s })
         },
     );
-    law(
+    unblocked_law(
         "clients with a grant are served while the upstream is unavailable",
         |s| {
             s.kind == ContentKind::Manifest
@@ -487,12 +518,142 @@ fn possibly_outdated_responses_are_marked() {
     );
 }
 
+// --- blocks
+// ------------------------------------------------------------------------------------------------------------
+
+/// Whether the decision gives out the blocked digest, or fetches what is known to be it.
+fn gives_out_blocked(s: &CacheState, decision: Decision) -> bool {
+    let named = match s.revalidation {
+        Revalidation::Digest { digest, .. } | Revalidation::Blocked(digest) => Some(digest),
+        _ => None,
+    };
+    let given = match (s.kind, decision) {
+        (_, Decision::Revalidate | Decision::Deny(_)) => None,
+        (ContentKind::Manifest | ContentKind::Blob, _) => Some(old_digest()),
+        // The previous image is another one, and the proxy chooses it among those that are not blocked.
+        (ContentKind::Tag, Decision::Serve(HitReason::PreviousComplete(_))) => None,
+        (
+            ContentKind::Tag,
+            Decision::Serve(HitReason::Cooling(_))
+            | Decision::ProbeLayers(HitReason::Cooling(_))
+            | Decision::Fetch(MissReason::Cooling(_)),
+        ) => s.target(),
+        (
+            ContentKind::Tag,
+            Decision::Serve(HitReason::TagMoved) | Decision::ProbeLayers(HitReason::TagMoved),
+        ) => named,
+        (ContentKind::Tag, Decision::Serve(_) | Decision::ProbeLayers(_)) => {
+            s.cached.map(|cached| cached.digest)
+        }
+        (ContentKind::Tag, Decision::Fetch(_)) => named,
+    };
+    let is_blocked = |digest| s.blocked == Some(digest) || s.revalidation == Revalidation::Blocked(digest);
+    given.is_some_and(is_blocked)
+}
+
+#[test]
+fn blocked_digest_is_never_served_or_fetched() {
+    law(
+        "whatever policy, outage, age or grant",
+        |s| !is_unblocked(s),
+        |s, v| !gives_out_blocked(s, v),
+    );
+    law(
+        "by digest",
+        |s| s.kind != ContentKind::Tag && s.blocked.is_some(),
+        |_, v| matches!(v, Decision::Deny(_) | Decision::Revalidate),
+    );
+}
+
+#[test]
+fn tag_that_names_a_blocked_digest_is_denied() {
+    law(
+        "an older copy is not served in its place",
+        |s| matches!(s.revalidation, Revalidation::Blocked(_)),
+        |s, v| {
+            v == Decision::Deny(DenyReason::Blocked(match s.revalidation {
+                Revalidation::Blocked(named) => named,
+                _ => old_digest(),
+            })) || s.kind == ContentKind::Tag && s.policy == Policy::IfNotPresent
+        },
+    );
+    law(
+        "a client with a grant learns why its blocked copy is not served",
+        |s| {
+            s.blocked.is_some()
+                && matches!(s.revalidation, Revalidation::Unavailable(_))
+                && s.cached.is_some()
+                && s.authorization != Authorization::Unknown
+                && s.policy != Policy::Always
+        },
+        |s, v| {
+            v == Decision::Deny(DenyReason::Blocked(old_digest()))
+                || matches!(v, Decision::Serve(HitReason::PreviousComplete(_))) && s.kind == ContentKind::Tag
+        },
+    );
+}
+
+#[test]
+fn block_is_not_shown_without_authorization() {
+    law(
+        "before a 2xx, a client without a grant gets the same",
+        |s| s.authorization == Authorization::Unknown && !has_2xx(s) && s.kind == ContentKind::Tag,
+        |s, v| v == decide(&s.with_blocked(None)),
+    );
+    law(
+        "no denial names a block",
+        |s| s.authorization == Authorization::Unknown && !has_2xx(s),
+        |_, v| !matches!(v, Decision::Deny(DenyReason::Blocked(_))),
+    );
+}
+
+#[test]
+fn blocked_copy_does_not_keep_a_tag_from_moving_on() {
+    law(
+        "a blocked copy is not fresh",
+        |s| {
+            s.blocked.is_some()
+                && s.kind == ContentKind::Tag
+                && s.revalidation == Revalidation::NotDone
+                && s.policy != Policy::Never
+        },
+        |_, v| v == Decision::Revalidate,
+    );
+    law(
+        "the new digest is served or fetched",
+        |s| {
+            s.blocked.is_some()
+                && s.kind == ContentKind::Tag
+                && matches!(s.revalidation, Revalidation::Digest { digest, .. } if digest == new_digest())
+        },
+        |_, v| {
+            matches!(
+                v,
+                Decision::Serve(HitReason::TagMoved)
+                    | Decision::ProbeLayers(HitReason::TagMoved)
+                    | Decision::Fetch(MissReason::NewDigest)
+            )
+        },
+    );
+}
+
+#[test]
+fn block_never_serves_more() {
+    law(
+        "what is denied without a block is denied with one",
+        |s| s.blocked.is_some(),
+        |s, v| {
+            !serves(v) || serves(decide(&s.with_blocked(None))) || v == Decision::Serve(HitReason::TagMoved)
+        },
+    );
+}
+
 // --- economy: forbidden upstream requests
 // -----------------------------------------------------------------------
 
 #[test]
 fn fresh_tag_is_not_revalidated() {
-    law(
+    unblocked_law(
         "a fresh tag is not revalidated",
         |s| {
             s.policy == Policy::IfNewer
@@ -539,7 +700,7 @@ fn clock_set_back_makes_nothing_fresh() {
 
 #[test]
 fn content_by_digest_with_a_grant_is_not_revalidated() {
-    law(
+    unblocked_law(
         "immutable",
         |s| {
             s.kind != ContentKind::Tag
@@ -555,7 +716,7 @@ fn content_by_digest_with_a_grant_is_not_revalidated() {
 
 #[test]
 fn cached_content_is_not_fetched() {
-    law(
+    unblocked_law(
         "an unchanged digest is served",
         |s| {
             matches!(s.revalidation, Revalidation::Digest { digest, .. } if digest == old_digest())
@@ -563,7 +724,7 @@ fn cached_content_is_not_fetched() {
         },
         |_, v| serves(v) || matches!(v, Decision::ProbeLayers(_)),
     );
-    law(
+    unblocked_law(
         "a digest cached under another name is served",
         |s| {
             matches!(s.revalidation, Revalidation::Digest { presence, .. } if presence != Presence::None)
@@ -575,7 +736,7 @@ fn cached_content_is_not_fetched() {
 
 #[test]
 fn uncached_content_is_fetched_without_revalidation() {
-    law(
+    unblocked_law(
         "the fetch revalidates",
         |s| s.cached.is_none() && s.revalidation == Revalidation::NotDone && s.policy != Policy::Never,
         |_, v| v == Decision::Fetch(MissReason::NotCached),
@@ -584,7 +745,7 @@ fn uncached_content_is_fetched_without_revalidation() {
 
 #[test]
 fn if_not_present_never_fetches_cached_content() {
-    law(
+    unblocked_law(
         "a cached copy is enough",
         |s| s.policy == Policy::IfNotPresent && s.cached.is_some() && !invalidated(s),
         |_, v| !matches!(v, Decision::Fetch(_)),
@@ -593,7 +754,7 @@ fn if_not_present_never_fetches_cached_content() {
 
 #[test]
 fn clients_with_a_grant_are_served_through_an_outage() {
-    law(
+    unblocked_law(
         "clients with a grant are served while the upstream is unavailable",
         |s| {
             matches!(s.revalidation, Revalidation::Unavailable(_))
@@ -608,7 +769,7 @@ fn clients_with_a_grant_are_served_through_an_outage() {
 
 #[test]
 fn rejected_cache_credential_still_serves_clients_with_a_grant() {
-    law(
+    unblocked_law(
         "the operator's mistake",
         |s| {
             s.revalidation == Revalidation::Denied(CredentialOwner::Proxy)
@@ -661,6 +822,7 @@ fn if_newer_follows_the_five_basic_steps() {
             completeness: Completeness::Complete,
             is_invalidated: false,
         }),
+        blocked: None,
         authorization: Authorization::Granted,
         revalidation: Revalidation::NotDone,
         on_not_found: OnNotFound::Refuse,

@@ -155,8 +155,12 @@ impl ProxyService {
         true
     }
 
-    /// Fetches an artifact manifest and its blobs. Returns whether the manifest is available here.
+    /// Fetches an artifact manifest and its blobs. Returns whether nothing is left to fetch: the manifest is available
+    /// here, or blocked.
     async fn fetch_artifact(self: &Arc<Self>, upstream_request: &UpstreamRequest, digest: Digest) -> bool {
+        if self.is_blocked(&upstream_request.registry, &upstream_request.repository, &digest) {
+            return true;
+        }
         let upstream_request = UpstreamRequest {
             accept: Accept::manifests(),
             ..upstream_request.clone()

@@ -144,13 +144,18 @@ impl BlobRequest<'_> {
                 self.digest.into(),
             ),
         });
-        self.context.state(
-            self.rule,
-            ContentKind::Blob,
-            cached,
-            is_in_repository,
-            self.request.now,
-        )
+        self.context
+            .state(
+                self.rule,
+                ContentKind::Blob,
+                cached,
+                is_in_repository,
+                self.request.now,
+            )
+            .with_blocked(
+                self.proxy
+                    .blocked(&self.request.registry, self.repository, self.digest),
+            )
     }
 
     /// For a caller without a grant: see [`AuthContext::has_no_grant`].
@@ -246,6 +251,7 @@ impl BlobRequest<'_> {
                 revalidated.response,
                 is_proxy_credential_denied(revalidated.revalidation),
             ),
+            Revalidation::Blocked(digest) => denied(DenyReason::Blocked(digest), revalidated.response, false),
             _ => self.serve(BlobBody::Head, size, served),
         }
     }

@@ -27,9 +27,16 @@ pub(super) struct Candidates {
     pub(super) earlier: Option<CachedManifest>,
     /// Whether a write may have changed the tag or the digest upstream.
     pub(super) is_invalidated: bool,
+    /// Whether the operator blocked the newest manifest. `earlier` is never blocked.
+    is_blocked: bool,
 }
 
 impl Candidates {
+    /// The digest of the newest manifest, if it is blocked.
+    pub(super) fn blocked(&self) -> Option<Digest> {
+        self.is_blocked.then_some(self.newest.manifest.digest)
+    }
+
     /// Input of the decision.
     pub(super) fn entry(&self) -> CachedEntry {
         CachedEntry {
@@ -115,7 +122,13 @@ impl ProxyService {
             AnyDigest::Unsupported(_) => (None, false),
         };
         let entry = candidates.as_ref().map(Candidates::entry);
-        context.state(rule, ContentKind::Manifest, entry, is_in_repository, now)
+        let blocked = match digest {
+            AnyDigest::Supported(digest) => self.blocked(registry, repository, *digest),
+            AnyDigest::Unsupported(_) => None,
+        };
+        context
+            .state(rule, ContentKind::Manifest, entry, is_in_repository, now)
+            .with_blocked(blocked)
     }
 
     /// How much of a manifest's content is cached.
@@ -159,16 +172,30 @@ impl CacheView<'_> {
         let is_moved = named.is_moved;
         let is_invalidated = proxy.is_invalidated(registry, repository, key.tag.clone().into())
             || proxy.is_invalidated(registry, repository, newest.manifest.digest.into());
-        if self.is_complete(&newest.manifest) {
+        let is_blocked = self.is_blocked(&newest.manifest.digest);
+        if !is_blocked && self.is_complete(&newest.manifest) {
             return Some(Candidates {
                 newest,
                 is_moved,
                 completeness: Completeness::Complete,
                 earlier: None,
                 is_invalidated,
+                is_blocked,
             });
         }
-        let is_whole = |manifest: &StoredManifest| self.is_complete(manifest);
+        // The images of a blocked index are the blocked release.
+        let is_of_blocked_index = |digest: &Digest| {
+            let children = &newest.manifest.manifest.descriptors;
+            is_blocked
+                && children
+                    .iter()
+                    .any(|child| matches!(&child.digest, AnyDigest::Supported(child) if child == digest))
+        };
+        let is_whole = |manifest: &StoredManifest| {
+            !self.is_blocked(&manifest.digest)
+                && !is_of_blocked_index(&manifest.digest)
+                && self.is_complete(manifest)
+        };
         let complete = view.last_complete(&record, reader, &is_whole);
         let earlier = complete.and_then(|named| self.candidate(&named));
         Some(Candidates {
@@ -179,6 +206,7 @@ impl CacheView<'_> {
             },
             earlier,
             is_invalidated,
+            is_blocked,
         })
     }
 
@@ -210,7 +238,13 @@ impl CacheView<'_> {
             is_invalidated: self
                 .proxy
                 .is_invalidated(self.registry, self.repository, (*digest).into()),
+            is_blocked: self.is_blocked(digest),
         })
+    }
+
+    /// Whether the operator blocked this digest in this repository.
+    pub(super) fn is_blocked(&self, digest: &Digest) -> bool {
+        self.proxy.is_blocked(self.registry, self.repository, digest)
     }
 
     fn presence_of(&self, digest: &Digest) -> Presence {

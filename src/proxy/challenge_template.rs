@@ -77,7 +77,8 @@ impl ProxyService {
             DenyReason::Forbidden
             | DenyReason::AuthRequired
             | DenyReason::NotFound
-            | DenyReason::TooYoung(_) => false,
+            | DenyReason::TooYoung(_)
+            | DenyReason::Blocked(_) => false,
         };
         let Some(repository) = request.endpoint.repository().filter(|_| is_unavailable) else {
             return outcome;
@@ -105,6 +106,7 @@ impl ProxyService {
             reason: DenyReason::AuthRequired,
             response: Some(Arc::new(response)),
             proxy_credential: false,
+            block: None,
         })
     }
 }

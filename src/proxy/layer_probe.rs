@@ -84,7 +84,8 @@ impl ProxyService {
         Ok(())
     }
 
-    /// Images of `index` for the platforms of which `fallback` was pulled.
+    /// Images of `index` for the platforms of which `fallback` was pulled. A blocked one is left out: its clients are
+    /// denied it, and it does not make the index incomplete.
     pub(super) async fn platforms_in_use(
         self: &Arc<Self>,
         registry: &Arc<UpstreamRegistry>,
@@ -109,6 +110,7 @@ impl ProxyService {
                 AnyDigest::Supported(digest) => Some(digest),
                 AnyDigest::Unsupported(_) => None,
             })
+            .filter(|digest| !self.is_blocked(registry, repository, digest))
             .take(PLATFORMS_MAX)
             .collect()
     }

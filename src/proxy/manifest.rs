@@ -64,7 +64,9 @@ impl ProxyService {
             .candidates_for_tag(&request.registry, repository, tag, accept)
             .await;
         let entry = candidates.as_ref().map(Candidates::entry);
-        let state = context.state(rule, ContentKind::Tag, entry, true, request.now);
+        let state = context
+            .state(rule, ContentKind::Tag, entry, true, request.now)
+            .with_blocked(candidates.as_ref().and_then(Candidates::blocked));
         let manifest_request = ManifestRequest::new(self, request, repository, context, rule);
         manifest_request.execute(state, candidates).await
     }
@@ -99,7 +101,9 @@ impl ProxyService {
             .candidate_for_digest(&request.registry, repository, &digest, request.now)
             .await;
         let entry = candidates.as_ref().map(Candidates::entry);
-        let state = context.state(rule, ContentKind::Manifest, entry, is_in_repository, request.now);
+        let state = context
+            .state(rule, ContentKind::Manifest, entry, is_in_repository, request.now)
+            .with_blocked(self.blocked(&request.registry, repository, digest));
         let manifest_request = ManifestRequest::new(self, request, repository, context, rule);
         manifest_request.execute(state, candidates).await
     }
@@ -181,7 +185,8 @@ impl<'a> ManifestRequest<'a> {
         let entry = candidates.as_ref().map(Candidates::entry);
         let state = self
             .context
-            .state(self.rule, ContentKind::Manifest, entry, true, now);
+            .state(self.rule, ContentKind::Manifest, entry, true, now)
+            .with_blocked(self.proxy.blocked(registry, repository, digest));
         self.on_revalidated(state, candidates, revalidated).await
     }
 
@@ -280,6 +285,9 @@ impl<'a> ManifestRequest<'a> {
     }
 
     async fn respond_to_head(&self, state: CacheState, revalidated: Revalidated) -> ProxyResponse {
+        if let Revalidation::Blocked(digest) = revalidated.revalidation {
+            return denied(DenyReason::Blocked(digest), revalidated.response, false);
+        }
         if let Some(manifest) = self.take_inline_body(revalidated.response.as_deref()).await {
             return self.manifest(manifest, ServeReason::Fetched(MissReason::NoDigest));
         }
@@ -477,9 +485,10 @@ impl<'a> ManifestRequest<'a> {
                 Revalidation::FetchFailed(UpstreamFailure::Status(404))
             }
             Revalidation::Unavailable(cause) if candidates.is_some() => Revalidation::FetchFailed(cause),
-            Revalidation::Digest { .. } | Revalidation::NoDigest | Revalidation::NotDone => {
-                Revalidation::FetchFailed(UpstreamFailure::Malformed)
-            }
+            Revalidation::Digest { .. }
+            | Revalidation::Blocked(_)
+            | Revalidation::NoDigest
+            | Revalidation::NotDone => Revalidation::FetchFailed(UpstreamFailure::Malformed),
             revalidation => revalidation,
         };
         match decide(&state.with_revalidation(revalidation)) {

@@ -91,7 +91,7 @@ impl Prefetching {
 }
 
 impl ProxyService {
-    /// Missing blobs of `manifest`, with their role.
+    /// Missing blobs of `manifest`, with their role. Blocked ones are left out.
     pub(super) async fn missing_blobs_of(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
@@ -110,6 +110,7 @@ impl ProxyService {
                         AnyDigest::Supported(digest) => Some((digest, child.kind)),
                         AnyDigest::Unsupported(_) => None,
                     })
+                    .filter(|(digest, _)| !cached.is_blocked(digest))
                     .collect()
             },
         )

@@ -17,6 +17,8 @@ pub enum Refreshed {
     Unchanged(Digest),
     /// The tag moved, and the new manifest is cached; its layers are prefetched if the policy says `prefetch`.
     Newer(Digest),
+    /// The tag names a digest that the operator blocked. It is not fetched.
+    Blocked(Digest),
     /// The tag does not exist upstream. It stays cached until a client's request confirms that.
     NotFound,
     /// The upstream denied the credential.
@@ -58,6 +60,12 @@ impl ProxyService {
             }
             (Revalidation::Digest { .. } | Revalidation::NoDigest, _) => {
                 let refreshed = self.refetch(&upstream_request, &revalidated).await;
+                // A registry without digests: only the fetched bytes show it.
+                if let Ok(manifest) = &refreshed
+                    && self.is_blocked(&request.registry, repository, &manifest.digest)
+                {
+                    return Refreshed::Blocked(manifest.digest);
+                }
                 let whole = candidates.as_ref().and_then(Candidates::complete);
                 if let (Ok(manifest), true) =
                     (&refreshed, request.registry.rule(repository, Some(tag)).prefetch)
@@ -73,6 +81,7 @@ impl ProxyService {
                     Err(cause) => Refreshed::FetchFailed(cause),
                 }
             }
+            (Revalidation::Blocked(digest), _) => Refreshed::Blocked(digest),
             (Revalidation::NotFound, _) => Refreshed::NotFound,
             (Revalidation::Denied(_), _) => Refreshed::Denied,
             (Revalidation::Unavailable(cause) | Revalidation::FetchFailed(cause), _) => {

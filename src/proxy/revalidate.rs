@@ -397,10 +397,7 @@ impl ProxyService {
             ResponseKind::UnprovenDigest(digest)
                 if is_manifest && authorization == Authorization::Granted =>
             {
-                Revalidation::Digest {
-                    digest,
-                    presence: self.presence_of(registry, repository, &digest).await,
-                }
+                self.classify_digest(registry, repository, digest).await
             }
             _ => self.classify(registry, repository, response).await,
         }
@@ -417,10 +414,7 @@ impl ProxyService {
             ResponseKind::UnprovenDigest(_) | ResponseKind::NoDigest => {
                 Revalidation::Unavailable(UpstreamFailure::NotRegistry)
             }
-            ResponseKind::Digest(digest) => Revalidation::Digest {
-                digest,
-                presence: self.presence_of(registry, repository, &digest).await,
-            },
+            ResponseKind::Digest(digest) => self.classify_digest(registry, repository, digest).await,
             ResponseKind::NotFound => Revalidation::NotFound,
             // Any other 4xx (451, 423, …) is a denial too. A cached entry must never hide a denial.
             ResponseKind::Denied | ResponseKind::Other(_) if registry.has_proxy_credential() => {
@@ -428,6 +422,22 @@ impl ProxyService {
             }
             ResponseKind::Denied | ResponseKind::Other(_) => Revalidation::Denied(CredentialOwner::Client),
             ResponseKind::Unavailable(cause) => Revalidation::Unavailable(cause),
+        }
+    }
+
+    /// Classification of a 2xx with this digest.
+    async fn classify_digest(
+        self: &Arc<Self>,
+        registry: &Arc<UpstreamRegistry>,
+        repository: &Repository,
+        digest: Digest,
+    ) -> Revalidation {
+        if self.is_blocked(registry, repository, &digest) {
+            return Revalidation::Blocked(digest);
+        }
+        Revalidation::Digest {
+            digest,
+            presence: self.presence_of(registry, repository, &digest).await,
         }
     }
 

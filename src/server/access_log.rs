@@ -18,7 +18,7 @@ use super::routing::{ConnectionInfo, RouteKind};
 use super::{Body, response};
 use crate::oci::{Digest, Endpoint, Reference, UpstreamFailure};
 use crate::policy::DenyReason;
-use crate::proxy::{ProxyResponse, ServeReason, UpstreamRegistry};
+use crate::proxy::{Denied, ProxyResponse, ServeReason, UpstreamRegistry};
 use crate::store::tags::NEVER_CONFIRMED;
 use crate::telemetry::{self, AccessRecord, BodyEnd, ResourceKind, Telemetry, agent};
 use crate::trace_context::TraceContext;
@@ -209,7 +209,8 @@ impl AccessLogFields {
                 | DenyReason::Forbidden
                 | DenyReason::AuthRequired
                 | DenyReason::NotFound
-                | DenyReason::TooYoung(_) => None,
+                | DenyReason::TooYoung(_)
+                | DenyReason::Blocked(_) => None,
             },
             _ => info.and_then(|info| match info.reason {
                 ServeReason::Cached(served) => served.cause(),
@@ -219,6 +220,10 @@ impl AccessLogFields {
         let digest = match outcome {
             ProxyResponse::Manifest(manifest, _) => Some(manifest.digest),
             ProxyResponse::ManifestHead { digest, .. } | ProxyResponse::Blob { digest, .. } => Some(*digest),
+            ProxyResponse::Denied(Denied {
+                reason: DenyReason::Blocked(digest),
+                ..
+            }) => Some(*digest),
             _ => None,
         };
         Self {

@@ -28,6 +28,9 @@ pub const VERDICTS_MAX: usize = 8_192;
 /// Longest actor or reason of a verdict, in bytes. A longer text is cut.
 pub const NOTE_BYTES_MAX: usize = 1_024;
 
+/// The last time that RFC 3339 can express, in milliseconds since 1970.
+const AT_MILLIS_MAX: u64 = 253_402_300_799_999;
+
 /// What an operator decided about a digest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum VerdictKind {
@@ -426,7 +429,7 @@ impl Record {
             _ => return None,
         };
         let note = VerdictNote {
-            at: from_millis(self.at_ms),
+            at: from_millis(self.at_ms.min(AT_MILLIS_MAX)),
             by: self.by,
             reason: self.reason,
         };

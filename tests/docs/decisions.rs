@@ -95,6 +95,10 @@ fn rows() -> Vec<Row> {
                 presence,
             },
         ),
+        also(
+            "another digest, which is blocked",
+            Revalidation::Blocked(Digest::of(Algorithm::Sha256, b"new")),
+        ),
         row(
             "another digest, but the fetch failed",
             Revalidation::FetchFailed(UpstreamFailure::ConnectionReset),
@@ -167,6 +171,7 @@ fn state(row: &Row, copy: Option<CachedEntry>) -> CacheState {
             },
             ..copy
         }),
+        blocked: None,
         authorization: Authorization::Unknown,
         revalidation: row.revalidation,
         on_not_found: row.on_not_found,

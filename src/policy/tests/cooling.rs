@@ -59,7 +59,7 @@ fn is_consistent(s: &CacheState, cooling: &Cooling) -> bool {
 fn every_base() -> Vec<CacheState> {
     every_state()
         .into_iter()
-        .filter(|s| s.kind == ContentKind::Tag)
+        .filter(|s| s.kind == ContentKind::Tag && is_unblocked(s))
         // Settings count only where they are read.
         .filter(|s| s.max_age.is_zero() || s.revalidation == Revalidation::NotDone)
         .filter(|s| s.on_not_found == OnNotFound::Refuse || s.revalidation == Revalidation::NotFound)
@@ -80,15 +80,20 @@ fn is_rate_limited(s: &CacheState) -> bool {
 }
 
 fn law_of_ages(name: &str, law: impl Fn(&CacheState, &Cooling, Decision) -> bool) {
+    law_over(&every_base(), name, law);
+}
+
+/// Checks `law` in every state of `bases` with every combination of ages.
+fn law_over(bases: &[CacheState], name: &str, law: impl Fn(&CacheState, &Cooling, Decision) -> bool) {
     let mut checked = 0_u64;
-    for base in every_base() {
+    for base in bases {
         for cooling in every_cooling()
             .iter()
-            .filter(|cooling| is_consistent(&base, cooling))
+            .filter(|cooling| is_consistent(base, cooling))
         {
             let state = CacheState {
                 cooling: Some(*cooling),
-                ..base
+                ..*base
             };
             let decision = decide(&state);
             assert!(
@@ -260,4 +265,43 @@ fn min_age_by_digest_denies_a_young_manifest() {
             "{state:#?} gave {decision:?}"
         );
     }
+}
+
+/// The base states with the cached copy blocked, and those with the named digest blocked.
+fn every_blocked_base() -> Vec<CacheState> {
+    let mut all = Vec::new();
+    for base in every_base() {
+        if base.cached.is_some() {
+            all.push(base.with_blocked(Some(old_digest())));
+        }
+        if let Revalidation::Digest { digest, .. } = base.revalidation
+            && digest == new_digest()
+        {
+            all.push(base.with_revalidation(Revalidation::Blocked(digest)));
+        }
+    }
+    all
+}
+
+#[test]
+fn min_age_block_beats_age_and_approval() {
+    // `Mature` is what an approval makes of a digest.
+    law_over(&every_blocked_base(), "never a blocked one", |s, _, v| {
+        !gives_out_blocked(s, v)
+    });
+}
+
+#[test]
+fn min_age_block_of_a_young_digest_keeps_the_older_one() {
+    law_over(&every_blocked_base(), "the older one", |s, cooling, v| {
+        let (Revalidation::Blocked(digest), Some(older)) = (s.revalidation, cooling.older) else {
+            return true;
+        };
+        if cooling.named.is_mature() {
+            return matches!(v, Decision::Deny(_)) || s.policy == Policy::IfNotPresent;
+        }
+        let presence = Presence::None;
+        let unblocked = decide(&s.with_revalidation(Revalidation::Digest { digest, presence }));
+        v == unblocked && (s.target() == Some(older.digest))
+    });
 }

@@ -6,10 +6,11 @@ use hyper::ext::ReasonPhrase;
 
 use super::{Body, ResponseContext, error_response, set_header};
 use crate::oci::header::CACHE_STATUS;
-use crate::oci::{ErrorBody, ErrorCode, UpstreamFailure};
+use crate::oci::{Digest, ErrorBody, ErrorCode, UpstreamFailure};
 use crate::policy::DenyReason;
 use crate::policy::min_age::Youth;
 use crate::proxy::Denied;
+use crate::store::verdicts::VerdictNote;
 use crate::upstream::ResponseKind;
 
 pub(super) fn build(refused: &Denied, context: &ResponseContext) -> Response<Body> {
@@ -26,7 +27,8 @@ pub(super) fn build(refused: &Denied, context: &ResponseContext) -> Response<Bod
         | DenyReason::Forbidden
         | DenyReason::AuthRequired
         | DenyReason::NotFound
-        | DenyReason::TooYoung(_) => None,
+        | DenyReason::TooYoung(_)
+        | DenyReason::Blocked(_) => None,
     };
     let message = match upstream_message {
         Some(upstream_message) => format!("{message_text} ({upstream}: {upstream_message})"),
@@ -184,6 +186,11 @@ fn describe(refused: &Denied, context: &ResponseContext) -> (StatusCode, ErrorCo
             ErrorCode::Denied,
             too_young(&youth, context),
         ),
+        DenyReason::Blocked(digest) => (
+            StatusCode::FORBIDDEN,
+            ErrorCode::Denied,
+            blocked_message(&digest, refused.block.as_deref(), context),
+        ),
     }
 }
 
@@ -202,6 +209,21 @@ fn too_young(youth: &Youth, context: &ResponseContext) -> String {
         youth.describe(context.now),
         youth.describe_end(),
         repository.unwrap_or_default(),
+    )
+}
+
+/// Who blocked the digest, when and why, and how to take the block back.
+fn blocked_message(digest: &Digest, block: Option<&VerdictNote>, context: &ResponseContext) -> String {
+    let (upstream, image) = (context.upstream(), context.image());
+    let by = block.map_or_else(String::new, |note| {
+        let at = humantime::format_rfc3339_seconds(note.at);
+        let reason = note.reason.as_deref();
+        let reason = reason.map_or_else(String::new, |reason| format!(": {reason}"));
+        format!(" by {} at {at}{reason}", note.by)
+    });
+    format!(
+        "{upstream}/{image} is blocked in this cache: {digest} was blocked{by}; use another version, or ask the \
+         operator of the cache, who can take it back with `ifnewer unblock {digest}`"
     )
 }
 
