@@ -1,4 +1,4 @@
-//! Documentation against the program: decision tables, configurations, commands and links.
+//! Documentation against the program: decision tables, configurations, commands, messages, names and links.
 //!
 //! `UPDATE_DOCS=1 cargo test --test docs` rewrites the tables.
 #![allow(
@@ -14,6 +14,8 @@
 mod commands;
 #[path = "docs/decisions.rs"]
 mod decisions;
+#[path = "docs/quotes.rs"]
+mod quotes;
 #[path = "docs/text.rs"]
 mod text;
 
@@ -34,7 +36,7 @@ const OF_CLIENTS: [&str; 7] = [
 ];
 
 #[test]
-fn every_toml_is_a_configuration_of_ours_or_of_a_client() {
+fn every_toml_is_a_valid_configuration() {
     let folder = tempfile::tempdir().unwrap();
     let mut ours = 0;
     for block in blocks(&["toml"]) {
@@ -49,11 +51,11 @@ fn every_toml_is_a_configuration_of_ours_or_of_a_client() {
             let text = with_its_files(&block.text, folder.path());
             Config::read(&text, Path::new(&at)).unwrap_or_else(|faults| panic!("{faults}"));
         } else {
-            let stranger = table.keys().find(|key| !OF_CLIENTS.contains(&key.as_str()));
-            assert_eq!(stranger, None, "{at}: a key of nobody");
+            let unknown = table.keys().find(|key| !OF_CLIENTS.contains(&key.as_str()));
+            assert_eq!(unknown, None, "{at}: an unknown key");
         }
     }
-    assert!(ours > 6, "hardly any configuration of ours was found: {ours}");
+    assert!(ours > 6, "hardly any configuration was found: {ours}");
 }
 
 /// Creates the files that a configuration names.
@@ -66,7 +68,7 @@ fn with_its_files(text: &str, folder: &Path) -> String {
 }
 
 #[test]
-fn every_json_is_json() {
+fn every_json_block_is_valid() {
     for block in blocks(&["json"]) {
         serde_json::from_str::<serde_json::Value>(&block.text)
             .unwrap_or_else(|error| panic!("{}: {error}", block.place()));
@@ -74,13 +76,13 @@ fn every_json_is_json() {
 }
 
 #[test]
-fn every_link_leads_somewhere() {
+fn every_link_target_exists() {
     for document in documents() {
         let folder = document.parent().unwrap();
         for link in links(&document) {
             assert!(
                 folder.join(&link).exists(),
-                "{}: {link} is not there",
+                "{}: {link} does not exist",
                 document.display()
             );
         }

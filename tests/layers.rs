@@ -351,7 +351,7 @@ const DEBUG_TEXT: &[&str] = &[
 ];
 
 #[test]
-fn no_debug_text_of_rust_reaches_an_answer_a_page_or_a_log() {
+fn no_rust_debug_text_in_responses_pages_or_logs() {
     let formats = |text: &str| {
         product_code(text)
             .lines()

@@ -1,4 +1,4 @@
-//! Snapshot of all error messages of client responses and all log messages of level warn and above.
+//! Snapshot of all error messages and all log messages of level info and above.
 //!
 //! Operators search for these texts, so a change must be deliberate. The messages are read from the sources and compared
 //! with `tests/messages.txt`. To update that file: `UPDATE_MESSAGES=1 cargo test --test messages`.
@@ -14,15 +14,18 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 const LOG_MACROS: &[&str] = &["tracing::warn!(", "tracing::error!("];
+const INFO_MACROS: &[&str] = &["tracing::info!("];
 
 #[test]
 fn messages_match_the_snapshot() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let (mut responses, mut problems, mut logs) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    let (mut errors, mut events) = (BTreeSet::new(), BTreeSet::new());
     for file in sources(&root.join("src")) {
         let path = file.strip_prefix(root).unwrap().to_string_lossy().into_owned();
         let code = code(&fs::read_to_string(&file).unwrap());
         logs.extend(LOG_MACROS.iter().flat_map(|name| literals_in_calls(&code, name)));
+        events.extend(INFO_MACROS.iter().flat_map(|name| literals_in_calls(&code, name)));
         if path.starts_with("src/admin") {
             problems.extend(literals_in_calls(&code, "Problem::"));
         } else if path.starts_with("src/server") {
@@ -31,6 +34,8 @@ fn messages_match_the_snapshot() {
             responses.extend(literals(&code));
         } else if path.starts_with("src/oci") {
             responses.extend(literals_in_calls(&code, "#[error("));
+        } else {
+            errors.extend(literals_in_calls(&code, "#[error("));
         }
     }
     assert!(
@@ -41,7 +46,9 @@ fn messages_match_the_snapshot() {
     for (title, texts) in [
         ("Registry responses and server errors", responses),
         ("Admin API errors", problems),
+        ("Other errors: start, store, configuration and commands", errors),
         ("Log messages of level warn and above", logs),
+        ("Log messages of level info", events),
     ] {
         writeln!(found, "# {title}").unwrap();
         for text in texts {

@@ -135,7 +135,7 @@ fn the_dashboard_is_json_and_each_panel_asks_something() {
 }
 
 #[test]
-fn the_reference_of_settings_is_that_of_the_program() {
+fn settings_reference_matches_the_program() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");
     let written = std::fs::read_to_string(file).unwrap_or_default();
     assert!(
@@ -178,7 +178,7 @@ fn the_unit_leaves_little_exposed() {
 
 /// The writable paths of the unit match the installed configuration, so that commands in a shell agree.
 #[test]
-fn the_installed_configuration_names_the_folders_of_the_unit() {
+fn installed_configuration_matches_folders_of_the_unit() {
     let config = Config::read(&text("ifnewer.toml"), Path::new("/etc/ifnewer/ifnewer.toml"))
         .unwrap_or_else(|faults| panic!("{faults}"));
     let unit = text("ifnewer.service");

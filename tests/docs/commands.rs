@@ -8,7 +8,7 @@ use ifnewer::cli::Cli;
 use crate::text::{blocks, documents, read};
 
 #[test]
-fn every_command_of_ours_is_one_with_these_flags() {
+fn every_command_is_accepted_by_the_parser() {
     let mut checked = 0;
     for block in blocks(&["sh", "text", "yaml"]) {
         for line in block.text.lines() {
@@ -33,7 +33,7 @@ fn check_line(place: &str, line: &str) -> usize {
             .split_whitespace()
             .map(|word| word.trim_matches(['\'', '"', ')', ',']))
             .take_while(|word| !["…", "<", "*"].contains(word))
-            .map(meant)
+            .map(with_value)
             .collect();
         // The name alone is not a command.
         if words.first() != Some(&"ifnewer") || words.len() < 2 {
@@ -52,7 +52,7 @@ fn check_line(place: &str, line: &str) -> usize {
 }
 
 /// Replaces placeholders by values.
-fn meant(word: &str) -> &str {
+fn with_value(word: &str) -> &str {
     match word {
         "CLIENT" => "docker",
         other => other,
@@ -73,7 +73,7 @@ fn is_unfinished(command: &str, error: &clap::Error) -> bool {
 }
 
 #[test]
-fn every_script_is_one_that_the_shell_reads() {
+fn every_script_is_valid_shell_syntax() {
     for block in blocks(&["sh"]) {
         let read = Command::new("bash")
             .args(["-n", "-c", &block.text])

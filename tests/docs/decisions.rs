@@ -16,33 +16,33 @@ const END: &str = "<!-- /decisions -->";
 const STALE: Duration = Duration::from_secs(3_600);
 
 #[test]
-fn the_tables_of_policies_are_the_programs_own_decisions() {
+fn policy_tables_match_the_decisions() {
     let path = root().join("docs/policies.md");
     let document = read(&path);
-    let (before, completeness) = document.split_once(BEGIN).unwrap();
-    let (found, after) = completeness.split_once(END).unwrap();
-    let made = tables();
+    let (before, rest) = document.split_once(BEGIN).unwrap();
+    let (found, after) = rest.split_once(END).unwrap();
+    let expected = tables();
     if std::env::var_os("UPDATE_DOCS").is_some() {
-        std::fs::write(&path, format!("{before}{BEGIN}{made}{END}{after}")).unwrap();
+        std::fs::write(&path, format!("{before}{BEGIN}{expected}{END}{after}")).unwrap();
     } else {
         assert_eq!(
-            found, made,
-            "write them anew: UPDATE_DOCS=1 cargo test --test docs"
+            found, expected,
+            "update them: UPDATE_DOCS=1 cargo test --test docs"
         );
     }
 }
 
 fn tables() -> String {
-    let whole = Some(held(old(), now() - Duration::from_secs(60)));
+    let complete = Some(cached(old(), now() - Duration::from_secs(60)));
     let mut out = String::new();
     table(&mut out, "Cached image, client with a grant", &rows(), |row| {
         CacheState {
             authorization: Authorization::Granted,
-            ..state(row, whole)
+            ..state(row, complete)
         }
     });
     table(&mut out, "Cached image, client without a grant", &rows(), |row| {
-        state(row, whole)
+        state(row, complete)
     });
     let possible: Vec<_> = rows().into_iter().filter(|row| row.also_without_a_copy).collect();
     table(
@@ -143,19 +143,19 @@ fn cell(s: CacheState) -> String {
         revalidation: Revalidation::NotDone,
         ..s
     });
-    let (asked, decision) = match first {
+    let (is_requested, decision) = match first {
         // Uncached content is fetched, and the result is decided again.
         Decision::Revalidate | Decision::Fetch(_) => (true, decide(&s)),
         other => (false, other),
     };
     let name = decision.name();
     match decision {
-        Decision::Serve(_) if asked => format!("cached copy, `{name}`"),
+        Decision::Serve(_) if is_requested => format!("cached copy, `{name}`"),
         Decision::Serve(_) => format!("cached copy, `{name}`; no request"),
         Decision::Fetch(_) => format!("new copy, `{name}`"),
-        Decision::Deny(_) if asked => format!("denied, `{name}`"),
+        Decision::Deny(_) if is_requested => format!("denied, `{name}`"),
         Decision::Deny(_) => format!("denied, `{name}`; no request"),
-        Decision::Revalidate | Decision::ProbeLayers(_) => panic!("no end: {decision:?}"),
+        Decision::Revalidate | Decision::ProbeLayers(_) => panic!("not final: {decision:?}"),
     }
 }
 
@@ -182,7 +182,7 @@ fn state(row: &Row, copy: Option<CachedEntry>) -> CacheState {
     }
 }
 
-fn held(digest: Digest, confirmed_at: SystemTime) -> CachedEntry {
+fn cached(digest: Digest, confirmed_at: SystemTime) -> CachedEntry {
     CachedEntry {
         digest,
         confirmed_at,

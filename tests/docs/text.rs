@@ -80,3 +80,27 @@ pub(crate) fn links(document: &Path) -> Vec<String> {
         .map(str::to_owned)
         .collect()
 }
+
+/// The spans in code quotes outside of blocks.
+pub(crate) fn prose_spans(document: &Path) -> Vec<String> {
+    let text = read(document);
+    let mut found = Vec::new();
+    let mut is_block = false;
+    for line in text.lines() {
+        if line.starts_with("```") {
+            is_block = !is_block;
+        } else if !is_block {
+            let mut rest = line;
+            while let Some((_, after)) = rest.split_once('`') {
+                let quote = if after.starts_with('`') { "``" } else { "`" };
+                let after = after.strip_prefix('`').unwrap_or(after);
+                let Some((span, after)) = after.split_once(quote) else {
+                    break;
+                };
+                found.push(span.trim().to_owned());
+                rest = after;
+            }
+        }
+    }
+    found
+}

@@ -152,7 +152,7 @@ fn path_traversal_and_special_files_are_rejected() {
 }
 
 #[test]
-fn bytes_of_another_digest_are_not_kept() {
+fn archive_bytes_of_another_digest_are_not_stored() {
     let refused = refused_with(|archive| {
         let name = layout::blob_name(&digest(b"one thing"));
         archive.file(&name, b"another");
@@ -203,7 +203,7 @@ fn full_store_is_unchanged_by_a_failed_import() {
 }
 
 #[test]
-fn what_has_no_end_is_given_up() {
+fn endless_archive_is_rejected() {
     // An endless long name exceeds the limit of data before a file, at the start and later.
     let mut whole = Archive::whole().bytes();
     whole.truncate(whole.len() - 1024);

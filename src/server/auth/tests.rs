@@ -57,7 +57,7 @@ fn basic(pair: &str) -> String {
 }
 
 #[tokio::test]
-async fn the_right_password_and_nothing_else_opens() {
+async fn only_the_correct_password_authenticates() {
     let entry = entry();
     for _ in 0..2 {
         assert_eq!(
@@ -85,7 +85,7 @@ async fn the_right_password_and_nothing_else_opens() {
 }
 
 #[tokio::test]
-async fn a_password_found_right_is_not_hashed_again() {
+async fn verified_password_is_not_hashed_again() {
     let entry = entry();
     who(&entry, &head(&[&basic("alice:secret")])).await.unwrap();
     entry.passwords.checks.close();
@@ -178,7 +178,7 @@ async fn t17_a_password_beyond_72_bytes_is_refused_and_never_cut() {
 }
 
 #[test]
-fn nobodys_hash_is_one_that_is_checked_in_full() {
+fn unknown_user_is_checked_against_a_full_hash() {
     assert!(!bcrypt::verify("x", &entry().dummy_hash).unwrap());
     assert!(
         entry().dummy_hash.starts_with("$2b$05$"),
@@ -187,7 +187,7 @@ fn nobodys_hash_is_one_that_is_checked_in_full() {
 }
 
 #[tokio::test]
-async fn what_was_shown_to_the_proxy_holds_until_the_password_changes() {
+async fn proxy_authentication_ends_with_password_change() {
     let entry = entry();
     let mut connect = head(&[]);
     let line = basic("alice:secret").parse().unwrap();

@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_added_without_harm_is_not() {
+    fn toml_that_cannot_be_edited_safely_is_unchanged() {
         for before in ["a = 1\n", "[a.\"b.c\"]\nk = 2\n", "a = { x = 1 }\n", "[a\n"] {
             assert_eq!(
                 set(&text(before), &["a", "b.c"], "k", &string("v")),

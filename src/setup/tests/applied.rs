@@ -195,7 +195,7 @@ fn undo_record_stays_below_the_root() {
 }
 
 #[test]
-fn an_objection_leaves_nothing_behind() {
+fn rejected_plan_leaves_no_files() {
     for wrong in ["{", "[]", r#"{"registry-mirrors":["https://m"]}"#] {
         let host = Host::new();
         host.put(DAEMON, wrong.as_bytes());

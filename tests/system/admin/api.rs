@@ -62,7 +62,7 @@ fn valid(document: &Value, path: &str, reply: &Reply) -> Value {
 }
 
 #[tokio::test]
-async fn every_documented_path_answers_as_documented() {
+async fn every_documented_path_responds_as_documented() {
     let (_upstream, proxy, image) = busy().await;
     let document = document(&proxy).await;
     let mut called = Vec::new();
@@ -160,7 +160,7 @@ async fn every_documented_path_answers_as_documented() {
 }
 
 #[tokio::test]
-async fn every_fault_of_an_asker_is_told_as_a_problem() {
+async fn every_request_error_is_a_problem_document() {
     let (upstream, proxy, _image) = busy().await;
     let index = Image::index(&[Image::with_layers(&["three"])]);
     upstream.push("library/multi", "latest", index);
@@ -417,7 +417,7 @@ async fn refresh_revalidates_fresh_tag_and_fetches_newer_image() {
 }
 
 #[tokio::test]
-async fn letting_go_of_an_image_frees_what_no_other_needs() {
+async fn deleting_an_image_frees_only_unshared_content() {
     let upstream = Upstream::start().await;
     let one = upstream.push(
         "library/one",
@@ -559,7 +559,7 @@ async fn a_download_under_way_is_seen_with_who_waits_for_it() {
 }
 
 #[tokio::test]
-async fn an_address_that_others_reach_needs_a_token_and_asks_for_it() {
+async fn reachable_admin_address_requires_a_token() {
     let upstream = Upstream::start().await;
     let setup = Setup::over(&upstream);
     let token = setup.file("admin.token", "0123456789abcdef\n");
@@ -585,7 +585,7 @@ async fn an_address_that_others_reach_needs_a_token_and_asks_for_it() {
 }
 
 #[tokio::test]
-async fn offline_stays_on_over_a_restart_and_off_again() {
+async fn offline_mode_persists_over_a_restart() {
     let (upstream, proxy, image) = busy().await;
     post(&proxy, "/api/v1/offline", &json!({ "offline": true })).await;
     let proxy = proxy.restart().await;

@@ -61,7 +61,7 @@ fn sample(text: &str, name: &str) -> f64 {
 }
 
 #[tokio::test]
-async fn both_formats_are_what_they_say_they_are() {
+async fn both_metrics_formats_are_valid() {
     let (_upstream, proxy, _demo) = busy().await;
     let open = proxy
         .admin("/metrics")
@@ -120,7 +120,7 @@ async fn certificates_and_quotas_say_when_they_end() {
 }
 
 #[tokio::test]
-async fn every_question_of_the_dashboard_and_the_rules_has_an_answer() {
+async fn every_dashboard_and_alert_query_returns_data() {
     let (_upstream, proxy, demo) = busy().await;
     let Some(prometheus) = Prometheus::over(&proxy) else {
         return;

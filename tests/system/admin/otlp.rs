@@ -302,7 +302,7 @@ async fn a_silent_registry_is_a_fault_in_the_trace() {
 }
 
 #[tokio::test]
-async fn a_collector_that_is_not_there_costs_a_count_and_no_pull() {
+async fn unavailable_collector_is_counted_and_fails_no_pull() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let gone = TcpListener::bind("127.0.0.1:0")

@@ -80,7 +80,7 @@ async fn the_page_says_it_all_without_scripts_and_its_forms_work() {
 }
 
 #[tokio::test]
-async fn a_form_without_the_pages_secret_does_nothing() {
+async fn form_without_csrf_secret_is_rejected() {
     let upstream = Upstream::start().await;
     let proxy = Proxy::over(&upstream).await;
     for fields in [
@@ -94,7 +94,7 @@ async fn a_form_without_the_pages_secret_does_nothing() {
 }
 
 #[tokio::test]
-async fn what_clients_send_is_shown_as_text() {
+async fn client_text_is_escaped_on_the_page() {
     let upstream = Upstream::start().await;
     let proxy = Proxy::over(&upstream).await;
     let evil = "<script>alert(1)</script>\"'";

@@ -103,7 +103,7 @@ async fn it_can_be_asked_why() {
 }
 
 #[tokio::test]
-async fn nothing_of_it_is_on_the_registry_port() {
+async fn admin_api_is_not_served_on_registry_port() {
     let upstream = Upstream::start().await;
     let proxy = Proxy::over(&upstream).await;
     for path in [
@@ -119,7 +119,7 @@ async fn nothing_of_it_is_on_the_registry_port() {
 }
 
 #[tokio::test]
-async fn a_page_of_another_site_cannot_reach_it() {
+async fn cross_site_page_cannot_use_admin_api() {
     let upstream = Upstream::start().await;
     let proxy = Proxy::over(&upstream).await;
     let ask = Ask::new(proxy.admin_address(), "GET", "/api/v1/images")

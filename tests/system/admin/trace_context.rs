@@ -18,7 +18,7 @@ fn carried(seen: &Seen) -> (String, String, String) {
 }
 
 #[tokio::test]
-async fn what_is_asked_upstream_for_a_client_carries_its_trace() {
+async fn upstream_request_carries_trace_context_of_the_client() {
     let upstream = Upstream::start().await;
     upstream.requires_token();
     upstream.makes_public("library/demo");
@@ -106,7 +106,7 @@ async fn forwarded_push_carries_trace_with_child_span() {
 }
 
 #[tokio::test]
-async fn storage_elsewhere_is_not_told_of_the_trace() {
+async fn trace_context_is_not_sent_to_redirect_targets() {
     let (upstream, storage) = (Upstream::start().await, Upstream::start().await);
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     upstream.redirects_blobs_to(&storage);

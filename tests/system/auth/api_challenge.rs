@@ -94,7 +94,7 @@ async fn a_login_is_judged_by_the_registry_alone() {
 }
 
 #[tokio::test]
-async fn where_everyone_is_entitled_nobody_is_sent_for_a_credential() {
+async fn shared_auth_ping_sends_no_challenge() {
     let other = Upstream::start().await;
     other.requires_basic("ann", "secret");
     let setup = Setup::empty().also("ghcr.io", &other);

@@ -116,7 +116,7 @@ async fn a_wrong_password_is_another_client() {
 }
 
 #[tokio::test]
-async fn a_right_that_was_revoked_ends_with_the_next_question() {
+async fn revoked_grant_ends_at_next_revalidation() {
     let (upstream, image) = private().await;
     let proxy = Proxy::over(&upstream).await;
     proxy.pull_with("acme/app", "1", &image, alice).await;
@@ -140,7 +140,7 @@ async fn a_right_that_was_revoked_ends_with_the_next_question() {
 }
 
 #[tokio::test]
-async fn a_right_that_was_revoked_does_not_come_back_with_a_crash() {
+async fn revoked_grant_stays_revoked_after_crash() {
     let (upstream, image) = private().await;
     let proxy = Proxy::over(&upstream).await;
     proxy.pull_with("acme/app", "1", &image, alice).await;
@@ -326,7 +326,7 @@ async fn a_basic_upstream_asks_for_basic() {
 type Path = fn(&str, &str) -> String;
 
 #[tokio::test]
-async fn held_and_unknown_look_the_same_to_who_has_no_right() {
+async fn cached_and_unknown_look_alike_without_a_grant() {
     let (upstream, image) = private().await;
     let proxy = Proxy::over(&upstream).await;
     proxy.pull_with("acme/app", "1", &image, alice).await;
@@ -388,7 +388,7 @@ async fn row_19_private_layer_is_not_readable_via_other_repository() {
 }
 
 #[tokio::test]
-async fn nobody_joins_a_download_on_anothers_credential() {
+async fn download_is_not_joined_with_another_credential() {
     let (upstream, _) = private().await;
     // Larger than the withheld tail: no byte of a small blob is sent before it is verified.
     let image = upstream.push("acme/app", "2", Image::of_noise(1, 500_000));
@@ -429,7 +429,7 @@ async fn shared_auth_serves_all_clients_with_cache_credential() {
 }
 
 #[tokio::test]
-async fn nothing_in_the_log_or_on_the_disk_shows_a_credential() {
+async fn no_credential_in_log_or_on_disk() {
     let (upstream, image) = private().await;
     let token = upstream.token_for("alice");
     let proxy = Proxy::over(&upstream).await;

@@ -25,7 +25,7 @@ async fn guarded() -> (Upstream, Image, Proxy) {
 }
 
 #[tokio::test]
-async fn nothing_is_answered_without_a_user_and_no_upstream_is_asked() {
+async fn request_without_cache_user_reaches_no_upstream() {
     let (upstream, image, proxy) = guarded().await;
     for path in [
         "/v2/",
@@ -87,7 +87,7 @@ async fn allow_list_limits_user_and_password_is_not_forwarded() {
 }
 
 #[tokio::test]
-async fn where_each_needs_a_right_of_its_own_a_user_of_ours_is_nobody() {
+async fn cache_user_is_anonymous_upstream_with_per_client_auth() {
     let upstream = Upstream::start().await;
     upstream.requires_token();
     upstream.makes_public("open/app");
@@ -254,7 +254,7 @@ async fn t19_a_blob_is_mounted_only_from_where_the_users_list_allows() {
 }
 
 #[tokio::test]
-async fn connect_asks_for_a_user_before_anything_else() {
+async fn connect_requires_proxy_authentication_first() {
     let (upstream, _, proxy) = guarded().await;
     // ci-1 and alice with a wrong password, and a right one in the registry's header.
     for line in [

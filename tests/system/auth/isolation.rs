@@ -29,7 +29,7 @@ struct Place {
 }
 
 #[tokio::test]
-async fn a_thousand_rounds_of_everybody_at_once_leak_nothing() {
+async fn thousand_concurrent_rounds_leak_no_private_content() {
     let upstream = Upstream::start().await;
     upstream.requires_token();
     upstream.lets("alice", "a-secret", "acme/app");

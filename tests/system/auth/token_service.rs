@@ -77,7 +77,7 @@ async fn a_token_that_expired_early_is_replaced() {
 }
 
 #[tokio::test]
-async fn a_credential_is_used_at_the_realm_and_tokens_are_not_shared() {
+async fn credential_is_sent_to_realm_and_tokens_are_not_shared() {
     let (upstream, _) = public().await;
     upstream.lets("alice", "a-secret", "acme/app");
     upstream.lets("bob", "b-secret", "acme/app");
@@ -139,7 +139,7 @@ async fn many_clients_at_once_cost_one_token() {
 }
 
 #[tokio::test]
-async fn a_realm_elsewhere_gets_no_credential() {
+async fn realm_on_another_host_gets_no_credential() {
     let (upstream, _) = public().await;
     upstream.lets("alice", "a-secret", "*");
     upstream.push("acme/app", "1", Image::with_layers(&["x"]));
@@ -159,7 +159,7 @@ async fn a_realm_elsewhere_gets_no_credential() {
 }
 
 #[tokio::test]
-async fn a_realm_elsewhere_is_used_where_the_operator_names_it() {
+async fn realm_on_a_token_hosts_entry_gets_credential() {
     let (upstream, _) = public().await;
     upstream.lets("alice", "a-secret", "acme/app");
     let image = upstream.push("acme/app", "1", Image::with_layers(&["x"]));

@@ -82,7 +82,7 @@ async fn eviction_removes_least_recently_used_image() {
 }
 
 #[tokio::test]
-async fn what_finds_no_room_passes_through_and_the_reason_is_told() {
+async fn blob_without_space_is_forwarded_and_reported() {
     let upstream = Upstream::start().await;
     let proxy = Setup::over(&upstream)
         .tail("[store]\nsize = \"1 MiB\"\nfree = \"0 B\"")

@@ -112,7 +112,7 @@ async fn manifest_digest_mismatch_is_an_upstream_error() {
 }
 
 #[tokio::test]
-async fn a_manifest_without_measure_is_not_taken_into_memory() {
+async fn oversized_manifest_is_not_read_into_memory() {
     let upstream = Upstream::start().await;
     upstream.push("library/demo", "huge", manifest_of(32 * 1024 * 1024));
     let proxy = Proxy::over(&upstream).await;
@@ -128,7 +128,7 @@ async fn a_manifest_without_measure_is_not_taken_into_memory() {
 }
 
 #[tokio::test]
-async fn a_captive_portal_is_not_a_manifest() {
+async fn captive_portal_page_is_not_stored_as_manifest() {
     let upstream = Upstream::start().await;
     upstream.answers_html();
     let proxy = Proxy::over(&upstream).await;

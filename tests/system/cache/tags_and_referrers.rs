@@ -72,7 +72,7 @@ async fn the_query_of_a_tag_list_reaches_the_upstream() {
 }
 
 #[tokio::test]
-async fn a_link_leads_back_through_the_door_the_client_came_by() {
+async fn pagination_link_keeps_the_route_of_the_client() {
     let (hub, other) = (Upstream::start().await, Upstream::start().await);
     for tag in ["a", "b", "c", "d", "e"] {
         hub.push("library/demo", tag, Image::with_layers(&[tag]));

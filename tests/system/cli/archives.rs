@@ -139,7 +139,7 @@ async fn imported_image_needs_a_grant_of_the_registry() {
 }
 
 #[tokio::test]
-async fn the_registrys_no_goes_before_an_operators_public() {
+async fn registry_denial_overrides_imported_public_mark() {
     let (_upstream, from, image) = seeded().await;
     let archive = file(&from, "demo.tar");
     done(&from, &["export", "demo", "-o", &archive]).await;
@@ -192,7 +192,7 @@ async fn a_folder_a_pipe_and_a_part_of_it_are_as_good() {
 }
 
 #[tokio::test]
-async fn half_an_export_leaves_no_file() {
+async fn aborted_export_leaves_no_file() {
     let (_upstream, from, image) = seeded().await;
     let layer = &image.children[0].layer(0).digest;
     let path = from.setup().kept_blob(layer).unwrap();

@@ -19,7 +19,7 @@ async fn run(setup: &Setup, words: &[&str]) -> (Option<i32>, String, String) {
 }
 
 #[tokio::test]
-async fn the_certificate_is_handed_out_and_never_the_key() {
+async fn ca_export_contains_the_certificate_and_no_key() {
     let upstream = Upstream::start().await;
     let proxy = Proxy::over(&upstream).await;
     let setup = proxy.setup();
@@ -82,7 +82,7 @@ async fn rotated_ca_takes_effect_on_reload_and_old_one_is_kept() {
 }
 
 #[tokio::test]
-async fn what_is_not_there_is_not_replaced() {
+async fn ca_commands_fail_without_a_ca() {
     let setup = Setup::empty();
     setup.file("ifnewer.toml", &setup.toml());
     for words in [["ca", "rotate"], ["ca", "export"]] {

@@ -115,7 +115,7 @@ fn timeless(printed: &str) -> String {
     clippy::disallowed_methods,
     reason = "who changes the output says so by a variable"
 )]
-async fn every_table_looks_as_it_did() {
+async fn every_cli_table_matches_its_snapshot() {
     let (upstream, proxy, image) = holding().await;
     upstream.tells_rate_limit(100, 73);
     proxy.pull("library/demo", "latest", &image).await;
@@ -292,7 +292,7 @@ async fn completions_and_manual_pages_name_every_command() {
 }
 
 #[tokio::test]
-async fn the_demo_plays_and_every_line_is_right() {
+async fn demo_passes_every_step() {
     let setup = Setup::empty();
     let mut program = setup.run(&["demo"]);
     let code = program.exit().await;
@@ -317,7 +317,7 @@ async fn the_demo_plays_and_every_line_is_right() {
 }
 
 #[tokio::test]
-async fn verify_reads_everything_and_names_what_is_damaged() {
+async fn verify_reports_damaged_content() {
     let (_upstream, proxy, image) = holding().await;
     let out = done(&proxy, &["verify", "--rebuild-index"]).await;
     assert!(out.contains("; 0 damaged"), "{out}");

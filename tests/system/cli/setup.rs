@@ -106,7 +106,7 @@ const CLIENTS: &[(&str, Files, &str)] = &[
 ];
 
 #[tokio::test]
-async fn every_client_is_set_up_once_and_undone_byte_for_byte() {
+async fn setup_of_every_client_is_undone_byte_for_byte() {
     for (client, files, names_us) in CLIENTS {
         for address in ["", " --address https://cache.example.org:5443"] {
             let in_containers = matches!(*client, "dind" | "gitlab-runner");
@@ -176,7 +176,7 @@ async fn wrong_usage_ends_with_2_and_nothing_to_undo_with_1() {
 }
 
 #[tokio::test]
-async fn the_authority_goes_into_each_trust_store_and_out_again() {
+async fn ca_is_installed_and_removed_in_each_trust_store() {
     let stores: [(&str, &str, &str); 4] = [
         (
             "",

@@ -209,7 +209,7 @@ async fn a_pull_shows_a_bar_for_each_layer_and_leaves_one_line() {
 }
 
 #[tokio::test]
-async fn on_a_narrow_terminal_each_bar_is_one_line() {
+async fn progress_bar_is_one_line_on_a_narrow_terminal() {
     let (upstream, image, proxy) = upstream_with_demo().await;
     let gate = upstream.holds_blob(&image.layer(1).digest, 100_000);
     let terminal = Terminal::run(&proxy, &["pull", "demo"], 44, &[]);

@@ -150,7 +150,7 @@ async fn the_download_ends_though_all_its_clients_left() {
 }
 
 #[tokio::test]
-async fn a_client_that_does_not_read_delays_nobody() {
+async fn client_that_does_not_read_delays_no_other_client() {
     const LARGE: usize = 24 * 1024 * 1024;
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::of_noise(5, LARGE));

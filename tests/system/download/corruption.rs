@@ -59,7 +59,7 @@ async fn an_upstream_without_ranges_is_read_again_from_the_start() {
 }
 
 #[tokio::test]
-async fn a_transfer_that_always_breaks_ends_the_reply_with_an_error() {
+async fn repeatedly_interrupted_download_aborts_the_response() {
     let (upstream, proxy, blob) = with_a_layer(3).await;
     upstream.ignores_range();
     upstream.truncates_blob_at(SIZE / 2);

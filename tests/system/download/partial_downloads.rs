@@ -177,7 +177,7 @@ async fn what_rotted_meanwhile_reaches_nobody() {
 }
 
 #[tokio::test]
-async fn what_was_left_is_no_way_around_the_upstreams_no() {
+async fn partial_download_does_not_bypass_denial() {
     let upstream = Upstream::start().await;
     upstream.requires_token();
     upstream.lets("alice", "a-secret", "acme/app");

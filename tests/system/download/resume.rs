@@ -29,7 +29,7 @@ fn from(start: usize) -> String {
 }
 
 #[tokio::test]
-async fn a_break_is_resumed_at_the_next_url() {
+async fn interrupted_download_resumes_at_next_url() {
     let (one, two) = (Upstream::start().await, Upstream::start().await);
     let image = one.push("library/demo", "latest", Image::of_noise(1, SIZE));
     two.push("library/demo", "latest", image.clone());

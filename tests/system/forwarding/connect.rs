@@ -30,7 +30,7 @@ async fn metrics(proxy: &Proxy) -> String {
 }
 
 #[tokio::test]
-async fn elsewhere_is_refused_and_not_connected_to() {
+async fn connect_to_unconfigured_host_is_rejected() {
     let (hub, other, proxy) = two_upstreams().await;
     let address = hub.address().to_string();
     for target in [
@@ -142,7 +142,7 @@ async fn a_named_host_is_tunnelled_to_unread_and_counted() {
 }
 
 #[tokio::test]
-async fn a_glob_leads_to_no_address_of_this_machine() {
+async fn upstream_glob_reaches_no_local_address() {
     let (hub, elsewhere) = (Upstream::start().await, Upstream::start().await);
     let port = elsewhere.address().port();
     let proxy = Setup::over(&hub)

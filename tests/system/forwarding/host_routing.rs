@@ -211,7 +211,7 @@ async fn the_real_upstream_is_verified_as_strictly_as_ever() {
 }
 
 #[tokio::test]
-async fn an_upstream_added_after_the_ca_is_not_vouched_for() {
+async fn ca_does_not_issue_for_upstream_added_later() {
     let (hub, late) = (Upstream::start().await, Upstream::start().await);
     let image = late.push("team/demo", "1", Image::with_layers(&["one"]));
     let setup = Setup::over(&hub);
@@ -242,7 +242,7 @@ async fn an_upstream_added_after_the_ca_is_not_vouched_for() {
 }
 
 #[tokio::test]
-async fn a_ca_key_that_others_can_read_stops_the_start() {
+async fn ca_key_readable_by_others_prevents_start() {
     use std::os::unix::fs::PermissionsExt as _;
     let upstream = Upstream::start().await;
     let setup = Setup::over(&upstream);

@@ -38,7 +38,7 @@ async fn the_aliases_of_docker_hub_are_docker_hub() {
 }
 
 #[tokio::test]
-async fn the_same_name_at_two_upstreams_is_two_images() {
+async fn same_name_at_two_upstreams_is_two_images() {
     let (hub, other, proxy) = two_upstreams().await;
     let ours = hub.push("team/demo", "1", Image::with_layers(&["hub"]));
     let theirs = other.push("team/demo", "1", Image::with_layers(&["other"]));
@@ -53,7 +53,7 @@ async fn the_same_name_at_two_upstreams_is_two_images() {
 }
 
 #[tokio::test]
-async fn it_is_no_tunnel_to_anywhere() {
+async fn connect_does_not_tunnel_to_any_host() {
     let (hub, other, proxy) = two_upstreams().await;
     for authority in [
         "evil.example:443",

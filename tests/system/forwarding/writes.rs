@@ -122,7 +122,7 @@ async fn deleted_manifest_and_blob_are_404_at_once() {
 }
 
 #[tokio::test]
-async fn an_answer_from_before_a_push_does_not_bring_the_old_tag_back() {
+async fn response_from_before_push_does_not_restore_old_tag() {
     let (hub, other) = (Upstream::start().await, Upstream::start().await);
     let setup = Setup::over(&hub)
         .also("ghcr.io", &other)
@@ -202,7 +202,7 @@ async fn a_write_that_was_refused_changes_nothing() {
 }
 
 #[tokio::test]
-async fn the_clients_own_headers_pass_and_no_others() {
+async fn write_forwards_only_headers_of_the_client() {
     let other = Upstream::start().await;
     other.requires_basic("robot", "own");
     other.lets("ann", "secret", "*");
@@ -254,7 +254,7 @@ async fn the_clients_own_headers_pass_and_no_others() {
 }
 
 #[tokio::test]
-async fn an_upload_of_64_mib_takes_no_memory() {
+async fn upload_of_64_mib_is_not_buffered() {
     const SIZE: usize = 64 << 20;
     let (_hub, other, proxy) = two_upstreams().await;
     let bytes = noise(3, SIZE);
@@ -310,7 +310,7 @@ async fn over_h2_and_through_connect_it_is_the_same() {
 }
 
 #[tokio::test]
-async fn the_mirror_doors_take_no_writes() {
+async fn mirror_routes_reject_writes() {
     let (hub, other, proxy) = two_upstreams().await;
     for path in [
         "/v2/team/demo/manifests/1",
@@ -331,7 +331,7 @@ async fn the_mirror_doors_take_no_writes() {
 }
 
 #[tokio::test]
-async fn a_second_request_hidden_in_a_write_is_not_answered() {
+async fn request_smuggled_in_a_write_is_not_processed() {
     let (_hub, other, proxy) = two_upstreams().await;
     let hidden = "GET /v2/hidden/manifests/latest HTTP/1.1\r\nHost: ghcr.io\r\n\r\n";
     let head = "PATCH /v2/team/demo/blobs/uploads/upload-1 HTTP/1.1\r\nHost: ghcr.io\r\n";
@@ -417,7 +417,7 @@ async fn a_second_request_hidden_in_a_write_is_not_answered() {
 }
 
 #[tokio::test]
-async fn a_path_that_climbs_is_not_passed() {
+async fn path_traversal_in_a_write_is_not_forwarded() {
     let (_hub, other, proxy) = two_upstreams().await;
     for (path, status) in [
         ("/v2/../admin", 400),

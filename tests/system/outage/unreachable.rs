@@ -252,7 +252,7 @@ async fn within_retry_after_upstream_is_left_alone() {
 }
 
 #[tokio::test]
-async fn within_retry_after_no_get_goes_out_either() {
+async fn no_get_is_sent_within_retry_after() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     upstream.rate_limits(Some("3600"));

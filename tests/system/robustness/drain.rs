@@ -86,7 +86,7 @@ async fn a_second_signal_ends_it_now() {
 }
 
 #[tokio::test]
-async fn a_reload_while_it_drains_does_not_cut_a_pull() {
+async fn reload_during_drain_does_not_abort_a_pull() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::of_noise(4, 2_000_000));
     let mut proxy = Proxy::over(&upstream).await;

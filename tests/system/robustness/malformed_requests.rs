@@ -69,7 +69,7 @@ fn paths() -> Vec<(String, &'static [u16])> {
 }
 
 #[tokio::test]
-async fn a_malformed_path_is_refused_without_asking_upstream() {
+async fn malformed_path_is_rejected_without_upstream_request() {
     let upstream = Upstream::start().await;
     upstream.push("library/demo", "latest", Image::with_layers(&["x"]));
     let proxy = Proxy::over(&upstream).await;
@@ -128,7 +128,7 @@ async fn malformed_http_is_400_and_the_connection_is_closed() {
 }
 
 #[tokio::test]
-async fn a_smuggled_second_request_is_not_answered() {
+async fn smuggled_second_request_is_not_processed() {
     let upstream = Upstream::start().await;
     let proxy = Proxy::over(&upstream).await;
     for method in ["GET", "POST"] {
@@ -185,7 +185,7 @@ async fn accept_lines_without_measure_are_refused() {
 }
 
 #[tokio::test]
-async fn an_unknown_upstream_does_not_exist_and_nobody_is_asked() {
+async fn unknown_upstream_is_404_without_upstream_request() {
     let upstream = Upstream::start().await;
     let proxy = Proxy::over(&upstream).await;
     let elsewhere = upstream.address();

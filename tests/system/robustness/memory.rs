@@ -54,7 +54,7 @@ fn found<'a>(proxy: &Proxy, canaries: &'a [String]) -> Vec<(&'a str, usize)> {
 }
 
 #[tokio::test]
-async fn an_idle_process_has_no_password_in_its_memory() {
+async fn idle_process_has_no_password_in_memory() {
     let upstream = Upstream::start_tls().await;
     upstream.requires_token();
     upstream.lets("alice", "canary-of-alice", "acme/app");

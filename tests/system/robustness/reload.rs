@@ -26,7 +26,7 @@ async fn a_new_configuration_applies_to_the_next_request() {
 }
 
 #[tokio::test]
-async fn a_wrong_configuration_keeps_the_old_one_and_says_why() {
+async fn invalid_configuration_keeps_current_one_and_is_logged() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Proxy::over(&upstream).await;

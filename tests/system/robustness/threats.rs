@@ -11,7 +11,7 @@ use crate::registry::{DOCKER_MANIFEST, Image, OCI_INDEX, OCI_MANIFEST, Upstream}
 const DEEP: usize = 100_000;
 
 #[tokio::test]
-async fn a_redirect_into_the_own_network_is_not_followed() {
+async fn redirect_into_private_network_is_not_followed() {
     for location in [
         "http://169.254.169.254/latest/meta-data/",
         "http://[::ffff:169.254.169.254]/latest/meta-data/",
@@ -35,7 +35,7 @@ async fn a_redirect_into_the_own_network_is_not_followed() {
 }
 
 #[tokio::test]
-async fn a_token_that_says_who_it_is_says_nothing_here() {
+async fn jwt_claims_of_a_client_token_are_ignored() {
     let upstream = Upstream::start().await;
     upstream.requires_token();
     upstream.lets("alice", "a-secret", "acme/app");
@@ -67,7 +67,7 @@ async fn a_token_that_says_who_it_is_says_nothing_here() {
 }
 
 #[tokio::test]
-async fn one_tag_is_what_the_registry_says_to_each_way_of_asking() {
+async fn tag_is_cached_separately_for_each_accept() {
     let upstream = Upstream::start().await;
     let child = Image::with_layers(&["amd64"]);
     upstream.push_untagged("library/demo", child.clone());
@@ -113,7 +113,7 @@ async fn list_page_size_is_limited_and_loops_end() {
 }
 
 #[tokio::test]
-async fn what_is_nested_without_end_ends_nothing_here() {
+async fn deeply_nested_json_does_not_crash() {
     let upstream = Upstream::start().await;
     let deep = "[".repeat(DEEP);
     for (tag, text) in [
@@ -178,7 +178,7 @@ async fn no_header_log_or_terminal_injection() {
 }
 
 #[tokio::test]
-async fn no_core_is_written() {
+async fn core_dumps_are_disabled() {
     let upstream = Upstream::start().await;
     let proxy = Proxy::over(&upstream).await;
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", proxy.program().id())).unwrap();

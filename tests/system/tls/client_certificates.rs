@@ -63,7 +63,7 @@ async fn it_opens_every_door_and_authorization_stays_the_upstreams() {
 }
 
 #[tokio::test]
-async fn without_one_nothing_is_answered_and_no_upstream_is_asked() {
+async fn request_without_certificate_reaches_no_upstream() {
     let authority = Authority::new("clients");
     let (upstream, _, proxy) = guarded(&authority, "").await;
     let (ca, path) = (proxy.ca_pem(), manifest_path("acme/app", "1"));
@@ -107,7 +107,7 @@ async fn without_one_nothing_is_answered_and_no_upstream_is_asked() {
 }
 
 #[tokio::test]
-async fn a_wrong_one_ends_the_handshake_and_the_log_says_why() {
+async fn invalid_client_certificate_ends_handshake_and_is_logged() {
     let authority = Authority::new("clients");
     let (upstream, _, proxy) = guarded(&authority, "").await;
     for (identity, why) in [
@@ -127,7 +127,7 @@ async fn a_wrong_one_ends_the_handshake_and_the_log_says_why() {
 }
 
 #[tokio::test]
-async fn lists_of_what_may_be_pulled_hold_for_names_in_certificates() {
+async fn allow_lists_apply_to_certificate_names() {
     let authority = Authority::new("clients");
     let lists = "[[allow]]\nusers = [\"node-*\", \"spiffe://example.org/ci/*\"]\nimages = \"docker.io/acme/*\"\n\
                  [[allow]]\nusers = \"other\"\nimages = \"docker.io/open/*\"";
@@ -163,7 +163,7 @@ async fn lists_of_what_may_be_pulled_hold_for_names_in_certificates() {
 }
 
 #[tokio::test]
-async fn certificate_or_password_opens_and_neither_is_forwarded() {
+async fn certificate_or_password_suffices_and_is_not_forwarded() {
     let authority = Authority::new("clients");
     let upstream = Upstream::start().await;
     upstream.requires_basic("service", "s-secret");
@@ -209,7 +209,7 @@ async fn certificate_or_password_opens_and_neither_is_forwarded() {
 }
 
 #[tokio::test]
-async fn a_ca_taken_back_counts_for_who_is_there_already() {
+async fn removed_client_ca_ends_open_connections() {
     let (old, new) = (Authority::new("old"), Authority::new("new"));
     let (_upstream, _, proxy) = guarded(&old, "").await;
     let identity = old.client("node-7");
@@ -233,7 +233,7 @@ async fn a_ca_taken_back_counts_for_who_is_there_already() {
 }
 
 #[tokio::test]
-async fn a_resumed_session_is_still_whose_it_was() {
+async fn resumed_tls_session_keeps_its_client_identity() {
     let authority = Authority::new("clients");
     let lists = "[[allow]]\nusers = \"node-7\"\nimages = \"docker.io/acme/*\"";
     let (_upstream, image, proxy) = guarded(&authority, lists).await;

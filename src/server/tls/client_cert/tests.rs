@@ -76,7 +76,7 @@ fn common_name_wins_over_alternative_names() {
 }
 
 #[test]
-fn a_certificate_found_right_ends_when_it_ends() {
+fn verified_certificate_is_rejected_after_expiry() {
     let ca = signing();
     let authorities = ClientCaVerifier::new(std::slice::from_ref(&ca.0)).unwrap();
     let shown = ca.client(|params| common(params, "node-7"));
