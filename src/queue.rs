@@ -60,7 +60,7 @@ struct State {
     scheduler: Scheduler,
     pending: HashMap<Ticket, Pending>,
     counts: Counts,
-    /// Moving average of the time a permit is held.
+    /// Moving average of the time between the grant and the release of a permit.
     mean_hold: Duration,
     /// When a full queue was logged last.
     logged: Option<Instant>,

@@ -1,9 +1,9 @@
 //! On-disk store of blobs, manifests, tags, grants and small records.
 //!
-//! All state is in self-describing files. The folder can be read by a person and reused without any other state:
+//! All state is in self-describing files. A person can read the folder, and no other state is needed to use it:
 //!
 //! ```text
-//! LOCK                        held by the process that uses the folder
+//! LOCK                        locked by the process that uses the folder
 //! install-secret              key of the principal hashes; 32 bytes, readable by the owner only
 //! store-id                    identity and generation, to detect a lost or foreign index
 //! blobs/sha256/ab/<hex>       verified bytes, read-only
@@ -358,7 +358,7 @@ impl Store {
         self.quota.limits()
     }
 
-    /// Current health issues. The store keeps serving what it can.
+    /// Current health issues. The store continues to serve readable content.
     pub fn health_issues(&self) -> Vec<HealthIssue> {
         let mut issues: Vec<_> = self
             .disk_health

@@ -79,7 +79,7 @@ impl<W: Write> Printable<W> {
     }
 
     /// Length of the prefix of `bytes` that can be written now. The remainder may be completed by the next write.
-    fn whole(&self, bytes: &[u8]) -> usize {
+    fn complete_prefix(&self, bytes: &[u8]) -> usize {
         let tail = bytes.len().saturating_sub(HELD_BYTES_MAX);
         let last_escape = bytes
             .iter()
@@ -105,8 +105,8 @@ impl<W: Write> Printable<W> {
 impl<W: Write> Write for Printable<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.held.extend_from_slice(bytes);
-        let whole = self.whole(&self.held);
-        let rest = self.held.split_off(whole);
+        let complete = self.complete_prefix(&self.held);
+        let rest = self.held.split_off(complete);
         self.pass_held()?;
         self.held = rest;
         Ok(bytes.len())
@@ -202,7 +202,7 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
     use super::*;
 
-    fn shown(pieces: &[&[u8]], colour: bool) -> String {
+    fn printed(pieces: &[&[u8]], colour: bool) -> String {
         let mut out = Vec::new();
         let mut printable = Printable::new(&mut out, colour);
         for piece in pieces {
@@ -225,19 +225,19 @@ mod tests {
             ("\u{e0041}", "\\udb40\\udc41"),
         ] {
             assert_eq!(printable(text), wanted);
-            assert_eq!(shown(&[text.as_bytes()], true), wanted);
+            assert_eq!(printed(&[text.as_bytes()], true), wanted);
             let json = serde_json::Value::String(text.to_owned());
-            let printed = shown(&[json.to_string().as_bytes()], false);
-            assert_eq!(serde_json::from_str::<serde_json::Value>(&printed).unwrap(), json);
+            let text = printed(&[json.to_string().as_bytes()], false);
+            assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), json);
         }
-        assert_eq!(shown(&[b"a\xffb"], false), "a\u{fffd}b");
+        assert_eq!(printed(&[b"a\xffb"], false), "a\u{fffd}b");
     }
 
     #[test]
     fn t15_only_enabled_colours_pass() {
         let red = "\u{1b}[31mno\u{1b}[0m";
-        assert_eq!(shown(&[red.as_bytes()], true), red);
-        assert_eq!(shown(&[red.as_bytes()], false), "\\u001b[31mno\\u001b[0m");
+        assert_eq!(printed(&[red.as_bytes()], true), red);
+        assert_eq!(printed(&[red.as_bytes()], false), "\\u001b[31mno\\u001b[0m");
         for wrong in [
             "\u{1b}[8m",
             "\u{1b}[30;40m",
@@ -248,20 +248,23 @@ mod tests {
             "\u{1b}[?25l",
             "\u{1b}[31",
         ] {
-            assert!(!shown(&[wrong.as_bytes()], true).contains('\u{1b}'), "{wrong:?}");
+            assert!(
+                !printed(&[wrong.as_bytes()], true).contains('\u{1b}'),
+                "{wrong:?}"
+            );
         }
     }
 
     #[test]
     fn t15_split_sequences_are_reassembled() {
         let text = "\u{1b}[32mé\u{202e}\u{1b}[0m\u{1b}[2J漢";
-        let wanted = shown(&[text.as_bytes()], true);
+        let wanted = printed(&[text.as_bytes()], true);
         assert_eq!(wanted, "\u{1b}[32mé\\u202e\u{1b}[0m\\u001b[2J漢");
         for cut in 0..=text.len() {
             let (one, other) = text.as_bytes().split_at(cut);
-            assert_eq!(shown(&[one, other], true), wanted, "cut at {cut}");
+            assert_eq!(printed(&[one, other], true), wanted, "cut at {cut}");
         }
         let each: Vec<&[u8]> = text.as_bytes().chunks(1).collect();
-        assert_eq!(shown(&each, true), wanted);
+        assert_eq!(printed(&each, true), wanted);
     }
 }

@@ -1,10 +1,10 @@
 //! Client for upstream registries: one [`Upstream`] per configured registry.
 //!
 //! Each response is classified as a [`ResponseKind`]: a digest, not found, denied or unavailable. Not found and
-//! denied are results of the registry itself. Only an unavailable upstream allows a stale cached copy to be served.
+//! denied are results of the registry itself. Only if the upstream is unavailable may a stale cached copy be served.
 //! This module handles tokens, redirects, retries, rate limits, registry quirks and circuit breakers.
 //!
-//! Other modules decide what to do with a response (`policy`), store bytes (`store`) and share transfers
+//! Other modules decide on a response (`policy`), store bytes (`store`) and share transfers
 //! (`download`). Bodies are not verified here: the code that stores a body verifies its digest.
 //!
 //! Reading order:
@@ -550,7 +550,7 @@ impl Upstream {
             return response;
         }
         if let Some(cause) = response.failure().filter(|_| is_unavailable)
-            // `None` if a reload has activated other connection settings; the failure says nothing about those.
+            // `None` if a reload has activated other connection settings; the failure does not concern those.
             && let Some(mut health) = self.0.health()
         {
             let now = Instant::now();

@@ -137,8 +137,8 @@ const TLS: &[&str] = &[
     "doctor/http_probe.rs",
 ];
 
-/// Outwards it takes five: the client and what it hands on (`pass`), the connector it is given (`line`), the resolver beneath it (`tcp`), and the
-/// rules for proxies (`route`), which hyper-util reads from the environment as every other program does.
+/// Five files of `upstream` use it: the client, forwarding, the connector, the resolver, and the proxy rules, which
+/// hyper-util reads from the environment.
 const HTTP: &[&str] = &[
     "server.rs",
     "server/",

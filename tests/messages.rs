@@ -94,7 +94,7 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// The text without comments and without what follows `#[cfg(test)] mod … {`, which ends a file here.
+/// The text without comments and without the test module, which is the last item of a file.
 fn code(text: &str) -> String {
     let end = text.find("#[cfg(test)]\nmod tests {").unwrap_or(text.len());
     text[..end]

@@ -40,18 +40,18 @@ impl fmt::Display for Scheme {
 
 /// Address and CA of a server.
 #[derive(Clone)]
-pub(crate) struct Door {
+pub(crate) struct Endpoint {
     address: SocketAddr,
     trust: Option<Arc<ClientConfig>>,
 }
 
-impl Door {
+impl Endpoint {
     pub(crate) fn plain(address: SocketAddr) -> Self {
-        Door { address, trust: None }
+        Endpoint { address, trust: None }
     }
 
     pub(crate) fn tls(address: SocketAddr, trust: Arc<ClientConfig>) -> Self {
-        Door {
+        Endpoint {
             address,
             trust: Some(trust),
         }
@@ -106,7 +106,7 @@ pub(crate) fn stream(
     connections: usize,
     window: Duration,
 ) -> Outcome<Streamed> {
-    let door = match scheme {
+    let endpoint = match scheme {
         Scheme::Plain => &server.plain,
         Scheme::Tls => &server.tls,
     };
@@ -119,7 +119,7 @@ pub(crate) fn stream(
         let clients: Vec<_> = (0..connections)
             .map(|_| {
                 scope.spawn(|| -> Outcome<()> {
-                    let connection = door.connect();
+                    let connection = endpoint.connect();
                     connected.wait();
                     let (mut connection, mut buffer) = (connection?, vec![0; STEP_BYTES]);
                     while !over.load(Ordering::Relaxed) {
@@ -165,8 +165,8 @@ pub(crate) struct Timed {
 }
 
 /// One download on a connection of its own, its body discarded.
-pub(crate) fn one(door: &Door, path: &str) -> Outcome<Timed> {
-    let (mut connection, mut buffer) = (door.connect()?, vec![0; STEP_BYTES]);
+pub(crate) fn one(endpoint: &Endpoint, path: &str) -> Outcome<Timed> {
+    let (mut connection, mut buffer) = (endpoint.connect()?, vec![0; STEP_BYTES]);
     let began = Instant::now();
     let mut first_byte = None;
     let mut left = connection
@@ -189,9 +189,11 @@ pub(crate) fn one(door: &Door, path: &str) -> Outcome<Timed> {
 }
 
 /// Many at once, one download each.
-pub(crate) fn herd(door: &Door, path: &str, clients: usize) -> Outcome<()> {
+pub(crate) fn herd(endpoint: &Endpoint, path: &str, clients: usize) -> Outcome<()> {
     std::thread::scope(|scope| {
-        let all: Vec<_> = (0..clients).map(|_| scope.spawn(|| one(door, path))).collect();
+        let all: Vec<_> = (0..clients)
+            .map(|_| scope.spawn(|| one(endpoint, path)))
+            .collect();
         all.into_iter()
             .try_for_each(|client| client.join().map_err(|_| "a client panicked")?.map(drop))
     })
@@ -202,13 +204,13 @@ pub(crate) fn herd(door: &Door, path: &str, clients: usize) -> Outcome<()> {
 /// layer is checked, and with `hashed` its bytes. Otherwise the bytes are not touched, because clients and server
 /// share the machine.
 pub(crate) fn pull(
-    door: &Door,
+    endpoint: &Endpoint,
     image: &Image,
     ready: &Barrier,
     hashed: bool,
     first_byte: &AtomicU64,
 ) -> Outcome<Duration> {
-    let connection = door.connect();
+    let connection = endpoint.connect();
     ready.wait();
     let (mut connection, mut buffer) = (connection?, vec![0; STEP_BYTES]);
     let began = Instant::now();
@@ -251,8 +253,8 @@ pub(crate) fn pull(
 }
 
 /// One download whose every byte is checked.
-pub(crate) fn expect_digest(door: &Door, path: &str, digest: &str) -> Outcome<()> {
-    let (mut connection, mut buffer) = (door.connect()?, vec![0; STEP_BYTES]);
+pub(crate) fn expect_digest(endpoint: &Endpoint, path: &str, digest: &str) -> Outcome<()> {
+    let (mut connection, mut buffer) = (endpoint.connect()?, vec![0; STEP_BYTES]);
     let mut hash = Sha256::new();
     let mut left = connection
         .ask(path, &mut buffer, |part| {
@@ -269,7 +271,7 @@ pub(crate) fn expect_digest(door: &Door, path: &str, digest: &str) -> Outcome<()
     if got == digest {
         Ok(())
     } else {
-        Err(format!("{}{path}: wrong bytes: {got}", door.address).into())
+        Err(format!("{}{path}: wrong bytes: {got}", endpoint.address).into())
     }
 }
 
@@ -283,13 +285,18 @@ trait Stream: Read + Write {}
 impl<T: Read + Write> Stream for T {}
 
 /// A response whose head was read and this much of whose body was not.
-struct Asked {
+struct PendingBody {
     left: u64,
 }
 
 impl Connection {
     /// Sends a GET and reads the head. Body bytes read with it are passed to `taken`, which returns their length.
-    fn ask(&mut self, path: &str, buffer: &mut [u8], mut taken: impl FnMut(&[u8]) -> u64) -> Outcome<Asked> {
+    fn ask(
+        &mut self,
+        path: &str,
+        buffer: &mut [u8],
+        mut taken: impl FnMut(&[u8]) -> u64,
+    ) -> Outcome<PendingBody> {
         let request = format!("GET {path} HTTP/1.1\r\nHost: bench\r\nAccept: {MANIFEST_TYPE}\r\n\r\n");
         self.stream.write_all(request.as_bytes())?;
         self.stream.flush()?;
@@ -307,7 +314,7 @@ impl Connection {
             if let Some(end) = got.windows(4).position(|four| four == b"\r\n\r\n") {
                 let (head, body) = got.split_at(end + 4);
                 let length = content_length(path, std::str::from_utf8(head)?)?;
-                return Ok(Asked {
+                return Ok(PendingBody {
                     left: length - taken(body),
                 });
             }
@@ -376,17 +383,17 @@ pub(crate) fn wrk(
         .output()
         .map_err(|e| format!("wrk: {e}"))?;
     let cpu_seconds = server.cpu_seconds()? - before;
-    let said = String::from_utf8_lossy(&output.stdout);
-    if !output.status.success() || said.contains("Non-2xx") || said.contains("Socket errors") {
-        return Err(format!("wrk on {path}: {said}").into());
+    let text = String::from_utf8_lossy(&output.stdout);
+    if !output.status.success() || text.contains("Non-2xx") || text.contains("Socket errors") {
+        return Err(format!("wrk on {path}: {text}").into());
     }
     // "  123456 requests in 2.00s, 98.76MB read" and "Requests/sec:  61728.00"
-    let requests: f64 = word_before(&said, " requests in ")?.parse()?;
-    let rate: f64 = said
+    let requests: f64 = word_before(&text, " requests in ")?.parse()?;
+    let rate: f64 = text
         .rsplit("Requests/sec:")
         .next()
         .and_then(|rest| rest.split_whitespace().next())
-        .ok_or("wrk said no rate")?
+        .ok_or("wrk text no rate")?
         .parse()?;
     Ok(Replied {
         requests,

@@ -1,8 +1,8 @@
 //! Benchmark of ifnewer beside nginx and docker-registry, in one run on one machine, because only ratios are
 //! meaningful.
 //!
-//! nginx serves the same files that ifnewer caches, and a third nginx is the upstream. The client discards what it
-//! reads. In the stampedes nothing is cached, and nginx and docker-registry are caches like ifnewer. The measure is
+//! nginx serves the same files that ifnewer caches, and a third nginx is the upstream. The client discards the
+//! bodies. In the stampedes nothing is cached, and nginx and docker-registry are caches like ifnewer. The measure is
 //! the server's own CPU time from `/proc`, which a client on the same cores does not affect. Rounds alternate between
 //! the two. A figure is the median of its rounds, and a ratio is the median of the rounds' ratios. There are no
 //! absolute targets, because they would measure the machine.
@@ -24,7 +24,7 @@ mod servers;
 mod stampede;
 mod table;
 
-use client::{Door, Scheme};
+use client::{Endpoint, Scheme};
 use content::{Content, blob, manifest_by_digest, manifest_by_tag};
 use servers::{Server, Sites};
 use std::time::Duration;
@@ -141,14 +141,18 @@ impl Plan {
 fn check_bytes(sites: &Sites, content: &Content) -> Outcome<()> {
     for server in [&sites.ifnewer, &sites.nginx] {
         for scheme in [Scheme::Plain, Scheme::Tls] {
-            let door = server.door(scheme);
-            client::expect_digest(door, &manifest_by_tag(content.image.tag), &content.image.manifest)?;
+            let endpoint = server.endpoint(scheme);
             client::expect_digest(
-                door,
+                endpoint,
+                &manifest_by_tag(content.image.tag),
+                &content.image.manifest,
+            )?;
+            client::expect_digest(
+                endpoint,
                 &manifest_by_digest(&content.image.manifest),
                 &content.image.manifest,
             )?;
-            client::expect_digest(door, &blob(&content.image.layer), &content.image.layer)?;
+            client::expect_digest(endpoint, &blob(&content.image.layer), &content.image.layer)?;
         }
     }
     Ok(())
@@ -233,16 +237,16 @@ fn cold_blob(sites: &Sites, content: &Content, table: &mut Table) -> Outcome<()>
     .target_difference(3.0);
     // The manifest once, as every client does. Only the blob is timed.
     client::expect_digest(
-        sites.ifnewer_slow.door(Scheme::Plain),
+        sites.ifnewer_slow.endpoint(Scheme::Plain),
         &manifest_by_tag(content.image.tag),
         &content.image.manifest,
     )?;
     for digest in &content.cold {
-        let a = client::one(sites.ifnewer_slow.door(Scheme::Plain), &blob(digest))?;
+        let a = client::one(sites.ifnewer_slow.endpoint(Scheme::Plain), &blob(digest))?;
         let b = client::one(&sites.upstream_slow, &blob(digest))?;
         total.round(a.total.as_secs_f64(), b.total.as_secs_f64());
         first.round(a.first_byte.as_secs_f64() * 1e3, b.first_byte.as_secs_f64() * 1e3);
-        client::expect_digest(sites.ifnewer_slow.door(Scheme::Plain), &blob(digest), digest)?;
+        client::expect_digest(sites.ifnewer_slow.endpoint(Scheme::Plain), &blob(digest), digest)?;
     }
     table.add(total);
     table.add(first);
@@ -274,7 +278,7 @@ fn memory(plan: &Plan, sites: &Sites, content: &Content, table: &mut Table) -> O
     sites.ifnewer.reset_peak_memory()?;
     let before = sites.upstream_requests_for(&content.herd_image.layer)?;
     client::herd(
-        sites.ifnewer.door(Scheme::Plain),
+        sites.ifnewer.endpoint(Scheme::Plain),
         &blob(&content.herd_image.layer),
         CLIENTS,
     )?;
@@ -288,14 +292,14 @@ fn memory(plan: &Plan, sites: &Sites, content: &Content, table: &mut Table) -> O
     transfers.alone((sites.upstream_requests_for(&content.herd_image.layer)? - before) as f64);
     table.add(transfers);
     client::expect_digest(
-        sites.ifnewer.door(Scheme::Plain),
+        sites.ifnewer.endpoint(Scheme::Plain),
         &blob(&content.herd_image.layer),
         &content.herd_image.layer,
     )
 }
 
 impl Server {
-    fn door(&self, scheme: Scheme) -> &Door {
+    fn endpoint(&self, scheme: Scheme) -> &Endpoint {
         match scheme {
             Scheme::Plain => &self.plain,
             Scheme::Tls => &self.tls,

@@ -1,7 +1,7 @@
 //! The caches in the stampede, each started empty: ifnewer and its alternatives.
 
 use crate::Outcome;
-use crate::client::Door;
+use crate::client::Endpoint;
 use crate::program::{Running, free_address};
 use crate::servers::{run_ifnewer, start_nginx};
 use std::fmt;
@@ -30,7 +30,7 @@ impl fmt::Display for Kind {
 
 /// An empty cache. Its folder is deleted on drop.
 pub(crate) struct Cache {
-    pub(crate) door: Door,
+    pub(crate) endpoint: Endpoint,
     pub(crate) running: Running,
     _folder: tempfile::TempDir,
 }
@@ -44,7 +44,7 @@ impl Kind {
             Kind::DockerRegistry => run_docker_registry(folder.path(), upstream),
         }?;
         Ok(Cache {
-            door: Door::plain(address),
+            endpoint: Endpoint::plain(address),
             running,
             _folder: folder,
         })

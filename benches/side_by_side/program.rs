@@ -38,12 +38,17 @@ impl Running {
                 return Err(format!(
                     "{} ended at start with {status}: {}",
                     folder.display(),
-                    said(folder)
+                    program_output(folder)
                 )
                 .into());
             }
             if began.elapsed() > START_MAX {
-                return Err(format!("{} is not ready in time: {}", folder.display(), said(folder)).into());
+                return Err(format!(
+                    "{} is not ready in time: {}",
+                    folder.display(),
+                    program_output(folder)
+                )
+                .into());
             }
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -123,7 +128,7 @@ pub(crate) fn free_address() -> Outcome<SocketAddr> {
 }
 
 /// All output of the program in a folder.
-pub(crate) fn said(folder: &Path) -> String {
+pub(crate) fn program_output(folder: &Path) -> String {
     let read = |name| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
     [read("out.log"), read("err.log")].concat()
 }

@@ -1,9 +1,9 @@
 //! The compared programs: the upstream, two ifnewer, and nginx with the same files.
 
 use crate::Outcome;
-use crate::client::{Door, trusting};
+use crate::client::{Endpoint, trusting};
 use crate::content::{Content, MANIFEST_TYPE, manifest_by_digest, manifest_by_tag};
-use crate::program::{Running, free_address, said};
+use crate::program::{Running, free_address, program_output};
 use std::fmt::Write as _;
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ pub(crate) struct Sites {
     /// The same nginx with `sendfile_max_chunk 512k`, the fastest setting found for large files.
     pub(crate) nginx_in_small_steps: Server,
     /// 50 MB/s a connection.
-    pub(crate) upstream_slow: Door,
+    pub(crate) upstream_slow: Endpoint,
     /// As fast as the machine, for other caches started in front of it.
     pub(crate) upstream: SocketAddr,
     upstream_log: PathBuf,
@@ -30,8 +30,8 @@ pub(crate) struct Sites {
 
 /// One measured program.
 pub(crate) struct Server {
-    pub(crate) plain: Door,
-    pub(crate) tls: Door,
+    pub(crate) plain: Endpoint,
+    pub(crate) tls: Endpoint,
     running: Arc<Running>,
 }
 
@@ -73,13 +73,13 @@ impl Sites {
         )?);
         let trust = trusting(&certs.join("ca.pem"))?;
         let nginx_in_small_steps = Server {
-            plain: Door::plain(small_steps),
-            tls: Door::tls(tls, Arc::clone(&trust)),
+            plain: Endpoint::plain(small_steps),
+            tls: Endpoint::tls(tls, Arc::clone(&trust)),
             running: Arc::clone(&running),
         };
         let nginx = Server {
-            plain: Door::plain(plain),
-            tls: Door::tls(tls, trust),
+            plain: Endpoint::plain(plain),
+            tls: Endpoint::tls(tls, trust),
             running,
         };
         Ok(Sites {
@@ -87,7 +87,7 @@ impl Sites {
             ifnewer_slow,
             nginx,
             nginx_in_small_steps,
-            upstream_slow: Door::plain(slow),
+            upstream_slow: Endpoint::plain(slow),
             upstream: fast,
             upstream_log: log,
             _upstream: upstream,
@@ -195,8 +195,8 @@ fn start_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<Server> {
     let (running, address) = run_ifnewer(folder, upstream)?;
     let trust = trusting(&folder.join("certs").join("ca.pem"))?;
     Ok(Server {
-        plain: Door::plain(address),
-        tls: Door::tls(address, trust),
+        plain: Endpoint::plain(address),
+        tls: Endpoint::tls(address, trust),
         running: Arc::new(running),
     })
 }
@@ -228,8 +228,8 @@ pub(crate) fn run_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<(Runni
 
 /// The address in `registry listening on ADDRESS`.
 fn announced(folder: &Path) -> Option<SocketAddr> {
-    let said = said(folder);
-    let (_, after) = said.split_once("registry listening on ")?;
+    let output = program_output(folder);
+    let (_, after) = output.split_once("registry listening on ")?;
     after
         .split(|c: char| c.is_whitespace() || c == '"')
         .next()?

@@ -32,7 +32,7 @@ enum Line<'s> {
 }
 
 /// Results of one stampede.
-struct Shown {
+struct StampedeResult {
     /// Every client got the complete image.
     done: bool,
     /// The first failure of a client's pull.
@@ -79,7 +79,7 @@ pub(crate) fn stampede(
     Ok(())
 }
 
-impl Shown {
+impl StampedeResult {
     fn finished(self) -> Outcome<Self> {
         match self.failure {
             Some(failure) => Err(failure.into()),
@@ -90,7 +90,14 @@ impl Shown {
 }
 
 /// One row per result. Targets are relative to nginx.
-fn compare(what: &str, kind: Kind, line: &Line<'_>, ours: &[Shown], theirs: &[Shown], table: &mut Table) {
+fn compare(
+    what: &str,
+    kind: Kind,
+    line: &Line<'_>,
+    ours: &[StampedeResult],
+    theirs: &[StampedeResult],
+    table: &mut Table,
+) {
     let ended = if let Some(failure) = theirs.iter().find_map(|one| one.failure.as_ref()) {
         println!("{kind} failed clients: {failure}");
         ", failing"
@@ -157,18 +164,18 @@ impl Line<'_> {
         patience: Duration,
         scratch: &Path,
         content: &Content,
-    ) -> Outcome<Shown> {
+    ) -> Outcome<StampedeResult> {
         let image = &content.herd_image;
         let cache = kind.start(scratch, self.upstream())?;
-        let door = cache.door.clone();
+        let endpoint = cache.endpoint.clone();
         let before = self.sent(&image.layer)?;
         let (ready, (tell, told)) = (Barrier::new(clients + 1), mpsc::channel());
         let first_bytes: Vec<AtomicU64> = (0..clients).map(|_| AtomicU64::new(NEVER)).collect();
         let (mut pulls, mut failure) = (Vec::new(), None::<String>);
         let (peak_mib, cpu_seconds, waited) = std::thread::scope(|scope| -> Outcome<_> {
             for (number, first_byte) in first_bytes.iter().enumerate() {
-                let (door, ready, tell) = (&door, &ready, tell.clone());
-                scope.spawn(move || tell.send(client::pull(door, image, ready, number == 0, first_byte)));
+                let (endpoint, ready, tell) = (&endpoint, &ready, tell.clone());
+                scope.spawn(move || tell.send(client::pull(endpoint, image, ready, number == 0, first_byte)));
             }
             drop(tell);
             ready.wait();
@@ -181,7 +188,7 @@ impl Line<'_> {
             }
             let (waited, running) = (began.elapsed(), &cache.running);
             let (peak, cpu) = (running.peak_memory_mib()?, running.cpu_seconds()?);
-            // Stops clients that still read, and lets the upstream log what it sent them.
+            // Stops clients that still read, and lets the upstream log their requests.
             drop(cache);
             Ok((peak, cpu, waited))
         })?;
@@ -194,7 +201,7 @@ impl Line<'_> {
             first_bytes.iter().map(first).min(),
             first_bytes.iter().map(first).max(),
         );
-        Ok(Shown {
+        Ok(StampedeResult {
             done,
             failure,
             last_seconds: last.unwrap_or(waited).as_secs_f64(),

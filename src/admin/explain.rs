@@ -65,7 +65,7 @@ pub(super) async fn explain(
     now: SystemTime,
 ) -> Explanation {
     let upstream_registry = &named.upstream_registry;
-    let (situation, verdict, rule) = registry
+    let (situation, decision, rule) = registry
         .proxy
         .explain(
             upstream_registry,
@@ -75,73 +75,73 @@ pub(super) async fn explain(
             now,
         )
         .await;
-    let silent = upstream_registry.upstream().unavailable_now();
+    let unavailable = upstream_registry.upstream().unavailable_now();
     // A known outage is applied before any request is sent.
-    let told = match (verdict, silent) {
+    let explained = match (decision, unavailable) {
         (Decision::Revalidate, Some(cause)) => {
             decide(&situation.with_revalidation(Revalidation::Unavailable(cause)))
         }
-        _ => verdict,
+        _ => decision,
     };
     Explanation {
         image: named.to_string(),
         rule: rule.to_string(),
         policy: situation.policy.name(),
-        cached: situation.cached.map(|held| CachedCopy {
-            digest: held.digest.to_string(),
-            confirmed_at: confirmed(held.confirmed_at),
-            complete: held.completeness == Completeness::Complete,
+        cached: situation.cached.map(|copy| CachedCopy {
+            digest: copy.digest.to_string(),
+            confirmed_at: confirmed(copy.confirmed_at),
+            complete: copy.completeness == Completeness::Complete,
         }),
-        authorization: standing(situation.authorization),
+        authorization: authorization_name(situation.authorization),
         max_age_seconds: situation.max_age.as_secs(),
         stale_if_error_seconds: situation.stale_if_error.map(|stale| stale.as_secs()),
         on_not_found: situation.on_not_found.name(),
-        upstream_unavailable: silent.map(UpstreamFailure::name),
-        reason: told.name(),
-        sentence: sentence(told, upstream_registry.name()),
+        upstream_unavailable: unavailable.map(UpstreamFailure::name),
+        reason: explained.name(),
+        sentence: sentence(explained, upstream_registry.name()),
         because: reasons(
             &situation,
             upstream_registry.name(),
             &rule,
             authorization.is_some(),
-            silent,
+            unavailable,
         ),
-        what_if: match told {
+        what_if: match explained {
             Decision::Revalidate | Decision::ProbeLayers(_) => what_ifs(&situation, upstream_registry.name()),
             Decision::Serve(_) | Decision::Fetch(_) | Decision::Deny(_) => Vec::new(),
         },
-        explanation: facts(verdict, &situation),
+        explanation: facts(decision, &situation),
     }
 }
 
 /// The facts of a decision in one line, named as in the log, the configuration and the API.
-fn facts(verdict: Decision, situation: &CacheState) -> String {
+fn facts(decision: Decision, situation: &CacheState) -> String {
     let subject = match situation.kind {
         ContentKind::Tag => "tag",
         ContentKind::Manifest => "manifest",
         ContentKind::Blob => "blob",
     };
     let seconds = |duration: std::time::Duration| format!("{}s", duration.as_secs());
-    let held = situation.cached.map_or_else(
+    let copy = situation.cached.map_or_else(
         || "cached=none".to_owned(),
-        |held| {
-            let whole = match held.completeness {
+        |copy| {
+            let is_complete = match copy.completeness {
                 Completeness::Complete => "yes",
                 Completeness::Incomplete { previous: Some(_) } => "no, a previous image is",
                 Completeness::Incomplete { previous: None } => "no",
             };
-            let confirmed_at = confirmed(held.confirmed_at).unwrap_or_else(|| "never".to_owned());
+            let confirmed_at = confirmed(copy.confirmed_at).unwrap_or_else(|| "never".to_owned());
             format!(
-                "cached={} complete={whole} confirmed_at={confirmed_at}",
-                held.digest
+                "cached={} complete={is_complete} confirmed_at={confirmed_at}",
+                copy.digest
             )
         },
     );
     format!(
-        "reason={} subject={subject} policy={} authorization={} max_age={} stale_if_error={} on_not_found={} {held} now={}",
-        verdict.name(),
+        "reason={} subject={subject} policy={} authorization={} max_age={} stale_if_error={} on_not_found={} {copy} now={}",
+        decision.name(),
         situation.policy.name(),
-        standing(situation.authorization),
+        authorization_name(situation.authorization),
         seconds(situation.max_age),
         situation
             .stale_if_error
@@ -151,8 +151,8 @@ fn facts(verdict: Decision, situation: &CacheState) -> String {
     )
 }
 
-fn sentence(verdict: Decision, upstream: &str) -> String {
-    match verdict {
+fn sentence(decision: Decision, upstream: &str) -> String {
+    match decision {
         Decision::Revalidate => {
             format!("revalidate at {upstream} by HEAD, with the client's credential")
         }
@@ -171,12 +171,12 @@ fn reasons(
     upstream: &str,
     rule: &Arc<str>,
     has_credential: bool,
-    silent: Option<UpstreamFailure>,
+    unavailable: Option<UpstreamFailure>,
 ) -> Vec<String> {
     let mut lines = vec![format!("policy {}, by {rule}", situation.policy)];
     lines.push(match situation.cached {
         None => "no cached copy is available to this client".to_owned(),
-        Some(held) => describe_copy(&held, situation),
+        Some(copy) => describe_copy(&copy, situation),
     });
     let who = if has_credential {
         "this credential"
@@ -194,7 +194,7 @@ fn reasons(
         let digest = short_digest(&digest.to_string());
         lines.push(format!("{digest} is blocked by the operator"));
     }
-    if let Some(cause) = silent {
+    if let Some(cause) = unavailable {
         lines.push(format!("{upstream} {cause}"));
     }
     if situation.on_not_found == OnNotFound::ServeStale {
@@ -203,30 +203,30 @@ fn reasons(
     lines
 }
 
-fn describe_copy(held: &CachedEntry, situation: &CacheState) -> String {
-    let digest = short_digest(&held.digest.to_string());
-    let whole = match held.completeness {
+fn describe_copy(copy: &CachedEntry, situation: &CacheState) -> String {
+    let digest = short_digest(&copy.digest.to_string());
+    let state = match copy.completeness {
         Completeness::Complete => "complete",
         Completeness::Incomplete { previous: Some(_) } => "incomplete, and a previous image complete",
         Completeness::Incomplete { previous: None } => "incomplete",
     };
     let age = situation
         .now
-        .duration_since(held.confirmed_at)
+        .duration_since(copy.confirmed_at)
         .unwrap_or_default();
     match situation.kind {
-        ContentKind::Tag if held.confirmed_at == NEVER_CONFIRMED => {
-            format!("{digest} is {whole}, imported, not confirmed")
+        ContentKind::Tag if copy.confirmed_at == NEVER_CONFIRMED => {
+            format!("{digest} is {state}, imported, not confirmed")
         }
         ContentKind::Tag => {
-            let moved = if held.is_moved {
+            let moved = if copy.is_moved {
                 "; another client has received a newer image, so it is not fresh"
             } else {
                 ""
             };
-            format!("{digest} is {whole}, confirmed {} ago{moved}", duration(age))
+            format!("{digest} is {state}, confirmed {} ago{moved}", duration(age))
         }
-        ContentKind::Manifest | ContentKind::Blob => format!("{digest} is {whole}"),
+        ContentKind::Manifest | ContentKind::Blob => format!("{digest} is {state}"),
     }
 }
 
@@ -234,7 +234,7 @@ fn describe_copy(held: &CachedEntry, situation: &CacheState) -> String {
 fn what_ifs(situation: &CacheState, upstream: &str) -> Vec<WhatIf> {
     let same = situation
         .cached
-        .map_or_else(|| Digest::of(Algorithm::Sha256, b""), |held| held.digest);
+        .map_or_else(|| Digest::of(Algorithm::Sha256, b""), |copy| copy.digest);
     let other = Digest::of(Algorithm::Sha256, b"another image");
     let named = |digest, holding| Revalidation::Digest {
         digest,
@@ -268,8 +268,8 @@ fn what_ifs(situation: &CacheState, upstream: &str) -> Vec<WhatIf> {
         .collect()
 }
 
-fn standing(standing: Authorization) -> &'static str {
-    match standing {
+fn authorization_name(authorization: Authorization) -> &'static str {
+    match authorization {
         Authorization::Unknown => "unknown",
         Authorization::Expired => "expired",
         Authorization::Granted => "granted",

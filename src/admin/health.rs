@@ -168,7 +168,7 @@ impl Admin {
     }
 }
 
-/// Runs `work` on a blocking thread; `None` on timeout. The permit is held until `work` returns.
+/// Runs `work` on a blocking thread; `None` on timeout. The permit is released when `work` returns.
 async fn read<T: Send + 'static>(
     kind: &Arc<Semaphore>,
     within: Duration,

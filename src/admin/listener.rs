@@ -290,7 +290,7 @@ impl PermittedBody {
         Self { body, permit: None }
     }
 
-    /// Attaches what is held until the end of the body. An event stream releases the request permit, because it has a
+    /// Attaches the guards that are dropped at the end of the body. An event stream releases the request permit, because it has a
     /// permit of its own. Archives pause the idle timer, because a disk or pipe sets their pace.
     fn for_connection(self, busy: InFlight, unhurried: IdlePauseGuard) -> ConnectionBody {
         let (is_live, is_piped) = (

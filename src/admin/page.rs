@@ -1,5 +1,5 @@
-//! HTML page of the admin side. It is rendered on the server and works without scripts; the script reloads the page
-//! and replaces changed parts.
+//! HTML page of the admin listener. It is rendered on the server and works without scripts. The script reloads the page
+//! and updates changed sections.
 //!
 //! It shows health, savings, clients and the reasons of recent decisions, and offers the actions of the API. Forms
 //! carry a CSRF secret. A removal shows first what it would free.

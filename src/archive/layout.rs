@@ -69,9 +69,9 @@ pub struct Entry {
     pub media_type: MediaType,
     /// Its size in bytes.
     pub size: u64,
-    /// What it is called; referrers have no name.
+    /// The image name. Referrers have none.
     pub name: Option<String>,
-    /// The descriptor as it was read: what a list of referrers says of a manifest.
+    /// The descriptor as it was read, for the referrers list of its subject.
     pub descriptor: Value,
 }
 
@@ -97,7 +97,7 @@ impl Entry {
         }
     }
 
-    /// The same without a name. What it is annotated with is the word of whoever pushed it, who may not name images here.
+    /// The entry without a name. The client that pushed it chose its annotations, which must not name images here.
     #[must_use]
     pub fn without_name(mut self) -> Self {
         if let Some(annotations) = self

@@ -189,7 +189,7 @@ impl Ground {
         Some(held.read_all(u64::MAX).unwrap())
     }
 
-    fn is_whole(&self, name: &str, manifest: &[u8]) -> bool {
+    fn is_complete(&self, name: &str, manifest: &[u8]) -> bool {
         let image = named(name).unwrap();
         let Some(held) = self.store.manifest(&digest(manifest)).unwrap() else {
             return false;
@@ -255,7 +255,7 @@ fn exported_image_is_imported_byte_for_byte() {
     for manifest in [&index, &amd64, &arm64] {
         let held = to.store.manifest(&digest(manifest)).unwrap().unwrap();
         assert_eq!(&held.bytes[..], &manifest[..]);
-        assert!(to.is_whole(NAME, manifest));
+        assert!(to.is_complete(NAME, manifest));
         assert!(
             to.blob(manifest).is_none(),
             "a manifest is kept as a manifest alone"
@@ -282,7 +282,7 @@ fn selected_platform_is_exported_alone_and_complete() {
         .unwrap();
     let to = Ground::new();
     assert_eq!(to.import(&archive).unwrap().images[0].platforms, ["linux/arm64"]);
-    assert!(to.is_whole(NAME, &index) && to.is_whole(NAME, &arm64) && !to.is_whole(NAME, &amd64));
+    assert!(to.is_complete(NAME, &index) && to.is_complete(NAME, &arm64) && !to.is_complete(NAME, &amd64));
 
     let refused = from
         .export(&[NAME], Platforms::Selected(&only("linux/s390x")))
@@ -382,7 +382,10 @@ fn imported_tag_serves_every_accept_set() {
     let record = to.store.tag(&key(NAME)).unwrap().unwrap();
     let digests: Vec<Digest> = record.variants.iter().map(|variant| variant.digest).collect();
     assert_eq!(digests, [digest(&new)]);
-    assert!(to.is_whole(NAME, &old), "what the tag named before is still here");
+    assert!(
+        to.is_complete(NAME, &old),
+        "what the tag named before is still here"
+    );
 }
 
 #[test]
@@ -455,7 +458,7 @@ fn an_image_by_digest_has_no_tag() {
         now: now(),
     };
     import::import(&to.store, &archive[..], &options).unwrap();
-    assert!(to.is_whole(NAME, &manifest));
+    assert!(to.is_complete(NAME, &manifest));
     assert!(to.tagged(NAME).is_none());
 }
 

@@ -168,7 +168,7 @@ pub struct Rm {
     /// All tags of the repository
     #[arg(long)]
     pub all_tags: bool,
-    /// Apply the removal; without this, only report what it would free
+    /// Apply the removal; without it, only report the space that would be freed
     #[arg(short, long)]
     pub yes: bool,
     /// Print the API response, one object per line
@@ -215,7 +215,7 @@ pub struct Gc {
     /// Keep objects used within this time
     #[arg(long, value_name = "TIME", default_value = "7d")]
     pub unused_for: String,
-    /// Apply the removal; without this, only report what it would free
+    /// Apply the removal; without it, only report the space that would be freed
     #[arg(short, long)]
     pub yes: bool,
     /// Print the API response

@@ -67,7 +67,7 @@ impl ProxyService {
         // Like a tag, a list is a mutable name of the repository. It has no digest to compare, so it is always
         // fetched, and a cached list is served only while the upstream is unavailable.
         let never_revalidates = rule.policy == Policy::Never;
-        // A registry may return an empty list to a caller without a grant, or a front may respond in its place. So
+        // A registry may return an empty list to a caller without a grant, or a front may respond instead. So
         // that response is forwarded and not stored, and a cached list does not influence it.
         let has_no_grant = context.has_no_grant(rule, request.now);
         let mut stored = None;

@@ -89,7 +89,7 @@ impl ProxyService {
             if let Ok(response) = tokio::time::timeout(wait, asking).await {
                 response
             } else {
-                // A request in the local queue says nothing about the upstream.
+                // A request in the local queue is no sign of the upstream's health.
                 if !waiters.is_queued() {
                     upstream.record_timeout(&upstream_request.caller, &upstream_request.endpoint, wait);
                 }

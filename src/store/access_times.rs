@@ -106,8 +106,8 @@ impl AccessTimes {
         }
     }
 
-    /// [`Self::mark_needed`] of what was written just now. A removal that was decided before that ends first: what is found
-    /// stored afterwards stays.
+    /// [`Self::mark_needed`] for content that was just written. Waits for a running removal, so content that is stored
+    /// afterwards is not removed.
     pub(super) fn mark_needed_and_wait(&self, digests: impl IntoIterator<Item = Digest>) {
         self.mark_needed(digests);
         drop(self.removing());

@@ -281,7 +281,7 @@ fn disk(error: io::Error) -> IndexError {
 
 fn sled_error(error: sled::Error) -> IndexError {
     match error {
-        // sled has no error kind for a held lock.
+        // sled has no error kind for a locked database.
         sled::Error::Io(error) if error.to_string().contains("could not acquire lock") => IndexError::Busy,
         sled::Error::Io(error) => match error.raw_os_error().or_else(|| os_error_code(&error)) {
             Some(code) => disk(io::Error::from_raw_os_error(code)),

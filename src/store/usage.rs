@@ -68,7 +68,7 @@ pub(super) struct Counters {
 impl Counters {
     pub(super) fn read(&self) -> Usage {
         // Read first: counters must not be reported as complete if the scan finished only after they were read.
-        // `counted` is not locked, because its lock is held during disk access.
+        // `counted` is not locked, because its lock is kept during disk access.
         let is_complete = self.is_complete.load(Ordering::Acquire);
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Usage {

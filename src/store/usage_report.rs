@@ -1,4 +1,4 @@
-//! Per-image usage: size, size shared with other images, and what deleting an image would reclaim.
+//! Per-image usage: size, size shared with other images, and the space that a deletion would reclaim.
 //!
 //! For the operator, not for pulls. Content is referenced many times: a layer by every manifest that lists it, and a
 //! manifest by every tag and index that refers to it. So an image has two sizes: the total, and the part that no other
@@ -108,7 +108,7 @@ pub struct Content {
     pub is_manifest: bool,
 }
 
-/// What was deleted, or would be.
+/// Result of a deletion or of its dry run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reclaimed {
     /// Deleted tags.

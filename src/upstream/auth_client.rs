@@ -70,7 +70,7 @@ pub(super) struct ErrorResponse {
 }
 
 impl ErrorResponse {
-    /// RFC 6750 §3.1: the token is expired or revoked, which says nothing about access.
+    /// RFC 6750 §3.1: the token is expired or revoked, which is no denial of access.
     fn says_invalid_token(&self) -> bool {
         self.challenges.iter().any(
             |challenge| matches!(challenge, Challenge::Bearer { error: Some(error), .. } if error == "invalid_token"),

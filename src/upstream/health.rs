@@ -75,7 +75,7 @@ pub(super) enum RequestOutcome {
     NoResponse(UpstreamFailure),
     /// No connection could be established.
     NoConnection(UpstreamFailure),
-    /// No request was sent, or the response says nothing about the registry.
+    /// No request was sent, or the response is not about the registry.
     Unknown,
 }
 
@@ -96,7 +96,7 @@ impl RequestOutcome {
             | UpstreamFailure::DigestMismatch
             | UpstreamFailure::Unverifiable => Self::Response,
             _ if !is_unavailable => Self::Unknown,
-            // The redirect was a response. Storage behind one repository says nothing about others.
+            // The redirect was a response. Storage behind one repository does not affect others.
             UpstreamFailure::ConnectionRefused | UpstreamFailure::Unreachable | UpstreamFailure::Dns | UpstreamFailure::Tls(_) | UpstreamFailure::ConnectTimeout
                 if response.is_redirect_target =>
             {

@@ -169,7 +169,7 @@ impl RegistryRequest<'_> {
                 return manifest.type_by_digest(sent);
             }
             let media_type = manifest.type_sent_as(sent)?;
-            // For a tag, only the response tells what it names, so media type and structure must agree.
+            // For a tag, only the response states the digest, so media type and structure must agree.
             (!is_page && manifest.has_shape_of(&media_type)).then_some(media_type)
         });
         let Some(media_type) = media_type else {

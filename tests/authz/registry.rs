@@ -122,7 +122,7 @@ pub struct Shelf {
 
 pub struct State {
     pub condition: Condition,
-    /// Front that responds in its place.
+    /// Front that responds instead of the registry.
     pub front: Option<super::hostile_fronts::Front>,
     pub no: No,
     pub shelves: BTreeMap<String, Shelf>,

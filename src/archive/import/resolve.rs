@@ -176,7 +176,7 @@ impl ResolvedImage {
     }
 }
 
-/// The manifest, from the bytes that were received, or where it was held before.
+/// The manifest, from the received bytes or from the store.
 fn read_manifest(
     store: &Store,
     digest: &Digest,

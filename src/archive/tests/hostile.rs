@@ -24,7 +24,7 @@ impl Archive {
         archive
     }
 
-    fn whole() -> Self {
+    fn complete() -> Self {
         Self::of(&manifest(b"config", b"layer"), &[b"config", b"layer"])
     }
 
@@ -97,7 +97,7 @@ fn refused(archive: impl Read) -> ImportError {
 }
 
 fn refused_with(change: impl FnOnce(&mut Archive)) -> ImportError {
-    let mut archive = Archive::whole();
+    let mut archive = Archive::complete();
     change(&mut archive);
     refused(&archive.bytes()[..])
 }
@@ -105,8 +105,8 @@ fn refused_with(change: impl FnOnce(&mut Archive)) -> ImportError {
 #[test]
 fn unmodified_archive_is_imported() {
     let ground = Ground::new();
-    ground.import(&Archive::whole().bytes()).unwrap();
-    assert!(ground.is_whole(NAME, &manifest(b"config", b"layer")));
+    ground.import(&Archive::complete().bytes()).unwrap();
+    assert!(ground.is_complete(NAME, &manifest(b"config", b"layer")));
 }
 
 #[test]
@@ -173,7 +173,7 @@ fn duplicate_file_is_rejected() {
 
 #[test]
 fn oversized_blob_is_rejected_at_once() {
-    let mut archive = Archive::whole().bytes();
+    let mut archive = Archive::complete().bytes();
     archive.truncate(archive.len() - 1024);
     let name = layout::blob_name(&digest(b"huge"));
     archive.extend(head(tar::EntryType::Regular, &name, 1 << 62));
@@ -199,15 +199,15 @@ fn full_store_is_unchanged_by_a_failed_import() {
     assert!(ground.blob(b"config").is_none() && ground.tagged(NAME).is_none());
     ground.fs.set_bytes_max(u64::MAX);
     ground.import(&archive).unwrap();
-    assert!(ground.is_whole(NAME, &image));
+    assert!(ground.is_complete(NAME, &image));
 }
 
 #[test]
 fn endless_archive_is_rejected() {
     // An endless long name exceeds the limit of data before a file, at the start and later.
-    let mut whole = Archive::whole().bytes();
-    whole.truncate(whole.len() - 1024);
-    for before in [&[][..], &whole] {
+    let mut complete = Archive::complete().bytes();
+    complete.truncate(complete.len() - 1024);
+    for before in [&[][..], &complete] {
         let long_name = head(tar::EntryType::GNULongName, "././@LongLink", 1 << 40);
         let endless = std::io::repeat(b'a').take(1 << 20);
         let refused = refused(before.chain(&long_name[..]).chain(endless));
@@ -232,7 +232,7 @@ fn endless_archive_is_rejected() {
 
 #[test]
 fn truncated_archive_is_rejected() {
-    let whole = Archive::whole().bytes();
+    let whole = Archive::complete().bytes();
     for length in (0..whole.len() - 1024).step_by(97) {
         refused(&whole[..length]);
     }
@@ -290,7 +290,7 @@ fn unknown_or_conflicting_media_types_are_rejected() {
 #[test]
 fn a_name_that_says_too_little_has_to_be_said() {
     let short = |name: &str| {
-        let mut archive = Archive::whole();
+        let mut archive = Archive::complete();
         archive.0[1].2 = index(IMAGE, &manifest(b"config", b"layer"), name);
         archive.bytes()
     };
@@ -314,7 +314,9 @@ fn digest_without_bytes_grants_no_access() {
     assert!(!ground.is_member(NAME, b"layer"));
     assert_eq!(ground.blob(b"layer").unwrap(), b"layer", "what was held stays");
     // With its bytes, it is accepted: the archive's creator had them.
-    ground.import_as(&Archive::whole().bytes(), None, true).unwrap();
+    ground
+        .import_as(&Archive::complete().bytes(), None, true)
+        .unwrap();
     assert!(ground.is_member(NAME, b"layer"));
     // An archive must contain the bytes that it declares.
     let mut liar = Archive::of(&manifest(b"config", b"layer"), &[b"config"]);
@@ -327,7 +329,7 @@ fn digest_without_bytes_grants_no_access() {
 
 #[test]
 fn what_no_image_needs_does_not_stay() {
-    let mut archive = Archive::whole();
+    let mut archive = Archive::complete();
     archive.blob(b"stowaway");
     let ground = Ground::new();
     let imported = ground.import(&archive.bytes()).unwrap();
@@ -362,7 +364,7 @@ proptest! {
         place in any::<Index>(), other in any::<Index>(), change in 1_u8.., kind in 0_u8..4
     ) {
         let image = manifest(b"config", b"layer");
-        let mut archive = Archive::whole().bytes();
+        let mut archive = Archive::complete().bytes();
         let (place, other) = (place.index(archive.len()), other.index(archive.len()));
         match kind {
             0 => archive[place] ^= change,
@@ -380,7 +382,7 @@ proptest! {
             //
             let taken = &imported.images[0];
             prop_assert_eq!(taken.digest, digest(&image));
-            prop_assert!(ground.is_whole(&taken.name, &image));
+            prop_assert!(ground.is_complete(&taken.name, &image));
         } else {
             prop_assert!(ground.tagged(NAME).is_none());
             prop_assert!(ground.blob(b"layer").is_none() && ground.blob(b"config").is_none());

@@ -12,7 +12,7 @@ fn faults(text: &str) -> Diagnostics {
 }
 
 /// First line of each diagnostic, without the file name.
-fn told(faults: &Diagnostics) -> Vec<String> {
+fn first_lines(faults: &Diagnostics) -> Vec<String> {
     let first = |fault: &crate::config::Diagnostic| fault.to_string().lines().next().unwrap_or("").to_owned();
     faults
         .iter()
@@ -178,7 +178,7 @@ fn invalid_setting_reports_its_location() {
         ("[[rule]]\nimages = [\"*:a\"]\n[[rule]]\nimages = [\"*:a\"]", "4:11: never reached: `*:a` is already in rule 1"),
     ];
     for (text, expected) in table {
-        assert_eq!(told(&faults(text)), [expected], "{text}");
+        assert_eq!(first_lines(&faults(text)), [expected], "{text}");
     }
 }
 
@@ -196,7 +196,7 @@ fn token_service_needs_full_url_and_one_upstream() {
         ("[upstream.\"ghcr.io\"]\nauth = \"shared\"\nlocal_tokens = \"https://ghcr.io/token\"", "3:16: with auth = \"shared\" no client needs a token"),
     ];
     for (text, expected) in table {
-        assert_eq!(told(&faults(text)), [expected], "{text}");
+        assert_eq!(first_lines(&faults(text)), [expected], "{text}");
     }
 }
 
@@ -214,7 +214,7 @@ free = \"lots\"
 url = \"ghcr.io\"
 max_age = \"5\"
 ";
-    let places: Vec<String> = told(&faults(text))
+    let places: Vec<String> = first_lines(&faults(text))
         .iter()
         .map(|line| line.split(": ").next().unwrap_or("").to_owned())
         .collect();
@@ -262,7 +262,7 @@ fn invalid_variable_or_flag_is_named() {
 #[test]
 fn oversized_file_is_rejected_unread() {
     let text = "#".repeat(crate::config::TEXT_BYTES_MAX + 1);
-    assert_eq!(told(&faults(&text)), ["1:1: longer than 1048576 bytes"]);
+    assert_eq!(first_lines(&faults(&text)), ["1:1: longer than 1048576 bytes"]);
 }
 
 #[test]
@@ -296,7 +296,7 @@ fn renamed_key_or_value_names_its_successor() {
         ),
         ("[listen]\nplain_http = \"nobody\"", "2:14: `nobody` is now `off`"),
     ] {
-        let found = told(&faults(text));
+        let found = first_lines(&faults(text));
         assert!(
             found.iter().any(|line| line.ends_with(fault)),
             "{text}: {found:?}"

@@ -1,4 +1,4 @@
-//! Permits, the lookup before the lock, and abandoned transfers.
+//! Queued downloads: permits, the lookup before the lock, and abandoned transfers.
 
 use super::*;
 use crate::queue::AcquireError;

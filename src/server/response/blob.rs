@@ -49,12 +49,12 @@ impl BlobResponse<'_> {
             (ResolvedRange::Multi(spans), BlobBody::Memory(bytes)) => {
                 self.parts(spans, BlobSource::Memory(bytes))
             }
-            (ResolvedRange::Multi(spans), BlobBody::File(held)) => {
+            (ResolvedRange::Multi(spans), BlobBody::File(blob)) => {
                 let (buffers, telemetry) = (self.service.buffers.clone(), self.service.telemetry.clone());
-                self.parts(spans, BlobSource::File(held.file, buffers, telemetry))
+                self.parts(spans, BlobSource::File(blob.file, buffers, telemetry))
             }
             (ResolvedRange::Single(span), content) => self.part(span, content),
-            (_, content) => self.whole(content),
+            (_, content) => self.complete(content),
         };
         let headers = response.headers_mut();
         set_digest_headers(headers, &self.digest, &etag);
@@ -63,19 +63,19 @@ impl BlobResponse<'_> {
         response
     }
 
-    fn whole(&self, content: BlobBody) -> Response<Body> {
+    fn complete(&self, content: BlobBody) -> Response<Body> {
         let telemetry = self.service.telemetry.clone();
         let body = match content {
             _ if self.context.head => Body::empty(),
             BlobBody::Head => Body::empty(),
             BlobBody::Memory(bytes) => self.memory(bytes),
-            BlobBody::File(held) if self.service.verified.contains(&self.digest) => {
-                Body::file(held.file, 0, held.size, self.service.buffers.clone(), telemetry)
+            BlobBody::File(blob) if self.service.verified.contains(&self.digest) => {
+                Body::file(blob.file, 0, blob.size, self.service.buffers.clone(), telemetry)
             }
-            BlobBody::File(held) => Body::verified_file(
+            BlobBody::File(blob) => Body::verified_file(
                 self.digest,
-                held.file,
-                held.size,
+                blob.file,
+                blob.size,
                 self.service.buffers.clone(),
                 telemetry,
                 self.service.verified.clone(),
@@ -104,9 +104,9 @@ impl BlobResponse<'_> {
         let telemetry = self.service.telemetry.clone();
         let body = match content {
             BlobBody::Memory(bytes) => self.memory(slice(&bytes, span)),
-            BlobBody::File(held) => {
+            BlobBody::File(blob) => {
                 let buffers = self.service.buffers.clone();
-                Body::file(held.file, start, end_exclusive, buffers, telemetry)
+                Body::file(blob.file, start, end_exclusive, buffers, telemetry)
             }
             BlobBody::Download(reader) => {
                 let reader = reader.within(start, end_exclusive);

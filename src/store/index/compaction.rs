@@ -1,7 +1,7 @@
 //! Index compaction. sled's file only grows, so an idle worker copies the live records to a new index, one page per
 //! step, and then swaps the two.
 //!
-//! During the copy each write goes to both. A stop at any time leaves the old index in its place or beside it, where
+//! During the copy each write goes to both. After a crash at any time, the old index is at its path or beside it, where
 //! [`recover`] finds it.
 
 use std::fs;

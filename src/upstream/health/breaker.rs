@@ -151,7 +151,7 @@ impl Breaker {
         self.failures
             .retain(|at| now.saturating_duration_since(*at) <= WINDOW);
         self.failures.push(now);
-        // One failing repository says nothing about others, so their requests are still sent.
+        // One failing repository does not imply others, so their requests are still sent.
         let may_open = self.granularity != Granularity::Repositories || self.is_widespread;
         match self.state {
             State::Suspected if self.failures.len() >= FAILURES_MAX && may_open => {

@@ -458,7 +458,7 @@ fn t05_token_service_fails_apart_from_the_registry() {
         world.detector.wait(&query, BUDGET, world.now)
     };
     assert_eq!((waits(true), waits(false)), (WaitLimit::None, WaitLimit::Full));
-    // A registry's response to a caller with its own token says nothing about the token service.
+    // A registry's response to a caller with its own token does not show whether the token service is available.
     world.happens_to(Answered, (RequestKind::Head, &c, [1; 32]));
     assert_eq!(
         world.detector.open_breaker().unwrap().scope,

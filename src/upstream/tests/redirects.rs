@@ -219,7 +219,7 @@ async fn address_in_narrower_scope_is_not_dialed() {
     );
 }
 
-/// A registry at a public address that redirects to the targets of this table, and records what is dialed.
+/// A registry at a public address that redirects to the targets of this table, and records the dialed addresses.
 struct PublicDialer {
     dialed: Mutex<Vec<String>>,
     at: &'static [(&'static str, &'static str)],

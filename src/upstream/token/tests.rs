@@ -70,7 +70,7 @@ fn r16_http_realm_is_upgraded_to_https() {
             "http://harbor.example:80/t?a=b",
             "https://harbor.example/t?a=b",
         ),
-        // The port without TLS says nothing about the port with TLS.
+        // The port without TLS does not show the state of the port with TLS.
         (
             "https://art.example",
             "http://art.example:8081/t",

@@ -155,49 +155,49 @@ impl Drop for Program {
 
 /// The lines of a pipe as they arrive.
 struct Lines {
-    heard: watch::Sender<Heard>,
+    output: watch::Sender<Output>,
 }
 
 #[derive(Default)]
-struct Heard {
+struct Output {
     lines: Vec<String>,
     ended: bool,
 }
 
 impl Lines {
     fn of(pipe: impl Read + Send + 'static) -> Lines {
-        let heard = watch::Sender::new(Heard::default());
-        let teller = heard.clone();
+        let output = watch::Sender::new(Output::default());
+        let sender = output.clone();
         std::thread::spawn(move || {
             for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
-                teller.send_modify(|heard| heard.lines.push(String::from_utf8_lossy(&line).into_owned()));
+                sender.send_modify(|output| output.lines.push(String::from_utf8_lossy(&line).into_owned()));
             }
-            teller.send_modify(|heard| heard.ended = true);
+            sender.send_modify(|output| output.ended = true);
         });
-        Lines { heard }
+        Lines { output }
     }
 
     async fn find(&self, what: &str, matches: impl Fn(&str) -> bool) -> Option<String> {
-        let mut heard = self.heard.subscribe();
-        let found = |heard: &Heard| heard.lines.iter().find(|line| matches(line)).cloned();
-        let heard = within(
+        let mut output = self.output.subscribe();
+        let found = |output: &Output| output.lines.iter().find(|line| matches(line)).cloned();
+        let output = within(
             what,
-            heard.wait_for(|heard| heard.ended || found(heard).is_some()),
+            output.wait_for(|output| output.ended || found(output).is_some()),
         )
         .await
         .unwrap();
-        found(&heard)
+        found(&output)
     }
 
     async fn ended(&self) {
-        let mut heard = self.heard.subscribe();
-        within("the process to end", heard.wait_for(|heard| heard.ended))
+        let mut output = self.output.subscribe();
+        within("the process to end", output.wait_for(|output| output.ended))
             .await
             .unwrap();
     }
 
     fn text(&self) -> String {
-        self.heard
+        self.output
             .borrow()
             .lines
             .iter()

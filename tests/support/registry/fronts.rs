@@ -1,4 +1,4 @@
-//! Servers in front of a registry that respond in its place: login page, captive portal, firewall.
+//! Servers in front of a registry that respond instead of it: login page, captive portal, firewall.
 
 use super::faults::Instead;
 use super::serve::{self, sent};

@@ -13,7 +13,7 @@ use std::net::SocketAddr;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-/// A collector that records what it receives.
+/// A collector that records the received spans.
 struct Collector {
     address: SocketAddr,
     seen: watch::Sender<Vec<Span>>,

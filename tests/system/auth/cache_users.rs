@@ -165,7 +165,7 @@ async fn connect_uses_proxy_authorization_for_cache_password() {
 }
 
 /// Paths requested at the registry, without the API check.
-fn asked(upstream: &Upstream) -> Vec<String> {
+fn requested_paths(upstream: &Upstream) -> Vec<String> {
     let paths = upstream.requests().into_iter().map(|seen| seen.path);
     paths.filter(|path| path != "/v2/").collect()
 }
@@ -214,11 +214,15 @@ async fn t19_no_spelling_of_a_path_is_a_way_around_a_users_list() {
     for path in ["/v2/acme/app/unknown/1", "/v2/acme/app/_trust/tuf/root.json"] {
         as_ci(proxy.get(path)).await.is_refused(403);
     }
-    assert!(asked(&upstream).is_empty(), "{:#?}", asked(&upstream));
+    assert!(
+        requested_paths(&upstream).is_empty(),
+        "{:#?}",
+        requested_paths(&upstream)
+    );
     // Paths outside of the registry API are not restricted.
     for path in ["/healthz", "/a%2Fb//c", "/v20/x", "/v2/open/app/_trust/x"] {
         as_ci(proxy.get(path)).await;
-        assert_eq!(asked(&upstream).last().map(String::as_str), Some(path));
+        assert_eq!(requested_paths(&upstream).last().map(String::as_str), Some(path));
     }
 }
 
@@ -247,10 +251,14 @@ async fn t19_a_blob_is_mounted_only_from_where_the_users_list_allows() {
         let reply = as_ci(proxy.ask("POST", &format!("{uploads}?mount={layer}&{from}"))).await;
         assert_eq!(reply.status, 400, "{from}: {reply:#?}");
     }
-    assert!(asked(&upstream).is_empty(), "{:#?}", asked(&upstream));
+    assert!(
+        requested_paths(&upstream).is_empty(),
+        "{:#?}",
+        requested_paths(&upstream)
+    );
     let own = as_ci(proxy.ask("POST", &format!("{uploads}?mount={layer}&from=open/other"))).await;
     assert!(!matches!(own.status, 400 | 403), "{own:#?}");
-    assert_eq!(asked(&upstream), [uploads]);
+    assert_eq!(requested_paths(&upstream), [uploads]);
 }
 
 #[tokio::test]

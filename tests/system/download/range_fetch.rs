@@ -7,7 +7,7 @@ const MIB: usize = 1024 * 1024;
 const SIZE: usize = 24 * MIB;
 
 /// A cold layer whose download stalls after 1 MiB.
-async fn standing(seed: u64) -> (Upstream, Proxy, Blob, Gate) {
+async fn stalled_download(seed: u64) -> (Upstream, Proxy, Blob, Gate) {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::of_noise(seed, SIZE));
     let proxy = Proxy::over(&upstream).await;
@@ -27,7 +27,7 @@ fn ranges(upstream: &Upstream) -> Vec<Option<String>> {
 
 #[tokio::test]
 async fn a_part_far_ahead_of_the_transfer_comes_at_once() {
-    let (upstream, proxy, blob, gate) = standing(1).await;
+    let (upstream, proxy, blob, gate) = stalled_download(1).await;
     let mut whole = proxy.blob("library/demo", &blob.digest).stream().await;
     gate.reached().await;
     let (start, end) = (20 * MIB, 20 * MIB + 100_000);
@@ -50,7 +50,7 @@ async fn a_part_far_ahead_of_the_transfer_comes_at_once() {
 
 #[tokio::test]
 async fn a_lazy_pull_of_a_cold_blob_waits_for_nothing() {
-    let (upstream, proxy, blob, gate) = standing(2).await;
+    let (upstream, proxy, blob, gate) = stalled_download(2).await;
     let path = blob_path("library/demo", &blob.digest);
     let part = async |range: &str| proxy.get(&path).header("range", range).await;
 
@@ -79,7 +79,7 @@ async fn a_lazy_pull_of_a_cold_blob_waits_for_nothing() {
 
 #[tokio::test]
 async fn early_closed_open_ranges_share_one_transfer() {
-    let (upstream, proxy, blob, gate) = standing(3).await;
+    let (upstream, proxy, blob, gate) = stalled_download(3).await;
     let mut pulls = Vec::new();
     for start in (0..SIZE).step_by(SIZE / 6) {
         let range = format!("bytes={start}-");
@@ -97,7 +97,7 @@ async fn early_closed_open_ranges_share_one_transfer() {
 
 #[tokio::test]
 async fn all_clients_of_ranges_may_leave_and_the_blob_is_kept() {
-    let (upstream, proxy, blob, gate) = standing(4).await;
+    let (upstream, proxy, blob, gate) = stalled_download(4).await;
     for start in [0, 12 * MIB] {
         let range = format!("bytes={start}-");
         let ask = proxy.blob("library/demo", &blob.digest).header("range", &range);
@@ -110,7 +110,7 @@ async fn all_clients_of_ranges_may_leave_and_the_blob_is_kept() {
 
 #[tokio::test]
 async fn where_upstream_knows_no_ranges_a_part_waits_for_the_transfer() {
-    let (upstream, proxy, blob, gate) = standing(5).await;
+    let (upstream, proxy, blob, gate) = stalled_download(5).await;
     upstream.ignores_range();
     let mut whole = proxy.blob("library/demo", &blob.digest).stream().await;
     gate.reached().await;

@@ -121,7 +121,7 @@ async fn seen_of(inject: fn(&Upstream, &Upstream), is_held: bool) -> [String; 3]
     if head.header("docker-content-digest") != Some(&sha256(b"a lie")) {
         agree(&manifest, &head);
     }
-    let mut seen = vec![told(&manifest, |reply| {
+    let mut seen = vec![summary(&manifest, |reply| {
         reply.is_image(&image);
     })];
     for blob in [image.config(), image.layer(0)] {
@@ -137,7 +137,7 @@ async fn blob_seen(proxy: &Proxy, blob: &Blob) -> String {
             if reply.status == 200 && reply.whole {
                 agree(&reply, &head);
             }
-            told(&reply, |reply| {
+            summary(&reply, |reply| {
                 reply.is_blob(blob);
             })
         }
@@ -161,7 +161,7 @@ fn agree(get: &Reply, head: &Reply) {
 }
 
 /// A summary of a response. One with status 200 must have right headers.
-fn told(reply: &Reply, is_right: impl Fn(&Reply)) -> String {
+fn summary(reply: &Reply, is_right: impl Fn(&Reply)) -> String {
     if reply.status != 200 {
         let after = reply.header("retry-after").map_or("", |_| " Retry-After");
         return format!("{} {}{after}", reply.status, reply.code());

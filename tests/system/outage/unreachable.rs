@@ -173,7 +173,7 @@ async fn the_late_answer_still_counts() {
         .is_image(&old)
         .is_stale();
 
-    // Only the held request gets a response, later ones hang.
+    // Only the stalled request gets a response. Later ones hang.
     upstream.moves("library/demo", "latest", new.clone());
     upstream.hangs();
     gate.release();

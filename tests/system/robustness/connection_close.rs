@@ -156,7 +156,7 @@ async fn k7_a_response_to_malformed_http_says_close() {
     }
 }
 
-/// What follows a refused `CONNECT` was meant for the tunnel.
+/// The bytes after a rejected `CONNECT` were meant for the tunnel.
 #[tokio::test]
 async fn k7_a_refused_connect_ends_its_connection() {
     let upstream = Upstream::start().await;

@@ -87,7 +87,7 @@ async fn r07_reason_of_a_tls_failure_is_told() {
         let setup = pinning(&upstream, &pem);
         upstream.presents(presented);
         let proxy = setup.start().await;
-        is_told(&proxy, told, detail).await;
+        failure_is_reported(&proxy, told, detail).await;
         assert!(upstream.requests().is_empty());
     }
 }
@@ -97,7 +97,7 @@ async fn r07_plain_http_or_an_old_tls_version_is_told() {
     let upstream = Upstream::start_tls().await;
     let proxy = Proxy::over(&upstream).await;
     upstream.speaks_plain();
-    is_told(&proxy, "does not speak TLS at that port", "use http:// in `url`").await;
+    failure_is_reported(&proxy, "does not speak TLS at that port", "use http:// in `url`").await;
 
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("https://{}", listener.local_addr().unwrap());
@@ -110,7 +110,7 @@ async fn r07_plain_http_or_an_old_tls_version_is_told() {
     });
     let setup = Setup::empty().upstream("docker.io", &format!("url = \"{url}\""));
     let proxy = setup.start().await;
-    is_told(
+    failure_is_reported(
         &proxy,
         "offers no TLS version",
         "no protocol version (TLS 1.2, 1.3)",
@@ -120,7 +120,7 @@ async fn r07_plain_http_or_an_old_tls_version_is_told() {
 }
 
 /// The response, the log and the admin API, each with its part of the reason.
-async fn is_told(proxy: &Proxy, told: &str, detail: &str) {
+async fn failure_is_reported(proxy: &Proxy, told: &str, detail: &str) {
     let reply = proxy.manifest("library/demo", "1").await;
     reply.is_refused(502);
     let message = reply.message();
@@ -182,7 +182,7 @@ async fn r14_a_client_certificate_that_is_missing_is_told() {
     upstream.push("library/demo", "1", Image::with_layers(&["one"]));
     upstream.wants_client_certificates_of(clients.pem());
     let proxy = Proxy::over(&upstream).await;
-    is_told(
+    failure_is_reported(
         &proxy,
         "requires a TLS client certificate",
         "`client_certificate`",
@@ -191,7 +191,7 @@ async fn r14_a_client_certificate_that_is_missing_is_told() {
 
     let (certificate, key) = Authority::new("strangers").client("cache").pem();
     let proxy = showing(&upstream, (&certificate, &key)).start().await;
-    is_told(
+    failure_is_reported(
         &proxy,
         "requires a TLS client certificate",
         "`client_certificate`",

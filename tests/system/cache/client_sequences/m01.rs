@@ -30,10 +30,10 @@ async fn m01_a_404_for_referrers_outlives_outage_and_restart() {
 }
 
 /// Until the cache has requested the referrers of this attestation by itself.
-async fn is_brought(upstream: &Upstream, attestation: &Image) {
+async fn until_referrers_requested(upstream: &Upstream, attestation: &Image) {
     let tag = referrers_tag(attestation);
     upstream
-        .until("the referrers of the attestation to be asked for", |seen| {
+        .until("the referrers of the attestation to be requested", |seen| {
             seen.iter().any(|seen| seen.path.ends_with(&tag))
         })
         .await;
@@ -44,7 +44,7 @@ async fn m01_what_an_older_client_warmed_is_enough_for_dockerd() {
     let (upstream, image) = registry().await;
     let proxy = Setup::over(&upstream).prefetching().start().await;
     PODMAN.pulls(&proxy, "1", &image).await;
-    is_brought(&upstream, &image.children[2]).await;
+    until_referrers_requested(&upstream, &image.children[2]).await;
     for script in OF_ONE_PLATFORM {
         upstream.refuses();
         script.pulls(&proxy, "1", &image).await;
@@ -93,10 +93,10 @@ async fn m01_every_client_lives_on_what_it_warmed_itself() {
             continue;
         };
         proxy.until_kept(&layer.digest).await;
-        is_brought(&upstream, &image.children[2]).await;
+        until_referrers_requested(&upstream, &image.children[2]).await;
         let moved = upstream.moves(APP, "1", attested("2"));
         script.pulls(&proxy, "1", &moved).await;
-        is_brought(&upstream, &moved.children[2]).await;
+        until_referrers_requested(&upstream, &moved.children[2]).await;
         upstream.refuses();
         let proxy = proxy.restart().await;
         script.pulls(&proxy, "1", &moved).await;
