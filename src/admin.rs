@@ -4,8 +4,8 @@
 //! * `auth`: admin token, host check and CSRF protection. `router`: paths and methods. `response`: responses and their
 //!   bodies.
 //! * `health`: `/healthz`, `/readyz` and `/metrics`, served independently of the main runtime.
-//! * `metrics`, `status`, `images`, `explain`, `upstreams`, `events`, `pull_jobs`, `maintenance`, `archive`: one group
-//!   of endpoints each.
+//! * `metrics`, `status`, `images`, `explain`, `upstreams`, `events`, `pull_jobs`, `maintenance`, `archive`, `verdicts`:
+//!   one group of endpoints each.
 //! * `image_ref`: image names. `format`: values and decisions as text. `page`: the HTML page. `client`: the client
 //!   used by the command line.
 //!
@@ -31,6 +31,7 @@ mod response;
 mod router;
 mod status;
 mod upstreams;
+mod verdicts;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

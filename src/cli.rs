@@ -281,6 +281,16 @@ pub fn colour_allowed() -> bool {
     !refused
 }
 
+/// Name of the user who runs a command, for the record of what they did. Whoever runs it can choose it.
+fn user_name() -> Option<String> {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "variables of sudo and of the login shell, not our own"
+    )]
+    let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    ["SUDO_USER", "USER", "LOGNAME"].into_iter().find_map(variable)
+}
+
 /// Allocator settings that glibc reads from the environment at program start only.
 const ALLOCATOR_VARIABLES: [(&str, &str); 3] = [
     ("MALLOC_ARENA_MAX", "1"),

@@ -172,9 +172,9 @@ impl From<export::ExportError> for Problem {
     fn from(refused: export::ExportError) -> Self {
         match refused {
             export::ExportError::NotHeld(_) => Self::not_found(refused.to_string()),
-            export::ExportError::NoPlatform(_) | export::ExportError::Incomplete { .. } => {
-                Self::new(StatusCode::CONFLICT, refused.to_string())
-            }
+            export::ExportError::NoPlatform(_)
+            | export::ExportError::Incomplete { .. }
+            | export::ExportError::Blocked { .. } => Self::new(StatusCode::CONFLICT, refused.to_string()),
             export::ExportError::Store(fault) => fault.into(),
         }
     }

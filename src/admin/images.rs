@@ -21,6 +21,7 @@ use crate::store::manifests::StoredManifest;
 use crate::store::pins::Pin;
 use crate::store::tags::{HistoryEntry, NEVER_CONFIRMED, ResolvedTag, TagKey, TagReader, TagRecord};
 use crate::store::usage_report::{ReferenceCounts, TagUsage};
+use crate::store::verdicts::VerdictKind;
 
 /// Maximum page size of the image list.
 pub(super) const IMAGES_MAX: usize = 1_000;
@@ -53,6 +54,8 @@ pub(super) struct Image {
     pub(super) policy: &'static str,
     /// Pinned: excluded from eviction.
     pub(super) pinned: bool,
+    /// Its digest is blocked.
+    pub(super) blocked: bool,
 }
 
 /// Details of one image.
@@ -410,6 +413,14 @@ fn summary(
         ),
         policy: rule.map_or("never", |rule| rule.policy.name()),
         pinned: store.is_pinned(&Pin::Tag(key.clone())),
+        blocked: store
+            .verdict(
+                VerdictKind::Blocked,
+                &key.upstream,
+                &key.repository,
+                &named.digest,
+            )
+            .is_some(),
     })
 }
 

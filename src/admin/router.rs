@@ -20,9 +20,10 @@ use super::image_ref::ImageRef;
 use super::images::{self, ListQuery};
 use super::pull_jobs::{Platforms, PullSpec, request};
 use super::response::{ApiResponse, Body, Problem, full, json_response, json_with_status};
-use super::{Admin, explain, page, status, upstreams};
+use super::{Admin, explain, page, status, upstreams, verdicts};
 use crate::oci::{Endpoint, Query, Reference};
 use crate::proxy::Refreshed;
+use crate::store::verdicts::VerdictKind;
 
 /// Maximum size of a request body.
 const BODY_BYTES_MAX: usize = 64 * 1024;
@@ -38,6 +39,8 @@ const METHODS: &[(&str, &str)] = &[
     ("/api/v1/images", "GET, HEAD, DELETE"),
     ("/api/v1/pulls", "GET, HEAD, POST"),
     ("/api/v1/pins", "GET, HEAD, POST"),
+    ("/api/v1/blocks", "GET, HEAD, POST"),
+    ("/api/v1/approvals", "GET, HEAD, POST"),
     ("/api/v1/refresh", "POST"),
     ("/api/v1/offline", "GET, HEAD, POST"),
     ("/api/v1/gc", "POST"),
@@ -80,6 +83,8 @@ impl Admin {
                     "/api/v1/gc" => self.gc_posted(&body).await,
                     "/api/v1/verify" => self.verify_posted(&body).await,
                     "/api/v1/pins" => self.pin_posted(&body).await,
+                    "/api/v1/blocks" => self.block_posted(&body).await,
+                    "/api/v1/approvals" => self.approval_posted(&body).await,
                     "/act" => page::submit_form(self, &body).await,
                     _ => Err(Self::no_such_path(path, &head.method)),
                 }
@@ -140,6 +145,12 @@ impl Admin {
                 json_response(&json!({ "pulls": self.pull_jobs.list(registry.proxy.downloads()) }))
             }
             "/api/v1/pins" => json_response(&json!({ "pins": images::pins(&registry) })),
+            "/api/v1/blocks" => {
+                json_response(&json!({ "blocks": verdicts::list(&registry, VerdictKind::Blocked) }))
+            }
+            "/api/v1/approvals" => {
+                json_response(&json!({ "approvals": verdicts::list(&registry, VerdictKind::Approved) }))
+            }
             "/api/v1/verify" => self.verification(),
             "/api/v1/export" => self.export(query).await?,
             "/api/v1/offline" => json_response(&json!({ "offline": self.offline.is_on() })),

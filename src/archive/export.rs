@@ -46,6 +46,16 @@ pub enum ExportError {
         /// The missing digests, in manifest order.
         missing: Vec<String>,
     },
+    /// The operator blocked the image or a part of it.
+    #[error(
+        "{image} is not exported, because {digest} is blocked; `ifnewer unblock {digest}` takes the block back"
+    )]
+    Blocked {
+        /// The image.
+        image: String,
+        /// The blocked digest.
+        digest: Digest,
+    },
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),

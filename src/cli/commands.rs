@@ -2,7 +2,7 @@
 //!
 //! A command that reads prints a table or, with `--json`, the API response. Colours are used on terminals only.
 //!
-//! * `images`: refresh, removal and pins. `inspect`: lists and details. `stats`: statistics. `pull`: pull jobs with
+//! * `images`: refresh, removal and pins. `verdicts`: blocks and approvals of digests. `inspect`: lists and details. `stats`: statistics. `pull`: pull jobs with
 //!   progress.
 //! * `maintenance`: verification, garbage collection, offline mode. `archive`: export and import. `table`: text
 //!   tables.
@@ -14,6 +14,7 @@ mod maintenance;
 mod pull;
 mod stats;
 mod table;
+mod verdicts;
 
 use std::io::{Read as _, Write};
 use std::path::PathBuf;
@@ -47,6 +48,14 @@ pub enum Command {
     Pin(Pin),
     /// Remove pins
     Unpin(Pin),
+    /// Block digests: never serve them, by tag or digest, also in an outage and offline
+    Block(Verdict),
+    /// Take blocks back
+    Unblock(Unblock),
+    /// List blocked and approved digests
+    Blocks(Blocks),
+    /// Approve digests: serve them although they are younger than `min_age`
+    Approve(Approve),
     /// Switch offline mode: send no upstream requests and serve cached images only
     Offline(Offline),
     /// Verify the digests of all cached objects, and quarantine damaged ones
@@ -183,6 +192,50 @@ pub struct Pin {
     #[arg(required = true)]
     pub images: Vec<String>,
     /// Print the API response, one object per line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `ifnewer block`.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// The digests: IMAGE@DIGEST in one repository, or DIGEST in every repository; they need not be cached
+    #[arg(required = true, value_name = "IMAGE@DIGEST|DIGEST")]
+    pub images: Vec<String>,
+    /// The reason; of a block, denied clients read it
+    #[arg(long, value_name = "TEXT")]
+    pub reason: Option<String>,
+    /// Print the API response, one object per line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `ifnewer unblock`.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct Unblock {
+    /// The digests: IMAGE@DIGEST in one repository, or DIGEST wherever it is blocked
+    #[arg(required = true, value_name = "IMAGE@DIGEST|DIGEST")]
+    pub images: Vec<String>,
+    /// Print the API response, one object per line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `ifnewer approve`.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct Approve {
+    /// The digests
+    #[command(flatten)]
+    pub verdict: Verdict,
+    /// Take approvals back
+    #[arg(long, conflicts_with = "reason")]
+    pub undo: bool,
+}
+
+/// `ifnewer blocks`.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct Blocks {
+    /// Print the API responses
     #[arg(long)]
     pub json: bool,
 }
@@ -394,6 +447,10 @@ pub async fn run(client: &Client, command: &Command, output: &mut Output<'_>) ->
         Command::Rm(args) => images::rm(client, args, output).await,
         Command::Pin(args) => images::pin(client, args, true, output).await,
         Command::Unpin(args) => images::pin(client, args, false, output).await,
+        Command::Block(args) => verdicts::block(client, args, output).await,
+        Command::Unblock(args) => verdicts::unblock(client, args, output).await,
+        Command::Blocks(args) => verdicts::blocks(client, args, output).await,
+        Command::Approve(args) => verdicts::approve(client, args, output).await,
         Command::Offline(args) => maintenance::offline(client, args, output).await,
         Command::Verify(args) => maintenance::verify(client, args, output).await,
         Command::Gc(args) => maintenance::gc(client, args, output).await,

@@ -10,6 +10,7 @@ use crate::oci::{AnyDigest, Digest, Endpoint, Query, Reference};
 use crate::store::listings::ListingKey;
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::{TagKey, TagReader};
+use crate::store::verdicts::VerdictKind;
 use crate::store::{Store, StoreError};
 
 /// Resolver of one image.
@@ -58,6 +59,7 @@ impl ImageResolver<'_> {
 
     /// Adds a manifest and its children.
     pub(super) fn add(&mut self, held: &Arc<StoredManifest>, depth: u32) -> Result<(), ExportError> {
+        self.refuse_blocked(&held.digest)?;
         self.objects.push(ArchiveObject::Manifest(Arc::clone(held)));
         let children = &held.manifest.descriptors;
         let mut missing = Vec::new();
@@ -127,10 +129,30 @@ impl ImageResolver<'_> {
         }
     }
 
-    fn blob(&self, child: &Descriptor) -> Result<Option<ArchiveObject>, StoreError> {
+    fn refuse_blocked(&self, digest: &Digest) -> Result<(), ExportError> {
+        let Image {
+            upstream,
+            repository,
+            name,
+            ..
+        } = self.image;
+        match self
+            .store
+            .verdict(VerdictKind::Blocked, upstream, repository, digest)
+        {
+            Some(_) => Err(ExportError::Blocked {
+                image: name.clone(),
+                digest: *digest,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    fn blob(&self, child: &Descriptor) -> Result<Option<ArchiveObject>, ExportError> {
         let AnyDigest::Supported(digest) = child.digest else {
             return Ok(None);
         };
+        self.refuse_blocked(&digest)?;
         if !self.is_member(&digest) {
             return Ok(None);
         }

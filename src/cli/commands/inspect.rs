@@ -47,7 +47,7 @@ pub(super) async fn ls(client: &Client, args: &Ls, output: &mut Output<'_>) -> R
         table.row(vec![
             text(image, "image").to_owned(),
             short_digest(text(image, "digest")),
-            state(is_complete, image).to_owned(),
+            state(is_complete, image),
             bytes(number(image, "bytes")),
             bytes(number(image, "unique_bytes")),
             confirmed(image),
@@ -228,14 +228,15 @@ pub(super) fn print(table: &Table, output: &mut Output<'_>) -> Result<(), Comman
     Ok(())
 }
 
-fn state(is_complete: bool, image: &Value) -> &'static str {
-    let is_pinned = image.get("pinned").and_then(Value::as_bool).unwrap_or_default();
-    match (is_complete, is_pinned) {
-        (true, false) => "complete",
-        (true, true) => "complete, pinned",
-        (false, false) => "incomplete",
-        (false, true) => "incomplete, pinned",
+fn state(is_complete: bool, image: &Value) -> String {
+    let flag = |name: &str| image.get(name).and_then(Value::as_bool).unwrap_or_default();
+    let mut state = if is_complete { "complete" } else { "incomplete" }.to_owned();
+    for (name, word) in [("pinned", ", pinned"), ("blocked", ", blocked")] {
+        if flag(name) {
+            state.push_str(word);
+        }
     }
+    state
 }
 
 fn confirmed(image: &Value) -> String {

@@ -82,6 +82,8 @@ async fn every_documented_path_responds_as_documented() {
         ("/api/v1/verify", ""),
         ("/api/v1/export", "?image=demo,docker.io/library/demo:latest"),
         ("/api/v1/pins", ""),
+        ("/api/v1/blocks", ""),
+        ("/api/v1/approvals", ""),
         ("/api/openapi.json", ""),
         ("/healthz", ""),
         ("/readyz", ""),
@@ -112,6 +114,16 @@ async fn every_documented_path_responds_as_documented() {
         ("/api/v1/gc", json!({ "dry_run": true }), 200),
         ("/api/v1/verify", json!({ "rebuild_index": true }), 202),
         ("/api/v1/pins", json!({ "image": demo, "pinned": false }), 200),
+        (
+            "/api/v1/blocks",
+            json!({ "image": image.digest, "blocked": false, "by": "alice" }),
+            200,
+        ),
+        (
+            "/api/v1/approvals",
+            json!({ "image": format!("demo@{}", image.digest), "approved": true, "reason": "read" }),
+            200,
+        ),
     ] {
         let reply = post(&proxy, path, &body).await;
         assert_eq!(reply.status, status, "{path}: {reply:#?}");
@@ -224,6 +236,24 @@ async fn every_request_error_is_a_problem_document() {
             "/api/v1/images",
             delete(&proxy, "/api/v1/images?image=absent"),
             404,
+        ),
+        (
+            "/api/v1/blocks",
+            post(
+                &proxy,
+                "/api/v1/blocks",
+                &json!({ "image": "demo:latest", "blocked": true }),
+            ),
+            400,
+        ),
+        (
+            "/api/v1/approvals",
+            post(
+                &proxy,
+                "/api/v1/approvals",
+                &json!({ "image": "sha999:00", "approved": true }),
+            ),
+            400,
         ),
         ("/api/v1/export", get("/api/v1/export?image=absent"), 404),
         ("/api/v1/export", get("/api/v1/export?image=demo,"), 400),
@@ -703,7 +733,7 @@ async fn pulls_and_collections_at_once_lose_nothing() {
     }
 }
 
-/// Covered by the archive tests, which know broken archives.
+/// Covered by the archive tests, which know broken archives, and by the store's tests of verdicts.
 const ELSEWHERE: &[&str] = &[
     "get /api/v1/export 409",
     "get /api/v1/export 503",
@@ -712,6 +742,10 @@ const ELSEWHERE: &[&str] = &[
     "post /api/v1/import 500",
     "post /api/v1/import 503",
     "post /api/v1/import 507",
+    "post /api/v1/blocks 409",
+    "post /api/v1/blocks 500",
+    "post /api/v1/approvals 409",
+    "post /api/v1/approvals 500",
 ];
 
 const TOKEN: &str = "0123456789abcdef";

@@ -1,5 +1,6 @@
 //! Cache semantics: policies, revalidation, completeness of images, eviction, and the requests of real clients.
 
+pub mod blocked_digests;
 pub mod client_checklist;
 pub mod client_sequences;
 pub mod completeness;

@@ -338,3 +338,55 @@ async fn gc_says_what_it_would_free_and_removes_nothing_young() {
     let out = done(&proxy, &["gc", "--yes", "--unused-for", "1h"]).await;
     assert!(out.starts_with("freed 0 B"), "{out}");
 }
+
+#[tokio::test]
+async fn blocks_and_approvals_are_given_listed_and_taken_back() {
+    let (_upstream, proxy, image) = holding().await;
+    let (digest, in_demo) = (image.digest.as_str(), format!("demo@{}", image.digest));
+    let full = format!("docker.io/library/demo@{digest}");
+    assert!(done(&proxy, &["blocks"]).await.contains("no digest is blocked"));
+    let words = ["block", &in_demo, "--reason", "CVE-2026-1"];
+    assert_eq!(done(&proxy, &words).await, format!("{full} blocked\n"));
+    assert!(done(&proxy, &words).await.contains("was blocked already"));
+    let (code, out, err) = run(&proxy, &["approve", &in_demo]).await;
+    assert_eq!(code, Some(1), "{out}{err}");
+    assert!(
+        out.contains("approved, but it is blocked and not served"),
+        "{out}"
+    );
+    assert!(done(&proxy, &["ls"]).await.contains("complete, blocked"));
+    let listed = done(&proxy, &["blocks"]).await;
+    for part in [
+        &format!("blocked   {digest}  docker.io/library/demo  2"),
+        &format!("approved  {digest}  docker.io/library/demo  2"),
+        "CVE-2026-1",
+    ] {
+        assert!(listed.contains(part), "{part}: {listed}");
+    }
+    let json: Value = serde_json::from_str(&done(&proxy, &["blocks", "--json"]).await).unwrap();
+    assert_eq!(json["blocks"][0]["image"], full);
+    assert_eq!(json["approvals"][0]["digest"], digest);
+
+    done(&proxy, &["block", digest]).await;
+    let (code, out, _) = run(&proxy, &["unblock", &in_demo]).await;
+    assert_eq!(code, Some(1), "{out}");
+    assert!(out.contains("is still blocked in every repository"), "{out}");
+    assert_eq!(
+        done(&proxy, &["unblock", digest]).await,
+        format!("{digest} unblocked\n")
+    );
+    assert!(
+        done(&proxy, &["unblock", digest])
+            .await
+            .contains("was not blocked")
+    );
+    assert!(
+        done(&proxy, &["approve", &in_demo, "--undo"])
+            .await
+            .contains("is no longer approved")
+    );
+    let (code, _, err) = run(&proxy, &["block", "demo:latest"]).await;
+    assert_eq!(code, Some(1), "{err}");
+    assert!(err.contains("a digest is required"), "{err}");
+    proxy.pull("library/demo", "latest", &image).await;
+}

@@ -1,0 +1,279 @@
+//! Blocks and approvals of digests: `/api/v1/blocks` and `/api/v1/approvals`.
+
+use std::sync::Arc;
+
+use http::StatusCode;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::Admin;
+use super::format::rfc3339;
+use super::image_ref::ImageRef;
+use super::response::{ApiResponse, Problem, json_response};
+use super::router::{blocking, parse_json};
+use crate::oci::{Algorithm, AnyDigest, Digest, Reference};
+use crate::server::ServingState;
+use crate::store::Store;
+use crate::store::verdicts::{VerdictError, VerdictKey, VerdictKind, VerdictNote, VerdictScope};
+
+/// A verdict in a list.
+#[derive(Serialize)]
+pub(super) struct VerdictView {
+    /// `upstream/repository@digest`, or the digest alone if the verdict holds everywhere.
+    pub(super) image: String,
+    pub(super) digest: String,
+    /// `null`: in every repository.
+    pub(super) upstream: Option<String>,
+    pub(super) repository: Option<String>,
+    pub(super) at: String,
+    pub(super) by: String,
+    pub(super) reason: Option<String>,
+}
+
+/// The result of a change.
+pub(super) struct Changed {
+    /// The image or digest, as in [`VerdictView::image`].
+    pub(super) image: String,
+    /// Whether such a verdict existed.
+    pub(super) was: bool,
+    /// Whether a block holds now.
+    pub(super) is_blocked: bool,
+}
+
+/// Who asks, and why.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Motive {
+    pub(super) by: Option<String>,
+    pub(super) reason: Option<String>,
+}
+
+impl Motive {
+    fn note(self, at: std::time::SystemTime) -> VerdictNote {
+        let text = |text: Option<String>| text.filter(|text| !text.trim().is_empty());
+        VerdictNote {
+            at,
+            by: text(self.by).unwrap_or_else(|| "the admin API".to_owned()),
+            reason: text(self.reason),
+        }
+    }
+}
+
+/// What a verdict is about.
+enum Target {
+    /// A digest in every repository.
+    Digest(Digest),
+    /// A digest in one repository.
+    Image(ImageRef, Digest),
+}
+
+impl Target {
+    fn parse(text: &str, registry: &ServingState) -> Result<Self, Problem> {
+        let algorithm = text.split(':').next().unwrap_or_default();
+        if !text.contains(['@', '/']) && algorithm.parse::<Algorithm>().is_ok() {
+            let digest = text.parse::<Digest>();
+            return digest
+                .map(Self::Digest)
+                .map_err(|error| Problem::bad_request(format!("`{text}` is not a digest: {error}")));
+        }
+        let named = ImageRef::parse(text, registry)?;
+        match named.reference {
+            Reference::Digest(AnyDigest::Supported(digest)) => Ok(Self::Image(named, digest)),
+            Reference::Digest(AnyDigest::Unsupported(_)) => Err(Problem::bad_request(
+                "digests of this algorithm cannot be verified, so they are not cached",
+            )),
+            Reference::Tag(_) => Err(Problem::bad_request(format!(
+                "a digest is required, as in {}/{}@sha256:…, or sha256:… for every repository; a tag names another \
+                 digest tomorrow",
+                named.upstream_registry.name(),
+                named.repository
+            ))),
+        }
+    }
+
+    fn digest(&self) -> Digest {
+        match self {
+            Self::Digest(digest) | Self::Image(_, digest) => *digest,
+        }
+    }
+
+    fn name(&self) -> String {
+        match self {
+            Self::Digest(digest) => digest.to_string(),
+            Self::Image(named, _) => named.to_string(),
+        }
+    }
+
+    fn key(&self, kind: VerdictKind) -> VerdictKey {
+        let scope = match self {
+            Self::Digest(_) => VerdictScope::Everywhere,
+            Self::Image(named, _) => VerdictScope::Repository {
+                upstream: named.upstream_registry.name().into(),
+                repository: named.repository.clone(),
+            },
+        };
+        VerdictKey {
+            kind,
+            scope,
+            digest: self.digest(),
+        }
+    }
+
+    /// The verdicts that taking back this one removes: those of every repository if none is named.
+    fn recalled(&self, kind: VerdictKind, store: &Store) -> Vec<VerdictKey> {
+        match self {
+            Self::Image(..) => vec![self.key(kind)],
+            Self::Digest(digest) => {
+                let all = store.verdicts(kind).into_iter().map(|(key, _)| key);
+                all.filter(|key| key.digest == *digest).collect()
+            }
+        }
+    }
+
+    fn is_blocked(&self, store: &Store) -> bool {
+        let kind = VerdictKind::Blocked;
+        match self {
+            Self::Image(named, digest) => store
+                .verdict(kind, named.upstream_registry.name(), &named.repository, digest)
+                .is_some(),
+            Self::Digest(_) => !self.recalled(kind, store).is_empty(),
+        }
+    }
+}
+
+/// All verdicts of this kind.
+pub(super) fn list(registry: &ServingState, kind: VerdictKind) -> Vec<VerdictView> {
+    let verdicts = registry.proxy.store().blocking().verdicts(kind);
+    let view = |(key, note): &(VerdictKey, Arc<VerdictNote>)| {
+        let (image, upstream, repository) = match &key.scope {
+            VerdictScope::Everywhere => (key.digest.to_string(), None, None),
+            VerdictScope::Repository { upstream, repository } => (
+                format!("{upstream}/{repository}@{}", key.digest),
+                Some(upstream.to_string()),
+                Some(repository.to_string()),
+            ),
+        };
+        VerdictView {
+            image,
+            digest: key.digest.to_string(),
+            upstream,
+            repository,
+            at: rfc3339(note.at),
+            by: note.by.clone(),
+            reason: note.reason.clone(),
+        }
+    };
+    verdicts.iter().map(view).collect()
+}
+
+impl Admin {
+    /// `POST /api/v1/blocks`.
+    pub(super) async fn block_posted(&self, body: &[u8]) -> Result<ApiResponse, Problem> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct BlockRequest {
+            image: String,
+            blocked: bool,
+            by: Option<String>,
+            reason: Option<String>,
+        }
+        let BlockRequest {
+            image,
+            blocked,
+            by,
+            reason,
+        } = parse_json(body)?;
+        let (kind, motive) = (VerdictKind::Blocked, Motive { by, reason });
+        let changed = self.set_verdict((kind, blocked), &image, motive).await?;
+        Ok(json_response(&described("blocked", blocked, &changed)))
+    }
+
+    /// `POST /api/v1/approvals`.
+    pub(super) async fn approval_posted(&self, body: &[u8]) -> Result<ApiResponse, Problem> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct ApprovalRequest {
+            image: String,
+            approved: bool,
+            by: Option<String>,
+            reason: Option<String>,
+        }
+        let ApprovalRequest {
+            image,
+            approved,
+            by,
+            reason,
+        } = parse_json(body)?;
+        let (kind, motive) = (VerdictKind::Approved, Motive { by, reason });
+        let changed = self.set_verdict((kind, approved), &image, motive).await?;
+        Ok(json_response(&described("approved", approved, &changed)))
+    }
+
+    /// Gives a verdict (`true`) or takes it back.
+    pub(super) async fn set_verdict(
+        &self,
+        (kind, is_given): (VerdictKind, bool),
+        image: &str,
+        motive: Motive,
+    ) -> Result<Changed, Problem> {
+        let registry = self.registry.load_full();
+        let target = Target::parse(image, &registry)?;
+        let note = motive.note(self.clock.now());
+        let (by, reason) = (note.by.clone(), note.reason.clone().unwrap_or_default());
+        let changed = blocking(move || {
+            let store = registry.proxy.store().blocking();
+            let was = if is_given {
+                !store.put_verdict(&target.key(kind), note)?
+            } else {
+                let mut was = false;
+                for key in target.recalled(kind, store) {
+                    was |= store.remove_verdict(&key)?;
+                }
+                was
+            };
+            Ok(Changed {
+                image: target.name(),
+                was,
+                is_blocked: target.is_blocked(store),
+            })
+        })
+        .await
+        .inspect_err(|problem| {
+            tracing::error!(
+                image,
+                verdict = kind.name(),
+                is_given,
+                by,
+                error = problem.detail,
+                "failed to change verdict on request"
+            );
+        })?;
+        tracing::warn!(
+            image = changed.image,
+            verdict = kind.name(),
+            is_given,
+            by,
+            reason,
+            "verdict changed on request"
+        );
+        Ok(changed)
+    }
+}
+
+fn described(state: &str, is_given: bool, changed: &Changed) -> Value {
+    json!({
+        "image": changed.image,
+        state: is_given,
+        "was": changed.was,
+        "still_blocked": changed.is_blocked,
+    })
+}
+
+impl From<VerdictError> for Problem {
+    fn from(fault: VerdictError) -> Self {
+        let status = match fault {
+            VerdictError::TooMany => StatusCode::CONFLICT,
+            VerdictError::NotDurable(_) | VerdictError::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Self::new(status, fault.to_string())
+    }
+}
