@@ -66,7 +66,7 @@ pub struct CaBundle(String);
 impl CaBundle {
     /// Reads the certificates of a file; a private key in it is ignored.
     pub fn read(path: &Path) -> Result<Self, SetupError> {
-        let unusable = |detail: String| SetupError::NoCa(format!("{}: {detail}", path.display()));
+        let unusable = |detail: String| SetupError::NoCa(format!("{} {detail}", path.display()));
         let bytes = std::fs::read(path).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => unusable(
                 "does not exist; `ifnewer` creates the certificate authority at its first start. If its service has \

@@ -299,7 +299,7 @@ fn row(image: &Image, secret: &str) -> Markup {
                 @if image.fresh_until.is_some() { " " span.mark.local { "fresh" } }
                 @if image.pinned { " " span.mark.local { "pinned" } }
             }
-            td.end data-label="Size" { (bytes(image.bytes)) div.dim { (bytes(image.unique_bytes)) " unshared" } }
+            td.end data-label="Size" { (bytes(image.bytes)) div.dim { (bytes(image.unique_bytes)) " unique" } }
             td.wide data-label="Confirmed" {
                 @match (&image.confirmed_at, image.confirmed_seconds_ago) {
                     (Some(at), Some(seconds)) => time datetime=(at) title=(at) { (ago(seconds)) },
