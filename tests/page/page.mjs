@@ -57,7 +57,7 @@ async function test(name, options, body) {
   const errors = [];
   tab.on("pageerror", (error) => errors.push(error.message));
   tab.on("console", (message) => { if (message.type() === "error") errors.push(message.text()); });
-  tab.on("request", (request) => { if (!request.url().startsWith(page)) errors.push(`it loads ${request.url()}`); });
+  tab.on("request", (request) => { if (!request.url().startsWith(page)) errors.push(`unexpected request ${request.url()}`); });
   try {
     await body(tab);
     assert.deepEqual(errors, []);
@@ -81,12 +81,12 @@ async function accessible(tab) {
 }
 
 try {
-  await test("an empty cache says how to begin", {}, async (tab) => {
+  await test("an empty cache links to the client setup", {}, async (tab) => {
     await tab.goto(page);
     await tab.getByText("Nothing has been pulled yet").waitFor();
     await accessible(tab);
   });
-  await test("it shows a decision as it is made, without a reload", {}, async (tab) => {
+  await test("a new decision appears without a reload", {}, async (tab) => {
     await tab.goto(page);
     await tab.waitForFunction(() => document.documentElement.dataset.live === "yes");
     await pull("library/python", "3.12");
@@ -94,10 +94,10 @@ try {
     await tab.locator("#images").getByText("library/python").first().waitFor();
     await tab.locator("#clients").getByText("docker", { exact: true }).waitFor();
   });
-  await test("a pull ahead is shown with its progress", {}, async (tab) => {
+  await test("a pull in advance shows its progress", {}, async (tab) => {
     registry.slow(30);
     await tab.goto(page);
-    await tab.getByLabel("Pull ahead").fill("acme/web:main");
+    await tab.getByLabel("Pull in advance").fill("acme/web:main");
     await tab.getByRole("button", { name: "Pull", exact: true }).click();
     await tab.getByText("Pulling acme/web:main.").waitFor();
     await tab.locator("#transfers progress").first().waitFor();
@@ -120,12 +120,12 @@ try {
     await tab.getByText("Removed docker.io/acme/web:main;").waitFor();
     assert.equal(await tab.locator("#images-list").getByText("acme/web").count(), 0);
   });
-  await test("it has four numbers, two plots, how each upstream does, and the CA to download", {}, async (tab) => {
+  await test("four numbers, two plots, state of each upstream, and the CA download", {}, async (tab) => {
     await tab.goto(page);
     for (const number of ["Byte hit ratio", "Bytes saved", "Served stale", "Quota left"])
       assert.equal(await tab.locator("dt").getByText(number, { exact: false }).count() > 0, true, number);
     assert.equal(await tab.locator("svg[role=img]").count() >= 2, true, "two plots");
-    await tab.locator("#upstreams").getByText("last asked").first().waitFor();
+    await tab.locator("#upstreams").getByText("last request").first().waitFor();
     const ca = await tab.request.get(new URL(await tab.locator("a[href='/ca.pem']").first().getAttribute("href"), page).href);
     assert.match(await ca.text(), /BEGIN CERTIFICATE/);
   });
@@ -134,11 +134,11 @@ try {
     await test(`${name}, ${colorScheme}: nothing overflows and axe finds nothing`, { viewport: { width, height: 900 }, colorScheme }, async (tab) => {
       await tab.goto(page);
       await tab.screenshot({ path: join(shots, `page-${name}-${colorScheme}.png`), fullPage: true });
-      assert.equal(await tab.evaluate(() => document.documentElement.scrollWidth <= innerWidth), true, "it overflows");
+      assert.equal(await tab.evaluate(() => document.documentElement.scrollWidth <= innerWidth), true, "horizontal overflow");
       await accessible(tab);
     });
   }
-  await test("it can be used with the keyboard alone", {}, async (tab) => {
+  await test("keyboard alone suffices", {}, async (tab) => {
     await tab.goto(page);
     await tab.keyboard.press("Tab");
     assert.equal(await tab.evaluate(() => document.activeElement.textContent), "Skip to the content");
@@ -163,5 +163,5 @@ try {
   registry.end();
   rmSync(folder, { recursive: true, force: true });
 }
-console.log(failures.length ? `${failures.length} failed` : "the page is as it should be");
+console.log(failures.length ? `${failures.length} failed` : "all page tests passed");
 process.exit(failures.length ? 1 : 0);
