@@ -8,6 +8,7 @@
 //! store-id                    identity and generation, to detect a lost or foreign index
 //! blobs/sha256/ab/<hex>       verified bytes, read-only
 //! manifests/sha256/ab/<hex>   verified bytes; <hex>.meta: media type and source repositories
+//! sightings/ab/<hash>         when a tag was first seen to name each digest, for `min_age`
 //! refs/ab/<hash>              tag record: upstream, repository, tag → digest, per set of accepted media types
 //! seen/ab/<hash>              membership: the digests that the upstream has in a repository; whether it is public
 //! listings/<slot>             last tag list or referrers list, for outages
@@ -153,6 +154,7 @@ pub struct Store {
     listings: listings::Listings,
     challenges: challenges::Challenges,
     invalidations: invalidations::Invalidations,
+    sightings: tags::sightings::SightingFiles,
     grants: Arc<grants::Grants>,
     complete_images: completeness::CompleteImages,
     removed: Arc<completeness::RemovedDigests>,
@@ -278,6 +280,7 @@ impl Store {
             listings: listings::Listings::new(&fs),
             challenges: challenges::Challenges::new(&fs),
             invalidations: invalidations::Invalidations::new(&fs),
+            sightings: tags::sightings::SightingFiles::new(&fs),
             tags,
             grants,
             complete_images: completeness::CompleteImages::new(&removed),

@@ -8,6 +8,7 @@ mod merge;
 mod record;
 mod reindex;
 mod resolve;
+pub mod sightings;
 
 use std::io;
 use std::path::Path;

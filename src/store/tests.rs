@@ -21,6 +21,7 @@ mod membership;
 mod partial;
 pub(super) mod power_cut;
 mod removals;
+mod sightings;
 mod tags;
 mod upkeep;
 mod verdicts;

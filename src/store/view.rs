@@ -14,6 +14,7 @@ use super::challenges::StoredChallenge;
 use super::invalidations::InvalidationKey;
 use super::listings::{ListingKey, StoredListResponse, StoredListing};
 use super::manifests::StoredManifest;
+use super::tags::sightings::{SightingKey, Sightings};
 use super::tags::{TagKey, TagRecord};
 use super::{Store, StoreError};
 use crate::oci::{Digest, Repository};
@@ -135,6 +136,15 @@ impl<'a> View<'a> {
             Ok(None),
             |store| store.tags.ready(key).map(|record| Ok(Some(record))),
             |store| store.tag(key),
+        )
+    }
+
+    /// The sightings of a tag or digest.
+    pub fn sightings(&self, key: &SightingKey) -> Arc<Sightings> {
+        self.find(
+            Arc::default(),
+            |store| store.sightings.ready(key),
+            |store| store.sightings(key),
         )
     }
 

@@ -1,0 +1,407 @@
+//! Sightings: when a tag was first seen to name each digest, for `min_age`.
+//!
+//! They are kept apart from the tag record, because they outlive it: an evicted or removed image was still seen. A
+//! sighting is written when a tag is seen to name a digest that it did not name just before, and never for an unchanged
+//! tag.
+//!
+//! A sighting is evidence of an age, so a doubtful time makes it younger, never older:
+//!
+//! * A first sight in the future was recorded before the clock was set back. It counts from the next time that the
+//!   upstream names the digest.
+//! * An import is no sighting. Only a response of the upstream is.
+//! * A clock that was set ahead cannot be detected here. The proxy judges ages at no later time than the registries'
+//!   `Date` allows.
+//!
+//! At most [`SIGHTINGS_MAX`] digests are kept per tag. Beyond that the one goes that was first seen soonest after
+//! another, so that a tag which moves often keeps digests of every age. The newest one and those in use stay.
+
+mod files;
+
+#[cfg(test)]
+mod tests;
+
+use std::cmp::Reverse;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use super::record::{NEVER_CONFIRMED, TagKey, TagRecord, Variant};
+use crate::oci::{Digest, MediaType, Reference, Repository};
+use crate::store::checksummed_json::{decode, encode, from_millis, to_millis};
+
+pub(in crate::store) use self::files::SightingFiles;
+
+/// Maximum number of digests with a sighting per tag.
+pub const SIGHTINGS_MAX: usize = 64;
+
+/// Resolution of the times.
+const TICK: Duration = Duration::from_millis(1);
+
+/// What was seen: a tag, or a digest that was requested by itself.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct SightingKey {
+    /// The name of the upstream.
+    pub upstream: Arc<str>,
+    /// The repository at the upstream.
+    pub repository: Repository,
+    /// The tag or the digest.
+    pub reference: Reference,
+}
+
+impl From<&TagKey> for SightingKey {
+    fn from(key: &TagKey) -> Self {
+        Self {
+            upstream: Arc::clone(&key.upstream),
+            repository: key.repository.clone(),
+            reference: Reference::Tag(key.tag.clone()),
+        }
+    }
+}
+
+/// A response of the upstream that names a digest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// The digest.
+    pub digest: Digest,
+    /// The media type that the upstream sent.
+    pub media_type: MediaType,
+    /// The key of the set of accepted media types ([`crate::oci::Accept::key`]).
+    pub accept: u64,
+    /// Whether the set lists both index types ([`crate::oci::Accept::lists_indexes`]).
+    pub accepts_indexes: bool,
+    /// `Last-Modified` of the manifest or its config, if it is known.
+    pub last_modified: Option<SystemTime>,
+    /// `created` of the config, if it is known.
+    pub created_at: Option<SystemTime>,
+}
+
+/// A digest that a tag was seen to name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sighting {
+    /// The response that named it. Its `last_modified` and `created_at` are the first ones known.
+    pub seen: Seen,
+    /// When the upstream first named it.
+    pub first_seen_at: SystemTime,
+    /// When the upstream named it after it had named another one.
+    pub named_at: SystemTime,
+    /// When the upstream last named another digest before `first_seen_at`.
+    pub other_seen_at: Option<SystemTime>,
+}
+
+/// The sightings of a tag, the last named first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sightings {
+    all: Vec<Sighting>,
+    /// Whether the last write failed.
+    is_unsaved: bool,
+}
+
+impl Sighting {
+    fn may_be_substitute(&self) -> bool {
+        !self.seen.accepts_indexes && !self.seen.media_type.is_index()
+    }
+
+    /// Whether a tag that did not move can name both: an index and a substitute for it, or two substitutes for
+    /// different sets (see `resolve`).
+    fn is_alternative(&self, other: &Self) -> bool {
+        let (one, two) = (self.may_be_substitute(), other.may_be_substitute());
+        (self.seen.media_type.is_index() && two)
+            || (other.seen.media_type.is_index() && one)
+            || (one && two && self.seen.accept != other.seen.accept)
+    }
+}
+
+impl Sightings {
+    /// The sighting of this digest.
+    pub fn get(&self, digest: &Digest) -> Option<&Sighting> {
+        self.all.iter().find(|sighting| sighting.seen.digest == *digest)
+    }
+
+    /// The digest that the tag was last seen to name.
+    pub fn newest(&self) -> Option<&Sighting> {
+        self.all.first()
+    }
+
+    /// All sightings, the last named first.
+    pub fn iter(&self) -> impl Iterator<Item = &Sighting> {
+        self.all.iter()
+    }
+
+    fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    /// The sightings that follow from a tag record alone, for a store from before sightings, or one that lost them.
+    pub(in crate::store) fn of_record(record: &TagRecord) -> Self {
+        let mut all: Vec<Sighting> = Vec::new();
+        for variant in &record.variants {
+            let past = variant
+                .history
+                .iter()
+                .map(|past| (past.digest, past.first_seen_at, past.confirmed_at));
+            let now = (variant.digest, variant.first_seen_at, variant.confirmed_at);
+            for (digest, first_seen_at, named_at) in std::iter::once(now).chain(past) {
+                let is_known = all.iter().any(|sighting| sighting.seen.digest == digest);
+                if named_at == NEVER_CONFIRMED || is_known || all.len() >= SIGHTINGS_MAX {
+                    continue;
+                }
+                all.push(Sighting {
+                    seen: Seen {
+                        digest,
+                        media_type: variant.media_type.clone(),
+                        accept: variant.accept,
+                        accepts_indexes: variant.accepts_indexes,
+                        last_modified: None,
+                        created_at: None,
+                    },
+                    first_seen_at,
+                    named_at,
+                    other_seen_at: None,
+                });
+            }
+        }
+        all.sort_by_key(|sighting| Reverse(sighting.named_at));
+        Self {
+            all,
+            is_unsaved: false,
+        }
+    }
+
+    /// These sightings after a response at `now`; `None` if it adds nothing. `record` is the tag's record, which knows
+    /// when digests were last confirmed, and which are in use.
+    #[must_use]
+    pub fn with(&self, seen: &Seen, record: Option<&TagRecord>, now: SystemTime) -> Option<Self> {
+        let now = from_millis(to_millis(now));
+        let mut all = self.all.clone();
+        let before = all
+            .iter()
+            .position(|sighting| sighting.seen.digest == seen.digest)
+            .map(|at| all.remove(at));
+        let fresh = Sighting {
+            seen: seen.clone(),
+            first_seen_at: now,
+            named_at: now,
+            other_seen_at: None,
+        };
+        let sighting = match &before {
+            None => Sighting {
+                other_seen_at: last_other(&fresh, &all, record, now),
+                ..fresh
+            },
+            Some(before) => before.seen_again(&fresh, &all, now),
+        };
+        if before.as_ref() == Some(&sighting) && !self.is_unsaved {
+            return None;
+        }
+        for other in &mut all {
+            // The clock was set back.
+            if other.named_at > now {
+                other.named_at = now.checked_sub(TICK).unwrap_or(NEVER_CONFIRMED);
+            }
+        }
+        all.push(sighting);
+        all.sort_by_key(|sighting| Reverse(sighting.named_at));
+        thin_out(
+            &mut all,
+            &seen.digest,
+            &record.map(TagRecord::digests).unwrap_or_default(),
+        );
+        Some(Self {
+            all,
+            is_unsaved: false,
+        })
+    }
+
+    /// The sightings as the responses of a tag record, for the choice of an image. `record` has later confirmations.
+    pub(in crate::store) fn as_record(&self, record: Option<&TagRecord>) -> TagRecord {
+        let confirmed_at = |digest: &Digest| {
+            let variants = record.into_iter().flat_map(|record| &record.variants);
+            let same = variants.filter(|variant| variant.digest == *digest);
+            same.map(|variant| variant.confirmed_at).max()
+        };
+        let variant = |sighting: &Sighting| Variant {
+            accept: sighting.seen.accept,
+            digest: sighting.seen.digest,
+            media_type: sighting.seen.media_type.clone(),
+            accepts_indexes: sighting.seen.accepts_indexes,
+            confirmed_at: confirmed_at(&sighting.seen.digest)
+                .map_or(sighting.named_at, |at| at.max(sighting.named_at)),
+            first_seen_at: sighting.first_seen_at,
+            previous: None,
+            history: Vec::new(),
+        };
+        TagRecord {
+            variants: self.all.iter().map(variant).collect(),
+        }
+    }
+}
+
+impl Sighting {
+    /// This sighting after the same digest was named again.
+    fn seen_again(&self, fresh: &Self, others: &[Self], now: SystemTime) -> Self {
+        let mut again = self.clone();
+        let (old, new) = (&mut again.seen, &fresh.seen);
+        // A set that lists indexes shows that an image is no substitute.
+        if new.accepts_indexes && !old.accepts_indexes {
+            (old.accept, old.accepts_indexes) = (new.accept, true);
+        }
+        old.last_modified = old.last_modified.or(new.last_modified);
+        old.created_at = old.created_at.or(new.created_at);
+        if again.first_seen_at > now {
+            again.first_seen_at = now;
+        }
+        let is_back = |other: &Self| other.named_at >= self.named_at && !other.is_alternative(fresh);
+        if self.named_at > now || others.iter().any(is_back) {
+            again.named_at = now;
+        }
+        again
+    }
+}
+
+/// When the tag was last seen to name another digest than `fresh`, at `now` at the latest.
+fn last_other(
+    fresh: &Sighting,
+    others: &[Sighting],
+    record: Option<&TagRecord>,
+    now: SystemTime,
+) -> Option<SystemTime> {
+    let seen = others.iter().filter(|other| !other.is_alternative(fresh));
+    let variants = record.into_iter().flat_map(|record| &record.variants);
+    let confirmed = variants.filter(|variant| {
+        let is_other = variant.digest != fresh.seen.digest && variant.confirmed_at != NEVER_CONFIRMED;
+        let may_be_substitute = !variant.accepts_indexes && !variant.media_type.is_index();
+        let is_alternative = (variant.media_type.is_index() && fresh.may_be_substitute())
+            || (fresh.seen.media_type.is_index() && may_be_substitute)
+            || (may_be_substitute && fresh.may_be_substitute() && variant.accept != fresh.seen.accept);
+        is_other && !is_alternative
+    });
+    let times = seen
+        .map(|other| other.named_at)
+        .chain(confirmed.map(|variant| variant.confirmed_at));
+    times.max().map(|at| at.min(now))
+}
+
+/// Removes sightings beyond [`SIGHTINGS_MAX`]: of those not in use, the one that was first seen soonest after another.
+fn thin_out(all: &mut Vec<Sighting>, newest: &Digest, in_use: &[Digest]) {
+    while all.len() > SIGHTINGS_MAX {
+        let mut by_age: Vec<(usize, SystemTime)> = all
+            .iter()
+            .enumerate()
+            .map(|(at, sighting)| (at, sighting.first_seen_at))
+            .collect();
+        by_age.sort_by_key(|(_, first_seen_at)| *first_seen_at);
+        let is_free = |at: &usize| {
+            all.get(*at).is_some_and(|sighting| {
+                sighting.seen.digest != *newest && !in_use.contains(&sighting.seen.digest)
+            })
+        };
+        let earlier = by_age.iter().map(|(_, at)| Some(*at));
+        let gaps = by_age.iter().zip(std::iter::once(None).chain(earlier));
+        let soonest = gaps
+            .filter(|((at, _), _)| is_free(at))
+            .min_by_key(|((_, at), earlier)| {
+                earlier.map_or(Duration::MAX, |earlier| {
+                    at.duration_since(earlier).unwrap_or_default()
+                })
+            })
+            .map(|((at, _), _)| *at);
+        // Fewer digests are in use than are kept.
+        let Some(at) = soonest else {
+            all.truncate(SIGHTINGS_MAX);
+            return;
+        };
+        all.remove(at);
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct SightingRecord {
+    digest: String,
+    media_type: String,
+    accept: String,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    accepts_indexes: bool,
+    first_seen_at_ms: u64,
+    named_at_ms: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    other_seen_at_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    last_modified_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    created_at_ms: Option<u64>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct SightingsFile {
+    upstream: String,
+    repository: String,
+    reference: String,
+    sightings: Vec<SightingRecord>,
+}
+
+impl Sightings {
+    fn to_file(&self, key: &SightingKey) -> Vec<u8> {
+        encode(&SightingsFile {
+            upstream: key.upstream.to_string(),
+            repository: key.repository.as_str().to_owned(),
+            reference: key.reference.to_string(),
+            sightings: self.all.iter().map(Sighting::to_record).collect(),
+        })
+    }
+
+    fn from_file(bytes: &[u8]) -> Option<(SightingKey, Self)> {
+        let file: SightingsFile = decode(bytes)?;
+        let key = SightingKey {
+            upstream: file.upstream.into(),
+            repository: file.repository.parse().ok()?,
+            reference: file.reference.parse().ok()?,
+        };
+        let mut all: Vec<Sighting> = file
+            .sightings
+            .iter()
+            .filter_map(Sighting::from_record)
+            .take(SIGHTINGS_MAX)
+            .collect();
+        all.sort_by_key(|sighting| Reverse(sighting.named_at));
+        Some((
+            key,
+            Self {
+                all,
+                is_unsaved: false,
+            },
+        ))
+    }
+}
+
+impl Sighting {
+    fn to_record(&self) -> SightingRecord {
+        SightingRecord {
+            digest: self.seen.digest.to_string(),
+            media_type: self.seen.media_type.as_str().to_owned(),
+            accept: format!("{:016x}", self.seen.accept),
+            accepts_indexes: self.seen.accepts_indexes,
+            first_seen_at_ms: to_millis(self.first_seen_at),
+            named_at_ms: to_millis(self.named_at),
+            other_seen_at_ms: self.other_seen_at.map(to_millis),
+            last_modified_ms: self.seen.last_modified.map(to_millis),
+            created_at_ms: self.seen.created_at.map(to_millis),
+        }
+    }
+
+    fn from_record(record: &SightingRecord) -> Option<Self> {
+        Some(Self {
+            seen: Seen {
+                digest: record.digest.parse().ok()?,
+                media_type: record.media_type.parse().ok()?,
+                accept: u64::from_str_radix(&record.accept, 16).ok()?,
+                accepts_indexes: record.accepts_indexes,
+                last_modified: record.last_modified_ms.map(from_millis),
+                created_at: record.created_at_ms.map(from_millis),
+            },
+            first_seen_at: from_millis(record.first_seen_at_ms),
+            named_at: from_millis(record.named_at_ms),
+            other_seen_at: record.other_seen_at_ms.map(from_millis),
+        })
+    }
+}
