@@ -104,6 +104,12 @@ impl CacheState {
         Self { revalidation, ..self }
     }
 
+    /// Returns the same state with facts about ages, if a minimum age applies.
+    #[must_use]
+    pub fn with_cooling(self, cooling: Option<Cooling>) -> Self {
+        Self { cooling, ..self }
+    }
+
     /// Returns the same state with the digest that the operator blocked, if it is.
     #[must_use]
     pub fn with_blocked(self, blocked: Option<Digest>) -> Self {

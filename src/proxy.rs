@@ -5,6 +5,7 @@
 //!
 //! * `manifest`, `blob`, `listing`, `referrers`: one pipeline for each kind of resource.
 //! * `revalidate`: the coalesced `HEAD` to the upstream and the state recorded from its response.
+//! * `cooling`: ages of a tag's digests, and older images, for `min_age`.
 //! * `candidates`: cached manifests that may answer a tag. `cache_view`: store reads; a read error is logged and
 //!   counts as a miss.
 //! * `manifest_fetch`: manifest `GET`, verification and storage. `source`: the upstream as a download source.
@@ -28,6 +29,7 @@ mod cache_view;
 mod candidates;
 mod challenge_template;
 mod concurrency;
+mod cooling;
 mod grants;
 pub mod invalidation;
 mod layer_probe;
@@ -94,6 +96,7 @@ pub struct ProxyService {
     telemetry: Telemetry,
     principals: registry::Principals,
     size_hints: manifest_fetch::SizeHints,
+    checked_time: cooling::CheckedTime,
     active_downloads: possession::ActiveDownloads,
     probed_images: layer_probe::ProbedImages,
     prefetching: prefetch::Prefetching,
@@ -260,6 +263,7 @@ impl ProxyService {
             telemetry,
             principals,
             size_hints: manifest_fetch::SizeHints::default(),
+            checked_time: cooling::CheckedTime::default(),
             active_downloads: possession::ActiveDownloads::default(),
             probed_images: layer_probe::ProbedImages::default(),
             prefetching: prefetch::Prefetching::default(),
@@ -335,11 +339,20 @@ impl ProxyService {
         let context = self.context_of(registry, repository, authorization, reason).await;
         let state = match reference {
             Reference::Tag(tag) => {
-                let candidates = self.candidates_for_tag(registry, repository, tag, None).await;
+                let what = (tag, None);
+                let (candidates, cooling) = self.tag_facts(registry, repository, what, rule, now).await;
+                let cooling = match cooling {
+                    Some(cooling) => Some(crate::policy::Cooling {
+                        named: self.last_named(registry, repository, tag, rule, now).await,
+                        ..cooling
+                    }),
+                    None => None,
+                };
                 let entry = candidates.as_ref().map(candidates::Candidates::entry);
                 context
                     .state(rule, crate::policy::ContentKind::Tag, entry, true, now)
                     .with_blocked(candidates.and_then(|candidates| candidates.blocked()))
+                    .with_cooling(cooling)
             }
             Reference::Digest(digest) => {
                 self.digest_state(registry, (&context, rule), repository, digest, now)

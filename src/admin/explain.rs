@@ -7,13 +7,15 @@ use http::HeaderValue;
 use serde::Serialize;
 
 use super::format::{
-    confirmed, describe_denial, describe_fetch, describe_serve, duration, rfc3339, short_digest,
+    confirmed, describe_denial, describe_fetch, describe_serve, describe_youth, duration, rfc3339,
+    short_digest,
 };
 use super::image_ref::ImageRef;
 use crate::oci::{Algorithm, Digest, UpstreamFailure};
+use crate::policy::min_age::{AgeSource, Maturity, Youth};
 use crate::policy::{
-    Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision, OnNotFound,
-    Policy, Presence, Revalidation, decide,
+    Authorization, CacheState, CachedEntry, Completeness, ContentKind, Cooling, CredentialOwner, Decision,
+    OnNotFound, Policy, Presence, Revalidation, decide,
 };
 use crate::server::ServingState;
 use crate::store::tags::NEVER_CONFIRMED;
@@ -197,6 +199,13 @@ fn reasons(
     if let Some(cause) = unavailable {
         lines.push(format!("{upstream} {cause}"));
     }
+    if let Some(youth) = situation.cooling.and_then(|cooling| cooling.named.youth()) {
+        lines.push(format!(
+            "{}: {}",
+            describe_youth(&youth),
+            youth.describe(situation.now)
+        ));
+    }
     if situation.on_not_found == OnNotFound::ServeStale {
         lines.push(format!("images deleted at {upstream} are retained, by policy"));
     }
@@ -263,9 +272,28 @@ fn what_ifs(situation: &CacheState, upstream: &str) -> Vec<WhatIf> {
         .into_iter()
         .map(|(upstream_response, heard)| WhatIf {
             upstream_response,
-            client_gets: sentence(decide(&situation.with_revalidation(heard)), upstream),
+            client_gets: sentence(decide(&with_ages_of(situation, heard)), upstream),
         })
         .collect()
+}
+
+/// The state after this response. With a minimum age, a digest that the tag was never seen to name is too young.
+fn with_ages_of(situation: &CacheState, heard: Revalidation) -> CacheState {
+    let state = situation.with_revalidation(heard);
+    let (Revalidation::Digest { digest, .. }, Some(cooling)) = (heard, situation.cooling) else {
+        return state;
+    };
+    let named = match (situation.cached, cooling.named) {
+        (Some(held), _) if held.digest == digest => cooling.cached,
+        (_, young @ Maturity::Young(_)) => young,
+        (_, Maturity::Mature) => Maturity::Young(Youth {
+            digest: Some(digest),
+            since: Some((situation.now, AgeSource::FirstSeen)),
+            may_be_older: false,
+            served_from: None,
+        }),
+    };
+    state.with_cooling(Some(Cooling { named, ..cooling }))
 }
 
 fn authorization_name(authorization: Authorization) -> &'static str {

@@ -15,7 +15,7 @@ use http::request::Parts;
 use maud::{DOCTYPE, Markup, html};
 
 use super::events::Filter;
-use super::format::{bytes, duration};
+use super::format::{bytes, describe_youth, duration};
 use super::image_ref::ImageRef;
 use super::images::{self, ListQuery};
 use super::pull_jobs::Platforms;
@@ -210,6 +210,10 @@ pub(super) fn describe_refresh(refreshed: Refreshed, upstream: &str) -> String {
     match refreshed {
         Refreshed::Unchanged(_) => format!("unchanged at {upstream}"),
         Refreshed::Newer(_) => format!("{upstream} has a newer image, which is cached now"),
+        Refreshed::TooYoung(youth) => format!(
+            "younger at {upstream} than `min_age` allows: {}",
+            describe_youth(&youth)
+        ),
         Refreshed::Blocked(digest) => format!("{upstream} names {digest}, which is blocked and not fetched"),
         Refreshed::NotFound => format!("deleted at {upstream}; retained until a client requests it"),
         Refreshed::Denied => format!("{upstream} does not authorize this credential"),

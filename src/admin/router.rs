@@ -315,6 +315,7 @@ impl Admin {
         let (result, digest, cause) = match refreshed {
             Refreshed::Unchanged(digest) => ("revalidated", Some(digest), None),
             Refreshed::Newer(digest) => ("new-digest", Some(digest), None),
+            Refreshed::TooYoung(youth) => ("too-young", youth.digest, None),
             Refreshed::Blocked(digest) => ("blocked", Some(digest), None),
             Refreshed::NotFound => ("not-found", None, None),
             Refreshed::Denied => ("denied", None, None),

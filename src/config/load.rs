@@ -13,6 +13,7 @@ use super::upstream::{self, ParsedUpstream};
 use super::validate;
 use super::{Admin, Config, Listen, Log, ServerCertificate, Sources, StoreLimits, Tls};
 use crate::policy::Policy;
+use crate::policy::min_age::{AgeLimit, AgeOverrides};
 use crate::policy::refresh::{RefreshOverrides, RefreshPolicy};
 use crate::policy::rules::{EffectivePolicy, ImagePattern, PolicyOverrides, Rules};
 
@@ -213,6 +214,8 @@ fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<EffectivePolic
     let refresh = table.text(report, "refresh", &parsers::REFRESH);
     let refresh_used_within = table.text(report, "refresh_used_within", &parsers::DURATION);
     let refresh_quota_floor = table.text(report, "refresh_quota_floor", &parsers::QUOTA_FLOOR);
+    let min_age = table.text(report, "min_age", &parsers::MIN_AGE);
+    let on_unknown_age = table.text(report, "on_unknown_age", &parsers::ON_UNKNOWN_AGE);
     let rule = EffectivePolicy {
         name: Arc::from("default"),
         policy: policy?,
@@ -228,9 +231,15 @@ fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<EffectivePolic
             used_within: refresh_used_within?,
             quota_floor: refresh_quota_floor?,
         },
+        age_limit: AgeLimit {
+            min_age: min_age?,
+            on_unknown_age: on_unknown_age?,
+            trust_created: false,
+        },
     };
     check_grant_ttls(table, &rule, report);
     check_refresh(table, &rule, report);
+    check_min_age(table, &rule, report);
     Ok(rule)
 }
 
@@ -247,6 +256,8 @@ pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<PolicyOv
     let refresh = table.text_if_set(report, "refresh", &parsers::REFRESH);
     let refresh_used_within = table.text_if_set(report, "refresh_used_within", &parsers::DURATION);
     let refresh_quota_floor = table.text_if_set(report, "refresh_quota_floor", &parsers::QUOTA_FLOOR);
+    let min_age = table.text_if_set(report, "min_age", &parsers::MIN_AGE);
+    let on_unknown_age = table.text_if_set(report, "on_unknown_age", &parsers::ON_UNKNOWN_AGE);
     Ok(PolicyOverrides {
         policy: policy?,
         max_age: max_age?,
@@ -261,7 +272,22 @@ pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<PolicyOv
             used_within: refresh_used_within?,
             quota_floor: refresh_quota_floor?,
         },
+        age_limit: AgeOverrides {
+            min_age: min_age?,
+            on_unknown_age: on_unknown_age?,
+            trust_created: None,
+        },
     })
+}
+
+/// Rejects a minimum age that a section turns on under the policy `never`, where no age can become known. `rule`: the
+/// effective policy of the section.
+fn check_min_age(table: &Table, rule: &EffectivePolicy, report: &mut Report<'_>) {
+    if table.is_set("min_age") && rule.age_limit.is_on() && rule.policy == Policy::Never {
+        let message = "`min_age` with policy = \"never\", which forbids the requests that show an age";
+        let help = "write min_age = \"0s\", or another policy".to_owned();
+        report.emit(table.at("min_age"), table.path("min_age"), message, Some(help));
+    }
 }
 
 /// Rejects refreshes that a section turns on and that can never happen. `rule`: the effective policy of the section.
@@ -353,7 +379,9 @@ fn rules(
         if let Ok(changes) = changes {
             if let Ok(default) = &default {
                 let base = policy_of(default, &images, configured);
-                check_refresh(table, &base.with_overrides(Arc::from(""), &changes), report);
+                let policy = base.with_overrides(Arc::from(""), &changes);
+                check_refresh(table, &policy, report);
+                check_min_age(table, &policy, report);
             }
             read.push((images.into_iter().map(|(_, pattern)| pattern).collect(), changes));
         }
@@ -362,6 +390,7 @@ fn rules(
     for upstream in configured {
         let policy = default.with_overrides(Arc::from(""), &upstream.changes);
         check_refresh(&upstream.table, &policy, report);
+        check_min_age(&upstream.table, &policy, report);
     }
     let changes_grant = |upstream: &&ParsedUpstream| {
         upstream.changes.grant_ttl.is_some() || upstream.changes.grant_ttl_offline.is_some()

@@ -11,6 +11,7 @@ use super::address::{address, host, proxy_url, url};
 use super::network::{Network, TunnelRule, network, redirect, tunnel};
 use super::{Admin, AuthMode, LogFormat, PlainHttp, Proxy};
 use crate::oci::Repository;
+use crate::policy::min_age::{MIN_AGE_MAX, OnUnknownAge};
 use crate::policy::refresh::{INTERVAL_MAX, INTERVAL_MIN, QuotaFloor, RefreshInterval};
 use crate::policy::rules::{ImagePattern, StaleLimit};
 use crate::policy::{OnNotFound, Policy};
@@ -226,6 +227,25 @@ pub(super) const POLICY: ValueParser<Policy> = ValueParser {
     expected: "a policy",
     example: r#""if-newer""#,
     parse: |text| choice(text, &Policy::ALL.map(|policy| (policy.name(), policy))),
+};
+
+/// Minimum age; "0s" for none.
+pub(super) const MIN_AGE: ValueParser<Duration> = ValueParser {
+    expected: "a duration",
+    example: r#""3d""#,
+    parse: |text| match duration(text)? {
+        age if age > MIN_AGE_MAX => invalid(
+            format!("a minimum age of {text} is too long"),
+            r#"write "365d" at most, or "0s" for none"#,
+        ),
+        age => Ok(age),
+    },
+};
+
+pub(super) const ON_UNKNOWN_AGE: ValueParser<OnUnknownAge> = ValueParser {
+    expected: "a choice",
+    example: r#""refuse""#,
+    parse: |text| choice(text, &OnUnknownAge::ALL.map(|action| (action.name(), action))),
 };
 
 pub(super) const ON_NOT_FOUND: ValueParser<OnNotFound> = ValueParser {

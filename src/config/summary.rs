@@ -109,6 +109,14 @@ fn write_upstream(f: &mut Formatter<'_>, upstream: &UpstreamConfig, rule: &Effec
         format_duration(rule.grant_ttl),
         format_duration(rule.grant_ttl_offline),
     )?;
+    if rule.age_limit.is_on() {
+        write!(
+            f,
+            ", min_age {}, on_unknown_age {}",
+            format_duration(rule.age_limit.min_age),
+            rule.age_limit.on_unknown_age.name()
+        )?;
+    }
     if let Some(interval) = rule.scheduled_refresh().interval {
         write!(f, ", refresh {}", format_duration(interval))?;
     }

@@ -284,6 +284,28 @@ fn summary_shows_effective_settings() {
 }
 
 #[test]
+fn min_age_applies_by_default_upstream_and_rule() {
+    let config = read(
+        "[default]
+        min_age = \"3d\"
+        [upstream.\"ghcr.io\"]
+        min_age = \"0s\"
+        [[rule]]
+        images = [\"docker.io/library/*\"]
+        min_age = \"7d\"
+        on_unknown_age = \"serve\"",
+    );
+    let limit = |upstream, repository: &str| {
+        let repository = repository.parse().unwrap();
+        let limit = config.rules.find(upstream, &repository, None).age_limit;
+        (limit.min_age.as_secs() / 86_400, limit.on_unknown_age.name())
+    };
+    assert_eq!(limit("quay.io", "acme/web"), (3, "refuse"));
+    assert_eq!(limit("ghcr.io", "acme/web"), (0, "refuse"));
+    assert_eq!(limit("docker.io", "library/alpine"), (7, "serve"));
+}
+
+#[test]
 fn refresh_applies_by_default_upstream_and_rule() {
     let config = read(
         "[default]

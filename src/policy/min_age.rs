@@ -17,6 +17,9 @@ use std::time::{Duration, SystemTime};
 use super::UnknownValue;
 use crate::oci::Digest;
 
+/// Longest minimum age.
+pub const MIN_AGE_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+
 /// Earliest plausible `Last-Modified` or `created`: the first release of Docker. Reproducible builds and some storages
 /// state 1970 or 1980.
 pub const PLAUSIBLE_AFTER_EPOCH: Duration = Duration::from_secs(1_363_737_600);
@@ -64,6 +67,17 @@ pub struct AgeLimit {
     pub on_unknown_age: OnUnknownAge,
     /// Whether `created` of the config is evidence.
     pub trust_created: bool,
+}
+
+/// Settings of the minimum age that a rule or an upstream's section overrides. `None` keeps the value.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AgeOverrides {
+    /// See [`AgeLimit::min_age`].
+    pub min_age: Option<Duration>,
+    /// See [`AgeLimit::on_unknown_age`].
+    pub on_unknown_age: Option<OnUnknownAge>,
+    /// See [`AgeLimit::trust_created`].
+    pub trust_created: Option<bool>,
 }
 
 /// What is known of the age of a digest.
@@ -183,6 +197,23 @@ impl Maturity {
 }
 
 impl AgeLimit {
+    /// No minimum age.
+    pub const OFF: Self = Self {
+        min_age: Duration::ZERO,
+        on_unknown_age: OnUnknownAge::Refuse,
+        trust_created: false,
+    };
+
+    /// These settings with `changes`.
+    #[must_use]
+    pub fn with_overrides(&self, changes: &AgeOverrides) -> Self {
+        Self {
+            min_age: changes.min_age.unwrap_or(self.min_age),
+            on_unknown_age: changes.on_unknown_age.unwrap_or(self.on_unknown_age),
+            trust_created: changes.trust_created.unwrap_or(self.trust_created),
+        }
+    }
+
     /// Whether there is a limit.
     pub fn is_on(&self) -> bool {
         !self.min_age.is_zero()

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use globset::{Candidate, Glob, GlobBuilder, GlobMatcher, GlobSet, GlobSetBuilder};
 
+use super::min_age::{AgeLimit, AgeOverrides};
 use super::refresh::{RefreshOverrides, RefreshPolicy};
 use super::{OnNotFound, Policy};
 use crate::oci::{Repository, Tag};
@@ -58,6 +59,8 @@ pub struct EffectivePolicy {
     pub prefetch: bool,
     /// Scheduled refreshes as configured; [`EffectivePolicy::scheduled_refresh`] is what applies.
     pub refresh: RefreshPolicy,
+    /// Minimum age of a digest that a tag is answered with.
+    pub age_limit: AgeLimit,
 }
 
 /// Settings that a `[[rule]]` or an upstream's section overrides. `None` keeps the value.
@@ -81,6 +84,8 @@ pub struct PolicyOverrides {
     pub prefetch: Option<bool>,
     /// See [`EffectivePolicy::refresh`].
     pub refresh: RefreshOverrides,
+    /// See [`EffectivePolicy::age_limit`].
+    pub age_limit: AgeOverrides,
 }
 
 /// Limit for the age of a copy that is served while the upstream is unavailable.
@@ -119,6 +124,7 @@ impl EffectivePolicy {
             grant_ttl_offline: changes.grant_ttl_offline.unwrap_or(self.grant_ttl_offline),
             prefetch: changes.prefetch.unwrap_or(self.prefetch),
             refresh: self.refresh.with_overrides(&changes.refresh),
+            age_limit: self.age_limit.with_overrides(&changes.age_limit),
         }
     }
 

@@ -22,13 +22,13 @@ pub(super) struct CachedManifest {
 pub(super) struct Candidates {
     pub(super) newest: CachedManifest,
     /// Whether the tag moved since the newest manifest was confirmed.
-    is_moved: bool,
+    pub(super) is_moved: bool,
     pub(super) completeness: Completeness,
     pub(super) earlier: Option<CachedManifest>,
     /// Whether a write may have changed the tag or the digest upstream.
     pub(super) is_invalidated: bool,
     /// Whether the operator blocked the newest manifest. `earlier` is never blocked.
-    is_blocked: bool,
+    pub(super) is_blocked: bool,
 }
 
 impl Candidates {
@@ -158,7 +158,7 @@ impl ProxyService {
 
 impl CacheView<'_> {
     /// Candidates for this reader, in the order of [`crate::store::tags::newest`].
-    fn candidates_for_tag(&self, key: &TagKey, reader: TagReader<'_>) -> Option<Candidates> {
+    pub(super) fn candidates_for_tag(&self, key: &TagKey, reader: TagReader<'_>) -> Option<Candidates> {
         let Self {
             proxy,
             view,
@@ -210,7 +210,7 @@ impl CacheView<'_> {
         })
     }
 
-    fn candidate(&self, named: &ResolvedTag) -> Option<CachedManifest> {
+    pub(super) fn candidate(&self, named: &ResolvedTag) -> Option<CachedManifest> {
         let manifest = self.manifest(&named.digest)?;
         let confirmed_at = named.confirmed_at;
         Some(CachedManifest {
@@ -247,7 +247,7 @@ impl CacheView<'_> {
         self.proxy.is_blocked(self.registry, self.repository, digest)
     }
 
-    fn presence_of(&self, digest: &Digest) -> Presence {
+    pub(super) fn presence_of(&self, digest: &Digest) -> Presence {
         if !self.is_member(digest) {
             return Presence::None;
         }

@@ -59,14 +59,15 @@ impl ProxyService {
             return Box::pin(self.referrers_tag(request, repository, context, tag)).await;
         }
         let rule = request.registry.rule(repository, Some(tag));
-        let accept = Some(&request.accept);
-        let candidates = self
-            .candidates_for_tag(&request.registry, repository, tag, accept)
+        let what = (tag, Some(&request.accept));
+        let (candidates, cooling) = self
+            .tag_facts(&request.registry, repository, what, rule, request.now)
             .await;
         let entry = candidates.as_ref().map(Candidates::entry);
         let state = context
             .state(rule, ContentKind::Tag, entry, true, request.now)
-            .with_blocked(candidates.as_ref().and_then(Candidates::blocked));
+            .with_blocked(candidates.as_ref().and_then(Candidates::blocked))
+            .with_cooling(cooling);
         let manifest_request = ManifestRequest::new(self, request, repository, context, rule);
         manifest_request.execute(state, candidates).await
     }
@@ -201,10 +202,13 @@ impl<'a> ManifestRequest<'a> {
         candidates: Option<Candidates>,
         revalidated: Revalidated,
     ) -> ProxyResponse {
-        if revalidated.revalidation == Revalidation::Unavailable(UpstreamFailure::Unverifiable) {
+        // Content of which the age is not checked is not forwarded where a minimum age applies.
+        let may_pass = state.cooling.is_none();
+        if may_pass && revalidated.revalidation == Revalidation::Unavailable(UpstreamFailure::Unverifiable) {
             return self.pass_through().await;
         }
-        if revalidated.is_unproven()
+        if may_pass
+            && revalidated.is_unproven()
             && let Some(manifest) = self.take_inline_body(revalidated.response.as_deref()).await
         {
             // Forward what this caller was given, even if the sender is not proven. Cached content is not used for
@@ -212,14 +216,28 @@ impl<'a> ManifestRequest<'a> {
             return self.manifest(manifest, ServeReason::Passthrough);
         }
         let state = state.with_revalidation(revalidated.revalidation);
+        let (state, candidates) = self
+            .proxy
+            .with_ages(
+                self.request,
+                self.repository,
+                self.rule,
+                (state, candidates),
+                &revalidated,
+            )
+            .await;
         match decide(&state) {
-            Decision::Serve(HitReason::TagMoved) => {
-                self.serve_updated_tag(state, candidates, revalidated).await
+            Decision::Serve(served @ (HitReason::TagMoved | HitReason::Cooling(_))) => {
+                self.serve_target(served, state, candidates).await
             }
             Decision::Serve(served) => self.serve(served, candidates, Some(revalidated.revalidation)),
             Decision::ProbeLayers(served) => {
                 self.probe_and_serve(served, state, candidates, revalidated.response)
                     .await
+            }
+            Decision::Fetch(why @ MissReason::Cooling(_)) => self.fetch(why, state, candidates).await,
+            Decision::Fetch(_) if self.request.head && state.cooling.is_some() && candidates.is_none() => {
+                self.respond_to_head(state, revalidated).await
             }
             Decision::Fetch(why) => match self.take_inline_body(revalidated.response.as_deref()).await {
                 Some(manifest) => self.serve_fetched(manifest, why, state, candidates).await,
@@ -301,7 +319,9 @@ impl<'a> ManifestRequest<'a> {
                 size,
             };
         }
-        if revalidated.revalidation == Revalidation::Unavailable(UpstreamFailure::Unverifiable) {
+        if state.cooling.is_none()
+            && revalidated.revalidation == Revalidation::Unavailable(UpstreamFailure::Unverifiable)
+        {
             return self.pass_through().await;
         }
         let state = state.with_revalidation(revalidated.revalidation);
@@ -315,30 +335,25 @@ impl<'a> ManifestRequest<'a> {
         }
     }
 
-    /// Serves the cached manifest that the tag moved to. It is looked up again, because it may have been evicted
-    /// since.
-    async fn serve_updated_tag(
+    /// Serves the cached manifest that the tag moved to, or the older one instead of a young one. It is looked up again,
+    /// because it may have been evicted since.
+    async fn serve_target(
         &self,
+        served: HitReason,
         state: CacheState,
         candidates: Option<Candidates>,
-        revalidated: Revalidated,
     ) -> ProxyResponse {
-        match self.revalidated_manifest(revalidated.revalidation).await {
-            Some(manifest) => self.manifest(manifest, ServeReason::Cached(HitReason::TagMoved)),
-            None => self.fetch(MissReason::NewDigest, state, candidates).await,
+        match self.target(&state).await {
+            Some(manifest) => self.manifest(manifest, ServeReason::Cached(served)),
+            None => self.fetch(reason_to_fetch(served), state, candidates).await,
         }
     }
 
-    /// Cached manifest of the digest from the revalidation.
-    async fn revalidated_manifest(&self, revalidation: Revalidation) -> Option<Arc<StoredManifest>> {
-        match revalidation {
-            Revalidation::Digest { digest, .. } => {
-                self.proxy
-                    .cached_manifest(&self.request.registry, self.repository, &digest)
-                    .await
-            }
-            _ => None,
-        }
+    /// Cached manifest that the response is to have.
+    async fn target(&self, state: &CacheState) -> Option<Arc<StoredManifest>> {
+        self.proxy
+            .cached_manifest(&self.request.registry, self.repository, &state.target()?)
+            .await
     }
 
     /// Serves an incomplete manifest if the upstream has its missing layers.
@@ -353,11 +368,11 @@ impl<'a> ManifestRequest<'a> {
             .as_ref()
             .map(|candidates| Arc::clone(&candidates.newest.manifest));
         let manifest = match served {
-            HitReason::TagMoved => self.revalidated_manifest(state.revalidation).await,
+            HitReason::TagMoved | HitReason::Cooling(_) => self.target(&state).await,
             _ => newest,
         };
         let Some(manifest) = manifest else {
-            return self.fetch(MissReason::NewDigest, state, candidates).await;
+            return self.fetch(reason_to_fetch(served), state, candidates).await;
         };
         match self.probe_missing_layers(&manifest, candidates.as_ref()).await {
             Ok(()) => self.manifest(manifest, ServeReason::Cached(served)),
@@ -400,6 +415,10 @@ impl<'a> ManifestRequest<'a> {
             Decision::Serve(_)
         );
         let mut upstream_request = self.upstream_request().naming(state.revalidation);
+        // By tag, the upstream could send a digest that is younger than the one that was judged.
+        if let (Some(target), Some(_)) = (state.target(), state.cooling) {
+            upstream_request = upstream_request.by_digest(target);
+        }
         let fetched = if has_fallback {
             let (upstream, started_at) = (self.request.registry.upstream(), Instant::now());
             let remaining = self.deadline.saturating_duration_since(started_at);
@@ -426,14 +445,44 @@ impl<'a> ManifestRequest<'a> {
             self.proxy.fetch_manifest(upstream_request).await
         };
         match fetched {
-            Ok(manifest) => self.serve_fetched(manifest, why, state, candidates).await,
+            Ok(manifest) => {
+                self.record_judged_tag(&state, &manifest).await;
+                self.serve_fetched(manifest, why, state, candidates).await
+            }
             Err(response)
-                if response.cause() == UpstreamFailure::Unverifiable
-                    || (response.cause() == UpstreamFailure::TooLarge && candidates.is_none()) =>
+                if state.cooling.is_none()
+                    && (response.cause() == UpstreamFailure::Unverifiable
+                        || (response.cause() == UpstreamFailure::TooLarge && candidates.is_none())) =>
             {
                 self.pass_through().await
             }
-            Err(response) => self.on_fetch_failed(state, candidates, response).await,
+            Err(response) => match (self.on_fetch_failed(state, candidates, response).await, why) {
+                // Not the requested tag is missing, but the image that would be served instead of a young one.
+                (ProxyResponse::Denied(denial), MissReason::Cooling(youth))
+                    if denial.reason == DenyReason::NotFound =>
+                {
+                    denied(DenyReason::TooYoung(youth), None, false)
+                }
+                (outcome, _) => outcome,
+            },
+        }
+    }
+
+    /// Records the tag after its manifest was fetched by digest, because of a minimum age.
+    async fn record_judged_tag(&self, state: &CacheState, manifest: &StoredManifest) {
+        let named = match state.revalidation {
+            Revalidation::Digest { digest, .. } => Some(digest),
+            _ => None,
+        };
+        let (Some(_), Some(tag)) = (state.cooling, self.request.tag()) else {
+            return;
+        };
+        let upstream_request = self.upstream_request();
+        if named == Some(manifest.digest) && self.proxy.is_authorized(&upstream_request).await {
+            let (reference, media_type) = (Reference::Tag(tag.clone()), Some(&manifest.media_type));
+            self.proxy
+                .record_tag_if_current(&upstream_request, &reference, manifest.digest, media_type)
+                .await;
         }
     }
 
@@ -563,6 +612,11 @@ impl<'a> ManifestRequest<'a> {
             },
         )
     }
+}
+
+/// Why to fetch what was to be served and is no longer cached.
+fn reason_to_fetch(served: HitReason) -> MissReason {
+    served.youth().map_or(MissReason::NewDigest, MissReason::Cooling)
 }
 
 fn is_proxy_credential_denied(revalidation: Revalidation) -> bool {

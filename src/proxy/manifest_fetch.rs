@@ -14,7 +14,7 @@ use super::{ProxyService, Request, UpstreamRegistry};
 use crate::download::Requester;
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{
-    Accept, Algorithm, AnyDigest, Digest, Endpoint, Manifest, MediaType, Reference, Repository,
+    Accept, Algorithm, AnyDigest, Digest, Endpoint, Manifest, MediaType, Reference, Repository, Tag,
     UpstreamFailure,
 };
 use crate::policy::{Authorization, Revalidation};
@@ -67,14 +67,32 @@ impl UpstreamRequest {
         Self { named, ..self }
     }
 
-    fn is_for_referrers_tag(&self) -> bool {
+    /// The same request for a digest.
+    pub(super) fn by_digest(self, digest: Digest) -> Self {
+        let endpoint = Endpoint::Manifest {
+            repository: self.repository.clone(),
+            reference: Reference::Digest(AnyDigest::Supported(digest)),
+        };
+        Self {
+            endpoint,
+            named: None,
+            ..self
+        }
+    }
+
+    /// The requested tag, if the request is by tag.
+    pub(super) fn tag(&self) -> Option<&Tag> {
         match &self.endpoint {
             Endpoint::Manifest {
                 reference: Reference::Tag(tag),
                 ..
-            } => tag.is_referrers_tag(),
-            _ => false,
+            } => Some(tag),
+            _ => None,
         }
+    }
+
+    fn is_for_referrers_tag(&self) -> bool {
+        self.tag().is_some_and(Tag::is_referrers_tag)
     }
 
     /// The client's credential as forwarded upstream.
@@ -206,14 +224,7 @@ impl ProxyService {
         if !self.was_named_by_tag(upstream_request, received.digest).await {
             return received;
         }
-        let endpoint = Endpoint::Manifest {
-            repository: upstream_request.repository.clone(),
-            reference: Reference::Digest(AnyDigest::Supported(named)),
-        };
-        let by_digest = UpstreamRequest {
-            endpoint,
-            ..upstream_request.clone()
-        };
+        let by_digest = upstream_request.clone().by_digest(named);
         let UpstreamRequest {
             registry,
             accept,

@@ -7,6 +7,7 @@ use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::Revalidated;
 use super::{ProxyService, Request};
 use crate::oci::{Digest, Endpoint, UpstreamFailure};
+use crate::policy::min_age::{Maturity, Youth};
 use crate::policy::{Authorization, Revalidation};
 use crate::store::manifests::StoredManifest;
 
@@ -17,6 +18,8 @@ pub enum Refreshed {
     Unchanged(Digest),
     /// The tag moved, and the new manifest is cached; its layers are prefetched if the policy says `prefetch`.
     Newer(Digest),
+    /// The tag names a digest that is younger than `min_age`. It is not fetched.
+    TooYoung(Youth),
     /// The tag names a digest that the operator blocked. It is not fetched.
     Blocked(Digest),
     /// The tag does not exist upstream. It stays cached until a client's request confirms that.
@@ -54,6 +57,14 @@ impl ProxyService {
             revalidation,
             response: Some(response),
         };
+        if let Revalidation::Digest { digest, .. } = revalidated.revalidation {
+            let limit = request.registry.rule(repository, Some(tag)).age_limit;
+            let shown = (revalidated.response.as_deref(), request.now);
+            let maturity = self.judge(&request.registry, repository, (tag, digest), &limit, shown);
+            if let Maturity::Young(youth) = maturity.await {
+                return Refreshed::TooYoung(youth);
+            }
+        }
         match (revalidated.revalidation, entry) {
             (Revalidation::Digest { digest, .. }, Some(entry)) if digest == entry.digest => {
                 Refreshed::Unchanged(digest)

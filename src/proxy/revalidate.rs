@@ -227,6 +227,14 @@ impl ProxyService {
                         proxy.record_response(&upstream_request, &response, sent_at).await;
                     }
                     let is_trusted = is_evidence || proxy.is_authorized(&upstream_request).await;
+                    if let (Some(tag), ResponseKind::Digest(digest), Some(media_type)) =
+                        (upstream_request.tag(), response.kind, &response.media_type)
+                        && is_trusted
+                    {
+                        proxy
+                            .record_sighting(&upstream_request, tag, (digest, media_type), Some(&response))
+                            .await;
+                    }
                     match (endpoint, response.kind) {
                         (Endpoint::Manifest { reference, .. }, ResponseKind::Digest(digest))
                             if is_trusted =>
@@ -480,6 +488,8 @@ impl ProxyService {
         let (Reference::Tag(tag), Some(media_type)) = (reference, media_type) else {
             return;
         };
+        self.record_sighting(upstream_request, tag, (digest, media_type), None)
+            .await;
         let key = TagKey {
             upstream: registry.name().into(),
             repository: repository.clone(),

@@ -2,11 +2,11 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
-use http::{HeaderMap, HeaderValue, StatusCode};
+use http::header::{AGE, DATE, LAST_MODIFIED, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use tokio::time::Instant;
 
 use crate::oci::digest::Digest;
@@ -40,6 +40,10 @@ pub struct UpstreamResponse {
     pub header_digest: Option<Digest>,
     /// Size in bytes of the manifest or blob, not of the response body.
     pub length: Option<u64>,
+    /// `Last-Modified` of a success: when the registry's storage got the content.
+    pub last_modified: Option<SystemTime>,
+    /// When the response was made: its `Date`, plus its `Age` in a cache on the way.
+    pub date: Option<SystemTime>,
     /// The rate-limit headers.
     pub rate_limit: RateLimit,
     /// The registry's error code, cleaned, from the body of a failed GET.
@@ -112,6 +116,8 @@ impl UpstreamResponse {
             media_type: None,
             header_digest: None,
             length: None,
+            last_modified: None,
+            date: None,
             rate_limit: RateLimit::default(),
             code: None,
             message: None,
@@ -230,6 +236,8 @@ impl UpstreamResponse {
             } else {
                 None
             },
+            last_modified: http_date(headers, LAST_MODIFIED).filter(|_| status.is_success()),
+            date: response_date(headers),
             rate_limit: RateLimit::read(headers),
             code: None,
             message: None,
@@ -260,6 +268,20 @@ impl fmt::Debug for UpstreamResponse {
             .field("message", &self.message)
             .finish_non_exhaustive()
     }
+}
+
+/// A header with a time (RFC 9110 §5.6.7). `None` if it is missing, repeated or invalid.
+fn http_date(headers: &HeaderMap, name: HeaderName) -> Option<SystemTime> {
+    let mut lines = headers.get_all(name).iter();
+    let (line, None) = (lines.next()?, lines.next()) else {
+        return None;
+    };
+    httpdate::parse_http_date(line.to_str().ok()?).ok()
+}
+
+fn response_date(headers: &HeaderMap) -> Option<SystemTime> {
+    let age = headers.get(AGE).and_then(|age| age.to_str().ok()?.parse().ok());
+    http_date(headers, DATE)?.checked_add(Duration::from_secs(age.unwrap_or(0)))
 }
 
 /// `Docker-Content-Digest`. `None` if it is missing, ambiguous or of an unsupported algorithm.

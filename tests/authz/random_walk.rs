@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use ifnewer::oci::{Digest, UpstreamFailure};
+use ifnewer::policy::min_age::AgeLimit;
 use ifnewer::policy::refresh::RefreshPolicy;
 use ifnewer::policy::rules::{EffectivePolicy, PolicyOverrides, Rules};
 use ifnewer::policy::{OnNotFound, Policy};
@@ -85,6 +86,7 @@ pub fn rules(sealed: bool) -> Rules {
         grant_ttl_offline: OFFLINE_GRANT,
         prefetch: false,
         refresh: RefreshPolicy::OFF,
+        age_limit: AgeLimit::OFF,
     };
     let of = |images: &str, changes: PolicyOverrides| (vec![images.parse().unwrap()], changes);
     let with_policy = |policy| PolicyOverrides {

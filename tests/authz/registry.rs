@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
-use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{AUTHORIZATION, CONTENT_TYPE, DATE, HOST, LAST_MODIFIED, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{Request, Response, StatusCode, Uri};
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -136,6 +136,10 @@ pub struct State {
     pub has_limited: bool,
     /// Method and path of each request.
     pub request_log: Vec<String>,
+    /// `Last-Modified` of content.
+    pub last_modified: BTreeMap<Digest, SystemTime>,
+    /// The registry's own time, if it is not that of the test.
+    pub date: Option<SystemTime>,
     decided: usize,
     passwords: BTreeMap<String, String>,
     tokens: BTreeMap<String, Token>,
@@ -171,6 +175,8 @@ impl Registry {
             responses: Vec::new(),
             has_limited: false,
             request_log: Vec::new(),
+            last_modified: BTreeMap::new(),
+            date: None,
             decided: 0,
             passwords: BTreeMap::new(),
             tokens: BTreeMap::new(),
@@ -406,8 +412,12 @@ impl State {
                 _ => "application/octet-stream",
             },
         );
+        builder = builder.header(DATE, httpdate::fmt_http_date(self.date.unwrap_or_else(now)));
         if let Some(digest) = digest {
             builder = builder.header("docker-content-digest", digest.to_string());
+            if let Some(at) = self.last_modified.get(&digest) {
+                builder = builder.header(LAST_MODIFIED, httpdate::fmt_http_date(*at));
+            }
         }
         (builder.body(Full::new(body)).unwrap(), Some(word))
     }

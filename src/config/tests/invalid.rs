@@ -149,6 +149,16 @@ fn invalid_setting_reports_its_location() {
             "2:12: a credential of the cache would make this upstream's private images readable by every client"),
         ("[default]\ngrant_ttl = \"24h\"", "2:13: `grant_ttl` (1day) is longer than `grant_ttl_offline` (12h)"),
         ("[upstream.\"ghcr.io\"]\ngrant_ttl_offline = \"1m\"", "2:21: `grant_ttl` (5m) is longer than `grant_ttl_offline` (1m)"),
+        // Minimum age.
+        ("[default]\nmin_age = \"3\"", "2:11: the duration `3` has no unit"),
+        ("[default]\nmin_age = \"forever\"", "2:11: `forever` is not valid here"),
+        ("[default]\nmin_age = \"-1d\"", "2:11: `-1d` is not a duration"),
+        ("[default]\nmin_age = \"366d\"", "2:11: a minimum age of 366d is too long"),
+        ("[default]\nmin_age = 3", "2:11: expected a duration, found a number"),
+        ("[default]\non_unknown_age = \"deny\"", "2:18: `deny` is none of \"refuse\", \"serve\""),
+        ("[default]\npolicy = \"never\"\nmin_age = \"3d\"", "3:11: `min_age` with policy = \"never\", which forbids the requests that show an age"),
+        ("[default]\npolicy = \"never\"\n[upstream.\"ghcr.io\"]\nmin_age = \"3d\"", "4:11: `min_age` with policy = \"never\", which forbids the requests that show an age"),
+        ("[[rule]]\nimages = [\"ghcr.io/a/*\"]\npolicy = \"never\"\nmin_age = \"3d\"", "4:11: `min_age` with policy = \"never\", which forbids the requests that show an age"),
         // Scheduled refreshes.
         ("[default]\nrefresh = \"30s\"", "2:11: an interval of 30s is too short for a registry"),
         ("[default]\nrefresh = \"0s\"", "2:11: an interval of 0s is too short for a registry"),

@@ -23,6 +23,7 @@ fn default() -> EffectivePolicy {
         grant_ttl_offline: 720 * MINUTE,
         prefetch: true,
         refresh: RefreshPolicy::OFF,
+        age_limit: AgeLimit::OFF,
     }
 }
 

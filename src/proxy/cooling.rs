@@ -1,0 +1,342 @@
+//! Minimum age: collects what is known of the age of a tag's digests, and the older images that may be served instead.
+//!
+//! Ages are judged at the time of the request, but not later than the registries' clocks allow ([`CheckedTime`]). A
+//! clock of this host that was set ahead would otherwise make every digest old enough.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use tokio::time::Instant;
+
+use super::cache_view::{CacheView, log_store_error};
+use super::candidates::Candidates;
+use super::manifest_fetch::UpstreamRequest;
+use super::revalidate::Revalidated;
+use super::{ProxyService, Request, UpstreamRegistry};
+use crate::age;
+use crate::oci::{Accept, Digest, MediaType, Repository, Tag};
+use crate::policy::min_age::{AgeEvidence, AgeLimit, Maturity};
+use crate::policy::rules::EffectivePolicy;
+use crate::policy::{CacheState, Completeness, Cooling, OlderDigest, Revalidation};
+use crate::store::manifests::StoredManifest;
+use crate::store::tags::sightings::{Seen, SightingKey, Sightings};
+use crate::store::tags::{TagKey, TagReader};
+use crate::upstream::{ResponseKind, UpstreamResponse};
+
+/// Upper bound of the current time, by the `Date` of registries' responses and the time that has passed since.
+#[derive(Default)]
+pub(super) struct CheckedTime(Mutex<Option<(SystemTime, Instant)>>);
+
+impl CheckedTime {
+    /// Takes the time of a response that has just arrived. Of several registries the latest counts, so that one with a
+    /// clock that is behind delays nothing.
+    fn learn(&self, date: SystemTime) {
+        let now = Instant::now();
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_later = known.is_none_or(|(at, since)| date > at + now.duration_since(since));
+        if is_later {
+            *known = Some((date, now));
+        }
+    }
+
+    /// `now`, unless it is more than [`age::AHEAD_MAX`] later than the registries' clocks. Then it is their time.
+    fn bound(&self, now: SystemTime) -> SystemTime {
+        let known = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((at, since)) = known else { return now };
+        let checked = at.checked_add(since.elapsed()).unwrap_or(now);
+        match now.duration_since(checked) {
+            Ok(ahead) if ahead > age::AHEAD_MAX => checked,
+            _ => now,
+        }
+    }
+}
+
+/// The candidates for a tag, and the facts about ages if a minimum age applies.
+pub(super) type TagFacts = (Option<Candidates>, Option<Cooling>);
+
+impl ProxyService {
+    /// Candidates for a tag and a client with this `Accept`, or for the operator (`None`). With a minimum age, the newest
+    /// one is old enough, unless none is.
+    pub(super) async fn tag_facts(
+        self: &Arc<Self>,
+        registry: &Arc<UpstreamRegistry>,
+        repository: &Repository,
+        (tag, accept): (&Tag, Option<&Accept>),
+        rule: &EffectivePolicy,
+        now: SystemTime,
+    ) -> TagFacts {
+        let key = TagKey {
+            upstream: registry.name().into(),
+            repository: repository.clone(),
+            tag: tag.clone(),
+        };
+        let (limit, now, accept) = (rule.age_limit, self.checked_time.bound(now), accept.cloned());
+        self.read_cache(registry, repository, move |cached| {
+            let reader = accept.as_ref().map_or(TagReader::Operator, TagReader::Client);
+            if limit.is_on() {
+                cached.mature_candidates(&key, reader, &limit, now)
+            } else {
+                (cached.candidates_for_tag(&key, reader), None)
+            }
+        })
+        .await
+    }
+
+    /// `state` after a revalidation, with the maturity of the digest that the upstream named, and the candidates by what
+    /// the response shows about the time.
+    pub(super) async fn with_ages(
+        self: &Arc<Self>,
+        request: &Request,
+        repository: &Repository,
+        rule: &EffectivePolicy,
+        (state, candidates): (CacheState, Option<Candidates>),
+        revalidated: &Revalidated,
+    ) -> (CacheState, Option<Candidates>) {
+        let (Some(_), Some(tag)) = (state.cooling, request.tag()) else {
+            return (state, candidates);
+        };
+        let (registry, limit) = (&request.registry, rule.age_limit);
+        let what = (tag, Some(&request.accept));
+        let (candidates, cooling) = self
+            .tag_facts(registry, repository, what, rule, request.now)
+            .await;
+        let named = match revalidated.revalidation {
+            Revalidation::Digest { digest, .. } | Revalidation::Blocked(digest) => {
+                let response = revalidated.response.as_deref();
+                self.judge(
+                    registry,
+                    repository,
+                    (tag, digest),
+                    &limit,
+                    (response, request.now),
+                )
+                .await
+            }
+            Revalidation::NoDigest => limit.judge_unnamed(),
+            _ => Maturity::Mature,
+        };
+        let state = CacheState {
+            cached: candidates.as_ref().map(Candidates::entry),
+            blocked: candidates.as_ref().and_then(Candidates::blocked),
+            ..state
+        }
+        .with_cooling(cooling.map(|cooling| Cooling { named, ..cooling }));
+        (state, candidates)
+    }
+
+    /// Maturity of a digest that the tag names, with what the response shows that is not recorded.
+    pub(super) async fn judge(
+        self: &Arc<Self>,
+        registry: &Arc<UpstreamRegistry>,
+        repository: &Repository,
+        (tag, digest): (&Tag, Digest),
+        limit: &AgeLimit,
+        (response, now): (Option<&UpstreamResponse>, SystemTime),
+    ) -> Maturity {
+        let key = TagKey {
+            upstream: registry.name().into(),
+            repository: repository.clone(),
+            tag: tag.clone(),
+        };
+        let evidence = self.read_cache(registry, repository, move |cached| {
+            cached.evidence(&cached.view.sightings(&SightingKey::from(&key)), &digest)
+        });
+        let evidence = evidence.await;
+        let evidence = AgeEvidence {
+            last_modified: evidence.last_modified.or(response.and_then(proven_last_modified)),
+            ..evidence
+        };
+        limit.judge(digest, &evidence, self.checked_time.bound(now))
+    }
+
+    /// Maturity of the digest that the tag was last seen to name.
+    pub(super) async fn last_named(
+        self: &Arc<Self>,
+        registry: &Arc<UpstreamRegistry>,
+        repository: &Repository,
+        tag: &Tag,
+        rule: &EffectivePolicy,
+        now: SystemTime,
+    ) -> Maturity {
+        let key = SightingKey {
+            upstream: registry.name().into(),
+            repository: repository.clone(),
+            reference: tag.clone().into(),
+        };
+        let newest = self.read_cache(registry, repository, move |cached| {
+            let sightings = cached.view.sightings(&key);
+            sightings.newest().map(|sighting| sighting.seen.digest)
+        });
+        match newest.await {
+            Some(digest) => {
+                let what = (tag, digest);
+                self.judge(registry, repository, what, &rule.age_limit, (None, now))
+                    .await
+            }
+            None => Maturity::Mature,
+        }
+    }
+
+    /// Records that the upstream named `digest` for the tag of this request. With a minimum age, it is durable when this
+    /// returns; without one, nothing depends on it yet.
+    pub(super) async fn record_sighting(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        tag: &Tag,
+        (digest, media_type): (Digest, &MediaType),
+        response: Option<&UpstreamResponse>,
+    ) {
+        const ACTION: &str = "record when the tag named the digest";
+        if let Some(date) = response.and_then(|response| response.date) {
+            self.checked_time.learn(date);
+        }
+        if tag.is_referrers_tag() {
+            return;
+        }
+        let UpstreamRequest {
+            registry,
+            repository,
+            accept,
+            ..
+        } = upstream_request;
+        let key = SightingKey {
+            upstream: registry.name().into(),
+            repository: repository.clone(),
+            reference: tag.clone().into(),
+        };
+        let seen = Seen {
+            digest,
+            media_type: media_type.clone(),
+            accept: accept.key(),
+            accepts_indexes: accept.lists_indexes(),
+            last_modified: response.and_then(proven_last_modified),
+            created_at: None,
+        };
+        let (store, now) = (self.store.clone(), self.clock.now());
+        let recording = async move { log_store_error(store.record_sighting(key, seen, now).await, ACTION) };
+        if registry.rule(repository, Some(tag)).age_limit.is_on() {
+            recording.await;
+        } else {
+            tokio::spawn(recording);
+        }
+    }
+}
+
+/// `Last-Modified` of a response that the registry itself is proven to have sent.
+fn proven_last_modified(response: &UpstreamResponse) -> Option<SystemTime> {
+    response
+        .last_modified
+        .filter(|_| matches!(response.kind, ResponseKind::Digest(_)))
+}
+
+impl CacheView<'_> {
+    /// What is known of the age of `digest`.
+    fn evidence(&self, sightings: &Sightings, digest: &Digest) -> AgeEvidence {
+        let approved = self
+            .proxy
+            .store
+            .approval_of(self.registry.name(), self.repository, digest);
+        let sighting = sightings.get(digest);
+        AgeEvidence {
+            first_seen_at: sighting.map(|sighting| sighting.first_seen_at),
+            other_seen_at: sighting.and_then(|sighting| sighting.other_seen_at),
+            last_modified: sighting.and_then(|sighting| sighting.seen.last_modified),
+            created_at: sighting.and_then(|sighting| sighting.seen.created_at),
+            is_approved: approved.is_some(),
+        }
+    }
+
+    /// Candidates that are old enough. If none is, the newest one, of which the facts then say that it is too young.
+    fn mature_candidates(
+        &self,
+        key: &TagKey,
+        reader: TagReader<'_>,
+        limit: &AgeLimit,
+        now: SystemTime,
+    ) -> TagFacts {
+        let image = format_args!("{}:{}", self.repository, key.tag);
+        let record = self.proxy.cached(self.registry, &image, self.view.tag(key));
+        let sightings = self.view.sightings(&SightingKey::from(key));
+        let judge = |digest: &Digest| limit.judge(*digest, &self.evidence(&sightings, digest), now);
+        let is_mature = |digest: &Digest| judge(digest).is_mature();
+        let may_stand_in = |digest: &Digest| is_mature(digest) && !self.is_blocked(digest);
+        let newest_seen = |is_eligible: &dyn Fn(&Digest) -> bool| {
+            self.view
+                .newest_seen(&sightings, record.as_deref(), reader, is_eligible)
+        };
+        let older = newest_seen(&may_stand_in).map(|named| OlderDigest {
+            digest: named.digest,
+            presence: self.presence_of(&named.digest),
+        });
+        let facts = |cached, previous| Cooling {
+            cached,
+            previous,
+            named: Maturity::Mature,
+            older,
+        };
+        let by_record = self.candidates_for_tag(key, reader);
+        let recorded = by_record
+            .as_ref()
+            .map(|candidates| candidates.newest.manifest.digest);
+        let is_recorded = |digest: &Digest| recorded.as_ref() == Some(digest) && is_mature(digest);
+        let is_whole = |manifest: Arc<StoredManifest>| self.is_complete(&manifest);
+        let is_served = |digest: &Digest| {
+            is_recorded(digest)
+                || may_stand_in(digest)
+                    && self.is_member(digest)
+                    && self.manifest(digest).is_some_and(is_whole)
+        };
+        let stand_in = newest_seen(&is_served).filter(|named| Some(named.digest) != recorded);
+        if let Some(named) = stand_in
+            && let Some(newest) = self.candidate(&named)
+        {
+            let candidates = Candidates {
+                newest,
+                is_moved: named.is_moved,
+                completeness: Completeness::Complete,
+                earlier: None,
+                is_invalidated: by_record.is_some_and(|candidates| candidates.is_invalidated),
+                is_blocked: false,
+            };
+            return (Some(candidates), Some(facts(Maturity::Mature, Maturity::Mature)));
+        }
+        let maturity = |digest: Option<Digest>| digest.map_or(Maturity::Mature, |digest| judge(&digest));
+        let previous = by_record
+            .as_ref()
+            .and_then(|candidates| candidates.earlier.as_ref())
+            .map(|copy| copy.manifest.digest);
+        let facts = facts(maturity(recorded), maturity(previous));
+        (by_record, Some(facts))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn at(seconds: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000 + seconds)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn t17_clock_set_ahead_is_bounded_by_date() {
+        let time = CheckedTime::default();
+        assert_eq!(time.bound(at(900_000)), at(900_000), "nothing is known");
+        time.learn(at(0));
+        assert_eq!(time.bound(at(900_000)), at(0));
+        assert_eq!(time.bound(at(3_600)), at(3_600), "tolerated");
+        tokio::time::advance(Duration::from_secs(50_000)).await;
+        assert_eq!(time.bound(at(900_000)), at(50_000));
+        time.learn(at(10));
+        assert_eq!(time.bound(at(900_000)), at(50_000), "a registry that is behind");
+        time.learn(at(100_000));
+        assert_eq!(time.bound(at(900_000)), at(100_000));
+        assert_eq!(
+            time.bound(at(7)),
+            at(7),
+            "a clock that is behind makes nothing older"
+        );
+    }
+}

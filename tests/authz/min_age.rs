@@ -1,0 +1,387 @@
+//! Minimum age, with a wall clock that is stepped: moved tags, outages, restarts, reloads, lying registries.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use ifnewer::oci::Digest;
+use ifnewer::policy::min_age::{AgeLimit, OnUnknownAge};
+use ifnewer::policy::refresh::RefreshPolicy;
+use ifnewer::policy::rules::{EffectivePolicy, PolicyOverrides, Rules};
+use ifnewer::policy::{OnNotFound, Policy};
+use ifnewer::store::verdicts::{VerdictKey, VerdictKind, VerdictNote, VerdictScope};
+
+use super::cache::{Cache, ClientRequest, Got, PROVEN, SHARED};
+use super::registry::{Condition, Registry, jump, now};
+
+const HOUR: i64 = 3_600;
+const DAY: i64 = 24 * HOUR;
+const REPOSITORY: &str = "acme/app";
+
+fn rules_of(days: i64, policy: Policy, on_unknown_age: OnUnknownAge) -> Rules {
+    let default = EffectivePolicy {
+        name: Arc::from("default"),
+        policy,
+        max_age: Duration::ZERO,
+        stale_if_error: None,
+        revalidate_timeout: Duration::from_secs(2),
+        on_not_found: OnNotFound::Refuse,
+        grant_ttl: Duration::from_secs(300),
+        grant_ttl_offline: Duration::from_secs(365 * 86_400),
+        prefetch: false,
+        refresh: RefreshPolicy::OFF,
+        age_limit: AgeLimit {
+            min_age: Duration::from_secs((days * DAY).unsigned_abs()),
+            on_unknown_age,
+            trust_created: false,
+        },
+    };
+    let upstreams = [PROVEN, SHARED].map(|name| (Arc::from(name), PolicyOverrides::default()));
+    Rules::new(default, upstreams, Vec::new()).unwrap()
+}
+
+fn rules() -> Rules {
+    rules_of(3, Policy::IfNewer, OnUnknownAge::Refuse)
+}
+
+fn registry() -> Registry {
+    let registry = Registry::new();
+    registry.user("service", "service-secret");
+    registry.lets("service", REPOSITORY);
+    registry.state().public.insert(REPOSITORY.to_owned());
+    registry
+}
+
+/// Time that passes, on every clock. A step of the wall clock alone is a `jump`.
+async fn pass(seconds: i64) {
+    jump(seconds);
+    tokio::time::advance(Duration::from_secs(seconds.unsigned_abs())).await;
+}
+
+/// Pushes an image without layers that its storage got `days` ago.
+fn push_old(registry: &Registry, mark: &str, days: i64) -> Digest {
+    let digest = registry.push(REPOSITORY, "1", mark, &[]);
+    let at = now() - Duration::from_secs((days * DAY).unsigned_abs());
+    registry.state().last_modified.insert(digest, at);
+    digest
+}
+
+fn push(registry: &Registry, mark: &str) -> Digest {
+    registry.push(REPOSITORY, "1", mark, &[])
+}
+
+fn of(reference: &str) -> ClientRequest {
+    ClientRequest {
+        site: PROVEN,
+        path: format!("/v2/{REPOSITORY}/manifests/{reference}"),
+        head: false,
+        shows: String::new(),
+    }
+}
+
+/// What the tag gives to `GET` and `HEAD` alike: a digest, or the reason of the denial.
+async fn tag(cache: &Cache) -> Result<Digest, &'static str> {
+    let result = |got| match got {
+        Got::Content(digest, _) => Ok(digest),
+        Got::No(reason) => Err(reason),
+        Got::List => panic!("a list"),
+    };
+    let head = result(
+        cache
+            .get(&ClientRequest {
+                head: true,
+                ..of("1")
+            })
+            .await,
+    );
+    let got = result(cache.get(&of("1")).await);
+    assert_eq!(head, got, "HEAD and GET differ");
+    got
+}
+
+/// Pulls the image by digest with its config, so that it is complete in the cache.
+async fn pull(cache: &Cache, digest: Digest) {
+    let Got::Content(found, Some(bytes)) = cache.get(&of(&digest.to_string())).await else {
+        panic!("{digest} is not served");
+    };
+    assert_eq!(found, digest);
+    let manifest: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+    let config = manifest["config"]["digest"].as_str().unwrap();
+    let path = format!("/v2/{REPOSITORY}/blobs/{config}");
+    let got = cache.get(&ClientRequest { path, ..of("1") }).await;
+    assert!(matches!(got, Got::Content(..)), "{got:?}");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+}
+
+async fn pulled_tag(cache: &Cache) -> Digest {
+    let digest = tag(cache).await.unwrap();
+    pull(cache, digest).await;
+    digest
+}
+
+fn gets_of(registry: &Registry, digest: Digest) -> usize {
+    let line = format!("GET /v2/{REPOSITORY}/manifests/{digest}");
+    registry.request_log().iter().filter(|one| **one == line).count()
+}
+
+#[tokio::test(start_paused = true)]
+async fn moved_tag_is_served_once_old_enough() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    let old = push_old(&registry, "one", 10);
+    assert_eq!(pulled_tag(&cache).await, old);
+    pass(DAY).await;
+    let new = push(&registry, "two");
+    assert_eq!(tag(&cache).await, Ok(old));
+    pass(3 * DAY - 1).await;
+    assert_eq!(tag(&cache).await, Ok(old));
+    assert_eq!(gets_of(&registry, new), 0, "a young image is not fetched");
+    pass(1).await;
+    assert_eq!(pulled_tag(&cache).await, new);
+    assert_eq!(tag(&cache).await, Ok(new));
+}
+
+#[tokio::test(start_paused = true)]
+async fn pull_by_digest_is_not_delayed() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    let old = push_old(&registry, "one", 10);
+    pulled_tag(&cache).await;
+    let new = push(&registry, "two");
+    assert_eq!(tag(&cache).await, Ok(old));
+    pull(&cache, new).await;
+    assert_eq!(tag(&cache).await, Ok(old), "cached, and still young by tag");
+    pull(&cache, old).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn young_copy_is_not_served_in_an_outage() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    let old = push_old(&registry, "one", 10);
+    pulled_tag(&cache).await;
+    let new = push(&registry, "two");
+    assert_eq!(tag(&cache).await, Ok(old));
+    pull(&cache, new).await;
+    registry.set_condition(Condition::Down);
+    assert_eq!(tag(&cache).await, Ok(old));
+    pass(3 * DAY).await;
+    assert_eq!(tag(&cache).await, Ok(new), "seen three days ago, and cached");
+}
+
+#[tokio::test(start_paused = true)]
+async fn unknown_age_is_refused_until_seen_long_enough() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    let digest = push(&registry, "one");
+    assert_eq!(tag(&cache).await, Err("too-young"));
+    assert_eq!(gets_of(&registry, digest), 0);
+    pass(3 * DAY - 1).await;
+    assert_eq!(tag(&cache).await, Err("too-young"));
+    pass(1).await;
+    assert_eq!(tag(&cache).await, Ok(digest));
+}
+
+#[tokio::test(start_paused = true)]
+async fn unknown_age_is_served_and_a_move_still_cools() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules_of(3, Policy::IfNewer, OnUnknownAge::Serve));
+    let first = push(&registry, "one");
+    assert_eq!(pulled_tag(&cache).await, first);
+    let second = push(&registry, "two");
+    assert_eq!(tag(&cache).await, Ok(first), "the tag has just moved");
+    pass(3 * DAY).await;
+    assert_eq!(tag(&cache).await, Ok(second));
+}
+
+#[tokio::test(start_paused = true)]
+async fn reload_of_min_age_applies_to_cached_copies() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules_of(0, Policy::IfNewer, OnUnknownAge::Refuse));
+    let digest = push(&registry, "one");
+    assert_eq!(pulled_tag(&cache).await, digest);
+    let cache = cache.reload(rules(), false);
+    assert_eq!(tag(&cache).await, Err("too-young"));
+    registry.set_condition(Condition::Down);
+    assert_eq!(tag(&cache).await, Err("too-young"), "also in an outage");
+    let cache = cache.reload(rules_of(0, Policy::IfNewer, OnUnknownAge::Refuse), false);
+    assert_eq!(tag(&cache).await, Ok(digest));
+    let cache = cache.reload(rules(), false);
+    pass(3 * DAY).await;
+    assert_eq!(
+        tag(&cache).await,
+        Ok(digest),
+        "seen while there was no minimum age"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn first_sight_survives_a_restart_and_a_kill() {
+    let registry = registry();
+    let cache = Cache::on_disk(&registry, rules());
+    let old = push_old(&registry, "one", 10);
+    pulled_tag(&cache).await;
+    let new = push(&registry, "two");
+    assert_eq!(tag(&cache).await, Ok(old));
+    let cache = cache.restart(rules()).await;
+    pass(2 * DAY).await;
+    assert_eq!(tag(&cache).await, Ok(old));
+    registry.cut();
+    let cache = cache.kill(rules()).await;
+    assert_eq!(tag(&cache).await, Ok(old));
+    pass(DAY).await;
+    assert_eq!(tag(&cache).await, Ok(new));
+}
+
+#[tokio::test(start_paused = true)]
+async fn implausible_last_modified_is_no_evidence() {
+    for at in [
+        now() + Duration::from_secs(1_000),
+        SystemTime::UNIX_EPOCH,
+        SystemTime::UNIX_EPOCH + Duration::from_secs(315_532_800),
+    ] {
+        let registry = registry();
+        let cache = Cache::new(&registry, rules());
+        let digest = push(&registry, "one");
+        registry.state().last_modified.insert(digest, at);
+        assert_eq!(tag(&cache).await, Err("too-young"), "{at:?}");
+        pass(3 * DAY).await;
+        assert_eq!(tag(&cache).await, Ok(digest), "seen for three days");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn flip_flop_keeps_the_age_of_each_digest() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    let one = push(&registry, "one");
+    assert_eq!(tag(&cache).await, Err("too-young"));
+    pass(DAY).await;
+    let two = push(&registry, "two");
+    for _ in 0..20 {
+        for mark in ["one", "two"] {
+            push(&registry, mark);
+            assert_eq!(tag(&cache).await, Err("too-young"));
+        }
+    }
+    pass(2 * DAY).await;
+    assert_eq!(
+        tag(&cache).await,
+        Ok(one),
+        "named by the tag three days ago, fetched by digest"
+    );
+    pull(&cache, one).await;
+    push(&registry, "one");
+    assert_eq!(tag(&cache).await, Ok(one));
+    push(&registry, "two");
+    assert_eq!(tag(&cache).await, Ok(one));
+    pass(DAY).await;
+    assert_eq!(tag(&cache).await, Ok(two));
+}
+
+#[tokio::test(start_paused = true)]
+async fn older_digest_that_is_gone_denies_as_too_young() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    let one = push(&registry, "one");
+    assert_eq!(tag(&cache).await, Err("too-young"));
+    pass(3 * DAY).await;
+    push(&registry, "two");
+    let shelf = |registry: &Registry| {
+        let mut state = registry.state();
+        state.shelves.get_mut(REPOSITORY).unwrap().manifests.remove(&one)
+    };
+    shelf(&registry).unwrap();
+    assert_eq!(tag(&cache).await, Err("too-young"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_policy_that_asks_upstream_cools() {
+    for policy in [Policy::Always, Policy::IfNewer, Policy::IfNotPresent] {
+        let registry = registry();
+        let cache = Cache::new(&registry, rules_of(3, policy, OnUnknownAge::Refuse));
+        let old = push_old(&registry, "one", 10);
+        pulled_tag(&cache).await;
+        let new = push(&registry, "two");
+        assert_eq!(tag(&cache).await, Ok(old), "{policy}");
+        pass(3 * DAY).await;
+        let expected = if policy == Policy::IfNotPresent { old } else { new };
+        // Seen only now, if the policy asked for nothing before.
+        assert_eq!(tag(&cache).await, Ok(expected), "{policy}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn t17_clock_set_ahead_matures_nothing() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    let old = push_old(&registry, "one", 10);
+    pulled_tag(&cache).await;
+    let new = push(&registry, "two");
+    assert_eq!(tag(&cache).await, Ok(old));
+    pull(&cache, new).await;
+    registry.state().date = Some(now());
+    jump(100 * DAY);
+    assert_eq!(tag(&cache).await, Ok(old), "the registry knows the time");
+    registry.set_condition(Condition::Down);
+    assert_eq!(tag(&cache).await, Ok(old), "and knew it before the outage");
+    registry.set_condition(Condition::Healthy);
+    jump(-100 * DAY);
+    registry.state().date = None;
+    assert_eq!(tag(&cache).await, Ok(old));
+    pass(3 * DAY).await;
+    assert_eq!(tag(&cache).await, Ok(new));
+}
+
+#[tokio::test(start_paused = true)]
+async fn t17_clock_set_back_starts_the_age_again() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    let old = push_old(&registry, "one", 20);
+    pulled_tag(&cache).await;
+    let new = push(&registry, "two");
+    pass(5 * DAY).await;
+    assert_eq!(tag(&cache).await, Ok(old), "first seen on the fifth day");
+    jump(-5 * DAY);
+    assert_eq!(
+        tag(&cache).await,
+        Ok(old),
+        "seen in the future: counts from now on"
+    );
+    pass(3 * DAY - 1).await;
+    assert_eq!(tag(&cache).await, Ok(old));
+    pass(1).await;
+    assert_eq!(tag(&cache).await, Ok(new));
+}
+
+#[tokio::test(start_paused = true)]
+async fn approved_digest_is_served_at_once_and_a_block_beats_it() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    let old = push_old(&registry, "one", 10);
+    pulled_tag(&cache).await;
+    let new = push(&registry, "two");
+    assert_eq!(tag(&cache).await, Ok(old));
+    let put = |kind| {
+        let key = VerdictKey {
+            kind,
+            scope: VerdictScope::Repository {
+                upstream: PROVEN.into(),
+                repository: REPOSITORY.parse().unwrap(),
+            },
+            digest: new,
+        };
+        let note = VerdictNote {
+            at: now(),
+            by: "operator".to_owned(),
+            reason: None,
+        };
+        cache
+            .proxy
+            .store()
+            .write(move |store| store.put_verdict(&key, note).unwrap())
+    };
+    put(VerdictKind::Approved).await;
+    assert_eq!(pulled_tag(&cache).await, new);
+    put(VerdictKind::Blocked).await;
+    assert_eq!(tag(&cache).await, Err("blocked"));
+}
