@@ -8,6 +8,7 @@ mod plot;
 mod sections;
 mod snippets;
 mod upstreams;
+mod verdicts;
 
 use http::StatusCode;
 use http::header::HOST;
@@ -81,6 +82,7 @@ pub(super) async fn page(admin: &Admin, query: &Query, head: &Parts) -> Result<A
                     (sections::transfers(&status::transfers(&registry), &admin.pull_jobs.list(registry.proxy.downloads())))
                     (sections::decisions(&admin.decisions(&Filter::newest(DECISIONS_SHOWN, &shown.decisions)), &shown))
                     (sections::images(&listed, &shown, IMAGES_SHOWN, &secret))
+                    (verdicts::section(&registry, &secret))
                     div.pair {
                         (upstreams::section(&super::upstreams::to_json(&registry, now)))
                         (sections::clients(&admin.clients_seen(now)))
@@ -190,6 +192,9 @@ pub(super) async fn submit_form(admin: &Admin, body: &[u8]) -> Result<ApiRespons
                 "pin" => format!("{name} is pinned: it is excluded from eviction."),
                 _ => format!("{name} is no longer pinned."),
             }
+        }
+        action @ ("block" | "unblock" | "approve" | "disapprove") => {
+            verdicts::submit(admin, action, image, form.get("reason")).await?
         }
         "offline" => {
             admin.switch_offline(true).await?;

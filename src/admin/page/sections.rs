@@ -20,6 +20,7 @@ pub(super) fn header(status: &Status, secret: &str) -> Markup {
                 nav aria-label="On this page" {
                     a href="#decisions" { "Decisions" }
                     a href="#images" { "Images" }
+                    a href="#verdicts" { "Blocks" }
                     a href="#upstreams" { "Upstreams" }
                     a href="#clients" { "Clients" }
                     a href="#setup" { "Set up" }
@@ -298,6 +299,7 @@ fn row(image: &Image, secret: &str) -> Markup {
                 @if image.complete { span.mark.hit { "complete" } } @else { span.mark.stale title="Some layers must still be fetched" { "incomplete" } }
                 @if image.fresh_until.is_some() { " " span.mark.local { "fresh" } }
                 @if image.pinned { " " span.mark.local { "pinned" } }
+                @if image.blocked { " " span.mark.denied { "blocked" } }
             }
             td.end data-label="Size" { (bytes(image.bytes)) div.dim { (bytes(image.unique_bytes)) " unique" } }
             td.wide data-label="Confirmed" {
@@ -317,6 +319,13 @@ fn row(image: &Image, secret: &str) -> Markup {
                         button.quiet name="action" value="unpin" aria-label=(format!("Unpin {}", image.name)) { "Unpin" }
                     } @else {
                         button.quiet name="action" value="pin" aria-label=(format!("Pin {}", image.name)) { "Pin" }
+                    }
+                }
+                @if !image.blocked {
+                    form method="post" action="/act" {
+                        input type="hidden" name="secret" value=(secret);
+                        input type="hidden" name="image" value=(format!("{}/{}@{}", image.upstream, image.repository, image.digest));
+                        button.quiet name="action" value="block" title="Never serve this digest" aria-label=(format!("Block {}", image.name)) { "Block" }
                     }
                 }
                 form method="get" action="/" {

@@ -80,6 +80,51 @@ async fn the_page_says_it_all_without_scripts_and_its_forms_work() {
 }
 
 #[tokio::test]
+async fn digests_are_blocked_and_approved_by_the_form() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/demo", "latest", &image).await;
+    let shown = page(&proxy, "/").await;
+    let secret = secret(&shown);
+    let named = format!("docker.io/library/demo@{}", image.digest);
+    assert!(shown.contains(&format!("value=\"{named}\"")), "{shown}");
+    let evil = "%3Cscript%3Ealert(1)";
+    for (action, fields, notice, is_served) in [
+        (
+            "block",
+            format!("image={named}&reason={evil}"),
+            "is blocked",
+            false,
+        ),
+        ("approve", format!("image={named}"), "but it is blocked", false),
+        ("unblock", format!("image={named}"), "is no longer blocked", true),
+        (
+            "disapprove",
+            format!("image={named}"),
+            "is no longer approved",
+            true,
+        ),
+    ] {
+        let fields = fields.replace('@', "%40").replace(':', "%3A");
+        let done = submit(&proxy, &format!("secret={secret}&action={action}&{fields}")).await;
+        assert_eq!(done.status, 303, "{done:#?}");
+        let after = page(&proxy, done.header("location").unwrap()).await;
+        assert!(after.contains(notice), "{action}: {after}");
+        assert!(!after.contains("<script>alert"), "{after}");
+        assert_eq!(
+            after.contains("mark denied\">blocked"),
+            !is_served,
+            "{action}: {after}"
+        );
+        let reply = proxy.manifest("library/demo", "latest").await;
+        assert_eq!(reply.status == 200, is_served, "{reply:#?}");
+    }
+    let wrong = submit(&proxy, &format!("secret={secret}&action=block&image=demo")).await;
+    assert_eq!(wrong.status, 400, "{wrong:#?}");
+}
+
+#[tokio::test]
 async fn form_without_csrf_secret_is_rejected() {
     let upstream = Upstream::start().await;
     let proxy = Proxy::over(&upstream).await;
