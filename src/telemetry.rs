@@ -92,6 +92,7 @@ impl AccessRecord<'_> {
         match self.ended {
             BodyEnd::Complete => self.result,
             BodyEnd::Aborted => CacheResult::Aborted,
+            BodyEnd::Blocked => CacheResult::Denied,
             BodyEnd::Upstream | BodyEnd::Disk | BodyEnd::Damage => CacheResult::Failed,
         }
     }
@@ -110,16 +111,19 @@ pub enum BodyEnd {
     Disk,
     /// The cached bytes did not match their digest.
     Damage,
+    /// The operator blocked the content.
+    Blocked,
 }
 
 impl BodyEnd {
     /// All variants.
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Complete,
         Self::Aborted,
         Self::Upstream,
         Self::Disk,
         Self::Damage,
+        Self::Blocked,
     ];
 
     /// The name in the log, the metrics and the admin API.
@@ -130,12 +134,13 @@ impl BodyEnd {
             Self::Upstream => "upstream-failed",
             Self::Disk => "disk-failed",
             Self::Damage => "damaged",
+            Self::Blocked => "blocked",
         }
     }
 
     /// Whether the cache or the upstream caused the early end, and not the client.
     pub fn is_failure(self) -> bool {
-        matches!(self, Self::Upstream | Self::Disk | Self::Damage)
+        matches!(self, Self::Upstream | Self::Disk | Self::Damage | Self::Blocked)
     }
 }
 

@@ -67,6 +67,7 @@ pub(super) fn describe_decision(decision: &DecisionRecord) -> String {
         BodyEnd::Aborted => format!("the client disconnected after {so_far}"),
         BodyEnd::Upstream => format!("{upstream} failed after {so_far}; the response is incomplete"),
         BodyEnd::Disk => format!("the disk failed after {so_far}; the response is incomplete"),
+        BodyEnd::Blocked => format!("blocked by the operator after {so_far}; the response is incomplete"),
         BodyEnd::Damage => {
             format!(
                 "the cached data was damaged after {so_far}; the response is incomplete, and the next request fetches it again"

@@ -1,8 +1,10 @@
-//! Timing of denials: a client without a grant requests a cached digest and an unknown one. Neither the work done nor
-//! its time may differ.
+//! Timing of denials: a client without a grant requests a cached digest, an unknown one and a blocked one. Neither the
+//! work done nor its time may differ.
 
 use std::sync::Arc;
 use std::time::Instant;
+
+use ifnewer::store::verdicts::{VerdictKey, VerdictKind, VerdictNote, VerdictScope};
 
 use super::cache::{Cache, ClientRequest, Got, PROVEN};
 use super::counting_disk::Counted;
@@ -96,13 +98,38 @@ fn client_request(path: String, shows: &str) -> ClientRequest {
 #[tokio::test(start_paused = true)]
 async fn denial_does_same_work_for_cached_and_unknown() {
     let stage = stage().await;
+    for digest in [&stage.held_manifests[2], &stage.held_blobs[2], &stage.absent[2]] {
+        let key = VerdictKey {
+            kind: VerdictKind::Blocked,
+            scope: VerdictScope::Everywhere,
+            digest: digest.parse().unwrap(),
+        };
+        let note = VerdictNote {
+            at: std::time::SystemTime::UNIX_EPOCH,
+            by: "alice".to_owned(),
+            reason: None,
+        };
+        let put = stage
+            .cache
+            .proxy
+            .store()
+            .write(move |store| store.put_verdict(&key, note));
+        assert!(put.await.unwrap());
+    }
     for condition in [Condition::Healthy, Condition::Down] {
         stage.registry.set_condition(condition);
         for (path, held) in [(BLOB, &stage.held_blobs), (MANIFEST, &stage.held_manifests)] {
             for head in [false, true] {
                 let mut done = Vec::new();
                 // The first request also detects the registry's quirks.
-                for digest in [&stage.absent[1], &held[0], &stage.absent[0], &held[1]] {
+                for digest in [
+                    &stage.absent[1],
+                    &held[0],
+                    &stage.absent[0],
+                    &held[1],
+                    &held[2],
+                    &stage.absent[2],
+                ] {
                     let asked = stage.registry.request_log().len();
                     let looks = stage.disk.reads();
                     let client_request = ClientRequest {
@@ -121,6 +148,8 @@ async fn denial_does_same_work_for_cached_and_unknown() {
                 }
                 assert_eq!(done[1], done[2], "{condition:?}");
                 assert_eq!(done[2], done[3], "{condition:?}");
+                assert_eq!(done[3], done[4], "{condition:?}: a cached and blocked one");
+                assert_eq!(done[4], done[5], "{condition:?}: an unknown and blocked one");
                 assert!(
                     done.iter().all(|(_, _, looks)| *looks == 0),
                     "{condition:?}: a lookup happened before authorization"

@@ -10,7 +10,7 @@ use super::{
 use crate::oci::range::{ByteSpan, ResolvedRange, content_range, unsatisfied_content_range};
 use crate::oci::{Digest, ErrorBody, ErrorCode};
 use crate::proxy::{BlobBody, ServeInfo};
-use crate::server::response::body::{BlobSource, MultipartRanges};
+use crate::server::response::body::{BlobSource, BlockWatch, MultipartRanges};
 use crate::server::{Body, RegistryService};
 use crate::store::AsyncStore;
 use crate::telemetry::ByteSource;
@@ -56,6 +56,14 @@ impl BlobResponse<'_> {
             (ResolvedRange::Single(span), content) => self.part(span, content),
             (_, content) => self.complete(content),
         };
+        if let Some(repository) = self.context.endpoint.repository() {
+            response.body_mut().end_when_blocked(BlockWatch {
+                store: self.store.clone(),
+                upstream: self.context.upstream().into(),
+                repository: repository.clone(),
+                digest: self.digest,
+            });
+        }
         let headers = response.headers_mut();
         set_digest_headers(headers, &self.digest, &etag);
         headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));

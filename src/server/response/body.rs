@@ -14,7 +14,7 @@ use quick_cache::sync::Cache;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use crate::download::{DownloadError, Reader};
-use crate::oci::{Digest, Hasher, UpstreamFailure};
+use crate::oci::{Digest, Hasher, Repository, UpstreamFailure};
 use crate::proxy::StreamedList;
 use crate::proxy::passthrough::VerifyingStream;
 use crate::store::AsyncStore;
@@ -45,6 +45,24 @@ pub struct Body {
     idle_pause: Option<IdlePause>,
     /// Held while the body waits for bytes of an upstream.
     idle_paused: Option<IdlePauseGuard>,
+    /// Ends the body once its content is blocked.
+    block_watch: Option<BlockWatch>,
+}
+
+/// Whether an operator blocks content while it is being sent. Checked before each chunk, in memory.
+pub(in crate::server) struct BlockWatch {
+    pub(in crate::server) store: AsyncStore,
+    pub(in crate::server) upstream: Arc<str>,
+    pub(in crate::server) repository: Repository,
+    pub(in crate::server) digest: Digest,
+}
+
+impl BlockWatch {
+    fn is_blocked(&self) -> bool {
+        self.store
+            .block_of(&self.upstream, &self.repository, &self.digest)
+            .is_some()
+    }
 }
 
 enum Source {
@@ -78,6 +96,9 @@ pub enum BodyError {
     /// The upstream interrupted the response.
     #[error("the upstream {0}")]
     Upstream(UpstreamFailure),
+    /// The operator blocked the content while it was sent.
+    #[error("{0} was blocked while it was sent")]
+    Blocked(Digest),
 }
 
 impl BodyError {
@@ -87,6 +108,7 @@ impl BodyError {
             Self::File(_) => BodyEnd::Disk,
             Self::Download(failure) if failure.is_disk_error() => BodyEnd::Disk,
             Self::Download(_) | Self::Upstream(_) => BodyEnd::Upstream,
+            Self::Blocked(_) => BodyEnd::Blocked,
         }
     }
 }
@@ -100,7 +122,13 @@ impl Body {
             charge: None,
             idle_pause: None,
             idle_paused: None,
+            block_watch: None,
         }
+    }
+
+    /// Ends the body with an error once its content is blocked.
+    pub(in crate::server) fn end_when_blocked(&mut self, watch: BlockWatch) {
+        self.block_watch = Some(watch);
     }
 
     /// Charges its bytes in memory to `account`.
@@ -543,7 +571,14 @@ impl http_body::Body for Body {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let next = ready!(self.poll_charged(context));
+        let blocked = self.block_watch.take_if(|watch| watch.is_blocked());
+        let next = match blocked {
+            Some(watch) => {
+                self.source = Source::Memory(None);
+                Some(Err(BodyError::Blocked(watch.digest)))
+            }
+            None => ready!(self.poll_charged(context)),
+        };
         let Self { source, record, .. } = &mut *self;
         if let Some(record) = record {
             match &next {

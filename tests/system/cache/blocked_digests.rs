@@ -285,6 +285,33 @@ async fn block_during_fetch_denies_its_response() {
 }
 
 #[tokio::test]
+async fn block_breaks_off_responses_under_way() {
+    const LAYER: usize = 2 * 1024 * 1024;
+    let upstream = Upstream::start().await;
+    let image = upstream.push(DEMO, "latest", Image::of_noise(1, LAYER));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.manifest(DEMO, "latest").await.is_image(&image);
+    let layer = image.layer(0);
+    let gate = upstream.holds_blob(&layer.digest, LAYER / 2);
+    let mut leader = proxy.blob(DEMO, &layer.digest).stream().await;
+    gate.reached().await;
+    let mut follower = proxy.blob(DEMO, &layer.digest).stream().await;
+    for reader in [&mut leader, &mut follower] {
+        assert_eq!(reader.read(LAYER / 4).await, layer.bytes[..LAYER / 4]);
+    }
+    block(&proxy, &layer.digest).await;
+    gate.release();
+    for reader in [&mut leader, &mut follower] {
+        let received = reader.rest().await.unwrap_err();
+        assert!(received.len() < LAYER * 3 / 4, "{}", received.len());
+    }
+    proxy.program().says("was blocked while it was sent").await;
+    is_blocked(&proxy.blob(DEMO, &layer.digest).await, &layer.digest);
+    unblock(&proxy, &layer.digest).await;
+    proxy.pull(DEMO, "latest", &image).await;
+}
+
+#[tokio::test]
 async fn block_is_not_shown_to_clients_without_a_grant() {
     const APP: &str = "acme/app";
     let upstream = Upstream::start().await;
