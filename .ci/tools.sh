@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# Sourced by .ci/run, tests/clients/run and benches/run: brings the Debian programs a script needs.
+# Sourced by .ci/run, tests/clients/run and benches/run: installs the Debian programs that a script needs.
 
-# dockerd and nginx live where an ordinary user's PATH does not look.
+# dockerd and nginx are outside of an ordinary user's PATH.
 export PATH=$PATH:/usr/sbin:/sbin
 
-# needs PROGRAM=PACKAGE…  Installs the packages of the programs that are absent. Answers 0 when all are there.
-# Where they cannot be had it fails the run in CI (CI=true), and elsewhere says loudly what is skipped and answers 1.
+# needs PROGRAM=PACKAGE…  Installs the packages of missing programs. Returns 0 if all are installed.
+# If they cannot be installed, the run fails in CI (CI=true); elsewhere a warning lists what is skipped, and it returns 1.
 needs() {
   local pair missing=()
   for pair in "$@"; do
@@ -24,14 +24,14 @@ needs() {
   fi
   {
     echo "=================================================================="
-    echo "SKIPPED: ${0} needs packages that are not here: ${missing[*]}"
+    echo "SKIPPED: ${0} needs missing packages: ${missing[*]}"
     echo "         As root on Debian it installs them itself."
     echo "=================================================================="
   } >&2
   return 1
 }
 
-# A daemon that a package would start at once is not ours to start: invoke-rc.d obeys RUNLEVEL=1.
+# With RUNLEVEL=1, invoke-rc.d does not start the daemons of the packages.
 install_packages() {
   export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1
   apt-get install -y -qq --no-install-recommends "$@" >/dev/null 2>&1 && return 0

@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# Sourced by ./run, after servers.sh and images.sh: images carried in files, between ifnewer and skopeo, in both directions.
+# Sourced by ./run, after servers.sh and images.sh: image archives between ifnewer and skopeo, in both directions.
 
 all_of_archives() {
   [[ -z ${DIRECT:-} ]] || return 0
-  scenario "archives: skopeo reads what ifnewer exports" skopeo_reads_an_export
-  scenario "archives: ifnewer imports what skopeo wrote, and serves it with the registry dead" an_import_from_skopeo_is_served
+  scenario "archives: skopeo reads an export" skopeo_reads_an_export
+  scenario "archives: an archive of skopeo is imported, and served while the registry is down" an_import_from_skopeo_is_served
 }
 
 archives_start() {
-  door=plain
+  transport=plain
   fresh_mirror
 }
 
@@ -21,19 +21,19 @@ skopeo_reads_an_export() {
   operated export multi:latest -o "$archive"
   expect "the digest that skopeo sees" "$(registry_digest)" \
     "sha256:$(skopeo inspect --raw "oci-archive:$archive" | sha256sum | cut -d' ' -f1)"
-  # All of it is there and right: skopeo verifies what it copies.
+  # skopeo verifies all content that it copies.
   skopeo --insecure-policy copy -q --all "oci-archive:$archive" "dir:$scratch/exported"
-  # As a folder too.
+  # Also as a folder.
   operated export multi:latest -o "$scratch/exported-layout"
   skopeo --insecure-policy copy -q --all "oci:$scratch/exported-layout" "dir:$scratch/exported-again"
   diff -r "$scratch/exported" "$scratch/exported-again"
-  # Compressed, or in docker's old format, it says what to do.
+  # For a compressed archive or docker's old format, the error states the remedy.
   gzip -kf "$archive"
-  if operated import "$archive.gz" 2>"$scratch/said"; then fail "a compressed archive was taken"; fi
+  if operated import "$archive.gz" 2>"$scratch/said"; then fail "a compressed archive was accepted"; fi
   grep -q 'an uncompressed tar is expected' "$scratch/said"
   skopeo --insecure-policy copy -q --override-os linux --override-arch amd64 "oci-archive:$archive" \
     "docker-archive:$scratch/old.tar:multi:latest"
-  if operated import "$scratch/old.tar" 2>"$scratch/said"; then fail "an old archive was taken"; fi
+  if operated import "$scratch/old.tar" 2>"$scratch/said"; then fail "an old archive was accepted"; fi
   grep -q 'docker-archive:FILE oci-archive:OUT' "$scratch/said"
 }
 
@@ -44,8 +44,8 @@ an_import_from_skopeo_is_served() {
   skopeo copy -q --insecure-policy --all --src-tls-verify=false "docker://$(upstream_address)/library/multi:latest" \
     "oci-archive:$archive:multi:latest"
   stop upstream
-  # Its name there says nothing of where it is from.
-  if operated import "$archive" 2>"$scratch/said"; then fail "a name without a registry was taken"; fi
+  # The name in the archive has no registry.
+  if operated import "$archive" 2>"$scratch/said"; then fail "a name without a registry was accepted"; fi
   grep -q -- '--as' "$scratch/said"
   operated import --public --as multi:latest "$archive"
   rm -rf "$copied"

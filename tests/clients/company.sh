@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by ./run: a company's registry, which ifnewer knows as registry.test: TLS by the company's own authority, a
-# login for everything, deletion allowed. Its users are bob, who may read it, and eve, who may not.
+# Sourced by ./run: a private registry, configured as registry.test: TLS with a private CA, authentication for every
+# request, deletion allowed. Its users are bob, who may read it, and eve, who may not.
 
 company=$scratch/company
 
@@ -19,7 +19,7 @@ make_company() {
   bob_may_read
 }
 
-# An address that clients do not take for their own machine, or 127.0.0.1 where there is none.
+# A non-loopback address of this machine, or 127.0.0.1 if there is none.
 address_of_this_machine() {
   hostname -I 2>/dev/null | tr ' ' '\n' | grep -m1 -E '^[0-9.]+$' || echo 127.0.0.1
 }
@@ -44,7 +44,7 @@ EOF
   start_docker_registry registry "$company/registry.yml"
 }
 
-# What ifnewer is told of it.
+# Its section in ifnewer's configuration.
 configure_company() {
   cat >"$state/upstreams.toml" <<EOF
 [upstream."registry.test"]
@@ -63,7 +63,7 @@ port_of() {
   echo "${address##*:}"
 }
 
-# push_to_company IMAGE REPOSITORY:TAG: past the cache.
+# push_to_company IMAGE REPOSITORY:TAG: without the cache.
 push_to_company() {
   skopeo copy -q --insecure-policy --dest-cert-dir "$company/trust" --dest-creds bob:bobs-password \
     "oci:$layout:$1" "docker://localhost:$(port_of registry)/$2"

@@ -31,7 +31,7 @@ cri_starts() { start_containerd; }
 cri_stops() { stop containerd KILL; }
 cri_can_choose() { false; }
 
-# What the kubelet calls, without the kubelet: gRPC is one HTTP/2 request, its reply's trailer says how it went. The
+# The kubelet's call without the kubelet: gRPC is one HTTP/2 request, and the trailer of the response has the result. The
 # message is PullImageRequest{image: ImageSpec{image: REF}}, three nested lengths under 128, hence one byte each.
 cri_pulls() {
   local ref=$1 name
@@ -50,7 +50,7 @@ cri_says() { runs_in_containerd k8s.io "$1"; }
 cri_has() { has_architecture k8s.io "$1"; }
 cri_forgets() { forget_namespace k8s.io; }
 
-# The reply tells of the last place tried; what the mirror said before that is in the daemon's log.
+# The response has the error of the last host tried. The mirror's error is in the daemon's log.
 cri_was_told() { cat "$scratch/cri-said" "$logs/containerd.err"; }
 
 # --- both ------------------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ runs_in_containerd() {
   ctr_ --namespace "$1" run --rm --snapshotter native "$2" "says-$RANDOM" 2>&1
 }
 
-# The index names both: that the other machine's configuration is held shows which one was pulled.
+# The index lists both platforms: the cached configuration shows which one was pulled.
 has_architecture() {
   local config
   config=$(ctr_ --namespace "$1" content get "$(digest_at_upstream library/multi "$2")" | jq -r .config.digest)
@@ -75,7 +75,7 @@ forget_namespace() {
     images rm --sync >/dev/null
 }
 
-# A daemon of our own: data, state, sockets and configuration are all below the scratch folder.
+# A private daemon: data, state, sockets and configuration are below the scratch folder.
 start_containerd() {
   local at=$scratch/containerd
   stop containerd KILL
@@ -109,12 +109,12 @@ EOF
   wait_for containerd 60 grep -q 'containerd successfully booted' "$logs/containerd.err"
 }
 
-# docker.io by a folder of its own; every other registry by the default one, where `?ns=` says which is meant.
-# Through the proxy a registry is asked by its own name.
+# docker.io has its own folder. Every other registry uses the default one, where `?ns=` names it. Through the proxy, a
+# registry is requested by its own name.
 write_hosts() {
   local ca registry
   mkdir -p "$1"
-  [[ $door != proxy ]] || return 0
+  [[ $transport != proxy ]] || return 0
   ca=$(trusted)
   for registry in docker.io _default; do
     mkdir -p "$1/$registry"

@@ -1,5 +1,5 @@
-//! A registry that breaks off: passes every request on to UPSTREAM, and of each blob's body at most BYTES_MAX bytes,
-//! then closes. `Range` goes through, so a client that resumes gets everything in the end. One line per reply:
+//! Interrupted registry: forwards every request to UPSTREAM, sends at most BYTES_MAX bytes of each blob's body, then
+//! closes. `Range` is forwarded, so a client that resumes gets everything in the end. One line per response:
 //! `passed BYTES of GET /v2/… HTTP/1.1`, or `cut after BYTES …`. One connection carries one request.
 //!
 //! cutting UPSTREAM BYTES_MAX
@@ -48,7 +48,7 @@ fn pass_on(mut client: &TcpStream, upstream: &str, bytes_max: u64) -> io::Result
     Ok(())
 }
 
-/// The head up to and with its empty line, `Connection` replaced by "close": the end of a body is the end of the stream.
+/// The header with its empty line, with `Connection: close`, so that the end of the body is the end of the stream.
 fn head_without_connection(from: &mut impl BufRead) -> io::Result<String> {
     let mut head = String::new();
     loop {

@@ -8,31 +8,31 @@ all_of_dockerd() {
 }
 
 dockerd_scenarios() {
-  door=$1
-  scenario "dockerd, $door: a fresh cache and a fresh daemon start" everything_is_fresh
-  scenario "dockerd, $door: cold pull, and it runs" cold_pull
-  scenario "dockerd, $door: unchanged pull is one HEAD and no bytes" unchanged_pull
-  scenario "dockerd, $door: moved tag brings the new bytes" moved_tag
-  scenario "dockerd, $door: fourteen layers" many_layers
-  scenario "dockerd, $door: multi-arch index, this machine's image" multi_arch
-  scenario "dockerd, $door: multi-arch index, the other image" multi_arch_other
-  scenario "dockerd, $door: by digest" by_digest
-  scenario "dockerd, $door: 300 MiB" big_image
-  scenario "dockerd, $door: 300 MiB again costs the upstream nothing" big_image_again
-  scenario "dockerd, $door: a tag that does not exist is refused" absent_tag
+  transport=$1
+  scenario "dockerd, $transport: a fresh cache and a fresh daemon start" everything_is_fresh
+  scenario "dockerd, $transport: cold pull, and it runs" cold_pull
+  scenario "dockerd, $transport: unchanged pull is one HEAD and no bytes" unchanged_pull
+  scenario "dockerd, $transport: moved tag downloads the new bytes" moved_tag
+  scenario "dockerd, $transport: fourteen layers" many_layers
+  scenario "dockerd, $transport: multi-arch index, this machine's image" multi_arch
+  scenario "dockerd, $transport: multi-arch index, the other image" multi_arch_other
+  scenario "dockerd, $transport: by digest" by_digest
+  scenario "dockerd, $transport: 300 MiB" big_image
+  scenario "dockerd, $transport: 300 MiB again costs the upstream nothing" big_image_again
+  scenario "dockerd, $transport: a tag that does not exist is 404" absent_tag
   [[ -z ${DIRECT:-} ]] || return 0
-  scenario "dockerd, $door: upstream cut off every $cut_bytes bytes" cut_again_and_again
-  scenario "dockerd, $door: upstream killed, everything seen still pulls" upstream_killed
-  scenario "dockerd, $door: upstream killed, a never-seen image names the cause" never_seen
-  scenario "dockerd, $door: ifnewer restarted without upstream, everything seen still pulls" restarted_without_upstream
-  scenario "dockerd, $door: upstream back, the newer tag arrives" upstream_back
+  scenario "dockerd, $transport: upstream cut off every $cut_bytes bytes" cut_again_and_again
+  scenario "dockerd, $transport: upstream killed, pulled images still pull" upstream_killed
+  scenario "dockerd, $transport: upstream killed, the error of an uncached image names the cause" never_seen
+  scenario "dockerd, $transport: ifnewer restarted without upstream, pulled images still pull" restarted_without_upstream
+  scenario "dockerd, $transport: upstream back, the newer tag arrives" upstream_back
 }
 
 everything_is_fresh() {
   stop_dockerd
   rm -rf "$scratch/dockerd"
   fresh_mirror
-  set_version demo "demo one for $door"
+  set_version demo "demo one for $transport"
   push demo library/demo:latest
   start_dockerd "$(mirror_for_dockerd)"
 }
@@ -40,13 +40,13 @@ everything_is_fresh() {
 cold_pull() {
   start_counting
   docker_ pull -q demo
-  prints demo "demo one for $door"
+  prints demo "demo one for $transport"
   expect "upstream manifest GETs" 1 "$(asked 'GET /v2/library/demo/manifests/')"
 }
 
 unchanged_pull() {
   start_counting
-  [[ $(docker_ pull demo) == *"Image is up to date"* ]] || fail "docker did not say that the image is up to date"
+  [[ $(docker_ pull demo) == *"Image is up to date"* ]] || fail "docker did not report that the image is up to date"
   expect "upstream HEADs of the tag" 1 "$(asked 'HEAD /v2/library/demo/manifests/latest ')"
   expect "upstream GETs" 0 "$(asked 'GET /v2/library')"
   forget_images
@@ -58,11 +58,11 @@ unchanged_pull() {
 }
 
 moved_tag() {
-  set_version demo "demo two for $door"
+  set_version demo "demo two for $transport"
   push demo library/demo:latest
   start_counting
   docker_ pull -q demo
-  prints demo "demo two for $door"
+  prints demo "demo two for $transport"
   (($(blob_bytes_sent) > 0)) || fail "the new layer did not come from the upstream"
   (($(blob_bytes_sent) < 100000)) || fail "more than the new layer came from the upstream: $(blob_bytes_sent) bytes"
 }
@@ -92,7 +92,7 @@ by_digest() {
   digest_at_upstream library/demo latest >"$state/demo.digest"
   image=demo@$(<"$state/demo.digest")
   docker_ pull -q "$image"
-  prints "$image" "demo two for $door"
+  prints "$image" "demo two for $transport"
 }
 
 big_image() {
@@ -114,18 +114,18 @@ absent_tag() {
   daemon_said 'manifest unknown'
 }
 
-# dockerd mirrors the Hub alone: the other registry is named in front, at the cache's own address.
+# dockerd mirrors only the Hub: the other registry is a path prefix at the cache's address.
 cut_again_and_again() {
   local image before
   image=$(<"$state/ifnewer.plain")/cut.example/library/broken
   before=$(cuts library/broken)
   docker_ pull -q "$image"
   prints "$image" "broken off again and again"
-  (($(cuts library/broken) - before >= broken_bytes / cut_bytes)) || fail "the upstream was not cut off again and again"
+  (($(cuts library/broken) - before >= broken_bytes / cut_bytes)) || fail "the upstream was not interrupted repeatedly"
 }
 
 upstream_killed() {
-  # Asked for once by tag while the upstream lived, so every one of these is held with its own name.
+  # Each was pulled by tag while the upstream was available, so each is cached under its name.
   kill_upstream
   everything_seen_pulls
 }
@@ -138,12 +138,12 @@ restarted_without_upstream() {
 
 everything_seen_pulls() {
   forget_images
-  seen_pulls demo "demo two for $door"
+  seen_pulls demo "demo two for $transport"
   seen_pulls many "many layers"
   seen_pulls multi "multi on amd64"
   seen_pulls big "three hundred mebibytes"
   forget_images
-  seen_pulls "demo@$(<"$state/demo.digest")" "demo two for $door"
+  seen_pulls "demo@$(<"$state/demo.digest")" "demo two for $transport"
 }
 
 seen_pulls() {
@@ -159,18 +159,18 @@ never_seen() {
 upstream_back() {
   local seconds=0
   start_upstream
-  set_version demo "demo three for $door"
+  set_version demo "demo three for $transport"
   push demo library/demo:latest
-  until docker_ pull -q demo && [[ $(docker_ run --rm --network none demo) == "demo three for $door" ]]; do
-    ((seconds++ < 60)) || fail "the newer tag was not seen within a minute of the upstream's return"
+  until docker_ pull -q demo && [[ $(docker_ run --rm --network none demo) == "demo three for $transport" ]]; do
+    ((seconds++ < 60)) || fail "the newer tag was not served within a minute of the upstream's return"
     sleep 1
   done
 }
 
 only_trusted_certificates() {
   [[ -z ${DIRECT:-} ]] || return 0
-  door=tls
-  scenario "dockerd, tls: a daemon that does not trust the certificate authority refuses" untrusting_daemon_refuses
+  transport=tls
+  scenario "dockerd, tls: a daemon without the CA rejects the cache" untrusting_daemon_refuses
 }
 
 untrusting_daemon_refuses() {
@@ -189,21 +189,21 @@ refused_by_docker() {
   cat "$scratch/said"
 }
 
-# daemon_said REGEX: the daemon tells its user what the *Hub* said, the last place it tried (here a dead proxy); what
-# the mirror said stands in the daemon's log.
+# daemon_said REGEX: the daemon shows its user the error of the *Hub*, the last host it tried (here a dead proxy). The
+# mirror's error is in the daemon's log.
 daemon_said() {
   tail -n "+$(($(<"$state/dockerd.said") + 1))" "$logs/dockerd.err" | grep -v proxyconnect >"$scratch/mirror-said" || true
   cat "$scratch/mirror-said"
-  grep -qiE "$1" "$scratch/mirror-said" || fail "the daemon's log does not say: $1"
+  grep -qiE "$1" "$scratch/mirror-said" || fail "the daemon's log does not contain: $1"
 }
 
 # --- the daemon --------------------------------------------------------------------------------------------------
 
-# Which of several daemons; its folder and its log have this name.
+# The current daemon: name of its folder and its log.
 daemon=dockerd
 
-# start_dockerd MIRROR [VARIABLE=VALUE…]: a daemon of our own (data, state, socket, configuration, containerd), never the
-# machine's. Without a mirror if that is empty.
+# start_dockerd MIRROR [VARIABLE=VALUE…]: a private daemon (data, state, socket, configuration, containerd), never the
+# machine's. Without a mirror if MIRROR is empty.
 start_dockerd() {
   local mirror=$1 own=$scratch/$daemon
   shift
@@ -224,7 +224,7 @@ stop_dockerd() {
   stop "$daemon"
 }
 
-# As whoever logged in with $login, a folder; else as nobody.
+# With the login in the folder $login; without one if it is empty.
 docker_() {
   DOCKER_HOST=unix://$scratch/$daemon/sock DOCKER_CONFIG=${login:-$scratch/docker-cli} timeout 300 docker "$@"
 }

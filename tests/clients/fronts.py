@@ -1,12 +1,12 @@
-"""A registry's front that is not as a registry should be.
+"""Front of a registry with faulty behaviour.
 
 fronts.py KIND REGISTRY
 
 KIND is one of
-  lying    answers HEAD of a manifest by tag with 404, and HEAD of a blob too until it was fetched in that repository
-  limited  answers more than five requests a second with 429, without Retry-After
-  portal   sends requests without bob's credential to a login page, which answers 200 with HTML whatever is asked
-  slow     has one narrow line: all replies together get so many bytes a second
+  lying    responds 404 to HEAD of a manifest by tag, and to HEAD of a blob until it was fetched in that repository
+  limited  responds 429 to more than five requests a second, without Retry-After
+  portal   redirects requests without bob's credential to a login page, which responds 200 with HTML to every request
+  slow     has little bandwidth, shared by all responses
 
 REGISTRY (host:port) is the registry behind it. Prints its address, then one line for each request:
 "METHOD PATH STATUS".
@@ -28,7 +28,7 @@ PIECE_BYTES = 8192
 lock = threading.Lock()
 fetched = set()
 recent = []
-# When the line has sent what it was given so far.
+# The time at which the line has sent all queued bytes.
 line_is_free_at = [0.0]
 
 

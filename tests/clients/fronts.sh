@@ -1,20 +1,20 @@
 # shellcheck shell=bash
-# Sourced by ./run: registries behind fronts that lie to HEAD, limit requests or send strangers to a login page; and a
-# tag that two kinds of clients pull, each with an Accept header of its own.
+# Sourced by ./run: registries behind fronts that respond wrongly to HEAD, limit requests or redirect clients without a login
+# to a login page; and a tag that two kinds of clients pull with different Accept headers.
 
 all_of_fronts() {
   [[ -z ${DIRECT:-} ]] || return 0
-  door=plain
+  transport=plain
   scenario "fronts: a fresh cache, ctr and skopeo start" fronts_are_fresh
   scenario "fronts: ctr pulls, the tag moves, skopeo pulls, outage: ctr gets the new image" newest_for_ctr
   scenario "fronts: skopeo pulls, the tag moves, ctr pulls, outage: skopeo gets the new image" newest_for_skopeo
-  scenario "fronts: HEAD lies: cold pulls of two images that share a layer" lying_cold
-  scenario "fronts: HEAD lies: a moved tag brings the new image" lying_moved
-  scenario "fronts: HEAD lies: an outage leaves both images" lying_killed
+  scenario "fronts: wrong HEAD: cold pulls of two images that share a layer" lying_cold
+  scenario "fronts: wrong HEAD: a moved tag brings the new image" lying_moved
+  scenario "fronts: wrong HEAD: an outage leaves both images" lying_killed
   scenario "fronts: five requests a second: a cold pull waits as a direct one does" limited_cold
   scenario "fronts: login page: bob pulls through the proxy" portal_for_bob
-  scenario "fronts: login page: a stranger gets nothing, by no door" portal_for_strangers
-  scenario "fronts: login page, registry killed: bob pulls, a stranger does not" portal_killed
+  scenario "fronts: login page: a client without a login gets nothing, on no route" portal_for_strangers
+  scenario "fronts: login page, registry killed: bob pulls, a client without a login does not" portal_killed
   ctr_stops
   stop_fronts
   rm -f "$state/upstreams.toml"
@@ -51,7 +51,7 @@ stop_fronts() {
 newest_for_ctr() { newest_for ctr skopeo; }
 newest_for_skopeo() { newest_for skopeo ctr; }
 
-# newest_for FIRST SECOND: FIRST pulls, the tag moves, SECOND pulls, the upstream dies: FIRST gets what SECOND got.
+# newest_for FIRST SECOND: FIRST pulls, the tag moves, SECOND pulls, the upstream is stopped: FIRST gets SECOND's image.
 newest_for() {
   local client image
   upstream_is_up
@@ -71,7 +71,7 @@ newest_for() {
   upstream_is_up
 }
 
-# --- HEAD lies ----------------------------------------------------------------------------------------------------------
+# --- wrong HEAD responses ----------------------------------------------------------------------------------------------------------
 
 lying_cold() {
   upstream_is_up
@@ -95,7 +95,7 @@ lying_killed() {
 
 # --- limited requests ---------------------------------------------------------------------------------------------------
 
-# Fourteen layers: direct clients wait a few seconds too.
+# Fourteen layers. Direct clients wait a few seconds too.
 limited_cold() {
   local began
   upstream_is_up
@@ -116,7 +116,7 @@ portal_for_bob() {
 
 portal_for_strangers() {
   strangers_get_nothing
-  # After the questions above as before them.
+  # Same result after the requests above.
   strangers_get_nothing
 }
 
@@ -134,25 +134,25 @@ strangers_get_nothing() {
   for shown in "" eve:eves-password; do
     for path in manifests/latest "manifests/$(digest_at_upstream library/other latest)" "blobs/$layer" \
       manifests/never-there "blobs/sha256:$(printf '%064d' 1)"; do
-      by_every_door_shown "library/other/$path" portal.test ${shown:+-u "$shown"} >"$scratch/statuses"
-      by_every_door_shown "library/other/$path" portal.test -I ${shown:+-u "$shown"} >>"$scratch/statuses"
-      ! grep -E ' 2[0-9][0-9]$' "$scratch/statuses" || fail "${shown:-a stranger} was given $path"
+      by_every_route_shown "library/other/$path" portal.test ${shown:+-u "$shown"} >"$scratch/statuses"
+      by_every_route_shown "library/other/$path" portal.test -I ${shown:+-u "$shown"} >>"$scratch/statuses"
+      ! grep -E ' 2[0-9][0-9]$' "$scratch/statuses" || fail "${shown:-a client without a login} was given $path"
     done
   done
 }
 
-# through_proxy USER:PASSWORD FOLDER: skopeo asks portal.test by its name.
+# through_proxy USER:PASSWORD FOLDER: skopeo requests portal.test by its name.
 through_proxy() {
   local login=(--src-no-creds)
   [[ -z $1 ]] || login=(--src-creds "$1")
   rm -rf "$2"
-  door=proxy be_cut_off
+  transport=proxy be_cut_off
   "${cut_off[@]}" "SSL_CERT_FILE=$scratch/ifnewer/certs/ca.pem" "HTTPS_PROXY=http://$(address)" \
     timeout 60 skopeo --registries-conf /dev/null --insecure-policy --override-os linux --override-arch amd64 \
     copy -q "${login[@]}" docker://portal.test/library/other:latest "dir:$2"
 }
 
-# skopeo_copies REGISTRY/REPOSITORY:TAG: by the registry's name in front of the path; the tag's image as it is upstream.
+# skopeo_copies REGISTRY/REPOSITORY:TAG: with the registry's name as path prefix. The image must match the upstream's.
 skopeo_copies() {
   local repository=${1#*/}
   be_cut_off

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by ./run: makes real images with umoci and pushes them with skopeo. Needs $scratch and `upstream_address`.
+# Sourced by ./run: creates real images with umoci and pushes them with skopeo. Needs $scratch and `upstream_address`.
 
 layout=$scratch/layout
 big_bytes=$((300 * 1024 * 1024))
@@ -22,7 +22,7 @@ make_images() {
   add_incompressible broken "$broken_bytes"
 }
 
-# make_image NAME VERSION ARCHITECTURE: /hello prints VERSION, which is a layer of its own as in a real release.
+# make_image NAME VERSION ARCHITECTURE: /hello prints VERSION, which is in a separate layer as in a real release.
 make_image() {
   umoci new --image "$layout:$1"
   umoci insert --rootless --image "$layout:$1" "$scratch/rootfs" /
@@ -49,7 +49,7 @@ add_incompressible() {
   rm "$scratch/layers/noise"
 }
 
-# layers_of IMAGE: the digests of its layers, as they were pushed.
+# layers_of IMAGE: the digests of its pushed layers.
 layers_of() {
   local manifest
   manifest=$(jq -r --arg name "$1" \

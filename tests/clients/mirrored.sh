@@ -1,43 +1,43 @@
 # shellcheck shell=bash
-# Sourced by ./run: the scenarios of every client that takes ifnewer as a mirror of several registries, and so asks for
-# images by their own names: docker.io/library/demo:latest. A client is these functions, NAME_…:
+# Sourced by ./run: the scenarios of every client that uses ifnewer as a mirror of several registries, with unchanged image
+# names: docker.io/library/demo:latest. A client is a set of functions NAME_…:
 #
-#   starts            from nothing, configured for $door; a second call forgets everything
-#   pulls REF [ARCH]  fails when the pull fails
-#   digest REF        the digest under which it holds REF
-#   says REF          what the image prints, or its /version for a client that cannot run it
-#   has ARCH          fails when what was pulled of library/multi is not for ARCH
-#   forgets           every image
-#   was_told          what it wrote about a failed pull, its own registry's word left out
-#   can_choose        succeeds if it can pull another machine's image
+#   starts            without data, configured for $transport; a second call deletes everything
+#   pulls REF [ARCH]  fails if the pull fails
+#   digest REF        the digest of REF in its store
+#   says REF          the output of the image, or its /version for a client that cannot run it
+#   has ARCH          fails if the pulled image of library/multi is not for ARCH
+#   forgets           deletes every image
+#   was_told          its error of a failed pull, without that of the registry itself
+#   can_choose        succeeds if it can pull an image for another platform
 
 mirrored() {
   client=$1
-  for door in plain tls; do
+  for transport in plain tls; do
     mirrored_scenarios
   done
   "${client}_stops"
 }
 
 mirrored_scenarios() {
-  local at="$client, $door"
+  local at="$client, $transport"
   scenario "$at: a fresh cache and a fresh client start" fresh_cache_and_client
   scenario "$at: cold pull, and it runs" cold
   scenario "$at: unchanged pull is one HEAD and no bytes" unchanged
-  scenario "$at: moved tag brings the new bytes" moved
+  scenario "$at: moved tag downloads the new bytes" moved
   scenario "$at: multi-arch index, this machine's image" multi
   if "${client}_can_choose"; then scenario "$at: multi-arch index, the other image" multi_other; fi
-  scenario "$at: by digest, held and cold" by_digests
-  scenario "$at: a tag that does not exist is refused" absent
+  scenario "$at: by digest, cached and cold" by_digests
+  scenario "$at: a tag that does not exist is 404" absent
   [[ -z ${DIRECT:-} ]] || return 0
   scenario "$at: upstream cut off every $cut_bytes bytes" cut_off_every
-  scenario "$at: upstream killed, everything seen still pulls" killed
-  scenario "$at: upstream killed, a never-seen image names the cause" killed_never_seen
+  scenario "$at: upstream killed, pulled images still pull" killed
+  scenario "$at: upstream killed, the error of an uncached image names the cause" killed_never_seen
 }
 
 fresh_cache_and_client() {
   fresh_mirror
-  set_version demo "demo one for $client by $door"
+  set_version demo "demo one for $client by $transport"
   push demo library/demo:latest
   "${client}_starts"
 }
@@ -45,7 +45,7 @@ fresh_cache_and_client() {
 cold() {
   start_counting
   "${client}_pulls" "$demo"
-  says "$demo" "demo one for $client by $door"
+  says "$demo" "demo one for $client by $transport"
   is_as_at_upstream "$demo" library/demo
   expect "upstream manifest GETs" 1 "$(asked 'GET /v2/library/demo/manifests/')"
   expect "blobs fetched twice" "" "$(fetched_twice)"
@@ -66,11 +66,11 @@ unchanged_costs_one_head() {
 }
 
 moved() {
-  set_version demo "demo two for $client by $door"
+  set_version demo "demo two for $client by $transport"
   push demo library/demo:latest
   start_counting
   "${client}_pulls" "$demo"
-  says "$demo" "demo two for $client by $door"
+  says "$demo" "demo two for $client by $transport"
   is_as_at_upstream "$demo" library/demo
   [[ -z ${DIRECT:-} ]] || return 0
   (($(blob_bytes_sent) > 0)) || fail "the new layer did not come from the upstream"
@@ -98,7 +98,7 @@ by_digests() {
   "${client}_forgets"
   start_counting
   "${client}_pulls" "$held"
-  says "$held" "demo two for $client by $door"
+  says "$held" "demo two for $client by $transport"
   [[ -n ${DIRECT:-} ]] || expect "upstream GETs for what is held" 0 "$(asked 'GET /v2/library')"
   "${client}_pulls" "$cold"
   says "$cold" "other one"
@@ -106,9 +106,9 @@ by_digests() {
 }
 
 absent() {
-  if "${client}_pulls" docker.io/library/demo:never-pushed; then fail "$client pulled a tag that nobody has"; fi
+  if "${client}_pulls" docker.io/library/demo:never-pushed; then fail "$client pulled a tag that does not exist"; fi
   "${client}_was_told" | tee "$scratch/told"
-  grep -qiE 'manifest unknown|not ?found' "$scratch/told" || fail "$client was not told that there is no such image"
+  grep -qiE 'manifest unknown|not ?found' "$scratch/told" || fail "$client did not report that the image does not exist"
 }
 
 cut_off_every() {
@@ -119,7 +119,7 @@ cut_off_every() {
   "${client}_pulls" "$broken"
   says "$broken" "broken off again and again"
   is_as_at_upstream "$broken" library/broken
-  (($(cuts library/broken) - before >= broken_bytes / cut_bytes)) || fail "the upstream was not cut off again and again"
+  (($(cuts library/broken) - before >= broken_bytes / cut_bytes)) || fail "the upstream was not interrupted repeatedly"
   expect "bytes the upstream sent of the broken layer" "$(layer_bytes "$layer")" \
     "$(($(bytes_through_the_cuts library/broken "$layer") - bytes))"
 }
@@ -129,7 +129,7 @@ killed() {
   kill_upstream
   "${client}_forgets"
   "${client}_pulls" "$demo"
-  says "$demo" "demo two for $client by $door"
+  says "$demo" "demo two for $client by $transport"
   "${client}_pulls" "$multi"
   says "$multi" "multi on amd64"
   "${client}_pulls" "$broken"
@@ -141,10 +141,10 @@ killed() {
 }
 
 killed_never_seen() {
-  if "${client}_pulls" docker.io/library/demo:not-seen-before; then fail "$client pulled an image that nobody has"; fi
+  if "${client}_pulls" docker.io/library/demo:not-seen-before; then fail "$client pulled an image that does not exist"; fi
   "${client}_was_told" | tee "$scratch/told"
-  grep -q 'docker\.io' "$scratch/told" || fail "what $client was told does not name the upstream"
-  grep -qiE "$upstream_cause" "$scratch/told" || fail "what $client was told does not name the cause"
+  grep -q 'docker\.io' "$scratch/told" || fail "the error of $client does not name the upstream"
+  grep -qiE "$upstream_cause" "$scratch/told" || fail "the error of $client does not name the cause"
 }
 
 demo=docker.io/library/demo:latest

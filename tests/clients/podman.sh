@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by ./run: podman with a store of its own and a mirror in registries.conf.
+# Sourced by ./run: podman with a private store and a mirror in registries.conf.
 
 podman_starts() {
   podman_stops
@@ -21,7 +21,7 @@ podman_pulls() {
 
 podman_digest() { podman_ image inspect --format '{{.Digest}}' "$1"; }
 
-# Rootless or not, a limit above the machine's own cannot be set.
+# A limit above the machine's cannot be set, with or without root.
 podman_says() {
   podman_ run --rm --pull never --network none --ulimit nofile=1024:1024 --ulimit nproc=1024:1024 "$1" 2>&1
 }

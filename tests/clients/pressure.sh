@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by ./run: many clients at once and a registry behind a narrow line. They are compared with the same clients
-# that ask the registry itself.
+# Sourced by ./run: many concurrent clients and a registry with little bandwidth, compared with the same clients without the
+# cache.
 
 slow_images=12
 slow_layers=4
@@ -9,8 +9,8 @@ docker_images=10
 
 all_of_pressure() {
   [[ -z ${DIRECT:-} ]] || return 0
-  door=plain
-  scenario "pressure: $slow_images images of $slow_layers layers, a registry with a narrow line" slow_registry_starts
+  transport=plain
+  scenario "pressure: $slow_images images of $slow_layers layers, a registry with little bandwidth" slow_registry_starts
   scenario "pressure: $slow_images skopeo copies at once, directly" skopeo_copies_directly
   scenario "pressure: $slow_images skopeo copies at once, through the cache" skopeo_copies_through
   scenario "pressure: two dockerd with $docker_images images each at once, directly" dockerd_pulls_directly
@@ -36,7 +36,7 @@ slow_registry_starts() {
   start slow python3 "$here/fronts.py" slow "$(upstream_address)"
   wait_for slow 20 grep -q 'listening on ' "$logs/slow.out"
   sed -n 's/^listening on //p' "$logs/slow.out" >"$state/slow.address"
-  # A transfer takes longer than a response may be awaited, so whatever takes waiting for a place for a silence fails.
+  # A download takes longer than `first_byte_timeout`, so queueing that counts as unavailability fails.
   printf 'url = "http://%s"\nfirst_byte_timeout = "3s"\n' "$(<"$state/slow.address")" >"$state/hub.toml"
 }
 
@@ -49,7 +49,7 @@ as_quick_as_directly() {
   ((through * 10 <= direct * 11)) || fail "$1: $through ms through the cache, $direct ms directly"
 }
 
-# timed NAME COMMAND…: notes how many milliseconds it takes.
+# timed NAME COMMAND…: records its milliseconds.
 timed() {
   local name=$1 began=${EPOCHREALTIME/[.,]/}
   shift
@@ -57,7 +57,7 @@ timed() {
   echo $(((${EPOCHREALTIME/[.,]/} - began) / 1000)) >"$state/$name.ms"
 }
 
-# all_end_well PID…: how many did not.
+# all_end_well PID…: fails if one of them failed.
 all_end_well() {
   local pid bad=0
   for pid in "$@"; do wait "$pid" || bad=$((bad + 1)); done
@@ -76,8 +76,8 @@ skopeo_copies_through() {
   as_quick_as_directly skopeo
 }
 
-# skopeo_copies_all REGISTRY: all images at once, each by a skopeo of its own. Into an OCI layout it fetches all layers of
-# an image at once, into a folder it does not.
+# skopeo_copies_all REGISTRY: all images at once, each by a separate skopeo. For an OCI layout skopeo fetches all layers of
+# an image at once, for a folder it does not.
 skopeo_copies_all() {
   local n pids=()
   rm -rf "$scratch/copied"

@@ -1,22 +1,22 @@
 # shellcheck shell=bash
-# Sourced by ./run: who may read what in a company's registry, asked by real clients under the registry's own name.
+# Sourced by ./run: authorization in a private registry, requested by real clients under the registry's own name.
 
 all_of_private() {
   [[ -z ${DIRECT:-} ]] || return 0
-  door=proxy
-  scenario "private: the company's registry, a fresh cache and a fresh daemon start" private_is_fresh
-  scenario "private: who has not logged in is refused" nobody_is_refused
+  transport=proxy
+  scenario "private: the private registry, a fresh cache and a fresh daemon start" private_is_fresh
+  scenario "private: a client without a login is denied" nobody_is_refused
   scenario "private: docker login as bob, pull, and it runs" bob_pulls
   scenario "private: bob's unchanged pull is one HEAD and no bytes" bob_pulls_again
-  scenario "private: eve's login is refused, her daemon and her curl get nothing by any door" eve_gets_nothing
-  scenario "private: containerd as bob by ?ns= and by the name in front" bob_by_mirror
+  scenario "private: eve's login fails, her daemon and her curl get nothing on any route" eve_gets_nothing
+  scenario "private: containerd as bob by ?ns= and by path prefix" bob_by_mirror
   scenario "private: podman and skopeo log in as bob and pull through the proxy" bob_by_podman
-  scenario "private: docker push through the proxy, seen at once by every door" pushed
-  scenario "private: skopeo copy through the proxy, seen at once" copied
+  scenario "private: docker push through the proxy, visible at once on every route" pushed
+  scenario "private: skopeo copy through the proxy, visible at once" copied
   scenario "private: skopeo delete through the proxy, gone at once" deleted
-  scenario "private: registry killed: bob pulls, eve and a stranger do not" bob_pulls_alone
+  scenario "private: registry killed: bob pulls, eve and a client without a login do not" bob_pulls_alone
   scenario "private: the cache restarted without the registry: the same" bob_pulls_alone_after_restart
-  scenario "private: registry back, bob's right revoked: denied at the first answer" bob_is_revoked
+  scenario "private: registry back, bob's grant revoked: denied at the first response" bob_is_revoked
   scenario "private: registry killed again: bob stays denied" bob_stays_denied
   stop registry
   all_of_tokens
@@ -34,7 +34,7 @@ private_is_fresh() {
   push_to_company other private/other:latest
   fresh_mirror
   start_dockerd ""
-  # Eve's login never succeeds; she shows her password all the same.
+  # Eve's login always fails. Her clients send her password anyway.
   mkdir -p "$scratch/login-eve"
   jq -n --arg auth "$(printf 'eve:eves-password' | base64)" '{auths: {"registry.test": {auth: $auth}}}' \
     >"$scratch/login-eve/config.json"
@@ -42,12 +42,12 @@ private_is_fresh() {
 
 private=registry.test/private/demo
 
-# How docker words a refusal; while the registry cannot be asked about a credential, the cause is told instead.
+# Docker's texts for a denial. While the registry is unavailable, its error has the cause instead.
 denied='unauthorized|no basic auth|denied'
 
 nobody_is_refused() {
   refused_as "$scratch/docker-cli" "$private" "$denied"
-  # What sends a client for a login is the registry's own word.
+  # The challenge is the registry's own.
   diff <(challenge_of -x "http://$(address)" --cacert "$scratch/ifnewer/certs/ca.pem" https://registry.test/v2/) \
     <(challenge_of --cacert "$company/ca.pem" "https://localhost:$(port_of registry)/v2/") ||
     fail "the challenge is not the registry's"
@@ -87,30 +87,30 @@ eve_gets_nothing() {
   nothing_for :
 }
 
-# nothing_for USER:PASSWORD: 401 or 403 for the tag, the manifest and a layer, by every door; while the registry is down
-# also 502, as for what never was.
+# nothing_for USER:PASSWORD: 401 or 403 for the tag, the manifest and a layer, on every route. While the registry is down
+# also 502, as for unknown content.
 nothing_for() {
   local path refusal='401|403'
   [[ -e $state/registry.pid ]] || refusal='401|403|502'
   for path in manifests/latest "manifests/$(<"$state/private.digest")" "blobs/$(layers_of demo | head -n 1)"; do
-    by_every_door "$1" "private/demo/$path" >"$scratch/statuses"
+    by_every_route "$1" "private/demo/$path" >"$scratch/statuses"
     grep -qvE " ($refusal)$" "$scratch/statuses" || continue
     cat "$scratch/statuses"
-    fail "$1 was not refused $path"
+    fail "$1 was not denied $path"
   done
-  expect "statuses of what is not there" "$(by_every_door "$1" private/demo/manifests/latest)" \
-    "$(by_every_door "$1" private/never-there/manifests/latest)"
+  expect "statuses of what is not there" "$(by_every_route "$1" private/demo/manifests/latest)" \
+    "$(by_every_route "$1" private/never-there/manifests/latest)"
 }
 
-# by_every_door USER:PASSWORD PATH: a line "DOOR STATUS" for each, in the company's registry; ":" is nobody.
-by_every_door() {
+# by_every_route USER:PASSWORD PATH: a line "ROUTE STATUS" for each, in the private registry; ":" sends no credential.
+by_every_route() {
   local user=(-u "$1")
   [[ $1 != : ]] || user=()
-  by_every_door_shown "$2" registry.test "${user[@]}"
+  by_every_route_shown "$2" registry.test "${user[@]}"
 }
 
-# by_every_door_shown PATH REGISTRY [CURL'S OPTIONS…]
-by_every_door_shown() {
+# by_every_route_shown PATH REGISTRY [CURL'S OPTIONS…]
+by_every_route_shown() {
   local path=$1 registry=$2 plain
   plain=http://$(address)/v2
   shift 2
@@ -124,7 +124,7 @@ status_of() {
     -H "Accept: $docker_type" "$@"
 }
 
-# digest_in_company REPOSITORY TAG: past the cache.
+# digest_in_company REPOSITORY TAG: without the cache.
 digest_in_company() {
   header_of "$(curl -sSfI -u bob:bobs-password --cacert "$company/ca.pem" -H "Accept: $manifest_type" \
     -H "Accept: $docker_type" "https://localhost:$(port_of registry)/v2/$1/manifests/$2" | tr -d '\r')" docker-content-digest
@@ -135,20 +135,20 @@ refused_as() {
   login=$1
   if docker_ pull "$2" >"$scratch/said" 2>&1; then fail "docker pulled $2"; fi
   cat "$scratch/said"
-  grep -qiE "$3" "$scratch/said" || fail "what docker said does not match: $3"
+  grep -qiE "$3" "$scratch/said" || fail "docker's error does not match: $3"
 }
 
-# containerd brings its login where it is asked for one, so bob needs no proxy. Docker and podman do not: for them a
-# registry is what answers /v2/, and ours there asks for nothing.
+# containerd sends its login after a challenge, so bob needs no proxy. Docker and podman do not: they decide by the
+# response to /v2/, and the mirror's has no challenge.
 bob_by_mirror() {
   local at
-  door=plain
+  transport=plain
   start_containerd
   ctr_pulls_as eve:eves-password "$private:latest" && fail "containerd pulled for eve"
   ctr_pulls_as bob:bobs-password "$private:latest"
   expect "digest" "$(digest_in_company private/demo latest)" "$(ctr_digest "$private:latest")"
   at=$(address)/$private:latest
-  ctr_pulls_as eve:eves-password "$at" --plain-http && fail "containerd pulled for eve by the name in front"
+  ctr_pulls_as eve:eves-password "$at" --plain-http && fail "containerd pulled for eve with a path prefix"
   ctr_pulls_as bob:bobs-password "$at" --plain-http
   expect "digest" "$(digest_in_company private/demo latest)" "$(ctr_digest "$at")"
   ctr_stops
@@ -185,7 +185,7 @@ skopeo_as_bob() {
   "${cut_off[@]}" timeout 120 skopeo --insecure-policy "$@"
 }
 
-# In these repositories tags are served for an hour without asking: only what passed through the cache is seen at once.
+# In these repositories `max_age` is one hour: only changes through the cache are visible at once.
 pushed() {
   login=$scratch/login-bob
   pushed=registry.test/private/pushed:latest
@@ -193,17 +193,17 @@ pushed() {
   docker_ pull -q registry.test/private/other
   docker_ tag "$private" "$pushed"
   docker_ push -q "$pushed"
-  every_door_has pushed/manifests/latest "$(digest_in_company private/pushed latest)"
-  # Layers that docker has already are not asked for, and an image that is not cached whole is asked about each time.
+  every_route_has pushed/manifests/latest "$(digest_in_company private/pushed latest)"
+  # Docker does not request layers that it has, and a tag with an incomplete image is revalidated each time.
   forget_images
   docker_ pull -q "$pushed"
   start_counting registry
-  every_door_has pushed/manifests/latest "$(digest_in_cache private/pushed latest)"
+  every_route_has pushed/manifests/latest "$(digest_in_cache private/pushed latest)"
   expect "questions while the tag is fresh" 0 "$(asked '[A-Z]* /v2/private/pushed/')"
   docker_ pull -q registry.test/private/other
   docker_ tag registry.test/private/other "$pushed"
   docker_ push -q "$pushed"
-  every_door_has pushed/manifests/latest "$(digest_in_company private/pushed latest)"
+  every_route_has pushed/manifests/latest "$(digest_in_company private/pushed latest)"
   forget_images
   docker_ pull -q "$pushed"
   prints "$pushed" "other one"
@@ -211,9 +211,9 @@ pushed() {
 
 copied() {
   skopeo_as_bob copy "oci:$layout:demo" docker://registry.test/private/pushed:copied
-  every_door_has pushed/manifests/copied "$(digest_in_company private/pushed copied)"
+  every_route_has pushed/manifests/copied "$(digest_in_company private/pushed copied)"
   skopeo_as_bob copy "oci:$layout:many" docker://registry.test/private/pushed:copied
-  every_door_has pushed/manifests/copied "$(digest_in_company private/pushed copied)"
+  every_route_has pushed/manifests/copied "$(digest_in_company private/pushed copied)"
 }
 
 deleted() {
@@ -221,13 +221,13 @@ deleted() {
   digest=$(digest_in_company private/pushed copied)
   skopeo_as_bob delete docker://registry.test/private/pushed:copied
   for path in copied "$digest"; do
-    by_every_door bob:bobs-password "private/pushed/manifests/$path" >"$scratch/statuses"
+    by_every_route bob:bobs-password "private/pushed/manifests/$path" >"$scratch/statuses"
     expect "statuses of $path" "proxy 404 ns 404 prefix 404" "$(xargs <"$scratch/statuses")"
   done
 }
 
-# every_door_has PATH DIGEST: below private/, for bob.
-every_door_has() {
+# every_route_has PATH DIGEST: below private/, as bob.
+every_route_has() {
   local plain
   plain=http://$(address)/v2
   expect "digest by the proxy" "$2" "$(digest_for_bob -x "http://$(address)" \
@@ -287,12 +287,12 @@ bob_is_revoked() {
   nothing_for bob:bobs-password
 }
 
-# is_heard_soon REGISTRY: until the cache has seen that it is back, which a stranger's question finds out as well.
+# is_heard_soon REGISTRY: until the cache has noticed that it is available. A request without a login suffices.
 is_heard_soon() {
   local tries=0
   until is_heard "$1"; do
     ((tries++ < 120)) || fail "the registry's return was not noticed within a minute"
-    by_every_door_shown private/demo/manifests/latest "$1" >/dev/null
+    by_every_route_shown private/demo/manifests/latest "$1" >/dev/null
     sleep 0.5
   done
 }

@@ -1,27 +1,27 @@
 # shellcheck shell=bash
-# Sourced by ./run: every client through HTTPS_PROXY, knowing no mirror: each asks the registry by its own name and trusts
-# ifnewer's authority. Then containerd with one host for all registries.
+# Sourced by ./run: every client through HTTPS_PROXY, without a mirror: each requests the registry by its own name and trusts
+# ifnewer's CA. Then containerd with one host for all registries.
 
 all_of_proxied() {
   [[ -z ${DIRECT:-} ]] || return 0
   local client
-  door=proxy
+  transport=proxy
   scenario "dockerd, proxy: a fresh cache and a fresh daemon start" proxied_is_fresh
   scenario "dockerd, proxy: cold pull, and it runs" cold_pull
   scenario "dockerd, proxy: unchanged pull is one HEAD and no bytes" unchanged_pull
-  scenario "dockerd, proxy: moved tag brings the new bytes" moved_tag
+  scenario "dockerd, proxy: moved tag downloads the new bytes" moved_tag
   scenario "dockerd, proxy: multi-arch index, this machine's image" multi_arch
   scenario "dockerd, proxy: by digest" by_digest
-  scenario "dockerd, proxy: a registry that nobody configured is out of reach" unknown_registry
+  scenario "dockerd, proxy: an unconfigured registry is not reachable" unknown_registry
   scenario "dockerd, proxy: upstream cut off every $cut_bytes bytes" proxied_cut_off
-  scenario "dockerd, proxy: upstream killed, everything seen still pulls" proxied_killed
-  scenario "dockerd, proxy: upstream killed, a never-seen image names the cause" proxied_never_seen
+  scenario "dockerd, proxy: upstream killed, pulled images still pull" proxied_killed
+  scenario "dockerd, proxy: upstream killed, the error of an uncached image names the cause" proxied_never_seen
   stop_dockerd
   for client in ctr cri podman skopeo; do
     mirrored_scenarios
     "${client}_stops"
   done
-  door=plain
+  transport=plain
   scenario "containerd, one host for all: two registries by ?ns=, then without them" by_default_host
 }
 
@@ -29,7 +29,7 @@ proxied_is_fresh() {
   stop_dockerd
   rm -rf "$scratch/dockerd"
   fresh_mirror
-  set_version demo "demo one for $door"
+  set_version demo "demo one for $transport"
   push demo library/demo:latest
   start_dockerd ""
 }
@@ -39,33 +39,33 @@ proxied_cut_off() {
   before=$(cuts library/broken)
   docker_ pull -q cut.example/library/broken
   prints cut.example/library/broken "broken off again and again"
-  (($(cuts library/broken) - before >= broken_bytes / cut_bytes)) || fail "the upstream was not cut off again and again"
+  (($(cuts library/broken) - before >= broken_bytes / cut_bytes)) || fail "the upstream was not interrupted repeatedly"
 }
 
 unknown_registry() {
-  if docker_ pull nobody.test/library/demo >"$scratch/said" 2>&1; then fail "docker pulled from a registry nobody named"; fi
+  if docker_ pull nobody.test/library/demo >"$scratch/said" 2>&1; then fail "docker pulled from an unconfigured registry"; fi
   cat "$scratch/said"
-  grep -q Forbidden "$scratch/said" || fail "CONNECT was not refused with 403"
+  grep -q Forbidden "$scratch/said" || fail "CONNECT was not rejected with 403"
 }
 
 proxied_killed() {
   kill_upstream
   forget_images
-  seen_pulls demo "demo two for $door"
+  seen_pulls demo "demo two for $transport"
   seen_pulls multi "multi on amd64"
   seen_pulls cut.example/library/broken "broken off again and again"
   forget_images
-  seen_pulls "demo@$(<"$state/demo.digest")" "demo two for $door"
+  seen_pulls "demo@$(<"$state/demo.digest")" "demo two for $transport"
 }
 
-# The cache is the registry here, so the user is told what it says.
+# The cache is the registry here, so docker shows its error.
 proxied_never_seen() {
-  if docker_ pull demo:not-seen-before >"$scratch/said" 2>&1; then fail "docker pulled an image that nobody has"; fi
+  if docker_ pull demo:not-seen-before >"$scratch/said" 2>&1; then fail "docker pulled an image that does not exist"; fi
   cat "$scratch/said"
-  grep -qiE "$upstream_cause" "$scratch/said" || fail "docker was not told of the cause"
+  grep -qiE "$upstream_cause" "$scratch/said" || fail "docker's error has no cause"
 }
 
-# One hosts.toml, in the folder _default: which registry is meant is said by ?ns= alone.
+# One hosts.toml, in the folder _default: only ?ns= names the registry.
 by_default_host() {
   local ref client=ctr
   fresh_mirror
@@ -86,7 +86,7 @@ by_default_host() {
   ctr_stops
 }
 
-# What the cache decided lately, newest first.
+# Recent decisions of the cache, newest first.
 decisions() {
   curl -sSf "http://$(<"$state/ifnewer.admin")/api/v1/events?limit=1000" | jq -c .events
 }

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by ./run and ../packaging/run: what a scenario is, and how it fails. Needs $logs; a failure shows the ends of those in $told.
+# Sourced by ./run and ../packaging/run: scenarios and their failures. Needs $logs. A failure shows the ends of the logs in $told.
 
 passed=0
 failed=0
@@ -17,7 +17,7 @@ can_run_daemons() {
 }
 
 expect() {
-  [[ $2 == "$3" ]] || fail "$1: wanted '$2', got '$3'"
+  [[ $2 == "$3" ]] || fail "$1: expected '$2', got '$3'"
 }
 
 fail() {
@@ -25,7 +25,7 @@ fail() {
   exit 1
 }
 
-# scenario NAME FUNCTION: runs it in a shell of its own that stops at the first failure; prints one line.
+# scenario NAME FUNCTION: runs FUNCTION in a subshell that stops at the first failure; prints one line.
 scenario() {
   local status began took
   began=${EPOCHREALTIME/[.,]/}

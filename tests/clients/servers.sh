@@ -1,7 +1,6 @@
 # shellcheck shell=bash
-# Sourced by ./run: what every client's scenarios share: processes, the upstream, the one that breaks off, and ifnewer,
-# each on a free port.
-# A scenario runs in a subshell, so everything worth remembering is a file under $scratch/state.
+# Sourced by ./run: shared by all scenarios: processes, the upstream, the interrupted upstream, and ifnewer, each on a free
+# port. A scenario runs in a subshell, so state is in files under $scratch/state.
 
 state=$scratch/state
 logs=$scratch/logs
@@ -17,7 +16,7 @@ start() {
   echo $! >"$state/$name.pid"
 }
 
-# stop NAME [SIGNAL]: asks, waits ten seconds, then kills the whole group.
+# stop NAME [SIGNAL]: sends the signal, waits ten seconds, then kills the process group.
 stop() {
   local pid tries
   [[ -e $state/$1.pid ]] || return 0
@@ -47,7 +46,7 @@ unmount_below() {
   awk -v under="$1/" 'index($2, under) == 1 { print $2 }' /proc/mounts | sort -r | xargs -r -n1 umount -l
 }
 
-# wait_for NAME SECONDS CONDITION…: until the condition holds; says why not when the process is gone or slow.
+# wait_for NAME SECONDS CONDITION…: until the condition is true; fails if the process ended or is slow.
 wait_for() {
   local name=$1 tries=$(($2 * 20))
   shift 2
@@ -58,13 +57,13 @@ wait_for() {
   done
 }
 
-# be_cut_off: fills $cut_off, to be put before a client's command. Every registry but those on loopback is then behind a
-# dead proxy, so that a pull that the mirror failed can only fail, on any machine; with $door proxy, behind ifnewer. With
-# $door tls or proxy the client trusts ifnewer's authority. Podman and skopeo log in with the file $auth.
+# be_cut_off: fills $cut_off, a prefix for a client's command. It sets a dead proxy for every registry but those on
+# loopback, so a client cannot fall back to the registry; with $transport proxy, it sets ifnewer. With $transport tls or
+# proxy the client trusts ifnewer's CA. Podman and skopeo log in with the file $auth.
 be_cut_off() {
   local ca proxy=http://127.0.0.1:1
   ca=$(trusted)
-  [[ $door != proxy ]] || proxy=http://$(address)
+  [[ $transport != proxy ]] || proxy=http://$(address)
   echo '{}' >"$scratch/no-auth.json"
   cut_off=(env -u http_proxy -u https_proxy -u all_proxy -u ALL_PROXY -u no_proxy
     HTTP_PROXY=http://127.0.0.1:1 HTTPS_PROXY="$proxy" NO_PROXY=127.0.0.1,::1,localhost
@@ -74,7 +73,7 @@ be_cut_off() {
 # --- upstream --------------------------------------------------------------------------------------------------
 
 start_upstream() {
-  # The first start takes any free port; later ones must come back where ifnewer knows it.
+  # The first start takes any free port; later ones reuse it, because ifnewer is configured with it.
   cat >"$scratch/upstream.yml" <<EOF
 version: 0.1
 storage: {filesystem: {rootdirectory: $scratch/upstream}}
@@ -83,7 +82,7 @@ EOF
   start_docker_registry upstream "$scratch/upstream.yml"
 }
 
-# start_docker_registry NAME CONFIGURATION: its address is remembered under the name.
+# start_docker_registry NAME CONFIGURATION: saves its address under the name.
 start_docker_registry() {
   : >"$logs/$1.err"
   OTEL_TRACES_EXPORTER=none start "$1" docker-registry serve "$2"
@@ -99,18 +98,18 @@ upstream_address() {
   cat "$state/upstream.address"
 }
 
-# start_counting [SERVER]: from here on `asked` counts what this server, or the upstream, is asked.
+# start_counting [SERVER]: from here on `asked` counts the requests of this server, or of the upstream.
 start_counting() {
   echo "$logs/${1:-upstream}.out" >"$state/counting"
   wc -l <"$(<"$state/counting")" >"$state/counted"
 }
 
-# asked REGEX: how many requests "METHOD /path" the upstream got since start_counting.
+# asked REGEX: the number of requests "METHOD /path" at the upstream since start_counting.
 asked() {
   since_counting | grep -cE "\"$1" || true
 }
 
-# The bytes of blobs the upstream sent since start_counting (its access log: … "GET /v2/… HTTP/1.1" STATUS BYTES …).
+# Bytes of blobs that the upstream sent since start_counting (its access log: … "GET /v2/… HTTP/1.1" STATUS BYTES …).
 blob_bytes_sent() {
   since_counting | grep -E '"GET [^ ]*/blobs/' | sed -E 's/.*" [0-9]{3} ([0-9]+) .*/\1/' | awk '{ s += $1 } END { print s + 0 }'
 }
@@ -119,14 +118,14 @@ since_counting() {
   tail -n "+$(($(<"$state/counted") + 1))" "$(<"$state/counting")"
 }
 
-# Blobs that the upstream was asked for more than once since start_counting.
+# Blobs that were requested more than once from the upstream since start_counting.
 fetched_twice() {
   since_counting | grep -oE '"GET [^ ]*/blobs/[^ ]*' | sort | uniq -d
 }
 
-# --- the upstream that breaks off --------------------------------------------------------------------------------
+# --- the interrupted upstream --------------------------------------------------------------------------------
 
-# Every reply with a blob ends after so many bytes. ifnewer knows this registry as cut.example.
+# Every blob response ends after $cut_bytes bytes. ifnewer has this registry as cut.example.
 cut_bytes=$((1024 * 1024))
 
 start_cutting() {
@@ -136,23 +135,23 @@ start_cutting() {
   sed -n 's/^listening on //p' "$logs/cutting.out" >"$state/cutting.address"
 }
 
-# cuts REPOSITORY: how many of its replies were cut off.
+# cuts REPOSITORY: the number of its interrupted responses.
 cuts() {
   grep -c "^cut after [0-9]* of GET /v2/$1/blobs/" "$logs/cutting.out" || true
 }
 
-# bytes_through_the_cuts REPOSITORY DIGEST: how many bytes of this blob came through, all replies taken together.
+# bytes_through_the_cuts REPOSITORY DIGEST: the bytes of this blob in all responses together.
 bytes_through_the_cuts() {
   sed -nE "s|^(passed\|cut after) ([0-9]+) of GET /v2/$1/blobs/$2 .*|\2|p" "$logs/cutting.out" | awk '{ s += $1 } END { print s + 0 }'
 }
 
 # --- ifnewer ---------------------------------------------------------------------------------------------------
 
-# What it is started by, where its world has to differ from this machine's.
+# Prefix of its command, for an environment that differs from this machine's.
 ifnewer_in=()
 
 start_ifnewer() {
-  # Free ports the first time; after a restart the same ones, because the clients' configuration names them.
+  # Free ports at the first start, and the same ones after a restart, because the clients are configured with them.
   local plain tls
   plain=$(cat "$state/ifnewer.plain" 2>/dev/null || echo 127.0.0.1:0)
   tls=$(cat "$state/ifnewer.tls" 2>/dev/null || echo '[::1]:0')

@@ -1,19 +1,19 @@
 # shellcheck shell=bash
-# Sourced by ./run, after servers.sh and images.sh: `setup` and `doctor` with a real dockerd, which is as fresh as one
-# from a package: its own data, its own configuration, and a root of its own in which its files lie.
+# Sourced by ./run, after servers.sh and images.sh: `setup` and `doctor` with a real dockerd as after installing a
+# package: with its own data, configuration and root folder.
 
 setup_root=$scratch/host
 
 all_of_setup() {
   [[ -z ${DIRECT:-} ]] || return 0
-  scenario "setup: docker by setup, doctor green, then undone byte for byte" setup_then_doctor
+  scenario "setup: setup docker, doctor passes, then undo byte for byte" setup_then_doctor
   scenario "setup: the same over verified TLS" setup_then_doctor_tls
-  scenario "setup: doctor finds out a daemon that pulls past the cache" doctor_finds_out
-  scenario "setup: containerd pulls by what setup wrote" setup_containerd
-  scenario "setup: skopeo pulls by what setup wrote for podman" setup_podman
+  scenario "setup: doctor detects a daemon that pulls without the cache" doctor_finds_out
+  scenario "setup: containerd pulls with the files of setup" setup_containerd
+  scenario "setup: skopeo pulls with podman's file of setup" setup_podman
 }
 
-# A host with a configuration that someone has written by hand: tabs, CRLF, no newline at the end.
+# A host with a configuration written by hand: tabs, CRLF, no newline at the end.
 fresh_host() {
   stop dockerd
   rm -rf "$setup_root" "$scratch/dockerd"
@@ -23,7 +23,7 @@ fresh_host() {
   push demo library/demo:latest
 }
 
-# What ifnewer announced, as its operator would have configured it; the Hub's place is taken by our registry.
+# The addresses of ifnewer as its operator would configure them; the test registry replaces the Hub.
 configured() {
   cat >"$scratch/ifnewer/operator.toml" <<EOT
 data = "$scratch/ifnewer/data"
@@ -47,7 +47,7 @@ ifnewer_() {
   "$ifnewer" "$@" --config "$scratch/ifnewer/operator.toml" --root "$setup_root"
 }
 
-# [CA]: the daemon whose files lie in the root; the Hub behind a dead proxy, as in start_dockerd.
+# [CA]: the daemon with its files in the root; a dead proxy before the Hub, as in start_dockerd.
 start_host_dockerd() {
   : >"$logs/dockerd.err"
   start dockerd env -u http_proxy -u https_proxy -u all_proxy -u ALL_PROXY \
@@ -64,7 +64,7 @@ host_docker() {
   DOCKER_HOST=unix://$setup_root/var/run/docker.sock DOCKER_CONFIG=$scratch/docker-cli timeout 300 docker "$@"
 }
 
-# It takes a moment from SIGHUP until the daemon has read its file.
+# The daemon reads its file a moment after SIGHUP.
 uses_mirror() {
   host_docker info --format '{{json .RegistryConfig.Mirrors}}' | grep -qF "$1"
 }
@@ -79,7 +79,7 @@ setup_then_doctor() {
 setup_then_doctor_tls() {
   fresh_host
   configured "$(<"$state/ifnewer.tls")"
-  # 20.10 reads certs.d from the machine's own /etc/docker only: trust comes by the environment there.
+  # 20.10 reads certs.d only from the machine's /etc/docker, so the environment sets the trust there.
   start_host_dockerd "$scratch/ifnewer/certs/ca.pem"
   applied_and_undone "https://$(<"$state/ifnewer.tls")" --address "https://$(<"$state/ifnewer.tls")"
 }
@@ -91,38 +91,38 @@ applied_and_undone() {
   cp -p "$file" "$scratch/before"
   find "$setup_root/etc" | sort >"$scratch/before.list"
   ifnewer_ setup docker "$@" | grep -qF "$url" || fail "setup does not show $url"
-  cmp "$file" "$scratch/before" || fail "showing has changed the file"
+  cmp "$file" "$scratch/before" || fail "setup without --apply changed the file"
   ifnewer_ setup docker --apply "$@" >"$scratch/said"
   cat "$scratch/said"
-  grep -q 'reloaded dockerd' "$scratch/said" || fail "dockerd was not told"
+  grep -q 'reloaded dockerd' "$scratch/said" || fail "dockerd was not reloaded"
   wait_for dockerd 10 uses_mirror "$url"
-  [[ $(ifnewer_ setup docker --apply "$@") == "nothing to do"* ]] || fail "the second time is not said to change nothing"
-  ifnewer_ doctor --canary demo || fail "doctor is not green"
+  [[ $(ifnewer_ setup docker --apply "$@") == "nothing to do"* ]] || fail "the second apply reports changes"
+  ifnewer_ doctor --canary demo || fail "doctor reports a failure"
   ifnewer_ doctor --canary demo | grep -q '^ok *canary .*through this cache' || fail "the canary is not ok"
-  [[ -z $(host_docker images -q) ]] || fail "the canary stayed in the daemon"
+  [[ -z $(host_docker images -q) ]] || fail "the canary image was not removed"
   ifnewer_ setup docker --undo
-  cmp "$file" "$scratch/before" || fail "undone, but not byte for byte"
+  cmp "$file" "$scratch/before" || fail "undo did not restore the file byte for byte"
   expect "mode and owner" "$(stat -c '%a %u %g' "$scratch/before")" "$(stat -c '%a %u %g' "$file")"
-  diff <(find "$setup_root/etc" | sort) "$scratch/before.list" || fail "undone, but files or folders were left"
+  diff <(find "$setup_root/etc" | sort) "$scratch/before.list" || fail "undo left files or folders"
 }
 
 doctor_finds_out() {
   local status=0
   fresh_host
   configured "$(<"$state/ifnewer.plain")"
-  # A daemon with another mirror, here the registry itself: it pulls well, and past the cache.
+  # A daemon with another mirror, here the registry itself: it pulls without the cache.
   jq -n --arg mirror "http://$(upstream_address)" '{"registry-mirrors": [$mirror]}' >"$setup_root/etc/docker/daemon.json"
   start_host_dockerd
   ifnewer_ doctor --canary demo >"$scratch/said" || status=$?
   cat "$scratch/said"
-  grep -q '^FAILED *docker ' "$scratch/said" || fail "the mirror that is not us was not noticed"
-  grep -q '^FAILED *canary .*NOT through this cache' "$scratch/said" || fail "the pull past the cache was not noticed"
+  grep -q '^FAILED *docker ' "$scratch/said" || fail "the other mirror was not reported"
+  grep -q '^FAILED *canary .*NOT through this cache' "$scratch/said" || fail "the pull without the cache was not reported"
   expect "exit code, which is how many failed" 2 "$status"
-  if ifnewer_ setup docker --apply >"$scratch/said" 2>&1; then fail "another mirror was written over"; fi
+  if ifnewer_ setup docker --apply >"$scratch/said" 2>&1; then fail "another mirror was overwritten"; fi
   grep -q 'already names' "$scratch/said" || fail "the other mirror is not named"
   ifnewer_ setup docker --apply --force
   wait_for dockerd 10 uses_mirror "$(<"$state/ifnewer.plain")"
-  ifnewer_ doctor --canary demo || fail "doctor is not green with the other mirror behind us"
+  ifnewer_ doctor --canary demo || fail "doctor fails with the other mirror in second place"
 }
 
 setup_podman() {
@@ -136,12 +136,12 @@ setup_podman() {
     --registries-conf "$setup_root/etc/containers/registries.conf.d/50-ifnewer.conf" --insecure-policy \
     copy -q docker://docker.io/library/demo:latest "dir:$scratch/copied"
   curl -sSf "http://$(<"$state/ifnewer.admin")/api/v1/events?limit=1" | jq -e '.events[0].route == "prefix"' >/dev/null ||
-    fail "the pull did not come through the door that setup wrote down"
+    fail "the pull did not use the route that setup configured"
   ifnewer_ setup podman --undo
-  [[ ! -e $setup_root/etc/containers ]] || fail "undone, but something was left"
+  [[ ! -e $setup_root/etc/containers ]] || fail "undo left files"
 }
 
-# containerd itself, as ctr calls it: the kubelet's call needs a network plugin that is not here.
+# containerd by ctr, because the kubelet's call needs a network plugin.
 setup_containerd() {
   local url
   fresh_host
@@ -149,21 +149,21 @@ setup_containerd() {
   ifnewer_ setup containerd --apply
   url="http://$(<"$state/ifnewer.plain")"
   grep -qF "$url" "$setup_root/etc/containerd/certs.d/docker.io/hosts.toml" || fail "hosts.toml does not name $url"
-  # No dockerd runs here, which doctor rightly minds.
+  # No dockerd runs here, so doctor reports failures.
   ifnewer_ doctor >"$scratch/said" || true
-  grep -q '^ok *containerd ' "$scratch/said" || fail "doctor does not find the files right"
+  grep -q '^ok *containerd ' "$scratch/said" || fail "doctor does not accept the files"
   start_host_containerd "$setup_root/etc/containerd/config.toml"
   env HTTPS_PROXY=http://127.0.0.1:1 NO_PROXY=127.0.0.1 timeout 120 ctr -a "$scratch/containerd/sock" image pull \
     --hosts-dir "$setup_root/etc/containerd/certs.d" --snapshotter native docker.io/library/demo:latest
   curl -sSf "http://$(<"$state/ifnewer.admin")/api/v1/events?limit=100" |
     jq -e '[.events[] | select(.route == "ns" and .reference == "latest")] | length > 0' >/dev/null ||
-    fail "the pull did not come with ?ns="
+    fail "the pull did not use ?ns="
   stop containerd KILL
   ifnewer_ setup containerd --undo
-  [[ ! -e $setup_root/etc/containerd ]] || fail "undone, but something was left"
+  [[ ! -e $setup_root/etc/containerd ]] || fail "undo left files"
 }
 
-# With the file that setup wrote, which a containerd that cannot read it would not start with.
+# With the file that setup wrote. containerd does not start if it cannot parse it.
 start_host_containerd() {
   stop containerd KILL
   unmount_below "$scratch/containerd"

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by ./run: skopeo, which copies an image into a folder and runs nothing; and what it shares with podman.
+# Sourced by ./run: skopeo, which copies images and runs none; and functions shared with podman.
 
 skopeo_starts() {
   write_registries
@@ -9,7 +9,7 @@ skopeo_starts() {
 skopeo_stops() { skopeo_forgets; }
 skopeo_can_choose() { :; }
 
-# skopeo_pulls REF [ARCH]: into a folder of the reference's own.
+# skopeo_pulls REF [ARCH]: into a folder named after the reference.
 skopeo_pulls() {
   be_cut_off
   mkdir -p "$scratch/copied"
@@ -24,7 +24,7 @@ copy_of() { echo "$scratch/copied/${1//[^a-z0-9.-]/_}"; }
 
 skopeo_digest() { echo "sha256:$(sha256sum "$(copy_of "$1")/manifest.json" | cut -d' ' -f1)"; }
 
-# The version is in the last layer that has one. umoci leaves an archive without its end, which tar wants.
+# The version is in the last layer that has one. umoci writes archives without the end that tar expects.
 skopeo_says() {
   local layer version
   for layer in $(jq -r '.layers | reverse[].digest' "$(copy_of "$1")/manifest.json"); do
@@ -45,12 +45,12 @@ skopeo_was_told() { mirrors_also_failed "$scratch/skopeo-said"; }
 
 # --- skopeo and podman -----------------------------------------------------------------------------------------------
 
-# docker.io by the cache's default upstream; the other registry by its name in front of the path.
-# Through the proxy a registry is asked by its own name.
+# docker.io by the cache's default upstream; the other registry by its name as path prefix. Through the proxy, a
+# registry is requested by its own name.
 write_registries() {
   local registry at
   : >"$scratch/registries.conf"
-  [[ $door != proxy ]] || return 0
+  [[ $transport != proxy ]] || return 0
   for registry in docker.io cut.example; do
     at=$(address)
     [[ $registry == docker.io ]] || at=$at/$registry
@@ -65,8 +65,8 @@ EOF
   done >"$scratch/registries.conf"
 }
 
-# What the mirror said, of everything that was said: the registry's own failure is not ours.
+# Only the mirror's error, without the registry's own.
 mirrors_also_failed() {
-  if [[ $door == proxy ]]; then cat "$1"; return; fi
+  if [[ $transport == proxy ]]; then cat "$1"; return; fi
   grep -o 'Mirrors also failed: .*])' "$1" | tail -n 1
 }

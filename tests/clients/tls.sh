@@ -1,17 +1,17 @@
 # shellcheck shell=bash
-# Sourced by ./run: which TLS is spoken with clients, on the cache's own name and within CONNECT.
+# Sourced by ./run: TLS versions and suites for clients, on the cache's own name and within CONNECT.
 
 all_of_tls() {
   [[ -z ${DIRECT:-} ]] || return 0
-  door=tls
+  transport=tls
   scenario "tls: a fresh cache starts" fresh_mirror
-  scenario "tls: 1.2 and 1.3 are spoken, within CONNECT too" new_versions
-  scenario "tls: 1.0 and 1.1 are refused, within CONNECT too" old_versions
-  scenario "tls: suites without forward secrecy or without authenticated encryption are refused" weak_suites
-  scenario "tls: h2 where it is offered, else http/1.1" protocols
+  scenario "tls: 1.2 and 1.3 are accepted, within CONNECT too" new_versions
+  scenario "tls: 1.0 and 1.1 are rejected, within CONNECT too" old_versions
+  scenario "tls: suites without forward secrecy or without authenticated encryption are rejected" weak_suites
+  scenario "tls: h2 if the client offers it, else http/1.1" protocols
 }
 
-# openssl's own minimum is out of the way, so that a refusal is the cache's.
+# openssl's own minimum is lowered, so that a rejection is the cache's.
 handshake() {
   openssl s_client -connect "$(address)" -servername localhost -CAfile "$scratch/ifnewer/certs/ca.pem" \
     -verify_return_error -brief "$@" </dev/null 2>&1
@@ -27,7 +27,7 @@ new_versions() {
   for shake in handshake handshake_within_connect; do
     for version in 2 3; do
       "$shake" "-tls1_$version" | tee "$scratch/said"
-      grep -q "Protocol version: TLSv1.$version" "$scratch/said" || fail "TLS 1.$version is not spoken"
+      grep -q "Protocol version: TLSv1.$version" "$scratch/said" || fail "TLS 1.$version is not supported"
       grep -q 'Verification: OK' "$scratch/said" || fail "the certificate is not verified"
     done
   done
@@ -51,11 +51,11 @@ weak_suites() {
   done
 }
 
-# refused_by_us COMMAND…: by an alert from the other side, not by openssl's own taste.
+# refused_by_us COMMAND…: by an alert of the server, not by openssl itself.
 refused_by_us() {
   if "$@" >"$scratch/said"; then cat "$scratch/said"; fail "accepted: $*"; fi
   cat "$scratch/said"
-  grep -qE 'alert (protocol version|handshake failure)|tlsv1 alert' "$scratch/said" || fail "not refused by the cache: $*"
+  grep -qE 'alert (protocol version|handshake failure)|tlsv1 alert' "$scratch/said" || fail "not rejected by the cache: $*"
 }
 
 protocols() {

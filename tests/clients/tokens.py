@@ -1,9 +1,9 @@
-"""A token service, as registries with rights per repository have one.
+"""Token service of a registry with access per repository.
 
 tokens.py FOLDER ADDRESS
 
-FOLDER holds server.pem and server.key (TLS, and what tokens are signed with), and rights.json, which is read for every
-request: {"bob": {"password": "…", "reads": ["private/demo"], "writes": []}, "": {…}}; "" is whoever has no login.
+FOLDER holds server.pem and server.key (for TLS and for signing tokens), and rights.json, which is read at every
+request: {"bob": {"password": "…", "reads": ["private/demo"], "writes": []}, "": {…}}; "" is a client without a login.
 Prints its address, and then one line for each request: "METHOD /token STATUS USER ACCESS".
 """
 
@@ -33,7 +33,7 @@ def signed(claims):
 
 
 def granted(rights, scopes):
-    """Of what is asked for, what the user may do; asking for more is no error."""
+    """The requested access that the user has. A request for more is no error."""
     access = []
     for kind, name, actions in (scope.rsplit(":", 2) for scope in scopes if scope.count(":") >= 2):
         may = {"pull": name in rights["reads"], "push": name in rights["writes"]}
@@ -63,7 +63,7 @@ class Tokens(http.server.BaseHTTPRequestHandler):
         return self.answer(200, {"token": token, "expires_in": 300}, user, names or "-")
 
     def do_POST(self):
-        """Clients that try OAuth2 first then ask by GET."""
+        """Clients that try OAuth2 first then use GET."""
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.answer(405, {}, "-", "-")
 

@@ -1,35 +1,35 @@
 # shellcheck shell=bash
-# Sourced by ./run: the company's other registry, tokens.test, with rights per repository that a token service (tokens.py)
-# hands out, on the registry's own host: the cache itself fetches tokens from no other. Everyone may read public/demo, bob
-# private/demo too; eve has a login.
+# Sourced by ./run: a second private registry, tokens.test, with a token service (tokens.py) that grants access per repository,
+# on the registry's own host, because the cache requests tokens from no other. Every client may read public/demo, bob also
+# private/demo; eve has a login.
 
 all_of_tokens() {
-  door=proxy
+  transport=proxy
   scenario "tokens: a registry with a token service, a fresh cache and a fresh daemon start" tokens_are_fresh
-  scenario "tokens: docker login as bob, whose token comes by a tunnel, and pull" bob_pulls_by_token
-  scenario "tokens: eve logs in and gets what is public, by no door what is not" eve_gets_what_is_public
-  scenario "tokens: who has no login gets what is public" stranger_gets_what_is_public
+  scenario "tokens: docker login as bob, with a token through a tunnel, and pull" bob_pulls_by_token
+  scenario "tokens: eve logs in and gets public content only, on every route" eve_gets_what_is_public
+  scenario "tokens: a client without a login gets public content" stranger_gets_what_is_public
   scenario "tokens: unchanged pulls are one HEAD each and no bytes" tokens_unchanged
-  scenario "tokens: registry killed: everyone gets what is public, eve nothing else" tokens_killed
-  scenario "tokens: token service killed too: nobody can pull, and is told why" tokens_all_killed
-  scenario "tokens: both back, bob's right revoked: denied at the first answer" tokens_revoked
-  scenario "local tokens: bob pulls, his token comes through the cache" ours_are_on
+  scenario "tokens: registry killed: every client gets public content, eve nothing else" tokens_killed
+  scenario "tokens: token service killed too: no client can pull, and the error has the cause" tokens_all_killed
+  scenario "tokens: both back, bob's grant revoked: denied at the first response" tokens_revoked
+  scenario "local tokens: bob pulls with a token through the cache" ours_are_on
   scenario "local tokens: both killed: bob pulls by docker and podman, eve nothing" ours_killed
   scenario "local tokens: the cache restarted: the same" ours_after_restart
-  scenario "local tokens: both back, bob's right revoked: denied at the first answer" tokens_revoked
+  scenario "local tokens: both back, bob's grant revoked: denied at the first response" tokens_revoked
   scenario "local tokens: both killed again: bob stays denied" ours_stay_denied
   tokens_end
   all_of_hub
 }
 
-# Docker Hub as docker knows it, with its token service at auth.docker.io, where ifnewer alone knows better.
+# Docker Hub under its real names, with its token service at auth.docker.io; only ifnewer resolves them to test servers.
 all_of_hub() {
   tokens_registry_name=docker.io
   ifnewer_in=(unshare --mount --propagation private
     sh -c "mount --bind '$company/hosts' /etc/hosts && exec \"\$@\"" -)
   scenario "hub: a Docker Hub with auth.docker.io, a fresh cache and a fresh daemon start" hub_is_fresh
-  scenario "hub: docker login as bob, and pull of what is private" hub_bob_pulls
-  scenario "hub: eve logs in and gets what is public, and nothing else" hub_eve_pulls
+  scenario "hub: docker login as bob, and pull of a private image" hub_bob_pulls
+  scenario "hub: eve logs in and gets public content only" hub_eve_pulls
   scenario "hub: both killed: bob and eve as before" hub_killed
   ifnewer_in=()
   rm -f "$state/hub.toml" "$state/realm"
@@ -43,7 +43,7 @@ tokens_end() {
   rm -f "$state/upstreams.toml" "$state/tokens.address" "$state/tokens_registry.address"
 }
 
-# Of this machine, and nobody else's: Docker Hub's token service is at port 443.
+# A private address of this machine, because Docker Hub's token service is at port 443.
 address_of_hubs_tokens=127.77.77.77
 
 tokens_registry_name=tokens.test
@@ -69,7 +69,7 @@ knows_tokens_registry() {
   keys_of_tokens_registry "$@" >>"$state/upstreams.toml"
 }
 
-# keys_of_tokens_registry [REALM]: with tokens of ours for this token service.
+# keys_of_tokens_registry [REALM]: with local tokens for this token service.
 keys_of_tokens_registry() {
   echo "url = \"https://$(<"$state/tokens_registry.address")\""
   echo "ca_file = \"$company/ca.pem\""
@@ -83,7 +83,7 @@ tokens_are_filled() {
   layers_of demo >"$state/tokens.layers"
 }
 
-# start_tokens [ADDRESS]: the first time; after that at the same.
+# start_tokens [ADDRESS]: a new address at the first start, later the same.
 start_tokens() {
   : >"$logs/tokens.out"
   start tokens python3 "$here/tokens.py" "$company" \
@@ -92,7 +92,7 @@ start_tokens() {
   sed -n 's/^listening on //p' "$logs/tokens.out" >"$state/tokens.address"
 }
 
-# give_rights READS: what bob may read, as JSON.
+# give_rights READS: the repositories that bob may read, as JSON.
 give_rights() {
   jq -n --argjson reads "$1" '{
     "": {password: "", reads: ["public/demo"], writes: []},
@@ -118,13 +118,13 @@ EOF
   start_docker_registry tokens_registry "$company/tokens-registry.yml"
 }
 
-# push_by_token IMAGE REPOSITORY: past the cache.
+# push_by_token IMAGE REPOSITORY: without the cache.
 push_by_token() {
   env NO_PROXY='*' SSL_CERT_FILE="$company/ca.pem" skopeo copy -q --insecure-policy --dest-creds bob:bobs-password \
     "oci:$layout:$1" "docker://$(<"$state/tokens_registry.address")/$2:latest"
 }
 
-# token_for USER:PASSWORD REPOSITORY: as a client would get it; with ":" as nobody.
+# token_for USER:PASSWORD REPOSITORY: a token as a client gets it; ":" sends no credential.
 token_for() {
   local user=(-u "$1")
   [[ $1 != : ]] || user=()
@@ -140,16 +140,16 @@ bob_pulls_by_token() {
   prints "$(tokens_private)" "demo for bob alone"
   expect "manifest GETs" 1 "$(asked 'GET /v2/private/demo/manifests/')"
   grep -q '^GET /token 200 bob private/demo:pull$' "$logs/tokens.out" || fail "bob's daemon got no token for the image"
-  # Clients go to 127.0.0.0/8 without a proxy.
+  # Clients use no proxy for 127.0.0.0/8.
   [[ $(<"$state/tokens.address") == 127.* ]] ||
-    grep -F "=\"$(<"$state/tokens.address")\"" "$logs/ifnewer.err" | grep -q tunnelled || fail "no token came by a tunnel"
+    grep -F "=\"$(<"$state/tokens.address")\"" "$logs/ifnewer.err" | grep -q tunnelled || fail "no token was fetched through a tunnel"
 }
 
 eve_gets_what_is_public() {
   login=$scratch/login-eve
   echo eves-password | docker_ login -u eve --password-stdin tokens.test
   forget_images
-  docker_ image inspect "$(tokens_private)" >/dev/null 2>&1 && fail "the image was not forgotten"
+  docker_ image inspect "$(tokens_private)" >/dev/null 2>&1 && fail "the image was not deleted"
   docker_ pull -q "$(tokens_public)"
   prints "$(tokens_public)" "other one"
   digest_by_token private/demo >"$state/tokens.digest"
@@ -159,14 +159,14 @@ eve_gets_what_is_public() {
   no_token_reads : '401|403'
 }
 
-# digest_by_token REPOSITORY: past the cache.
+# digest_by_token REPOSITORY: without the cache.
 digest_by_token() {
   header_of "$(curl -sSfI --noproxy '*' --cacert "$company/ca.pem" -H "Accept: $manifest_type" \
     -H "Authorization: Bearer $(token_for bob:bobs-password "$1")" \
     "https://$(<"$state/tokens_registry.address")/v2/$1/manifests/latest" | tr -d '\r')" docker-content-digest
 }
 
-# no_token_reads USER:PASSWORD STATUSES: private/demo, by every door; nor its layers through what is public.
+# no_token_reads USER:PASSWORD STATUSES: private/demo on every route, and its layers through the public repository.
 no_token_reads() {
   local layer path
   layer=$(tail -n 1 "$state/tokens.layers")
@@ -179,10 +179,10 @@ no_token_reads() {
 
 # refused_by_token USER:PASSWORD STATUSES REPOSITORY PATH
 refused_by_token() {
-  by_every_door_shown "$3/$4" tokens.test -H "Authorization: Bearer $(token_for "$1" "$3")" >"$scratch/statuses"
+  by_every_route_shown "$3/$4" tokens.test -H "Authorization: Bearer $(token_for "$1" "$3")" >"$scratch/statuses"
   grep -qvE " ($2)$" "$scratch/statuses" || return 0
   cat "$scratch/statuses"
-  fail "$1 was not refused $3/$4"
+  fail "$1 was not denied $3/$4"
 }
 
 stranger_gets_what_is_public() {
@@ -236,11 +236,11 @@ tokens_revoked() {
   no_token_reads bob:bobs-password '401|403'
 }
 
-# --- tokens of ours --------------------------------------------------------------------------------------------------
+# --- local tokens --------------------------------------------------------------------------------------------------
 
 ours_are_on() {
-  # Clients go to 127.0.0.0/8 without a proxy, and then nobody can stand for what is there.
-  [[ $(<"$state/tokens.address") != 127.* ]] || fail "this machine has no address that clients reach by a proxy"
+  # Clients use no proxy for 127.0.0.0/8, so the cache cannot intercept a host there.
+  [[ $(<"$state/tokens.address") != 127.* ]] || fail "this machine has no address for which clients use a proxy"
   give_rights '["public/demo", "private/demo"]'
   knows_tokens_registry "https://$(<"$state/tokens.address")/token"
   stop_ifnewer
@@ -249,12 +249,12 @@ ours_are_on() {
   login=$scratch/login-bob
   docker_ pull -q "$(tokens_private)"
   docker_ pull -q "$(tokens_public)"
-  if grep -q tunnelled "$logs/ifnewer.err"; then fail "the token service was tunnelled to"; fi
+  if grep -q tunnelled "$logs/ifnewer.err"; then fail "the token service was reached through a tunnel"; fi
   refused_as "$scratch/login-eve" "$(tokens_private)" "$denied"
   new_logins
 }
 
-# Logins as their users have them, for clients that never spoke with the service.
+# Stored logins, for clients that never contacted the service.
 new_logins() {
   write_login bob:bobs-password login-new-bob
   write_login bob:guessed login-guess
@@ -274,7 +274,7 @@ ours_killed() {
   stop tokens KILL
   stop tokens_registry KILL
   ours_are_served
-  # Another client, that has no token from before.
+  # Another client, without an older token.
   podman_starts
   auth=$scratch/login-new-bob/config.json
   podman_pulls "$(tokens_private):latest"
@@ -286,7 +286,7 @@ ours_killed() {
   podman_stops
 }
 
-# While both are dead: bob pulls as if nothing were, everybody what is public, and nobody else anything.
+# While both are down: bob pulls as before, every client reads public content, and nothing else is served.
 ours_are_served() {
   local who
   for who in login-new-bob login-new-eve login-guess docker-cli; do
@@ -331,7 +331,7 @@ hub_is_fresh() {
   start_tokens_registry
   tokens_are_filled
   digest_by_token private/demo >"$state/tokens.digest"
-  # From here on it sends its clients to a name, which this machine does not know.
+  # From here on its challenges name a host that this machine cannot resolve.
   stop tokens_registry
   echo https://auth.docker.io/token >"$state/realm"
   start_tokens_registry
@@ -346,7 +346,7 @@ hub_bob_pulls() {
   docker_ pull -q private/demo
   prints private/demo "demo for bob alone"
   grep -q '^GET /token 200 bob private/demo:pull$' "$logs/tokens.out" || fail "bob's daemon got no token for the image"
-  if grep -q tunnelled "$logs/ifnewer.err"; then fail "the token service was tunnelled to"; fi
+  if grep -q tunnelled "$logs/ifnewer.err"; then fail "the token service was reached through a tunnel"; fi
 }
 
 hub_eve_pulls() {

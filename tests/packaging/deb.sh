@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by ./run: the Debian package, on a machine that systemd booted.
+# Sourced by ./run: the Debian package on a machine booted by systemd.
 
 all_of_deb() {
   scenario "the package is made, and what it holds belongs to root and is for all to read" package_is_made
@@ -26,7 +26,7 @@ package_is_made() {
   [[ -z $(awk '$2 != "root/root" || $1 ~ /^.......[^r]/ || $1 ~ /^........w/' <<<"$said") ]] || fail "owner or mode"
   for path in /usr/bin/ifnewer /etc/ifnewer/ifnewer.toml /lib/systemd/system/ifnewer.service /usr/share/doc/ifnewer/copyright \
     /usr/share/man/man1/ifnewer-setup.1.gz /usr/share/bash-completion/completions/ifnewer /usr/share/doc/ifnewer/docs/clients.md; do
-    grep -qF " .$path" <<<"$said" || fail "$path is not in it"
+    grep -qF " .$path" <<<"$said" || fail "$path is not in the package"
   done
   dpkg-deb --field "$deb" Depends | grep -q 'libc6 (>= '
   expect "conffiles" /etc/ifnewer/ifnewer.toml "$(dpkg-deb --info "$deb" conffiles)"
@@ -37,9 +37,9 @@ install_deb() {
   in_machine dpkg --force-confold --install /root/ifnewer.deb
 }
 
-# Ready is what the program told systemd, not that it runs.
+# Ready means that the program notified systemd, not only that it runs.
 is_ready() {
-  [[ $(in_machine systemctl is-active ifnewer) == active ]] || { in_machine journalctl -u ifnewer --no-pager -n 15; fail "it is not active"; }
+  [[ $(in_machine systemctl is-active ifnewer) == active ]] || { in_machine journalctl -u ifnewer --no-pager -n 15; fail "the service is not active"; }
   curl -sSf http://127.0.0.1:5001/readyz
 }
 
@@ -54,13 +54,13 @@ installed_it_answers() {
     grep -q 'CapEff: 0000000000000000 NoNewPrivs: 1 Seccomp: 2'
 }
 
-# The change of an administrator, which must outlive an upgrade.
+# A change of the administrator, which an upgrade must keep.
 a_client_pulls() {
   hub_at 127.0.0.1 | in_machine tee -a /etc/ifnewer/ifnewer.toml
   in_machine ifnewer check
   in_machine systemctl reload ifnewer
   skopeo copy -q --insecure-policy --src-tls-verify=false docker://127.0.0.1:5000/library/demo:latest "dir:$scratch/pulled"
-  [[ $(reason_of_pull http://127.0.0.1:5000) == *revalidated* ]] || fail "it is not held"
+  [[ $(reason_of_pull http://127.0.0.1:5000) == *revalidated* ]] || fail "the image is not cached"
 }
 
 commands_mean_this_cache() {
@@ -74,7 +74,7 @@ commands_mean_this_cache() {
   in_machine cmp /usr/local/share/ca-certificates/ifnewer.crt /var/lib/ifnewer/certs/ca.pem
   in_machine ifnewer doctor --json >"$scratch/doctor.json" || true
   cat "$scratch/doctor.json"
-  # Clients of this machine are not its matter here; the cache itself is.
+  # Only the checks of the cache matter here, not those of this machine's clients.
   jq -r '.checks[] | select(.name | IN("listener", "listener-tls", "ready", "disk")) | "\(.name) \(.state)"' "$scratch/doctor.json" \
     >"$scratch/doctor"
   expect "what doctor finds" "disk ok listener ok listener-tls ok ready ok" "$(sort "$scratch/doctor" | xargs)"
@@ -103,7 +103,7 @@ wrong_configuration_changes_nothing() {
   in_machine systemctl reload ifnewer
 }
 
-# Stopped, it cannot say that it is alive; systemd kills it and starts another.
+# A stopped process does not ping the watchdog, so systemd kills it and starts another.
 watchdog_ends_what_hangs() {
   local pid tries
   in_machine mkdir -p /run/systemd/system/ifnewer.service.d
@@ -127,7 +127,7 @@ watchdog_ends_what_hangs() {
 socket_is_handed_over() {
   in_machine systemctl stop ifnewer
   in_machine systemctl start ifnewer.socket
-  # The first connection starts the service. Its certificate is for the registry that the client means.
+  # The first connection starts the service. Its certificate is for the registry that the client requests.
   curl -sSf --cacert "$scratch/ca.pem" --connect-to registry-1.docker.io:443:127.0.0.1:443 https://registry-1.docker.io/v2/
   reason_of_pull http://127.0.0.1:5000
   is_ready
@@ -141,7 +141,7 @@ upgrade_restarts_it() {
   install_deb
   [[ $(in_machine pidof ifnewer) != "$before" ]] || fail "the old program runs on"
   is_ready
-  [[ $(reason_of_pull http://127.0.0.1:5000) == *revalidated* ]] || fail "the cache or its configuration is another"
+  [[ $(reason_of_pull http://127.0.0.1:5000) == *revalidated* ]] || fail "the cache or its configuration has changed"
 }
 
 disabled_stays_disabled() {

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# Sourced by ./run: the image from its Dockerfile, by the compose files, under a dockerd of our own that has never seen a
-# registry on the network.
+# Sourced by ./run: the image built from its Dockerfile, with the compose files, under a private dockerd without access to
+# network registries.
 
 tree=$scratch/tree
-# An address of the host that a container reaches by its default route, whatever its network.
+# An address of the host that a container in any network reaches by its default route.
 host_address=10.99.0.1
 
 all_of_image() {
@@ -22,19 +22,19 @@ all_of_image() {
 
 docker_starts() {
   ip address add "$host_address/32" dev lo
-  # Trust in a mirror has its place in the machine's files: these are ours alone.
+  # The CA of a mirror is configured in the machine's files; these are private.
   mount -t tmpfs etc-docker /etc/docker 2>/dev/null || { mkdir -p /etc/docker && mount -t tmpfs etc-docker /etc/docker; }
   start_dockerd http://127.0.0.1:5000 NO_PROXY=127.0.0.1,cache.example.org
   copy_tree
 }
 
-# What a checkout looks like to the builder.
+# A checkout for the builder.
 copy_tree() {
   mkdir -p "$tree/config"
   cp -r "$root"/{docker-compose.yml,.dockerignore,LICENSE-MIT,LICENSE-APACHE,Cargo.toml,Cargo.lock,src,packaging} "$tree/"
   {
     printf 'default_upstream = "docker.io"\n'
-    # By name, which a program without libraries has to look up by itself.
+    # By name, because a static program must resolve names without system libraries.
     hub_at hub.example
   } >"$tree/config/test.toml"
   cat >"$tree/test.yml" <<EOF
@@ -51,7 +51,7 @@ EOF
 compose() {
   local file=$1
   shift
-  # Debian's client has BuildKit inside; a newer one that may lie before it in the path needs a plugin.
+  # Debian's client includes BuildKit; a newer one earlier in the path needs a plugin.
   PATH=/usr/bin:$PATH DOCKER_BUILDKIT=1 COMPOSE_DOCKER_CLI_BUILD=1 BUILDKIT_PROGRESS=plain \
     DOCKER_HOST=unix://$scratch/dockerd/sock DOCKER_CONFIG=$scratch/docker-cli \
     docker-compose --ansi never -p ifnewer -f "$tree/$file" -f "$tree/test.yml" "$@"
@@ -75,15 +75,15 @@ becomes_healthy() {
   fail "it is not healthy: $(inspected '{{json .State}}')"
 }
 
-# No registry is reachable: this machine's own toolchain, compiler and crates stand in for the image that the Dockerfile
-# begins from, under its name. What they compile is not optimised, for that takes minutes and shows nothing here.
+# No registry is reachable, so this machine's toolchain, compiler and crates replace the base image of the Dockerfile,
+# under its name. The build is not optimised, because that takes minutes and is not tested here.
 rust_stands_in() {
   local name cargo packages
   name=$(sed -n 's/^ARG RUST=//p' "$tree/packaging/Dockerfile")
   cargo=${CARGO_HOME:-$HOME/.cargo}
   mapfile -t packages < <(apt-cache depends --recurse --installed --no-{recommends,suggests,conflicts,breaks,replaces,enhances} \
     gcc libc6-dev coreutils dash sed | grep '^[a-z]' | cut -d: -f1 | sort -u)
-  # Packages name some files by the symbolic links that /bin and its kin are.
+  # Packages list some files below symbolic links such as /bin.
   dpkg -L "${packages[@]}" | grep -v -e /share/ -e /locale/ -e ' ' | sed -E 's,^/(bin|sbin|lib|lib64)/,/usr/\1/,' |
     grep -vx -e /usr/bin/sh -e /usr/bin/cc | sort -u |
     while read -r file; do
@@ -109,11 +109,11 @@ compose_builds_from_source() {
   docker_ export look | tar -t | sort >"$scratch/files"
   docker_ rm look
   cat "$scratch/files"
-  # What the daemon itself puts into every container is not of the image.
+  # Files that the daemon adds to every container are not of the image.
   expect "files" "LICENSE-APACHE LICENSE-MIT ifnewer var/cache/ifnewer/CACHEDIR.TAG" \
     "$(grep -vE '/$|^(dev|etc|proc|sys)/|^.dockerenv' "$scratch/files" | xargs)"
   expect "its user" 65532:65532 "$(docker_ image inspect -f '{{.Config.User}}' ifnewer)"
-  # Only a program that is linked statically runs in an empty image.
+  # Only a static program runs in an empty image.
   expect "its version" "ifnewer $(sed -n 's/^version = "\(.*\)"/\1/p' "$root/Cargo.toml" | head -1)" \
     "$(docker_ run --rm --network none ifnewer --version)"
 }
@@ -179,7 +179,7 @@ team_is_pulled_through() {
   docker_ rmi demo
   from_here
   docker_ pull -q demo
-  # The daemon keeps manifests of images that it has let go of.
+  # The daemon keeps manifests of removed images.
   expect "blobs fetched" 2 "$(asked_registry 'GET /v2/library/demo/blobs/')"
 }
 

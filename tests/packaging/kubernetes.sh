@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# Sourced by ./run: the Kubernetes manifest. There is no cluster here: its words are held against the API's own schema, its
-# configuration and its hosts.toml are used as they stand.
+# Sourced by ./run: the Kubernetes manifest. Without a cluster, it is validated by the API's schema, and its configuration and
+# hosts.toml are used unchanged.
 
 manifest=$root/packaging/kubernetes/ifnewer.yaml
 kubernetes_version=1.31
 
-# The checker brings the API's schema, and PyYAML. Debian has what a virtual environment is made with in a package of its own.
+# The checker includes the API's schema, and needs PyYAML. In Debian, virtual environments need a separate package.
 bring_kubernetes_checker() {
   python3 -c 'import ensurepip' 2>/dev/null || install_packages python3-venv
   python3 -m venv "$1"
@@ -23,7 +23,7 @@ all_of_kubernetes() {
 
 manifest_is_valid() {
   "$KUBERNETES_CHECKER/bin/kubernetes-validate" --strict -k "$kubernetes_version" "$manifest"
-  # A checker that finds nothing wrong with what is wrong has found nothing.
+  # The checker must reject an invalid manifest.
   sed 's/hostNetwork:/hostNetworks:/' "$manifest" >"$scratch/wrong.yaml"
   ! "$KUBERNETES_CHECKER/bin/kubernetes-validate" --strict -k "$kubernetes_version" "$scratch/wrong.yaml" || fail "anything goes"
 }
@@ -40,7 +40,7 @@ assert found > 2, found
 PYTHON
 }
 
-# from_the_manifest FILE: what its ConfigMap says under this name.
+# from_the_manifest FILE: the entry FILE of its ConfigMap.
 from_the_manifest() {
   "$KUBERNETES_CHECKER/bin/python" - "$manifest" "$1" <<'PYTHON'
 import sys, yaml
@@ -50,7 +50,7 @@ for part in yaml.safe_load_all(open(sys.argv[1])):
 PYTHON
 }
 
-# The paths of the pod, in a folder that stands for its root.
+# The paths of the pod, below a folder that replaces its root.
 its_configuration_serves() {
   local pod=$scratch/pod
   mkdir -p "$pod"

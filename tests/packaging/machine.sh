@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by ./run: a machine booted by systemd, in namespaces of its own: this one's files under an overlay in memory, its
-# own processes and cgroups. It shares our network, which is no one else's.
+# Sourced by ./run: a machine booted by systemd, in private namespaces: this machine's files under an overlay in memory, with
+# its own processes and cgroups. It shares the private network of this run.
 
 machine=$scratch/machine
 cgroup_name=ifnewer-$(basename "$scratch")
@@ -17,7 +17,7 @@ machine_is_up() {
   [[ $(in_machine systemctl is-system-running) == @(running|degraded) ]]
 }
 
-# in_machine COMMAND…: as root in a shell there.
+# in_machine COMMAND…: as root in that machine.
 in_machine() {
   local first
   first=$(pgrep -P "$(<"$state/machine.pid")")
@@ -31,10 +31,10 @@ boot() {
   enter_cgroups "$2"
   mount_files "$1"
   cd "$1/root"
-  # Nothing of this machine's own services; and no policy of a container against starting any.
+  # Without this machine's services, and without a container's policy against starting services.
   rm -rf etc/systemd/system/*.wants usr/sbin/policy-rc.d etc/ifnewer var/cache/ifnewer var/lib/ifnewer
   systemd-id128 new >etc/machine-id
-  # Not by chroot, from within which nobody may make a user namespace (PrivateUsers=).
+  # Not by chroot, because a process in a chroot cannot create a user namespace (PrivateUsers=).
   pivot_root . .
   umount -l .
   exec unshare --cgroup env -i container=other PATH=/usr/sbin:/usr/bin:/sbin:/bin \
@@ -47,7 +47,7 @@ mount_files() {
   mount -t overlay machine -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$1/root"
   cd "$1/root"
   mount -t proc proc proc
-  # Its kernel is ours, and not its own to tune.
+  # It shares the kernel, so it must not change kernel settings.
   mount --bind -o ro proc/sys proc/sys
   mount -t sysfs -o ro sys sys
   mount -t tmpfs run run
@@ -69,7 +69,7 @@ make_devices() {
   ln -s /dev/null dev/console
 }
 
-# Where this process is in each hierarchy of cgroups, version 1 or 2 or both.
+# The cgroup of this process in each hierarchy, of version 1, 2 or both.
 own_cgroups() {
   local controllers path at
   while IFS=: read -r _ controllers path; do
@@ -79,18 +79,18 @@ own_cgroups() {
   done </proc/self/cgroup
 }
 
-# Below where we are, so that `unshare --cgroup` makes it the root of all that systemd sees.
+# Below the current cgroup, so that `unshare --cgroup` makes it systemd's root.
 enter_cgroups() {
   local at
   while read -r at; do
     mkdir "$at/$1"
-    # A set of processors has to be named before anyone can be in it.
+    # A cpuset needs processors before a process can join it.
     [[ ! -e $at/cpuset.cpus ]] || cp "$at/cpuset.cpus" "$at/cpuset.mems" "$at/$1/" 2>/dev/null || true
     echo $$ >"$at/$1/cgroup.procs" || true
   done < <(own_cgroups)
 }
 
-# They outlive the processes, which take a moment to be gone.
+# cgroups can be removed only after their processes have ended, which takes a moment.
 remove_cgroups() {
   local at tries
   while read -r at; do

@@ -71,7 +71,7 @@ async function test(name, options, body) {
 }
 
 async function accessible(tab) {
-  // Not by the page's own policy: the checker is ours.
+  // The page's own policy does not allow the checker.
   await tab.context().newCDPSession(tab).then((session) => session.send("Page.setBypassCSP", { enabled: true }));
   await tab.reload();
   await tab.evaluate(axe);
@@ -143,7 +143,7 @@ try {
     await tab.keyboard.press("Tab");
     assert.equal(await tab.evaluate(() => document.activeElement.textContent), "Skip to the content");
   });
-  // The README's picture: a while of pulls, and then the registry is gone.
+  // The picture of the README: some pulls, then an outage of the registry.
   for (let times = 0; times < 8; times++) {
     await pull("library/python", "3.12");
     await pull("library/alpine", "3.20");

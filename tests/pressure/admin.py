@@ -1,4 +1,4 @@
-"""The admin listener: its places and its token: T14."""
+"""Admin listener: connection limits and token: T14."""
 
 import asyncio
 import time
@@ -12,7 +12,7 @@ TOKEN = "the-token-of-this-scenario-is-long-enough"
 
 
 async def follow_events(load, address, count):
-    """Event streams that are opened and kept."""
+    """Event streams that stay open."""
 
     async def one():
         while True:
@@ -34,7 +34,7 @@ async def follow_events(load, address, count):
 
 
 async def guess_tokens(load, address):
-    """As many wrong tokens as are looked at; returns how many, and in how long. 429 is an answer without a look."""
+    """Sends wrong tokens. Returns the number of compared ones, and the seconds. 429 means not compared."""
     refused, began = 0, time.monotonic()
 
     async def one():
@@ -58,7 +58,7 @@ async def t14(lab):
         await load.until_ready()
         probe = Probe(program.admin, "/healthz", every_s=0.05, timeout=10, headers=LOCAL)
         await probe.seconds(3)
-        lab.at_most(f"300 {what}: /healthz unanswered", len(probe.failures), 0)
+        lab.at_most(f"300 {what}: /healthz failures", len(probe.failures), 0)
         lab.at_most(f"300 {what}: /healthz at worst", probe.worst, 1, "s")
         metrics = await get(program.admin, "/metrics", timeout=10, headers=LOCAL)
         lab.at_most(f"300 {what}: /metrics", metrics.seconds if metrics.status == 200 else float("inf"), 1, "s")
@@ -75,13 +75,13 @@ async def t14(lab):
     shown = {**LOCAL, "Authorization": f"Bearer {TOKEN}"}
     right = await get(program.admin, "/api/v1/status", headers=shown, source="127.0.0.5")
     refused, seconds = await load.finish()
-    lab.at_most("wrong admin tokens of one address looked at a second", refused / seconds, WRONG_TOKENS_PER_S_MAX)
+    lab.at_most("wrong admin tokens of one address compared per second", refused / seconds, WRONG_TOKENS_PER_S_MAX)
     log = program.log.read_text(errors="replace")
     lines = [line for line in log.splitlines() if "token" in line.lower() and "WARN" in line]
     lab.at_least("wrong admin tokens, lines in the log", len(lines), 1)
     lab.at_most("wrong admin tokens, lines in the log, bounded", len(lines), 20)
-    lab.report(right.status == 200, f"meanwhile the right token of another address: {right.status} (goal 200)")
-    lab.at_most("meanwhile the right token of another address", right.seconds, 1, "s")
+    lab.report(right.status == 200, f"meanwhile the correct token of another address: {right.status} (goal 200)")
+    lab.at_most("meanwhile the correct token of another address", right.seconds, 1, "s")
 
 
 async def health_check(program):

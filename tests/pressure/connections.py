@@ -1,4 +1,4 @@
-"""Connections that say nothing: T10."""
+"""Idle connections: T10."""
 
 import asyncio
 import socket
@@ -12,7 +12,7 @@ IDLE = "127.0.0.77"
 
 
 async def stay_idle(load, address, count):
-    """So many connections at any time that send nothing; one that is closed is opened again."""
+    """Keeps `count` connections that send nothing. A closed one is opened again."""
     loop, sockets = asyncio.get_running_loop(), [None] * count
 
     def connect():
@@ -50,7 +50,7 @@ async def t10(lab):
     await pull(program.address, "library/warm", "latest", image)
     load = lab.background(stay_idle, program.address, 4200)
     await load.until_ready()
-    # Longer than `header_timeout`, so that they are closed and come again.
+    # Longer than `header_timeout`, so that they are closed and opened again.
     probe = await Probe(program.address, manifest("library/warm", "latest"), every_s=0.05, timeout=30).seconds(13)
     lab.at_most("4,200 idle connections of one address, another's slowest request", probe.worst, 1, "s")
     lab.at_most("4,200 idle connections of one address, another's failures", len(probe.failures), 0)

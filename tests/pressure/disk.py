@@ -1,4 +1,4 @@
-"""A disk on which each call takes long: T6, T7."""
+"""Slow disk calls: T6, T7."""
 
 import asyncio
 import base64
@@ -46,7 +46,7 @@ class SlowDisk:
 
 
 class Others:
-    """Clients who want nothing of the disk's work: the health check, a warm tag, a warm blob."""
+    """Clients that need no disk: the health check, a warm tag, a warm blob."""
 
     def __init__(self, program, image):
         self.probes = {
@@ -97,7 +97,7 @@ async def t06(lab):
     await pull(program.address, "library/private", "latest", private, **new_credential())
 
     async def others_while(what, paths, seconds):
-        """Beside the same disk without these requests."""
+        """Compared with the same disk without these requests."""
         async with Others(program, image) as quiet:
             await asyncio.sleep(2)
         async with Others(program, image) as others:
@@ -113,7 +113,7 @@ async def t06(lab):
     paths = await introduced(program, registry, "library/cold", [("cold", 5000 + n) for n in range(60)])
     disk.takes(open=300)
     await others_while("60 cold blobs, 300 ms for each open", paths, 5)
-    lab.at_least("the program meets the slow disk, delayed calls", disk.delayed(), 1)
+    lab.at_least("delayed calls of the program", disk.delayed(), 1)
     disk.is_quick()
     await asyncio.sleep(0.5)
 
@@ -131,7 +131,7 @@ async def t06(lab):
 
 
 async def first_use_of_proofs(lab):
-    """A repository in which 20,000 digests are proven, asked for after a restart."""
+    """A repository with 20,000 members, requested after a restart."""
     registry = lab.registry()
     program = lab.program(registry)
     image = registry.push_image("library/warm", "latest", Image([("warm", 1000)]))
@@ -193,11 +193,11 @@ async def revoked(lab, milliseconds):
         first_s = await first_pull(strangers[2])
         replies = await asyncio.gather(*denied)
     what = f"16 revoked tokens, {milliseconds} ms for each fsync"
-    lab.not_slower(f"{what}: a stranger's first pull", first_s, quiet_s, floor_s=2 * milliseconds / 1000)
+    lab.not_slower(f"{what}: a new client's first pull", first_s, quiet_s, floor_s=2 * milliseconds / 1000)
     lab.not_slower(f"{what}: a warm tag's p99", probe.p99, warm.p99)
     others = [reply for reply in replies if reply.status not in (401, 403)]
     note = f"; first other: {others[0].status}, {others[0].cause()}" if others else ""
-    lab.at_least(f"{what}: refused", 16 - len(others), 16, note=note)
-    lab.at_most(f"{what}: the last refusal after", max(reply.seconds for reply in replies), 1 + 8 * milliseconds / 1000, "s")
+    lab.at_least(f"{what}: denied", 16 - len(others), 16, note=note)
+    lab.at_most(f"{what}: the last denial after", max(reply.seconds for reply in replies), 1 + 8 * milliseconds / 1000, "s")
     lab.at_least(f"{what}: delayed calls", disk.delayed(), 1)
     program.stop()

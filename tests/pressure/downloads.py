@@ -1,4 +1,4 @@
-"""More downloads than there are places: T2, T12, T13."""
+"""More downloads than permits: T2, T12, T13."""
 
 import asyncio
 import time
@@ -10,7 +10,7 @@ from kit.outstanding import GREEDY, keep_outstanding
 from kit.process import NotStarted
 
 
-# As many as the goals of T2 and T12 were measured with.
+# The limits with which the goals of T2 and T12 were measured.
 PLACES = """
 [default]
 prefetch = false
@@ -21,7 +21,7 @@ downloads_per_upstream_max = 32
 
 
 async def pulled_at_once(program, requests, **options):
-    """How many of these (path, source) come whole, asked for all at once; and the others' replies."""
+    """Requests all (path, source) at once. Returns the number of complete ones, and the other responses."""
     replies = await asyncio.gather(
         *(get(program.address, path, source=source, keep=False, **options) for path, source in requests)
     )
@@ -30,7 +30,7 @@ async def pulled_at_once(program, requests, **options):
 
 
 async def introduced(program, registry, name, layers):
-    """An image of which the client has the manifest, and the cache no layer. Returns the layers' paths."""
+    """An image with a cached manifest and no cached layer. Returns the layers' paths."""
     image = registry.push_image(name, "latest", Image(layers, label=name))
     reply = await get(program.address, manifest(name, "latest"))
     if not reply.is_ok:
@@ -57,8 +57,8 @@ async def forty_layers(lab):
     registry.rule("slow", path="/blobs/", bytes_per_s=10_000)
     began = time.monotonic()
     came, wrong = await pulled_at_once(program, [(path, None) for path in paths])
-    lab.at_least("40 cold layers of 4 s each at once, whole", came, 40, note=explain(wrong))
-    # Two rounds of 4 s in 32 places.
+    lab.at_least("40 cold layers of 4 s each at once, complete", came, 40, note=explain(wrong))
+    # Two rounds of 4 s with 32 permits.
     lab.at_most("40 cold layers of 4 s each, all", time.monotonic() - began, 8 * 1.25, "s")
     program.stop()
 
@@ -73,14 +73,14 @@ async def hundred_times_three(lab):
     registry.rule("slow", path="/blobs/", after_s=0.7)
     began = time.monotonic()
     came, wrong = await pulled_at_once(program, requests)
-    lab.at_least("100 clients x 3 cold layers of one address, whole", came, 300, note=explain(wrong))
-    # 300 in 32 places: ten rounds of 0.7 s.
+    lab.at_least("100 clients x 3 cold layers of one address, complete", came, 300, note=explain(wrong))
+    # 300 with 32 permits: ten rounds of 0.7 s.
     lab.at_most("100 clients x 3 cold layers, all", time.monotonic() - began, 7 * 1.25, "s")
     program.stop()
 
 
 async def beyond_all_places(lab):
-    """The limit over all upstreams, made small; timeouts made short to the same scale."""
+    """The limit over all upstreams, lowered, with timeouts on the same scale."""
     first, second = lab.registry(), lab.registry()
     program = lab.program(
         first,
@@ -98,7 +98,7 @@ idle_timeout = "7s"
 write_timeout = "7s"
 """,
     )
-    # Three rounds of 5 s: the last third waits for longer than a connection may be without a request or a byte.
+    # Three rounds of 5 s: the last third waits longer than the idle timeout of a connection.
     layers = [("beyond", 50_000 + n) for n in range(12)]
     paths = await introduced(program, first, "library/beyond", layers)
     second.push_image("beyond", "latest", Image([("second", 50_000 + n) for n in range(12)]))
@@ -107,12 +107,12 @@ write_timeout = "7s"
     for registry in (first, second):
         registry.rule("slow", path="/blobs/", bytes_per_s=10_000)
     came, wrong = await pulled_at_once(program, [(path, None) for path in paths])
-    lab.at_least("24 cold layers through 8 places over all upstreams, whole", came, 24, note=explain(wrong))
+    lab.at_least("24 cold layers with 8 permits over all upstreams, complete", came, 24, note=explain(wrong))
     program.stop()
 
 
 async def full_queue(lab):
-    """More than may wait: an honest no at once, and not for another client."""
+    """Beyond the limit of waiting requests: denied at once, without effect on another client."""
     registry = lab.registry()
     program = lab.program(registry, more=PLACES)
     paths = await introduced(program, registry, "library/warm", [("warm", 1000), ("more", 1000)])
@@ -127,7 +127,7 @@ async def full_queue(lab):
         f"beyond 4,000 waiting requests of one client: {refused.status}, "
         f"Retry-After {refused.headers.get('retry-after', 'absent')} (goal 503 or 429 with Retry-After)",
     )
-    lab.at_most("beyond 4,000 waiting requests of one client, refused after", refused.seconds, 0.5, "s")
+    lab.at_most("beyond 4,000 waiting requests of one client, denied after", refused.seconds, 0.5, "s")
     await load.finish()
     program.stop()
 
@@ -171,7 +171,7 @@ async def many_places(lab):
     await until(lambda: registry.counters()["in_progress"] > 500, 10)
     probe = await Probe(program.address, manifest("library/warm", "latest")).seconds(4)
     lab.not_slower("600 slow downloads, a warm tag's p99", probe.p99, quiet.p99)
-    lab.at_most("600 slow downloads, stale answers", sum(reply.is_stale for reply in probe.replies), 0)
+    lab.at_most("600 slow downloads, stale responses", sum(reply.is_stale for reply in probe.replies), 0)
     lab.at_most("600 slow downloads, threads", program.threads(), 200, bound=600)
     await load.finish()
     program.stop()

@@ -1,4 +1,4 @@
-"""One client that asks for much, and leaves: T8, T9."""
+"""A client that sends many requests and disconnects: T8, T9."""
 
 import asyncio
 import time
@@ -20,7 +20,7 @@ async def with_warm_tag(lab, registry, **options):
 
 
 async def ask_and_leave(load, address, count, at_once):
-    """Each on a connection of its own: a request for a digest of which nobody has the content, sent and left."""
+    """Each on a separate connection: a request for a digest without content, sent and abandoned."""
 
     async def one(n):
         try:
@@ -67,9 +67,9 @@ async def abandoned(lab):
     load = lab.background(ask_and_leave, program.address, 1500, 150)
     await load.result()
     pulled_s = await timed_pull(program, "library/cold", "v1", images[1])
-    lab.not_slower("1,500 requests that were left, a cold pull after them", pulled_s, quiet_s)
+    lab.not_slower("1,500 abandoned requests, a cold pull after them", pulled_s, quiet_s)
     await asyncio.sleep(2)
-    lab.at_most("1,500 requests that were left, requests upstream", registry.requests("/library/warm/blobs/", since), 300, bound=600)
+    lab.at_most("1,500 abandoned requests, requests upstream", registry.requests("/library/warm/blobs/", since), 300, bound=600)
     program.stop()
 
 
@@ -80,12 +80,12 @@ async def abandoned_in_silence(lab, what, function, count, at_once):
     before = program.rss_mib()
     load = lab.background(function, program.address, count, at_once)
     await load.result(90)
-    lab.at_most(f"8,000 {what} left in a silence, RSS {before:.0f} MiB before, peak", program.rss_peak_mib(), 64, "MiB", bound=96)
+    lab.at_most(f"8,000 {what} abandoned in an outage, RSS {before:.0f} MiB before, peak", program.rss_peak_mib(), 64, "MiB", bound=96)
     since = time.monotonic()
     registry.drop("hang")
     await asyncio.sleep(3)
     late = registry.requests("/library/warm/blobs/", since)
-    lab.at_most(f"8,000 {what} left in a silence, requests upstream after it", late, 300, bound=600)
+    lab.at_most(f"8,000 {what} abandoned in an outage, requests upstream after it", late, 300, bound=600)
     program.stop()
 
 
@@ -96,10 +96,10 @@ async def one_byte_of_each(lab):
     registry.rule("paced", path="/library/big/blobs/", bytes_per_s=2_500_000)
     before = registry.counters()["blob_bytes"]
     replies = await asyncio.gather(*(get(program.address, path, headers={"Range": "bytes=0-0"}) for path in paths))
-    lab.at_least("the first byte of 20 cold blobs, answered", sum(reply.status in (200, 206) for reply in replies), 20)
+    lab.at_least("the first byte of 20 cold blobs, successful", sum(reply.status in (200, 206) for reply in replies), 20)
     await asyncio.sleep(4)
     fetched = (registry.counters()["blob_bytes"] - before) / 1e6
-    lab.at_most("the first byte of 20 cold blobs of 5 MB, then left: fetched", fetched, 20, "MB", bound=60)
+    lab.at_most("the first byte of 20 cold blobs of 5 MB, then abandoned: fetched", fetched, 20, "MB", bound=60)
     program.stop()
 
 
@@ -127,7 +127,7 @@ async def t09(lab):
         cold_s = await timed_pull(program, "library/cold", "v1", images[1])
         await asyncio.sleep(3)
     lab.not_slower("beside 4,000 outstanding requests, a warm tag's p99", elsewhere.p99, quiet.p99)
-    lab.at_most("beside 4,000 outstanding requests, stale answers", sum(r.is_stale for r in elsewhere.replies), 0)
+    lab.at_most("beside 4,000 outstanding requests, stale responses", sum(r.is_stale for r in elsewhere.replies), 0)
     lab.not_slower("beside 4,000 outstanding requests, a cold pull", cold_s, quiet_s)
     lab.not_slower("the same address, another principal, a warm tag's p99", same.p99, quiet.p99)
     await load.finish()
@@ -135,4 +135,4 @@ async def t09(lab):
     while quick < 5 and time.monotonic() - began < 20:
         reply = await get(program.address, path)
         quick = quick + 1 if reply.seconds <= max(2 * quiet.p99, 0.1) and not reply.is_stale else 0
-    lab.at_most("after them, quick again within", time.monotonic() - began, 1.5, "s")
+    lab.at_most("after them, normal speed within", time.monotonic() - began, 1.5, "s")

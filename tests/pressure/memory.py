@@ -1,4 +1,4 @@
-"""Memory that clients command, and that operators do by looking: T3, T18."""
+"""Memory that clients and the status page cause: T3, T18."""
 
 import asyncio
 import socket
@@ -10,7 +10,7 @@ from kit.content import Image
 from kit.lab import shown
 
 RSS_MIB_MAX = 128
-# Answered HTTP/1 connections take memory outside the budget of response bytes, and glibc keeps free pages between those
+# HTTP/1 connections with responses take memory outside the budget of response bytes, and glibc keeps free pages between those
 # that are in use.
 RSS_MIB_BOUND = 200
 RSS_AT_REST_MIB_MAX = 64
@@ -38,7 +38,7 @@ async def unread_streams(load, address, path, connections, streams, window_bytes
 
 
 async def slow_readers(load, address, path, addresses, connections):
-    """Each takes a few bytes a second, which is enough not to be idle."""
+    """Each reads a few bytes a second, so it is not idle."""
     sockets = []
     for number in range(addresses):
         for _ in range(connections):
@@ -63,7 +63,7 @@ async def slow_readers(load, address, path, addresses, connections):
 
 
 async def large_pulls(load, address, paths, pulls):
-    """So many large blobs at once, taken as fast as they come."""
+    """Large blobs at once, read as fast as possible."""
 
     async def one(path):
         reader, writer = await asyncio.open_connection(*address, local_addr=("127.0.0.80", 0), limit=1 << 18)
@@ -97,7 +97,7 @@ async def t03(lab):
     paths = [blob("library/large", digest) for digest in large.layers]
     await asyncio.gather(*(get(program.address, path, keep=False) for path in paths))
     pulls = (large_pulls, program.address, paths, 64)
-    # Two processors are shared by 64 fast readers here: what others wait for then is no figure.
+    # 64 fast readers share two processors here, so the latency of others is not measured.
     await attacked(lab, "all of these and 64 pulls of 300 MiB", program, None, [*attacks.values(), pulls])
     await asyncio.sleep(REST_S)
     lab.at_most(f"after {REST_S} s of rest, RSS", program.rss_mib(), RSS_AT_REST_MIB_MAX, "MiB", bound=RSS_MIB_BOUND)

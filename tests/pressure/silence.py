@@ -1,4 +1,4 @@
-"""A registry that is silent, slow or in trouble, as a whole or in one place: T4, T5, T11, O2."""
+"""A registry that is unavailable, slow or failing, completely or for one path: T4, T5, T11, O2."""
 
 import asyncio
 import time
@@ -8,7 +8,7 @@ from kit.content import Image
 
 IMAGES = 20
 JOB_S_MAX = 3
-# With an answer that is late each time, each image may wait 50 ms.
+# If each response is late, each image may wait 50 ms.
 NEXT_JOB_S_MAX = 1.2
 RECOVERY_S_MAX = 2
 
@@ -24,7 +24,7 @@ async def cached_images(program, registry, count=IMAGES):
 
 
 async def job(lab, what, program, images, goal_s):
-    """Asks for one tag after the other, as a job with so many images does."""
+    """Requests one tag after the other, as a job with these images does."""
     began, wrong = time.monotonic(), 0
     for name, image in images.items():
         reply = await get(program.address, manifest(name, "latest"))
@@ -35,7 +35,7 @@ async def job(lab, what, program, images, goal_s):
 
 
 async def recovery(lab, what, program, registry, comes_back):
-    """From the registry's return on: how long a moved tag is served as it was."""
+    """Seconds from the registry's return until a moved tag is served."""
     name = "library/app0"
     moved = Image([("moved", 1000)], label=what)
     registry.push_image(name, "latest", moved)
@@ -74,7 +74,7 @@ async def t05(lab):
 
 
 async def one_tag(lab):
-    """A silence that only one repository's poll ever meets."""
+    """An outage that only the requests of one repository meet."""
     registry = lab.registry()
     program = lab.program(registry)
     await cached_images(program, registry, 1)
@@ -83,7 +83,7 @@ async def one_tag(lab):
     while time.monotonic() - began < 12:
         waited += (await get(program.address, manifest("library/app0", "latest"))).seconds
         await asyncio.sleep(0.3)
-    lab.at_most("one tag polled for 12 s of silence, waits in all", waited, JOB_S_MAX, "s")
+    lab.at_most("one tag polled for 12 s of an outage, total wait", waited, JOB_S_MAX, "s")
     program.stop()
 
 
@@ -147,9 +147,9 @@ async def bad_path(lab, what, rule):
         await poll(1)
         if replies[-1].digest == moved.digest and new_s == float("inf"):
             new_s = time.monotonic() - moved_at
-    lab.at_most(f"{what}: stale answers of 80 for another tag", sum(reply.is_stale for reply in replies), 0)
+    lab.at_most(f"{what}: stale responses of 80 for another tag", sum(reply.is_stale for reply in replies), 0)
     old = sum(reply.digest != moved.digest for reply in replies[seen:])
-    lab.at_most(f"{what}: answers of 40 with the old image after the tag moved", old, 0)
+    lab.at_most(f"{what}: responses of 40 with the old image after the tag moved", old, 0)
     lab.at_most(f"{what}: the new image came after", new_s, RECOVERY_S_MAX, "s")
     await load.finish()
     program.stop()
@@ -169,16 +169,16 @@ async def t11(lab):
     async with Probe(program.address, manifest("library/app0", "latest")) as probe:
         lists = await asyncio.gather(*(get(program.address, path) for _ in range(100)))
     lab.at_most("100 equal tag lists, requests upstream", registry.requests("tags/list", since), 2)
-    lab.at_least("100 equal tag lists, answered", sum(reply.is_ok for reply in lists), 100)
-    lab.at_most("100 equal tag lists, stale answers for a warm tag", sum(r.is_stale for r in probe.replies), 0)
+    lab.at_least("100 equal tag lists, successful", sum(reply.is_ok for reply in lists), 100)
+    lab.at_most("100 equal tag lists, stale responses for a warm tag", sum(r.is_stale for r in probe.replies), 0)
     lab.not_slower("100 equal tag lists, a warm tag's p99", probe.p99, quiet.p99)
 
     registry.rule("lists", path="/tags/list", silent=True)
     first = await get(program.address, path, timeout=30)
-    lab.at_most("a cached list, registry silent", first.seconds, 2.2, "s")
+    lab.at_most("a cached list, registry unresponsive", first.seconds, 2.2, "s")
     following = [await get(program.address, path, timeout=5) for _ in range(5)]
     lab.at_most("a cached list, next five", sum(reply.seconds for reply in following), 1, "s")
-    lab.at_least("a cached list, answered", sum(reply.is_ok for reply in [first, *following]), 6)
+    lab.at_least("a cached list, successful", sum(reply.is_ok for reply in [first, *following]), 6)
     registry.drop("lists")
     registry.push_image("library/app0", "second", Image([("app", 1000)]))
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Clients of the cache: one that asks by HTTP/1.1 and takes the time, and what others need to be rude."""
+"""Clients of the cache: HTTP/1.1 requests with their time, and helpers of misbehaving clients."""
 
 import asyncio
 import dataclasses
@@ -35,12 +35,12 @@ class Reply:
 
 NO_REPLY = 0
 
-# The admin listener wants a name of this machine.
+# The admin listener accepts only a name of this machine.
 LOCAL = {"Host": "localhost"}
 
 
 async def get(address, path, method="GET", headers=None, source=None, timeout=TIMEOUT_S, keep=True):
-    """One request on a connection of its own, from this address of 127.0.0.0/8. Never raises: no reply is status 0."""
+    """One request on a separate connection, from this address of 127.0.0.0/8. Never raises: status 0 means no response."""
     began = time.monotonic()
     reply = Reply(NO_REPLY, {}, b"", 0, False, 0.0, 0.0)
     try:
@@ -107,7 +107,7 @@ def blob(repository, digest):
 
 
 async def pull(address, repository, tag, image, **options):
-    """The manifest, then all blobs at once, as real clients do. Seconds, or None where something is not as pushed."""
+    """The manifest, then all blobs at once, as real clients do. Seconds, or None if content is wrong."""
     began = time.monotonic()
     reply = await get(address, manifest(repository, tag), **options)
     if not reply.is_ok or reply.digest != image.digest:
@@ -118,11 +118,11 @@ async def pull(address, repository, tag, image, **options):
 
 
 class Probe:
-    """Asks for the same thing again and again while something else happens, and keeps the times."""
+    """Repeats a request during another load, and records the times."""
 
     def __init__(self, address, path, every_s=0.01, **options):
         self.address, self.path, self.every_s = address, path, every_s
-        # Options, or what makes them for each request.
+        # Options, or a function that returns them for each request.
         self.options = options.pop("each", lambda: options)
         self.replies, self.starts, self.task = [], [], None
 
@@ -131,7 +131,7 @@ class Probe:
         return self
 
     async def __aexit__(self, *_):
-        # The request under way counts with the time that it took so far: it may be the one that waits.
+        # The current request counts with its time so far, because it may be the slow one.
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
 
@@ -142,7 +142,7 @@ class Probe:
                 reply = await get(self.address, self.path, **self.options())
             except asyncio.CancelledError:
                 if time.monotonic() - began > 0.5:
-                    self.replies.append(Reply(NO_REPLY, {}, b"unanswered", 0, False, 0.0, time.monotonic() - began))
+                    self.replies.append(Reply(NO_REPLY, {}, b"no response", 0, False, 0.0, time.monotonic() - began))
                 raise
             self.replies.append(reply)
             await asyncio.sleep(self.every_s)

@@ -1,4 +1,4 @@
-"""Images that exist at both ends: bytes are made from a seed, so a name is enough to know them."""
+"""Images known at both ends: their bytes are derived from a seed."""
 
 import functools
 import hashlib
@@ -12,7 +12,7 @@ MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
 @functools.lru_cache(maxsize=None)
 def noise(seed, size):
-    """`size` bytes that compress badly and are the same in every process."""
+    """`size` bytes that hardly compress and are the same in every process."""
     source, left = random.Random(f"{seed}/{size}"), size
     pieces = []
     while left:
@@ -23,7 +23,7 @@ def noise(seed, size):
 
 @functools.lru_cache(maxsize=None)
 def noise_digest(seed, size):
-    # Not by the cache: only a registry needs the bytes again.
+    # Without a cache, because only the registry needs the bytes again.
     return digest_of(noise.__wrapped__(seed, size))
 
 
@@ -55,12 +55,12 @@ class Image:
 
 
 def made_up_digest(*name):
-    """A digest of which no registry has the content."""
+    """A digest without content in any registry."""
     return digest_of(repr(name).encode())
 
 
 def wide_manifest(label, layers):
-    """A manifest of so many layers of which nobody has the content."""
+    """A manifest of `count` layers without content."""
     entries = [
         {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": made_up_digest(label, n), "size": 1000}
         for n in range(layers)

@@ -1,4 +1,4 @@
-"""The least of HTTP/2 that a rude client needs: cleartext by prior knowledge, no dynamic table, no Huffman coding."""
+"""Minimal HTTP/2 for a misbehaving client: cleartext with prior knowledge, no dynamic table, no Huffman coding."""
 
 import asyncio
 import struct
@@ -34,7 +34,7 @@ def settings(window_bytes):
 
 
 class Connection:
-    """Sends requests; reads only when it is asked to."""
+    """Sends requests, and reads only on request."""
 
     def __init__(self, reader, writer):
         self.reader, self.writer, self.next_stream = reader, writer, 1

@@ -1,4 +1,4 @@
-"""What a scenario has: registries and programs that end with it, and a place for its figures."""
+"""Context of a scenario: its registries, programs and figures."""
 
 import asyncio
 import os
@@ -8,7 +8,7 @@ import time
 from kit.process import Background, Program
 from kit.registry import Registry
 
-# Below this a p99 says more about this machine's other work than about the program.
+# A p99 below this depends more on this machine's other load than on the program.
 QUICK_S = 0.05
 
 
@@ -44,7 +44,7 @@ class Lab:
     # --- figures
 
     def at_most(self, what, figure, goal, unit="", note="", bound=None):
-        """`bound`: what fails the run, where the goal alone is known to be missed, or a time that a busy machine blurs."""
+        """`bound` fails the run. It differs from the goal for known misses and for times on a busy machine."""
         bound = bound or (2 * goal if unit == "s" else goal)
         self.report(figure <= goal, f"{what}: {shown(figure, unit)} (goal at most {shown(goal)}{note})", figure <= bound)
 
@@ -52,7 +52,7 @@ class Lab:
         self.report(figure >= goal, f"{what}: {shown(figure, unit)} (goal at least {shown(goal)}{note})")
 
     def not_slower(self, what, figure_s, quiet_s, times=2, floor_s=QUICK_S):
-        """A time beside what it is when nothing else happens, in the same run."""
+        """Compares a time with the time without load in the same run."""
         goal = max(times * quiet_s, floor_s)
         self.report(
             figure_s <= goal,
@@ -73,7 +73,7 @@ def shown(figure, unit=""):
 
 
 async def until(condition, seconds, every_s=0.02):
-    """Seconds until the condition held; None when it did not in time."""
+    """Seconds until the condition is true; None after the timeout."""
     began = time.monotonic()
     while time.monotonic() - began < seconds:
         if condition():

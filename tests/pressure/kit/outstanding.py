@@ -1,4 +1,4 @@
-"""A client with many requests outstanding at any time."""
+"""Client with many outstanding requests."""
 
 import asyncio
 
@@ -10,7 +10,7 @@ GREEDY = "127.0.0.66"
 
 
 async def keep_outstanding(load, address, connections, streams, headers):
-    """So many requests for made-up digests at any time."""
+    """Keeps this number of outstanding requests for unknown digests."""
     opened = [await h2.Connection.open(address, source=GREEDY) for _ in range(connections)]
     loop, counter = asyncio.get_running_loop(), iter(range(10**9))
 

@@ -1,4 +1,4 @@
-"""The program under test, and load that runs beside the test in processes of its own."""
+"""The program under test, and load in separate processes."""
 
 import asyncio
 import ctypes
@@ -24,7 +24,7 @@ def die_with_parent():
 
 
 class Program:
-    """ifnewer with a configuration and data of its own, on ports of the system's choice."""
+    """ifnewer with its own configuration and data, on ports that the system chooses."""
 
     def __init__(self, folder, registry, upstream="", more="", listen="", environment=None, descriptors_max=0):
         self.folder = pathlib.Path(folder)
@@ -96,7 +96,7 @@ url = "{registry.url}"
             capture_output=True, text=True, timeout=timeout, env=plain_environment(), check=False,
         )
 
-    # --- what the kernel says of it
+    # --- figures from the kernel
 
     def rss_mib(self):
         return self.status("VmRSS") / 1024
@@ -116,7 +116,7 @@ url = "{registry.url}"
 
 
 class NotStarted(Exception):
-    """The program refused its configuration, or did not come up."""
+    """The program rejected its configuration, or did not start."""
 
 
 def plain_environment():
@@ -130,7 +130,7 @@ def address(text):
 
 
 class Background:
-    """Runs `function(stopped, *arguments)`, a coroutine function, in a process of its own until it returns."""
+    """Runs `function(stopped, *arguments)`, a coroutine function, in a separate process until it returns."""
 
     def __init__(self, function, *arguments):
         self.stopped = forks.Event()
@@ -158,7 +158,7 @@ class Background:
             await asyncio.sleep(0.02)
 
     async def finish(self, seconds=30):
-        """Asks it to stop, and returns what it returns; None when it does not end."""
+        """Requests its stop and returns its result; None if it does not end."""
         self.stopped.set()
         return await self.result(seconds)
 

@@ -1,4 +1,4 @@
-"""A scripted registry in a process of its own, so that its work does not slow down the client that measures.
+"""Scripted registry in a separate process, so that its work does not slow down the measuring client.
 
 It knows the manifests and blobs that were pushed, and rules. The first rule whose method and path match says what
 becomes of a request: no answer, a status, an answer later, a body at some rate.
@@ -46,7 +46,7 @@ class Seen:
 
 
 class State:
-    """What lives in the registry's process; each public method can be called from the test."""
+    """State in the registry's process. The test can call each public method."""
 
     def __init__(self):
         self.manifests, self.tags, self.blobs, self.rules, self.seen = {}, {}, {}, [], []
@@ -68,21 +68,21 @@ class State:
         self.rules.insert(0, Rule(name, methods, path, **what))
 
     def drop(self, name):
-        """Requests that were left without an answer by this rule get theirs now."""
+        """Responds to the requests that this rule has stalled."""
         for rule in [rule for rule in self.rules if rule.name == name]:
             self.rules.remove(rule)
             rule.ended.set()
 
     def allow(self, repository, credentials):
-        """From now on only these values of Authorization may read there."""
+        """Restricts reads to these values of Authorization."""
         self.allowed[repository] = frozenset(credentials)
 
     def need_token(self):
-        """From now on a request without a token of this registry's own is refused with a challenge."""
+        """Requires a token of this registry. Other requests get a challenge."""
         self.needs_token = True
 
     def requests(self, pattern, since=0.0):
-        """How many requests "METHOD path" arrived."""
+        """Number of requests "METHOD path"."""
         matches = re.compile(pattern).search
         return sum(1 for seen in self.seen if seen.at >= since and matches(f"{seen.method} {seen.path}"))
 
@@ -94,7 +94,7 @@ class State:
         return {"blob_bytes": self.blob_bytes_sent, "in_progress": self.in_progress, "most": self.in_progress_max}
 
     def refuse(self):
-        """Nothing listens any more, and what was connected is reset."""
+        """Stops listening and resets all connections."""
         self.server.close()
         for connection in list(self.connections):
             connection.transport.abort()
@@ -128,7 +128,7 @@ class State:
         return None
 
     def respond(self, method, path, authorization):
-        """(status, headers, body) as a registry without faults responds."""
+        """(status, headers, body) of a registry without faults."""
         path = path.partition("?")[0]
         if path == "/token":
             return 200, {"Content-Type": "application/json"}, b'{"token":"good","expires_in":3600}'
@@ -171,7 +171,7 @@ def listening(port, backlog):
 
 
 class Connection(asyncio.Protocol):
-    """One connection; requests on it are answered one after the other."""
+    """One connection. Its requests are served one after the other."""
 
     def __init__(self, state):
         self.state, self.unread, self.task, self.transport = state, b"", None, None
@@ -265,7 +265,7 @@ class Connection(asyncio.Protocol):
 
 
 class Registry:
-    """The test's end: calls methods of `State` in the registry's process."""
+    """Handle in the test: calls methods of `State` in the registry's process."""
 
     def __init__(self):
         ours, theirs = socket.socketpair()
