@@ -158,6 +158,8 @@ pub async fn serve(
     // Not awaited at shutdown, which may take long.
     tokio::spawn(admin.clone().beat());
     tasks.spawn(admin.clone().sample());
+    let refreshing = Arc::clone(&shared.proxy);
+    tasks.spawn(refreshing.run_scheduled_refreshes(shutdown.clone().cancelled_owned()));
     tasks.spawn(maintenance_loop(Arc::clone(&store), clock, shutdown.clone()));
     tasks.spawn(certificate_renewal::renewal_loop(
         Arc::clone(&tls),

@@ -16,7 +16,7 @@
 //! * `write_effect`, `invalidation`: cached content that a push or a deletion changes.
 //! * `blocks`: refuses digests that the operator blocked, whatever the way they were obtained.
 //! * `prefetch`, `attestations`: downloads started before a client requests them. `refresh`: revalidation requested
-//!   by the operator.
+//!   by the operator; `scheduled_refresh`: revalidation in the background.
 //! * `passthrough`: responses that are never stored. `streamed_list`, `list_page`, `list_name`: long, derived and
 //!   renamed tag lists.
 //! * `registry`: settings and learned state of one upstream. `concurrency`: detached tasks and locks by key.
@@ -46,6 +46,7 @@ mod referrers;
 mod refresh;
 mod registry;
 mod revalidate;
+mod scheduled_refresh;
 mod source;
 mod streamed_list;
 mod write_effect;
@@ -62,6 +63,9 @@ pub use local_tokens::{TokenOutcome, is_local_token};
 pub use refresh::Refreshed;
 pub use registry::{Access, RegistryState, RegistryStates, UpstreamRegistry};
 pub use revalidate::Revalidated;
+pub use scheduled_refresh::{
+    RUNS_PER_MINUTE_MAX, RefreshPause, RefreshResult, RefreshStatus, TAGS_PER_MINUTE_MAX, TagRefresh,
+};
 pub use streamed_list::StreamedList;
 
 use crate::clock::Clock;
@@ -100,6 +104,7 @@ pub struct ProxyService {
     active_downloads: possession::ActiveDownloads,
     probed_images: layer_probe::ProbedImages,
     prefetching: prefetch::Prefetching,
+    scheduled: scheduled_refresh::ScheduledRefresh,
     copy_permits: streamed_list::CopyPermits,
     attestations: attestations::Attestations,
     confirmed_referrers: referrers::ConfirmedReferrers,
@@ -267,6 +272,7 @@ impl ProxyService {
             active_downloads: possession::ActiveDownloads::default(),
             probed_images: layer_probe::ProbedImages::default(),
             prefetching: prefetch::Prefetching::default(),
+            scheduled: scheduled_refresh::ScheduledRefresh::default(),
             copy_permits: streamed_list::CopyPermits::default(),
             attestations: attestations::Attestations::default(),
             confirmed_referrers: referrers::ConfirmedReferrers::default(),

@@ -80,6 +80,7 @@ impl ServingState {
                 .downloads()
                 .resize_upstream(upstream_registry.name(), transfers_max);
         }
+        self.proxy.set_refreshed_upstreams(self.router.all());
     }
 }
 

@@ -68,6 +68,7 @@ pub mod pins;
 mod quota;
 mod scrub;
 mod secret;
+mod tag_use;
 pub mod tags;
 pub mod usage;
 pub mod usage_report;

@@ -395,6 +395,22 @@ impl Upstream {
         }
     }
 
+    /// How long a rate limit pauses the caller's HEADs of this manifest at every URL. `None`: one may be sent now.
+    pub fn head_pause(&self, caller: &Caller, endpoint: &Endpoint) -> Option<Duration> {
+        let (now, limits) = (Instant::now(), &self.0.learned.limits);
+        let pauses = self.0.urls.iter().map(|origin| {
+            let class = LimitClass::of(endpoint, self.0.head_needs_get(origin, endpoint));
+            let pause = limits.current_pause(origin, class, caller, now);
+            pause.map(|pause| pause.left(now))
+        });
+        pauses.collect::<Option<Vec<_>>>()?.into_iter().min()
+    }
+
+    /// The caller's pull quota, as the upstream last reported it.
+    pub fn quota_of(&self, caller: &Caller) -> Option<PullQuota> {
+        self.0.learned.limits.quota_of(caller, Instant::now())
+    }
+
     /// Records that a caller with a cached copy waited `waited` for a response that did not arrive.
     pub fn record_timeout(&self, caller: &Caller, endpoint: &Endpoint, waited: Duration) {
         let Some(mut health) = self.0.health() else { return };

@@ -248,7 +248,8 @@ fn backoff(interval: Duration, count: u32) -> Duration {
         .checked_shl(count.saturating_sub(1))
         .unwrap_or(BACKOFF_SLOTS_MAX)
         .min(BACKOFF_SLOTS_MAX);
-    interval.saturating_mul(slots).min(BACKOFF_MAX.max(interval)) - interval / 2
+    let skipped = interval.saturating_mul(slots).min(BACKOFF_MAX.max(interval));
+    skipped.saturating_sub(interval / 2)
 }
 
 /// A planned refresh.

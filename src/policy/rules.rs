@@ -385,6 +385,13 @@ impl Rules {
             .min()
     }
 
+    /// The shortest interval of scheduled refreshes at this upstream. `None`: nothing is refreshed.
+    pub fn shortest_refresh(&self, upstream: &str) -> Option<Duration> {
+        let policies = self.upstreams.get(upstream)?;
+        let all = policies.by_rule.iter().chain([&policies.default_policy]);
+        all.filter_map(|policy| policy.scheduled_refresh().interval).min()
+    }
+
     /// Names of the rules, in their order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.rule_names.iter().map(|name| &**name)

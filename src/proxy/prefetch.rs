@@ -252,7 +252,7 @@ impl ProxyService {
     }
 
     /// Prefetches blobs of one image, with limited concurrency.
-    async fn prefetch_blobs(
+    pub(super) async fn prefetch_blobs(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
         blobs: Vec<(Digest, oneshot::Sender<Result<(), UpstreamFailure>>)>,

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use http::HeaderValue;
 
@@ -222,6 +223,20 @@ impl UpstreamRegistry {
             repository.with_prefix("library")
         } else {
             Ok(repository)
+        }
+    }
+
+    /// The shortest interval of scheduled refreshes; `None` if nothing is refreshed.
+    pub(super) fn shortest_refresh(&self) -> Option<Duration> {
+        self.rules.shortest_refresh(self.name())
+    }
+
+    /// Caller for a request of the cache itself: with its own credential, or with none.
+    pub(super) fn background_caller(&self, principals: &Principals) -> Caller {
+        let trace = TraceContext::new_root();
+        Caller {
+            class: Class::Background,
+            ..self.caller(principals, None, (Peer::Background, &trace))
         }
     }
 

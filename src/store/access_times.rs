@@ -93,6 +93,26 @@ impl AccessTimes {
         self.mark_needed([*content.digest()]);
     }
 
+    /// Sets the last access of content to `used_at`, unless it was accessed after `stored_at`.
+    pub(super) fn put_back(
+        &self,
+        fs: &dyn FileSystem,
+        content: ContentId,
+        (stored_at, used_at): (SystemTime, SystemTime),
+    ) {
+        let modified = fs.modified(&content.path()).ok().flatten();
+        let mut pending = self.pending();
+        let last = pending.get(&content).copied().max(modified);
+        if last.is_none_or(|last| last > stored_at) {
+            return;
+        }
+        pending.insert(content, used_at);
+        // An access that is recorded now counts, because the later of the two times does.
+        drop(pending);
+        // If this fails, the next batch writes it.
+        let _ = fs.set_modified(&content.path(), used_at);
+    }
+
     /// Stored content counts as used now, even if it was stored before.
     pub(super) fn record_arrival(&self, content: ContentId) {
         self.record(content, self.now());

@@ -524,16 +524,24 @@ impl Tags {
 
     /// Tags after the index key `after`; from the first tag if `after` is empty.
     fn list(&self, after: &[u8], limit: usize) -> Vec<(TagKey, TagRecord)> {
-        if self.index.is_complete()
-            && let Ok(pairs) = self.index.scan(vec![KEY_PREFIX], after.to_vec(), limit)
-        {
-            let tags = pairs.into_iter();
-            return tags
-                .filter_map(|(key, value)| Some((TagKey::from_index(&key)?, TagRecord::from_index(&value)?)))
-                .collect();
+        if let Some(tags) = self.list_indexed(after, limit) {
+            return tags;
         }
         let after = TagKey::from_index(after);
         self.list_files(|key| after.as_ref().is_none_or(|after| key > after), limit)
+    }
+
+    /// [`Self::list`] from the index alone; `None` while it is incomplete or unavailable.
+    pub(super) fn list_indexed(&self, after: &[u8], limit: usize) -> Option<Vec<(TagKey, TagRecord)>> {
+        if !self.index.is_complete() {
+            return None;
+        }
+        let pairs = self.index.scan(vec![KEY_PREFIX], after.to_vec(), limit).ok()?;
+        let tags = pairs.into_iter();
+        Some(
+            tags.filter_map(|(key, value)| Some((TagKey::from_index(&key)?, TagRecord::from_index(&value)?)))
+                .collect(),
+        )
     }
 
     fn list_from(&self, skip: usize, limit: usize) -> Vec<(TagKey, TagRecord)> {

@@ -62,7 +62,7 @@ impl<'a> View<'a> {
     }
 
     /// `ready` reads the caches, `stored` the caches and the disk.
-    fn find<T>(
+    pub(super) fn find<T>(
         &self,
         unknown: T,
         ready: impl FnOnce(&Store) -> Option<T>,

@@ -111,7 +111,16 @@ pub struct PullQuota {
     pub ago: Duration,
 }
 
+/// Validity of a reported quota without a window.
+const REPORT_TTL: Duration = Duration::from_secs(3600);
+
 impl PullQuota {
+    /// Whether the window that the report is about may not have ended. Afterwards it says nothing.
+    pub fn is_current(&self) -> bool {
+        let window = self.limit.reset_after_s().map(Duration::from_secs);
+        self.ago < window.unwrap_or(REPORT_TTL)
+    }
+
     /// The latest time at which the full quota is available again, if reported.
     pub fn resets_at(&self, now: SystemTime) -> Option<SystemTime> {
         let full = Duration::from_secs(self.limit.reset_after_s()?);
@@ -243,6 +252,28 @@ impl RateLimits {
             }
         }
         known.push(record);
+    }
+
+    /// The pause of this class for the caller at this URL.
+    pub(super) fn current_pause(
+        &self,
+        origin: &Origin,
+        class: LimitClass,
+        caller: &Caller,
+        now: Instant,
+    ) -> Option<Pause> {
+        self.windows.current_pause(&self.key(origin, class, caller), now)
+    }
+
+    /// The recorded quota of this caller.
+    pub(super) fn quota_of(&self, caller: &Caller, now: Instant) -> Option<PullQuota> {
+        let known = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
+        let record = known.iter().find(|known| known.principal == caller.principal)?;
+        Some(PullQuota {
+            owner: record.owner,
+            limit: record.limit.clone(),
+            ago: now.saturating_duration_since(record.at),
+        })
     }
 
     /// The recorded quotas, ordered by owner.

@@ -20,9 +20,9 @@ use ifnewer::store::{Settings as StoreSettings, Store};
 use ifnewer::telemetry::Telemetry;
 use ifnewer::trace_context::TraceContext;
 use ifnewer::upstream::forward::ForwardRequest;
-use ifnewer::upstream::{ProxyChoice, Settings, Transport, Upstream, UpstreamCredential};
+use ifnewer::upstream::{Offline, ProxyChoice, Settings, Transport, Upstream, UpstreamCredential};
 
-use super::registry::{CLIENT, OCI_MANIFEST, Registry, clock, now};
+use super::registry::{CLIENT, OCI_INDEX, OCI_MANIFEST, Registry, clock, now};
 
 /// Upstream with per-client authorization.
 pub const PROVEN: &str = "registry.test";
@@ -36,6 +36,9 @@ pub struct Cache {
     store: Arc<Store>,
     states: Arc<RegistryStates>,
     parts: Parts,
+    /// Whether clients accept indexes.
+    pub takes_indexes: bool,
+    pub offline: Offline,
 }
 
 #[derive(Clone)]
@@ -138,9 +141,11 @@ impl Cache {
         opened: bool,
     ) -> Cache {
         let rules = Arc::new(parts.rules.clone());
+        let offline = Offline::default();
         let site = |name: &str, is_shared: bool| {
             let mut settings = Settings::new(name, vec![format!("http://{name}").parse().unwrap()]);
             settings.proxy = ProxyChoice::None;
+            settings.offline = offline.clone();
             let own = is_shared.then(|| UpstreamCredential::new("service", "service-secret"));
             settings.credential = own.map(Into::into);
             let access = if is_shared {
@@ -156,16 +161,21 @@ impl Cache {
             UpstreamRegistry::new(Arc::new(upstream), access, Arc::clone(&rules), state)
         };
         let mut proven = site(PROVEN, opened);
+        let shared = Arc::new(site(SHARED, true));
         if parts.gives_tokens {
             proven = proven.with_local_tokens(format!("http://{PROVEN}/token").parse().unwrap());
         }
+        let proven = Arc::new(proven);
+        proxy.set_refreshed_upstreams(&[Arc::clone(&proven), Arc::clone(&shared)]);
         Cache {
             proxy,
-            proven: Arc::new(proven),
-            shared: Arc::new(site(SHARED, true)),
+            proven,
+            shared,
             store,
             states,
             parts,
+            takes_indexes: false,
+            offline,
         }
     }
 
@@ -257,6 +267,9 @@ impl Cache {
         };
         let mut headers = HeaderMap::new();
         headers.append(header::ACCEPT, HeaderValue::from_static(OCI_MANIFEST));
+        if self.takes_indexes {
+            headers.append(header::ACCEPT, HeaderValue::from_static(OCI_INDEX));
+        }
         let site = if client_request.site == SHARED {
             &self.shared
         } else {

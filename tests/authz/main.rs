@@ -6,6 +6,7 @@
 //! * `random_walk`: random steps, each response checked against the model. `lifecycle`: the same over reloads,
 //!   restarts, kills and pushes, with slow responses. `cases`: interleavings that were found dangerous.
 //! * `min_age`: ages of digests, with a wall clock that is stepped.
+//! * `scheduled_refresh`: tags revalidated in the background.
 //! * `hostile_fronts`: hosts that respond in the registry's place. `timing`: whether the time of a denial reveals
 //!   what is cached. `counting_disk`: a disk that counts its reads. `slow_disk`: a disk with a blocked call.
 //!
@@ -33,5 +34,6 @@ mod min_age;
 mod model;
 mod random_walk;
 mod registry;
+mod scheduled_refresh;
 mod slow_disk;
 mod timing;

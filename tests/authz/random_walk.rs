@@ -73,9 +73,9 @@ async fn fresh_and_local_tokens_open_nothing_unauthorized() {
     assert!(refused.is_some_and(|times| *times > 50), "{:#?}", walk.counts);
 }
 
-/// `sealed`: policy `never` for `acme/never`; otherwise it is filled like any other.
-pub fn rules(sealed: bool) -> Rules {
-    let default = EffectivePolicy {
+/// The policy of images that no rule covers.
+pub fn default_policy() -> EffectivePolicy {
+    EffectivePolicy {
         name: Arc::from("default"),
         policy: Policy::IfNewer,
         max_age: Duration::ZERO,
@@ -87,7 +87,12 @@ pub fn rules(sealed: bool) -> Rules {
         prefetch: false,
         refresh: RefreshPolicy::OFF,
         age_limit: AgeLimit::OFF,
-    };
+    }
+}
+
+/// `sealed`: policy `never` for `acme/never`; otherwise it is filled like any other.
+pub fn rules(sealed: bool) -> Rules {
+    let default = default_policy();
     let of = |images: &str, changes: PolicyOverrides| (vec![images.parse().unwrap()], changes);
     let with_policy = |policy| PolicyOverrides {
         policy: Some(policy),

@@ -25,7 +25,7 @@ use tokio::task::AbortHandle;
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 /// Header of a client's own token request; the cache's requests lack it.
 pub const CLIENT: &str = "x-client";
-const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
 thread_local! {
     /// Wall clock in seconds. Per thread, so that parallel walks have separate clocks.
@@ -132,6 +132,10 @@ pub struct State {
     /// May read lists only.
     pub lists: BTreeSet<(String, String)>,
     pub responses: Vec<RegistryResponse>,
+    /// `Retry-After` of a status, in seconds.
+    pub retry_after: u64,
+    /// Pull quota and what remains of it, reported with each manifest.
+    pub quota: Option<(u64, u64)>,
     /// Whether it ever sent a rate limit.
     pub has_limited: bool,
     /// Method and path of each request.
@@ -173,6 +177,8 @@ impl Registry {
             rights: BTreeSet::new(),
             lists: BTreeSet::new(),
             responses: Vec::new(),
+            retry_after: 1,
+            quota: None,
             has_limited: false,
             request_log: Vec::new(),
             last_modified: BTreeMap::new(),
@@ -274,6 +280,37 @@ impl Registry {
         digest
     }
 
+    /// Pushes an index of one new image for each of these architectures. Returns the digests of the index and its images.
+    pub fn push_index(&self, repository: &str, tag: &str, mark: &str, architectures: &[&str]) -> Vec<Digest> {
+        let images: Vec<(Digest, usize)> = architectures
+            .iter()
+            .map(|architecture| {
+                let of_it = format!("{mark} {architecture}");
+                let digest = self.push(repository, "child", &of_it, &[100]);
+                (digest, self.state().shelves[repository].manifests[&digest].len())
+            })
+            .collect();
+        let children: Vec<_> = images
+            .iter()
+            .zip(architectures)
+            .map(|((digest, size), architecture)| {
+                serde_json::json!({"mediaType": OCI_MANIFEST, "digest": digest.to_string(), "size": size,
+                    "platform": {"os": "linux", "architecture": architecture}})
+            })
+            .collect();
+        let index = serde_json::json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": children});
+        let index = Bytes::from(index.to_string());
+        let digest = of(&index);
+        let mut state = self.state();
+        let place = state.shelves.get_mut(repository).unwrap();
+        place.tags.remove("child");
+        place.manifests.insert(digest, index);
+        place.tags.insert(tag.to_owned(), digest);
+        std::iter::once(digest)
+            .chain(images.into_iter().map(|(digest, _)| digest))
+            .collect()
+    }
+
     /// Pushes the manifest of another repository's image without its blobs.
     pub fn names_what_is_in(&self, repository: &str, tag: &str, other: &str, digest: Digest) {
         let mut state = self.state();
@@ -339,7 +376,10 @@ impl State {
             self.has_limited |= status == 429;
             let builder = Response::builder().status(status);
             return (
-                builder.header(RETRY_AFTER, "1").body(Full::default()).unwrap(),
+                builder
+                    .header(RETRY_AFTER, self.retry_after)
+                    .body(Full::default())
+                    .unwrap(),
                 None,
             );
         }
@@ -406,6 +446,13 @@ impl State {
         let mut builder = Response::builder().header(
             CONTENT_TYPE,
             match kind {
+                "manifests"
+                    if body
+                        .windows(OCI_INDEX.len())
+                        .any(|part| part == OCI_INDEX.as_bytes()) =>
+                {
+                    OCI_INDEX
+                }
                 "manifests" => OCI_MANIFEST,
                 "referrers" => OCI_INDEX,
                 "tags" => "application/json",
@@ -418,6 +465,11 @@ impl State {
             if let Some(at) = self.last_modified.get(&digest) {
                 builder = builder.header(LAST_MODIFIED, httpdate::fmt_http_date(*at));
             }
+        }
+        if let Some((limit, remaining)) = self.quota.filter(|_| kind == "manifests") {
+            builder = builder
+                .header("ratelimit-limit", format!("{limit};w=21600"))
+                .header("ratelimit-remaining", format!("{remaining};w=21600"));
         }
         (builder.body(Full::new(body)).unwrap(), Some(word))
     }

@@ -105,6 +105,12 @@ impl Variant {
 }
 
 impl TagRecord {
+    /// When the upstream last confirmed the tag, for any set of accepted media types.
+    pub fn confirmed_at(&self) -> SystemTime {
+        let confirmed = self.variants.iter().map(|variant| variant.confirmed_at);
+        confirmed.max().unwrap_or(NEVER_CONFIRMED)
+    }
+
     pub(super) fn for_accept(&self, accept: u64) -> Option<&Variant> {
         self.variants.iter().find(|variant| variant.accept == accept)
     }

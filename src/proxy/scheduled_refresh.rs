@@ -1,0 +1,359 @@
+//! Scheduled refresh: background revalidation of tags in use, so that the next pull finds a moved tag in the cache.
+//!
+//! `policy::refresh` decides in which slot a tag is due. From time to time one pass over the index plans the slots of
+//! the next window ([`planning`]); each slot then becomes a [`run`] of its tag: one `HEAD`, and the download of the
+//! image if the tag moved. Nothing is persisted: the slots follow from the names of the tags, and the rest from the
+//! stored confirmations and uses.
+//!
+//! A run never delays a client: it has the lowest class of every queue, and each upstream gets few at once. It uses
+//! the cache's own credential, or none if the repository is public, and never that of a client. What a run learns
+//! counts as for any request: an anonymous success or denial renews or withdraws the public mark of a repository.
+
+mod fetch;
+mod planning;
+mod run;
+mod view;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use quick_cache::sync::Cache;
+use tokio::sync::{Notify, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
+
+use super::{ProxyService, UpstreamRegistry};
+use crate::policy::refresh::Failures;
+use crate::store::LogLimit;
+use crate::store::tags::TagKey;
+
+pub use self::planning::{RUNS_PER_MINUTE_MAX, TAGS_PER_MINUTE_MAX};
+pub use self::view::{RefreshStatus, TagRefresh};
+
+/// Concurrent revalidations at one upstream.
+const HEADS_PER_UPSTREAM_MAX: usize = 2;
+
+/// Concurrent downloads of moved images from one upstream.
+const FETCHES_PER_UPSTREAM_MAX: usize = 2;
+
+/// Runs that wait or are under way at one upstream. Beyond that a run is skipped, and the tag waits for its next slot.
+const RUNS_PER_UPSTREAM_MAX: usize = 1024;
+
+/// Failing tags that are remembered. Beyond that some are retried in every slot.
+const FAILURES_MAX: usize = 16_384;
+
+/// Pause before the next attempt to plan, after the index was unavailable.
+const RETRY_AFTER: Duration = Duration::from_secs(30);
+
+/// State of scheduled refreshes. The process has one.
+pub(super) struct ScheduledRefresh {
+    upstreams: Mutex<Arc<Upstreams>>,
+    /// Notified when a reload replaced the upstreams.
+    reloaded: Notify,
+    lanes: Mutex<HashMap<Arc<str>, Arc<Lane>>>,
+    failing: Cache<u64, Failing>,
+    totals: [AtomicU64; RefreshResult::ALL.len()],
+    census: Mutex<Census>,
+    failure_log: LogLimit,
+}
+
+/// The upstreams by name.
+type Upstreams = HashMap<Arc<str>, Arc<UpstreamRegistry>>;
+
+/// Runs at one upstream.
+struct Lane {
+    heads: Semaphore,
+    fetches: Semaphore,
+    state: Mutex<LaneState>,
+}
+
+#[derive(Default)]
+struct LaneState {
+    /// Slots of the runs that wait for their `HEAD`, in order.
+    waiting: VecDeque<SystemTime>,
+    /// Runs that wait or are under way.
+    runs: usize,
+    paused: Option<RefreshPause>,
+}
+
+/// A tag whose last refresh failed.
+#[derive(Clone, Copy)]
+struct Failing {
+    failures: Failures,
+    result: RefreshResult,
+}
+
+/// What the last planning pass found.
+#[derive(Clone, Copy, Default)]
+struct Census {
+    in_use: u64,
+    unused: u64,
+    private: u64,
+    stride: u64,
+}
+
+/// Result of a scheduled refresh. The names are those of the manual one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RefreshResult {
+    /// The tag still points to the cached image.
+    Revalidated,
+    /// The tag moved, and the new image is cached.
+    NewDigest,
+    /// The tag moved to a digest that the operator blocked. It is not fetched.
+    Blocked,
+    /// The tag does not exist upstream.
+    NotFound,
+    /// The upstream denied the request.
+    Denied,
+    /// The upstream was unavailable.
+    Unavailable,
+    /// The tag moved, and the new image could not be fetched whole.
+    FetchFailed,
+}
+
+impl RefreshResult {
+    /// All results.
+    pub const ALL: [Self; 7] = [
+        Self::Revalidated,
+        Self::NewDigest,
+        Self::Blocked,
+        Self::NotFound,
+        Self::Denied,
+        Self::Unavailable,
+        Self::FetchFailed,
+    ];
+
+    /// Name in the log, the metrics and the API.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Revalidated => "revalidated",
+            Self::NewDigest => "new-digest",
+            Self::Blocked => "blocked",
+            Self::NotFound => "not-found",
+            Self::Denied => "denied",
+            Self::Unavailable => "upstream-unavailable",
+            Self::FetchFailed => "fetch-failed",
+        }
+    }
+
+    fn is_failure(self) -> bool {
+        !matches!(self, Self::Revalidated | Self::NewDigest | Self::Blocked)
+    }
+}
+
+/// Why nothing is refreshed at an upstream for now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RefreshPause {
+    /// Offline mode is on.
+    Offline,
+    /// A circuit breaker is open.
+    BreakerOpen,
+    /// The upstream limits the cache's requests.
+    RateLimited,
+    /// Less of the pull quota is left than `refresh_quota_floor`.
+    QuotaFloor,
+}
+
+impl RefreshPause {
+    /// Name in the log, the metrics and the API.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Offline => "offline",
+            Self::BreakerOpen => "circuit-breaker",
+            Self::RateLimited => "rate-limited",
+            Self::QuotaFloor => "quota-floor",
+        }
+    }
+}
+
+impl Default for ScheduledRefresh {
+    fn default() -> Self {
+        Self {
+            upstreams: Mutex::default(),
+            reloaded: Notify::new(),
+            lanes: Mutex::default(),
+            failing: Cache::new(FAILURES_MAX),
+            totals: Default::default(),
+            census: Mutex::default(),
+            failure_log: LogLimit::default(),
+        }
+    }
+}
+
+impl ScheduledRefresh {
+    fn upstreams(&self) -> Arc<Upstreams> {
+        Arc::clone(&locked(&self.upstreams))
+    }
+
+    fn lane(&self, upstream: &Arc<str>) -> Arc<Lane> {
+        Arc::clone(locked(&self.lanes).entry(Arc::clone(upstream)).or_default())
+    }
+
+    fn count(&self, result: RefreshResult) {
+        if let Some(total) = self.totals.get(result as usize) {
+            total.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Default for Lane {
+    fn default() -> Self {
+        Self {
+            heads: Semaphore::new(HEADS_PER_UPSTREAM_MAX),
+            fetches: Semaphore::new(FETCHES_PER_UPSTREAM_MAX),
+            state: Mutex::default(),
+        }
+    }
+}
+
+impl Lane {
+    /// Registers a run with this slot; `None` if there are too many.
+    fn enter(self: &Arc<Self>, slot_at: SystemTime) -> Option<LaneRun> {
+        let mut state = locked(&self.state);
+        if state.runs >= RUNS_PER_UPSTREAM_MAX {
+            return None;
+        }
+        state.runs += 1;
+        state.waiting.push_back(slot_at);
+        Some(LaneRun(Arc::clone(self)))
+    }
+
+    /// The run that entered first starts: permits are granted in that order.
+    fn start_first(&self) {
+        locked(&self.state).waiting.pop_front();
+    }
+
+    /// Records the pause and returns whether it changed.
+    fn set_paused(&self, paused: Option<RefreshPause>) -> bool {
+        let mut state = locked(&self.state);
+        std::mem::replace(&mut state.paused, paused) != paused
+    }
+}
+
+/// A registered run; ends when dropped.
+struct LaneRun(Arc<Lane>);
+
+impl Drop for LaneRun {
+    fn drop(&mut self) {
+        let mut state = locked(&self.0.state);
+        state.runs = state.runs.saturating_sub(1);
+    }
+}
+
+impl ProxyService {
+    /// Sets the upstreams of scheduled refreshes, at the start and after a reload.
+    pub fn set_refreshed_upstreams(&self, upstreams: &[Arc<UpstreamRegistry>]) {
+        let named = upstreams
+            .iter()
+            .map(|upstream| (Arc::from(upstream.name()), Arc::clone(upstream)));
+        *locked(&self.scheduled.upstreams) = Arc::new(named.collect());
+        self.scheduled.reloaded.notify_one();
+    }
+
+    /// Refreshes tags in their slots until `ended`. Runs under way are then dropped; their downloads end by themselves.
+    pub async fn run_scheduled_refreshes(self: Arc<Self>, ended: impl Future<Output = ()>) {
+        tokio::pin!(ended);
+        let mut runs = JoinSet::new();
+        tokio::select! {
+            () = &mut ended => {}
+            () = self.refresh_loop(&mut runs) => {}
+        }
+        runs.abort_all();
+    }
+
+    async fn refresh_loop(self: &Arc<Self>, runs: &mut JoinSet<()>) {
+        let mut begins_at = Instant::now();
+        let mut seen = 0;
+        loop {
+            let Some(shortest) = self.shortest_refresh() else {
+                *locked(&self.scheduled.census) = Census::default();
+                self.scheduled.reloaded.notified().await;
+                (begins_at, seen) = (Instant::now(), 0);
+                continue;
+            };
+            // The window begins where the last one ended, even if this pass is late.
+            let now = Instant::now();
+            let late = now.saturating_duration_since(begins_at);
+            let length = planning::window(shortest, seen);
+            let clock_now = self.clock.now();
+            let from = clock_now.checked_sub(late).unwrap_or(clock_now);
+            let until = from.checked_add(length).unwrap_or(from);
+            let Some(planned) = self.plan_refreshes((from, until), length).await else {
+                tracing::debug!("scheduled refreshes not planned, the index is incomplete");
+                self.reloaded_until(now + RETRY_AFTER).await;
+                begins_at = Instant::now();
+                continue;
+            };
+            seen = planned.seen;
+            let ends_at = begins_at + length;
+            let mut is_reloaded = false;
+            for due in planned.runs {
+                let after = due.slot.at.duration_since(from).unwrap_or_default();
+                if self.reloaded_until(begins_at + after).await {
+                    is_reloaded = true;
+                    break;
+                }
+                while runs.try_join_next().is_some() {}
+                self.start_run(runs, due.tag, due.slot.at);
+            }
+            if is_reloaded || self.reloaded_until(ends_at).await {
+                begins_at = Instant::now();
+            } else {
+                begins_at = ends_at;
+            }
+        }
+    }
+
+    /// Waits until this time. Returns whether a reload came first.
+    async fn reloaded_until(&self, until: Instant) -> bool {
+        tokio::select! {
+            biased;
+            () = self.scheduled.reloaded.notified() => true,
+            () = sleep_until(until) => false,
+        }
+    }
+
+    fn shortest_refresh(&self) -> Option<Duration> {
+        let upstreams = self.scheduled.upstreams();
+        upstreams
+            .values()
+            .filter_map(|upstream| upstream.shortest_refresh())
+            .min()
+    }
+
+    fn start_run(self: &Arc<Self>, runs: &mut JoinSet<()>, key: TagKey, slot_at: SystemTime) {
+        let lane = self.scheduled.lane(&key.upstream);
+        let Some(entered) = lane.enter(slot_at) else {
+            tracing::debug!(
+                upstream = &*key.upstream,
+                "scheduled refresh skipped, too many are waiting"
+            );
+            return;
+        };
+        let proxy = Arc::clone(self);
+        runs.spawn(async move {
+            let _entered = entered;
+            proxy.run_in_lane(&lane, &key, slot_at).await;
+        });
+    }
+
+    /// Hash of the tag's name, keyed by the installation.
+    fn tag_hash(&self, key: &TagKey) -> u64 {
+        let name = [
+            "refresh",
+            &key.upstream,
+            key.repository.as_str(),
+            key.tag.as_str(),
+        ]
+        .join("\0");
+        let keyed = self.principals.keyed(name.as_bytes());
+        keyed.first_chunk().map_or(0, |first| u64::from_be_bytes(*first))
+    }
+}
+
+/// Every change under these locks is a single assignment or call, so poisoning is ignored.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

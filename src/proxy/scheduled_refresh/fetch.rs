@@ -1,0 +1,75 @@
+//! Download of an image in the background, as far as it is in use: its manifests, configs and layers.
+
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+
+use super::ProxyService;
+use crate::oci::manifest::{DescriptorKind, ManifestKind};
+use crate::oci::{Digest, UpstreamFailure};
+use crate::proxy::manifest_fetch::UpstreamRequest;
+use crate::store::manifests::StoredManifest;
+
+impl ProxyService {
+    /// Fetches the image of `digest`, and of an index the platforms of which `previous` was pulled. The tag is not
+    /// changed.
+    pub(super) async fn fetch_image(
+        self: &Arc<Self>,
+        request: &UpstreamRequest,
+        digest: Digest,
+        previous: &Arc<StoredManifest>,
+    ) -> Result<(), UpstreamFailure> {
+        let (registry, repository) = (&request.registry, &request.repository);
+        let manifest = self.child_manifest(request, digest).await?;
+        self.attestations.record(registry, repository, &manifest);
+        if manifest.manifest.kind != ManifestKind::Index {
+            if self.was_pulled(request, previous).await {
+                self.fetch_blobs(request, &manifest).await?;
+            }
+            return Ok(());
+        }
+        for child in self
+            .platforms_in_use(registry, repository, &manifest, previous)
+            .await
+        {
+            let image = self.child_manifest(request, child).await?;
+            self.fetch_blobs(request, &image).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether clients pulled content of this image, and not its manifest alone. Some only compare digests.
+    async fn was_pulled(self: &Arc<Self>, request: &UpstreamRequest, image: &Arc<StoredManifest>) -> bool {
+        let blobs = image.manifest.descriptors.iter();
+        let blobs = blobs.filter(|child| child.kind != DescriptorKind::Manifest);
+        self.missing_blobs_of(request, image).await.len() < blobs.count()
+            || self
+                .is_complete(&request.registry, &request.repository, image)
+                .await
+    }
+
+    /// Fetches the missing blobs of an image, then its attestation.
+    async fn fetch_blobs(
+        self: &Arc<Self>,
+        request: &UpstreamRequest,
+        image: &Arc<StoredManifest>,
+    ) -> Result<(), UpstreamFailure> {
+        let missing = self.missing_blobs_of(request, image).await;
+        let (mut blobs, mut opened) = (Vec::new(), Vec::new());
+        for (digest, _) in missing {
+            let (sender, receiver) = oneshot::channel();
+            blobs.push((digest, sender));
+            opened.push(receiver);
+        }
+        self.prefetch_blobs(request, blobs).await;
+        if !self.missing_blobs_of(request, image).await.is_empty() {
+            // The failure of a `GET`, if there was one; otherwise the transfer broke off or the disk is full.
+            let failed = opened
+                .into_iter()
+                .find_map(|mut opened| opened.try_recv().ok()?.err());
+            return Err(failed.unwrap_or(UpstreamFailure::ConnectionReset));
+        }
+        self.fetch_attestation_of(request, &image.digest).await;
+        Ok(())
+    }
+}

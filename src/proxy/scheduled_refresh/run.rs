@@ -1,0 +1,330 @@
+//! One run: the `HEAD` of a tag in its slot, and what follows from the response.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use super::{Failing, Lane, ProxyService, RefreshPause, RefreshResult, UpstreamRegistry, locked};
+use crate::oci::{Accept, Digest, Endpoint, Reference, Repository, UpstreamFailure};
+use crate::policy::refresh::{Failures, Phase, RefreshPolicy, TagFacts};
+use crate::policy::{Authorization, Completeness, Revalidation};
+use crate::proxy::candidates::Candidates;
+use crate::proxy::manifest_fetch::UpstreamRequest;
+use crate::store::View;
+use crate::store::tags::TagKey;
+use crate::trace_context::TraceContext;
+use crate::upstream::{Caller, PullQuota};
+
+/// Wait for a response of an upstream that is suspected to be unavailable.
+const HEAD_WAIT: Duration = Duration::from_secs(25);
+
+/// End of a run.
+struct Outcome {
+    result: RefreshResult,
+    cause: Option<UpstreamFailure>,
+}
+
+impl Outcome {
+    fn of(result: RefreshResult) -> Self {
+        Self { result, cause: None }
+    }
+
+    fn failed(result: RefreshResult, cause: UpstreamFailure) -> Self {
+        Self {
+            cause: Some(cause),
+            ..Self::of(result)
+        }
+    }
+}
+
+/// What the `HEAD` said.
+enum Head {
+    /// Nothing is left to do.
+    Done(Outcome),
+    /// The image behind this digest is not cached as far as it is in use.
+    Fetch(Digest, Box<Candidates>),
+}
+
+impl ProxyService {
+    /// Runs the refresh of a tag once its upstream has a permit.
+    pub(super) async fn run_in_lane(self: &Arc<Self>, lane: &Lane, key: &TagKey, slot_at: SystemTime) {
+        // The semaphores are never closed.
+        let permit = lane.heads.acquire().await;
+        lane.start_first();
+        // As it is configured now: a reload may have come since the planning.
+        let Some(registry) = self.scheduled.upstreams().get(&key.upstream).cloned() else {
+            return;
+        };
+        let policy = registry.rule(&key.repository, Some(&key.tag)).scheduled_refresh();
+        let (proxy, of) = (Arc::clone(self), key.clone());
+        let facts = self
+            .store
+            .on_disk(move |view| proxy.refresh_facts(view, &of, policy))
+            .await;
+        let Some(facts) = facts.filter(|facts| facts.is_due(slot_at, self.clock.now())) else {
+            return;
+        };
+        let Some(caller) = self.refresh_caller(&registry, &key.repository).await else {
+            return;
+        };
+        let request = self.refresh_request(&registry, key, &caller);
+        let pause = Self::refresh_pause(&request, policy);
+        if lane.set_paused(pause) {
+            let upstream = &*key.upstream;
+            if let Some(pause) = pause {
+                tracing::info!(upstream, reason = pause.name(), "scheduled refreshes paused");
+            } else {
+                tracing::info!(upstream, "scheduled refreshes resumed");
+            }
+        }
+        if pause.is_some() {
+            return;
+        }
+        let outcome = match self.refresh_head(&request, key).await {
+            Head::Done(outcome) => outcome,
+            Head::Fetch(digest, candidates) => {
+                drop(permit);
+                let _permit = lane.fetches.acquire().await;
+                self.refresh_image(&request, key, (digest, &candidates), facts.used_at)
+                    .await
+            }
+        };
+        self.record_refresh(key, &outcome);
+    }
+
+    /// What decides about the refresh of a tag; `None` if it is not cached any more. Blocks.
+    pub(super) fn refresh_facts(
+        &self,
+        view: &View<'_>,
+        key: &TagKey,
+        policy: RefreshPolicy,
+    ) -> Option<TagFacts> {
+        let record = view.tag(key).ok()??;
+        let hash = self.tag_hash(key);
+        Some(TagFacts {
+            policy,
+            phase: Phase::of_hash(hash),
+            confirmed_at: record.confirmed_at(),
+            used_at: view.last_use(&record),
+            failures: self.scheduled.failing.get(&hash).map(|failing| failing.failures),
+        })
+    }
+
+    /// Caller of a refresh: the cache itself if access is shared, an anonymous one if the repository is public.
+    /// `None`: only clients can read it.
+    async fn refresh_caller(
+        self: &Arc<Self>,
+        registry: &Arc<UpstreamRegistry>,
+        repository: &Repository,
+    ) -> Option<Caller> {
+        let is_readable = registry.is_shared() || self.public_since(registry, repository).await.is_some();
+        is_readable.then(|| registry.background_caller(&self.principals))
+    }
+
+    fn refresh_request(
+        &self,
+        registry: &Arc<UpstreamRegistry>,
+        key: &TagKey,
+        caller: &Caller,
+    ) -> UpstreamRequest {
+        UpstreamRequest {
+            registry: Arc::clone(registry),
+            repository: key.repository.clone(),
+            endpoint: Endpoint::Manifest {
+                repository: key.repository.clone(),
+                reference: Reference::Tag(key.tag.clone()),
+            },
+            accept: Accept::manifests(),
+            caller: Caller {
+                trace: TraceContext::new_root(),
+                ..caller.clone()
+            },
+            arrived_at: self.clock.now(),
+            writes: registry.writes(&key.repository),
+            for_push: false,
+            named: None,
+            has_no_grant: false,
+        }
+    }
+
+    /// Why this request must not be sent now.
+    fn refresh_pause(request: &UpstreamRequest, policy: RefreshPolicy) -> Option<RefreshPause> {
+        let upstream = request.registry.upstream();
+        let (caller, endpoint) = (&request.caller, &request.endpoint);
+        let known = request.registry.refresh_pause(caller, endpoint, policy);
+        known.or_else(|| {
+            // Also of this repository alone, and this starts the probe that closes it again.
+            let wait = upstream.wait_limit(caller, (endpoint, true), HEAD_WAIT);
+            wait.err().map(|cause| match cause {
+                UpstreamFailure::Offline => RefreshPause::Offline,
+                _ => RefreshPause::BreakerOpen,
+            })
+        })
+    }
+
+    async fn refresh_head(self: &Arc<Self>, request: &UpstreamRequest, key: &TagKey) -> Head {
+        let accept = Some(&request.accept);
+        let candidates = self
+            .candidates_for_tag(&request.registry, &request.repository, &key.tag, accept)
+            .await;
+        let Some(response) = self.coalesced_head(request).wait().await else {
+            let busy = UpstreamFailure::Abandoned;
+            return Head::Done(Outcome::failed(RefreshResult::Unavailable, busy));
+        };
+        // A digest is verified by the bytes that are fetched for it.
+        let heard = self
+            .classify_for(request, &response, Authorization::Granted)
+            .await;
+        let brought = self.take_inline_body(request, &response).await;
+        let digest = match (heard, brought) {
+            (Revalidation::Blocked(_), _) => return Head::Done(Outcome::of(RefreshResult::Blocked)),
+            // A registry without digests: only the fetched bytes show it.
+            (_, Some(brought))
+                if self.is_blocked(&request.registry, &request.repository, &brought.digest) =>
+            {
+                return Head::Done(Outcome::of(RefreshResult::Blocked));
+            }
+            (_, Some(brought)) => brought.digest,
+            (Revalidation::Digest { digest, .. }, None) => digest,
+            (Revalidation::NotFound, _) => return Head::Done(Outcome::of(RefreshResult::NotFound)),
+            (Revalidation::Denied(_), _) => return Head::Done(Outcome::of(RefreshResult::Denied)),
+            (Revalidation::Unavailable(cause) | Revalidation::FetchFailed(cause), _) => {
+                return Head::Done(Outcome::failed(RefreshResult::Unavailable, cause));
+            }
+            (Revalidation::NotDone | Revalidation::NoDigest, _) => {
+                let malformed = UpstreamFailure::Malformed;
+                return Head::Done(Outcome::failed(RefreshResult::Unavailable, malformed));
+            }
+        };
+        match candidates {
+            // Without a cached image, no platform is known to be in use.
+            None => Head::Done(Outcome::of(RefreshResult::Revalidated)),
+            Some(candidates) => {
+                let entry = candidates.entry();
+                // While a previous image is complete, the current one is still to be completed.
+                let is_left_behind =
+                    matches!(entry.completeness, Completeness::Incomplete { previous: Some(_) });
+                if entry.digest == digest && !is_left_behind {
+                    Head::Done(Outcome::of(RefreshResult::Revalidated))
+                } else {
+                    Head::Fetch(digest, Box::new(candidates))
+                }
+            }
+        }
+    }
+
+    /// Fetches the image that a tag moved to. The tag follows once the image is whole, by a second `HEAD`.
+    async fn refresh_image(
+        self: &Arc<Self>,
+        request: &UpstreamRequest,
+        key: &TagKey,
+        (digest, candidates): (Digest, &Candidates),
+        used_at: Option<SystemTime>,
+    ) -> Outcome {
+        let was_cached = self
+            .cached_manifest(&request.registry, &request.repository, &digest)
+            .await
+            .is_some();
+        let whole = candidates.complete().unwrap_or(&candidates.newest);
+        if let Err(cause) = self.fetch_image(request, digest, &whole.manifest).await {
+            return Outcome::failed(RefreshResult::FetchFailed, cause);
+        }
+        let stored_at = self
+            .store
+            .on_disk(move |view| view.manifest_used_at(digest))
+            .await;
+        let again = self.refresh_request(&request.registry, key, &request.caller);
+        if self.coalesced_head(&again).wait().await.is_none() {
+            return Outcome::failed(RefreshResult::FetchFailed, UpstreamFailure::Abandoned);
+        }
+        if let (false, Some(stored_at), Some(used_at)) = (was_cached, stored_at, used_at) {
+            self.store.keep_last_use(digest, stored_at, used_at).await;
+        }
+        tracing::info!(
+            upstream = &*key.upstream,
+            image = %format_args!("{}:{}", key.repository, key.tag),
+            from = %candidates.newest.manifest.digest,
+            to = %digest,
+            "tag moved, new image cached by scheduled refresh"
+        );
+        Outcome::of(RefreshResult::NewDigest)
+    }
+
+    fn record_refresh(&self, key: &TagKey, outcome: &Outcome) {
+        let (scheduled, result) = (&self.scheduled, outcome.result);
+        scheduled.count(result);
+        let hash = self.tag_hash(key);
+        if !result.is_failure() {
+            scheduled.failing.remove(&hash);
+            return;
+        }
+        if outcome.cause.is_some_and(is_of_upstream) {
+            return;
+        }
+        let count = scheduled
+            .failing
+            .get(&hash)
+            .map_or(1, |failing| failing.failures.count.saturating_add(1));
+        let failures = Failures {
+            count,
+            last_at: self.clock.now(),
+        };
+        scheduled.failing.insert(hash, Failing { failures, result });
+        // Once for each tag that begins to fail, and not for each of many.
+        if let (1, Some(skipped)) = (count, scheduled.failure_log.admits()) {
+            tracing::warn!(
+                upstream = &*key.upstream,
+                image = %format_args!("{}:{}", key.repository, key.tag),
+                reason = result.name(),
+                cause = outcome.cause.map(UpstreamFailure::name),
+                skipped,
+                "scheduled refresh failed, the cached image is kept"
+            );
+        }
+    }
+}
+
+/// Whether the failure pauses the whole upstream, and says nothing about the tag.
+fn is_of_upstream(cause: UpstreamFailure) -> bool {
+    matches!(
+        cause,
+        UpstreamFailure::Offline
+            | UpstreamFailure::BreakerOpen
+            | UpstreamFailure::RateLimited
+            | UpstreamFailure::Abandoned
+            | UpstreamFailure::ClientQueueFull
+            | UpstreamFailure::QueueFull
+    )
+}
+
+impl UpstreamRegistry {
+    /// Why nothing is refreshed at this upstream for now, as far as it is known without a request.
+    pub(super) fn refresh_pause(
+        &self,
+        caller: &Caller,
+        endpoint: &Endpoint,
+        policy: RefreshPolicy,
+    ) -> Option<RefreshPause> {
+        let upstream = self.upstream();
+        match upstream.unavailable_now() {
+            Some(UpstreamFailure::Offline) => return Some(RefreshPause::Offline),
+            Some(_) => return Some(RefreshPause::BreakerOpen),
+            None => {}
+        }
+        if upstream.head_pause(caller, endpoint).is_some() {
+            return Some(RefreshPause::RateLimited);
+        }
+        let quota = upstream.quota_of(caller).filter(PullQuota::is_current)?;
+        let (remaining, limit) = (quota.limit.remaining?, quota.limit.limit?);
+        policy
+            .quota_floor
+            .is_below(remaining, limit)
+            .then_some(RefreshPause::QuotaFloor)
+    }
+}
+
+impl Lane {
+    /// The oldest slot whose run has not started.
+    pub(super) fn oldest_waiting(&self) -> Option<SystemTime> {
+        locked(&self.state).waiting.front().copied()
+    }
+}
