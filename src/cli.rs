@@ -23,7 +23,7 @@ pub const SYSTEM_CONFIG_FILE: &str = "/etc/ifnewer/ifnewer.toml";
 /// Parsed command line.
 #[derive(Clone, Debug, Parser, PartialEq, Eq)]
 #[command(name = "ifnewer", version, about, max_term_width = 100)]
-#[command(after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.")]
+#[command(after_help = "Exit codes: 0 success, 1 failure, 2 wrong usage or configuration.")]
 pub struct Cli {
     /// The command; `serve` if none is given.
     #[command(subcommand)]
