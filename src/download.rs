@@ -67,7 +67,7 @@ use crate::upstream::{ResponseStream, UpstreamResponse};
 
 pub use self::disk_failure::DiskFailed;
 use self::join::PendingLookups;
-pub use self::reader::{AHEAD_BYTES_MAX, FAR_AHEAD_BYTES, Reader};
+pub use self::reader::{AHEAD_BYTES_MAX, FAR_AHEAD_BYTES, Piece, Reader};
 use self::state::{Download, DownloadGuard};
 pub use self::state::{DownloadInfo, DownloadStatus};
 pub use self::verify::VerifyingStream;

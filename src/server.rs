@@ -26,6 +26,7 @@ mod request;
 mod request_body;
 mod response;
 mod routing;
+mod sendfile;
 pub mod tls;
 mod token_endpoint;
 
@@ -156,7 +157,7 @@ impl RegistryService {
         match parsed {
             ParsedRequest::Read(request, _) => {
                 record.set_subject(access_log::subject(&request.endpoint));
-                let context = response::ResponseContext::new(head, &request);
+                let context = response::ResponseContext::new(head, &request, info.peer);
                 let idle_paused = info.peer.idle_pause.pause();
                 let outcome = proxy.handle(request).await;
                 drop(idle_paused);
@@ -165,7 +166,7 @@ impl RegistryService {
             }
             ParsedRequest::ApiCheck(request, _) => {
                 record.set_subject(by_path(ResourceKind::Ping));
-                let context = response::ResponseContext::new(head, &request);
+                let context = response::ResponseContext::new(head, &request, info.peer);
                 let outcome = proxy.api_challenge(&request).await;
                 let fields = AccessLogFields::of(&outcome);
                 (response::build(outcome, &context, self, proxy.store()), fields)

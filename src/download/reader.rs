@@ -17,7 +17,7 @@ use super::{ByteStream, DownloadError, RangeSource, Shared, VerifyingStream};
 use crate::oci::{Digest, UpstreamFailure};
 use crate::queue::{Waiter, Waiters};
 use crate::store::StoreError;
-use crate::store::file_read::{BufferPool, READ_CHUNK_BYTES, read_chunk};
+use crate::store::file_read::{BufferPool, FileRange, READ_CHUNK_BYTES, read_chunk};
 use crate::store::fs::FsFile;
 
 /// A range that begins this far beyond the received bytes is fetched separately.
@@ -80,6 +80,20 @@ pub(super) enum FallbackStep {
     Asked,
     /// The reader has everything.
     End,
+}
+
+/// The next part of a blob.
+pub enum Piece {
+    /// Bytes in memory.
+    Bytes(Bytes),
+    /// A range of a file.
+    Range(FileRange),
+}
+
+enum Step {
+    Bytes(Bytes),
+    /// The file has the bytes from the position up to this one.
+    File(Arc<dyn FsFile>, u64),
 }
 
 enum ReadState {
@@ -201,19 +215,43 @@ impl Reader {
     /// As [`Self::next`], with at most `step_bytes` of the file.
     pub async fn next_within(&mut self, step_bytes: usize) -> Option<Result<Bytes, Arc<DownloadError>>> {
         self.step_bytes = step_bytes;
+        Some(match self.next_step().await? {
+            Ok(Step::Bytes(bytes)) => Ok(bytes),
+            Ok(Step::File(file, until)) => self.read(&file, until).await,
+            Err(failure) => Err(failure),
+        })
+    }
+
+    /// As [`Self::next_within`], but a range of the file, of at most `range_bytes`, is returned without reading it. The
+    /// page cache has it.
+    pub async fn next_piece(
+        &mut self,
+        step_bytes: usize,
+        range_bytes: usize,
+    ) -> Option<Result<Piece, Arc<DownloadError>>> {
+        self.step_bytes = step_bytes;
+        Some(match self.next_step().await? {
+            Ok(Step::Bytes(bytes)) => Ok(Piece::Bytes(bytes)),
+            Ok(Step::File(file, until)) => self.range(file, until, range_bytes).await.map(Piece::Range),
+            Err(failure) => Err(failure),
+        })
+    }
+
+    async fn next_step(&mut self) -> Option<Result<Step, Arc<DownloadError>>> {
         loop {
             if let Some(remainder) = &mut self.remainder {
-                let next = remainder.verifying.next().await;
-                return next.map(|next| next.map_err(|cause| Arc::new(DownloadError::Interrupted(cause))));
+                let next = remainder.verifying.next().await?;
+                let next = next.map_err(|cause| Arc::new(DownloadError::Interrupted(cause)));
+                return Some(next.map(Step::Bytes));
             }
             if let Some(bytes) = self.next_ahead().await {
-                return Some(Ok(bytes));
+                return Some(Ok(Step::Bytes(bytes)));
             }
             let readable = match self.read_state() {
-                ReadState::Readable(file, until) => return Some(self.read(&file, until).await),
+                ReadState::Readable(file, until) => return Some(Ok(Step::File(file, until))),
                 ReadState::Failed(failure) => match self.continue_from_upstream(&failure).await {
                     Ok(FallbackStep::Asked) => continue,
-                    Ok(FallbackStep::Read(bytes)) => return Some(Ok(bytes)),
+                    Ok(FallbackStep::Read(bytes)) => return Some(Ok(Step::Bytes(bytes))),
                     Ok(FallbackStep::End) => return None,
                     Err(failure) => return Some(Err(failure)),
                 },
@@ -269,6 +307,27 @@ impl Reader {
             .map_err(|error| Arc::new(DownloadError::Store(read_error(&error))))?;
         self.position += bytes.len() as u64;
         Ok(bytes)
+    }
+
+    async fn range(
+        &mut self,
+        file: Arc<dyn FsFile>,
+        until: u64,
+        range_bytes: usize,
+    ) -> Result<FileRange, Arc<DownloadError>> {
+        let range = FileRange {
+            file,
+            offset: self.position,
+            length: usize::try_from(until - self.position)
+                .unwrap_or(range_bytes)
+                .min(range_bytes),
+        };
+        let range = range
+            .into_page_cache()
+            .await
+            .map_err(|error| Arc::new(DownloadError::Store(read_error(&error))))?;
+        self.position += range.length as u64;
+        Ok(range)
     }
 
     fn is_far_ahead(&self, readable: u64) -> bool {

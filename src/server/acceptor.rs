@@ -24,6 +24,7 @@ use super::connections::{Bounds, Connections, Entering, Handle, Refused, Slot, W
 use super::idle_timeout::{IdlePause, IdleTimeoutStream};
 use super::listener::{AcceptedStream, Listener, PeerAddr};
 use super::routing::ConnectionInfo;
+use super::sendfile::{SendfileQueue, SendfileStream};
 use super::tls::client_cert;
 use super::tls::{Handshake, ServerTls};
 use super::{Body, RegistryService};
@@ -262,6 +263,7 @@ impl Acceptor {
                 },
                 idle_pause: idle_pause.clone(),
                 connection: handle.clone(),
+                sendfile: None,
             };
             let connection = self.connection(peer, permit, tasks);
             let stream = IdleTimeoutStream::new(stream, idle_timeout, idle_pause).of(handle);
@@ -272,6 +274,7 @@ impl Acceptor {
                 PlainHttp::Any => true,
                 PlainHttp::Off => false,
             };
+            let queue = SendfileQueue::default();
             let peer = ConnectionInfo {
                 address: peer.ip(),
                 http_allowed,
@@ -281,9 +284,11 @@ impl Acceptor {
                 credentials: PeerCredentials::default(),
                 idle_pause: idle_pause.clone(),
                 connection: handle.clone(),
+                sendfile: Some(queue.clone()),
             };
             let connection = self.connection(peer, permit, tasks);
-            let stream = IdleTimeoutStream::new(accepted, idle_timeout, idle_pause).of(handle);
+            let stream = SendfileStream::new(accepted, queue);
+            let stream = IdleTimeoutStream::new(stream, idle_timeout, idle_pause).of(handle);
             Box::pin(connection.serve_http(stream)).await
         }
     }
@@ -334,6 +339,9 @@ impl Acceptor {
             .http1()
             .timer(TokioTimer::new())
             .header_read_timeout(limits.header_timeout)
+            // Frames are queued by reference; `sendfile` depends on it. Pipelined flushes would copy them.
+            .writev(true)
+            .pipeline_flush(false)
             .max_buf_size(HEADER_BYTES_MAX);
         builder
             .http2()

@@ -250,6 +250,7 @@ impl Connection {
                     },
                     idle_pause: self.peer.idle_pause.clone(),
                     connection: self.peer.connection.clone(),
+                    sendfile: None,
                 },
                 permit: Arc::clone(&self.permit),
                 tasks: self.tasks.clone(),

@@ -4,11 +4,12 @@
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use rustix::net::RecvFlags;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
@@ -300,6 +301,42 @@ impl AcceptedStream {
             }
         };
         Ok((read > 0).then_some(first == [TLS_HANDSHAKE]))
+    }
+
+    /// Runs a system call that writes to the socket, as soon as the socket takes bytes.
+    pub(super) fn poll_send(
+        &self,
+        context: &mut Context<'_>,
+        mut send: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            let sent = match &self.stream {
+                Stream::Tcp(stream) => {
+                    ready!(stream.poll_write_ready(context))?;
+                    stream.try_io(Interest::WRITABLE, || send(stream.as_fd()))
+                }
+                Stream::Unix(stream) => {
+                    ready!(stream.poll_write_ready(context))?;
+                    stream.try_io(Interest::WRITABLE, || send(stream.as_fd()))
+                }
+            };
+            match sent {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                sent => return Poll::Ready(sent),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+impl From<UnixStream> for AcceptedStream {
+    fn from(stream: UnixStream) -> Self {
+        Self {
+            stream: Stream::Unix(stream),
+            from: PeerAddr::Unix,
+            expects_proxy_header: false,
+        }
     }
 }
 

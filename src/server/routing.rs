@@ -15,6 +15,7 @@ use super::auth::PeerCredentials;
 use super::connections::Handle;
 use super::error::Rejection;
 use super::idle_timeout::IdlePause;
+use super::sendfile::SendfileQueue;
 use crate::config::{canonical, host_part};
 use crate::oci::query::Query;
 use crate::oci::{Endpoint, Repository, RequestError};
@@ -68,6 +69,8 @@ pub struct ConnectionInfo {
     pub idle_pause: IdlePause,
     /// Marks requests in flight, so that the connection is not closed to make room.
     pub(super) connection: Handle,
+    /// Sends file ranges without copying them. `None` over TLS, where every byte is encrypted first.
+    pub(super) sendfile: Option<SendfileQueue>,
 }
 
 /// The upstreams, and the names by which clients reach them.

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -87,6 +88,10 @@ impl FsFile for BlobFile {
 
     fn make_read_only(&self) -> io::Result<()> {
         self.file.make_read_only()
+    }
+
+    fn send_to(&self, socket: BorrowedFd<'_>, offset: u64, length: usize) -> io::Result<usize> {
+        self.note_io_error(self.file.send_to(socket, offset, length))
     }
 }
 

@@ -3,6 +3,7 @@
 //! Measured as server CPU per byte, a 256 KiB `preadv2` with `RWF_NOWAIT` on the event loop costs a third of 64 KiB
 //! reads through a thread pool. Only reads that miss the page cache go to the blocking pool.
 
+use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -131,6 +132,74 @@ pub async fn read_chunk(
                 .unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
         }
         done => done,
+    }
+}
+
+/// A range of an open file.
+#[derive(Clone)]
+pub struct FileRange {
+    /// The open file.
+    pub file: Arc<dyn FsFile>,
+    /// First byte.
+    pub offset: u64,
+    /// In bytes.
+    pub length: usize,
+}
+
+/// Distance between the bytes that [`FileRange::is_cached`] tests. Readahead fills the page cache, and reclaim empties
+/// it, in runs of neighbouring pages.
+const PROBE_STEP_BYTES: usize = 128 * 1024;
+
+/// Bytes read at a time to fill the page cache.
+const LOAD_STEP_BYTES: usize = 64 * 1024;
+
+impl fmt::Debug for FileRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FileRange")
+            .field("offset", &self.offset)
+            .field("length", &self.length)
+            .finish_non_exhaustive()
+    }
+}
+
+impl FileRange {
+    /// Whether the page cache has the range, by samples. Fails if the file is shorter.
+    pub fn is_cached(&self) -> io::Result<bool> {
+        let last = self.length.saturating_sub(1);
+        for ahead in (0..last).step_by(PROBE_STEP_BYTES).chain([last]) {
+            match self.file.read_at_nowait(&mut [0], self.offset + ahead as u64) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Waits until the page cache has the range.
+    pub async fn into_page_cache(self) -> io::Result<Self> {
+        if self.is_cached()? {
+            return Ok(self);
+        }
+        spawn_blocking(move || self.load().map(|()| self))
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
+    }
+
+    /// Reads the range into the page cache. Blocks.
+    pub fn load(&self) -> io::Result<()> {
+        let mut bytes = vec![0; LOAD_STEP_BYTES.min(self.length)];
+        let mut done = 0;
+        while done < self.length {
+            let step = bytes.len().min(self.length - done);
+            let Some(into) = bytes.get_mut(..step) else { break };
+            match self.file.read_at(into, self.offset + done as u64)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                read => done += read,
+            }
+        }
+        Ok(())
     }
 }
 

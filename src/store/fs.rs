@@ -9,11 +9,13 @@ pub(super) mod monitored;
 pub(super) mod timed;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
+use rustix::net::SendFlags;
 use tokio::runtime::{Handle, RuntimeFlavor};
 
 pub use directory::DirectoryFs;
@@ -143,6 +145,35 @@ pub trait FsFile: Send + Sync {
 
     /// Removes the write permission.
     fn make_read_only(&self) -> io::Result<()>;
+
+    /// Sends up to `length` bytes at `offset` to a socket. Returns the number of bytes sent, 0 at the end of the
+    /// file, or [`io::ErrorKind::WouldBlock`] if the socket is full. Waits for the disk if the page cache does not
+    /// have the bytes.
+    fn send_to(&self, socket: BorrowedFd<'_>, offset: u64, length: usize) -> io::Result<usize> {
+        send_copy(self, socket, offset, length)
+    }
+}
+
+/// Bytes copied by one [`send_copy`].
+const SEND_COPY_BYTES_MAX: usize = 64 * 1024;
+
+/// [`FsFile::send_to`] through user memory, for files without `sendfile(2)`.
+fn send_copy<F: FsFile + ?Sized>(
+    file: &F,
+    socket: BorrowedFd<'_>,
+    offset: u64,
+    length: usize,
+) -> io::Result<usize> {
+    let mut bytes = vec![0; length.min(SEND_COPY_BYTES_MAX)];
+    let read = file.read_at(&mut bytes, offset)?;
+    match bytes.get(..read) {
+        None | Some([]) => Ok(0),
+        Some(bytes) => Ok(rustix::net::send(
+            socket,
+            bytes,
+            SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+        )?),
+    }
 }
 
 /// Reads an open file of at most `bytes_max`.

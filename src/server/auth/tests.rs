@@ -29,6 +29,7 @@ fn stranger() -> ConnectionInfo {
         credentials: PeerCredentials::default(),
         idle_pause: crate::server::IdlePause::default(),
         connection: crate::server::connections::Handle::default(),
+        sendfile: None,
     }
 }
 

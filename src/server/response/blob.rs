@@ -1,5 +1,7 @@
 //! Blob responses: full, single range (RFC 9110 §14.4) and multipart/byteranges.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE};
 use http::{HeaderValue, Response, StatusCode};
@@ -11,8 +13,10 @@ use crate::oci::range::{ByteSpan, ResolvedRange, content_range, unsatisfied_cont
 use crate::oci::{Digest, ErrorBody, ErrorCode};
 use crate::proxy::{BlobBody, ServeInfo};
 use crate::server::response::body::{BlobSource, BlockWatch, MultipartRanges};
+use crate::server::sendfile::{FileSender, SENDFILE_BYTES_MIN};
 use crate::server::{Body, RegistryService};
 use crate::store::AsyncStore;
+use crate::store::fs::FsFile;
 use crate::telemetry::ByteSource;
 
 /// Inputs of a blob response.
@@ -77,9 +81,13 @@ impl BlobResponse<'_> {
             _ if self.context.head => Body::empty(),
             BlobBody::Head => Body::empty(),
             BlobBody::Memory(bytes) => self.memory(bytes),
-            BlobBody::File(blob) if self.service.verified.contains(&self.digest) => {
-                Body::file(blob.file, 0, blob.size, self.service.buffers.clone(), telemetry)
-            }
+            BlobBody::File(blob) if self.service.verified.contains(&self.digest) => self.file(
+                blob.file,
+                ByteSpan {
+                    start: 0,
+                    end_exclusive: blob.size,
+                },
+            ),
             BlobBody::File(blob) => Body::verified_file(
                 self.digest,
                 blob.file,
@@ -89,7 +97,9 @@ impl BlobResponse<'_> {
                 self.service.verified.clone(),
                 self.store.clone(),
             ),
-            BlobBody::Download(reader) => Body::download(reader, self.size, telemetry),
+            BlobBody::Download(reader) => {
+                Body::download(reader, self.size, self.context.sendfile.clone(), telemetry)
+            }
             BlobBody::Passthrough(passing) => Body::passthrough(*passing, self.size, telemetry),
         };
         let mut response = with_status(StatusCode::OK, body);
@@ -98,6 +108,20 @@ impl BlobResponse<'_> {
             response.headers_mut().insert(CONTENT_LENGTH, size.into());
         }
         response
+    }
+
+    fn file(&self, file: Arc<dyn FsFile>, span: ByteSpan) -> Body {
+        let telemetry = self.service.telemetry.clone();
+        match &self.context.sendfile {
+            Some(queue) if span.len() >= SENDFILE_BYTES_MIN => {
+                let sender = FileSender::new(file, span.start, span.end_exclusive, queue.clone());
+                Body::sendfile(sender, telemetry)
+            }
+            _ => {
+                let buffers = self.service.buffers.clone();
+                Body::file(file, span.start, span.end_exclusive, buffers, telemetry)
+            }
+        }
     }
 
     fn memory(&self, bytes: Bytes) -> Body {
@@ -112,10 +136,7 @@ impl BlobResponse<'_> {
         let telemetry = self.service.telemetry.clone();
         let body = match content {
             BlobBody::Memory(bytes) => self.memory(slice(&bytes, span)),
-            BlobBody::File(blob) => {
-                let buffers = self.service.buffers.clone();
-                Body::file(blob.file, start, end_exclusive, buffers, telemetry)
-            }
+            BlobBody::File(blob) => self.file(blob.file, span),
             BlobBody::Download(reader) => {
                 let reader = reader.within(start, end_exclusive);
                 let reader = if self.context.is_open_ended() {
@@ -123,7 +144,7 @@ impl BlobResponse<'_> {
                 } else {
                     reader
                 };
-                Body::download(reader, Some(span.len()), telemetry)
+                Body::download(reader, Some(span.len()), self.context.sendfile.clone(), telemetry)
             }
             // Unreachable: a HEAD has no ranges, and passthrough is sent in full.
             BlobBody::Head | BlobBody::Passthrough(_) => Body::empty(),

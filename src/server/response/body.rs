@@ -13,7 +13,7 @@ use http_body::{Frame, SizeHint};
 use quick_cache::sync::Cache;
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use crate::download::{DownloadError, Reader};
+use crate::download::{DownloadError, Piece, Reader};
 use crate::oci::{Digest, Hasher, Repository, UpstreamFailure};
 use crate::proxy::StreamedList;
 use crate::proxy::passthrough::VerifyingStream;
@@ -27,6 +27,9 @@ use crate::upstream::forward::ForwardResponse;
 use crate::server::access_log::AccessLogEntry;
 use crate::server::egress::{Account, Charge};
 use crate::server::idle_timeout::{IdlePause, IdlePauseGuard};
+use crate::server::sendfile::{
+    FileSender, RANGE_BYTES_MAX, SENDFILE_BYTES_MIN, SendfileQueue, is_placeholder,
+};
 
 pub(in crate::server) use byteranges::{BlobSource, MultipartRanges};
 
@@ -68,6 +71,7 @@ impl BlockWatch {
 enum Source {
     Memory(Option<Bytes>),
     File(File),
+    Sendfile(FileSender, Telemetry),
     Verifying(Box<VerifyingFile>),
     ByteRanges(Box<MultipartBody>),
     Stream {
@@ -174,6 +178,11 @@ impl Body {
         }))
     }
 
+    /// A range of a file, sent without copying it.
+    pub(in crate::server) fn sendfile(sender: FileSender, telemetry: Telemetry) -> Self {
+        Self::of(Source::Sendfile(sender, telemetry))
+    }
+
     /// A complete blob that was not verified since the start. It is hashed while it is sent, and its last chunk is
     /// withheld until the digest matches.
     pub(in crate::server) fn verified_file(
@@ -227,15 +236,34 @@ impl Body {
         Self::of(Source::Forwarded { stream, size })
     }
 
-    /// A download, of which `size` bytes are sent.
-    pub(in crate::server) fn download(reader: Reader, size: Option<u64>, telemetry: Telemetry) -> Self {
-        let stream = stream(reader, |mut reader: Reader, step_bytes| async move {
-            let next = reader
-                .next_within(step_bytes)
-                .await
-                .map(|next| next.map_err(BodyError::Download));
-            (reader, next)
-        });
+    /// A download, of which `size` bytes are sent: without copying them, if the connection has a `queue` and `size` is
+    /// known, because hyper copies the chunks of a chunked body.
+    pub(in crate::server) fn download(
+        reader: Reader,
+        size: Option<u64>,
+        queue: Option<SendfileQueue>,
+        telemetry: Telemetry,
+    ) -> Self {
+        let queue = queue.filter(|_| size.is_some_and(|size| size >= SENDFILE_BYTES_MIN));
+        let stream = match queue {
+            Some(queue) => stream(
+                (reader, queue),
+                |(mut reader, queue): (Reader, SendfileQueue), step_bytes| async move {
+                    let next = reader.next_piece(step_bytes, RANGE_BYTES_MAX).await.map(|next| {
+                        next.map(|piece| match piece {
+                            Piece::Bytes(bytes) => bytes,
+                            Piece::Range(range) => queue.push(range),
+                        })
+                        .map_err(BodyError::Download)
+                    });
+                    ((reader, queue), next)
+                },
+            ),
+            None => stream(reader, |mut reader: Reader, step_bytes| async move {
+                let next = reader.next_within(step_bytes).await;
+                (reader, next.map(|next| next.map_err(BodyError::Download)))
+            }),
+        };
         Self::of(Source::Stream {
             stream,
             size,
@@ -297,7 +325,7 @@ impl Body {
 impl Body {
     /// The next chunk, read within a reservation and charged to the account.
     fn poll_charged(&mut self, context: &mut Context<'_>) -> Poll<Next> {
-        let (Some(account), false) = (&mut self.account, self.source.is_in_memory()) else {
+        let (Some(account), false) = (&mut self.account, self.source.is_uncharged()) else {
             return self.poll_source(context, READ_CHUNK_BYTES);
         };
         if self.source.is_exhausted() {
@@ -308,6 +336,7 @@ impl Body {
             None => ready!(account.poll_reserve(context)),
         };
         match self.poll_source(context, charge.bytes()) {
+            Poll::Ready(Some(Ok(chunk))) if is_placeholder(&chunk) => Poll::Ready(Some(Ok(chunk))),
             Poll::Ready(Some(Ok(chunk))) => {
                 let held = buffer_bytes(chunk.len());
                 Poll::Ready(Some(Ok(charge.onto(chunk, held))))
@@ -502,6 +531,13 @@ impl Source {
             Self::File(file) => {
                 ready!(file.poll(context, step_bytes)).map(|read| read.map_err(BodyError::File))
             }
+            Self::Sendfile(sender, telemetry) => {
+                let next = ready!(sender.poll(context));
+                if let Some(Ok(range)) = &next {
+                    telemetry.add_bytes_sent(ByteSource::Disk, range.len() as u64);
+                }
+                next.map(|next| next.map_err(BodyError::File))
+            }
             Self::Verifying(checked) => ready!(checked.poll(context, step_bytes)),
             Self::ByteRanges(parts) => {
                 ready!(parts.poll(context, step_bytes)).map(|read| read.map_err(BodyError::File))
@@ -530,10 +566,10 @@ impl Source {
         Poll::Ready(next)
     }
 
-    /// Whether its bytes are in memory anyway, and so are not charged.
-    fn is_in_memory(&self) -> bool {
+    /// Whether its bytes are in memory anyway, or never, and so are not charged.
+    fn is_uncharged(&self) -> bool {
         match self {
-            Self::Memory(_) => true,
+            Self::Memory(_) | Self::Sendfile(..) => true,
             Self::ByteRanges(parts) => parts.is_in_memory(),
             _ => false,
         }
@@ -543,6 +579,7 @@ impl Source {
         match self {
             Self::Memory(bytes) => bytes.is_none(),
             Self::File(file) => file.position >= file.end,
+            Self::Sendfile(sender, _) => sender.left() == 0,
             Self::Verifying(checked) => checked.hasher.is_none(),
             Self::ByteRanges(parts) => parts.left() == 0,
             Self::Stream { .. } | Self::Forwarded { .. } => false,
@@ -606,6 +643,7 @@ impl http_body::Body for Body {
                 SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64))
             }
             Source::File(file) => SizeHint::with_exact(file.end.saturating_sub(file.position)),
+            Source::Sendfile(sender, _) => SizeHint::with_exact(sender.left()),
             Source::Verifying(checked) => {
                 SizeHint::with_exact(checked.file.end.saturating_sub(checked.file.position))
             }

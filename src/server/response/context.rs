@@ -3,14 +3,16 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use http::HeaderValue;
 use http::header::{IF_NONE_MATCH, IF_RANGE, RANGE};
 use http::request::Parts;
+use http::{HeaderValue, Version};
 
 use crate::oci::query::Query;
 use crate::oci::range::{ByteRange, ResolvedRange};
 use crate::oci::{Endpoint, ErrorCode, RangeRequest, Reference};
 use crate::proxy::{Request, UpstreamRegistry};
+use crate::server::routing::ConnectionInfo;
+use crate::server::sendfile::SendfileQueue;
 use crate::upstream::UpstreamResponse;
 
 /// The parts of a request that its response depends on.
@@ -26,10 +28,14 @@ pub(in crate::server) struct ResponseContext {
     if_range: Option<HeaderValue>,
     range: RangeRequest,
     pub(super) now: SystemTime,
+    /// Sends file ranges without copying them. `None` if the connection cannot, or for HTTP/2, which puts every frame
+    /// of a body behind a header of its own.
+    pub(super) sendfile: Option<SendfileQueue>,
 }
 
 impl ResponseContext {
-    pub(in crate::server) fn new(head: &Parts, request: &Request) -> Self {
+    pub(in crate::server) fn new(head: &Parts, request: &Request, peer: &ConnectionInfo) -> Self {
+        let copies = head.version >= Version::HTTP_2;
         let (path, namespace) = match request.endpoint {
             Endpoint::Tags { .. } | Endpoint::Referrers { .. } => {
                 let query = Query::parse(head.uri.query());
@@ -48,6 +54,7 @@ impl ResponseContext {
             if_range: head.headers.get(IF_RANGE).cloned(),
             range: RangeRequest::read(head.headers.get(RANGE)),
             now: request.now,
+            sendfile: peer.sendfile.clone().filter(|_| !copies),
         }
     }
 

@@ -2,11 +2,14 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+#[cfg(target_os = "linux")]
+use super::send_copy;
 use super::{Entry, FileSystem, FsFile};
 use crate::store::OpenError;
 
@@ -252,5 +255,18 @@ impl FsFile for DirectoryFile {
 
     fn make_read_only(&self) -> io::Result<()> {
         self.0.set_permissions(Permissions::from_mode(READ_ONLY_MODE))
+    }
+
+    #[cfg(target_os = "linux")]
+    fn send_to(&self, socket: BorrowedFd<'_>, offset: u64, length: usize) -> io::Result<usize> {
+        use rustix::io::Errno;
+        let mut position = offset;
+        match rustix::fs::sendfile(socket, &self.0, Some(&mut position), length) {
+            // This file system cannot map its files, or a sandbox forbids the call.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::PERM) => {
+                send_copy(self, socket, offset, length)
+            }
+            sent => Ok(sent?),
+        }
     }
 }

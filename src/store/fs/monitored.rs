@@ -4,6 +4,7 @@
 //! operator see one log line per disk failure instead of one per pull.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -297,5 +298,14 @@ impl FsFile for MonitoredFile {
             (IoOperation::Write, "make read-only"),
             self.inner.make_read_only(),
         )
+    }
+
+    fn send_to(&self, socket: BorrowedFd<'_>, offset: u64, length: usize) -> io::Result<usize> {
+        self.inner.send_to(socket, offset, length).inspect_err(|error| {
+            // Other errors are the socket's.
+            if error.raw_os_error() == Some(Errno::IO.raw_os_error()) {
+                self.errors.note(IoOperation::Read, &self.path, error);
+            }
+        })
     }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -177,6 +178,11 @@ impl FsFile for TimedFile {
 
     fn make_read_only(&self) -> io::Result<()> {
         self.pending.run("chmod", || self.inner.make_read_only())
+    }
+
+    fn send_to(&self, socket: BorrowedFd<'_>, offset: u64, length: usize) -> io::Result<usize> {
+        // Not tracked: its caller makes sure that the page cache has the bytes.
+        self.inner.send_to(socket, offset, length)
     }
 }
 

@@ -1,0 +1,220 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "tests may fail loudly"
+)]
+
+use std::convert::Infallible;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+use super::*;
+use crate::server::Body;
+use crate::store::fs::{DirectoryFs, FileSystem};
+use crate::telemetry::Telemetry;
+
+/// Larger than the buffer of a socket, and no multiple of a page.
+const BLOB_BYTES: usize = 3 * 1024 * 1024 + 17;
+
+fn content() -> Vec<u8> {
+    (0..BLOB_BYTES).map(|at| (at % 251) as u8).collect()
+}
+
+/// The blob on a real disk, and its folder.
+fn blob() -> (tempfile::TempDir, Arc<dyn FsFile>) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = DirectoryFs::open(folder.path())
+        .unwrap()
+        .create(Path::new("blob"))
+        .unwrap();
+    file.write_at(&content(), 0).unwrap();
+    (folder, file)
+}
+
+/// A connection whose requests `GET /<start>-<end>` get that range of `file`.
+fn serve(file: Arc<dyn FsFile>) -> (UnixStream, JoinHandle<hyper::Result<()>>) {
+    let (client, server) = UnixStream::pair().unwrap();
+    let queue = SendfileQueue::default();
+    let stream = SendfileStream::new(server.into(), queue.clone());
+    let service = service_fn(move |request: Request<Incoming>| {
+        let (start, end) = request.uri().path()[1..].split_once('-').unwrap();
+        let (start, end) = (start.parse().unwrap(), end.parse().unwrap());
+        let sender = FileSender::new(Arc::clone(&file), start, end, queue.clone());
+        let body = Body::sendfile(sender, Telemetry::default());
+        async move { Ok::<_, Infallible>(Response::new(body)) }
+    });
+    let connection =
+        hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+    (client, tokio::spawn(connection))
+}
+
+/// Reads the heads and bodies of responses with these lengths.
+async fn responses(client: &mut UnixStream, lengths: &[usize]) -> Vec<Vec<u8>> {
+    let mut bodies = Vec::new();
+    for length in lengths {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(client.read_u8().await.unwrap());
+        }
+        let head = String::from_utf8(head).unwrap().to_ascii_lowercase();
+        assert!(head.contains(&format!("content-length: {length}\r\n")), "{head}");
+        let mut body = vec![0; *length];
+        client.read_exact(&mut body).await.unwrap();
+        bodies.push(body);
+    }
+    bodies
+}
+
+#[tokio::test]
+async fn pipelined_ranges_are_sent_in_order() {
+    let (_folder, file) = blob();
+    let (mut client, _serving) = serve(file);
+    let ranges = [
+        (0, BLOB_BYTES),
+        (5, 6),
+        (1_000_000, 2_000_000),
+        (0, 65_536),
+        (17, BLOB_BYTES),
+    ];
+    let requests: String = ranges
+        .iter()
+        .map(|(start, end)| format!("GET /{start}-{end} HTTP/1.1\r\nhost: a\r\n\r\n"))
+        .collect();
+    client.write_all(requests.as_bytes()).await.unwrap();
+    let bodies = responses(&mut client, &ranges.map(|(start, end)| end - start)).await;
+    for ((start, end), body) in ranges.iter().zip(bodies) {
+        assert!(body == content()[*start..*end], "{start}-{end}");
+    }
+}
+
+#[tokio::test]
+async fn truncated_file_ends_the_connection() {
+    let (_folder, file) = blob();
+    let (mut client, serving) = serve(file);
+    let end = BLOB_BYTES + 100;
+    client
+        .write_all(format!("GET /0-{end} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes())
+        .await
+        .unwrap();
+    let mut received = Vec::new();
+    client.read_to_end(&mut received).await.unwrap();
+    let head = received.windows(4).position(|four| four == b"\r\n\r\n").unwrap() + 4;
+    let sent = &received[head..];
+    assert!(sent.len() <= BLOB_BYTES && sent == &content()[..sent.len()]);
+    assert!(serving.await.unwrap().is_err());
+}
+
+#[tokio::test]
+async fn file_truncated_after_the_check_fails_the_stream() {
+    let (_folder, file) = blob();
+    let (client, server) = UnixStream::pair().unwrap();
+    let queue = SendfileQueue::default();
+    let mut stream = SendfileStream::new(server.into(), queue.clone());
+    let placeholder = queue.push(FileRange {
+        file,
+        offset: BLOB_BYTES as u64 - 10,
+        length: 20,
+    });
+    assert_eq!(stream.write(&placeholder).await.unwrap(), 10);
+    let error = stream.write(&placeholder[10..]).await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    drop(client);
+}
+
+#[tokio::test]
+async fn placeholder_without_range_is_not_sent() {
+    let (client, server) = UnixStream::pair().unwrap();
+    let mut stream = SendfileStream::new(server.into(), SendfileQueue::default());
+    let zeros = &PLACEHOLDER[..10];
+    assert!(stream.write(zeros).await.is_err());
+    assert!(stream.write_vectored(&[IoSlice::new(zeros)]).await.is_err());
+    assert_eq!(
+        stream
+            .write_vectored(&[IoSlice::new(b"head"), IoSlice::new(zeros)])
+            .await
+            .unwrap(),
+        4
+    );
+    drop(stream);
+    let mut received = Vec::new();
+    let mut client = client;
+    client.read_to_end(&mut received).await.unwrap();
+    assert_eq!(received, b"head");
+}
+
+/// A file that is not in the page cache until it was read.
+struct Cold {
+    file: Arc<dyn FsFile>,
+    loads: AtomicUsize,
+}
+
+impl FsFile for Cold {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_at(bytes, offset)
+    }
+    fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.loads.fetch_add(1, Ordering::SeqCst);
+        self.file.read_at(into, offset)
+    }
+    fn read_at_nowait(&self, _: &mut [u8], _: u64) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()
+    }
+    fn reserve(&self, bytes: u64) -> io::Result<()> {
+        self.file.reserve(bytes)
+    }
+    fn make_read_only(&self) -> io::Result<()> {
+        self.file.make_read_only()
+    }
+    fn send_to(&self, socket: BorrowedFd<'_>, offset: u64, length: usize) -> io::Result<usize> {
+        assert!(self.loads.load(Ordering::SeqCst) > 0, "sent before it was read");
+        self.file.send_to(socket, offset, length)
+    }
+}
+
+#[tokio::test]
+async fn page_cache_miss_is_read_before_it_is_sent() {
+    let (_folder, file) = blob();
+    let cold = Arc::new(Cold {
+        file,
+        loads: AtomicUsize::new(0),
+    });
+    let (mut client, _serving) = serve(Arc::clone(&cold) as _);
+    client
+        .write_all(format!("GET /0-{BLOB_BYTES} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes())
+        .await
+        .unwrap();
+    let bodies = responses(&mut client, &[BLOB_BYTES]).await;
+    assert!(bodies[0] == content());
+    assert!(
+        cold.loads.load(Ordering::SeqCst) * 64 * 1024 >= BLOB_BYTES,
+        "each byte was read"
+    );
+}
+
+#[tokio::test]
+async fn file_without_sendfile_is_copied() {
+    let file = crate::store::fs::MemoryFs::new()
+        .create(Path::new("blob"))
+        .unwrap();
+    file.write_at(&content(), 0).unwrap();
+    let (mut client, _serving) = serve(file);
+    client
+        .write_all(format!("GET /3-{BLOB_BYTES} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes())
+        .await
+        .unwrap();
+    let bodies = responses(&mut client, &[BLOB_BYTES - 3]).await;
+    assert!(bodies[0] == content()[3..]);
+}
