@@ -24,6 +24,51 @@ async fn one_transfer_serves_early_late_and_later_readers() {
     assert_eq!((script.offsets(), downloads.count()), (vec![0], 0));
 }
 
+/// The ranges of the file that a reader gets, and its end.
+async fn read_ranges(mut reader: Reader) -> (Vec<u8>, Result<(), Arc<DownloadError>>) {
+    let mut received = Vec::new();
+    loop {
+        match reader.next_piece(100, 300_000).await {
+            Some(Ok(Piece::Range(range))) => {
+                assert!(range.length <= 300_000 && range.offset == received.len() as u64);
+                let mut bytes = vec![0; range.length];
+                assert_eq!(
+                    range.file.read_at(&mut bytes, range.offset).unwrap(),
+                    range.length
+                );
+                received.extend(bytes);
+            }
+            Some(Ok(Piece::Bytes(_))) => panic!("the file has them"),
+            Some(Err(failure)) => return (received, Err(failure)),
+            None => return (received, Ok(())),
+        }
+    }
+}
+
+#[tokio::test]
+async fn file_ranges_follow_the_fill() {
+    let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
+    let wire = script.stream(0, Some(MIB));
+    let reader = leader(&downloads, digest(&blob)).start(script);
+    let reading = tokio::spawn(read_ranges(reader));
+    send(&wire, &blob[..MIB / 2]);
+    tokio::task::yield_now().await;
+    send(&wire, &blob[MIB / 2..]);
+    drop(wire);
+    let (received, end) = reading.await.unwrap();
+    assert!(end.is_ok() && received == blob);
+}
+
+#[tokio::test]
+async fn file_ranges_withhold_the_last_bytes_of_a_corrupt_blob() {
+    let (downloads, script, mut blob) = (downloads(), Script::default(), content(MIB));
+    let named = digest(&blob);
+    blob[MIB - 1] ^= 1;
+    script.ending(0, Some(MIB), &blob);
+    let (received, end) = read_ranges(leader(&downloads, named).start(script)).await;
+    assert!(end.is_err() && received.len() < MIB);
+}
+
 #[tokio::test]
 async fn miss_after_a_finished_download_finds_it_cached() {
     let (downloads, blob) = (downloads(), content(1000));
