@@ -48,6 +48,7 @@ pub use show::{Settings, reference};
 pub use summary::Summary;
 pub use upstream::{AuthMode, Credential, Proxy, UpstreamConfig, WELL_KNOWN};
 
+use crate::download::ParallelLimits;
 use crate::policy::rules::Rules;
 use diagnostic::{Origin, Report};
 use document::Document;
@@ -190,6 +191,8 @@ pub struct Limits {
     pub downloads_max: usize,
     /// Maximum concurrent requests to one upstream, and as many blob downloads.
     pub downloads_per_upstream_max: usize,
+    /// Connections of the download of one large blob; 1 if it never uses further ones.
+    pub parallel: ParallelLimits,
     /// Timeout of a TLS handshake.
     pub handshake_timeout: Duration,
     /// Timeout of a request header.

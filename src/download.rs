@@ -40,6 +40,7 @@
 mod disk_failure;
 mod fetch;
 mod join;
+mod parallel;
 mod reader;
 mod state;
 mod transfer;
@@ -49,7 +50,7 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -67,6 +68,7 @@ use crate::upstream::{ResponseStream, UpstreamResponse};
 
 pub use self::disk_failure::DiskFailed;
 use self::join::PendingLookups;
+pub use self::parallel::ParallelLimits;
 pub use self::reader::{AHEAD_BYTES_MAX, FAR_AHEAD_BYTES, Piece, Reader};
 use self::state::{Download, DownloadGuard};
 pub use self::state::{DownloadInfo, DownloadStatus};
@@ -84,6 +86,9 @@ const WRITE_STEPS_MAX: usize = 32;
 /// Bytes between network and disk, of all transfers together.
 const QUEUED_BYTES_MAX: usize = 32 * 1024 * 1024;
 
+/// Upstreams remembered for wrong ranges.
+const WRONG_RANGES_MAX: usize = 1024;
+
 /// The running downloads. Owned by the server, not a global.
 #[derive(Clone)]
 pub struct Downloads {
@@ -99,6 +104,9 @@ struct Shared {
     write_steps: Arc<Semaphore>,
     queued_bytes: Arc<Semaphore>,
     ahead_permits: Arc<Semaphore>,
+    parallel: ParallelLimits,
+    /// Upstreams of which a download of several responses had a wrong digest.
+    wrong_ranges: Mutex<HashSet<Arc<str>>>,
     counts: Arc<state::Counts>,
 }
 
@@ -153,6 +161,11 @@ pub trait Source: Send + 'static {
 
     /// Size stated by a manifest. A hint, not a promise of the upstream.
     fn stated_size(&self) -> Option<u64> {
+        None
+    }
+
+    /// A source of ranges of this blob of `_total` bytes for one further connection. `None`: not supported.
+    fn segments(&self, _total: u64) -> Option<Box<dyn RangeSource>> {
         None
     }
 
@@ -253,6 +266,16 @@ impl Downloads {
     /// No downloads yet. Blobs are stored in `store`. At most `transfers_max` run at once, further ones are
     /// queued.
     pub fn new(store: Arc<Store>, buffers: BufferPool, transfers_max: usize) -> Self {
+        Self::with_parallel(store, buffers, transfers_max, ParallelLimits::default())
+    }
+
+    /// As [`Self::new`], with several connections for one transfer.
+    pub fn with_parallel(
+        store: Arc<Store>,
+        buffers: BufferPool,
+        transfers_max: usize,
+        parallel: ParallelLimits,
+    ) -> Self {
         let shared = Shared {
             store,
             buffers,
@@ -262,6 +285,8 @@ impl Downloads {
             write_steps: Arc::new(Semaphore::new(WRITE_STEPS_MAX)),
             queued_bytes: Arc::new(Semaphore::new(QUEUED_BYTES_MAX)),
             ahead_permits: Arc::new(Semaphore::new(AHEAD_RANGES_MAX)),
+            parallel,
+            wrong_ranges: Mutex::default(),
             counts: Arc::default(),
         };
         Self {
@@ -318,6 +343,19 @@ impl Downloads {
 }
 
 impl Shared {
+    /// Whether a transfer from this upstream must not consist of several responses.
+    fn sends_wrong_ranges(&self, upstream: &str) -> bool {
+        let wrong = self.wrong_ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        wrong.contains(upstream)
+    }
+
+    fn note_wrong_range(&self, upstream: &Arc<str>) {
+        let mut wrong = self.wrong_ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        if wrong.len() < WRONG_RANGES_MAX {
+            wrong.insert(Arc::clone(upstream));
+        }
+    }
+
     /// Every statement leaves the map consistent, so a poisoned lock can be used.
     fn running(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)

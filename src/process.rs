@@ -106,7 +106,12 @@ pub async fn serve(
         clock,
     };
     let (buffers, egress) = (BufferPool::default(), Egress::default());
-    let downloads = Downloads::new(Arc::clone(&store), buffers.clone(), limits.downloads_max);
+    let downloads = Downloads::with_parallel(
+        Arc::clone(&store),
+        buffers.clone(),
+        limits.downloads_max,
+        limits.parallel,
+    );
     let shared = SharedState::new(&store, &downloads, &context);
     let build = |config: &Config| registry(config, &shared, &context);
     let registry = build(&config)?;

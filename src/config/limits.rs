@@ -6,12 +6,19 @@ use super::Limits;
 use super::diagnostic::{Report, Reported};
 use super::parsers;
 use super::table::Table;
+use crate::download::ParallelLimits;
 
 /// Maximum file descriptors of a process (default of Linux `fs.nr_open`).
 const DESCRIPTORS_MAX: usize = 1 << 20;
 
 /// Upper bound of downloads: each buffers up to 256 KiB, so 1024 buffer 256 MiB.
 const DOWNLOADS_MAX: usize = 1024;
+
+/// Upper bound of connections for one blob. Registries count connections of an address as abuse.
+const PARALLEL_CONNECTIONS_MAX: usize = 16;
+
+/// Smaller blobs gain nothing: the measurement before each further connection takes a quarter of a second.
+const PARALLEL_BYTES_MIN: u64 = 16 * 1024 * 1024;
 
 /// Upper bound of numbers without a specific one.
 const MANY: usize = 1_000_000;
@@ -45,6 +52,8 @@ pub(super) fn read(table: &Table, report: &mut Report<'_>) -> Result<Limits, Rep
         "downloads_per_upstream_max",
         (DOWNLOADS_MAX, memory),
     );
+    let connections = table.number(report, "parallel_connections", 1..PARALLEL_CONNECTIONS_MAX + 1);
+    let blob_bytes_min = table.text(report, "parallel_min", &parsers::SIZE);
     let handshake_timeout = table.text(report, "handshake_timeout", &parsers::TIMEOUT);
     let header_timeout = table.text(report, "header_timeout", &parsers::TIMEOUT);
     let idle_timeout = table.text(report, "idle_timeout", &parsers::TIMEOUT);
@@ -57,6 +66,10 @@ pub(super) fn read(table: &Table, report: &mut Report<'_>) -> Result<Limits, Rep
         tunnels_max: tunnels_max?,
         downloads_max: downloads_max?,
         downloads_per_upstream_max: per_upstream?,
+        parallel: ParallelLimits {
+            connections_max: connections?,
+            blob_bytes_min: blob_bytes_min?.max(PARALLEL_BYTES_MIN),
+        },
         handshake_timeout: handshake_timeout?,
         header_timeout: header_timeout?,
         idle_timeout: idle_timeout?,

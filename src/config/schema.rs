@@ -230,6 +230,8 @@ pub const KEYS: &[Key] = &[
     key(Limits, "streams_per_connection_max", Some("100"), "Maximum concurrent requests on one HTTP/2 connection."),
     key(Limits, "tunnels_max", Some("256"), "Maximum concurrent CONNECT tunnels. Further requests get 503."),
     key(Limits, "downloads_max", Some("256"), "Maximum concurrent blob downloads from all upstreams. Further ones are queued. One upstream gets three quarters of them at most."),
+    key(Limits, "parallel_connections", Some("4"), "Connections over which one large blob is fetched, if each further one raises the throughput and no other download waits. 1 turns that off."),
+    key(Limits, "parallel_min", Some("\"64 MiB\""), "Smaller blobs are fetched over one connection."),
     key(Limits, "downloads_per_upstream_max", Some("64"), "Maximum concurrent requests to one upstream, and as many blob downloads. Further ones are queued."),
     key(Limits, "handshake_timeout", Some(r#""10s""#), "Timeout of a TLS handshake."),
     key(Limits, "header_timeout", Some(r#""10s""#), "Timeout of a request header; for HTTP/1.1 it starts at the end of the previous response."),

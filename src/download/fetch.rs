@@ -14,6 +14,7 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 
+use super::parallel::{Front, Helpers};
 use super::{Source, Stream};
 use crate::oci::UpstreamFailure;
 use crate::queue::Waiters;
@@ -73,6 +74,8 @@ pub(super) enum FetchError {
 pub(super) enum WriterMsg {
     /// The next bytes, and their share of the in-flight limits.
     Chunk(Bytes, InFlightBytes),
+    /// The next bytes are in the file already.
+    Adopt(u64),
     /// Asks whether the bytes so far match the digest.
     CheckDigest(oneshot::Sender<bool>),
     /// End of the blob.
@@ -136,11 +139,23 @@ pub(super) struct Fetcher<'a, S> {
     pub(super) resumes: u64,
     /// The requests that wait for the download.
     pub(super) waiters: &'a Waiters,
+    /// Further connections, if the blob is fetched by several.
+    pub(super) helpers: Option<Helpers>,
+    /// Time spent waiting for the writer.
+    pub(super) stalled: Duration,
 }
 
 impl<S: Source> Fetcher<'_, S> {
-    /// Reads `stream` and its resumptions to the end of the blob.
-    pub(super) async fn run(&mut self, mut stream: Stream) -> Result<(), FetchError> {
+    /// Reads `stream` and its resumptions to the end of the blob. Afterwards, no helper writes any more.
+    pub(super) async fn run(&mut self, stream: Stream) -> Result<(), FetchError> {
+        let ended = self.fetch(stream).await;
+        if let Some(helpers) = &mut self.helpers {
+            helpers.end().await;
+        }
+        ended
+    }
+
+    async fn fetch(&mut self, mut stream: Stream) -> Result<(), FetchError> {
         if stream.start > self.received {
             // The partial download had fewer bytes than its record states.
             stream = self.resume().await?;
@@ -150,6 +165,17 @@ impl<S: Source> Fetcher<'_, S> {
             let interrupted = match self.read_stream(&mut stream).await? {
                 StreamEnd::Ended => None,
                 StreamEnd::Interrupted(interrupted) => Some(interrupted),
+                StreamEnd::ReachedSegment => {
+                    drop(stream);
+                    self.follow_segments().await?;
+                    if self.total.is_some_and(|total| self.received >= total) {
+                        let _ = self.queue.send(WriterMsg::End).await;
+                        return Ok(());
+                    }
+                    self.failures_in_a_row = 0;
+                    stream = self.resume().await?;
+                    continue;
+                }
                 StreamEnd::Unwanted => {
                     drop(stream);
                     if !self.waiters.rejoined_or_closed_within(RANGE_REJOIN_WINDOW).await {
@@ -190,6 +216,29 @@ impl<S: Source> Fetcher<'_, S> {
             // Closes the connection before another is opened.
             drop(stream);
             stream = self.resume().await?;
+        }
+    }
+
+    /// Adopts segments while they have the next bytes.
+    async fn follow_segments(&mut self) -> Result<(), FetchError> {
+        let Some(helpers) = &mut self.helpers else {
+            return Ok(());
+        };
+        // Bytes of more than one response: a digest mismatch restarts the download.
+        self.resumed = true;
+        helpers.replace_first_stream(self.source).await;
+        loop {
+            helpers.ramp_up(self.stalled, self.source).await;
+            match helpers.front().await {
+                Front::Grew(0) => {}
+                Front::Grew(length) => {
+                    self.received += length;
+                    self.queue.send(WriterMsg::Adopt(length)).await?;
+                }
+                Front::Missing => return Ok(()),
+                Front::Waiting if self.waiters.is_abandoned() => return Err(FetchError::Unwanted),
+                Front::Waiting => {}
+            }
         }
     }
 
@@ -260,8 +309,21 @@ impl<S: Source> Fetcher<'_, S> {
             if new_bytes.is_empty() {
                 continue;
             }
-            self.received += new_bytes.len() as u64;
+            let accepted = self.helpers.as_ref().map_or(new_bytes.len() as u64, |helpers| {
+                helpers.advance(new_bytes.len() as u64)
+            });
+            let reaches_segment = accepted < new_bytes.len() as u64;
+            self.received += accepted;
+            let began = Instant::now();
+            let new_bytes = new_bytes.slice(..usize::try_from(accepted).unwrap_or(new_bytes.len()));
             self.queue.chunk(new_bytes).await?;
+            if reaches_segment {
+                return Ok(StreamEnd::ReachedSegment);
+            }
+            self.stalled += began.elapsed();
+            if let Some(helpers) = &mut self.helpers {
+                helpers.ramp_up(self.stalled, self.source).await;
+            }
             if self.total.is_some_and(|total| self.received > total) {
                 // The blob is too long already, and the remainder could be endless.
                 return Ok(StreamEnd::Ended);
@@ -285,6 +347,8 @@ fn retry_after(response: &UpstreamResponse) -> Duration {
 enum StreamEnd {
     Ended,
     Interrupted(Interrupted),
+    /// A helper has or fetches the next byte.
+    ReachedSegment,
     /// Only a range was requested, and no request waits for more.
     Unwanted,
 }

@@ -9,6 +9,7 @@
 
 mod ahead;
 mod disk_failure;
+mod parallel;
 mod partial;
 mod queueing;
 mod resume;

@@ -2,11 +2,13 @@
 //! resumed download with a digest mismatch restarts once from the first byte.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
 use super::fetch::{FetchError, Fetcher, QUEUE_CHUNKS_MAX, WriterQueue};
+use super::parallel::{self, Helpers};
 use super::state::{Attempt, Download, DownloadGuard, DownloadInfo};
 use super::writer::Writer;
 use super::{DownloadError, Source, Stream};
@@ -39,15 +41,16 @@ async fn fill<S: Source>(guard: &DownloadGuard, source: &mut S) -> Result<(), Do
     })?;
     let opened = begin(guard, source).await?;
     let total = opened.total;
-    let (ended, resumed_midway) = transfer(guard, source, opened).await;
+    let (ended, resumed_midway) = transfer(guard, source, opened, true).await;
     let (ingest, verified) = match ended {
         Err(DownloadError::DigestMismatch(mismatch)) if resumed_midway => {
             tracing::warn!(digest = %guard.download.digest, %mismatch, "digest mismatch in a resumed download, restarting from the first byte");
+            guard.shared.note_wrong_range(&requester.upstream);
             // If the restart fails as well, the first failure is reported.
             let Ok(opened) = restart(guard, source, total).await else {
                 return Err(DownloadError::DigestMismatch(mismatch));
             };
-            transfer(guard, source, opened).await.0?
+            transfer(guard, source, opened, false).await.0?
         }
         ended => ended?,
     };
@@ -165,11 +168,13 @@ async fn start(
     })
 }
 
-/// Also returns whether the bytes came from more than one response.
+/// `may_be_parallel`: whether several connections may be used. Also returns whether the bytes came from more than one
+/// response.
 async fn transfer<S: Source>(
     guard: &DownloadGuard,
     source: &mut S,
     opened: OpenedTransfer,
+    may_be_parallel: bool,
 ) -> (Result<(Ingest, Verified), DownloadError>, bool) {
     let OpenedTransfer {
         stream,
@@ -187,6 +192,8 @@ async fn transfer<S: Source>(
         failures_in_a_row: 0,
         resumes: 0,
         waiters: &guard.download.waiters,
+        helpers: may_be_parallel.then(|| helpers(guard, &resumed, total)).flatten(),
+        stalled: Duration::ZERO,
     };
     let writer = Writer::new(resumed, &guard.download, total);
     let steps = Arc::clone(&guard.shared.write_steps);
@@ -208,6 +215,24 @@ async fn transfer<S: Source>(
     source.verified(size).await;
     guard.download.complete(size);
     (Ok((ingest, verified)), resumed_midway)
+}
+
+/// Further connections for what is missing of a large blob.
+fn helpers(guard: &DownloadGuard, resumed: &Resumed, total: Option<u64>) -> Option<Helpers> {
+    let limits = guard.shared.parallel;
+    let total = total.filter(|total| total.saturating_sub(resumed.written) >= limits.blob_bytes_min)?;
+    let upstream = &guard.download.requester.upstream;
+    if limits.connections_max < 2 || guard.shared.sends_wrong_ranges(upstream) {
+        return None;
+    }
+    let transfer = parallel::Transfer {
+        upstream: Arc::clone(upstream),
+        file: resumed.ingest.file(),
+        queue: guard.shared.queue.clone(),
+        write_steps: Arc::clone(&guard.shared.write_steps),
+        connections_max: limits.connections_max,
+    };
+    Some(Helpers::new(transfer, resumed.written, total))
 }
 
 /// Makes the blob durable and names it. The readers have all bytes already, so a disk failure now costs a later

@@ -1,5 +1,6 @@
 //! Disk side of a transfer: writes the file and hashes it.
 
+use std::io;
 use std::mem;
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use super::{DiskFailed, DownloadError};
 use crate::oci::Hasher;
 use crate::store::StoreError;
 use crate::store::blobs::Verified;
+use crate::store::file_read::READ_CHUNK_BYTES;
 use crate::store::ingest::Ingest;
 use crate::store::partial::Resumed;
 
@@ -92,6 +94,11 @@ impl Writer {
                         return Some(Err(self.disk_failed(fault)));
                     }
                 }
+                WriterMsg::Adopt(length) => {
+                    if let Err(fault) = self.adopt(length) {
+                        return Some(Err(self.disk_failed(fault)));
+                    }
+                }
                 WriterMsg::CheckDigest(reply) => {
                     let hash = self.file.as_ref().map(|file| file.hasher.clone().finish());
                     // The fetching side may have stopped.
@@ -123,6 +130,37 @@ impl Writer {
         self.download.counts.fetched(chunk.len() as u64);
         hasher.update(chunk);
         ingest.checkpoint_if_due(until, hasher);
+        Ok(())
+    }
+
+    /// Publishes bytes that another connection wrote, and hashes what the file has.
+    fn adopt(&mut self, length: u64) -> Result<(), StoreError> {
+        let Some(File {
+            ingest,
+            hasher,
+            written,
+        }) = &mut self.file
+        else {
+            return Ok(());
+        };
+        let until = *written + length;
+        self.download.publish(until);
+        self.download.counts.fetched(length);
+        let (file, mut buffer) = (ingest.file(), vec![0; READ_CHUNK_BYTES]);
+        while *written < until {
+            let left = usize::try_from(until - *written).unwrap_or(READ_CHUNK_BYTES);
+            let step = buffer.get_mut(..left.min(READ_CHUNK_BYTES)).unwrap_or_default();
+            let read = match file.read_at(step, *written) {
+                Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                read => read,
+            };
+            let read = read
+                .map_err(|error| StoreError::io("read a blob", self.download.digest.to_string(), &error))?;
+            hasher.update(step.get(..read).unwrap_or_default());
+            *written += read as u64;
+            ingest.checkpoint_if_due(*written, hasher);
+        }
         Ok(())
     }
 

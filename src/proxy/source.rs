@@ -30,6 +30,8 @@ pub(super) struct UpstreamSource {
     started_at: Instant,
     /// Requests waiting for this download.
     waiters: Option<Waiters>,
+    /// Size of the blob, of which this is the source of segments.
+    total: Option<u64>,
 }
 
 impl UpstreamSource {
@@ -47,6 +49,7 @@ impl UpstreamSource {
             last_address: None,
             started_at: Instant::now(),
             waiters: None,
+            total: None,
         }
     }
 
@@ -178,6 +181,15 @@ impl Source for UpstreamSource {
         self.proxy.size_hints.get(registry, repository, self.digest)
     }
 
+    fn segments(&self, total: u64) -> Option<Box<dyn RangeSource>> {
+        let mut request = self.upstream_request.clone();
+        // A rate limit is not waited out: the download goes on without this connection.
+        request.caller.wait_deadline = Some(Instant::now());
+        let mut source = Self::new(&self.proxy, request, self.digest);
+        source.total = Some(total);
+        Some(Box::new(source))
+    }
+
     /// Only verified bytes prove that the registry sent the response.
     async fn verified(&mut self, size: u64) {
         if let Some(sent_at) = self.sent_at {
@@ -228,7 +240,9 @@ impl RangeSource for UpstreamSource {
                 return self.open_complete(part).await;
             }
             let fetched = self.get(part).await.ok()?;
-            let is_part = fetched.status == StatusCode::PARTIAL_CONTENT;
+            let is_part = fetched.status == StatusCode::PARTIAL_CONTENT
+                && fetched.start == from
+                && self.total.is_none_or(|total| fetched.total == Some(total));
             is_part.then(|| Box::new(fetched) as Box<dyn ByteStream>)
         })
     }

@@ -3,6 +3,7 @@
 pub mod coalescing;
 pub mod corruption;
 pub mod mislabelled_content;
+pub mod parallel;
 pub mod partial_downloads;
 pub mod prefetch;
 pub mod queue;

@@ -1,0 +1,619 @@
+//! Further connections of a transfer.
+//!
+//! Storage of registries and CDNs limit the throughput of each connection. So while the first stream fills the file from
+//! its start, helpers fetch later segments by `Range` requests and write each at its offset. When the front of the file
+//! reaches a segment, the fetcher adopts it: the writer reads the segment back and hashes it, so the digest covers the
+//! bytes on the disk. Readers see the contiguous front only.
+//!
+//! Segments are assigned in order, and a helper fetches one after the other. A connection is added only while the last
+//! one raised the throughput, and only if the queue has a permit that no other download waits for. The first stream is
+//! closed only at a segment of which bytes have arrived, because an upstream may reject every range. A helper that fails
+//! is not replaced, and another stream continues at the first missing byte.
+//!
+//! An interrupted transfer keeps its front as a partial download. The segments beyond the front are fetched again.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::{RangeSource, Source};
+use crate::queue::{Class, Demand, Permit, Queue, Waiters};
+use crate::store::fs::FsFile;
+
+/// Limits of the connections of one transfer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParallelLimits {
+    /// Connections of one transfer, the first stream included. 1 disables further ones.
+    pub connections_max: usize,
+    /// Smaller blobs are fetched by one connection.
+    pub blob_bytes_min: u64,
+}
+
+impl Default for ParallelLimits {
+    fn default() -> Self {
+        Self {
+            connections_max: 1,
+            blob_bytes_min: u64::MAX,
+        }
+    }
+}
+
+/// Shorter segments cost more round trips than they save.
+const SEGMENT_BYTES_MIN: u64 = 4 * 1024 * 1024;
+
+/// Longer segments leave more to fetch again after an interruption.
+const SEGMENT_BYTES_MAX: u64 = 64 * 1024 * 1024;
+
+/// Time over which the throughput is measured before a connection is added.
+const MEASURE_WINDOW: Duration = Duration::from_millis(250);
+
+/// The last connection must have brought this part of what it would bring if each were limited alone.
+const GAIN_MIN: f64 = 0.4;
+
+/// If the writer needs more than this part of a window, the disk is what limits the throughput.
+const DISK_SHARE_MAX: f64 = 0.5;
+
+/// A helper that receives nothing for this long has failed.
+const HELPER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The fetcher waits this long at a time for a segment at the front.
+const FRONT_WINDOW: Duration = Duration::from_secs(2);
+
+/// If a segment at the front grows slower than this part of the first stream's rate, the fetcher takes it over.
+const FRONT_RATE_MIN: f64 = 0.25;
+
+/// Bytes that a helper collects before it writes them.
+const WRITE_BYTES: usize = 512 * 1024;
+
+/// What the connections of a transfer share.
+pub(super) struct Transfer {
+    pub(super) upstream: Arc<str>,
+    pub(super) file: Arc<dyn FsFile>,
+    /// Permits for further connections.
+    pub(super) queue: Queue,
+    /// Limits concurrent writes, see [`super::writer`].
+    pub(super) write_steps: Arc<Semaphore>,
+    pub(super) connections_max: usize,
+}
+
+/// The helpers of a transfer and their segments.
+pub(super) struct Helpers {
+    transfer: Arc<Transfer>,
+    plan: Arc<Mutex<Plan>>,
+    running: JoinSet<()>,
+    ending: CancellationToken,
+    ramp: Ramp,
+    is_first_stream_open: bool,
+    watch: Option<FrontWatch>,
+}
+
+/// Growth of the segment at the front since a point in time.
+struct FrontWatch {
+    start: u64,
+    since: Instant,
+    written: u64,
+}
+
+/// State of the front of the file.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Front {
+    /// A segment has this many bytes more: adopt them.
+    Grew(u64),
+    /// No segment has the next byte.
+    Missing,
+    /// A segment is to have the next byte, and nothing arrived for a while.
+    Waiting,
+}
+
+impl Helpers {
+    /// Helpers for a blob of `total` bytes, of which the first `front` are in the file.
+    pub(super) fn new(transfer: Transfer, front: u64, total: u64) -> Self {
+        let plan = Plan::new(front, total, transfer.connections_max as u64);
+        Self {
+            transfer: Arc::new(transfer),
+            plan: Arc::new(Mutex::new(plan)),
+            running: JoinSet::new(),
+            ending: CancellationToken::new(),
+            ramp: Ramp::default(),
+            is_first_stream_open: true,
+            watch: None,
+        }
+    }
+
+    /// The first stream received `length` bytes. Returns how many of them lie before the next segment.
+    pub(super) fn advance(&self, length: u64) -> u64 {
+        lock(&self.plan).advance(length)
+    }
+
+    /// Adds a connection if the last one raised the throughput. `stalled`: how long the first stream has waited for the
+    /// writer so far.
+    pub(super) async fn ramp_up<S: Source>(&mut self, stalled: Duration, source: &mut S) {
+        let (received, helpers, is_silent, has_failed) = {
+            let plan = lock(&self.plan);
+            (plan.received, plan.helpers, plan.silent > 0, plan.has_failed)
+        };
+        self.ramp.is_settled |= has_failed;
+        if is_silent {
+            return self.ramp.restart();
+        }
+        let connections = helpers + usize::from(self.is_first_stream_open);
+        match self.ramp.measure(Instant::now(), received, stalled, connections) {
+            Measured::Nothing => {}
+            Measured::NoGain => lock(&self.plan).helpers_max = helpers.saturating_sub(1),
+            Measured::Gain if connections < self.transfer.connections_max => self.add(source).await,
+            Measured::Gain => self.ramp.is_settled = true,
+        }
+    }
+
+    /// The first stream is closed, because it has reached a segment. A helper may use its connection.
+    pub(super) async fn replace_first_stream<S: Source>(&mut self, source: &mut S) {
+        self.is_first_stream_open = false;
+        let may_add = {
+            let plan = lock(&self.plan);
+            plan.helpers < plan.helpers_max && !plan.has_failed
+        };
+        if may_add {
+            self.add(source).await;
+        }
+    }
+
+    async fn add<S: Source>(&mut self, source: &mut S) {
+        let total = lock(&self.plan).total;
+        let permit = self.transfer.spare_permit().await;
+        let (Some(permit), Some(source)) = (permit, source.segments(total)) else {
+            self.ramp.is_settled = true;
+            return;
+        };
+        {
+            let mut plan = lock(&self.plan);
+            plan.helpers += 1;
+            plan.silent += 1;
+        }
+        let helper = Helper {
+            transfer: Arc::clone(&self.transfer),
+            plan: Arc::clone(&self.plan),
+            ending: self.ending.clone(),
+            source,
+            is_silent: true,
+            _permit: permit,
+        };
+        tracing::debug!(
+            upstream = &*self.transfer.upstream,
+            total,
+            "added a connection to a download"
+        );
+        self.running.spawn(helper.run());
+    }
+
+    /// The next bytes at the front. A segment that grows much slower than the first stream did is taken from its helper.
+    pub(super) async fn front(&mut self) -> Front {
+        let Some(segment) = lock(&self.plan).segment_at_front() else {
+            self.watch = None;
+            self.is_first_stream_open = true;
+            return Front::Missing;
+        };
+        let mut progress = segment.progress.subscribe();
+        let seen = *progress.borrow_and_update();
+        let grown = lock(&self.plan).adopt(&segment, seen);
+        if grown > 0 {
+            self.cancel_if_slow(&segment, seen.written);
+            return Front::Grew(grown);
+        }
+        if seen.has_ended {
+            self.is_first_stream_open = true;
+            return Front::Missing;
+        }
+        match timeout(FRONT_WINDOW, progress.changed()).await {
+            Ok(_) => Front::Grew(0),
+            Err(_) => {
+                self.cancel_if_slow(&segment, seen.written);
+                Front::Waiting
+            }
+        }
+    }
+
+    fn cancel_if_slow(&mut self, segment: &Segment, written: u64) {
+        let now = Instant::now();
+        let watch = self.watch.take().filter(|watch| watch.start == segment.start);
+        let watch = watch.unwrap_or(FrontWatch {
+            start: segment.start,
+            since: now,
+            written,
+        });
+        let elapsed = now.saturating_duration_since(watch.since);
+        if elapsed < FRONT_WINDOW {
+            self.watch = Some(watch);
+            return;
+        }
+        let rate = rate(written - watch.written, elapsed);
+        if rate < self.ramp.first_rate * FRONT_RATE_MIN {
+            segment.cancelled.cancel();
+        }
+    }
+
+    /// Ends the helpers, and waits until none of them writes any more.
+    pub(super) async fn end(&mut self) {
+        self.ending.cancel();
+        while self.running.join_next().await.is_some() {}
+    }
+}
+
+impl Transfer {
+    /// A permit that no other download waits for.
+    async fn spare_permit(&self) -> Option<Permit> {
+        let demand = Demand {
+            class: Class::Bulk,
+            ..Demand::BACKGROUND
+        };
+        let (waiters, _waiter) = Waiters::with(demand);
+        tokio::select! {
+            biased;
+            permit = self.queue.acquire(&self.upstream, &waiters) => permit.ok(),
+            () = std::future::ready(()) => None,
+        }
+    }
+}
+
+/// A range of the blob that one helper fetches.
+struct Segment {
+    start: u64,
+    end: u64,
+    progress: watch::Sender<SegmentProgress>,
+    cancelled: CancellationToken,
+    /// Whether bytes of it have arrived. Changed under the lock of the plan.
+    live: AtomicBool,
+}
+
+impl Segment {
+    fn is_live(&self) -> bool {
+        self.live.load(Ordering::Relaxed)
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct SegmentProgress {
+    /// Bytes in the file, from the start of the segment.
+    written: u64,
+    /// The helper writes no more of it.
+    has_ended: bool,
+}
+
+/// The division of a blob among its connections.
+struct Plan {
+    total: u64,
+    /// The bytes before are in the file, or in the queue to the writer.
+    front: u64,
+    /// Start of the unassigned rest.
+    next: u64,
+    connections_max: u64,
+    /// Segments that the front has not passed, in the order of their start.
+    segments: VecDeque<Arc<Segment>>,
+    /// Bytes received by all connections.
+    received: u64,
+    helpers: usize,
+    /// Helpers beyond this number end after their segment.
+    helpers_max: usize,
+    /// Helpers that have not received a byte yet.
+    silent: usize,
+    /// Whether a helper failed.
+    has_failed: bool,
+}
+
+impl Plan {
+    fn new(front: u64, total: u64, connections_max: u64) -> Self {
+        Self {
+            total,
+            front,
+            next: front,
+            connections_max: connections_max.max(1),
+            segments: VecDeque::new(),
+            received: 0,
+            helpers: 0,
+            helpers_max: usize::MAX,
+            silent: 0,
+            has_failed: false,
+        }
+    }
+
+    /// Moves the front over bytes of the first stream, up to the first segment of which bytes have arrived. Returns how
+    /// many count. Segments without bytes are cancelled when the front passes their start.
+    fn advance(&mut self, length: u64) -> u64 {
+        let until = self.front.saturating_add(length);
+        while let Some(first) = self.segments.front() {
+            if first.is_live() || first.start >= until {
+                break;
+            }
+            first.cancelled.cancel();
+            self.segments.pop_front();
+        }
+        let left = self
+            .segments
+            .front()
+            .map_or(u64::MAX, |segment| segment.start - self.front);
+        let accepted = length.min(left);
+        self.front += accepted;
+        self.next = self.next.max(self.front);
+        self.received += accepted;
+        accepted
+    }
+
+    /// Assigns the next segment. The first one leaves as much to the first stream. Segments get shorter towards the
+    /// end, so that all connections end at about the same time.
+    fn take(&mut self) -> Option<Arc<Segment>> {
+        let length = |start: u64| {
+            let share = self.total.saturating_sub(start) / (2 * self.connections_max);
+            share.clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX)
+        };
+        let start = if self.segments.is_empty() {
+            self.front + length(self.front)
+        } else {
+            self.next
+        };
+        if start + SEGMENT_BYTES_MIN > self.total {
+            return None;
+        }
+        let end = start + length(start);
+        let end = if end + SEGMENT_BYTES_MIN > self.total {
+            self.total
+        } else {
+            end
+        };
+        self.next = end;
+        let segment = Arc::new(Segment {
+            start,
+            end,
+            progress: watch::Sender::default(),
+            cancelled: CancellationToken::new(),
+            live: AtomicBool::new(false),
+        });
+        self.segments.push_back(Arc::clone(&segment));
+        Some(segment)
+    }
+
+    /// Bytes of the segment arrive. Returns whether it is still wanted.
+    fn go_live(&self, segment: &Segment) -> bool {
+        let is_wanted = self
+            .segments
+            .iter()
+            .any(|assigned| assigned.start == segment.start);
+        if is_wanted {
+            segment.live.store(true, Ordering::Relaxed);
+        }
+        is_wanted
+    }
+
+    fn segment_at_front(&self) -> Option<Arc<Segment>> {
+        let first = self.segments.front();
+        first
+            .filter(|segment| segment.start <= self.front && segment.is_live())
+            .map(Arc::clone)
+    }
+
+    /// Moves the front over the written bytes of the segment at the front. Returns by how much. A segment that is
+    /// complete or has ended leaves the plan.
+    fn adopt(&mut self, segment: &Segment, seen: SegmentProgress) -> u64 {
+        let front = self.front;
+        self.front = front.max(segment.start + seen.written);
+        self.next = self.next.max(self.front);
+        let grown = self.front - front;
+        if self.front >= segment.end || (seen.has_ended && grown == 0) {
+            self.segments.pop_front();
+        }
+        grown
+    }
+}
+
+/// When a connection is added.
+#[derive(Default)]
+struct Ramp {
+    window: Option<Window>,
+    /// Bytes per second before the last connection was added.
+    rate: f64,
+    /// Bytes per second of the first stream alone.
+    first_rate: f64,
+    is_settled: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Window {
+    since: Instant,
+    received: u64,
+    stalled: Duration,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Measured {
+    /// The window has not ended, or no further connection is added.
+    Nothing,
+    /// The last connection raised the throughput.
+    Gain,
+    /// It did not.
+    NoGain,
+}
+
+impl Ramp {
+    /// Begins a new window, because a connection has not sent anything yet.
+    fn restart(&mut self) {
+        self.window = None;
+    }
+
+    fn measure(&mut self, now: Instant, received: u64, stalled: Duration, connections: usize) -> Measured {
+        if self.is_settled {
+            return Measured::Nothing;
+        }
+        let window = *self.window.get_or_insert(Window {
+            since: now,
+            received,
+            stalled,
+        });
+        let elapsed = now.saturating_duration_since(window.since);
+        if elapsed < MEASURE_WINDOW {
+            return Measured::Nothing;
+        }
+        self.window = None;
+        let rate = rate(received - window.received, elapsed);
+        let is_first = connections <= 1;
+        if is_first {
+            self.first_rate = rate;
+        }
+        let is_disk_slow = (stalled - window.stalled).as_secs_f64() > DISK_SHARE_MAX * elapsed.as_secs_f64();
+        let gain_max = 1.0 / (connections as f64 - 1.0).max(1.0);
+        let has_gained = is_first || rate >= self.rate * (1.0 + GAIN_MIN * gain_max);
+        self.rate = rate;
+        match (is_disk_slow, has_gained) {
+            (false, true) => return Measured::Gain,
+            (true, _) => {}
+            (false, false) => {
+                self.is_settled = true;
+                return Measured::NoGain;
+            }
+        }
+        self.is_settled = true;
+        Measured::Nothing
+    }
+}
+
+fn rate(bytes: u64, within: Duration) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "compared with other rates only")]
+    let bytes = bytes as f64;
+    bytes / within.as_secs_f64().max(f64::EPSILON)
+}
+
+/// Result of fetching a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fetched {
+    Complete,
+    /// The first stream passed its start before a byte of it arrived, or the transfer ended.
+    Passed,
+    Failed,
+}
+
+/// One further connection.
+struct Helper {
+    transfer: Arc<Transfer>,
+    plan: Arc<Mutex<Plan>>,
+    ending: CancellationToken,
+    source: Box<dyn RangeSource>,
+    is_silent: bool,
+    _permit: Permit,
+}
+
+impl Helper {
+    async fn run(mut self) {
+        loop {
+            let Some(segment) = lock(&self.plan).take() else {
+                break;
+            };
+            let fetched = self.fetch(&segment).await;
+            segment.progress.send_modify(|progress| progress.has_ended = true);
+            let may_go_on = {
+                let mut plan = lock(&self.plan);
+                plan.has_failed |= fetched == Fetched::Failed;
+                fetched != Fetched::Failed && plan.helpers <= plan.helpers_max
+            };
+
+            if !may_go_on
+                || self.ending.is_cancelled()
+                || self.transfer.queue.waiting_of(&self.transfer.upstream) > 0
+            {
+                break;
+            }
+        }
+        let mut plan = lock(&self.plan);
+        plan.helpers -= 1;
+        plan.silent -= usize::from(self.is_silent);
+    }
+
+    /// Fetches and writes a segment. It is cancelled between two writes only, so that no write is under way after its end.
+    async fn fetch(&mut self, segment: &Segment) -> Fetched {
+        let (ending, cancelled) = (self.ending.clone(), segment.cancelled.clone());
+        let stopped = async move {
+            tokio::select! {
+                () = ending.cancelled() => {}
+                () = cancelled.cancelled() => {}
+            }
+        };
+        let mut stopped = std::pin::pin!(stopped);
+        let opening = self.source.open(segment.start, Some(segment.end));
+        let opened = tokio::select! {
+            biased;
+            () = &mut stopped => return Fetched::Passed,
+            opened = timeout(HELPER_TIMEOUT, opening) => opened.ok().flatten(),
+        };
+        let Some(mut stream) = opened else {
+            return Fetched::Failed;
+        };
+        let mut position = segment.start;
+        loop {
+            let mut batch = Vec::new();
+            let (mut batched, mut has_more) = (0, true);
+            while has_more && batched < WRITE_BYTES && position + (batched as u64) < segment.end {
+                let chunk = tokio::select! {
+                    biased;
+                    () = &mut stopped => None,
+                    chunk = timeout(HELPER_TIMEOUT, stream.chunk()) => chunk.ok().flatten(),
+                };
+                let Some(Ok(mut chunk)) = chunk else {
+                    has_more = false;
+                    continue;
+                };
+                let left = segment.end - position - batched as u64;
+                chunk.truncate(usize::try_from(left).unwrap_or(chunk.len()));
+                if !segment.is_live() && !self.go_live(segment) {
+                    return Fetched::Passed;
+                }
+                batched += chunk.len();
+                batch.push(chunk);
+            }
+            if !self.write(position, batch).await {
+                return Fetched::Failed;
+            }
+            position += batched as u64;
+            lock(&self.plan).received += batched as u64;
+            segment
+                .progress
+                .send_modify(|progress| progress.written += batched as u64);
+            if position >= segment.end {
+                return Fetched::Complete;
+            }
+            if !has_more {
+                return Fetched::Failed;
+            }
+        }
+    }
+
+    fn go_live(&mut self, segment: &Segment) -> bool {
+        let mut plan = lock(&self.plan);
+        plan.silent -= usize::from(std::mem::take(&mut self.is_silent));
+        plan.go_live(segment)
+    }
+
+    async fn write(&mut self, mut offset: u64, batch: Vec<Bytes>) -> bool {
+        // The semaphore is never closed.
+        let _step = self.transfer.write_steps.acquire().await;
+        let file = Arc::clone(&self.transfer.file);
+        let written = spawn_blocking(move || {
+            batch.iter().try_for_each(|chunk| {
+                file.write_at(chunk, offset)?;
+                offset += chunk.len() as u64;
+                Ok::<_, std::io::Error>(())
+            })
+        });
+        matches!(written.await, Ok(Ok(())))
+    }
+}
+
+/// Every change under this lock is complete before it is released.
+fn lock(plan: &Mutex<Plan>) -> MutexGuard<'_, Plan> {
+    plan.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

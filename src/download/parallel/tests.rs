@@ -1,0 +1,125 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_precision_loss,
+    reason = "tests may fail loudly"
+)]
+
+use super::*;
+
+const MIB: u64 = 1024 * 1024;
+
+/// Deterministic pseudo-random numbers (xorshift).
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+/// Runs a plan in a random order to its end. Returns the bytes of the first stream and of the segments.
+fn played(seed: u64, total: u64) -> (u64, u64) {
+    let mut numbers = Numbers(seed);
+    let mut plan = Plan::new(0, total, 4);
+    let (mut open, mut by_first, mut by_segments) = (Vec::<Arc<Segment>>::new(), 0, 0);
+    while plan.front < total {
+        match numbers.below(3) {
+            0 if plan.segment_at_front().is_none() => {
+                let length = numbers.below(3 * MIB).min(total - plan.front);
+                by_first += plan.advance(length);
+            }
+            1 if open.len() < 3 => open.extend(plan.take()),
+            _ => {}
+        }
+        if !open.is_empty() {
+            let at = usize::try_from(numbers.below(open.len() as u64)).unwrap();
+            let segment = Arc::clone(open.get(at).unwrap());
+            let length = segment.end - segment.start;
+            if !plan.go_live(&segment) {
+                open.remove(at);
+                continue;
+            }
+            let fails = numbers.below(50) == 0;
+            segment.progress.send_modify(|progress| {
+                progress.written = (progress.written + numbers.below(5 * MIB)).min(length);
+                progress.has_ended = fails || progress.written == length;
+            });
+            if segment.progress.borrow().has_ended {
+                open.remove(at);
+            }
+        }
+        while let Some(segment) = plan.segment_at_front() {
+            let seen = *segment.progress.borrow();
+            let before = (plan.front, plan.segments.len());
+            by_segments += plan.adopt(&segment, seen);
+            if before == (plan.front, plan.segments.len()) {
+                break;
+            }
+        }
+        let starts: Vec<u64> = plan.segments.iter().map(|segment| segment.start).collect();
+        assert!(starts.is_sorted() && plan.segments.iter().all(|segment| segment.end <= total));
+        assert!(plan.segments.iter().all(|segment| segment.end > plan.front));
+    }
+    (by_first, by_segments)
+}
+
+#[test]
+fn connections_cover_a_blob_exactly_once() {
+    for seed in 1..400 {
+        let total = 16 * MIB + seed * 997_331;
+        let (by_first, by_segments) = played(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15), total);
+        assert_eq!(by_first + by_segments, total, "seed {seed}");
+        assert!(by_first > 0);
+    }
+}
+
+#[test]
+fn segments_shrink_towards_the_end() {
+    let mut plan = Plan::new(0, 1024 * MIB, 4);
+    let lengths: Vec<u64> = std::iter::from_fn(|| plan.take())
+        .map(|segment| (segment.end - segment.start) / MIB)
+        .collect();
+    assert_eq!(lengths.first(), Some(&64));
+    assert!(
+        lengths.is_sorted_by(|one, next| one >= next || *next < 8),
+        "{lengths:?}"
+    );
+    assert!(lengths.last().is_some_and(|length| *length < 8));
+    let mut small = Plan::new(0, 7 * MIB, 4);
+    assert!(small.take().is_none(), "less than a segment for each of two");
+}
+
+/// Feeds rates in MB/s, one per window, and returns the connections after each.
+fn ramped(rates: &[(u64, Duration)]) -> usize {
+    let (mut ramp, mut connections) = (Ramp::default(), 1);
+    let (mut now, mut received, mut stalled) = (Instant::now(), 0, Duration::ZERO);
+    for (rate, stall) in rates {
+        assert_eq!(
+            ramp.measure(now, received, stalled, connections),
+            Measured::Nothing
+        );
+        now += MEASURE_WINDOW;
+        received += rate * 1_000_000 / 4;
+        stalled += *stall;
+        match ramp.measure(now, received, stalled, connections) {
+            Measured::Gain => connections += 1,
+            Measured::NoGain => connections -= 1,
+            Measured::Nothing => {}
+        }
+    }
+    connections
+}
+
+#[tokio::test]
+async fn connection_is_added_while_the_last_one_gained() {
+    let free = Duration::ZERO;
+    let rates = |rates: &[u64]| rates.iter().map(|rate| (*rate, free)).collect::<Vec<_>>();
+    assert_eq!(ramped(&rates(&[40, 80, 120, 160])), 5);
+    assert_eq!(ramped(&rates(&[40, 41, 120])), 1, "the limit is shared");
+    assert_eq!(ramped(&rates(&[40, 80, 84, 160])), 2);
+    let slow_disk = Duration::from_millis(200);
+    assert_eq!(ramped(&[(40, slow_disk), (80, free)]), 1, "the disk is the limit");
+}
