@@ -9,7 +9,7 @@ use http::StatusCode;
 use serde::Serialize;
 use serde_json::json;
 
-use super::format::{confirmed, rfc3339};
+use super::format::{confirmed, describe_youth, rfc3339};
 use super::image_ref::{ImageRef, Nearest, full_name};
 use super::response::{ApiResponse, Problem, json_response};
 use crate::oci::manifest::{DescriptorKind, ManifestKind};
@@ -56,6 +56,8 @@ pub(super) struct Image {
     pub(super) pinned: bool,
     /// Its digest is blocked.
     pub(super) blocked: bool,
+    /// The digest that the tag names, if it is younger than `min_age`: its age, and from when on it is served.
+    pub(super) cooling: Option<String>,
 }
 
 /// Details of one image.
@@ -387,6 +389,10 @@ fn summary(
         store.is_image_complete(&key.upstream, &key.repository, manifest, &|_| false)
     });
     let (bytes, unique_bytes) = shares.sizes(image);
+    let cooling = upstream_registry.and_then(|upstream_registry| {
+        let youth = registry.proxy.cooling_of(upstream_registry, key, now)?;
+        Some(format!("{}: {}", describe_youth(&youth), youth.describe(now)))
+    });
     Some(Image {
         name: full_name(key),
         upstream: key.upstream.to_string(),
@@ -421,6 +427,7 @@ fn summary(
                 &named.digest,
             )
             .is_some(),
+        cooling,
     })
 }
 

@@ -15,7 +15,7 @@ use super::revalidate::Revalidated;
 use super::{ProxyService, Request, UpstreamRegistry};
 use crate::age;
 use crate::oci::{Accept, Digest, MediaType, Repository, Tag};
-use crate::policy::min_age::{AgeEvidence, AgeLimit, Maturity};
+use crate::policy::min_age::{AgeEvidence, AgeLimit, Maturity, Youth};
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{CacheState, Completeness, Cooling, OlderDigest, Revalidation};
 use crate::store::manifests::StoredManifest;
@@ -96,21 +96,15 @@ impl ProxyService {
             return (state, candidates);
         };
         let (registry, limit) = (&request.registry, rule.age_limit);
+        // The sighting of this response is later than the request.
+        let now = self.clock.now().max(request.now);
         let what = (tag, Some(&request.accept));
-        let (candidates, cooling) = self
-            .tag_facts(registry, repository, what, rule, request.now)
-            .await;
+        let (candidates, cooling) = self.tag_facts(registry, repository, what, rule, now).await;
         let named = match revalidated.revalidation {
             Revalidation::Digest { digest, .. } | Revalidation::Blocked(digest) => {
                 let response = revalidated.response.as_deref();
-                self.judge(
-                    registry,
-                    repository,
-                    (tag, digest),
-                    &limit,
-                    (response, request.now),
-                )
-                .await
+                self.judge(registry, repository, (tag, digest), &limit, (response, now))
+                    .await
             }
             Revalidation::NoDigest => limit.judge_unnamed(),
             _ => Maturity::Mature,
@@ -213,12 +207,37 @@ impl ProxyService {
             created_at: None,
         };
         let (store, now) = (self.store.clone(), self.clock.now());
-        let recording = async move { log_store_error(store.record_sighting(key, seen, now).await, ACTION) };
-        if registry.rule(repository, Some(tag)).age_limit.is_on() {
-            recording.await;
-        } else {
-            tokio::spawn(recording);
+        let recording = async move { store.record_sighting(key, seen, now).await };
+        if !registry.rule(repository, Some(tag)).age_limit.is_on() {
+            tokio::spawn(async move { log_store_error(recording.await, ACTION) });
+            return;
         }
+        let recorded = recording.await;
+        if recorded == Ok(true) {
+            tracing::info!(upstream = registry.name(), image = %format_args!("{repository}:{tag}"), %digest,
+                "first saw digest under its tag, its age counts from now");
+        }
+        log_store_error(recorded, ACTION);
+    }
+
+    /// The digest that a tag was last seen to name, if it is too young. Blocks.
+    pub fn cooling_of(&self, registry: &UpstreamRegistry, key: &TagKey, now: SystemTime) -> Option<Youth> {
+        let limit = registry.rule(&key.repository, Some(&key.tag)).age_limit;
+        if !limit.is_on() {
+            return None;
+        }
+        let cached = CacheView {
+            proxy: self,
+            view: &self.store.blocking().view(),
+            registry,
+            repository: &key.repository,
+        };
+        let sightings = cached.view.sightings(&SightingKey::from(key));
+        let digest = sightings.newest()?.seen.digest;
+        let evidence = cached.evidence(&sightings, &digest);
+        limit
+            .judge(digest, &evidence, self.checked_time.bound(now))
+            .youth()
     }
 }
 

@@ -4,9 +4,10 @@ use std::fmt::Write as _;
 use std::time::{Duration, SystemTime};
 
 use ifnewer::oci::{Algorithm, Digest, UpstreamFailure};
+use ifnewer::policy::min_age::{Maturity, Youth};
 use ifnewer::policy::{
-    Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision, OnNotFound,
-    Policy, Presence, Revalidation, decide,
+    Authorization, CacheState, CachedEntry, Completeness, ContentKind, Cooling, CredentialOwner, Decision,
+    MissReason, OlderDigest, OnNotFound, Policy, Presence, Revalidation, decide,
 };
 
 use crate::text::{read, root};
@@ -54,8 +55,127 @@ fn tables() -> String {
             ..state(row, None)
         },
     );
+    cooling_table(&mut out);
     out.push('\n');
     out
+}
+
+/// The table for `min_age`, for a client with a grant.
+fn cooling_table(out: &mut String) {
+    let young = |name: &[u8]| {
+        Maturity::Young(Youth {
+            digest: Some(Digest::of(Algorithm::Sha256, name)),
+            since: None,
+            may_be_older: false,
+            served_from: None,
+        })
+    };
+    let older = |presence| {
+        Some(OlderDigest {
+            digest: old(),
+            presence,
+        })
+    };
+    let whole = Some(cached(old(), now() - Duration::from_secs(60)));
+    let (mature, none) = (Maturity::Mature, Presence::None);
+    let another = Revalidation::Digest {
+        digest: Digest::of(Algorithm::Sha256, b"new"),
+        presence: none,
+    };
+    let same = Revalidation::Digest {
+        digest: old(),
+        presence: Presence::Complete,
+    };
+    let silent = Revalidation::Unavailable(UpstreamFailure::Timeout);
+    let stored = older(Presence::Complete);
+    writeln!(out, "\nWith `min_age`, client with a grant:\n").unwrap();
+    let policies = [Policy::Always, Policy::IfNewer, Policy::IfNotPresent];
+    let names = policies.map(|policy| format!("`{policy}`")).join(" | ");
+    writeln!(
+        out,
+        "| the tag names, at the registry | {names} |\n|---|---|---|---|"
+    )
+    .unwrap();
+    for (words, copy, copy_age, revalidation, named, older) in [
+        (
+            "a digest that is old enough, not cached",
+            None,
+            mature,
+            another,
+            mature,
+            None,
+        ),
+        (
+            "a younger one; the older image is cached",
+            whole,
+            mature,
+            another,
+            young(b"new"),
+            stored,
+        ),
+        (
+            "a younger one; the older image is not cached",
+            None,
+            mature,
+            another,
+            young(b"new"),
+            older(none),
+        ),
+        (
+            "a younger one; no older digest is known",
+            None,
+            mature,
+            another,
+            young(b"new"),
+            None,
+        ),
+        (
+            "a younger one, which is cached; no older digest is known",
+            whole,
+            young(b"old"),
+            same,
+            young(b"old"),
+            None,
+        ),
+        (
+            "unavailable; the cached image is old enough",
+            whole,
+            mature,
+            silent,
+            mature,
+            stored,
+        ),
+        (
+            "unavailable; the cached image is younger",
+            whole,
+            young(b"old"),
+            silent,
+            mature,
+            None,
+        ),
+    ] {
+        let cells = policies.map(|policy| {
+            cell(CacheState {
+                policy,
+                kind: ContentKind::Tag,
+                cached: copy,
+                blocked: None,
+                authorization: Authorization::Granted,
+                revalidation,
+                on_not_found: OnNotFound::Refuse,
+                max_age: Duration::ZERO,
+                stale_if_error: None,
+                cooling: Some(Cooling {
+                    cached: copy_age,
+                    previous: mature,
+                    named,
+                    older,
+                }),
+                now: now(),
+            })
+        });
+        writeln!(out, "| {words} | {} |", cells.join(" | ")).unwrap();
+    }
 }
 
 /// The registry's response and the other inputs of a row.
@@ -152,6 +272,7 @@ fn cell(s: CacheState) -> String {
     match decision {
         Decision::Serve(_) if is_requested => format!("cached copy, `{name}`"),
         Decision::Serve(_) => format!("cached copy, `{name}`; no request"),
+        Decision::Fetch(MissReason::Cooling(_)) => format!("older copy, `{name}`"),
         Decision::Fetch(_) => format!("new copy, `{name}`"),
         Decision::Deny(_) if is_requested => format!("denied, `{name}`"),
         Decision::Deny(_) => format!("denied, `{name}`; no request"),

@@ -300,6 +300,7 @@ fn row(image: &Image, secret: &str) -> Markup {
                 @if image.fresh_until.is_some() { " " span.mark.local { "fresh" } }
                 @if image.pinned { " " span.mark.local { "pinned" } }
                 @if image.blocked { " " span.mark.denied { "blocked" } }
+                @if let Some(cooling) = &image.cooling { " " span.mark.stale title=(cooling) { "cooling" } }
             }
             td.end data-label="Size" { (bytes(image.bytes)) div.dim { (bytes(image.unique_bytes)) " unique" } }
             td.wide data-label="Confirmed" {

@@ -111,6 +111,10 @@ pub(super) async fn show(client: &Client, args: &Show, output: &mut Output<'_>) 
     ] {
         output.line(&format!("  {name:<10} {value}"))?;
     }
+    match text(&image, "cooling") {
+        "" => {}
+        cooling => output.line(&format!("  {:<10} {cooling}", "cooling"))?,
+    }
     let previous = list(&image, "variants")
         .iter()
         .filter_map(|variant| variant.get("previous"))
@@ -235,6 +239,9 @@ fn state(is_complete: bool, image: &Value) -> String {
         if flag(name) {
             state.push_str(word);
         }
+    }
+    if !text(image, "cooling").is_empty() {
+        state.push_str(", cooling");
     }
     state
 }

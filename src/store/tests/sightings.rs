@@ -20,7 +20,7 @@ fn sighting_key(tag: &str) -> SightingKey {
     SightingKey::from(&key(tag))
 }
 
-fn see(store: &Store, tag: &str, content: &[u8], seconds: u64) -> Result<(), StoreError> {
+fn see(store: &Store, tag: &str, content: &[u8], seconds: u64) -> Result<bool, StoreError> {
     store.record_sighting(&sighting_key(tag), &seen(content), at(seconds))
 }
 
@@ -51,12 +51,12 @@ fn sightings_survive_restart_and_removal_of_the_tag() {
 fn unchanged_tag_writes_no_sighting() {
     on_every_fs(|fixture| {
         let store = fixture.open();
-        see(&store, "3", b"image", 1).unwrap();
+        assert_eq!(see(&store, "3", b"image", 1), Ok(true));
         let file = fixture.files("sightings").remove(0);
         fixture.fs.remove(&file).unwrap();
-        see(&store, "3", b"image", 500).unwrap();
+        assert_eq!(see(&store, "3", b"image", 500), Ok(false));
         assert!(fixture.files("sightings").is_empty());
-        see(&store, "3", b"other", 501).unwrap();
+        assert_eq!(see(&store, "3", b"other", 501), Ok(true));
         assert_eq!(fixture.files("sightings"), [file]);
     });
 }

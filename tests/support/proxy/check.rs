@@ -18,6 +18,7 @@ const HEADERS: &[&str] = &[
     "docker-content-digest",
     "docker-distribution-api-version",
     "etag",
+    "ifnewer-cooling-until",
     "link",
     "oci-filters-applied",
     "oci-namespace",

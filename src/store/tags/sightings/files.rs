@@ -60,8 +60,14 @@ impl Store {
     }
 
     /// Records that the upstream named a digest at `now`, durably when this returns. Visible to readers at once, also if
-    /// the write fails. Writes nothing if the tag names what it named before.
-    pub fn record_sighting(&self, key: &SightingKey, seen: &Seen, now: SystemTime) -> Result<(), StoreError> {
+    /// the write fails. Writes nothing if the tag names what it named before. Returns whether the digest is new to the
+    /// tag.
+    pub fn record_sighting(
+        &self,
+        key: &SightingKey,
+        seen: &Seen,
+        now: SystemTime,
+    ) -> Result<bool, StoreError> {
         self.sightings.record(key, seen, now, || self.record_of(key))
     }
 
@@ -78,10 +84,10 @@ impl AsyncStore {
         key: SightingKey,
         seen: Seen,
         now: SystemTime,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         let is_known = self.in_memory(|view| view.sightings(&key).with(&seen, None, now).is_none());
         if is_known == Some(true) {
-            return Ok(());
+            return Ok(false);
         }
         self.write(move |store| store.record_sighting(&key, &seen, now))
             .await
@@ -169,18 +175,19 @@ impl SightingFiles {
         seen: &Seen,
         now: SystemTime,
         record: impl FnOnce() -> Option<Arc<TagRecord>>,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         let record = record();
         let path = key.path();
         let _using = self.lock(&path);
         let (before, _) = self.load(key, &path, record.as_deref());
         let Some(mut sightings) = before.with(seen, record.as_deref(), now) else {
-            return Ok(());
+            return Ok(false);
         };
+        let is_new = before.get(&seen.digest).is_none();
         let written = self.write_file(&path, &sightings.to_file(key));
         sightings.is_unsaved = written.is_err();
         self.ready.insert(key.clone(), Arc::new(sightings));
-        written
+        written.map(|()| is_new)
     }
 
     fn write_file(&self, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
