@@ -281,7 +281,7 @@ pub fn colour_allowed() -> bool {
     !refused
 }
 
-/// Name of the user who runs a command, for the record of what they did. Whoever runs it can choose it.
+/// Name of the user who runs a command, for the record. The user can choose it.
 fn user_name() -> Option<String> {
     #[expect(
         clippy::disallowed_methods,

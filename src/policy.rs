@@ -383,7 +383,7 @@ fn decide_by_age(s: &CacheState, cooling: &Cooling) -> Decision {
         (Revalidation::Digest { .. } | Revalidation::NoDigest, Maturity::Young(youth)) => {
             return instead_of(youth, mature, cooling.older);
         }
-        // A block of what is too young anyway takes the older digest from nobody.
+        // A blocked digest that is too young anyway does not prevent the older one from being served.
         (Revalidation::Blocked(_), Maturity::Young(youth)) if cooling.older.is_some() => {
             return instead_of(youth, mature, cooling.older);
         }
@@ -404,7 +404,7 @@ fn decide_by_age(s: &CacheState, cooling: &Cooling) -> Decision {
     }
 }
 
-/// The cached copy without what is too young of it.
+/// The cached copy without its immature parts.
 fn mature_part(cached: CachedEntry, cooling: &Cooling) -> Option<CachedEntry> {
     let completeness = match cached.completeness {
         Completeness::Incomplete { previous: Some(_) } if !cooling.previous.is_mature() => {
@@ -502,7 +502,7 @@ fn on_digest(s: &CacheState, digest: Digest, presence: Presence) -> Decision {
 }
 
 /// The upstream has authorized this principal, so the denial may say that the digest is blocked. An older copy is not
-/// served in its place: the tag would silently go back.
+/// served instead, because the tag would move back without notice.
 fn on_blocked_digest(s: &CacheState, digest: Digest) -> Decision {
     match (s.kind, s.cached) {
         // This `HEAD` checked the authorization, not for a newer digest.

@@ -11,7 +11,7 @@ use std::io::{self, IsTerminal, Write};
 use tracing_subscriber::fmt::MakeWriter;
 
 /// Length of the longest incomplete colour sequence, which is buffered until it is complete.
-const HELD_BYTES_MAX: usize = 4;
+const BUFFERED_BYTES_MAX: usize = 4;
 
 /// Standard output. If `colour` is set, colour sequences are passed through.
 pub fn stdout(colour: bool) -> Printable<io::Stdout> {
@@ -55,7 +55,7 @@ pub struct Printable<W: Write> {
     inner: W,
     colour: bool,
     /// An incomplete character or colour sequence.
-    held: Vec<u8>,
+    buffered: Vec<u8>,
 }
 
 impl<W: Write> Printable<W> {
@@ -64,7 +64,7 @@ impl<W: Write> Printable<W> {
         Self {
             inner,
             colour,
-            held: Vec::new(),
+            buffered: Vec::new(),
         }
     }
 
@@ -80,7 +80,7 @@ impl<W: Write> Printable<W> {
 
     /// Length of the prefix of `bytes` that can be written now. The remainder may be completed by the next write.
     fn complete_prefix(&self, bytes: &[u8]) -> usize {
-        let tail = bytes.len().saturating_sub(HELD_BYTES_MAX);
+        let tail = bytes.len().saturating_sub(BUFFERED_BYTES_MAX);
         let last_escape = bytes
             .iter()
             .rposition(|byte| *byte == 0x1b)
@@ -97,18 +97,18 @@ impl<W: Write> Printable<W> {
     }
 
     fn pass_held(&mut self) -> io::Result<()> {
-        let held = std::mem::take(&mut self.held);
+        let held = std::mem::take(&mut self.buffered);
         self.pass(&String::from_utf8_lossy(&held))
     }
 }
 
 impl<W: Write> Write for Printable<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.held.extend_from_slice(bytes);
-        let complete = self.complete_prefix(&self.held);
-        let rest = self.held.split_off(complete);
+        self.buffered.extend_from_slice(bytes);
+        let complete = self.complete_prefix(&self.buffered);
+        let rest = self.buffered.split_off(complete);
         self.pass_held()?;
-        self.held = rest;
+        self.buffered = rest;
         Ok(bytes.len())
     }
 
@@ -214,7 +214,7 @@ mod tests {
 
     #[test]
     fn t15_control_sequences_are_escaped() {
-        for (text, wanted) in [
+        for (text, expected) in [
             ("a\tb\nc é 漢 🦀", "a\tb\nc é 漢 🦀"),
             ("\u{1b}]0;title\u{7}", "\\u001b]0;title\\u0007"),
             ("\u{9b}2J\u{7f}\r\u{8}", "\\u009b2J\\u007f\\u000d\\u0008"),
@@ -224,8 +224,8 @@ mod tests {
             ),
             ("\u{e0041}", "\\udb40\\udc41"),
         ] {
-            assert_eq!(printable(text), wanted);
-            assert_eq!(printed(&[text.as_bytes()], true), wanted);
+            assert_eq!(printable(text), expected);
+            assert_eq!(printed(&[text.as_bytes()], true), expected);
             let json = serde_json::Value::String(text.to_owned());
             let text = printed(&[json.to_string().as_bytes()], false);
             assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), json);
@@ -258,13 +258,13 @@ mod tests {
     #[test]
     fn t15_split_sequences_are_reassembled() {
         let text = "\u{1b}[32mé\u{202e}\u{1b}[0m\u{1b}[2J漢";
-        let wanted = printed(&[text.as_bytes()], true);
-        assert_eq!(wanted, "\u{1b}[32mé\\u202e\u{1b}[0m\\u001b[2J漢");
+        let expected = printed(&[text.as_bytes()], true);
+        assert_eq!(expected, "\u{1b}[32mé\\u202e\u{1b}[0m\\u001b[2J漢");
         for cut in 0..=text.len() {
             let (one, other) = text.as_bytes().split_at(cut);
-            assert_eq!(printed(&[one, other], true), wanted, "cut at {cut}");
+            assert_eq!(printed(&[one, other], true), expected, "cut at {cut}");
         }
         let each: Vec<&[u8]> = text.as_bytes().chunks(1).collect();
-        assert_eq!(printed(&each, true), wanted);
+        assert_eq!(printed(&each, true), expected);
     }
 }

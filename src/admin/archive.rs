@@ -156,7 +156,7 @@ fn import_response(imported: &Imported, is_public: bool) -> ApiResponse {
             "image": image.name,
             "digest": image.digest.to_string(),
             "platforms": image.platforms,
-            "already_cached": image.was_held,
+            "already_cached": image.was_cached,
         })
     });
     json_response(&json!({

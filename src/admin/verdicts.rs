@@ -36,11 +36,11 @@ pub(super) struct Changed {
     pub(super) image: String,
     /// Whether such a verdict existed.
     pub(super) was: bool,
-    /// Whether a block holds now.
+    /// Whether the digest is blocked now.
     pub(super) is_blocked: bool,
 }
 
-/// Who asks, and why.
+/// The operator's name and reason.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Motive {
     pub(super) by: Option<String>,

@@ -86,14 +86,14 @@ enum ArchiveObject {
 impl ArchiveObject {
     fn digest(&self) -> &Digest {
         match self {
-            Self::Manifest(held) => &held.digest,
+            Self::Manifest(stored) => &stored.digest,
             Self::Blob { digest, .. } => digest,
         }
     }
 
     fn size(&self) -> u64 {
         match self {
-            Self::Manifest(held) => held.bytes.len() as u64,
+            Self::Manifest(stored) => stored.bytes.len() as u64,
             Self::Blob { size, .. } => *size,
         }
     }
@@ -139,7 +139,7 @@ impl Plan {
             .retain(|entry| named.insert((entry.digest, entry.name.clone())));
         for object in &plan.objects {
             let used = match object {
-                ArchiveObject::Manifest(held) => ContentId::Manifest(held.digest),
+                ArchiveObject::Manifest(stored) => ContentId::Manifest(stored.digest),
                 ArchiveObject::Blob { digest, .. } => ContentId::Blob(*digest),
             };
             store.touch(used, now);
@@ -170,13 +170,13 @@ impl Plan {
         for object in &self.objects {
             let name = blob_name(object.digest());
             match object {
-                ArchiveObject::Manifest(held) => append(&mut archive, &name, &held.bytes)?,
+                ArchiveObject::Manifest(stored) => append(&mut archive, &name, &stored.bytes)?,
                 ArchiveObject::Blob { digest, size } => {
-                    let held = store.blob(digest).map_err(io::Error::other)?;
-                    let held = held.filter(|held| held.size == *size);
-                    let held = held
+                    let stored = store.blob(digest).map_err(io::Error::other)?;
+                    let stored = stored.filter(|stored| stored.size == *size);
+                    let stored = stored
                         .ok_or_else(|| io::Error::other(format!("{digest} was removed during the export")))?;
-                    let mut content = VerifyingReader::new(&held, *digest);
+                    let mut content = VerifyingReader::new(&stored, *digest);
                     archive.append_data(&mut header(*size), &name, &mut content)?;
                     if !content.into_verified() {
                         store.quarantine_blob(digest);
@@ -216,16 +216,16 @@ fn header(size: u64) -> tar::Header {
 
 /// A blob reader that verifies the digest.
 struct VerifyingReader<'a> {
-    held: &'a BlobHandle,
+    stored: &'a BlobHandle,
     digest: Digest,
     offset: u64,
     hasher: Hasher,
 }
 
 impl<'a> VerifyingReader<'a> {
-    fn new(held: &'a BlobHandle, digest: Digest) -> Self {
+    fn new(stored: &'a BlobHandle, digest: Digest) -> Self {
         Self {
-            held,
+            stored,
             digest,
             offset: 0,
             hasher: Hasher::new(digest.algorithm()),
@@ -233,13 +233,13 @@ impl<'a> VerifyingReader<'a> {
     }
 
     fn into_verified(self) -> bool {
-        self.offset == self.held.size && self.hasher.finish() == self.digest
+        self.offset == self.stored.size && self.hasher.finish() == self.digest
     }
 }
 
 impl Read for VerifyingReader<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let read = self.held.file.read_at(into, self.offset)?;
+        let read = self.stored.file.read_at(into, self.offset)?;
         self.hasher.update(into.get(..read).unwrap_or_default());
         self.offset += read as u64;
         Ok(read)

@@ -139,7 +139,7 @@ pub struct ImportedImage {
     /// The complete platforms of an index.
     pub platforms: Vec<String>,
     /// Whether the tag already named this image and all of it was cached.
-    pub was_held: bool,
+    pub was_cached: bool,
 }
 
 /// Imports the archive. Blocks.

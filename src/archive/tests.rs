@@ -250,7 +250,7 @@ fn exported_image_is_imported_byte_for_byte() {
     let imported = to.import(&archive).unwrap();
     assert_eq!(imported.images[0].platforms, ["linux/amd64", "linux/arm64"]);
     assert_eq!((imported.objects, imported.new_objects), (7, 7));
-    assert!(!imported.images[0].was_held);
+    assert!(!imported.images[0].was_cached);
     assert_eq!(to.tagged(NAME).unwrap().digest, digest(&index));
     for manifest in [&index, &amd64, &arm64] {
         let held = to.store.manifest(&digest(manifest)).unwrap().unwrap();
@@ -270,7 +270,7 @@ fn exported_image_is_imported_byte_for_byte() {
     );
 
     let again = to.import(&archive).unwrap();
-    assert_eq!((again.new_objects, again.images[0].was_held), (0, true));
+    assert_eq!((again.new_objects, again.images[0].was_cached), (0, true));
 }
 
 #[test]

@@ -50,7 +50,7 @@ pub enum Command {
     Unpin(Pin),
     /// Block digests: never serve them, by tag or digest, also in an outage and offline
     Block(Verdict),
-    /// Take blocks back
+    /// Remove blocks
     Unblock(Unblock),
     /// List blocked and approved digests
     Blocks(Blocks),

@@ -121,14 +121,14 @@ fn part(
     table: &Table,
     report: &mut Report<'_>,
     (key, number): (&str, usize),
-    (of, whole): (&str, usize),
+    (of, total): (&str, usize),
 ) -> usize {
-    if number > whole && table.is_set(key) {
-        let message = format!("{number} is more than `{of}` ({whole}), which includes it");
-        let help = format!("lower it to {whole} at most, or raise `{of}`");
+    if number > total && table.is_set(key) {
+        let message = format!("{number} is more than `{of}` ({total}), which includes it");
+        let help = format!("lower it to {total} at most, or raise `{of}`");
         report.emit(table.at(key), table.path(key), message, Some(help));
     }
-    number.min(whole)
+    number.min(total)
 }
 
 /// `first_byte_timeout` starts with the request, so it includes the connection.
@@ -138,17 +138,17 @@ pub(super) fn check_connect_timeout(
     first_byte: Duration,
     report: &mut Report<'_>,
 ) {
-    let (key, whole) = ("connect_timeout", "first_byte_timeout");
-    if connect <= first_byte || !table.is_set(key) || !table.is_set(whole) {
+    let (key, total) = ("connect_timeout", "first_byte_timeout");
+    if connect <= first_byte || !table.is_set(key) || !table.is_set(total) {
         return;
     }
     let words = |duration: Duration| humantime::format_duration(duration);
     let message = format!(
-        "{} is never reached: `{whole}` ({}) starts with the request and includes it",
+        "{} is never reached: `{total}` ({}) starts with the request and includes it",
         words(connect),
         words(first_byte)
     );
-    let help = format!("make it shorter than `{whole}`");
+    let help = format!("make it shorter than `{total}`");
     report.emit(table.at(key), table.path(key), message, Some(help));
 }
 

@@ -124,7 +124,7 @@ impl Client {
         got.bytes += bytes.len() as u64;
         let manifest = Manifest::read(&bytes).map_err(|_| broken(crate::oci::UpstreamFailure::Malformed))?;
         for child in &manifest.descriptors {
-            let AnyDigest::Supported(wanted) = child.digest else {
+            let AnyDigest::Supported(expected) = child.digest else {
                 continue;
             };
             let endpoint = Endpoint::Blob {
@@ -138,7 +138,7 @@ impl Client {
                 .await
                 .map_err(Box::new)?;
             let bytes = fetched.collect(RESPONSE_BYTES_MAX).await.map_err(broken)?;
-            if Digest::of(wanted.algorithm(), &bytes) != wanted {
+            if Digest::of(expected.algorithm(), &bytes) != expected {
                 return Err(wrong());
             }
             got.blobs += 1;

@@ -186,8 +186,8 @@ impl Shared {
         let Some((repository, kind, name)) = split(path) else {
             return respond(StatusCode::OK, "application/json", Bytes::from_static(b"{}"));
         };
-        if let Some(wanted) = inside.private.get(repository)
-            && request.headers().get(AUTHORIZATION) != Some(wanted)
+        if let Some(expected) = inside.private.get(repository)
+            && request.headers().get(AUTHORIZATION) != Some(expected)
         {
             let mut response = refusal(StatusCode::UNAUTHORIZED, "UNAUTHORIZED");
             let challenge = HeaderValue::from_static("Basic realm=\"demo\"");

@@ -80,7 +80,7 @@ pub struct AgeOverrides {
     pub trust_created: Option<bool>,
 }
 
-/// What is known of the age of a digest.
+/// The known age of a digest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AgeEvidence {
     /// When this cache first saw the tag name the digest.

@@ -183,7 +183,7 @@ pub struct TagFacts {
     pub failures: Option<Failures>,
 }
 
-/// What is planned for a tag.
+/// The plan for a tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outlook {
     /// No rule refreshes it.
@@ -209,7 +209,7 @@ impl TagFacts {
             .is_some_and(|interval| self.is_in_use(now) && self.earliest(interval, now) <= slot_at)
     }
 
-    /// What is planned after `now`, if the tag is not pulled until then.
+    /// The plan after `now`, if the tag is not pulled until then.
     pub fn outlook(&self, now: SystemTime) -> Outlook {
         let Some(interval) = self.policy.interval else {
             return Outlook::Off;

@@ -521,7 +521,7 @@ fn possibly_outdated_responses_are_marked() {
 // --- blocks
 // ------------------------------------------------------------------------------------------------------------
 
-/// Whether the decision gives out the blocked digest, or fetches what is known to be it.
+/// Whether the decision serves the blocked digest, or fetches content known to have it.
 fn gives_out_blocked(s: &CacheState, decision: Decision) -> bool {
     let named = match s.revalidation {
         Revalidation::Digest { digest, .. } | Revalidation::Blocked(digest) => Some(digest),

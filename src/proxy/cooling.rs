@@ -1,4 +1,4 @@
-//! Minimum age: collects what is known of the age of a tag's digests, and the older images that may be served instead.
+//! Minimum age: collects the known ages of a tag's digests, and the older images that may be served instead.
 //!
 //! Ages are judged at the time of the request, but not later than the registries' clocks allow ([`CheckedTime`]). A
 //! clock of this host that was set ahead would otherwise make every digest old enough.
@@ -249,7 +249,7 @@ fn proven_last_modified(response: &UpstreamResponse) -> Option<SystemTime> {
 }
 
 impl CacheView<'_> {
-    /// What is known of the age of `digest`.
+    /// The known age of `digest`.
     fn evidence(&self, sightings: &Sightings, digest: &Digest) -> AgeEvidence {
         let approved = self
             .proxy

@@ -614,7 +614,7 @@ impl<'a> ManifestRequest<'a> {
     }
 }
 
-/// Why to fetch what was to be served and is no longer cached.
+/// Reason to fetch content that was to be served and is no longer cached.
 fn reason_to_fetch(served: HitReason) -> MissReason {
     served.youth().map_or(MissReason::NewDigest, MissReason::Cooling)
 }

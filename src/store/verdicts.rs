@@ -31,7 +31,7 @@ pub const NOTE_BYTES_MAX: usize = 1_024;
 /// The last time that RFC 3339 can express, in milliseconds since 1970.
 const AT_MILLIS_MAX: u64 = 253_402_300_799_999;
 
-/// What an operator decided about a digest.
+/// An operator's decision about a digest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum VerdictKind {
     /// The digest is served before it is old enough.
@@ -109,9 +109,7 @@ pub struct VerdictNote {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum VerdictError {
     /// [`VERDICTS_MAX`] is reached.
-    #[error(
-        "{VERDICTS_MAX} digests are blocked or approved already, which is the limit; take some back first"
-    )]
+    #[error("{VERDICTS_MAX} digests are blocked or approved already, which is the limit; remove some first")]
     TooMany,
     /// A block could not be written. It holds until the cache restarts.
     #[error("the digest is blocked until the next restart only: {0}")]

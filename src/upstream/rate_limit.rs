@@ -115,7 +115,7 @@ pub struct PullQuota {
 const REPORT_TTL: Duration = Duration::from_secs(3600);
 
 impl PullQuota {
-    /// Whether the window that the report is about may not have ended. Afterwards it says nothing.
+    /// Whether the reported window may not have ended. Afterwards the report is outdated.
     pub fn is_current(&self) -> bool {
         let window = self.limit.reset_after_s().map(Duration::from_secs);
         self.ago < window.unwrap_or(REPORT_TTL)

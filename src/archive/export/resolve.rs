@@ -58,10 +58,10 @@ impl ImageResolver<'_> {
     }
 
     /// Adds a manifest and its children.
-    pub(super) fn add(&mut self, held: &Arc<StoredManifest>, depth: u32) -> Result<(), ExportError> {
-        self.refuse_blocked(&held.digest)?;
-        self.objects.push(ArchiveObject::Manifest(Arc::clone(held)));
-        let children = &held.manifest.descriptors;
+    pub(super) fn add(&mut self, stored: &Arc<StoredManifest>, depth: u32) -> Result<(), ExportError> {
+        self.refuse_blocked(&stored.digest)?;
+        self.objects.push(ArchiveObject::Manifest(Arc::clone(stored)));
+        let children = &stored.manifest.descriptors;
         let mut missing = Vec::new();
         for child in children
             .iter()
@@ -80,7 +80,7 @@ impl ImageResolver<'_> {
             .iter()
             .filter(|child| child.kind == DescriptorKind::Manifest)
             .collect();
-        let mut is_empty = held.manifest.kind == ManifestKind::Index && !manifests.is_empty();
+        let mut is_empty = stored.manifest.kind == ManifestKind::Index && !manifests.is_empty();
         for child in manifests {
             is_empty &= !self.add_child(child, depth)?;
         }
@@ -110,13 +110,13 @@ impl ImageResolver<'_> {
         let Some(depth) = depth.checked_sub(1) else {
             return Ok(false);
         };
-        let held = match &child.digest {
+        let stored = match &child.digest {
             AnyDigest::Supported(digest) => self.manifest(digest)?,
             AnyDigest::Unsupported(_) => None,
         };
         let before = self.objects.len();
-        let added = match held {
-            Some(held) => self.add(&held, depth),
+        let added = match stored {
+            Some(stored) => self.add(&stored, depth),
             None => Err(self.incomplete(vec![child.digest.to_string()])),
         };
         match added {
@@ -156,10 +156,10 @@ impl ImageResolver<'_> {
         if !self.is_member(&digest) {
             return Ok(None);
         }
-        let held = self.store.blob(&digest)?;
-        Ok(held.map(|held| ArchiveObject::Blob {
+        let stored = self.store.blob(&digest)?;
+        Ok(stored.map(|stored| ArchiveObject::Blob {
             digest,
-            size: held.size,
+            size: stored.size,
         }))
     }
 
@@ -176,7 +176,7 @@ impl ImageResolver<'_> {
             .objects
             .iter()
             .filter_map(|object| match object {
-                ArchiveObject::Manifest(held) => Some(held.digest),
+                ArchiveObject::Manifest(stored) => Some(stored.digest),
                 ArchiveObject::Blob { .. } => None,
             })
             .collect();
@@ -187,8 +187,8 @@ impl ImageResolver<'_> {
             let listed = listing.and_then(|listing| layout::read_index(&listing.bytes).ok());
             for entry in listed.unwrap_or_default() {
                 let before = self.objects.len();
-                let held = self.manifest(&entry.digest).ok().flatten();
-                if held.is_some_and(|held| self.add(&held, INDEX_DEPTH_MAX).is_ok()) {
+                let stored = self.manifest(&entry.digest).ok().flatten();
+                if stored.is_some_and(|stored| self.add(&stored, INDEX_DEPTH_MAX).is_ok()) {
                     entries.push(entry.without_name());
                 } else {
                     self.objects.truncate(before);

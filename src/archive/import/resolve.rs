@@ -31,7 +31,7 @@ pub(super) struct ResolvedImage {
     manifest_digests: HashSet<Digest>,
     blobs: BTreeSet<Digest>,
     platforms: Vec<String>,
-    was_held: bool,
+    was_cached: bool,
     /// Referrers of each manifest, as entries of a referrers list.
     referrers: BTreeMap<Digest, Vec<Entry>>,
 }
@@ -42,7 +42,7 @@ impl ResolvedImage {
             name: self.image.name.clone(),
             digest: self.root,
             platforms: self.platforms.clone(),
-            was_held: self.was_held,
+            was_cached: self.was_cached,
         }
     }
 
@@ -77,8 +77,8 @@ impl ResolvedImport {
         // An entry with a subject and without a name is a referrer. Every other entry needs a name.
         let (mut images, mut referrers) = (Vec::new(), Vec::new());
         for entry in entries {
-            let held = resolver.manifest(&entry.digest, &entry.media_type)?;
-            match held.manifest.subject {
+            let stored = resolver.manifest(&entry.digest, &entry.media_type)?;
+            match stored.manifest.subject {
                 Some(subject) if entry.name.is_none() => referrers.push((entry, subject)),
                 _ => images.push(entry),
             }
@@ -122,8 +122,8 @@ impl ResolvedImport {
                 store.add_member(upstream, repository, digest)?;
             }
             for (digest, media_type) in &found.manifests {
-                let held = read_manifest(store, digest, media_type)?;
-                store.put_manifest(held.bytes, held.media_type, *digest, upstream, repository)?;
+                let stored = read_manifest(store, digest, media_type)?;
+                store.put_manifest(stored.bytes, stored.media_type, *digest, upstream, repository)?;
                 store.add_member(upstream, repository, digest)?;
             }
             for (subject, entries) in &found.referrers {
@@ -189,21 +189,21 @@ fn read_manifest(
     if !media_type.is_manifest() {
         return Err(wrong(format!("unknown manifest type `{media_type}`")));
     }
-    let bytes = if let Some(held) = store.manifest(digest)? {
-        held.bytes.clone()
+    let bytes = if let Some(stored) = store.manifest(digest)? {
+        stored.bytes.clone()
     } else {
-        let held = store.blob(digest)?;
-        let held = held.ok_or_else(|| wrong("it was removed during the import".to_owned()))?;
-        let bytes = held.read_all(MANIFEST_BYTES_MAX as u64);
+        let stored = store.blob(digest)?;
+        let stored = stored.ok_or_else(|| wrong("it was removed during the import".to_owned()))?;
+        let bytes = stored.read_all(MANIFEST_BYTES_MAX as u64);
         Bytes::from(bytes.map_err(|error| wrong(error.to_string()))?)
     };
-    let held = StoredManifest::verify(bytes, media_type.clone(), *digest);
-    let held = held.map_err(|fault| wrong(fault.to_string()))?;
-    match &held.manifest.media_type {
+    let stored = StoredManifest::verify(bytes, media_type.clone(), *digest);
+    let stored = stored.map_err(|fault| wrong(fault.to_string()))?;
+    match &stored.manifest.media_type {
         Some(own) if own != media_type => Err(wrong(format!(
             "its mediaType is `{own}`, but the archive states `{media_type}`"
         ))),
-        _ => Ok(held),
+        _ => Ok(stored),
     }
 }
 
@@ -257,16 +257,16 @@ impl Resolver<'_> {
             manifest_digests: HashSet::new(),
             blobs: BTreeSet::new(),
             platforms: Vec::new(),
-            was_held: false,
+            was_cached: false,
             referrers: BTreeMap::new(),
         };
         self.add_manifest(&mut found, entry.digest, &entry.media_type, INDEX_DEPTH_MAX)?;
-        found.was_held = self.was_held(&found)?;
+        found.was_cached = self.was_cached(&found)?;
         Ok(found)
     }
 
     /// Whether the tag already names this image and all objects are cached.
-    fn was_held(&self, found: &ResolvedImage) -> Result<bool, StoreError> {
+    fn was_cached(&self, found: &ResolvedImage) -> Result<bool, StoreError> {
         let Some(key) = found.key() else { return Ok(false) };
         let record = self.store.tag(&key)?;
         let names_it = |variant: &Variant| variant.digest == found.root;
@@ -294,10 +294,10 @@ impl Resolver<'_> {
         if found.manifest_digests.contains(&digest) {
             return Ok(());
         }
-        let held = self.manifest(&digest, media_type)?;
+        let stored = self.manifest(&digest, media_type)?;
         let mut missing = Vec::new();
-        let (mut children, mut is_empty) = (0, held.manifest.kind == ManifestKind::Index);
-        for child in &held.manifest.descriptors {
+        let (mut children, mut is_empty) = (0, stored.manifest.kind == ManifestKind::Index);
+        for child in &stored.manifest.descriptors {
             let known = child
                 .digest
                 .supported()

@@ -83,8 +83,8 @@ pub(super) async fn import(
         let bar = bar.clone();
         spawn_blocking(move || {
             let read = source.write(&mut bar.wrap_write(&mut writer));
-            let told = read.as_ref().copied();
-            writer.finish(told.map_err(|error| error.kind().into()));
+            let result = read.as_ref().copied();
+            writer.finish(result.map_err(|error| error.kind().into()));
             read
         })
     };
@@ -116,7 +116,7 @@ pub(super) async fn import(
 }
 
 fn line(image: &Value, output: &Output<'_>) -> String {
-    let was_held = image.get("already_cached").and_then(Value::as_bool) == Some(true);
+    let was_cached = image.get("already_cached").and_then(Value::as_bool) == Some(true);
     let platforms: Vec<&str> = list(image, "platforms")
         .iter()
         .filter_map(Value::as_str)
@@ -132,7 +132,7 @@ fn line(image: &Value, output: &Output<'_>) -> String {
         short_digest(text(image, "digest")),
         output.paint(
             Style::Success,
-            if was_held { "already cached" } else { "imported" }
+            if was_cached { "already cached" } else { "imported" }
         )
     )
 }
@@ -140,8 +140,8 @@ fn line(image: &Value, output: &Output<'_>) -> String {
 /// Destination of an export.
 enum Target {
     Standard,
-    File { part: PathBuf, whole: PathBuf },
-    Folder { part: PathBuf, whole: PathBuf },
+    File { part: PathBuf, complete: PathBuf },
+    Folder { part: PathBuf, complete: PathBuf },
 }
 
 impl Target {
@@ -156,16 +156,16 @@ impl Target {
         }
         let mut part = path.as_os_str().to_owned();
         part.push(".part");
-        let (part, whole) = (PathBuf::from(part), path.to_owned());
+        let (part, complete) = (PathBuf::from(part), path.to_owned());
         if path.extension().is_some_and(|extension| extension == "tar") {
-            return Ok(Self::File { part, whole });
+            return Ok(Self::File { part, complete });
         }
         let is_free = match fs::read_dir(path) {
             Ok(mut entries) => entries.next().is_none(),
             Err(error) => error.kind() == io::ErrorKind::NotFound,
         };
         if is_free {
-            Ok(Self::Folder { part, whole })
+            Ok(Self::Folder { part, complete })
         } else {
             Err(failed(path, io::ErrorKind::AlreadyExists.into()))
         }
@@ -173,11 +173,12 @@ impl Target {
 
     /// Renames the complete export to its final name, or removes it on failure.
     fn settle(&self, written: Result<(), CommandError>) -> Result<(), CommandError> {
-        let (part, whole) = match self {
+        let (part, complete) = match self {
             Self::Standard => return written,
-            Self::File { part, whole } | Self::Folder { part, whole } => (part, whole),
+            Self::File { part, complete } | Self::Folder { part, complete } => (part, complete),
         };
-        let named = written.and_then(|()| fs::rename(part, whole).map_err(|error| failed(whole, error)));
+        let named =
+            written.and_then(|()| fs::rename(part, complete).map_err(|error| failed(complete, error)));
         if named.is_err() {
             // Report the first error.
             let _ = match self {

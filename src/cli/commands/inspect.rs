@@ -143,13 +143,13 @@ pub(super) async fn show(client: &Client, args: &Show, output: &mut Output<'_>) 
     output.line("")?;
     let mut table = Table::new(&["part", "digest", "platform", ">size", "cached", ">shared with"]);
     for part in list(&image, "contents") {
-        let is_held = part.get("cached").and_then(Value::as_bool).unwrap_or_default();
+        let is_cached = part.get("cached").and_then(Value::as_bool).unwrap_or_default();
         table.row(vec![
             text(part, "role").to_owned(),
             short_digest(text(part, "digest")),
             text(part, "platform").to_owned(),
             bytes(number(part, "bytes")),
-            if is_held { "yes" } else { "no" }.to_owned(),
+            if is_cached { "yes" } else { "no" }.to_owned(),
             number(part, "shared_with").to_string(),
         ]);
     }

@@ -75,19 +75,19 @@ fn result_line(pull: &Value, output: &Output<'_>) -> String {
         );
     }
     let layers = list(pull, "layers");
-    let is_held = |layer: &&Value| text(layer, "state") == "cached";
-    let held = layers.iter().filter(is_held).count();
+    let is_cached = |layer: &&Value| text(layer, "state") == "cached";
+    let cached = layers.iter().filter(is_cached).count();
     let fetched: u64 = layers
         .iter()
-        .filter(|layer| !is_held(layer))
+        .filter(|layer| !is_cached(layer))
         .map(|layer| number(layer, "size"))
         .sum();
     let digest = short_digest(text(pull, "digest"));
-    let what = if held == layers.len() {
+    let what = if cached == layers.len() {
         "already cached".to_owned()
     } else {
         format!(
-            "{} fetched, {held} of {} layers already cached",
+            "{} fetched, {cached} of {} layers already cached",
             bytes(fetched),
             layers.len()
         )
@@ -169,7 +169,7 @@ fn bar_style(template: &str) -> ProgressStyle {
 /// Prints each change once.
 #[derive(Default)]
 struct Lines {
-    told: HashMap<(u64, String), String>,
+    reported: HashMap<(u64, String), String>,
 }
 
 impl Lines {
@@ -180,9 +180,9 @@ impl Lines {
             if matches!(state, "waiting" | "fetching") {
                 continue;
             }
-            let told = self.told.entry((id, digest.to_owned())).or_default();
-            if told != state {
-                state.clone_into(told);
+            let reported = self.reported.entry((id, digest.to_owned())).or_default();
+            if reported != state {
+                state.clone_into(reported);
                 let args = if state == "cached" {
                     "already cached"
                 } else {

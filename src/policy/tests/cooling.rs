@@ -43,7 +43,7 @@ fn every_cooling() -> Vec<Cooling> {
     all
 }
 
-/// Whether the facts can be true together: one digest has one age, and only what is old enough is an older digest.
+/// Whether the facts can be true together: one digest has one age, and an older digest is always mature.
 fn is_consistent(s: &CacheState, cooling: &Cooling) -> bool {
     let Revalidation::Digest { digest, .. } = s.revalidation else {
         return true;
@@ -285,7 +285,7 @@ fn every_blocked_base() -> Vec<CacheState> {
 
 #[test]
 fn min_age_block_beats_age_and_approval() {
-    // `Mature` is what an approval makes of a digest.
+    // An approval makes a digest `Mature`.
     law_over(&every_blocked_base(), "never a blocked one", |s, _, v| {
         !gives_out_blocked(s, v)
     });

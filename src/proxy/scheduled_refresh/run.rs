@@ -1,4 +1,4 @@
-//! One run: the `HEAD` of a tag in its slot, and what follows from the response.
+//! One scheduled refresh: the `HEAD` of a tag in its slot, and the effects of the response.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -283,7 +283,7 @@ impl ProxyService {
     }
 }
 
-/// Whether the failure pauses the whole upstream, and says nothing about the tag.
+/// Whether the failure pauses the complete upstream and does not concern the tag.
 fn is_of_upstream(cause: UpstreamFailure) -> bool {
     matches!(
         cause,

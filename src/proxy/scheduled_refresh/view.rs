@@ -42,7 +42,7 @@ pub struct TagRefresh {
     pub failed: Option<RefreshResult>,
 }
 
-/// What is planned for a tag.
+/// The plan for a tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TagRefreshState {
     /// It is refreshed.

@@ -254,8 +254,8 @@ impl Host {
         let unedited = || conflict("the TOML layout does not permit an automatic edit", by_hand());
         match hosts.and_then(|hosts| hosts.get(&self.url)).map(Value::as_table) {
             None => {}
-            Some(Some(held)) if *held == self.settings => return Ok(text.clone()),
-            Some(Some(held)) if self.differs_by_release(held) => {
+            Some(Some(current)) if *current == self.settings => return Ok(text.clone()),
+            Some(Some(current)) if self.differs_by_release(current) => {
                 let capabilities = self.settings.get("capabilities").ok_or_else(unedited)?;
                 return edit_toml::replace(text, &section, "capabilities", capabilities).ok_or_else(unedited);
             }

@@ -16,15 +16,15 @@ pub(in crate::setup) fn plan(endpoint: &CacheEndpoint, files: &dyn FileSource) -
     let mut plan = Plan::default();
     let path = Path::new(REGISTRIES);
     let text = Text::read(path, files.read(path)?)?;
-    let wanted = registries(endpoint);
-    if !text.is_blank() && text.body.replace("\r\n", "\n").trim() != wanted.trim() {
+    let desired = registries(endpoint);
+    if !text.is_blank() && text.body.replace("\r\n", "\n").trim() != desired.trim() {
         return Err(SetupError::Conflict {
             path: path.to_owned(),
             what: "exists with other content; YAML is not merged automatically".to_owned(),
-            remedy: format!("Merge by hand:\n{wanted}"),
+            remedy: format!("Merge by hand:\n{desired}"),
         });
     }
-    let bytes = if text.is_blank() { text.with(wanted) } else { text };
+    let bytes = if text.is_blank() { text.with(desired) } else { text };
     plan.file(path, bytes.into_bytes());
     if let Some(authority) = &endpoint.ca {
         plan.file(AUTHORITY, authority.pem());

@@ -36,16 +36,16 @@ pub(in crate::setup) fn plan(
     }
     let mut plan = Plan::default();
     let ours = Path::new(OURS);
-    let wanted = registries(endpoint);
+    let desired = registries(endpoint);
     match files.read(ours)? {
-        Some(held) if held != wanted.as_bytes() && !force => {
+        Some(current) if current != desired.as_bytes() && !force => {
             return Err(SetupError::Conflict {
                 path: ours.to_owned(),
                 what: "exists with other content".to_owned(),
                 remedy: "Use --force to replace it; --undo restores it.".to_owned(),
             });
         }
-        _ => plan.file(ours, wanted),
+        _ => plan.file(ours, desired),
     }
     if let Some(authority) = &endpoint.ca {
         plan.file(

@@ -65,14 +65,14 @@ impl<'a> Object<'a> {
 
     /// The text of a member's value.
     pub(in crate::setup) fn source(&self, name: &str) -> Option<&str> {
-        let (_, at) = self.members.iter().find(|(held, _)| held == name)?;
+        let (_, at) = self.members.iter().find(|(member, _)| member == name)?;
         self.text.body.get(at.clone())
     }
 
     /// Sets a member to `value` (JSON).
     pub(in crate::setup) fn with(&self, name: &str, value: &str) -> Result<Text, SetupError> {
         let body = &self.text.body;
-        let edited = match self.members.iter().find(|(held, _)| held == name) {
+        let edited = match self.members.iter().find(|(member, _)| member == name) {
             Some((_, at)) => splice(body, at, value),
             None if self.text.is_blank() => format!("{{\n  \"{name}\": {value}\n}}\n"),
             None => self.with_first(name, value),
@@ -204,7 +204,7 @@ mod tests {
             ("{", 1),
         ] {
             match set(body) {
-                Err(SetupError::Unreadable { line: told, .. }) => assert_eq!(told, line, "{body}"),
+                Err(SetupError::Unreadable { line: reported, .. }) => assert_eq!(reported, line, "{body}"),
                 other => panic!("{body}: {other:?}"),
             }
         }

@@ -90,8 +90,8 @@ impl Text {
         let end = self.line_end();
         let mut body = String::with_capacity(self.body.len() + block.len());
         let mut lines = self.body.split_inclusive('\n');
-        for held in lines.by_ref().take(line) {
-            body.push_str(held);
+        for existing in lines.by_ref().take(line) {
+            body.push_str(existing);
         }
         if !body.is_empty() && !body.ends_with('\n') {
             body.push_str(end);

@@ -158,12 +158,12 @@ fn headers(text: &Text) -> impl Iterator<Item = (usize, Vec<String>)> + '_ {
 
 /// Indentation of a line.
 fn indent(text: &Text, line: usize) -> String {
-    let held = text.body.lines().nth(line).unwrap_or_default();
-    let blank = held.len() - held.trim_start().len();
-    if held.trim().is_empty() {
+    let current = text.body.lines().nth(line).unwrap_or_default();
+    let blank = current.len() - current.trim_start().len();
+    if current.trim().is_empty() {
         String::new()
     } else {
-        held.get(..blank).unwrap_or_default().to_owned()
+        current.get(..blank).unwrap_or_default().to_owned()
     }
 }
 

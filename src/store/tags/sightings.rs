@@ -38,7 +38,7 @@ pub const SIGHTINGS_MAX: usize = 64;
 /// Resolution of the times.
 const TICK: Duration = Duration::from_millis(1);
 
-/// What was seen: a tag, or a digest that was requested by itself.
+/// Subject of a sighting: a tag, or a digest that was requested directly.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SightingKey {
     /// The name of the upstream.

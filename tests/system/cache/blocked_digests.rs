@@ -37,7 +37,7 @@ fn in_demo(digest: &str) -> String {
     format!("docker.io/{DEMO}@{digest}")
 }
 
-/// 403 that says what is blocked, by whom and why.
+/// 403 that names the blocked digest, the operator and the reason.
 fn is_blocked(reply: &Reply, digest: &str) {
     reply.is_refused(403);
     assert!(reply.cache_status().contains("detail=blocked"), "{reply:#?}");
@@ -152,7 +152,7 @@ async fn blocked_uncached_digest_is_not_fetched() {
         &new.layer(0).digest,
     );
     assert_eq!((upstream.manifest_gets(DEMO), upstream.all_blob_gets()), (0, 0));
-    // The tag names the blocked digest, so the old one is not served in its place; by digest it is.
+    // The tag names the blocked digest, so the old one is not served instead. By digest it is served.
     proxy.pull(DEMO, &old.digest, &old).await;
 
     let refreshed = post(&proxy, "/api/v1/refresh", &json!({ "image": "demo" }))
