@@ -219,8 +219,9 @@ impl AccessLogFields {
         };
         let digest = match outcome {
             ProxyResponse::Manifest(manifest, _) => Some(manifest.digest),
-            ProxyResponse::ManifestHead { digest, .. } | ProxyResponse::Blob { digest, .. } => Some(*digest),
-            ProxyResponse::Denied(Denied {
+            ProxyResponse::ManifestHead { digest, .. }
+            | ProxyResponse::Blob { digest, .. }
+            | ProxyResponse::Denied(Denied {
                 reason: DenyReason::Blocked(digest),
                 ..
             }) => Some(*digest),

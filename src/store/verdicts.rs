@@ -267,8 +267,8 @@ impl Verdicts {
             return Err(VerdictError::TooMany);
         }
         let note = VerdictNote {
-            by: cut(note.by),
-            reason: note.reason.map(cut),
+            by: cut(&note.by),
+            reason: note.reason.as_deref().map(cut),
             ..note
         };
         let is_new = known.is_none();
@@ -496,7 +496,7 @@ fn files(fs: &dyn FileSystem, tree: &Path) -> Result<Vec<PathBuf>, StoreError> {
 }
 
 /// `text` without control characters and at most [`NOTE_BYTES_MAX`] long.
-fn cut(text: String) -> String {
+fn cut(text: &str) -> String {
     let mut text: String = text.chars().filter(|one| !one.is_control()).collect();
     while text.len() > NOTE_BYTES_MAX {
         text.pop();

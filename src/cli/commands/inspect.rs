@@ -115,6 +115,10 @@ pub(super) async fn show(client: &Client, args: &Show, output: &mut Output<'_>) 
         "" => {}
         cooling => output.line(&format!("  {:<10} {cooling}", "cooling"))?,
     }
+    if image.get("blocked").and_then(Value::as_bool).unwrap_or_default() {
+        let state = output.paint(Style::Error, "not served; see `ifnewer blocks`");
+        output.line(&format!("  {:<10} {state}", "blocked"))?;
+    }
     let previous = list(&image, "variants")
         .iter()
         .filter_map(|variant| variant.get("previous"))

@@ -84,11 +84,8 @@ async fn blocked_manifest_is_denied_until_taken_back() {
     let other = upstream.push(DEMO, "2", Image::with_layers(&["one", "three"]));
     proxy.pull(DEMO, "2", &other).await;
     let events = proxy.admin("/api/v1/events?image=demo:latest").await.json();
-    let refused = events["events"].as_array().unwrap().iter();
-    let event = refused
-        .filter(|event| event["reason"] == "blocked")
-        .next_back()
-        .unwrap();
+    let mut events = events["events"].as_array().unwrap().iter();
+    let event = events.rfind(|event| event["reason"] == "blocked").unwrap();
     assert_eq!(event["digest"], json!(image.digest));
     let why = proxy.admin("/api/v1/why?image=demo:latest").await.json();
     assert!(why.to_string().contains("is blocked by the operator"), "{why}");

@@ -355,6 +355,11 @@ async fn blocks_and_approvals_are_given_listed_and_taken_back() {
         "{out}"
     );
     assert!(done(&proxy, &["ls"]).await.contains("complete, blocked"));
+    assert!(
+        done(&proxy, &["show", "demo"])
+            .await
+            .contains("blocked    not served")
+    );
     let listed = done(&proxy, &["blocks"]).await;
     for part in [
         &format!("blocked   {digest}  docker.io/library/demo  2"),
