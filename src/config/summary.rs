@@ -76,6 +76,16 @@ impl Display for Summary<'_> {
         for rule in rules {
             writeln!(f, "  {rule}")?;
         }
+        let unwatched = config.rules.unwatched();
+        if !unwatched.is_empty() {
+            writeln!(
+                f,
+                "\nwarning   `min_age` without `refresh`: new digests are seen, and age, only from the next pull on"
+            )?;
+        }
+        for policy in unwatched {
+            writeln!(f, "  {policy}")?;
+        }
         Ok(())
     }
 }

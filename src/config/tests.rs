@@ -306,6 +306,26 @@ fn min_age_applies_by_default_upstream_and_rule() {
 }
 
 #[test]
+fn summary_warns_of_min_age_without_refresh() {
+    let summary = |text: &str| read(text).summary().to_string();
+    let warns = |text: &str| summary(text).contains("`min_age` without `refresh`");
+    assert!(!warns(""));
+    assert!(warns("[default]\nmin_age = \"3d\""));
+    assert!(!warns("[default]\nmin_age = \"3d\"\nrefresh = \"1h\""));
+    let text = "[default]\nmin_age = \"3d\"\nrefresh = \"1h\"
+        [[rule]]\nimages = [\"ghcr.io/acme/*\"]\nrefresh = \"off\"
+        [[rule]]\nimages = [\"quay.io/acme/*\"]\nmin_age = \"0s\"\nrefresh = \"off\"";
+    let summary = summary(text);
+    let warned = summary.split("warning ").nth(1).unwrap_or_default();
+    assert!(
+        warned.contains("rule 1: ghcr.io/acme/*")
+            && !warned.contains("rule 2")
+            && !warned.contains("upstream"),
+        "{summary}"
+    );
+}
+
+#[test]
 fn refresh_applies_by_default_upstream_and_rule() {
     let config = read(
         "[default]

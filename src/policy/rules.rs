@@ -397,6 +397,28 @@ impl Rules {
         self.rule_names.iter().map(|name| &**name)
     }
 
+    /// Names of policies with a minimum age and without scheduled refreshes, in order. Under them a new digest is seen,
+    /// and ages, only from the next pull of its tag on.
+    pub fn unwatched(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = Vec::new();
+        let mut upstreams: Vec<_> = self.upstreams.iter().collect();
+        upstreams.sort_by_key(|(upstream, _)| *upstream);
+        for (upstream, policies) in upstreams {
+            let by_rule = policies.by_rule.iter().enumerate().filter(|(number, _)| {
+                self.patterns.iter().any(|(pattern, of)| {
+                    of == number && pattern.upstream().is_none_or(|named| named == &**upstream)
+                })
+            });
+            for policy in std::iter::once(&policies.default_policy).chain(by_rule.map(|(_, policy)| policy)) {
+                let is_unwatched = policy.age_limit.is_on() && policy.scheduled_refresh().interval.is_none();
+                if is_unwatched && !names.contains(&&*policy.name) {
+                    names.push(&policy.name);
+                }
+            }
+        }
+        names
+    }
+
     /// Policy at this upstream for images that match no rule.
     pub fn default_for(&self, upstream: &str) -> &EffectivePolicy {
         self.upstreams

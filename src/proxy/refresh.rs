@@ -59,7 +59,7 @@ impl ProxyService {
         };
         if let Revalidation::Digest { digest, .. } = revalidated.revalidation {
             let limit = request.registry.rule(repository, Some(tag)).age_limit;
-            let shown = (revalidated.response.as_deref(), request.now);
+            let shown = (revalidated.response.as_deref(), self.clock.now().max(request.now));
             let maturity = self.judge(&request.registry, repository, (tag, digest), &limit, shown);
             if let Maturity::Young(youth) = maturity.await {
                 return Refreshed::TooYoung(youth);

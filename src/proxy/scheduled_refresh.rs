@@ -101,6 +101,8 @@ pub enum RefreshResult {
     Revalidated,
     /// The tag moved, and the new image is cached.
     NewDigest,
+    /// The tag names a digest that is younger than `min_age`. It is not fetched, and its age is known from now on.
+    TooYoung,
     /// The tag moved to a digest that the operator blocked. It is not fetched.
     Blocked,
     /// The tag does not exist upstream.
@@ -115,9 +117,10 @@ pub enum RefreshResult {
 
 impl RefreshResult {
     /// All results.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Revalidated,
         Self::NewDigest,
+        Self::TooYoung,
         Self::Blocked,
         Self::NotFound,
         Self::Denied,
@@ -130,6 +133,7 @@ impl RefreshResult {
         match self {
             Self::Revalidated => "revalidated",
             Self::NewDigest => "new-digest",
+            Self::TooYoung => "too-young",
             Self::Blocked => "blocked",
             Self::NotFound => "not-found",
             Self::Denied => "denied",
@@ -139,7 +143,10 @@ impl RefreshResult {
     }
 
     fn is_failure(self) -> bool {
-        !matches!(self, Self::Revalidated | Self::NewDigest | Self::Blocked)
+        !matches!(
+            self,
+            Self::Revalidated | Self::NewDigest | Self::TooYoung | Self::Blocked
+        )
     }
 }
 

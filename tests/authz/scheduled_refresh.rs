@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ifnewer::oci::Digest;
+use ifnewer::policy::min_age::AgeOverrides;
 use ifnewer::policy::refresh::{RefreshInterval, RefreshOverrides, RefreshPolicy};
 use ifnewer::policy::rules::{PolicyOverrides, Rules};
 use ifnewer::proxy::RefreshResult;
@@ -147,6 +148,49 @@ async fn moved_tag_is_cached_before_client_asks() {
     // In an outage too.
     registry.set_condition(Condition::Down);
     assert_eq!(pull(&cache, "1").await, new);
+}
+
+#[tokio::test(start_paused = true)]
+async fn refreshed_cache_knows_ages_that_another_does_not() {
+    let (registry, old) = public(1);
+    let stored_at = super::registry::now() - Duration::from_secs(240 * HOUR);
+    registry.state().last_modified.insert(old, stored_at);
+    let aged = |interval| {
+        let changes = PolicyOverrides {
+            refresh: RefreshOverrides {
+                interval: Some(interval),
+                used_within: Some(Duration::from_secs(12 * HOUR)),
+                quota_floor: None,
+            },
+            age_limit: AgeOverrides {
+                min_age: Some(Duration::from_secs(3 * HOUR)),
+                ..AgeOverrides::default()
+            },
+            ..PolicyOverrides::default()
+        };
+        Cache::new(&registry, with(changes))
+    };
+    let refreshed = aged(RefreshInterval::Every(Duration::from_secs(HOUR)));
+    let other = aged(RefreshInterval::Off);
+    let _runs = (runs(&refreshed), runs(&other));
+    for cache in [&refreshed, &other] {
+        assert_eq!(pull(cache, "1").await, old);
+    }
+    let new = registry.push("acme/app", "1", "two", &[100, 300]);
+    requests(&registry);
+    pass(2 * HOUR + 30 * MINUTE).await;
+    assert!(count(&refreshed, RefreshResult::TooYoung) >= 1);
+    let log = requests(&registry);
+    assert_eq!(heads(&log), log.len(), "nothing young is fetched: {log:?}");
+    assert_eq!(pull(&refreshed, "1").await, old);
+    pass(4 * HOUR).await;
+    assert_eq!(
+        count(&refreshed, RefreshResult::NewDigest),
+        1,
+        "old enough, and cached"
+    );
+    assert_eq!(pull(&refreshed, "1").await, new);
+    assert_eq!(pull(&other, "1").await, old, "first seen just now");
 }
 
 #[tokio::test(start_paused = true)]

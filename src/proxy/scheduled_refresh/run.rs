@@ -195,6 +195,21 @@ impl ProxyService {
                 return Head::Done(Outcome::failed(RefreshResult::Unavailable, malformed));
             }
         };
+        let limit = request
+            .registry
+            .rule(&request.repository, Some(&key.tag))
+            .age_limit;
+        let shown = (Some(&*response), self.clock.now());
+        let maturity = self.judge(
+            &request.registry,
+            &request.repository,
+            (&key.tag, digest),
+            &limit,
+            shown,
+        );
+        if !maturity.await.is_mature() {
+            return Head::Done(Outcome::of(RefreshResult::TooYoung));
+        }
         match candidates {
             // Without a cached image, no platform is known to be in use.
             None => Head::Done(Outcome::of(RefreshResult::Revalidated)),
