@@ -48,7 +48,7 @@ pub enum ExportError {
     },
     /// The operator blocked the image or a part of it.
     #[error(
-        "{image} is not exported, because {digest} is blocked; `ifnewer unblock {digest}` takes the block back"
+        "{image} is not exported, because {digest} is blocked; `ifnewer unblock {digest}` removes the block"
     )]
     Blocked {
         /// The image.

@@ -204,8 +204,8 @@ pub(super) struct Verdicts {
 }
 
 impl Verdicts {
-    /// Loads the verdicts. Fails if a folder cannot be listed, because a forgotten block would serve what an operator
-    /// forbade.
+    /// Loads the verdicts. Fails if a folder cannot be listed, because a lost block would serve content that the
+    /// operator has blocked.
     pub(super) fn read(fs: &Arc<dyn FileSystem>) -> Result<Self, StoreError> {
         let mut entries = Entries::new();
         for kind in VerdictKind::ALL {

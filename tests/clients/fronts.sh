@@ -13,7 +13,7 @@ all_of_fronts() {
   scenario "fronts: wrong HEAD: an outage leaves both images" lying_killed
   scenario "fronts: five requests a second: a cold pull waits as a direct one does" limited_cold
   scenario "fronts: login page: bob pulls through the proxy" portal_for_bob
-  scenario "fronts: login page: a client without a login gets nothing, on no route" portal_for_strangers
+  scenario "fronts: login page: a client without a login gets nothing on any route" portal_for_strangers
   scenario "fronts: login page, registry killed: bob pulls, a client without a login does not" portal_killed
   ctr_stops
   stop_fronts

@@ -54,7 +54,7 @@ impl DiskHealth {
         let before = self.lock().replace(fault.clone());
         self.0.is_failing.store(true, Ordering::Relaxed);
         if before.is_none() {
-            tracing::error!(%fault, "disk is not writable, serving stored content and passing the rest through");
+            tracing::error!(%fault, "disk is not writable, serving stored content and forwarding the rest");
         }
     }
 
