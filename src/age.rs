@@ -1,13 +1,13 @@
 //! Age checks that tolerate a clock which was set back.
 //!
-//! A time in the future was recorded before the clock was set back, so its age is unknown. If a revalidation is
-//! possible, it counts as too old ([`is_within`]). In an outage no revalidation is possible, and a grant from
-//! minutes ago should not be lost. So a time at most [`AHEAD_MAX`] ahead counts as now
-//! ([`is_within_or_ahead`]). This extends a lifetime by as much as the clock was set back, and by no more.
+//! A time in the future was recorded before the clock was set back, so its age is unknown. While the upstream can be
+//! asked, such a time counts as too old ([`is_within`]). In an outage it cannot be asked, and a grant from minutes ago
+//! should not be lost. So a time at most [`AHEAD_MAX`] in the future counts as now ([`is_within_or_ahead`]). This
+//! extends a lifetime by exactly as much as the clock was set back.
 
 use std::time::{Duration, SystemTime};
 
-/// How far in the future a time may lie and still count in an outage.
+/// In an outage, a recorded time that is at most this far in the future still counts.
 pub const AHEAD_MAX: Duration = Duration::from_secs(3600);
 
 /// Whether `at` is less than `lifetime` ago. A time in the future is not.

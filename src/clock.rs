@@ -1,7 +1,7 @@
 //! Injectable wall clock.
 //!
-//! Decisions take `now` as an argument. For effects after the response (a late revalidation, a finished
-//! download), the proxy reads this clock.
+//! Decisions do not read it: they take `now`, the time of the request, as an argument. For what happens after the
+//! response (a late revalidation, a finished download), the proxy reads this clock again.
 
 use std::time::SystemTime;
 

@@ -1,7 +1,8 @@
 //! W3C Trace Context, <https://www.w3.org/TR/trace-context/>.
 //!
-//! A request continues the trace that the client names, or begins one. Upstream requests for it carry the same
-//! trace with a span id of their own. `tracestate` is forwarded unread, or dropped if it is long.
+//! A request continues the trace in the client's `traceparent`, or begins one. The upstream requests that it causes
+//! carry the same trace id, each with its own span id. `tracestate` is forwarded unparsed, or dropped if it exceeds a
+//! limit.
 
 use std::fmt;
 use std::hash::{BuildHasher as _, RandomState};
@@ -21,7 +22,7 @@ const TRACESTATE_BYTES_MAX: usize = 512;
 /// §3.3.1.1
 const TRACESTATE_MEMBERS_MAX: usize = 32;
 
-/// §3.3.2: the caller may have recorded the trace.
+/// §3.2.2.5.1, the flag `sampled`: the caller may have recorded trace data.
 const SAMPLED: u8 = 1;
 
 /// Trace id. Logs show it as 32 hexadecimal digits.
@@ -69,7 +70,8 @@ impl TraceContext {
         }
     }
 
-    /// Continues the trace of a client's request. If it names none, begins one that is sampled if `recorded`.
+    /// Continues the trace in the headers of a client's request. Without one, begins a trace, which is sampled if
+    /// `recorded`: if this process exports traces.
     pub fn extract(headers: &HeaderMap, recorded: bool) -> Self {
         let mut values = headers.get_all(TRACEPARENT).iter();
         let parsed = values.next().and_then(|value| parse(value.to_str().ok()?));
@@ -150,7 +152,7 @@ fn parse(text: &str) -> Option<(TraceId, NonZeroU64, u8)> {
     Some((TraceId(id), parent, flags))
 }
 
-/// All `tracestate` lines joined (§3.3.1.4), unread. `None` if they exceed the limits.
+/// All `tracestate` lines joined (§3.3.1.4), unparsed. `None` without any, or if they exceed the limits.
 fn state(headers: &HeaderMap) -> Option<HeaderValue> {
     let mut joined = Vec::new();
     for line in headers.get_all(TRACESTATE) {

@@ -1,7 +1,7 @@
 //! Endpoints of the distribution spec: validated read requests, independent of transport and client.
 //!
-//! Writes are not endpoints: they are forwarded unparsed or denied. Neither is `/v2/_catalog`, because it would
-//! list repository names to clients that may not know them.
+//! The names `end-1` to `end-12` are those of the spec. Writes are not parsed here: they are forwarded as they are, or
+//! denied. `/v2/_catalog` is not supported, because it would list repositories that the client has no right to read.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;

@@ -46,7 +46,8 @@ pub enum UpstreamFailure {
     Redirects(RedirectFailure),
     /// The bytes do not match their digest.
     DigestMismatch,
-    /// The digest is not that of the bytes: docker's signed schema 1. Such a manifest can only be forwarded.
+    /// The manifest is docker's signed schema 1, whose digest is not that of its bytes. So it is forwarded and not
+    /// cached.
     Unverifiable,
     /// The operator switched offline mode on.
     Offline,
@@ -59,8 +60,8 @@ pub enum UpstreamFailure {
 }
 
 impl UpstreamFailure {
-    /// Label in the metrics and `Cache-Status`. Stable, and without the status number to limit the number of
-    /// labels.
+    /// Label in the metrics and `Cache-Status`. Stable. It omits the status number of [`Self::Status`], because each
+    /// value of a label is a time series of its own.
     pub const fn name(self) -> &'static str {
         match self {
             Self::ConnectionRefused => "connection-refused",

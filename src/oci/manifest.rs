@@ -66,7 +66,7 @@ pub struct Descriptor {
     pub kind: DescriptorKind,
     /// Whether it has `urls` to fetch it from, so the registry may not have it.
     pub has_urls: bool,
-    /// The image that this manifest is an attestation of, as buildx lists it beside that image.
+    /// If this is an attestation manifest, the digest of the image that it attests. buildx lists both in one index.
     pub attests: Option<Digest>,
 }
 
@@ -156,8 +156,9 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Media type of this manifest when the response's `Content-Type` was `sent`. It is exactly `sent`, unless
-    /// the manifest states another type, which its digest covers. `None` if neither is a manifest type.
+    /// Media type of this manifest, from its own `mediaType` and from `sent`, the response's `Content-Type`. If they
+    /// differ, `mediaType` applies, because the digest covers it. Otherwise the result is `sent`, byte for byte. `None`
+    /// if neither is a manifest type.
     pub fn type_sent_as(&self, sent: Option<&MediaType>) -> Option<MediaType> {
         let stated = self.media_type.as_ref().filter(|stated| stated.is_manifest());
         match (sent, stated) {
@@ -169,8 +170,9 @@ impl Manifest {
         }
     }
 
-    /// The same for bytes that match the requested digest. If the manifest states no type, its structure takes
-    /// precedence over a contradicting `Content-Type`: only OCI manifests may omit `mediaType`.
+    /// Like [`Self::type_sent_as`], for bytes that match the requested digest. If the manifest has no `mediaType` and
+    /// its structure contradicts `Content-Type`, the structure decides. The result is then an OCI type, because only
+    /// OCI manifests may omit `mediaType`.
     pub fn type_by_digest(&self, sent: Option<&MediaType>) -> Option<MediaType> {
         let sent = self.type_sent_as(sent);
         if self.media_type.as_ref().is_some_and(MediaType::is_manifest) {
@@ -194,7 +196,8 @@ impl Manifest {
         self.kind == ManifestKind::Other && !states_another && (self.has_signatures || is_labelled)
     }
 
-    /// Whether its structure fits `media_type`: a JSON error can have any `Content-Type`.
+    /// Whether its structure fits `media_type`. A JSON error is recognized by this, because it can have any
+    /// `Content-Type`.
     pub fn has_shape_of(&self, media_type: &MediaType) -> bool {
         match self.kind {
             ManifestKind::Index => !media_type.is_image(),

@@ -1,7 +1,6 @@
 //! Token service requests of clients: distribution's `docs/spec/auth/token.md` and `oauth.md`.
 //!
-//! A request is only inspected, to attribute the issued token to an account. The token service decides about
-//! it.
+//! A request is read only to learn which account a token is issued to. The token service decides whether it issues one.
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -11,14 +10,16 @@ use zeroize::Zeroizing;
 use super::Repository;
 use super::query::decode;
 
-/// Most repositories recorded per request. Docker requests one, a push across repositories two.
+/// Most repositories recorded per request. A pull by Docker requests one. A push that mounts a blob of another
+/// repository requests two.
 pub const SCOPES_MAX: usize = 16;
 
 /// A request to a token service.
 #[derive(Default)]
 pub struct TokenRequest {
-    /// Identifies the account: equal for a password in `Authorization: Basic` and in a form, different for a
-    /// refresh token. `None` without a credential, or with one of an unknown kind.
+    /// The user name and password, or the refresh token, after a prefix that names the kind. A user name and password
+    /// give the same bytes in `Authorization: Basic` and in a form. `None` without a credential, or with one of an
+    /// unknown kind.
     pub credential: Option<Zeroizing<Vec<u8>>>,
     /// Repositories that the client wants to pull from.
     pub repositories: Vec<Repository>,
