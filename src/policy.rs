@@ -3,12 +3,12 @@
 //! [`decide`] is called at most three times for one request. Before a revalidation it may return
 //! [`Decision::Revalidate`]. The proxy then sends one `HEAD` **with the client's own credential** and calls it
 //! again with the [`Revalidation`] result. That `HEAD` is both the freshness check and the authorization check,
-//! so a cached copy cannot bypass a private registry's authentication. If the fetch or the
-//! [`Decision::ProbeLayers`] that follows fails, it is called once more with [`Revalidation::FetchFailed`].
+//! so a cached copy cannot bypass a private registry's authentication. If the decision is [`Decision::Fetch`] or
+//! [`Decision::ProbeLayers`] and that fails, the proxy calls it once more with [`Revalidation::FetchFailed`].
 //!
-//! There is no clock, no I/O and no handle here. A [`CacheState`] can be printed, stored in a failing test or
-//! shown by the admin API, and always yields the same [`Decision`]. `policy/tests.rs` enumerates every state
-//! against laws of safety (which responses are forbidden) and of economy (which upstream requests are
+//! A [`CacheState`] is plain data, and nothing here reads a clock or does I/O. So a state can be printed, copied into
+//! a test or shown by the admin API, and always yields the same [`Decision`]. `policy/tests.rs` enumerates all states
+//! and checks two kinds of laws: of safety (which responses are forbidden) and of economy (which upstream requests are
 //! forbidden).
 
 pub mod authz;
@@ -64,8 +64,9 @@ pub struct CacheState {
     pub kind: ContentKind,
     /// Cached copy that can be served, if there is one.
     pub cached: Option<CachedEntry>,
-    /// Digest that the operator blocked: of the cached copy of a tag, or the requested digest, cached or not. A blocked
-    /// copy is replaced by a previous complete image that is not blocked, as an incomplete one is.
+    /// The digest that the operator blocked, if the request concerns one. For a tag, that is the digest of the cached
+    /// copy. For a request by digest, it is the requested digest, cached or not. A blocked copy counts as incomplete:
+    /// in its place, a previous complete image that is not blocked may be served ([`Completeness::Incomplete`]).
     pub blocked: Option<Digest>,
     /// Authorization of this principal, from remembered upstream responses.
     pub authorization: Authorization,
@@ -78,7 +79,7 @@ pub struct CacheState {
     /// Time after a confirmation during which a tag is served while the upstream is unavailable. `None`:
     /// unlimited.
     pub stale_if_error: Option<Duration>,
-    /// Facts about ages; `None` if no minimum age applies to the request.
+    /// Whether the digests that may be served are old enough; `None` if no minimum age applies to the request.
     pub cooling: Option<Cooling>,
     /// Time of the request.
     pub now: SystemTime,
@@ -104,7 +105,7 @@ impl CacheState {
         Self { revalidation, ..self }
     }
 
-    /// Returns the same state with facts about ages, if a minimum age applies.
+    /// Returns the same state with the ages of the digests that may be served, if a minimum age applies.
     #[must_use]
     pub fn with_cooling(self, cooling: Option<Cooling>) -> Self {
         Self { cooling, ..self }
@@ -137,15 +138,15 @@ impl CacheState {
         self.cached.is_some_and(|cached| cached.is_invalidated)
     }
 
-    /// Whether a cached tag is served without revalidation. A confirmation time in the future does not count:
-    /// one `HEAD` settles it.
+    /// Whether a cached tag is served without revalidation. A confirmation time in the future does not count, because
+    /// one `HEAD` can confirm the tag now.
     fn is_fresh(&self, cached: CachedEntry) -> bool {
         !cached.is_moved && age::is_within(cached.confirmed_at, self.max_age, self.now)
     }
 
-    /// Completeness that counts for the decision. It matters for tags only. By digest the cached content is the
-    /// best there is: clients read manifests and configs of every platform, but layers of one, and request each
-    /// missing blob themselves.
+    /// Completeness that counts for the decision. It matters for tags only. A manifest requested by digest is served
+    /// whether its content is cached or not: clients read the manifests and configs of every platform but the layers of
+    /// one, and request each missing blob themselves.
     fn completeness(&self, cached: CachedEntry) -> Completeness {
         match self.kind {
             ContentKind::Tag if self.blocked.is_some() && cached.completeness == Completeness::Complete => {
@@ -209,7 +210,7 @@ pub enum OnNotFound {
     /// Answers 404 as well.
     #[default]
     Refuse,
-    /// Serves the cached copy to principals with a grant, as an archive does.
+    /// Serves the cached copy to principals with a grant, so that the cache archives deleted tags.
     ServeStale,
 }
 
@@ -278,7 +279,7 @@ impl CachedEntry {
     }
 }
 
-/// Facts about ages, for a request to which a minimum age applies.
+/// The digests that may be served for a request to which a minimum age applies, each with whether it is old enough.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cooling {
     /// Maturity of [`CacheState::cached`].
@@ -383,18 +384,18 @@ fn decide_by_age(s: &CacheState, cooling: &Cooling) -> Decision {
         (Revalidation::Digest { .. } | Revalidation::NoDigest, Maturity::Young(youth)) => {
             return instead_of(youth, mature, cooling.older);
         }
-        // A blocked digest that is too young anyway does not prevent the older one from being served.
+        // If the digest is both blocked and too young, the older digest is served as if it were only too young.
         (Revalidation::Blocked(_), Maturity::Young(youth)) if cooling.older.is_some() => {
             return instead_of(youth, mature, cooling.older);
         }
         _ => decide_by_policy(mature),
     };
     match (decision, cooling.cached) {
-        // Only the digest tells the age of what would be fetched.
+        // The age of uncached content is known only after a `HEAD` has named its digest.
         (Decision::Fetch(MissReason::NotCached), _) if s.revalidation == Revalidation::NotDone => {
             Decision::Revalidate
         }
-        // The copy would be served, were it old enough.
+        // The denial gives the age as its reason only if the copy would be served at a greater age.
         (Decision::Deny(_), Maturity::Young(youth))
             if matches!(decide_by_policy(s), Decision::Serve(_) | Decision::ProbeLayers(_)) =>
         {
@@ -404,7 +405,7 @@ fn decide_by_age(s: &CacheState, cooling: &Cooling) -> Decision {
     }
 }
 
-/// The cached copy without its immature parts.
+/// The cached copy, without a previous image that is too young. `None` if the copy itself is too young.
 fn mature_part(cached: CachedEntry, cooling: &Cooling) -> Option<CachedEntry> {
     let completeness = match cached.completeness {
         Completeness::Incomplete { previous: Some(_) } if !cooling.previous.is_mature() => {
@@ -418,7 +419,7 @@ fn mature_part(cached: CachedEntry, cooling: &Cooling) -> Option<CachedEntry> {
     })
 }
 
-/// The decision while the digest that the upstream names is too young.
+/// The decision while the digest that the upstream names is too young: about `older` in its place.
 fn instead_of(youth: Youth, s: &CacheState, older: Option<OlderDigest>) -> Decision {
     let Some(OlderDigest { digest, presence }) = older else {
         return Decision::Deny(DenyReason::TooYoung(youth));
@@ -480,14 +481,15 @@ fn before_revalidation(s: &CacheState) -> Decision {
     }
 }
 
-/// A 2xx with a digest authorizes this principal, so earlier authorization is ignored.
+/// A 2xx with a digest authorizes this principal, so `s.authorization` is not read.
 fn on_digest(s: &CacheState, digest: Digest, presence: Presence) -> Decision {
     match (s.kind, s.cached) {
         (ContentKind::Manifest | ContentKind::Blob, Some(_)) => Decision::Serve(HitReason::Immutable),
         (ContentKind::Tag, Some(cached)) if cached.digest == digest => {
             serve_or_probe_layers(cached, digest, HitReason::Revalidated)
         }
-        // This `HEAD` checked the authorization or the availability of missing layers, not for a newer digest.
+        // Under this policy, the `HEAD` was sent to check the authorization, or whether missing layers are available.
+        // A newer digest is ignored.
         (ContentKind::Tag, Some(cached)) if s.policy == Policy::IfNotPresent => {
             serve_or_probe_layers(cached, cached.digest, HitReason::NotRevalidated)
         }
@@ -502,10 +504,10 @@ fn on_digest(s: &CacheState, digest: Digest, presence: Presence) -> Decision {
 }
 
 /// The upstream has authorized this principal, so the denial may say that the digest is blocked. An older copy is not
-/// served instead, because the tag would move back without notice.
+/// served in its place, because the client would get an older image without noticing.
 fn on_blocked_digest(s: &CacheState, digest: Digest) -> Decision {
     match (s.kind, s.cached) {
-        // This `HEAD` checked the authorization, not for a newer digest.
+        // Under this policy, the `HEAD` was sent to check the authorization. A newer digest is ignored.
         (ContentKind::Tag, Some(cached)) if s.policy == Policy::IfNotPresent && cached.digest != digest => {
             serve_or_probe_layers(cached, cached.digest, HitReason::NotRevalidated)
         }
@@ -513,8 +515,8 @@ fn on_blocked_digest(s: &CacheState, digest: Digest) -> Decision {
     }
 }
 
-/// Replaces what would give out or fetch the blocked digest. Authorization was judged first: a principal that would get
-/// a denial or a revalidation gets the same, blocked or not.
+/// Turns a decision that would serve or fetch the blocked digest into a denial. `decision` was made as if nothing were
+/// blocked. If it is a revalidation, or a denial for lack of authorization, it stays, so that it reveals no block.
 #[expect(
     clippy::match_same_arms,
     reason = "a table: rows that agree are still rows of their own"
@@ -528,20 +530,20 @@ fn refuse_blocked(s: &CacheState, decision: Decision, digest: Digest) -> Decisio
             | Decision::ProbeLayers(HitReason::Cooling(_))
             | Decision::Fetch(MissReason::Cooling(_)),
         ) if s.target() != Some(digest) => decision,
-        // Another digest than the blocked one.
+        // These serve or fetch another digest than the blocked one.
         (
             ContentKind::Tag,
             Decision::Serve(HitReason::PreviousComplete(_) | HitReason::TagMoved)
             | Decision::ProbeLayers(HitReason::TagMoved)
             | Decision::Fetch(MissReason::NotCached | MissReason::NewDigest | MissReason::NoDigest),
         ) => decision,
-        // By digest, only a fetch would tell whether this principal is authorized.
+        // The fetch would have checked the authorization, so a `HEAD` does it.
         (ContentKind::Manifest | ContentKind::Blob, Decision::Fetch(_))
             if s.revalidation == Revalidation::NotDone && s.authorization != Authorization::Granted =>
         {
             Decision::Revalidate
         }
-        // The copy is there, but blocked.
+        // A copy is cached, so the block is the reason that it is not served.
         (
             ContentKind::Tag,
             Decision::Deny(

@@ -52,7 +52,7 @@ impl Principal {
     }
 }
 
-/// Prints the first three bytes only: not even the hash of a credential belongs in a log.
+/// Prints the first three bytes only, because the hash of a credential must not be logged either.
 impl fmt::Debug for Principal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, ..] = self.0;
@@ -67,10 +67,10 @@ pub struct GrantEvidence {
     pub shared: bool,
     /// Time of the last 2xx to this principal in this repository.
     pub granted_at: Option<SystemTime>,
-    /// When the token service last issued a token for the same credential as this principal's token. Recorded
-    /// with `local_tokens` only.
+    /// If this principal's credential is a token: when the token service last issued a token to the account that
+    /// this token was issued to. Recorded with `local_tokens` only.
     pub token_issued_at: Option<SystemTime>,
-    /// Time of the last 2xx to any token of that credential in this repository.
+    /// Time of the last 2xx to any token of that account in this repository.
     pub account_granted_at: Option<SystemTime>,
     /// Time of the last 2xx to the anonymous principal in this repository.
     pub anonymous_granted_at: Option<SystemTime>,
@@ -104,7 +104,7 @@ pub fn authorize(evidence: &GrantEvidence, ttls: &GrantTtls, now: SystemTime) ->
     let in_outage = |at: Option<SystemTime>| {
         at.is_some_and(|at| age::is_within_or_ahead(at, ttls.grant_ttl_offline, now))
     };
-    // A grant to another token of the same credential suffices only while this token cannot be checked.
+    // A grant to another token of the same account suffices only while this token cannot be checked.
     let account = in_outage(evidence.token_issued_at) && in_outage(evidence.account_granted_at);
     // Content that was public once may be served in an outage, however long ago that was.
     if evidence.anonymous_granted_at.is_some() || account || in_outage(evidence.granted_at) {

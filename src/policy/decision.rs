@@ -58,7 +58,7 @@ pub enum HitReason {
     RetainedDeleted,
     /// The upstream rejects the cache's own credential.
     CacheCredentialRejected,
-    /// The tag names a digest that is younger than `min_age`. Served is the newest one that is old enough.
+    /// The tag names a digest that is younger than `min_age`. The newest one that is old enough is served.
     Cooling(Youth),
 }
 
@@ -126,9 +126,9 @@ pub enum MissReason {
     NotCached,
     /// The upstream names another digest than the cached one.
     NewDigest,
-    /// The upstream states no digest, so only the bytes can tell.
+    /// The upstream states no digest, so it must be computed from the bytes.
     NoDigest,
-    /// The tag names a digest that is younger than `min_age`. Fetched is the newest one that is old enough.
+    /// The tag names a digest that is younger than `min_age`. The newest one that is old enough is fetched.
     Cooling(Youth),
 }
 
@@ -163,8 +163,8 @@ pub enum DenyReason {
     /// The upstream rejected this credential.
     Forbidden,
     /// The client sent no credential, and the unavailable upstream cannot say whether one is needed. The client
-    /// is challenged whether a copy exists or not, because clients with a grant are served with their
-    /// credential.
+    /// gets a 401, so that it sends its credential, for which it may have a grant. It gets that whether a copy exists
+    /// or not.
     AuthRequired,
     /// The upstream answered 404.
     NotFound,
@@ -176,7 +176,7 @@ pub enum DenyReason {
     Incomplete(UpstreamFailure),
     /// The digest is younger than `min_age`, and nothing that is old enough can be served.
     TooYoung(Youth),
-    /// The operator blocked this digest. Only a principal that may read it learns so.
+    /// The operator blocked this digest. Only a principal that is authorized to read it gets this denial.
     Blocked(Digest),
 }
 

@@ -1,9 +1,9 @@
-//! Minimum age of a digest: for how long a tag must have named it before the tag is answered with it. Pure.
+//! Minimum age of a digest: the time for which a tag must have named it before clients get it by that tag. Pure.
 //!
-//! The proxy collects [`AgeEvidence`], [`AgeLimit::judge`] evaluates it. Evidence counts in this order, and the oldest
-//! decides:
+//! The proxy collects [`AgeEvidence`], [`AgeLimit::judge`] evaluates it. There are three kinds, here from the most to
+//! the least trustworthy. The earliest time among them counts:
 //!
-//! 1. *First sight.* This cache saw the tag name the digest at that time. Nothing but this cache can move it.
+//! 1. *First sight.* This cache saw the tag name the digest at that time. Neither registry nor publisher can change it.
 //! 2. *`Last-Modified`* of the manifest or its config, set by the registry's storage. A time in the future, or before
 //!    there were container images, is no evidence.
 //! 3. *`created`* of the image's config, set by its publisher. It counts only with `trust_created`.
@@ -153,7 +153,7 @@ impl Youth {
             return "its age is unknown".to_owned();
         };
         let age = self.age(now).unwrap_or_default();
-        // A unit of precision is enough: a day has no seconds.
+        // Rounded down to seconds, minutes or hours, by the size of the age.
         let unit = match age.as_secs() {
             0..3_600 => 1,
             3_600..86_400 => 60,
@@ -275,7 +275,7 @@ impl AgeLimit {
     }
 }
 
-/// Whether content can be that old.
+/// Whether the stated time is not before the first release of Docker.
 fn is_plausible(stated: SystemTime) -> bool {
     stated
         .duration_since(SystemTime::UNIX_EPOCH)

@@ -1,9 +1,10 @@
-//! Schedule of scheduled refreshes: in which slot of its interval a tag is revalidated, and whether it is due. Pure.
+//! Schedule of background revalidations: in which slot of its interval a tag is revalidated, and whether it is due.
+//! Pure.
 //!
 //! Time is divided into intervals of the length that the setting `refresh` states, counted from the Unix epoch. Each
 //! tag has one slot in every interval, at a [`Phase`] that is a hash of its name. So the slots of many tags are spread
-//! evenly, and they do not depend on when the process started, on reloads or on earlier runs: a restart repeats
-//! nothing, and slots that were missed while the process was down are not made up for.
+//! evenly, and they do not depend on when the process started, on reloads or on earlier runs. A restart repeats no
+//! slot. A slot that was missed while the process was down is not made up for.
 //!
 //! A tag is due in its slot unless it was confirmed in the half interval before, so that the pulls of a busy tag
 //! replace its refreshes. The longest time between two confirmations is one and a half intervals.
@@ -21,10 +22,11 @@ pub const INTERVAL_MIN: Duration = Duration::from_secs(60);
 /// Longest interval.
 pub const INTERVAL_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// Slots that a failing tag skips at most: of 2, 4 or 8 slots it uses one.
+/// Longest backoff, in slots. A failing tag uses the next slot after its first failure, then every 2nd, 4th and at last
+/// every 8th.
 const BACKOFF_SLOTS_MAX: u32 = 8;
 
-/// Longest pause of a failing tag, unless its interval is longer.
+/// Longest backoff, as a time, unless the tag's interval is longer.
 const BACKOFF_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// Settings of scheduled refreshes for an image.
@@ -123,7 +125,7 @@ impl Phase {
     pub fn slot_from(self, interval: Duration, from: SystemTime) -> Slot {
         let length = millis(interval).max(1);
         let from = millis(from.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
-        // The high bits of the product, so below `length`.
+        // Scales the hash from 64 bits to `0..length`.
         let offset = u64::try_from((u128::from(self.0) * u128::from(length)) >> 64).unwrap_or_default();
         let number = from.saturating_sub(offset).div_ceil(length);
         let at = number.saturating_mul(length).saturating_add(offset);
@@ -144,7 +146,7 @@ impl Phase {
         std::iter::successors(Some(first), next).take_while(move |slot| slot.at < until)
     }
 
-    /// Whether the tag uses this slot if only one of `stride` slots is used, a power of two.
+    /// Whether the tag uses this slot if it uses one of every `stride` slots. `stride` is a power of two.
     fn uses(self, slot: Slot, stride: u64) -> bool {
         slot.number.wrapping_add(self.0) & (stride - 1) == 0
     }
@@ -168,7 +170,7 @@ pub struct Failures {
     pub last_at: SystemTime,
 }
 
-/// What decides about the refresh of a tag.
+/// Inputs that determine when a tag is refreshed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TagFacts {
     /// The settings for its image.
@@ -186,7 +188,7 @@ pub struct TagFacts {
 /// The plan for a tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outlook {
-    /// No rule refreshes it.
+    /// The effective policy has no `refresh`.
     Off,
     /// No client pulled it within `refresh_used_within`.
     Unused,
@@ -202,7 +204,7 @@ impl TagFacts {
             .is_some_and(|at| age::is_within_or_ahead(at, within, now))
     }
 
-    /// Whether the tag is refreshed in the slot at `slot_at`. `now`: the time of the question.
+    /// Whether the tag is refreshed in the slot at `slot_at`, as known at `now`.
     pub fn is_due(&self, slot_at: SystemTime, now: SystemTime) -> bool {
         self.policy
             .interval
@@ -241,8 +243,8 @@ impl TagFacts {
     }
 }
 
-/// Wait after the `count`-th failure in a row. Half an interval less than the slots to skip, because the slot itself
-/// ends the wait.
+/// Wait after the `count`-th failure in a row. It is half an interval shorter than 1, 2, 4 or 8 intervals, so that it
+/// has passed when the slot comes that ends it.
 fn backoff(interval: Duration, count: u32) -> Duration {
     let slots = 1_u32
         .checked_shl(count.saturating_sub(1))
@@ -294,7 +296,7 @@ impl<T> Plan<T> {
         }
     }
 
-    /// Only one of so many slots of each tag is used, a power of two. 1: every slot.
+    /// Each tag uses one of this many slots, a power of two. 1: every slot.
     pub fn stride(&self) -> u64 {
         self.stride
     }

@@ -31,7 +31,7 @@ use crate::oci::{Repository, Tag};
 const HUB: &str = "docker.io";
 const HUB_LIBRARY: &str = "library/";
 
-/// Longest accepted glob. Longer than any image name, and short enough to compile in no noticeable time.
+/// Longest accepted glob. Longer than any image name, and short enough to compile quickly.
 const GLOB_BYTES_MAX: usize = 512;
 
 /// Effective policy of an image: every setting has a value.
@@ -282,7 +282,7 @@ pub enum ImagePatternError {
     Together(String),
 }
 
-/// Compiled rules. A lookup is cheap, and free without rules.
+/// Compiled rules. If there are none, a lookup matches no glob and allocates nothing.
 #[derive(Clone)]
 pub struct Rules {
     default: EffectivePolicy,

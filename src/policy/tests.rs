@@ -119,7 +119,8 @@ fn every_state() -> Vec<CacheState> {
     all
 }
 
-/// Each result without a block, and with one of the cached copy of a tag or of the requested digest.
+/// Each revalidation result twice: without a block, and with a block of the tag's cached copy or of the requested
+/// digest.
 fn blocks(
     kind: ContentKind,
     cached: Option<CachedEntry>,
@@ -169,7 +170,7 @@ fn law(name: &str, applies: impl Fn(&CacheState) -> bool, law: impl Fn(&CacheSta
     assert!(checked > 0, "{name}: applies to no situation");
 }
 
-/// [`law`] about availability and economy, which a block overrules.
+/// Checks a law of availability or economy, as [`law`] does, in the states without a block. A block overrules it.
 fn unblocked_law(
     name: &str,
     applies: impl Fn(&CacheState) -> bool,
@@ -203,7 +204,7 @@ fn is_unavailable(s: &CacheState) -> bool {
 #[test]
 fn input_space_is_enumerated_completely() {
     let entries_of_a_tag_a_manifest_and_a_blob = (1 + 2 * 6 * 2 * 4) + (1 + 2 * 6 * 2) + (1 + 2 * 6);
-    // All but an uncached tag.
+    // Each of them can be blocked, except an uncached tag.
     let blocked_ones = entries_of_a_tag_a_manifest_and_a_blob - 1;
     assert_eq!(
         every_state().len(),
@@ -433,9 +434,9 @@ fn incomplete_image_is_served_only_after_a_2xx() {
     );
 }
 
-/// By digest the cached content is the best there is, so the completeness of a manifest does not matter (M2).
-/// An earlier version required completeness here. A client that reads the manifests of every platform but the
-/// layers of one was then denied manifests in an outage.
+/// A manifest requested by digest is served whatever its completeness (M2). An earlier version required completeness
+/// here. A client that reads the manifests of every platform but the layers of one was then denied manifests in an
+/// outage.
 #[test]
 fn m02_manifest_by_digest_is_served_whatever_its_completeness() {
     unblocked_law(

@@ -1,4 +1,4 @@
-//! Laws of `min_age`, over every state with facts about ages.
+//! Laws of `min_age`, over every state in which a minimum age applies.
 
 use super::*;
 use crate::policy::min_age::{AgeSource, Maturity, Youth};
@@ -43,7 +43,7 @@ fn every_cooling() -> Vec<Cooling> {
     all
 }
 
-/// Whether the facts can be true together: one digest has one age, and an older digest is always mature.
+/// Whether the ages are consistent: one digest has one age, and an older digest is old enough.
 fn is_consistent(s: &CacheState, cooling: &Cooling) -> bool {
     let Revalidation::Digest { digest, .. } = s.revalidation else {
         return true;
@@ -55,12 +55,12 @@ fn is_consistent(s: &CacheState, cooling: &Cooling) -> bool {
         && (!is_older || digest != old_digest() || cooling.named.is_mature())
 }
 
-/// Every state without facts about ages that the laws of ages distinguish.
+/// The states to which [`law_over`] adds ages, without those that differ only in what the laws do not depend on.
 fn every_base() -> Vec<CacheState> {
     every_state()
         .into_iter()
         .filter(|s| s.kind == ContentKind::Tag && is_unblocked(s))
-        // Settings count only where they are read.
+        // A setting is varied only in states whose decision reads it.
         .filter(|s| s.max_age.is_zero() || s.revalidation == Revalidation::NotDone)
         .filter(|s| s.on_not_found == OnNotFound::Refuse || s.revalidation == Revalidation::NotFound)
         .filter(|s| s.stale_if_error.is_none() || is_unavailable(s))
@@ -73,8 +73,9 @@ fn every_base() -> Vec<CacheState> {
         .collect()
 }
 
-/// While a registry limits manifests, an incomplete image is served, but not beside a previous complete one that is
-/// too stale. So without a previous image more is served.
+/// Whether the registry limits the rate of manifest requests: an exception to the laws that compare two states. An
+/// incomplete image is then served if it has no previous complete one. If it has one that is older than
+/// `stale_if_error`, the request is denied. So the state without a previous image serves more.
 fn is_rate_limited(s: &CacheState) -> bool {
     s.revalidation == Revalidation::Unavailable(UpstreamFailure::RateLimited)
 }
@@ -285,7 +286,7 @@ fn every_blocked_base() -> Vec<CacheState> {
 
 #[test]
 fn min_age_block_beats_age_and_approval() {
-    // An approval makes a digest `Mature`.
+    // An approved digest is `Mature`, so the ages include approvals.
     law_over(&every_blocked_base(), "never a blocked one", |s, _, v| {
         !gives_out_blocked(s, v)
     });
