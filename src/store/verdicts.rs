@@ -4,9 +4,9 @@
 //! approval. Each verdict is a small self-describing file, durable before its command returns. All are in memory, so
 //! that a lookup on the request path never needs the disk.
 //!
-//! Failures keep content refused. The name of a block's file has the digest, so a damaged or unreadable block still holds,
-//! and holds everywhere. A damaged approval is quarantined and no longer holds. A folder of blocks that cannot be listed
-//! stops the start.
+//! After a failure, blocked content stays blocked, and an approval is lost. The name of a block's file has the digest,
+//! so a damaged or unreadable block still holds, then in every repository. A damaged approval is quarantined and no
+//! longer holds. If the folder of blocks cannot be listed, the program does not start.
 
 use std::collections::HashMap;
 use std::io;
@@ -275,7 +275,7 @@ impl Verdicts {
         let path = known.unwrap_or_else(|| key.path());
         let record = encode(&Record::of(key, &note));
         match key.kind {
-            // In memory first: it holds although the disk is full or slow.
+            // In memory first, so that the block holds even if the disk is full or slow.
             VerdictKind::Blocked => {
                 self.insert(key, note, path.clone());
                 self.fs
@@ -285,7 +285,7 @@ impl Verdicts {
             VerdictKind::Approved => {
                 if let Err(error) = self.fs.write_durable(&path, &record) {
                     if is_new {
-                        // The file may exist without a durable name. Report the first error.
+                        // The write may have created the file. Its error is reported, not that of the removal.
                         let _ = self.fs.remove(&path);
                     }
                     return Err(StoreError::io("write", &path, &error).into());
@@ -435,7 +435,7 @@ impl Record {
     }
 }
 
-/// Reads one file. `None` if it states no digest, or is a damaged approval.
+/// Reads one file. `None` if its name has no digest, or if it is a damaged or unreadable approval.
 fn load(fs: &dyn FileSystem, kind: VerdictKind, path: PathBuf) -> Option<(Digest, Entry)> {
     let Some(digest) = digest_in(&path) else {
         quarantine(fs, &path, "verdict with a foreign name");

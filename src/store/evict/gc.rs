@@ -43,7 +43,7 @@ impl Evictor {
             freed.manifests += done.freed.manifests;
             freed.blobs += done.freed.blobs;
             freed.bytes += done.freed.bytes;
-            // Otherwise content was needed meanwhile, so take another snapshot.
+            // If not, content of the plan was used meanwhile. Take another snapshot and plan again.
             if done.is_complete {
                 break;
             }

@@ -175,7 +175,8 @@ impl<'a> Graph<'a> {
     fn candidates(&self, protected_since: SystemTime) -> Vec<Candidate> {
         let used = self.effective_access_times();
         let mut candidates = self.all_candidates(&used);
-        // A referrer inherits the access time of its subject. Inherit from the most recently used candidate on.
+        // A referrer inherits the access time of its subject. The most recently used candidate comes first, so the
+        // first time that reaches a node is its latest.
         candidates.sort_by_key(|(candidate, at)| (Reverse(*at), self.name(*candidate)));
         let mut inherited = vec![None; self.nodes.len()];
         for (candidate, used_at) in &candidates {
@@ -185,7 +186,7 @@ impl<'a> Graph<'a> {
                     continue;
                 };
                 *seen = Some(*used_at);
-                // A referrer that is also referenced otherwise is evicted with that reference.
+                // A referrer that a tag or a manifest also references is evicted with that one.
                 let unreferenced = self.referrers.neighbors(at);
                 let unreferenced = unreferenced.filter(|referrer| self.refcounts.get(*referrer) == Some(&0));
                 reached.extend(self.children.neighbors(at).chain(unreferenced));
@@ -372,7 +373,7 @@ impl PlanBuilder {
         });
     }
 
-    /// Drops the removal of tags whose content all remains because other images reference it.
+    /// Takes back the removal of a tag if all its content remains, because other images reference it.
     fn without_useless_tags(mut self, graph: &Graph<'_>, useless: &[(usize, &Candidate)]) -> Plan {
         let mut reverted = Vec::new();
         for (step, candidate) in useless {

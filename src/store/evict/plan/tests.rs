@@ -204,7 +204,7 @@ fn plan_removes_tag_without_stored_content() {
     assert_eq!(steps(&snapshot, 0), []);
 }
 
-/// Manifests reference later manifests only, because a hash cannot be circular, and any blob.
+/// Any snapshot. A manifest references any blobs, but only manifests with a higher number: digests allow no cycle.
 fn any_snapshot() -> impl Strategy<Value = Snapshot> {
     let manifest = (
         0_u64..100,
