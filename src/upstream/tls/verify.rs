@@ -92,8 +92,8 @@ impl Trust {
     }
 }
 
-/// RFC 5280 §4.2.1.9. A pinned leaf must not become a trust anchor, because webpki accepts any anchor as an
-/// authority.
+/// Whether the certificate may issue others (RFC 5280 §4.2.1.9), so that it becomes a trust anchor. A pinned leaf must
+/// not, because webpki accepts any anchor as an authority.
 fn may_issue(certificate: &X509Certificate<'_>) -> bool {
     certificate.version() != X509Version::V3 || certificate.is_ca()
 }
@@ -148,7 +148,7 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
-/// Verifies a pinned certificate: validity period, name and key usage.
+/// Verifies a pinned certificate: validity period, name and extended key usage.
 fn pinned(
     certificate: &CertificateDer<'_>,
     name: &ServerName<'_>,
