@@ -19,7 +19,7 @@ use crate::store::ingest::Ingest;
 use crate::store::partial::{PartialDownload, Resumed};
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
-/// Runs one transfer to its end and removes its map entry.
+/// Runs one transfer to its end and removes it from the map of running downloads.
 pub(super) async fn run<S: Source>(guard: DownloadGuard, mut source: S) {
     let result = fill(&guard, &mut source).await;
     source.ended(result.as_ref().err());
@@ -77,8 +77,8 @@ async fn begin<S: Source>(guard: &DownloadGuard, source: &mut S) -> Result<Opene
     start(guard, stream, Attempt::First).await
 }
 
-/// Requests the remainder of a partial download. Only a 2xx makes its bytes readable; a denial leaves it in
-/// place. `None`: it is unusable.
+/// Requests the remainder of a partial download. Clients may read the partial bytes only after a 2xx. After a denial
+/// the partial download stays in the store. `None`: it was unusable and is discarded.
 async fn resume_partial<S: Source>(
     guard: &DownloadGuard,
     source: &mut S,
@@ -93,7 +93,8 @@ async fn resume_partial<S: Source>(
         }
         Err(response) => return Err(not_started(response)),
     };
-    // The response is the complete blob and may be anything, so it must not release the partial bytes.
+    // The upstream ignored the range. Such a response may be any page, so it does not prove that the client may read
+    // the partial bytes.
     if stream.start == 0 && partial.bytes() > 0 {
         partial.discard();
         return start(guard, stream, Attempt::First).await.map(Some);
@@ -130,7 +131,7 @@ async fn restart<S: Source>(
 ) -> Result<OpenedTransfer, DownloadError> {
     let stream = source.open(0).await.map_err(not_started)?;
     if stream.total != total {
-        // Clients were given another Content-Length.
+        // The responses to clients have begun, with the first `Content-Length`.
         return Err(DownloadError::Interrupted(UpstreamFailure::Malformed));
     }
     start(guard, stream, Attempt::Retry).await
@@ -168,8 +169,8 @@ async fn start(
     })
 }
 
-/// `may_be_parallel`: whether several connections may be used. Also returns whether the bytes came from more than one
-/// response.
+/// Receives and verifies the bytes. `may_be_parallel`: whether several connections may be used. Also returns whether
+/// the bytes came from more than one response.
 async fn transfer<S: Source>(
     guard: &DownloadGuard,
     source: &mut S,
@@ -235,8 +236,8 @@ fn helpers(guard: &DownloadGuard, resumed: &Resumed, total: Option<u64>) -> Opti
     Some(Helpers::new(transfer, resumed.written, total))
 }
 
-/// Makes the blob durable and names it. The readers have all bytes already, so a disk failure now costs a later
-/// download only.
+/// Makes the blob durable and renames it to its digest. The readers can read all bytes already, so after a disk failure
+/// here the only loss is that a later request downloads the blob again.
 async fn commit(guard: &DownloadGuard, ingest: Ingest, verified: Verified) {
     let committed = spawn_blocking(move || ingest.commit(verified)).await;
     if let Ok(Err(fault)) = committed {

@@ -37,7 +37,7 @@ async fn until(what: impl Fn() -> bool) {
     }
 }
 
-/// Race: a complete transfer comes and goes between the store lookup and the lock.
+/// Race: a transfer begins and ends between the store lookup and the lock.
 #[tokio::test]
 async fn t06_transfer_between_lookup_and_lock_repeats_the_lookup() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
@@ -79,7 +79,7 @@ async fn t06_concurrent_lookups_share_one_transfer() {
     ));
 }
 
-/// A transfer holds a thread only during a step: with two threads any number of transfers proceeds.
+/// A transfer holds a thread only during a write step, so two threads suffice for any number of transfers.
 #[test]
 fn t12_transfers_hold_no_thread_between_write_steps() {
     let runtime = tokio::runtime::Builder::new_current_thread()
