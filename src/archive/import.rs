@@ -12,7 +12,7 @@
 //!   repository. A digest that it only names becomes no member, even if it is cached. Otherwise an archive could name
 //!   another repository's private layer and make it readable.
 //! * It creates no grants. With [`ImportOptions::is_public`] the repository counts as public until the upstream denies
-//!   access, and the upstream is requested first while it is available.
+//!   access. While the upstream is available, it is asked before a client is served.
 
 mod resolve;
 mod unpack;
@@ -206,7 +206,6 @@ impl Drop for ImportTransaction<'_> {
     fn drop(&mut self) {
         for (digest, _) in self.objects.iter().filter(|(_, object)| object.is_new) {
             // A blob that cannot be removed is unreferenced, so garbage collection removes it.
-            //
             let _ = self.store.remove_blob(digest);
         }
     }

@@ -103,7 +103,7 @@ impl ResolvedImport {
         let manifests = self.images.iter().flat_map(|image| &image.manifests);
         let blobs = self.images.iter().flat_map(|image| &image.blobs);
         let blobs = blobs.map(|digest| (*digest, false));
-        // If a digest is both, it stays a blob too.
+        // A digest that is both counts as a blob, because the later entry applies.
         manifests
             .map(|(digest, _)| (*digest, true))
             .chain(blobs)
@@ -151,7 +151,8 @@ impl ResolvedImport {
 }
 
 impl ResolvedImage {
-    /// A tag that names this already was perhaps confirmed, which the archive knows nothing of.
+    /// Stores the tag, unless it names this image already. Its record may then have the time of a confirmation, which
+    /// must not be overwritten.
     fn put_tag(&self, store: &Store, now: SystemTime) -> Result<(), ImportError> {
         let Some(key) = self.key() else { return Ok(()) };
         let record = store.tag(&key)?;
@@ -176,7 +177,7 @@ impl ResolvedImage {
     }
 }
 
-/// The manifest, from the received bytes or from the store.
+/// The manifest: a cached one, or one that the import has stored as a blob.
 fn read_manifest(
     store: &Store,
     digest: &Digest,

@@ -16,7 +16,7 @@ use crate::store::{Store, StoreError};
 /// memory.
 const HEADER_BYTES_MAX: u64 = 64 * 1024;
 
-/// A reader that fails after a given number of bytes.
+/// A reader that fails after a given number of bytes, which limits what the tar crate buffers.
 struct HeaderLimit<'a, R> {
     inner: R,
     remaining: &'a Cell<u64>,

@@ -378,8 +378,7 @@ proptest! {
         let ground = Ground::new();
         ground.fs.set_bytes_max(1 << 24);
         if let Ok(imported) = ground.import(&archive) {
-            // Its name may differ, but not its content.
-            //
+            // A changed byte may change the image's name, but not its content.
             let taken = &imported.images[0];
             prop_assert_eq!(taken.digest, digest(&image));
             prop_assert!(ground.is_complete(&taken.name, &image));
