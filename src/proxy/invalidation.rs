@@ -1,15 +1,15 @@
 //! Invalidation of cached content by a push or a deletion that passes through the cache (RFC 9111 §4.4).
 //!
-//! The write itself is forwarded without interpretation. Before it is forwarded, the entries that it may change are
-//! durably marked as invalidated ([`crate::store::invalidations`]). Such an entry is revalidated before it is served,
-//! and served stale while the upstream is unavailable.
+//! The write itself is forwarded unchanged. Before that, the entries that it may change are durably marked as
+//! invalidated ([`crate::store::invalidations`]). Such an entry is revalidated before it is served, and served stale
+//! while the upstream is unavailable.
 //!
-//! The response then decides. After a success, the cache removes the tag, and the membership of a deleted digest.
-//! After a rejection nothing changes, so that a client without push access cannot evict a tag. After any other result
-//! the mark remains.
+//! The upstream's response to the write then decides. After a success, the cache removes the tag, and the membership of
+//! a deleted digest. After a rejection its marks are removed, so that a client without push access cannot evict a tag.
+//! After any other result the mark remains.
 //!
-//! A response that the upstream sent before the write must not restore what the write ended. So a response is not
-//! recorded if a write ended in the repository meanwhile.
+//! A response to a read that the upstream sent before the write must not restore the old state. So such a response is
+//! not recorded if a write to the repository ended since the read arrived.
 
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
@@ -25,15 +25,15 @@ use crate::store::Store;
 use crate::store::invalidations::InvalidationKey;
 use crate::store::tags::TagKey;
 
-/// Write counters. Repositories with the same hash share a counter; the only effect is that some responses are not
-/// recorded.
+/// Number of write counters. Repositories with the same hash share a counter; the only effect is that some responses
+/// are not recorded.
 const COUNTERS: usize = 256;
 
 /// Tags read per page.
 const TAGS_PAGE_SIZE: usize = 1024;
 
-/// Age at which a revalidation clears an invalidation mark. A registry may still commit a write whose connection is
-/// closed.
+/// A revalidation clears an invalidation mark only if the mark is at least this old, because a registry may still
+/// commit a write whose connection is closed.
 const WRITE_SETTLE_TIME: Duration = Duration::from_secs(60);
 
 /// Write counters of a repository at the arrival of a request. Comparing two snapshots shows whether a write happened
@@ -129,7 +129,7 @@ pub enum WriteOutcome {
     Unknown,
 }
 
-/// A forwarded write. If it is dropped without a result, because its client left, it counts as possibly in effect.
+/// A forwarded write. If it is dropped without a result, because its client left, the write may have taken effect.
 pub struct PendingWrite {
     registry: Arc<UpstreamRegistry>,
     change: WriteEffect,
@@ -328,8 +328,8 @@ impl ProxyService {
                 .await;
             self.settle_on_confirmation(upstream_request, digest.into()).await;
         }
-        // A write may have ended between the check and the record. Membership was recorded with the bytes, so it is
-        // removed too; content that still exists costs one revalidation.
+        // A write may have ended between the check and the record. The membership, which was recorded with the bytes,
+        // may be outdated too, so it is removed. If the content still exists, that costs one revalidation.
         if !is_same() {
             let change = WriteEffect::Deleted(repository.clone(), digest);
             let registry = Arc::clone(registry);
@@ -349,7 +349,7 @@ fn invalidate(
 ) -> Result<(), crate::store::StoreError> {
     let upstream: Arc<str> = registry.name().into();
     match change {
-        // Referrers responses are fresh only while no write happened, so they need no removal.
+        // A cached referrers list is not served as fresh after a write, so it needs no removal.
         WriteEffect::Tags(repository, tags) => {
             let mut outcome = Ok(());
             for tag in tags {

@@ -6,7 +6,8 @@ use crate::oci::Repository;
 
 const KEY: &[u8] = b"\"name\"";
 
-/// The list with `here` in place of the first `"name"` that is one of `there`. All other bytes are unchanged.
+/// The list with the client's name `here` in place of the first `"name"` that is one of the registry's names `there`.
+/// All other bytes are unchanged.
 pub(super) fn renamed(list: Bytes, there: &[Repository], here: &Repository) -> Bytes {
     let found = there.iter().find_map(|there| place_of(&list, there.as_str()));
     let Some((before, after)) = found else {

@@ -117,7 +117,7 @@ struct ManifestRequest<'a> {
     repository: &'a Repository,
     context: &'a AuthContext,
     rule: &'a EffectivePolicy,
-    /// Deadline for a client that has a cached fallback.
+    /// If there is a cached fallback, the time at which it is served instead of a response of the upstream.
     deadline: Instant,
 }
 
@@ -160,7 +160,8 @@ impl<'a> ManifestRequest<'a> {
         }
     }
 
-    /// For a caller without a grant that requests a digest: see [`AuthContext::has_no_grant`].
+    /// For a caller without a grant that requests a digest: revalidates before the digest is looked up in the cache
+    /// (see [`AuthContext::has_no_grant`]).
     async fn authorize_first(&self, digest: Digest) -> ProxyResponse {
         let (registry, repository, now) = (&self.request.registry, self.repository, self.request.now);
         let unseen = self
@@ -202,7 +203,7 @@ impl<'a> ManifestRequest<'a> {
         candidates: Option<Candidates>,
         revalidated: Revalidated,
     ) -> ProxyResponse {
-        // Content of which the age is not checked is not forwarded where a minimum age applies.
+        // Forwarded content has no known age, so nothing is forwarded if a minimum age applies.
         let may_pass = state.cooling.is_none();
         if may_pass && revalidated.revalidation == Revalidation::Unavailable(UpstreamFailure::Unverifiable) {
             return self.pass_through().await;
@@ -211,8 +212,8 @@ impl<'a> ManifestRequest<'a> {
             && revalidated.is_unproven()
             && let Some(manifest) = self.take_inline_body(revalidated.response.as_deref()).await
         {
-            // Forward what this caller was given, even if the sender is not proven. Cached content is not used for
-            // it.
+            // The upstream sent this body to this very caller, so it may have it, even without proof that the sender is
+            // the registry. No cached content is sent.
             return self.manifest(manifest, ServeReason::Passthrough);
         }
         let state = state.with_revalidation(revalidated.revalidation);
@@ -335,8 +336,8 @@ impl<'a> ManifestRequest<'a> {
         }
     }
 
-    /// Serves the cached manifest that the tag moved to, or the older one instead of a young one. It is looked up again,
-    /// because it may have been evicted since.
+    /// Serves [`CacheState::target`]: the cached manifest that the tag moved to, or the older one if that is too young.
+    /// It is looked up again, because it may have been evicted since.
     async fn serve_target(
         &self,
         served: HitReason,
@@ -349,7 +350,7 @@ impl<'a> ManifestRequest<'a> {
         }
     }
 
-    /// Cached manifest that the response is to have.
+    /// Cached manifest with the digest [`CacheState::target`].
     async fn target(&self, state: &CacheState) -> Option<Arc<StoredManifest>> {
         self.proxy
             .cached_manifest(&self.request.registry, self.repository, &state.target()?)
@@ -394,7 +395,7 @@ impl<'a> ManifestRequest<'a> {
         }
         let mut upstream_request = self.upstream_request();
         upstream_request.caller.wait_deadline = Some(self.deadline);
-        // Most of the time is reserved for probes of queued blobs.
+        // Prefetches get a third of the time. The rest is for probes of the blobs whose prefetches are still queued.
         let prefetch_wait = self.rule.prefetch.then(|| self.rule.revalidate_timeout / 3);
         let checking = self
             .proxy
@@ -457,7 +458,7 @@ impl<'a> ManifestRequest<'a> {
                 self.pass_through().await
             }
             Err(response) => match (self.on_fetch_failed(state, candidates, response).await, why) {
-                // Not the requested tag is missing, but the image that would be served instead of a young one.
+                // The 404 is for the older image that would be served instead of a young one, and not for the tag.
                 (ProxyResponse::Denied(denial), MissReason::Cooling(youth))
                     if denial.reason == DenyReason::NotFound =>
                 {
@@ -614,7 +615,7 @@ impl<'a> ManifestRequest<'a> {
     }
 }
 
-/// Reason to fetch content that was to be served and is no longer cached.
+/// Reason to fetch a manifest that was to be served with the reason `served` and is no longer cached.
 fn reason_to_fetch(served: HitReason) -> MissReason {
     served.youth().map_or(MissReason::NewDigest, MissReason::Cooling)
 }

@@ -71,7 +71,7 @@ impl ProxyService {
             }
             (Revalidation::Digest { .. } | Revalidation::NoDigest, _) => {
                 let refreshed = self.refetch(&upstream_request, &revalidated).await;
-                // A registry without digests: only the fetched bytes show it.
+                // If the registry states no digest, only the fetched bytes show that it is blocked.
                 if let Ok(manifest) = &refreshed
                     && self.is_blocked(&request.registry, repository, &manifest.digest)
                 {
@@ -120,8 +120,8 @@ impl ProxyService {
         }
     }
 
-    /// Prefetches the missing blobs of a newer image. Of an index, the platforms that were pulled of the previous
-    /// image.
+    /// Prefetches the missing blobs of a newer image. Of an index, it prefetches the platforms that clients pulled of
+    /// the previous image.
     fn prefetch_platforms(
         self: &Arc<Self>,
         upstream_request: UpstreamRequest,

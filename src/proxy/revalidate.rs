@@ -89,7 +89,7 @@ impl ProxyService {
             if let Ok(response) = tokio::time::timeout(wait, asking).await {
                 response
             } else {
-                // A request in the local queue is no sign of the upstream's health.
+                // A request that is still queued here says nothing about the upstream's health.
                 if !waiters.is_queued() {
                     upstream.record_timeout(&upstream_request.caller, &upstream_request.endpoint, wait);
                 }
@@ -109,8 +109,8 @@ impl ProxyService {
                     .classify_for(&upstream_request, &response, state.authorization)
                     .await;
                 // A request with a local token is sent without a credential. If the upstream denies it while the
-                // token service is unavailable, report the outage; otherwise the 401 sends the client for a real
-                // token.
+                // token service is unavailable, report the outage. Otherwise report the 401, so that the client gets a
+                // real token.
                 let is_local = request.authorization.as_ref().is_some_and(is_local_token);
                 if is_local && matches!(revalidation, Revalidation::Denied(_)) && upstream.has_failed_realm()
                 {
@@ -131,8 +131,8 @@ impl ProxyService {
         }
     }
 
-    /// Response to the `HEAD`. For a caller without a current grant, an unproven success for a manifest is replaced
-    /// by a `GET`, because the bytes prove the content. A blob is not fetched for this.
+    /// Response to the `HEAD`. If its success is not proven to be the registry's and the caller has no current grant, a
+    /// manifest is requested by `GET`, because its bytes prove the content. A blob is not fetched for this.
     async fn head_or_get(
         self: &Arc<Self>,
         call: SharedCall<Arc<UpstreamResponse>>,
@@ -167,8 +167,8 @@ impl ProxyService {
     }
 
     /// Whether the digest may be fabricated: no manifest seen here references it. Such a request has the lowest
-    /// priority and ends with its last waiter. Any other request continues once it was sent, because a registry that
-    /// fills its own cache first takes longer than its clients wait, and the clients retry.
+    /// priority and ends with its last waiter. Any other request continues once it was sent: a registry that first
+    /// fetches the content itself takes longer than clients wait, and the clients retry.
     pub(super) fn may_be_fabricated(&self, upstream_request: &UpstreamRequest) -> bool {
         may_be_fabricated(
             &upstream_request.endpoint,
@@ -251,8 +251,8 @@ impl ProxyService {
                                 proxy.add_member(registry, repository, digest).await;
                             }
                         }
-                        // Sufficient for a comparison if the digest is known in this repository and the principal is
-                        // authorized.
+                        // The digest is not proven to be the registry's. It suffices to confirm the tag if it is a
+                        // known digest of this repository and the principal is authorized.
                         (Endpoint::Manifest { reference, .. }, ResponseKind::UnprovenDigest(digest))
                             if proxy.is_member(registry, repository, digest).await
                                 && proxy.is_authorized(&upstream_request).await
@@ -285,12 +285,12 @@ impl ProxyService {
             })
     }
 
-    /// The response, and whether its success is evidence of a grant. The client chooses the digest of a request, so a
-    /// front that answers 200 to everything and echoes the digest would pass.
+    /// The response, and whether its success is evidence of a grant. A proxy or login page before the registry may
+    /// answer 200 to everything and repeat the digest, which the client chose.
     ///
-    /// If the content was seen in this repository and the stated length is correct, the registry knows it. If the
-    /// content is cached or downloading and the length differs, only the bytes can prove it. Content that is neither
-    /// must be fetched from the upstream anyway.
+    /// If the content was seen in this repository and the stated length is correct, the success is evidence. Otherwise,
+    /// if the content is cached or downloading and the caller has no grant, the success becomes unproven. If it is
+    /// neither, there is nothing to give out without a fetch from the upstream.
     async fn check_evidence(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,

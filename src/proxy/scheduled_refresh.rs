@@ -85,7 +85,7 @@ struct Failing {
     result: RefreshResult,
 }
 
-/// What the last planning pass found.
+/// Numbers of tags in the last planning pass.
 #[derive(Clone, Copy, Default)]
 struct Census {
     in_use: u64,
@@ -227,7 +227,8 @@ impl Lane {
         Some(LaneRun(Arc::clone(self)))
     }
 
-    /// The run that entered first starts: permits are granted in that order.
+    /// Removes the oldest slot from `waiting`, when a run got its permit. Permits are granted in the order of
+    /// [`Self::enter`].
     fn start_first(&self) {
         locked(&self.state).waiting.pop_front();
     }
@@ -313,7 +314,7 @@ impl ProxyService {
         }
     }
 
-    /// Waits until this time. Returns whether a reload came first.
+    /// Waits until this time, or until a reload before it. Returns whether there was a reload.
     async fn reloaded_until(&self, until: Instant) -> bool {
         tokio::select! {
             biased;

@@ -1,4 +1,4 @@
-//! The upstream as a download source, also for ranges far ahead of the download.
+//! Download source: one blob from its upstream, from a given offset, or in ranges over further connections.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use crate::upstream::{Credential, RangeSpec, ResponseKind, ResponseStream, Upstr
 /// head.
 const RESUME_RATE_LIMIT_WAIT_MAX: Duration = Duration::from_secs(120);
 
-/// Uses the leader's own credential; a success is recorded as the leader's grant.
+/// A blob at its upstream. Requests carry the leader's own credential, and a success is recorded as the leader's grant.
 pub(super) struct UpstreamSource {
     proxy: Arc<ProxyService>,
     upstream_request: UpstreamRequest,
@@ -30,7 +30,7 @@ pub(super) struct UpstreamSource {
     started_at: Instant,
     /// Requests waiting for this download.
     waiters: Option<Waiters>,
-    /// Size of the blob, of which this is the source of segments.
+    /// Set in a source of ranges only: the size that the blob must have.
     total: Option<u64>,
 }
 
@@ -63,8 +63,8 @@ impl UpstreamSource {
         self
     }
 
-    /// Drops the client's credential. A token may have expired when a download is resumed. It authorized the
-    /// download, so the rest may be fetched anonymously. Returns whether there was a credential.
+    /// Drops the client's credential, and returns whether there was one. When a download is resumed, the client's token
+    /// may have expired. It authorized the download, so the rest may be fetched anonymously.
     fn drop_credential(&mut self) -> bool {
         let had_one = matches!(self.upstream_request.caller.credential, Credential::Client(_));
         if had_one {
@@ -91,7 +91,7 @@ impl UpstreamSource {
         registry.upstream().get_part(caller, endpoint, accept, part).await
     }
 
-    /// A complete download of its own, queued among the others.
+    /// Opens the complete blob on this connection. That is a download of its own, so it waits for a permit.
     async fn open_complete(&self, part: RangeSpec) -> Option<Box<dyn ByteStream>> {
         let UpstreamRequest {
             registry,

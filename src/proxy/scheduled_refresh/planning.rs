@@ -11,7 +11,7 @@ use crate::store::tags::{TagKey, TagRecord};
 /// Most refreshes a minute, of all upstreams together. If more tags are due, all are refreshed less often.
 pub const RUNS_PER_MINUTE_MAX: u32 = 600;
 
-/// Most tags that the planning reads a minute, on average. A larger store is planned for a longer time at once.
+/// Most tags that the planning reads a minute, on average. For a larger store, the planning window is longer.
 pub const TAGS_PER_MINUTE_MAX: u32 = 20_000;
 
 const WINDOW_MIN: Duration = Duration::from_secs(30);
@@ -25,11 +25,11 @@ const PAGE: usize = 256;
 pub(super) struct Planned {
     /// In the order of their slots.
     pub(super) runs: Vec<Run<TagKey>>,
-    /// Tags of the store.
+    /// Number of tags in the store.
     pub(super) seen: u64,
 }
 
-/// One page of tags.
+/// What the planning found in one page of tags.
 #[derive(Default)]
 struct Page {
     due: Vec<(TagKey, Phase, Slot)>,

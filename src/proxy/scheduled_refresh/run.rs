@@ -17,7 +17,7 @@ use crate::upstream::{Caller, PullQuota};
 /// Wait for a response of an upstream that is suspected to be unavailable.
 const HEAD_WAIT: Duration = Duration::from_secs(25);
 
-/// End of a run.
+/// How a run ended.
 struct Outcome {
     result: RefreshResult,
     cause: Option<UpstreamFailure>,
@@ -36,21 +36,21 @@ impl Outcome {
     }
 }
 
-/// What the `HEAD` said.
+/// What follows from the `HEAD`.
 enum Head {
     /// Nothing is left to do.
     Done(Outcome),
-    /// The image behind this digest is not cached as far as it is in use.
+    /// The image with this digest must be fetched: the tag moved to it, or the cached one is incomplete.
     Fetch(Digest, Box<Candidates>),
 }
 
 impl ProxyService {
     /// Runs the refresh of a tag once its upstream has a permit.
     pub(super) async fn run_in_lane(self: &Arc<Self>, lane: &Lane, key: &TagKey, slot_at: SystemTime) {
-        // The semaphores are never closed.
+        // An error would mean that the semaphore is closed, which never happens.
         let permit = lane.heads.acquire().await;
         lane.start_first();
-        // As it is configured now: a reload may have come since the planning.
+        // Use the current configuration, because a reload may have changed it since the planning.
         let Some(registry) = self.scheduled.upstreams().get(&key.upstream).cloned() else {
             return;
         };
@@ -91,7 +91,7 @@ impl ProxyService {
         self.record_refresh(key, &outcome);
     }
 
-    /// What decides about the refresh of a tag; `None` if it is not cached any more. Blocks.
+    /// Inputs that determine when a tag is refreshed; `None` if it is not cached any more. Blocks.
     pub(super) fn refresh_facts(
         &self,
         view: &View<'_>,
@@ -152,7 +152,8 @@ impl ProxyService {
         let (caller, endpoint) = (&request.caller, &request.endpoint);
         let known = request.registry.refresh_pause(caller, endpoint, policy);
         known.or_else(|| {
-            // Also of this repository alone, and this starts the probe that closes it again.
+            // A circuit breaker may be open for this repository alone. This call finds that, and starts the probe that
+            // may close it.
             let wait = upstream.wait_limit(caller, (endpoint, true), HEAD_WAIT);
             wait.err().map(|cause| match cause {
                 UpstreamFailure::Offline => RefreshPause::Offline,
@@ -170,14 +171,14 @@ impl ProxyService {
             let busy = UpstreamFailure::Abandoned;
             return Head::Done(Outcome::failed(RefreshResult::Unavailable, busy));
         };
-        // A digest is verified by the bytes that are fetched for it.
+        // `Granted`, because an unproven digest is verified by the bytes that are fetched for it.
         let heard = self
             .classify_for(request, &response, Authorization::Granted)
             .await;
         let brought = self.take_inline_body(request, &response).await;
         let digest = match (heard, brought) {
             (Revalidation::Blocked(_), _) => return Head::Done(Outcome::of(RefreshResult::Blocked)),
-            // A registry without digests: only the fetched bytes show it.
+            // If the registry states no digest, only the fetched bytes show that it is blocked.
             (_, Some(brought))
                 if self.is_blocked(&request.registry, &request.repository, &brought.digest) =>
             {
@@ -215,7 +216,7 @@ impl ProxyService {
             None => Head::Done(Outcome::of(RefreshResult::Revalidated)),
             Some(candidates) => {
                 let entry = candidates.entry();
-                // While a previous image is complete, the current one is still to be completed.
+                // The digest may be unchanged, but its image is incomplete: an outage would serve the previous one.
                 let is_left_behind =
                     matches!(entry.completeness, Completeness::Incomplete { previous: Some(_) });
                 if entry.digest == digest && !is_left_behind {
@@ -227,7 +228,7 @@ impl ProxyService {
         }
     }
 
-    /// Fetches the image that a tag moved to. The tag follows once the image is whole, by a second `HEAD`.
+    /// Fetches the image that a tag moved to. When it is cached, a second `HEAD` records the tag's new digest.
     async fn refresh_image(
         self: &Arc<Self>,
         request: &UpstreamRequest,
@@ -284,7 +285,7 @@ impl ProxyService {
             last_at: self.clock.now(),
         };
         scheduled.failing.insert(hash, Failing { failures, result });
-        // Once for each tag that begins to fail, and not for each of many.
+        // Logged at the first failure of a tag only, and rate-limited if many tags fail.
         if let (1, Some(skipped)) = (count, scheduled.failure_log.admits()) {
             tracing::warn!(
                 upstream = &*key.upstream,
@@ -298,7 +299,7 @@ impl ProxyService {
     }
 }
 
-/// Whether the failure pauses the complete upstream and does not concern the tag.
+/// Whether the failure concerns the whole upstream or the cache's queues, and not the tag.
 fn is_of_upstream(cause: UpstreamFailure) -> bool {
     matches!(
         cause,

@@ -13,17 +13,17 @@ use crate::store::tags::TagKey;
 /// State of all scheduled refreshes.
 #[derive(Clone, Debug)]
 pub struct RefreshStatus {
-    /// Tags that are refreshed, at the last planning.
+    /// Tags that are refreshed, as of the last planning.
     pub tags: u64,
     /// Tags under a rule with `refresh` that no client pulled within `refresh_used_within`.
     pub unused: u64,
     /// Tags that only clients can read, because the cache has no credential and the repository is not public.
     pub private: u64,
-    /// Only one of so many slots is used, because too many tags are refreshed. 1: all are.
+    /// Each tag uses one of this many slots, because too many tags are refreshed. 1: every slot.
     pub stride: u64,
     /// Ended refreshes since the start, by result.
     pub results: Vec<(RefreshResult, u64)>,
-    /// How long the refresh that is waiting longest should have started ago.
+    /// Time since the slot of the refresh that has waited longest; `None` if none waits.
     pub overdue: Option<Duration>,
     /// Upstreams at which nothing was refreshed at the last attempt.
     pub paused: Vec<(Arc<str>, RefreshPause)>,
