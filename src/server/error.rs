@@ -24,8 +24,8 @@ pub(super) enum Rejection {
     /// The connection (`CONNECT`, TLS server name) and the request name different hosts.
     #[error("the connection, the request's target and its Host header name different hosts")]
     Misdirected,
-    /// `Transfer-Encoding` on a request that needs no body. RFC 9112 §6.1: two framings of one body are a smuggling
-    /// attack.
+    /// `Transfer-Encoding` on a request that needs no body. RFC 9112 §6.1: a body with two framings allows request
+    /// smuggling.
     #[error("requests with Transfer-Encoding are not accepted: reads need no body")]
     Framing,
     /// A large body on a request that needs none.
@@ -78,7 +78,8 @@ pub(super) enum Rejection {
     /// Denied by the allow lists.
     #[error("the allow list of this cache denies {0}")]
     NotAllowed(String),
-    /// Under an upstream's host name, where `Authorization` belongs to the upstream.
+    /// A cache password is required, and the request came under an upstream's host name, where `Authorization` belongs
+    /// to the upstream.
     #[error(
         "authentication to this cache is not possible under a registry's host name, where `Authorization` \
          belongs to the registry. Use the cache's own address (mirror, ?ns= or path prefix), HTTPS_PROXY with user \

@@ -287,7 +287,7 @@ impl AcceptedStream {
         Ok(())
     }
 
-    /// Peeks at the first byte. `None` if the connection ended.
+    /// Whether the first byte, which is not consumed, begins a TLS handshake. `None` if the connection ended.
     pub(super) async fn first_byte_is_tls(&self) -> io::Result<Option<bool>> {
         let mut first = [0];
         let read = match &self.stream {
