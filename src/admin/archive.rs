@@ -146,7 +146,6 @@ async fn forward_body(mut body: Incoming, chunks: tokio::sync::mpsc::Sender<crat
     }
     let drain = async { while let Some(Ok(_)) = body.frame().await {} };
     // After the timeout the connection is closed.
-    //
     let _ = tokio::time::timeout(DRAIN_MAX, drain).await;
 }
 

@@ -1,8 +1,9 @@
 //! Rate limit for wrong admin tokens, per client address (GCRA: a burst, then a constant rate).
 //!
-//! An address that has used up its allowance waits until another token may be tried. Of concurrent waiting requests
-//! one is compared; otherwise the limit would only delay the errors. Other addresses are not affected. The number of
-//! remembered addresses is bounded; a forgotten address starts with a complete burst.
+//! A request from an address that has used up its allowance waits until another token may be tried. Of several such
+//! requests, the first that continues is compared; if it is wrong, the others get 429. If all were compared, the limit
+//! would delay an attack and not slow it down. Other addresses are not affected. The number of remembered addresses is
+//! bounded; a forgotten address starts with a complete burst.
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

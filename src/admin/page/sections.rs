@@ -107,7 +107,7 @@ fn quota(quota: Option<&Quota>) -> Markup {
     }
 }
 
-/// A size with a small unit.
+/// A size, with its unit in small type.
 fn sized(size: u64) -> Markup {
     let words = bytes(size);
     let (number, unit) = words.split_once(' ').unwrap_or((&words, ""));
