@@ -27,6 +27,7 @@ mod maintenance;
 mod metrics;
 mod page;
 mod pull_jobs;
+mod refreshes;
 mod response;
 mod router;
 mod status;

@@ -65,6 +65,7 @@ pub use registry::{Access, RegistryState, RegistryStates, UpstreamRegistry};
 pub use revalidate::Revalidated;
 pub use scheduled_refresh::{
     RUNS_PER_MINUTE_MAX, RefreshPause, RefreshResult, RefreshStatus, TAGS_PER_MINUTE_MAX, TagRefresh,
+    TagRefreshState,
 };
 pub use streamed_list::StreamedList;
 

@@ -11,6 +11,7 @@ use super::format::{
     short_digest,
 };
 use super::image_ref::ImageRef;
+use super::refreshes::RefreshView;
 use crate::oci::{Algorithm, Digest, UpstreamFailure};
 use crate::policy::min_age::{AgeSource, Maturity, Youth};
 use crate::policy::{
@@ -41,6 +42,8 @@ pub(super) struct Explanation {
     pub(super) because: Vec<String>,
     /// The decision for each possible upstream response.
     pub(super) what_if: Vec<WhatIf>,
+    /// Scheduled refreshes of the tag, if a rule has them.
+    pub(super) refresh: Option<RefreshView>,
     /// The decision and its facts as `name=value`, for bug reports.
     #[expect(clippy::struct_field_names, reason = "the name of the field in the API")]
     pub(super) explanation: String,
@@ -85,6 +88,18 @@ pub(super) async fn explain(
         }
         _ => decision,
     };
+    let refresh = match named.tag_key() {
+        Some(key) => RefreshView::load(&registry.proxy, upstream_registry, key, now).await,
+        None => None,
+    };
+    let mut because = reasons(
+        &situation,
+        upstream_registry.name(),
+        &rule,
+        authorization.is_some(),
+        unavailable,
+    );
+    because.extend(refresh.iter().map(|refresh| refresh.sentence.clone()));
     Explanation {
         image: named.to_string(),
         rule: rule.to_string(),
@@ -101,17 +116,12 @@ pub(super) async fn explain(
         upstream_unavailable: unavailable.map(UpstreamFailure::name),
         reason: explained.name(),
         sentence: sentence(explained, upstream_registry.name()),
-        because: reasons(
-            &situation,
-            upstream_registry.name(),
-            &rule,
-            authorization.is_some(),
-            unavailable,
-        ),
+        because,
         what_if: match explained {
             Decision::Revalidate | Decision::ProbeLayers(_) => what_ifs(&situation, upstream_registry.name()),
             Decision::Serve(_) | Decision::Fetch(_) | Decision::Deny(_) => Vec::new(),
         },
+        refresh,
         explanation: facts(decision, &situation),
     }
 }

@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::format::{confirmed, describe_youth, rfc3339};
 use super::image_ref::{ImageRef, Nearest, full_name};
+use super::refreshes::RefreshView;
 use super::response::{ApiResponse, Problem, json_response};
 use crate::oci::manifest::{DescriptorKind, ManifestKind};
 use crate::oci::{AnyDigest, Digest, Query, Reference, Repository};
@@ -58,6 +59,8 @@ pub(super) struct Image {
     pub(super) blocked: bool,
     /// The digest that the tag names, if it is younger than `min_age`: its age, and from when on it is served.
     pub(super) cooling: Option<String>,
+    /// Its scheduled refreshes, if a rule has them.
+    pub(super) refresh: Option<RefreshView>,
 }
 
 /// Details of one image.
@@ -428,6 +431,8 @@ fn summary(
             )
             .is_some(),
         cooling,
+        refresh: upstream_registry
+            .and_then(|upstream| RefreshView::read(&registry.proxy, upstream, &store.view(), key, now)),
     })
 }
 

@@ -63,6 +63,7 @@ impl Admin {
             .iter()
             .map(|transfer| transfer.readers.saturating_sub(1) as u64)
             .sum();
+        let refreshes = registry.proxy.refresh_status(now);
         let outstanding = self.egress.outstanding();
         Gauges {
             egress_bytes: outstanding.bytes,
@@ -79,6 +80,17 @@ impl Admin {
             store_objects: usage.blobs + usage.manifests,
             store_tags: usage.tags,
             queues: queues(&registry),
+            refresh_runs: refreshes
+                .results
+                .iter()
+                .map(|(result, count)| (result.name(), *count))
+                .collect(),
+            refresh_tags: vec![
+                ("in-use", refreshes.tags),
+                ("unused", refreshes.unused),
+                ("private", refreshes.private),
+            ],
+            refresh_overdue: refreshes.overdue.unwrap_or_default(),
             downloads_abandoned: downloads.abandoned(),
             transfers: downloads.count() as u64,
             waiters,

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::Admin;
 use super::format::{duration, rfc3339};
+use super::refreshes::RefreshesStatus;
 use crate::server::ServingState;
 use crate::store::AsyncStore;
 use crate::telemetry::Totals;
@@ -30,6 +31,8 @@ pub(super) struct Status {
     /// The upstream rate limit closest to exhaustion.
     pub(super) quota: Option<Quota>,
     pub(super) transfers: usize,
+    /// Scheduled refreshes.
+    pub(super) refreshes: RefreshesStatus,
 }
 
 #[derive(Serialize)]
@@ -166,6 +169,7 @@ impl Admin {
             last_day: Counters::of(&day.first().copied().unwrap_or_default()),
             quota: self.quota(),
             transfers: registry.proxy.downloads().count(),
+            refreshes: RefreshesStatus::of(&registry.proxy, now),
         }
     }
 

@@ -30,7 +30,7 @@ use crate::store::LogLimit;
 use crate::store::tags::TagKey;
 
 pub use self::planning::{RUNS_PER_MINUTE_MAX, TAGS_PER_MINUTE_MAX};
-pub use self::view::{RefreshStatus, TagRefresh};
+pub use self::view::{RefreshStatus, TagRefresh, TagRefreshState};
 
 /// Concurrent revalidations at one upstream.
 const HEADS_PER_UPSTREAM_MAX: usize = 2;
@@ -171,6 +171,16 @@ impl RefreshPause {
             Self::BreakerOpen => "circuit-breaker",
             Self::RateLimited => "rate-limited",
             Self::QuotaFloor => "quota-floor",
+        }
+    }
+
+    /// The reason in words.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Self::Offline => "offline mode is on",
+            Self::BreakerOpen => "its circuit breaker is open",
+            Self::RateLimited => "it limits the rate of the cache's requests",
+            Self::QuotaFloor => "less of the pull quota is left than `refresh_quota_floor`",
         }
     }
 }

@@ -46,6 +46,12 @@ pub struct Gauges {
     pub digest_mismatches: u64,
     /// Whether offline mode is on.
     pub offline: bool,
+    /// Ended scheduled refreshes since the start, by result.
+    pub refresh_runs: Vec<(&'static str, u64)>,
+    /// Tags under a rule with `refresh`, by state.
+    pub refresh_tags: Vec<(&'static str, u64)>,
+    /// How long the refresh that is waiting longest is late.
+    pub refresh_overdue: Duration,
     /// Whether each upstream responds, according to its circuit breakers.
     pub upstreams: Vec<(Arc<str>, bool)>,
     /// Open circuit breakers, by upstream and kind of request.

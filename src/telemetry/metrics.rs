@@ -51,6 +51,16 @@ struct LimitLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ResultLabels {
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StateLabels {
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OperationLabels {
     op: &'static str,
 }
@@ -168,6 +178,9 @@ pub(super) struct Metrics {
     scrub_damaged: Counter,
     store_objects: IntGauge,
     store_tags: IntGauge,
+    refresh_runs: Family<ResultLabels, Counter>,
+    refresh_tags: Family<StateLabels, IntGauge>,
+    refresh_overdue: Gauge<f64, AtomicU64>,
     egress_bytes: IntGauge,
     egress_waiting: IntGauge,
     queue_waiting: Family<QueueClassLabels, IntGauge>,
@@ -234,6 +247,9 @@ impl Default for Metrics {
             scrub_damaged: Counter::default(),
             store_objects: IntGauge::default(),
             store_tags: IntGauge::default(),
+            refresh_runs: Family::default(),
+            refresh_tags: Family::default(),
+            refresh_overdue: Gauge::default(),
             egress_bytes: IntGauge::default(),
             egress_waiting: IntGauge::default(),
             queue_waiting: Family::default(),
@@ -402,6 +418,13 @@ impl Metrics {
         raise_to(&self.scrub_damaged, gauges.scrub_damaged);
         self.store_objects.set(gauges.store_objects);
         self.store_tags.set(gauges.store_tags);
+        for (result, count) in &gauges.refresh_runs {
+            raise_to(&self.refresh_runs.get_or_create(&ResultLabels { result }), *count);
+        }
+        for (state, tags) in &gauges.refresh_tags {
+            self.refresh_tags.get_or_create(&StateLabels { state }).set(*tags);
+        }
+        self.refresh_overdue.set(gauges.refresh_overdue.as_secs_f64());
         self.egress_bytes.set(gauges.egress_bytes);
         self.egress_waiting.set(gauges.egress_waiting);
         self.set_queue_gauges(gauges);

@@ -6,6 +6,7 @@ use super::super::events::{ClientView, Event};
 use super::super::format::{bytes, duration, short_digest};
 use super::super::images::Image;
 use super::super::pull_jobs::{LayerState, PullView, State};
+use super::super::refreshes::RefreshesStatus;
 use super::super::status::TransferView;
 use super::super::status::{Counters, Quota, Status};
 use super::{PageQuery, RemovalPreview, ago};
@@ -78,12 +79,28 @@ pub(super) fn numbers(status: &Status) -> Markup {
                 }
                 div { (quota(status.quota.as_ref())) }
             }
+            @if status.refreshes.tags + status.refreshes.unused + status.refreshes.private > 0 {
+                p.store { (refreshes(&status.refreshes)) }
+            }
             p.store {
                 "Cached: " strong { (bytes(status.store.bytes)) } " of " (bytes(status.store.size)) " in "
                 (status.store.tags) " tags, " (status.store.manifests) " manifests and " (status.store.blobs) " blobs."
                 " " meter min="0" max=(status.store.size) value=(status.store.bytes) aria-label="Store used" {}
             }
         }
+    }
+}
+
+/// One line about scheduled refreshes.
+fn refreshes(refreshes: &RefreshesStatus) -> Markup {
+    let count = |result: &str| refreshes.results.get(result).copied().unwrap_or_default();
+    html! {
+        "Refreshed in the background: " strong { (refreshes.tags) } " tags"
+        @if refreshes.unused > 0 { ", " (refreshes.unused) " not in use" }
+        @if refreshes.private > 0 { ", " (refreshes.private) " private" }
+        ". Moved since the start: " (count("new-digest")) "."
+        @if refreshes.longer_by > 1 { " Too many tags: intervals are " (refreshes.longer_by) " times as long." }
+        @for paused in &refreshes.paused { " Paused at " (paused.upstream) ": " (paused.reason) "." }
     }
 }
 
@@ -299,6 +316,9 @@ fn row(image: &Image, secret: &str) -> Markup {
                 @if image.complete { span.mark.hit { "complete" } } @else { span.mark.stale title="Some layers must still be fetched" { "incomplete" } }
                 @if image.fresh_until.is_some() { " " span.mark.local { "fresh" } }
                 @if image.pinned { " " span.mark.local { "pinned" } }
+                @if let Some(refresh) = &image.refresh {
+                    " " span.mark.local title=(refresh.sentence) { "refreshed" @if refresh.state != "planned" { ": " (refresh.paused_by.unwrap_or(refresh.state)) } }
+                }
                 @if image.blocked { " " span.mark.denied { "blocked" } }
                 @if let Some(cooling) = &image.cooling { " " span.mark.stale title=(cooling) { "cooling" } }
             }

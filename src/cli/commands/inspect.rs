@@ -33,7 +33,7 @@ pub(super) async fn ls(client: &Client, args: &Ls, output: &mut Output<'_>) -> R
     if args.json {
         return output.json(&json!({ "images": images, "total": total }));
     }
-    let mut table = Table::new(&[
+    let heads = [
         "image",
         "digest",
         "state",
@@ -41,7 +41,14 @@ pub(super) async fn ls(client: &Client, args: &Ls, output: &mut Output<'_>) -> R
         ">unique",
         "confirmed",
         "policy",
-    ]);
+        "refresh",
+    ];
+    // Without a refreshed image, the last column would be empty.
+    let is_refreshed = images
+        .iter()
+        .any(|image| image.get("refresh").is_some_and(Value::is_object));
+    let shown = heads.len() - usize::from(!is_refreshed);
+    let mut table = Table::new(heads.get(..shown).unwrap_or_default());
     for image in &images {
         let is_complete = image.get("complete").and_then(Value::as_bool).unwrap_or_default();
         table.row(vec![
@@ -52,6 +59,7 @@ pub(super) async fn ls(client: &Client, args: &Ls, output: &mut Output<'_>) -> R
             bytes(number(image, "unique_bytes")),
             confirmed(image),
             text(image, "policy").to_owned(),
+            refresh(image),
         ]);
     }
     print(&table, output)?;
@@ -59,6 +67,29 @@ pub(super) async fn ls(client: &Client, args: &Ls, output: &mut Output<'_>) -> R
         output.line(&output.paint(Style::Dim, "no image is cached"))?;
     }
     Ok(())
+}
+
+/// The next scheduled refresh of an image, or why there is none.
+fn refresh(image: &Value) -> String {
+    let Some(refresh) = image.get("refresh").filter(|refresh| refresh.is_object()) else {
+        return "-".to_owned();
+    };
+    match (text(refresh, "state"), text(refresh, "next_at")) {
+        // 2026-11-29T04:03:16Z: the time of day, or the date if it is another.
+        ("planned", at) => match at.split_once('T') {
+            Some((_, time)) if number(refresh, "every_seconds") <= 86_400 => time.to_owned(),
+            _ => at.to_owned(),
+        },
+        ("paused", _) => text(refresh, "paused_by").to_owned(),
+        (state, _) => state.to_owned(),
+    }
+}
+
+fn refresh_sentence(image: &Value) -> &str {
+    match image.get("refresh").map(|refresh| text(refresh, "sentence")) {
+        None | Some("") => "off",
+        Some(sentence) => sentence,
+    }
 }
 
 pub(super) async fn show(client: &Client, args: &Show, output: &mut Output<'_>) -> Result<(), CommandError> {
@@ -107,6 +138,7 @@ pub(super) async fn show(client: &Client, args: &Show, output: &mut Output<'_>) 
             "policy",
             format!("{}, by {}", text(&image, "policy"), text(&image, "rule")),
         ),
+        ("refresh", refresh_sentence(&image).to_owned()),
         ("readers", readers),
     ] {
         output.line(&format!("  {name:<10} {value}"))?;

@@ -152,6 +152,22 @@ impl Metrics {
         );
         registry.register("store_tags", "Number of cached tags", self.store_tags.clone());
         registry.register(
+            "refresh_runs",
+            "Scheduled refreshes of tags, by result",
+            self.refresh_runs.clone(),
+        );
+        registry.register(
+            "refresh_tags",
+            "Tags under a rule with refresh: in use, unused, or private and readable by clients only",
+            self.refresh_tags.clone(),
+        );
+        registry.register_with_unit(
+            "refresh_overdue",
+            "How long the scheduled refresh that is waiting longest is late",
+            Unit::Seconds,
+            self.refresh_overdue.clone(),
+        );
+        registry.register(
             "store_degraded",
             "1 while the store cannot store content, see /readyz",
             self.store_degraded.clone(),

@@ -14,6 +14,7 @@ pub mod policies;
 pub mod registry_quirks;
 pub mod repository_prefix;
 pub mod revalidation;
+pub mod scheduled_refresh;
 pub mod tag_by_accept;
 pub mod tags_and_referrers;
 pub mod unreliable_head;
