@@ -174,8 +174,8 @@ fn steers(c: char) -> bool {
     }
 }
 
-/// Colours used by this program and its log (ECMA-48 SGR, `ESC [ 31 m`). None of them hides text, so one inside text
-/// of others can only colour it.
+/// Colours used by this program and its log (ECMA-48 SGR, `ESC [ 31 m`). None of them hides text, so such a sequence in
+/// foreign text can only colour it.
 const COLOURS: [&str; 10] = ["0", "1", "2", "3", "31", "32", "33", "34", "35", "36"];
 
 /// The first colour sequence in `text`, with the text before and after it.

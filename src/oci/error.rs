@@ -80,8 +80,8 @@ impl fmt::Display for ErrorCode {
     }
 }
 
-/// Error body of a response. With containerd the user sees the *first* registry's message, so it should name
-/// the upstream and the cause.
+/// Error body of a response. If several hosts of a registry fail, containerd shows the message of the *first*, and
+/// mirrors come first. So the message should name the upstream and the cause.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ErrorBody {
     /// Machine-readable code.
