@@ -28,10 +28,10 @@ pub const LISTING_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Longer lists use the slots for long lists. With this bound, neither kind takes more than 2 GiB.
 const SHORT_BYTES_MAX: usize = 512 * 1024;
 
-/// Hexadecimal digits of a slot: 4096 slots for short lists …
+/// Hexadecimal digits of a short list's slot: 4096 slots.
 const SLOT_HEX: usize = 3;
 
-/// … and 256 for long lists.
+/// Hexadecimal digits of a long list's slot: 256 slots.
 const LONG_SLOT_HEX: usize = 2;
 
 /// Number of long lists whose last write is remembered.

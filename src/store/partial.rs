@@ -27,7 +27,7 @@ const PARTIALS_MAX: usize = 32;
 /// Most bytes of all partial downloads together.
 const PARTIAL_BYTES_MAX: u64 = 16 * 1024 * 1024 * 1024;
 
-/// Most age at startup, by the last write. An older partial download is removed.
+/// Greatest age at startup, by the last write. An older partial download is removed.
 const PARTIAL_AGE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Largest checkpoint list that is read: the list of a blob of 128 GiB or more.
@@ -155,7 +155,8 @@ impl PartialDownload {
     }
 
     /// Hashes the data from the start, up to the first checkpoint that does not match. `proven` is called with the
-    /// offset of each checkpoint that does. Blocks on the disk and the hash. Returns `None` if it was discarded.
+    /// offset of each checkpoint that does. Blocks on the disk and the hash. Returns `None` if the partial download was
+    /// discarded.
     pub fn reverify(mut self, mut proven: impl FnMut(u64)) -> Option<Resumed> {
         let (reservation, entry) = (self.reservation.take()?, self.entry.take()?);
         let mut hasher = Hasher::new(entry.digest.algorithm());

@@ -5,8 +5,8 @@
 //! digest that the tag had before does therefore not replace the response to a later request. A digest that is new for
 //! the tag counts from the arrival of the response, because it proves that the tag has moved.
 //!
-//! No time in a record is later than the arrival of its last response. If one is, the clock was set back: such
-//! confirmations are moved to just before this response, in their order.
+//! No time in a record should be later than the arrival of its last response. If one is, the clock was set back. Such
+//! confirmations are then moved to just before the request of this response, in their order.
 
 use std::cmp::Reverse;
 use std::time::{Duration, SystemTime};
@@ -20,7 +20,7 @@ const TICK: Duration = Duration::from_millis(1);
 
 impl TagRecord {
     /// This record after a response that arrived at `received_at`; `variant.confirmed_at` is when its request was sent.
-    /// `None` if a later request with the same `Accept` set already got another response.
+    /// `None` if a later request with the same `Accept` set already got another digest.
     pub(super) fn with_response(
         &self,
         mut variant: Variant,
