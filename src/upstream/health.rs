@@ -46,9 +46,9 @@ const PROBED_MAX: usize = 8;
 /// A repository that no client requested for this long is no longer probed. A slow response predicts the next one for
 /// as long.
 const FORGET_AFTER: Duration = Duration::from_secs(600);
-/// A response slower than this triggers a check whether the upstream or only one repository is slow …
+/// A response slower than this triggers a check whether the upstream or only one repository is slow.
 const SLOW_MIN: Duration = Duration::from_millis(250);
-/// … at most once per interval.
+/// Minimum interval between two such checks.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How long a caller with a cached copy waits for a response.

@@ -80,8 +80,8 @@ impl Settings {
 /// Default maximum of concurrent requests, and of concurrent blob transfers.
 pub const DOWNLOADS_MAX: usize = 64;
 
-/// Offline mode: no upstream gets a request, and each fails with [`UpstreamFailure::Offline`]. Transfers under way continue.
-/// Clones share the mode.
+/// Offline mode: no upstream gets a request, and each request fails with [`UpstreamFailure::Offline`]. Transfers under
+/// way continue. Clones share the mode.
 #[derive(Clone, Debug, Default)]
 pub struct Offline(Arc<AtomicBool>);
 

@@ -10,13 +10,13 @@ use super::WaitLimit;
 use crate::oci::endpoint::Endpoint;
 use crate::oci::failure::UpstreamFailure;
 
-/// This many failures …
+/// Failures within [`WINDOW`], without a response in between, that open a scope.
 pub(super) const FAILURES_MAX: usize = 3;
-/// … within this window, without a response in between, open a scope.
+/// Time in which [`FAILURES_MAX`] failures open a scope.
 pub(super) const WINDOW: Duration = Duration::from_secs(30);
 /// Principals recorded per breaker. If more meet a failure, the oldest are dropped and send requests again.
 const PRINCIPALS_MAX: usize = 16;
-/// Interval between probes while clients send requests, and up to the second probe otherwise.
+/// Interval between probes while clients send requests. Otherwise it doubles with each probe.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 /// Longest interval between probes, which bounds how late a recovered registry is detected without client requests.
 const PROBE_INTERVAL_MAX: Duration = Duration::from_secs(30);
@@ -71,7 +71,7 @@ pub(super) struct Breaker {
     failed_at: Instant,
     /// Whether a failure was independent of the credential: there was no response at all.
     affects_all: bool,
-    /// Principals that met the other failures.
+    /// Principals of the failures that may depend on the credential.
     principals: Vec<[u8; 32]>,
     /// The operation that failed last.
     failed: Endpoint,
@@ -122,7 +122,7 @@ impl Breaker {
     ) -> bool {
         let is_other = self.granularity.are_distinct(&self.failed, endpoint);
         if self.mode == FailureMode::Error && is_other && self.granularity == Granularity::Requests {
-            // Errors of two requests are not repetitions of one.
+            // An error of another request does not repeat the first one, so the count begins again.
             if self.open_since().is_some() {
                 return false;
             }
@@ -141,7 +141,7 @@ impl Breaker {
                 self.principals.push(principal);
             }
         }
-        // A concrete cause says more than an expired wait.
+        // An expired wait does not replace a concrete cause.
         if cause != UpstreamFailure::RevalidateTimeout {
             self.cause = cause;
         }
@@ -244,7 +244,8 @@ impl Breaker {
         self.probe_operation = endpoint;
     }
 
-    /// Whether it is probed. A few error responses do not keep requests from being sent.
+    /// Whether it is probed. In the suspected state of [`FailureMode::Error`] requests are still sent, so no probe is
+    /// needed.
     pub(super) fn is_probed(&self) -> bool {
         self.mode == FailureMode::NoResponse || self.open_since().is_some()
     }

@@ -13,13 +13,13 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::oci::failure::UpstreamFailure;
 
-/// The first pause if the upstream states none; doubled while responses stay limited …
+/// The first pause if the upstream states none. It doubles while responses stay limited.
 const PAUSE_MIN: Duration = Duration::from_secs(1);
-/// … up to this.
+/// The longest pause if the upstream states none.
 const PAUSE_MAX: Duration = Duration::from_secs(30);
-/// The shortest pause that an upstream can state …
+/// A shorter pause that an upstream states is extended to this.
 const STATED_MIN: Duration = Duration::from_millis(100);
-/// … and the longest.
+/// A longer pause that an upstream states is cut to this.
 const STATED_MAX: Duration = Duration::from_secs(3600);
 /// The longest pause for a 503, whose `Retry-After` only estimates when the service recovers.
 const STATED_503_MAX: Duration = Duration::from_secs(60);
