@@ -114,7 +114,7 @@ fn share(class: Class, max: usize) -> usize {
     }
 }
 
-/// The same share of one group's permits.
+/// The same for one group's permits. Background work gets less of them.
 fn share_of_group(class: Class, max: usize) -> usize {
     match class {
         Class::Background => (max / 8).max(1).min(max),
@@ -162,7 +162,7 @@ impl Scheduler {
         self.last
     }
 
-    /// Sets the number of permits. Permits in use count.
+    /// Sets the number of permits. Those in use count towards it.
     pub(super) fn resize(&mut self, max: usize) {
         self.total.max = Some(max);
     }

@@ -1,8 +1,8 @@
 //! Set of requests that wait for one piece of shared work.
 //!
-//! The work waits in a queue once, in the turn of each request. A client that joins another client's download
-//! therefore does not wait behind that client's other requests. Work without waiting requests ends where that
-//! is safe: while it is queued, and until the upstream's response.
+//! The work is queued once, with an entry for each request, and starts at the first turn of any of them. A client that
+//! joins another client's download therefore does not wait behind that client's other requests. Work without waiting
+//! requests ends where that is safe: while it is queued, and until the upstream's response.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
@@ -16,8 +16,8 @@ use super::scheduler::{Entry, PermitId, Ticket};
 use super::{AcquireError, Class, Demand, Permit, QueueFull, Receiver, Shared};
 
 /// How long an upstream request continues without a waiting client. Its response mostly arrives within that
-/// time, which keeps the connection reusable. A client that disconnects at once gets no more requests sent than
-/// one that waits.
+/// time, which keeps the connection reusable. It also keeps a client that disconnects at once from causing more
+/// upstream requests than one that waits.
 pub const ABANDON_GRACE: Duration = Duration::from_secs(1);
 
 /// Requests that wait for one piece of work. Clones share the set.
