@@ -29,24 +29,24 @@ pub(super) const QUEUE_BYTES_MAX: usize = 1024 * 1024;
 /// Consecutive resumptions without a received byte.
 const FAILURES_IN_A_ROW_MAX: u32 = 7;
 
-/// Resumptions that every transfer is granted. Beyond that, a transfer must receive on average …
+/// Resumptions that a transfer may use in any case. Further ones depend on [`RESUME_BYTES_MIN`].
 const RESUMES_MIN: u64 = 64;
-/// … this many bytes per resumption. Otherwise an upstream that sends a few bytes at a time could keep a
-/// transfer forever.
+/// Bytes that a transfer must receive for each further resumption, on average. Otherwise an upstream that sends a few
+/// bytes at a time could keep a transfer running without end.
 const RESUME_BYTES_MIN: u64 = 16 * 1024;
 
-/// Pause before the first resumption. It doubles with each consecutive failure, up to …
+/// Pause before the first resumption. It doubles with each consecutive failure, up to [`RESUME_PAUSE_MAX`].
 const RESUME_PAUSE: Duration = Duration::from_millis(100);
-/// … this. All pauses add up to about 20 s, so a registry that restarts breaks no pull.
+/// Longest pause before a resumption. All pauses add up to about 20 s, so a registry that restarts breaks no pull.
 const RESUME_PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// Longest `Retry-After` that is waited out while clients wait.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(120);
 
-/// Within this much time of waiting for bytes …
+/// Time of waiting for bytes over which the throughput is measured. Time spent waiting for the local disk is not
+/// counted.
 const RATE_WINDOW: Duration = Duration::from_secs(30);
-/// … at least 1 KiB/s must arrive, or the stream counts as interrupted. Time spent waiting for the local disk
-/// is not counted.
+/// If fewer bytes arrive in a [`RATE_WINDOW`] (1 KiB/s), the stream counts as interrupted.
 const RATE_WINDOW_BYTES_MIN: u64 = 30 * 1024;
 
 /// The same limit for a transfer that no client waits for: below 32 KiB/s it gives its permit to others. A
@@ -248,8 +248,8 @@ impl<S: Source> Fetcher<'_, S> {
             .is_some_and(|stated| self.received < stated)
     }
 
-    /// Without a Content-Length the stream may end too early, and a stated size may be wrong. The digest
-    /// decides.
+    /// Whether the bytes so far match the digest. Without a `Content-Length`, the stream may have ended too early, and
+    /// the size stated in the manifest may be wrong.
     async fn matches_digest(&mut self) -> Result<bool, FetchError> {
         let (reply, is_complete) = oneshot::channel();
         self.queue.send(WriterMsg::CheckDigest(reply)).await?;
