@@ -60,12 +60,12 @@ pub fn blob_name(digest: &Digest) -> String {
     format!("blobs/{}/{}", digest.algorithm(), digest.hex())
 }
 
-/// What `index.json` says of one manifest.
+/// An entry of `index.json`: the descriptor of one manifest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// Of which digest.
+    /// Digest of the manifest.
     pub digest: Digest,
-    /// Of which type.
+    /// Media type of the manifest.
     pub media_type: MediaType,
     /// Its size in bytes.
     pub size: u64,
@@ -97,7 +97,8 @@ impl Entry {
         }
     }
 
-    /// The entry without a name. The client that pushed it chose its annotations, which must not name images here.
+    /// The entry of a referrer, without a name. The client that pushed it chose its annotations, and these must not
+    /// name an image of the archive.
     #[must_use]
     pub fn without_name(mut self) -> Self {
         if let Some(annotations) = self
@@ -139,7 +140,7 @@ fn name_of(descriptor: &Value) -> Option<String> {
     named(IMAGE_NAME).or_else(|| named(REF_NAME)).map(str::to_owned)
 }
 
-/// `oci-layout`, written.
+/// Content of an `oci-layout` file.
 pub fn layout_document() -> Vec<u8> {
     serde_json::json!({ "imageLayoutVersion": VERSION })
         .to_string()
@@ -155,7 +156,7 @@ pub fn is_layout(bytes: &[u8]) -> bool {
     version.and_then(Value::as_str) == Some(VERSION)
 }
 
-/// A list of manifests, written: `index.json`, and also what a registry says of referrers.
+/// Content of an image index with these entries: of `index.json`, or of a referrers list.
 pub fn index_document<'a>(entries: impl Iterator<Item = &'a Entry>) -> Vec<u8> {
     #[derive(Serialize)]
     #[serde(rename_all = "camelCase")]
@@ -169,7 +170,7 @@ pub fn index_document<'a>(entries: impl Iterator<Item = &'a Entry>) -> Vec<u8> {
         media_type: INDEX_TYPE,
         manifests: entries.map(|entry| &entry.descriptor).collect(),
     };
-    // Nothing in it can fail to be written.
+    // Strings, numbers and JSON values can always be serialized.
     serde_json::to_vec(&index).unwrap_or_default()
 }
 
