@@ -183,7 +183,7 @@ impl CacheView<'_> {
                 is_blocked,
             });
         }
-        // The images of a blocked index are the blocked release.
+        // The images of a blocked index belong to the blocked release, so they are not served in its place.
         let is_of_blocked_index = |digest: &Digest| {
             let children = &newest.manifest.manifest.descriptors;
             is_blocked

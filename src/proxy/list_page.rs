@@ -12,10 +12,10 @@ use super::listing::Listing;
 use crate::oci::{Endpoint, Query, Repository};
 use crate::store::listings::StoredListing;
 
-/// Cached pages combined into one.
+/// Most cached pages that are combined into one.
 const PAGES_MAX: usize = 256;
 
-/// Tags combined into one page; a cached list has fewer.
+/// Most tags that are combined into one page. A cached list has fewer.
 const TAGS_MAX: usize = 1_000_000;
 
 /// Query parameters of a page.
@@ -39,8 +39,9 @@ impl PageRequest {
     }
 }
 
-/// The page for `query`, from the complete list or the chain of pages that begins it, with the page of the chain that
-/// was confirmed longest ago. `None` if the cached pages do not suffice.
+/// The page for `query`, cut from the complete list: that is the first cached page and all pages that its `next` links
+/// lead to. Also returns the oldest of these pages. `None` if one of them is not cached, or if `query` has other
+/// parameters.
 pub(super) fn derive_page(
     repository: &Repository,
     query: &Query,
