@@ -64,7 +64,7 @@ impl RegistryService {
         if has_body {
             *response.body_mut() = Body::forwarded(passed, length, &self.telemetry);
         }
-        // Hop-by-hop information, which is for hyper to send.
+        // It names other addresses of the upstream (RFC 7838), where the client would bypass the cache.
         response.headers_mut().remove(HeaderName::from_static("alt-svc"));
         response
     }

@@ -137,8 +137,8 @@ impl CertDir<'_> {
     }
 }
 
-/// Name constraints (RFC 5280 §4.2.1.10): a stolen CA key can impersonate the cache and its upstreams, but not a
-/// bank. IP addresses are not constrained, because those of a machine change.
+/// Name constraints (RFC 5280 §4.2.1.10): a stolen CA key can impersonate the cache and its upstreams, but no other
+/// host. IP addresses are not constrained, because those of a machine change.
 fn constraints(names: &[String], hosts: &HashSet<String>) -> NameConstraints {
     let is_name = |name: &&String| name.parse::<IpAddr>().is_err();
     let mut permitted: Vec<_> = names
