@@ -67,7 +67,7 @@ fn with_mounts(path: &Path, text: &Text, mounts: &[String]) -> Result<Text, Setu
     }
 }
 
-/// The mounts in the `volumes` of one runner.
+/// Adds the mounts to the `volumes` of one runner. `None` if the layout of the file does not permit it.
 fn with_volumes(text: &Text, runner: usize, mounts: &[String]) -> Option<Text> {
     let root: Table = toml::from_str(&text.body).ok()?;
     let docker = root.get("runners")?.get(runner)?.get("docker")?.as_table()?;
