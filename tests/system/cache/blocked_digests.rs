@@ -269,6 +269,47 @@ async fn outage_serves_older_image_only_as_without_block() {
 }
 
 #[tokio::test]
+async fn block_beats_min_age_and_approval() {
+    let upstream = Upstream::start().await;
+    let old = upstream.push(DEMO, "latest", Image::with_layers(&["one"]));
+    let keys = "min_age = \"3d\"\non_unknown_age = \"serve\"";
+    let proxy = Setup::over(&upstream).default_keys(keys).start().await;
+    proxy.pull(DEMO, "latest", &old).await;
+    let new = upstream.moves(DEMO, "latest", Image::with_layers(&["two"]));
+    // The tag is answered with the old image while the new one is too young, blocked or not.
+    for is_blocked_now in [false, true] {
+        if is_blocked_now {
+            block(&proxy, &in_demo(&new.digest)).await;
+            is_blocked(&proxy.manifest(DEMO, &new.digest).await, &new.digest);
+        }
+        let reply = proxy.pull(DEMO, "latest", &old).await;
+        assert!(reply.cache_status().contains("cooling"), "{reply:#?}");
+    }
+    block(&proxy, &old.digest).await;
+    for outage in [false, true] {
+        if outage {
+            upstream.refuses();
+        }
+        let reply = proxy.manifest(DEMO, "latest").await;
+        assert_eq!(reply.status, 403, "{reply:#?}");
+    }
+    upstream.recovers();
+    unblock(&proxy, &old.digest).await;
+
+    let approval = json!({ "image": in_demo(&new.digest), "approved": true });
+    let reply = post(&proxy, "/api/v1/approvals", &approval).await.json();
+    assert_eq!(reply["still_blocked"], true, "{reply}");
+    let ask = |proxy: &Proxy| proxy.manifest(DEMO, "latest");
+    let reply = proxy
+        .until("the upstream to be asked again", ask, |reply| reply.status == 403)
+        .await;
+    is_blocked(&reply, &new.digest);
+    unblock(&proxy, &new.digest).await;
+    let proxy = proxy.restart().await;
+    proxy.pull(DEMO, "latest", &new).await;
+}
+
+#[tokio::test]
 async fn block_during_fetch_denies_its_response() {
     let upstream = Upstream::start().await;
     let image = upstream.push(DEMO, "latest", Image::with_layers(&["one"]));
