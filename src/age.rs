@@ -1,9 +1,9 @@
 //! Age checks that tolerate a clock which was set back.
 //!
-//! A time in the future was recorded before the clock was set back, so its age is unknown. While the upstream can be
-//! asked, such a time counts as too old ([`is_within`]). In an outage it cannot be asked, and a grant from minutes ago
-//! should not be lost. So a time at most [`AHEAD_MAX`] in the future counts as now ([`is_within_or_ahead`]). This
-//! extends a lifetime by exactly as much as the clock was set back.
+//! A time in the future was recorded before the clock was set back, so its age is unknown. If a revalidation is
+//! possible, such a time counts as too old ([`is_within`]). In an outage no revalidation is possible, and a grant from
+//! minutes ago should not be lost. So a time at most [`AHEAD_MAX`] in the future counts as now
+//! ([`is_within_or_ahead`]). This extends a lifetime by as much as the clock was set back, and by no more.
 
 use std::time::{Duration, SystemTime};
 
