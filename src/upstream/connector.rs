@@ -98,7 +98,7 @@ struct Inner {
     dial: Arc<dyn Dialer>,
     /// Offers h2 and HTTP/1.1.
     tls: Tls,
-    /// The same with the client certificate.
+    /// Like `tls`, with the client certificate.
     client_auth_tls: Tls,
     /// Offers HTTP/1.1 only, because `CONNECT` is sent in it.
     proxy_tls: Tls,

@@ -43,8 +43,8 @@ pub(super) const SHORT_WAIT: Duration = Duration::from_millis(50);
 const REPOSITORIES_MAX: usize = 512;
 /// Repositories of one upstream that are probed at a time, the most recently requested first.
 const PROBED_MAX: usize = 8;
-/// A repository that no client requested for this long is no longer probed. A slow response predicts the next one for
-/// as long.
+/// A repository that no client requested for this long is no longer probed. For the same time after a slow response,
+/// the next one is expected to be slow.
 const FORGET_AFTER: Duration = Duration::from_secs(600);
 /// A response slower than this triggers a check whether the upstream or only one repository is slow.
 const SLOW_MIN: Duration = Duration::from_millis(250);

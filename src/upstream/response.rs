@@ -129,7 +129,7 @@ impl UpstreamResponse {
         }
     }
 
-    /// The same with the failure's description.
+    /// Like [`Self::unavailable`], with the failure's description.
     pub(super) fn from_failure(unavailable: HttpFailure) -> UpstreamResponse {
         UpstreamResponse {
             detail: unavailable.detail,

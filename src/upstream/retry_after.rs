@@ -49,7 +49,7 @@ pub(super) fn is_limit(status: StatusCode, headers: &HeaderMap) -> bool {
     }
 }
 
-/// The same with the error code and message of the body.
+/// Like [`is_limit`], and also by the error code and message of the body.
 pub(super) fn is_limit_by_body(
     status: StatusCode,
     headers: &HeaderMap,

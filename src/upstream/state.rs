@@ -242,7 +242,7 @@ impl Learned {
         health.detector.take_probe(scope, Instant::now())
     }
 
-    /// The prober ended, whatever still fails.
+    /// Records that the prober has ended, even if a scope still fails.
     pub(super) fn probing_stopped(&self) {
         self.any_health().prober = None;
     }

@@ -48,7 +48,7 @@ impl Trust {
         trust
     }
 
-    /// The same with additional certificates, DER.
+    /// These certificates and further ones, in DER.
     pub(in crate::upstream) fn with(&self, further: &[Vec<u8>]) -> Result<Trust, TlsError> {
         let mut trust = self.clone();
         for (position, der) in further.iter().enumerate() {
