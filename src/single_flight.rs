@@ -55,8 +55,8 @@ where
         })
     }
 
-    /// The same for a request with this demand. `work` gets the waiting requests, and ends without a value when
-    /// none is left.
+    /// Like [`Self::share`], for a request with this demand. `work` gets the waiting requests, and ends without a
+    /// value when none is left.
     pub fn share_for<F, W>(&self, key: K, demand: Demand, work: W) -> SharedCall<V>
     where
         W: FnOnce(Waiters) -> F,

@@ -114,7 +114,7 @@ fn share(class: Class, max: usize) -> usize {
     }
 }
 
-/// The same for one group's permits. Background work gets less of them.
+/// Like [`share`], for one group's permits. Background work gets less of them.
 fn share_of_group(class: Class, max: usize) -> usize {
     match class {
         Class::Background => (max / 8).max(1).min(max),

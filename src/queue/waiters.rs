@@ -175,7 +175,7 @@ impl Waiters {
         timeout(within, again).await.is_ok()
     }
 
-    /// The same, and closes the set if none joined.
+    /// Like [`Self::rejoined_within`], and closes the set if none joined.
     pub async fn rejoined_or_closed_within(&self, within: Duration) -> bool {
         self.rejoined_within(within).await
             || !self.close_if(|state| state.waiting.is_empty() && !state.is_complete_wanted)
