@@ -23,7 +23,7 @@ use crate::upstream::{ResponseKind, UpstreamResponse};
 /// Chunks of one transfer between network and disk. A full queue slows the upstream instead of growing memory.
 pub(super) const QUEUE_CHUNKS_MAX: usize = 16;
 
-/// The same limit in bytes.
+/// Bytes of one transfer between network and disk.
 pub(super) const QUEUE_BYTES_MAX: usize = 1024 * 1024;
 
 /// Consecutive resumptions without a received byte.
@@ -49,8 +49,8 @@ const RATE_WINDOW: Duration = Duration::from_secs(30);
 /// If fewer bytes arrive in a [`RATE_WINDOW`] (1 KiB/s), the stream counts as interrupted.
 const RATE_WINDOW_BYTES_MIN: u64 = 30 * 1024;
 
-/// The same limit for a transfer that no client waits for: below 32 KiB/s it gives its permit to others. A
-/// later request resumes its partial download.
+/// Like [`RATE_WINDOW_BYTES_MIN`], for a transfer that no client waits for: below 32 KiB/s it ends and gives its permit
+/// to others. A later request resumes its partial download.
 const NO_CLIENT_WINDOW_BYTES_MIN: u64 = 32 * RATE_WINDOW_BYTES_MIN;
 
 /// How long a transfer that only served a small range keeps its connection without reading from it. Buffers on
