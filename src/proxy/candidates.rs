@@ -48,8 +48,8 @@ impl Candidates {
         }
     }
 
-    /// The same for an index that only lists manifests, such as a referrers list. Clients request its manifests
-    /// separately, so it counts as complete.
+    /// These candidates for an index that only lists manifests, such as a referrers list. It counts as complete,
+    /// because clients request its manifests separately.
     pub(super) fn without_children(self) -> Self {
         Self {
             completeness: Completeness::Complete,

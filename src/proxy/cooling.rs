@@ -23,13 +23,13 @@ use crate::store::tags::sightings::{Seen, SightingKey, Sightings};
 use crate::store::tags::{TagKey, TagReader};
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
-/// Upper bound of the current time, by the `Date` of registries' responses and the time that has passed since.
+/// Upper bound of the current time: the latest `Date` of the registries' responses, and the time that has passed since.
 #[derive(Default)]
 pub(super) struct CheckedTime(Mutex<Option<(SystemTime, Instant)>>);
 
 impl CheckedTime {
-    /// Takes the time of a response that has just arrived. Of several registries the latest counts, so that one with a
-    /// clock that is behind delays nothing.
+    /// Learns from the `Date` of a response that has just arrived. The latest time of all registries applies, so that a
+    /// registry whose clock is behind makes no digest younger.
     fn learn(&self, date: SystemTime) {
         let now = Instant::now();
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -39,7 +39,7 @@ impl CheckedTime {
         }
     }
 
-    /// `now`, unless it is more than [`age::AHEAD_MAX`] later than the registries' clocks. Then it is their time.
+    /// `now`, or the registries' time if `now` is more than [`age::AHEAD_MAX`] later.
     fn bound(&self, now: SystemTime) -> SystemTime {
         let known = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let Some((at, since)) = known else { return now };
@@ -51,12 +51,12 @@ impl CheckedTime {
     }
 }
 
-/// The candidates for a tag, and the facts about ages if a minimum age applies.
+/// The candidates for a tag, and whether they are old enough if a minimum age applies.
 pub(super) type TagFacts = (Option<Candidates>, Option<Cooling>);
 
 impl ProxyService {
-    /// Candidates for a tag and a client with this `Accept`, or for the operator (`None`). With a minimum age, the newest
-    /// one is old enough, unless none is.
+    /// Candidates for a tag and a client with this `Accept`, or for the operator (`None`). If a minimum age applies, they
+    /// begin with the newest manifest that is old enough, or with one that is too young if there is no other.
     pub(super) async fn tag_facts(
         self: &Arc<Self>,
         registry: &Arc<UpstreamRegistry>,
@@ -82,8 +82,8 @@ impl ProxyService {
         .await
     }
 
-    /// `state` after a revalidation, with the maturity of the digest that the upstream named, and the candidates by what
-    /// the response shows about the time.
+    /// `state` after a revalidation, with the maturity of the digest that the upstream named. The candidates are chosen
+    /// again, because the response may have recorded a sighting and a `Date`.
     pub(super) async fn with_ages(
         self: &Arc<Self>,
         request: &Request,
@@ -96,7 +96,7 @@ impl ProxyService {
             return (state, candidates);
         };
         let (registry, limit) = (&request.registry, rule.age_limit);
-        // The sighting of this response is later than the request.
+        // The sighting that this response recorded is later than the request.
         let now = self.clock.now().max(request.now);
         let what = (tag, Some(&request.accept));
         let (candidates, cooling) = self.tag_facts(registry, repository, what, rule, now).await;
@@ -118,7 +118,7 @@ impl ProxyService {
         (state, candidates)
     }
 
-    /// Maturity of a digest that the tag names, with what the response shows that is not recorded.
+    /// Maturity of a digest that the tag names, by the recorded evidence and by `Last-Modified` of the response.
     pub(super) async fn judge(
         self: &Arc<Self>,
         registry: &Arc<UpstreamRegistry>,
@@ -171,8 +171,8 @@ impl ProxyService {
         }
     }
 
-    /// Records that the upstream named `digest` for the tag of this request. With a minimum age, it is durable when this
-    /// returns; without one, nothing depends on it yet.
+    /// Records that the upstream named `digest` for the tag of this request. If a minimum age applies, the record is
+    /// durable when this returns. Otherwise it is written in the background, because no decision depends on it.
     pub(super) async fn record_sighting(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
@@ -249,7 +249,7 @@ fn proven_last_modified(response: &UpstreamResponse) -> Option<SystemTime> {
 }
 
 impl CacheView<'_> {
-    /// The known age of `digest`.
+    /// The recorded evidence for the age of `digest`.
     fn evidence(&self, sightings: &Sightings, digest: &Digest) -> AgeEvidence {
         let approved = self
             .proxy
@@ -265,7 +265,7 @@ impl CacheView<'_> {
         }
     }
 
-    /// Candidates that are old enough. If none is, the newest one, of which the facts then say that it is too young.
+    /// Candidates that are old enough. If there are none, the newest manifest, marked as too young in [`Cooling`].
     fn mature_candidates(
         &self,
         key: &TagKey,

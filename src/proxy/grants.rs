@@ -46,7 +46,7 @@ pub(super) struct RecentDenials {
     probed_at: Cache<RepositoryKey, Instant>,
     /// Makes the check of `denied_at` and the resulting grant update atomic in memory.
     grants: Mutex<()>,
-    /// The same for public marks, by repository. The mark is written to disk under the lock.
+    /// Does for public marks what `grants` does for grants, by repository. The mark is written to disk under the lock.
     public_locks: KeyedLocks<RepositoryKey>,
 }
 

@@ -67,7 +67,7 @@ impl ProxyService {
         // Like a tag, a list is a mutable name of the repository. It has no digest to compare, so it is always
         // fetched, and a cached list is served only while the upstream is unavailable.
         let never_revalidates = rule.policy == Policy::Never;
-        // A registry may return an empty list to a caller without a grant, or a front may respond instead. So
+        // A registry may return an empty list to a caller without a grant, or a proxy may respond in its place. So
         // that response is forwarded and not stored, and a cached list does not influence it.
         let has_no_grant = context.has_no_grant(rule, request.now);
         let mut stored = None;
@@ -239,7 +239,7 @@ impl ProxyService {
         self.store_list(key, Listing { bytes, ..head }).await
     }
 
-    /// The same for tags; a long list is streamed.
+    /// Like [`Self::fetch_list`], for tags. A long list is streamed.
     pub(super) async fn fetch_tags(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
@@ -255,7 +255,7 @@ impl ProxyService {
             };
             begun.extend_from_slice(&chunk.map_err(malformed)?);
         }
-        // A streamed body cannot be parsed as a whole, so only its beginning is checked. An error page of a front
+        // A streamed body cannot be parsed as a whole, so only its beginning is checked. An error page of a proxy
         // begins otherwise.
         if !begins_as_list(&begun) {
             return Err(malformed(UpstreamFailure::Malformed));

@@ -67,7 +67,7 @@ impl UpstreamRequest {
         Self { named, ..self }
     }
 
-    /// The same request for a digest.
+    /// This request, for a digest instead of the tag.
     pub(super) fn by_digest(self, digest: Digest) -> Self {
         let endpoint = Endpoint::Manifest {
             repository: self.repository.clone(),

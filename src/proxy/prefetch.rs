@@ -54,8 +54,8 @@ enum Parent {
     Several,
 }
 
-/// Started downloads, each with the result of its `GET`. A sender that is dropped without a result concerns another
-/// caller's download.
+/// Started downloads, each with the result of its `GET`. If the sender is dropped without a result, another caller
+/// leads the download.
 pub(super) type StartedDownloads = HashMap<Digest, oneshot::Receiver<Result<(), UpstreamFailure>>>;
 
 impl Default for Prefetching {

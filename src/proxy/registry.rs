@@ -143,7 +143,7 @@ impl UpstreamRegistry {
         self.rules.find(self.name(), repository, tag)
     }
 
-    /// The same, with local tokens while the token service at `realm` is unavailable.
+    /// Returns this registry with local tokens while the token service at `realm` is unavailable.
     #[must_use]
     pub fn with_local_tokens(self, realm: Origin) -> Self {
         Self {
