@@ -33,7 +33,7 @@ pub enum RouteKind {
     Prefix,
     /// The host of the request is that of an upstream, whose name resolves to the cache.
     Host,
-    /// The same inside a `CONNECT`.
+    /// As [`Self::Host`], inside a `CONNECT`.
     Connect,
 }
 
@@ -120,8 +120,8 @@ impl Router {
         self.by_name(host).or_else(|| self.by_token_service.get(host))
     }
 
-    /// The same for a `Host` header. Without TLS, port 80 may be omitted; behind a TLS-terminating load balancer,
-    /// port 443.
+    /// Like [`Self::by_host`], for a `Host` header. Without TLS, port 80 may be omitted; behind a TLS-terminating load
+    /// balancer, port 443.
     fn by_request_host(&self, host: &Authority, name: &str, is_tls: bool) -> Option<&Arc<UpstreamRegistry>> {
         let at_80 = || {
             let host = canonical(host.as_str())?;

@@ -566,7 +566,7 @@ impl Source {
         Poll::Ready(next)
     }
 
-    /// Whether its bytes are in memory anyway, or never, and so are not charged.
+    /// Whether its bytes are not charged to the memory budget: they are in memory in any case, or never.
     fn is_uncharged(&self) -> bool {
         match self {
             Self::Memory(_) | Self::Sendfile(..) => true,
