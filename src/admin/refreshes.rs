@@ -24,7 +24,7 @@ pub(super) struct RefreshesStatus {
     pub(super) longer_by: u64,
     /// Ended refreshes since the start, by result.
     pub(super) results: BTreeMap<&'static str, u64>,
-    /// How long the refresh that is waiting longest is late.
+    /// Time since the slot of the refresh that has waited longest.
     pub(super) overdue_seconds: Option<u64>,
     /// Upstreams at which nothing is refreshed for now.
     pub(super) paused: Vec<PausedUpstream>,
@@ -93,7 +93,7 @@ impl RefreshView {
         })
     }
 
-    /// The same on a blocking thread.
+    /// Like [`Self::read`], on a blocking thread.
     pub(super) async fn load(
         proxy: &Arc<ProxyService>,
         registry: &Arc<UpstreamRegistry>,
