@@ -1,4 +1,4 @@
-//! Baseline of `ifnewer setup`: the files without its changes, and the changes to make, with a rollback on failure.
+//! Baseline of a setup job: the files without the job's changes, and the changes to make, with a rollback on failure.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use super::root_fs::{Owner, RootFs};
 use super::undo::{BackupDir, FileState, Original, UndoRecord, WrittenFile};
 use super::{SetupError, plan};
 
-/// The files as they were before `setup` first changed them. A file that someone modified since is read as it is.
+/// The files as they were before the job first changed them. A file that someone else modified since is read as it is.
 pub(super) struct Baseline<'a> {
     root: &'a RootFs,
     backup: BackupDir<'a>,
@@ -64,7 +64,7 @@ impl<'a> Baseline<'a> {
         Ok(Self { root, backup, record })
     }
 
-    /// Makes the plan. If that fails and a file that `setup` wrote was modified since, the modification is reported
+    /// Makes the plan. If that fails and a file that the job wrote was modified since, the modification is reported
     /// instead.
     pub(super) fn plan(
         &self,

@@ -50,7 +50,7 @@ pub(super) struct Original {
 pub enum FileState {
     /// As written.
     AsWritten,
-    /// As before `setup` changed it: restored by hand.
+    /// As before the job changed it: restored by hand.
     AsBefore,
     /// Modified.
     Changed,

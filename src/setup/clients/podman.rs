@@ -60,8 +60,8 @@ pub(in crate::setup) fn plan(
     Ok(plan)
 }
 
-/// Of two sections for one prefix, the last one read replaces the other completely. Version 1 of the format allows no
-/// other file.
+/// Rejects an existing file that conflicts with the one to write. Of two sections for one prefix, the last one read
+/// replaces the other completely. If a file has version 1 of the format, podman accepts no other file.
 fn objections(path: &Path, root: &Table, endpoint: &CacheEndpoint, force: bool) -> Result<(), SetupError> {
     if root.contains_key("registries") {
         return Err(SetupError::Conflict {
