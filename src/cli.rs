@@ -356,7 +356,7 @@ fn with_sources<T>(
     with_sources_from(options, environment, rustix::process::geteuid().is_root(), read)
 }
 
-/// The same with a given environment.
+/// Like [`with_sources`], with a given environment.
 fn with_sources_from<T>(
     options: &Options,
     environment: impl Iterator<Item = (OsString, OsString)>,
