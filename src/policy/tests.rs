@@ -212,8 +212,7 @@ fn input_space_is_enumerated_completely() {
     );
 }
 
-// --- safety: forbidden responses
-// -------------------------------------------------------------------------------
+// Safety: forbidden responses.
 
 #[test]
 fn uncached_content_is_never_a_hit() {
@@ -519,8 +518,7 @@ fn possibly_outdated_responses_are_marked() {
     );
 }
 
-// --- blocks
-// ------------------------------------------------------------------------------------------------------------
+// Blocks.
 
 /// Whether the decision serves the blocked digest, or fetches content known to have it.
 #[expect(
@@ -653,8 +651,7 @@ fn block_never_serves_more() {
     );
 }
 
-// --- economy: forbidden upstream requests
-// -----------------------------------------------------------------------
+// Economy: forbidden upstream requests.
 
 #[test]
 fn fresh_tag_is_not_revalidated() {
@@ -810,8 +807,7 @@ fn weaker_authorization_never_serves_more() {
     }
 }
 
-// --- the basic rule
-// ---------------------------------------------------------------------------------------------
+// The basic rule.
 
 /// (1) Is the image cached? (2) Take its digest. (3) Under `if-newer`, take the remote digest. (4) If they
 /// differ, pull. (5) If the remote digest is unavailable, serve the cached image.
