@@ -85,7 +85,7 @@ fn killed_process_leaves_its_checkpoints() {
             hasher.update(part);
             ingest.checkpoint_if_due(((at + 1) * CHECKPOINT / 4) as u64, &hasher);
         }
-        // Neither suspended nor dropped.
+        // The process is killed, so the ingest is neither suspended nor dropped.
         let next = fixture.fs.list(Path::new("ingest")).unwrap();
         assert_eq!(next.iter().filter(|entry| entry.is_folder).count(), 1);
         std::mem::forget(ingest);
