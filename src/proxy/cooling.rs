@@ -55,8 +55,8 @@ impl CheckedTime {
 pub(super) type TagFacts = (Option<Candidates>, Option<Cooling>);
 
 impl ProxyService {
-    /// Candidates for a tag and a client with this `Accept`, or for the operator (`None`). If a minimum age applies, they
-    /// begin with the newest manifest that is old enough, or with one that is too young if there is no other.
+    /// Candidates for a tag and a client with this `Accept`, or for the operator (`None`). If a minimum age applies,
+    /// they begin with the newest manifest that is old enough, or with one that is too young if there is no other.
     pub(super) async fn tag_facts(
         self: &Arc<Self>,
         registry: &Arc<UpstreamRegistry>,
