@@ -212,7 +212,7 @@ async fn proxy_authentication_ends_with_password_change() {
         who.map(|who| who.name().to_owned())
     };
     assert_eq!(within(entry, peer.clone()).await.unwrap(), "alice");
-    // Another hash may be that of another password.
+    // A changed hash may be that of another password, so the authentication of the CONNECT no longer counts.
     let changed = self::entry();
     assert!(matches!(
         within(changed, peer).await,
