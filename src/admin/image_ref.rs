@@ -96,7 +96,6 @@ pub(super) fn full_name(key: &TagKey) -> String {
 pub(super) struct Nearest<'a> {
     text: &'a str,
     /// Candidates with their similarity, most similar first.
-    ///
     likely: Vec<(f64, String)>,
 }
 
