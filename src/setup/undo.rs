@@ -198,7 +198,6 @@ impl<'a> BackupDir<'a> {
     }
 
     /// Removes the record first and its contents after it, so that an interruption leaves no partial record.
-    ///
     pub(super) fn clear(&self) -> Result<(), SetupError> {
         self.root.remove(&self.record())?;
         for path in self.root.list(&self.folder)? {

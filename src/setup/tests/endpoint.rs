@@ -1,5 +1,4 @@
 //! Endpoints derived from configuration and options.
-//!
 
 use super::*;
 
