@@ -483,7 +483,6 @@ fn number(value: &Value, name: &str) -> u64 {
 }
 
 /// A list field of a response; empty if absent.
-///
 fn list<'a>(value: &'a Value, name: &str) -> &'a [Value] {
     value
         .get(name)

@@ -24,7 +24,6 @@ fn environment(variables: &[(&str, &str)]) -> impl Iterator<Item = (OsString, Os
 }
 
 /// Options that do not depend on files in /etc.
-///
 fn options_with_empty_file(folder: &tempfile::TempDir) -> Options {
     let config = folder.path().join("ifnewer.toml");
     std::fs::write(&config, "").unwrap();

@@ -29,7 +29,6 @@ impl Table {
     }
 
     /// The lines including the header, without trailing spaces.
-    ///
     pub(super) fn lines(&self) -> Vec<String> {
         let names: Vec<String> = self
             .heads
