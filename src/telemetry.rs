@@ -317,7 +317,7 @@ impl Telemetry {
         self.metrics.connections.open(listener, state)
     }
 
-    /// Counts an idle connection that was closed to free a slot for another.
+    /// Counts an idle connection that was closed to free a permit for another.
     pub fn record_connection_closed(&self, listener: &'static str, reason: CloseReason) {
         self.metrics.connections.closed(listener, reason);
     }
