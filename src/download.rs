@@ -77,7 +77,7 @@ pub use self::verify::VerifyingStream;
 /// Bytes at the end of a blob that are withheld from readers until the digest is verified.
 pub const WITHHELD_BYTES: u64 = 64 * 1024;
 
-/// Ranges far ahead that are fetched at once. Further ones wait for the fill.
+/// Ranges far ahead that are fetched at once. Further ones wait for the transfer.
 const AHEAD_RANGES_MAX: usize = 16;
 
 /// Concurrent write steps of all transfers. Each occupies a thread of the blocking pool.
@@ -179,7 +179,7 @@ pub trait Source: Send + 'static {
     fn ended(&self, _failure: Option<&DownloadError>) {}
 }
 
-/// Opens a range far ahead of the fill, or the remainder of a failed download, with the reader's own
+/// Opens a range far ahead of the transfer, or the remainder of a failed download, with the reader's own
 /// credential.
 pub trait RangeSource: Send + 'static {
     /// Requests the bytes from `from` up to, not including, `until`, or to the end. `None` if the upstream does

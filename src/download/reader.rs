@@ -1,6 +1,6 @@
 //! Reader of a blob while it is downloaded.
 //!
-//! A reader waits when it has caught up with the fill. If its range lies far ahead, it fetches that range from
+//! A reader waits when it has caught up with the transfer. If its range lies far ahead, it fetches that range from
 //! the upstream with its own credential (see [`RangeSource`]). Those bytes go to this reader only. They are
 //! neither stored nor verified, as a range cannot be verified by itself; the same holds for a range read from
 //! an incomplete file. A client that requests ranges assembles and verifies the blob itself, or has a digest
@@ -23,7 +23,7 @@ use crate::store::fs::FsFile;
 /// A range that begins this far beyond the received bytes is fetched separately.
 pub const FAR_AHEAD_BYTES: u64 = 8 * 1024 * 1024;
 
-/// A longer range waits for the fill, because fetching its bytes twice would cost the upstream too much.
+/// A longer range waits for the transfer, because fetching its bytes twice would cost the upstream too much.
 pub const AHEAD_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 /// Reads a blob while it is downloaded.
@@ -199,7 +199,7 @@ impl Reader {
         self
     }
 
-    /// Makes the reader wait for the fill, however far ahead its range lies. For ranges without an end: most
+    /// Makes the reader wait for the transfer, however far ahead its range lies. For ranges without an end: most
     /// clients that send one read a little of it and disconnect.
     #[must_use]
     pub fn waiting_for_fill(mut self) -> Self {
@@ -342,12 +342,12 @@ impl Reader {
             && self.position.saturating_sub(readable) > FAR_AHEAD_BYTES
     }
 
-    /// Requests the range, unless the fill reaches it first. Returns whether the state may have changed.
+    /// Requests the range, unless the transfer reaches it first. Returns whether the state may have changed.
     async fn open_ahead(&mut self) -> bool {
         let (position, Some(until)) = (self.position, self.end) else {
             return false;
         };
-        // Without a free permit it waits for the fill, and tries again when that has advanced.
+        // Without a free permit it waits for the transfer, and tries again when that has advanced.
         let Ok(permit) = Arc::clone(&self.ahead_permits).try_acquire_owned() else {
             return false;
         };
@@ -360,7 +360,7 @@ impl Reader {
             Progress::Filling(_, readable) => *readable > position,
             Progress::Complete(..) | Progress::Failed(_) => true,
         };
-        // Requested once. If the upstream denies or interrupts it, the reader waits for the fill.
+        // Requested once. If the upstream denies or interrupts it, the reader waits for the transfer.
         tokio::select! {
             body = ahead.open(position, Some(until)) => {
                 self.ahead_range = body.map(|body| AheadRange::new(body, until, permit));
@@ -370,7 +370,7 @@ impl Reader {
         true
     }
 
-    /// The next bytes of the separately fetched range. At its end, or if it is interrupted, the fill takes
+    /// The next bytes of the separately fetched range. At its end, or if it is interrupted, the transfer takes
     /// over.
     async fn next_ahead(&mut self) -> Option<Bytes> {
         let ahead_range = self.ahead_range.as_mut()?;

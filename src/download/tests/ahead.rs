@@ -1,4 +1,4 @@
-//! Ranges far ahead of the fill.
+//! Ranges far ahead of the transfer.
 
 use super::*;
 use crate::download::RangeFuture;
@@ -42,7 +42,7 @@ impl Parts {
     }
 }
 
-/// A fill that is paused at its beginning, and the wire that continues it.
+/// A transfer that is paused at its beginning, and the wire that continues it.
 fn paused_fill(blob: &[u8]) -> (Downloads, Wire, Reader) {
     let (downloads, script) = (downloads(), Script::default());
     let wire = script.stream(0, Some(blob.len()));
