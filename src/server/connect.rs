@@ -56,7 +56,7 @@ impl TunnelRules {
         Self { allowed, dialer }
     }
 
-    /// The most sensitive IP scope that the rules allow for this host. `None` if no rule matches. An exact host rule
+    /// The narrowest IP scope that the rules allow for this host. `None` if no rule matches. An exact host rule
     /// may reach any address; a glob rule may not reach loopback or link-local addresses.
     fn nearest_scope(&self, host: &str, port: u16) -> Option<IpScope> {
         let rules = self.allowed.iter().filter(|rule| rule.allows(host, port));
@@ -284,7 +284,7 @@ impl Connection {
     }
 }
 
-/// The most sensitive IP scope for a tunnel to an upstream's token service: that of the upstream itself. `None` if
+/// The narrowest IP scope for a tunnel to an upstream's token service: that of the upstream itself. `None` if
 /// the host is not a token service.
 async fn token_service(registry: &Arc<ServingState>, host: &str, port: u16) -> Option<IpScope> {
     for upstream_registry in registry.router.all() {
