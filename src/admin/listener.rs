@@ -40,7 +40,7 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Idle timeout while a response is sent. Event streams send every 15 s.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a new connection waits for a free slot of its address.
+/// How long a new connection waits for a permit of its address.
 const SLOT_TIMEOUT: Duration = Duration::from_secs(5);
 
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
