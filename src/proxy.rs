@@ -5,7 +5,7 @@
 //!
 //! * `manifest`, `blob`, `listing`, `referrers`: one pipeline for each kind of resource.
 //! * `revalidate`: the coalesced `HEAD` to the upstream and the state recorded from its response.
-//! * `cooling`: ages of a tag's digests, and older images, for `min_age`.
+//! * `cooling`: ages of a tag's digests, and older images, for `min_age`. `storage_age`: their age by `Last-Modified`.
 //! * `candidates`: cached manifests that may answer a tag. `cache_view`: store reads; a read error is logged and
 //!   counts as a miss.
 //! * `manifest_fetch`: manifest `GET`, verification and storage. `source`: the upstream as a download source.
@@ -48,6 +48,7 @@ mod registry;
 mod revalidate;
 mod scheduled_refresh;
 mod source;
+mod storage_age;
 mod streamed_list;
 mod write_effect;
 
@@ -102,6 +103,7 @@ pub struct ProxyService {
     principals: registry::Principals,
     size_hints: manifest_fetch::SizeHints,
     checked_time: cooling::CheckedTime,
+    silent_storage: storage_age::SilentStorage,
     active_downloads: possession::ActiveDownloads,
     probed_images: layer_probe::ProbedImages,
     prefetching: prefetch::Prefetching,
@@ -270,6 +272,7 @@ impl ProxyService {
             principals,
             size_hints: manifest_fetch::SizeHints::default(),
             checked_time: cooling::CheckedTime::default(),
+            silent_storage: storage_age::SilentStorage::default(),
             active_downloads: possession::ActiveDownloads::default(),
             probed_images: layer_probe::ProbedImages::default(),
             prefetching: prefetch::Prefetching::default(),

@@ -86,8 +86,7 @@ impl ProxyService {
     /// again, because the response may have recorded a sighting and a `Date`.
     pub(super) async fn with_ages(
         self: &Arc<Self>,
-        request: &Request,
-        repository: &Repository,
+        (request, upstream_request): (&Request, &UpstreamRequest),
         rule: &EffectivePolicy,
         (state, candidates): (CacheState, Option<Candidates>),
         revalidated: &Revalidated,
@@ -96,15 +95,26 @@ impl ProxyService {
             return (state, candidates);
         };
         let (registry, limit) = (&request.registry, rule.age_limit);
+        let repository = &upstream_request.repository;
         // The sighting that this response recorded is later than the request.
         let now = self.clock.now().max(request.now);
         let what = (tag, Some(&request.accept));
         let (candidates, cooling) = self.tag_facts(registry, repository, what, rule, now).await;
+        let response = revalidated.response.as_deref();
+        let is_blocked = matches!(revalidated.revalidation, Revalidation::Blocked(_));
         let named = match revalidated.revalidation {
             Revalidation::Digest { digest, .. } | Revalidation::Blocked(digest) => {
-                let response = revalidated.response.as_deref();
-                self.judge(registry, repository, (tag, digest), &limit, (response, now))
-                    .await
+                let what = (tag, digest);
+                let judged = self
+                    .judge(registry, repository, what, &limit, (response, now))
+                    .await;
+                match (judged, response) {
+                    (Maturity::Young(youth), Some(response)) if youth.may_be_older && !is_blocked => {
+                        self.judge_by_storage(upstream_request, what, &limit, (response, now))
+                            .await
+                    }
+                    (judged, _) => judged,
+                }
             }
             Revalidation::NoDigest => limit.judge_unnamed(),
             _ => Maturity::Mature,
@@ -141,6 +151,30 @@ impl ProxyService {
             ..evidence
         };
         limit.judge(digest, &evidence, self.checked_time.bound(now))
+    }
+
+    /// Maturity of a digest of which the age is unknown, by the time that its storage states. That time is recorded.
+    async fn judge_by_storage(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        (tag, digest): (&Tag, Digest),
+        limit: &AgeLimit,
+        (response, now): (&UpstreamResponse, SystemTime),
+    ) -> Maturity {
+        // Boxed, because few requests come here.
+        let stated = Box::pin(self.storage_age(upstream_request, tag, digest)).await;
+        if let (Some(stated), Some(media_type)) = (stated, &response.media_type) {
+            let modified = UpstreamResponse {
+                last_modified: Some(stated),
+                ..response.clone()
+            };
+            let what = (digest, media_type);
+            self.record_sighting(upstream_request, tag, what, Some(&modified))
+                .await;
+        }
+        let (registry, repository) = (&upstream_request.registry, &upstream_request.repository);
+        self.judge(registry, repository, (tag, digest), limit, (Some(response), now))
+            .await
     }
 
     /// Maturity of the digest that the tag was last seen to name.

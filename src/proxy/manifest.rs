@@ -220,8 +220,7 @@ impl<'a> ManifestRequest<'a> {
         let (state, candidates) = self
             .proxy
             .with_ages(
-                self.request,
-                self.repository,
+                (self.request, &self.upstream_request()),
                 self.rule,
                 (state, candidates),
                 &revalidated,
@@ -460,7 +459,10 @@ impl<'a> ManifestRequest<'a> {
             Err(response) => match (self.on_fetch_failed(state, candidates, response).await, why) {
                 // The 404 is for the older image that would be served instead of a young one, and not for the tag.
                 (ProxyResponse::Denied(denial), MissReason::Cooling(youth))
-                    if denial.reason == DenyReason::NotFound =>
+                    if matches!(
+                        denial.reason,
+                        DenyReason::NotFound | DenyReason::UpstreamUnavailable(UpstreamFailure::Status(404))
+                    ) =>
                 {
                     denied(DenyReason::TooYoung(youth), None, false)
                 }

@@ -132,9 +132,9 @@ async fn moved_tag_is_served_once_old_enough() {
     pass(DAY).await;
     let new = push(&registry, "two");
     assert_eq!(tag(&cache).await, Ok(old));
+    assert_eq!(gets_of(&registry, new), 0, "a young image is not fetched");
     pass(3 * DAY - 1).await;
     assert_eq!(tag(&cache).await, Ok(old));
-    assert_eq!(gets_of(&registry, new), 0, "a young image is not fetched");
     pass(1).await;
     assert_eq!(pulled_tag(&cache).await, new);
     assert_eq!(tag(&cache).await, Ok(new));
@@ -174,11 +174,58 @@ async fn unknown_age_is_refused_until_seen_long_enough() {
     let cache = Cache::new(&registry, rules());
     let digest = push(&registry, "one");
     assert_eq!(tag(&cache).await, Err("too-young"));
-    assert_eq!(gets_of(&registry, digest), 0);
+    assert_eq!(gets_of(&registry, digest), 1, "for the age of its config");
     pass(3 * DAY - 1).await;
     assert_eq!(tag(&cache).await, Err("too-young"));
     pass(1).await;
     assert_eq!(tag(&cache).await, Ok(digest));
+}
+
+/// Config of an image in the registry.
+fn config_of(registry: &Registry, image: Digest) -> Digest {
+    let state = registry.state();
+    let manifest = &state.shelves[REPOSITORY].manifests[&image];
+    let manifest: serde_json::Value = serde_json::from_slice(manifest).unwrap();
+    manifest["config"]["digest"].as_str().unwrap().parse().unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn new_digest_is_as_old_as_its_config_in_storage() {
+    for (days, expected) in [(3, true), (2, false)] {
+        let registry = registry();
+        let cache = Cache::on_disk(&registry, rules());
+        let image = push(&registry, "one");
+        let at = now() - Duration::from_secs((days * DAY).unsigned_abs());
+        let config = config_of(&registry, image);
+        registry.state().last_modified.insert(config, at);
+        let expected = if expected { Ok(image) } else { Err("too-young") };
+        assert_eq!(tag(&cache).await, expected);
+        let cache = cache.restart(rules()).await;
+        registry.state().request_log.clear();
+        assert_eq!(tag(&cache).await, expected, "recorded");
+        let asked = |line: &String| line.contains("/blobs/");
+        assert!(
+            !registry.request_log().iter().any(asked),
+            "{:?}",
+            registry.request_log()
+        );
+        pass((3 - days) * DAY).await;
+        assert_eq!(tag(&cache).await, Ok(image));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn storage_that_states_no_time_is_requested_once() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    let image = push(&registry, "one");
+    let config = format!("HEAD /v2/{REPOSITORY}/blobs/{}", config_of(&registry, image));
+    for _ in 0..3 {
+        assert_eq!(tag(&cache).await, Err("too-young"));
+    }
+    let log = registry.request_log();
+    let heads = log.iter().filter(|line| **line == config).count();
+    assert_eq!((heads, gets_of(&registry, image)), (1, 1), "{log:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -282,7 +329,8 @@ async fn flip_flop_keeps_the_age_of_each_digest() {
 async fn older_digest_that_is_gone_denies_as_too_young() {
     let registry = registry();
     let cache = Cache::new(&registry, rules());
-    let one = push(&registry, "one");
+    // Known to be young, so its config is not requested.
+    let one = push_old(&registry, "one", 0);
     assert_eq!(tag(&cache).await, Err("too-young"));
     pass(3 * DAY).await;
     push(&registry, "two");

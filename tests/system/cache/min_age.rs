@@ -87,7 +87,12 @@ async fn denial_of_a_young_digest_says_what_to_do() {
     assert!(reply.cache_status().contains("too-young"), "{reply:#?}");
     let head = proxy.head(&path).await;
     assert_eq!(head.status, 403);
-    assert_eq!(upstream.manifest_gets("library/demo"), 0);
+    assert_eq!(
+        upstream.manifest_gets("library/demo"),
+        1,
+        "for the age of its config"
+    );
+    assert_eq!(upstream.all_blob_gets(), 0);
     proxy.pull("library/demo", &image.digest, &image).await;
 }
 
