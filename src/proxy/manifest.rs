@@ -508,6 +508,11 @@ impl<'a> ManifestRequest<'a> {
         state: CacheState,
         candidates: Option<Candidates>,
     ) -> ProxyResponse {
+        let registry = &self.request.registry;
+        // Before a probe, which prefetches the layers.
+        if self.proxy.is_blocked(registry, self.repository, &manifest.digest) {
+            return denied(DenyReason::Blocked(manifest.digest), None, false);
+        }
         match self.probe_missing_layers(&manifest, candidates.as_ref()).await {
             Ok(()) => self.manifest(manifest, ServeReason::Fetched(why)),
             Err(cause) => self.serve_fallback(state, candidates, cause, None),

@@ -342,7 +342,8 @@ impl Verdicts {
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
         let of_digest = entries.entry(key.digest).or_default();
         let before = of_digest.len();
-        of_digest.retain(|entry| !entry.is(key));
+        // A damaged record that this one overwrites was loaded with another scope.
+        of_digest.retain(|entry| !entry.is(key) && entry.path != path);
         let replaced = before - of_digest.len();
         of_digest.push(Entry {
             kind: key.kind,

@@ -122,6 +122,26 @@ fn damaged_block_holds_everywhere_until_taken_back() {
 }
 
 #[test]
+fn block_given_again_replaces_its_damaged_record() {
+    on_every_fs(|fixture| {
+        let key = block(here(), b"bad");
+        fixture.open().put_verdict(&key, note("alice")).unwrap();
+        let file = fixture.files("blocks").remove(0);
+        fixture.overwrite(&file, b"garbage");
+        let store = fixture.open();
+        assert!(store.put_verdict(&key, note("bob")).unwrap());
+        assert_eq!(store.verdicts(VerdictKind::Blocked).len(), 1);
+        assert!(!is_blocked(&store, "library/debian", b"bad"));
+        let everywhere = block(VerdictScope::Everywhere, b"bad");
+        assert!(!store.remove_verdict(&everywhere).unwrap());
+        drop(store);
+        let store = fixture.open();
+        assert!(is_blocked(&store, ALPINE, b"bad"));
+        assert_eq!(fixture.files("blocks").len(), 1);
+    });
+}
+
+#[test]
 fn renamed_block_blocks_no_other_digest_silently() {
     on_every_fs(|fixture| {
         fixture

@@ -438,6 +438,26 @@ async fn blocked_layer_is_not_prefetched() {
 }
 
 #[tokio::test]
+async fn blocked_manifest_known_after_fetch_is_not_prefetched() {
+    let upstream = Upstream::start().await;
+    let old = upstream.push(DEMO, "latest", Image::with_layers(&["one"]));
+    let proxy = Setup::over(&upstream).prefetching().start().await;
+    proxy.pull(DEMO, "latest", &old).await;
+    let new = upstream.moves(DEMO, "latest", Image::with_layers(&["two"]));
+    block(&proxy, &in_demo(&new.digest)).await;
+    upstream.omits_digest();
+    upstream.clear_log();
+    for _ in 0..2 {
+        is_blocked(&proxy.manifest(DEMO, "latest").await, &new.digest);
+    }
+    proxy.has_turned(3).await;
+    assert_eq!(upstream.all_blob_gets(), 0);
+    upstream.recovers();
+    upstream.moves(DEMO, "latest", old.clone());
+    proxy.pull(DEMO, "latest", &old).await;
+}
+
+#[tokio::test]
 async fn blocked_digest_of_unproven_response_is_denied() {
     // A front that says 200 to everything and names the blocked digest.
     let (upstream, proxy, image) = holding().await;
