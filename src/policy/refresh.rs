@@ -236,7 +236,11 @@ impl TagFacts {
             }
         };
         let confirmed = after(self.confirmed_at, interval / 2);
-        let failed = self.failures.map_or(SystemTime::UNIX_EPOCH, |failures| {
+        // A confirmation since then came from a client's pull.
+        let failures = self
+            .failures
+            .filter(|failures| failures.last_at >= self.confirmed_at);
+        let failed = failures.map_or(SystemTime::UNIX_EPOCH, |failures| {
             after(failures.last_at, backoff(interval, failures.count))
         });
         confirmed.max(failed)

@@ -102,8 +102,8 @@ impl AccessTimes {
     ) {
         let modified = fs.modified(&content.path()).ok().flatten();
         let mut pending = self.pending();
-        let last = pending.get(&content).copied().max(modified);
-        if last.is_none_or(|last| last > stored_at) {
+        let recorded = pending.get(&content).copied();
+        if self.plausible(recorded).max(self.plausible(modified)) > stored_at {
             return;
         }
         pending.insert(content, used_at);

@@ -22,6 +22,7 @@ mod partial;
 pub(super) mod power_cut;
 mod removals;
 mod sightings;
+mod tag_use;
 mod tags;
 mod upkeep;
 mod verdicts;

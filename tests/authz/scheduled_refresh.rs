@@ -125,6 +125,14 @@ fn count(cache: &Cache, result: RefreshResult) -> u64 {
     status.results.iter().find(|(one, _)| *one == result).unwrap().1
 }
 
+/// Waits for the index, which opens on a thread of its own.
+async fn until_indexed(cache: &Cache) {
+    let store = cache.proxy.store();
+    while store.on_disk(|view| view.indexed_tags(None, 1).is_none()).await {
+        tokio::task::yield_now().await;
+    }
+}
+
 /// In the 65 minutes before, each tag was revalidated, and few of them twice.
 fn each_once(cache: &Cache, tags: u64) {
     let revalidated = count(cache, RefreshResult::Revalidated);
@@ -243,6 +251,32 @@ async fn tag_that_nobody_pulls_is_left_even_if_it_moves() {
     registry.push("acme/app", "1", "again", &[100]);
     pass(2 * HOUR).await;
     assert_eq!(count(&cache, RefreshResult::NewDigest), moved + 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn restart_keeps_last_use_of_moved_tag() {
+    let (registry, _) = public(1);
+    let cache = Cache::on_disk(&registry, hourly());
+    let task = runs(&cache);
+    pull(&cache, "1").await;
+    for hour in 0..3 {
+        registry.push("acme/app", "1", &format!("hour {hour}"), &[100]);
+        pass(HOUR).await;
+    }
+    assert!(count(&cache, RefreshResult::NewDigest) >= 2);
+    task.abort();
+    assert!(task.await.unwrap_err().is_cancelled());
+    let cache = cache.restart(hourly()).await;
+    until_indexed(&cache).await;
+    let _runs = runs(&cache);
+    pass(4 * HOUR).await;
+    requests(&registry);
+    pass(2 * HOUR).await;
+    assert_eq!(
+        requests(&registry),
+        Vec::<String>::new(),
+        "six hours after the pull"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -438,15 +472,7 @@ async fn restart_makes_no_burst() {
     let cache = cache.restart(hourly()).await;
     jump(2 * 3600);
     requests(&registry);
-    // The index opens on a thread of its own.
-    while cache
-        .proxy
-        .store()
-        .on_disk(|view| view.indexed_tags(None, 1).is_none())
-        .await
-    {
-        tokio::task::yield_now().await;
-    }
+    until_indexed(&cache).await;
     let _runs = runs(&cache);
     for _ in 0..13 {
         pass(5 * MINUTE).await;

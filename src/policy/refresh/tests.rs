@@ -229,6 +229,24 @@ fn failing_tag_uses_every_second_fourth_eighth_slot() {
 }
 
 #[test]
+fn pull_ends_backoff_of_failing_tag() {
+    let mut facts = facts(phase(9));
+    facts.failures = Some(Failures {
+        count: 4,
+        last_at: at(0),
+    });
+    let Outlook::Planned(backed_off) = facts.outlook(at(60)) else {
+        panic!("planned")
+    };
+    assert!(backed_off > at(7 * 3600));
+    facts.confirmed_at = at(1);
+    let Outlook::Planned(next) = facts.outlook(at(60)) else {
+        panic!("planned")
+    };
+    assert!(next < at(2 * 3600));
+}
+
+#[test]
 fn overload_refreshes_every_tag_less_often() {
     // 1,000 tags and 100 runs an interval: each tag in one of 16 slots.
     let mut count = [0_u32; 1000];

@@ -1,0 +1,67 @@
+//! Last use of tags, and their pages.
+
+use super::*;
+use crate::store::access_times::ContentId;
+
+/// A stored manifest that a tag points to.
+fn tagged(store: &Store, tag: &str) -> Digest {
+    let bytes = manifest(1);
+    put_manifest(store, &bytes, "library/demo").unwrap();
+    let digest = digest(&bytes);
+    store.put_tag(&key(tag), variant(1, &bytes, 1)).unwrap();
+    digest
+}
+
+fn last_use(store: &Store, tag: &str) -> Option<SystemTime> {
+    let record = store.tag(&key(tag)).unwrap().unwrap();
+    store.view().last_use(&record)
+}
+
+#[tokio::test]
+async fn kept_last_use_survives_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let fs = || Arc::new(DirectoryFs::open(folder.path()).unwrap());
+    let store = Arc::new(Store::open(&Settings::default(), fs(), at(1_000_000)).unwrap());
+    let digest = tagged(&store, "1");
+    let stored_at = store.last_access(ContentId::Manifest(digest)).unwrap();
+    assert!(stored_at >= at(1_000_000));
+    let handle = AsyncStore::new(Arc::clone(&store));
+    handle.keep_last_use(digest, stored_at, at(5_000)).await;
+    assert_eq!(last_use(&store, "1"), Some(at(5_000)));
+    store.close();
+    drop((handle, store));
+    let store = Store::open(&Settings::default(), fs(), at(1_000_100)).unwrap();
+    assert_eq!(last_use(&store, "1"), Some(at(5_000)));
+}
+
+#[tokio::test]
+async fn use_since_storage_is_not_put_back() {
+    let store = Arc::new(Store::open(&Settings::default(), Arc::new(MemoryFs::new()), at(100)).unwrap());
+    let digest = tagged(&store, "1");
+    store.touch(ContentId::Manifest(digest), at(200));
+    let handle = AsyncStore::new(Arc::clone(&store));
+    handle.keep_last_use(digest, at(100), at(5)).await;
+    assert_eq!(last_use(&store, "1"), Some(at(200)));
+}
+
+#[test]
+fn pages_of_indexed_tags_are_complete_and_in_order() {
+    on_every_fs(|fixture| {
+        let store = fixture.open();
+        // The index is complete once its thread has read every file.
+        while store.view().indexed_tags(None, 1).is_none() {
+            std::thread::yield_now();
+        }
+        for tag in ["a", "b", "c", "d", "e"] {
+            store.put_tag(&key(tag), variant(1, b"image", 1)).unwrap();
+        }
+        let (mut found, mut after) = (Vec::new(), None);
+        loop {
+            let page = store.view().indexed_tags(after.as_ref(), 2).unwrap();
+            let Some((last, _)) = page.last() else { break };
+            after = Some(last.clone());
+            found.extend(page.into_iter().map(|(key, _)| key));
+        }
+        assert_eq!(found, ["a", "b", "c", "d", "e"].map(key));
+    });
+}
