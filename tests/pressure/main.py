@@ -11,6 +11,7 @@ import disk
 import downloads
 import fairness
 import memory
+import refresh
 import silence
 from kit.lab import Lab
 
@@ -30,6 +31,7 @@ SCENARIOS = {
     "t14": admin.t14,
     "t18": memory.t18,
     "o02": silence.o02,
+    "refresh": refresh.refresh,
 }
 SCENARIO_S = 400
 
