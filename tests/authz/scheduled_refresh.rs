@@ -426,7 +426,10 @@ async fn offline_mode_pauses_and_resumes_spread() {
     requests(&registry);
     pass(3 * HOUR).await;
     assert_eq!(requests(&registry), Vec::<String>::new());
+    let paused = || cache.proxy.refresh_status(super::registry::now()).paused;
+    assert_eq!(paused().first().map(|(_, pause)| pause.name()), Some("offline"));
     cache.offline.set(false);
+    assert!(paused().is_empty());
     for _ in 0..13 {
         pass(5 * MINUTE).await;
         let log = requests(&registry);

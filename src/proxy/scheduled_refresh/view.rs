@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use super::{ProxyService, RefreshPause, RefreshResult, UpstreamRegistry, locked};
-use crate::oci::{Endpoint, Reference};
+use crate::oci::{Endpoint, Reference, UpstreamFailure};
 use crate::policy::refresh::{Outlook, RefreshPolicy};
 use crate::store::View;
 use crate::store::tags::TagKey;
@@ -71,14 +71,25 @@ impl ProxyService {
     /// State of all scheduled refreshes at `now`.
     pub fn refresh_status(&self, now: SystemTime) -> RefreshStatus {
         let census = *locked(&self.scheduled.census);
+        let upstreams = self.scheduled.upstreams();
         let lanes = locked(&self.scheduled.lanes);
         let overdue = lanes
             .values()
             .filter_map(|lane| now.duration_since(lane.oldest_waiting()?).ok());
         let overdue = overdue.max();
+        let is_current = |name: &Arc<str>, pause: RefreshPause| {
+            let refreshed = upstreams
+                .get(name)
+                .filter(|upstream| upstream.shortest_refresh().is_some());
+            refreshed.is_some_and(|upstream| {
+                let is_offline = upstream.upstream().unavailable_now() == Some(UpstreamFailure::Offline);
+                is_offline || pause != RefreshPause::Offline
+            })
+        };
         let paused = lanes
             .iter()
-            .filter_map(|(name, lane)| Some((Arc::clone(name), locked(&lane.state).paused?)));
+            .filter_map(|(name, lane)| Some((Arc::clone(name), locked(&lane.state).paused?)))
+            .filter(|(name, pause)| is_current(name, *pause));
         let mut paused: Vec<_> = paused.collect();
         paused.sort_by(|(a, _), (b, _)| a.cmp(b));
         let totals = self.scheduled.totals.iter();
