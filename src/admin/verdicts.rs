@@ -11,6 +11,7 @@ use super::format::rfc3339;
 use super::image_ref::ImageRef;
 use super::response::{ApiResponse, Problem, json_response};
 use super::router::{blocking, parse_json};
+use crate::oci::manifest::DescriptorKind;
 use crate::oci::{Algorithm, AnyDigest, Digest, Reference};
 use crate::server::ServingState;
 use crate::store::Store;
@@ -38,6 +39,8 @@ pub(super) struct Changed {
     pub(super) was: bool,
     /// Whether the digest is blocked now.
     pub(super) is_blocked: bool,
+    /// Manifests of the blocked digest, if it is a cached index, that are still served by their own digests.
+    pub(super) images: Vec<String>,
 }
 
 /// The operator's name and reason.
@@ -127,6 +130,36 @@ impl Target {
                 all.filter(|key| key.digest == *digest).collect()
             }
         }
+    }
+
+    /// The manifests that this digest lists, if it is a cached index, and that are not blocked.
+    fn unblocked_images(&self, store: &Store) -> Result<Vec<String>, Problem> {
+        let Some(held) = store.manifest(&self.digest())? else {
+            return Ok(Vec::new());
+        };
+        let children = held.manifest.descriptors.iter();
+        let manifests = children.filter(|child| child.kind == DescriptorKind::Manifest);
+        let digests = manifests.filter_map(|child| match child.digest {
+            AnyDigest::Supported(digest) => Some(digest),
+            AnyDigest::Unsupported(_) => None,
+        });
+        let named = digests.map(|digest| match self {
+            Self::Digest(_) => Self::Digest(digest),
+            Self::Image(named, _) => {
+                let reference = Reference::Digest(AnyDigest::Supported(digest));
+                Self::Image(
+                    ImageRef {
+                        reference,
+                        ..named.clone()
+                    },
+                    digest,
+                )
+            }
+        });
+        Ok(named
+            .filter(|image| !image.is_blocked(store))
+            .map(|image| image.name())
+            .collect())
     }
 
     fn is_blocked(&self, store: &Store) -> bool {
@@ -234,6 +267,11 @@ impl Admin {
                 image: target.name(),
                 was,
                 is_blocked: target.is_blocked(store),
+                images: if kind == VerdictKind::Blocked && is_given {
+                    target.unblocked_images(store)?
+                } else {
+                    Vec::new()
+                },
             })
         })
         .await
@@ -265,6 +303,7 @@ fn described(state: &str, is_given: bool, changed: &Changed) -> Value {
         state: is_given,
         "was": changed.was,
         "still_blocked": changed.is_blocked,
+        "images": changed.images,
     })
 }
 

@@ -26,6 +26,12 @@ pub(super) async fn block(
             "blocked"
         };
         output.line(&format!("{} {state}", text(&answer, "image")))?;
+        let images: Vec<_> = list(&answer, "images").iter().filter_map(Value::as_str).collect();
+        if !images.is_empty() {
+            let hint = "it lists images that are still served by their own digests; block them too:";
+            output.line(&output.paint(Style::Warning, hint))?;
+            output.line(&format!("ifnewer block {}", images.join(" ")))?;
+        }
     }
     Ok(())
 }

@@ -395,3 +395,23 @@ async fn blocks_and_approvals_are_given_listed_and_taken_back() {
     assert!(err.contains("a digest is required"), "{err}");
     proxy.pull("library/demo", "latest", &image).await;
 }
+
+#[tokio::test]
+async fn block_of_an_index_names_the_images_it_leaves() {
+    let upstream = Upstream::start().await;
+    let children = [Image::with_layers(&["amd64"]), Image::with_layers(&["arm64"])];
+    for child in &children {
+        upstream.push_untagged("library/demo", child.clone());
+    }
+    let index = upstream.push("library/demo", "latest", Image::index(&children));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.manifest("library/demo", "latest").await.is_image(&index);
+    done(&proxy, &["block", &children[0].digest]).await;
+    let in_demo = |image: &Image| format!("docker.io/library/demo@{}", image.digest);
+    let printed = done(&proxy, &["block", &in_demo(&index)]).await;
+    let hint = format!("ifnewer block {}\n", in_demo(&children[1]));
+    assert!(printed.ends_with(&hint), "{printed}");
+    done(&proxy, &["block", &in_demo(&children[1])]).await;
+    let printed = done(&proxy, &["block", &in_demo(&index)]).await;
+    assert!(!printed.contains("ifnewer block"), "{printed}");
+}
