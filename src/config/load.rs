@@ -216,6 +216,7 @@ fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<EffectivePolic
     let refresh_quota_floor = table.text(report, "refresh_quota_floor", &parsers::QUOTA_FLOOR);
     let min_age = table.text(report, "min_age", &parsers::MIN_AGE);
     let on_unknown_age = table.text(report, "on_unknown_age", &parsers::ON_UNKNOWN_AGE);
+    let trust_created = table.bool(report, "trust_created");
     let rule = EffectivePolicy {
         name: Arc::from("default"),
         policy: policy?,
@@ -234,7 +235,7 @@ fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<EffectivePolic
         age_limit: AgeLimit {
             min_age: min_age?,
             on_unknown_age: on_unknown_age?,
-            trust_created: false,
+            trust_created: trust_created?,
         },
     };
     check_grant_ttls(table, &rule, report);
@@ -258,6 +259,7 @@ pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<PolicyOv
     let refresh_quota_floor = table.text_if_set(report, "refresh_quota_floor", &parsers::QUOTA_FLOOR);
     let min_age = table.text_if_set(report, "min_age", &parsers::MIN_AGE);
     let on_unknown_age = table.text_if_set(report, "on_unknown_age", &parsers::ON_UNKNOWN_AGE);
+    let trust_created = table.bool_if_set(report, "trust_created");
     Ok(PolicyOverrides {
         policy: policy?,
         max_age: max_age?,
@@ -275,7 +277,7 @@ pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<PolicyOv
         age_limit: AgeOverrides {
             min_age: min_age?,
             on_unknown_age: on_unknown_age?,
-            trust_created: None,
+            trust_created: trust_created?,
         },
     })
 }

@@ -169,6 +169,7 @@ pub const KEYS: &[Key] = &[
     key(Default, "refresh_quota_floor", Some(r#""25%""#), "Share of the upstream's pull quota that is left to clients: below it, nothing is refreshed."),
     key(Default, "min_age", Some(r#""0s""#), "Minimum age: a tag is answered with the newest digest that it has named for at least this long, up to \"365d\". Counts from the time at which this cache first saw the tag name the digest or, if older, from the `Last-Modified` of its storage. \"0s\" for none. It does not apply to pulls by digest."),
     key(Default, "on_unknown_age", Some(r#""refuse""#), "With `min_age`, the action for a digest that is new to this cache and of which nothing shows the age: \"refuse\" until it is old enough here, or \"serve\"."),
+    key(Default, "trust_created", Some("false"), "With `min_age`, whether `created` in the config of an image is evidence of its age. Its publisher can write any time there."),
 
     key(Upstream, "url", None, "URL of the registry, or a list tried in order until one has the image. Default: https:// and the upstream's name."),
     key(Upstream, "repository_prefix", None, "Prefix of each repository name at the registry, for an upstream that is a project of another registry: \"hub-proxy\". A list has one prefix for each URL."),
@@ -201,6 +202,7 @@ pub const KEYS: &[Key] = &[
     key(Upstream, "refresh_quota_floor", None, "As in [default], for this upstream."),
     key(Upstream, "min_age", None, "As in [default], for this upstream."),
     key(Upstream, "on_unknown_age", None, "As in [default], for this upstream."),
+    key(Upstream, "trust_created", None, "As in [default], for this upstream."),
 
     key(Rule, "images", None, "Globs over upstream/repository:tag; `*` also matches `/`."),
     key(Rule, "policy", None, "As in [default], for these images."),
@@ -213,6 +215,7 @@ pub const KEYS: &[Key] = &[
     key(Rule, "refresh_used_within", None, "As in [default], for these images."),
     key(Rule, "min_age", None, "As in [default], for these images."),
     key(Rule, "on_unknown_age", None, "As in [default], for these images."),
+    key(Rule, "trust_created", None, "As in [default], for these images."),
 
     key(Access, "htpasswd", None, "File with the users of the cache and their bcrypt password hashes."),
     key(Access, "client_ca", None, "PEM certificates of the CAs that issue client certificates. Without this and `htpasswd`, every client that reaches the listener has access."),

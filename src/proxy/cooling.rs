@@ -162,15 +162,17 @@ impl ProxyService {
         (response, now): (&UpstreamResponse, SystemTime),
     ) -> Maturity {
         // Boxed, because few requests come here.
-        let stated = Box::pin(self.storage_age(upstream_request, tag, digest)).await;
-        if let (Some(stated), Some(media_type)) = (stated, &response.media_type) {
-            let modified = UpstreamResponse {
-                last_modified: Some(stated),
-                ..response.clone()
+        let requested = self.storage_age(upstream_request, (tag, digest), limit.trust_created);
+        let stated = Box::pin(requested).await;
+        if let (Some(stated), Some(media_type), ResponseKind::Digest(_)) =
+            (stated, &response.media_type, response.kind)
+        {
+            let seen = Seen {
+                last_modified: response.last_modified.or(stated.last_modified),
+                created_at: stated.created_at,
+                ..seen_by(upstream_request, digest, media_type)
             };
-            let what = (digest, media_type);
-            self.record_sighting(upstream_request, tag, what, Some(&modified))
-                .await;
+            self.write_sighting(upstream_request, tag, seen).await;
         }
         let (registry, repository) = (&upstream_request.registry, &upstream_request.repository);
         self.judge(registry, repository, (tag, digest), limit, (Some(response), now))
@@ -214,32 +216,30 @@ impl ProxyService {
         (digest, media_type): (Digest, &MediaType),
         response: Option<&UpstreamResponse>,
     ) {
-        const ACTION: &str = "record when the tag named the digest";
         if let Some(date) = response.and_then(|response| response.date) {
             self.checked_time.learn(date);
         }
         if tag.is_referrers_tag() {
             return;
         }
+        let seen = Seen {
+            last_modified: response.and_then(proven_last_modified),
+            ..seen_by(upstream_request, digest, media_type)
+        };
+        self.write_sighting(upstream_request, tag, seen).await;
+    }
+
+    async fn write_sighting(self: &Arc<Self>, upstream_request: &UpstreamRequest, tag: &Tag, seen: Seen) {
+        const ACTION: &str = "record when the tag named the digest";
         let UpstreamRequest {
-            registry,
-            repository,
-            accept,
-            ..
+            registry, repository, ..
         } = upstream_request;
         let key = SightingKey {
             upstream: registry.name().into(),
             repository: repository.clone(),
             reference: tag.clone().into(),
         };
-        let seen = Seen {
-            digest,
-            media_type: media_type.clone(),
-            accept: accept.key(),
-            accepts_indexes: accept.lists_indexes(),
-            last_modified: response.and_then(proven_last_modified),
-            created_at: None,
-        };
+        let digest = seen.digest;
         let (store, now) = (self.store.clone(), self.clock.now());
         let recording = async move { store.record_sighting(key, seen, now).await };
         if !registry.rule(repository, Some(tag)).age_limit.is_on() {
@@ -272,6 +272,18 @@ impl ProxyService {
         limit
             .judge(digest, &evidence, self.checked_time.bound(now))
             .youth()
+    }
+}
+
+/// What a response to this request shows, without times.
+fn seen_by(upstream_request: &UpstreamRequest, digest: Digest, media_type: &MediaType) -> Seen {
+    Seen {
+        digest,
+        media_type: media_type.clone(),
+        accept: upstream_request.accept.key(),
+        accepts_indexes: upstream_request.accept.lists_indexes(),
+        last_modified: None,
+        created_at: None,
     }
 }
 

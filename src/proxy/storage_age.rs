@@ -21,14 +21,17 @@ use crate::store::tags::sightings::SightingKey;
 /// a larger index stays unknown.
 const IMAGES_MAX: usize = 4;
 
+/// Largest config read for its `created`.
+const CONFIG_BYTES_MAX: usize = 1024 * 1024;
+
 /// Longest wait for all of it. A client has given up after 30 s.
 const STORAGE_AGE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Digests of tags of which the storage is known to state nothing.
 const SILENT_MAX: usize = 4_096;
 
-/// Digests whose storage states no time, so that it is requested once. In memory only.
-pub(super) struct SilentStorage(Cache<(SightingKey, Digest), ()>);
+/// Digests whose storage states no time, so that it is requested once, and whether `created` was read. In memory only.
+pub(super) struct SilentStorage(Cache<(SightingKey, Digest, bool), ()>);
 
 impl Default for SilentStorage {
     fn default() -> Self {
@@ -36,38 +39,49 @@ impl Default for SilentStorage {
     }
 }
 
+/// What a config says about its age.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct ConfigAge {
+    /// When the storage got it.
+    pub(super) last_modified: Option<SystemTime>,
+    /// Its own `created`, if that is trusted.
+    pub(super) created_at: Option<SystemTime>,
+}
+
 impl ProxyService {
-    /// When the storage got the newest config of the image or index that this tag names; `None` if it does not say.
+    /// What the newest config of the image or index that this tag names says about its age; `None` if that is nothing.
     pub(super) async fn storage_age(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
-        tag: &Tag,
-        digest: Digest,
-    ) -> Option<SystemTime> {
+        (tag, digest): (&Tag, Digest),
+        trust_created: bool,
+    ) -> Option<ConfigAge> {
         let key = SightingKey {
             upstream: upstream_request.registry.name().into(),
             repository: upstream_request.repository.clone(),
             reference: tag.clone().into(),
         };
-        let of = (key, digest);
+        let of = (key, digest, trust_created);
         if self.silent_storage.0.get(&of).is_some() {
             return None;
         }
-        let requested = self.newest_config(upstream_request, digest);
+        let requested = self.newest_config(upstream_request, digest, trust_created);
         // `None`: an upstream that does not respond says nothing about its storage.
         let stated = timeout(STORAGE_AGE_TIMEOUT, requested).await.ok()??;
-        if stated.is_none() {
+        if stated == ConfigAge::default() {
             self.silent_storage.0.insert(of, ());
+            return None;
         }
-        stated
+        Some(stated)
     }
 
-    /// `None` if a request failed; `Some(None)` if the storage states no time.
+    /// `None` if a request failed.
     async fn newest_config(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
         digest: Digest,
-    ) -> Option<Option<SystemTime>> {
+        trust_created: bool,
+    ) -> Option<ConfigAge> {
         let manifest = self.child_manifest(upstream_request, digest).await.ok()?;
         let images = match manifest.manifest.kind {
             ManifestKind::Image => vec![manifest],
@@ -79,7 +93,7 @@ impl ProxyService {
                     .filter(|child| child.kind == DescriptorKind::Manifest && child.attests.is_none())
                     .collect();
                 if images.is_empty() || images.len() > IMAGES_MAX {
-                    return Some(None);
+                    return Some(ConfigAge::default());
                 }
                 let mut found = Vec::new();
                 for image in images {
@@ -88,28 +102,27 @@ impl ProxyService {
                 }
                 found
             }
-            ManifestKind::Other => return Some(None),
+            ManifestKind::Other => return Some(ConfigAge::default()),
         };
-        let mut newest = None;
+        let mut newest: Option<ConfigAge> = None;
         for image in images {
-            let Some(stated) = self.config_modified(upstream_request, &image).await? else {
-                return Some(None);
-            };
-            newest = newest.max(Some(stated));
+            let stated = self.config_age(upstream_request, &image, trust_created).await?;
+            newest = Some(newest.map_or(stated, |newest| newest.and(stated)));
         }
-        Some(newest)
+        newest
     }
 
-    /// `Last-Modified` of an image's config. The response must have the size that the manifest states: a page of a
-    /// captive portal has not.
-    async fn config_modified(
+    /// `Last-Modified` of an image's config and, if it is trusted, the config's own `created`. The response must have the
+    /// size that the manifest states: a page of a captive portal has not.
+    async fn config_age(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
         image: &StoredManifest,
-    ) -> Option<Option<SystemTime>> {
+        trust_created: bool,
+    ) -> Option<ConfigAge> {
         let mut descriptors = image.manifest.descriptors.iter();
         let Some(config) = descriptors.find(|child| child.kind == DescriptorKind::Config) else {
-            return Some(None);
+            return Some(ConfigAge::default());
         };
         let blob_request = UpstreamRequest {
             endpoint: Endpoint::Blob {
@@ -124,6 +137,86 @@ impl ProxyService {
             return None;
         }
         let is_config = config.size.is_some() && response.length == config.size;
-        Some(response.last_modified.filter(|_| is_config))
+        let created_at = match config.digest.supported() {
+            Some(digest) if trust_created => self.created_of(&blob_request, digest).await?,
+            _ => None,
+        };
+        Some(ConfigAge {
+            last_modified: response.last_modified.filter(|_| is_config),
+            created_at,
+        })
+    }
+
+    /// `created` of a config; `None` if the request failed.
+    async fn created_of(
+        &self,
+        blob_request: &UpstreamRequest,
+        digest: &Digest,
+    ) -> Option<Option<SystemTime>> {
+        let UpstreamRequest {
+            registry,
+            endpoint,
+            accept,
+            caller,
+            ..
+        } = blob_request;
+        let fetched = registry
+            .upstream()
+            .get(caller, endpoint, accept, None)
+            .await
+            .ok()?;
+        let bytes = fetched.collect(CONFIG_BYTES_MAX).await.ok()?;
+        let is_config = Digest::of(digest.algorithm(), &bytes) == *digest;
+        Some(is_config.then(|| created(&bytes)).flatten())
+    }
+}
+
+impl ConfigAge {
+    /// The age of two images together: of each time the newer one, if both have it.
+    fn and(self, other: Self) -> Self {
+        let newer = |one: Option<SystemTime>, two: Option<SystemTime>| Some(one?.max(two?));
+        Self {
+            last_modified: newer(self.last_modified, other.last_modified),
+            created_at: newer(self.created_at, other.created_at),
+        }
+    }
+}
+
+/// `created` of an image config (OCI image spec, "Properties"); `None` if it has none, or not in UTC.
+fn created(config: &[u8]) -> Option<SystemTime> {
+    #[derive(serde::Deserialize)]
+    struct Config {
+        created: Option<String>,
+    }
+    let config: Config = serde_json::from_slice(config).ok()?;
+    humantime::parse_rfc3339(&config.created?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn created_is_read_in_utc_alone() {
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let read = |text: &str| created(format!(r#"{{"created":"{text}","rootfs":{{}}}}"#).as_bytes());
+        assert_eq!(read("2024-01-01T00:00:00Z"), Some(at(1_704_067_200)));
+        assert!(read("2024-01-01T00:00:00.123456789Z").is_some());
+        for wrong in ["2024-01-01T00:00:00+02:00", "yesterday", ""] {
+            assert_eq!(read(wrong), None, "{wrong}");
+        }
+        assert_eq!(created(b"{}"), None);
+        assert_eq!(created(b"no json"), None);
+    }
+
+    #[test]
+    fn index_is_as_old_as_its_newest_image() {
+        let at = |seconds| Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+        let age = |last_modified, created_at| ConfigAge {
+            last_modified,
+            created_at,
+        };
+        assert_eq!(age(at(1), at(4)).and(age(at(2), at(3))), age(at(2), at(4)));
+        assert_eq!(age(at(1), at(4)).and(age(None, at(3))), age(None, at(4)));
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ifnewer::oci::Digest;
-use ifnewer::policy::min_age::{AgeLimit, OnUnknownAge};
+use ifnewer::policy::min_age::{AgeLimit, AgeOverrides, OnUnknownAge};
 use ifnewer::policy::refresh::RefreshPolicy;
 use ifnewer::policy::rules::{EffectivePolicy, PolicyOverrides, Rules};
 use ifnewer::policy::{OnNotFound, Policy};
@@ -146,6 +146,7 @@ async fn pull_by_digest_is_not_delayed() {
     let cache = Cache::new(&registry, rules());
     let old = push_old(&registry, "one", 10);
     pulled_tag(&cache).await;
+    pass(1).await;
     let new = push(&registry, "two");
     assert_eq!(tag(&cache).await, Ok(old));
     pull(&cache, new).await;
@@ -159,6 +160,7 @@ async fn young_copy_is_not_served_in_an_outage() {
     let cache = Cache::new(&registry, rules());
     let old = push_old(&registry, "one", 10);
     pulled_tag(&cache).await;
+    pass(1).await;
     let new = push(&registry, "two");
     assert_eq!(tag(&cache).await, Ok(old));
     pull(&cache, new).await;
@@ -215,6 +217,33 @@ async fn new_digest_is_as_old_as_its_config_in_storage() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn created_of_the_config_counts_only_if_trusted() {
+    for trust_created in [false, true] {
+        let registry = registry();
+        let default = rules();
+        let limit = default.default_for("").age_limit;
+        let changes = PolicyOverrides {
+            age_limit: AgeOverrides {
+                trust_created: Some(trust_created),
+                ..AgeOverrides::default()
+            },
+            ..PolicyOverrides::default()
+        };
+        assert!(limit.is_on() && !limit.trust_created);
+        let upstreams = [(Arc::from(PROVEN), changes)];
+        let rules = Rules::new(default.default_for("").clone(), upstreams, Vec::new()).unwrap();
+        let cache = Cache::new(&registry, rules);
+        let image = push(&registry, "one");
+        let expected = if trust_created {
+            Ok(image)
+        } else {
+            Err("too-young")
+        };
+        assert_eq!(tag(&cache).await, expected);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn storage_that_states_no_time_is_requested_once() {
     let registry = registry();
     let cache = Cache::new(&registry, rules());
@@ -234,6 +263,7 @@ async fn unknown_age_is_served_and_a_move_still_cools() {
     let cache = Cache::new(&registry, rules_of(3, Policy::IfNewer, OnUnknownAge::Serve));
     let first = push(&registry, "one");
     assert_eq!(pulled_tag(&cache).await, first);
+    pass(1).await;
     let second = push(&registry, "two");
     assert_eq!(tag(&cache).await, Ok(first), "the tag has just moved");
     pass(3 * DAY).await;
@@ -267,6 +297,7 @@ async fn first_sight_survives_a_restart_and_a_kill() {
     let cache = Cache::on_disk(&registry, rules());
     let old = push_old(&registry, "one", 10);
     pulled_tag(&cache).await;
+    pass(1).await;
     let new = push(&registry, "two");
     assert_eq!(tag(&cache).await, Ok(old));
     let cache = cache.restart(rules()).await;
@@ -306,6 +337,7 @@ async fn flip_flop_keeps_the_age_of_each_digest() {
     let two = push(&registry, "two");
     for _ in 0..20 {
         for mark in ["one", "two"] {
+            pass(1).await;
             push(&registry, mark);
             assert_eq!(tag(&cache).await, Err("too-young"));
         }
@@ -349,6 +381,7 @@ async fn every_policy_that_asks_upstream_cools() {
         let cache = Cache::new(&registry, rules_of(3, policy, OnUnknownAge::Refuse));
         let old = push_old(&registry, "one", 10);
         pulled_tag(&cache).await;
+        pass(1).await;
         let new = push(&registry, "two");
         assert_eq!(tag(&cache).await, Ok(old), "{policy}");
         pass(3 * DAY).await;
@@ -364,6 +397,7 @@ async fn t17_clock_set_ahead_matures_nothing() {
     let cache = Cache::new(&registry, rules());
     let old = push_old(&registry, "one", 10);
     pulled_tag(&cache).await;
+    pass(1).await;
     let new = push(&registry, "two");
     assert_eq!(tag(&cache).await, Ok(old));
     pull(&cache, new).await;
@@ -386,6 +420,7 @@ async fn t17_clock_set_back_starts_the_age_again() {
     let cache = Cache::new(&registry, rules());
     let old = push_old(&registry, "one", 20);
     pulled_tag(&cache).await;
+    pass(1).await;
     let new = push(&registry, "two");
     pass(5 * DAY).await;
     assert_eq!(tag(&cache).await, Ok(old), "first seen on the fifth day");
@@ -407,6 +442,7 @@ async fn approved_digest_is_served_at_once_and_a_block_beats_it() {
     let cache = Cache::new(&registry, rules());
     let old = push_old(&registry, "one", 10);
     pulled_tag(&cache).await;
+    pass(1).await;
     let new = push(&registry, "two");
     assert_eq!(tag(&cache).await, Ok(old));
     let put = |kind| {

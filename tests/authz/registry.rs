@@ -267,7 +267,9 @@ impl Registry {
                 )
             })
             .collect();
-        let config = Bytes::from(format!(r#"{{"config":"{repository} {mark}"}}"#));
+        let config = Bytes::from(format!(
+            r#"{{"config":"{repository} {mark}","created":"2020-01-01T00:00:00Z"}}"#
+        ));
         let manifest = manifest(&config, &blobs);
         let digest = of(&manifest);
         let mut state = self.state();

@@ -200,7 +200,8 @@ impl Sightings {
                 other.named_at = now.checked_sub(TICK).unwrap_or(NEVER_CONFIRMED);
             }
         }
-        all.push(sighting);
+        // First among those of the same millisecond.
+        all.insert(0, sighting);
         all.sort_by_key(|sighting| Reverse(sighting.named_at));
         thin_out(
             &mut all,
