@@ -266,10 +266,11 @@ impl Verdicts {
         if known.is_none() && self.count.load(Ordering::Acquire) >= VERDICTS_MAX {
             return Err(VerdictError::TooMany);
         }
+        let VerdictNote { at, by, reason } = note;
         let note = VerdictNote {
-            by: cut(&note.by),
-            reason: note.reason.as_deref().map(cut),
-            ..note
+            at,
+            by: cut(by),
+            reason: reason.map(cut),
         };
         let is_new = known.is_none();
         let path = known.unwrap_or_else(|| key.path());
@@ -497,8 +498,8 @@ fn files(fs: &dyn FileSystem, tree: &Path) -> Result<Vec<PathBuf>, StoreError> {
 }
 
 /// `text` without control characters and at most [`NOTE_BYTES_MAX`] long.
-fn cut(text: &str) -> String {
-    let mut text: String = text.chars().filter(|one| !one.is_control()).collect();
+fn cut(mut text: String) -> String {
+    text.retain(|one| !one.is_control());
     while text.len() > NOTE_BYTES_MAX {
         text.pop();
     }
