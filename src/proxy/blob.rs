@@ -72,7 +72,7 @@ impl ProxyService {
             digest,
         };
         if context.has_no_grant(rule, request.now) {
-            return blob_request.authorize_first().await;
+            return Box::pin(blob_request.authorize_first()).await;
         }
         let (cached, is_in_repository) = self.cached_content(request, repository, digest).await;
         let state = blob_request.state(cached.is_some(), is_in_repository);
@@ -82,9 +82,12 @@ impl ProxyService {
             }
             (Decision::Serve(served), Some((bytes, size))) => blob_request.serve(bytes, size, served),
             (Decision::Deny(refusal), _) => denied(refusal, None, false),
-            (Decision::Revalidate, cached) => blob_request.revalidate_and_serve(state, cached).await,
+            // Boxed: a request that goes upstream can afford it, and the future of all others stays small.
+            (Decision::Revalidate, cached) => {
+                Box::pin(blob_request.revalidate_and_serve(state, cached)).await
+            }
             (Decision::Fetch(_) | Decision::Serve(_) | Decision::ProbeLayers(_), _) => {
-                blob_request.fetch(state).await
+                Box::pin(blob_request.fetch(state)).await
             }
         }
     }

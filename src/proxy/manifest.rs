@@ -96,7 +96,7 @@ impl ProxyService {
         let rule = request.registry.rule(repository, None);
         if context.has_no_grant(rule, request.now) {
             let manifest_request = ManifestRequest::new(self, request, repository, context, rule);
-            return manifest_request.authorize_first(digest).await;
+            return Box::pin(manifest_request.authorize_first(digest)).await;
         }
         let (candidates, is_in_repository) = self
             .candidate_for_digest(&request.registry, repository, &digest, request.now)
@@ -153,7 +153,8 @@ impl<'a> ManifestRequest<'a> {
             Decision::Revalidate => self.revalidate_and_serve(state, candidates).await,
             // Clients that only compare digests send `HEAD`; a `GET` would count as a pull at Docker Hub.
             Decision::Fetch(_) if self.request.head => self.head_uncached(state).await,
-            Decision::Fetch(why) => self.fetch(why, state, candidates).await,
+            // Boxed: a request that goes upstream can afford it, and the future of all others stays small.
+            Decision::Fetch(why) => Box::pin(self.fetch(why, state, candidates)).await,
             Decision::Serve(served) => self.serve(served, candidates, None),
             Decision::ProbeLayers(served) => self.probe_and_serve(served, state, candidates, None).await,
             Decision::Deny(refusal) => denied(refusal, None, false),
@@ -175,7 +176,7 @@ impl<'a> ManifestRequest<'a> {
             revalidated.revalidation,
             Revalidation::Digest { .. } | Revalidation::NoDigest
         ) {
-            return self.on_revalidated(unseen, None, revalidated).await;
+            return Box::pin(self.on_revalidated(unseen, None, revalidated)).await;
         }
         let (candidates, _) = self
             .proxy
@@ -189,12 +190,12 @@ impl<'a> ManifestRequest<'a> {
             .context
             .state(self.rule, ContentKind::Manifest, entry, true, now)
             .with_blocked(self.proxy.blocked(registry, repository, digest));
-        self.on_revalidated(state, candidates, revalidated).await
+        Box::pin(self.on_revalidated(state, candidates, revalidated)).await
     }
 
     async fn revalidate_and_serve(&self, state: CacheState, candidates: Option<Candidates>) -> ProxyResponse {
         let revalidated = self.revalidate(&state).await;
-        self.on_revalidated(state, candidates, revalidated).await
+        Box::pin(self.on_revalidated(state, candidates, revalidated)).await
     }
 
     async fn on_revalidated(
@@ -217,15 +218,14 @@ impl<'a> ManifestRequest<'a> {
             return self.manifest(manifest, ServeReason::Passthrough);
         }
         let state = state.with_revalidation(revalidated.revalidation);
-        let (state, candidates) = self
-            .proxy
-            .with_ages(
-                (self.request, &self.upstream_request()),
-                self.rule,
-                (state, candidates),
-                &revalidated,
-            )
-            .await;
+        let (state, candidates) = if state.cooling.is_some() {
+            let requests = (self.request, &self.upstream_request());
+            let facts = (state, candidates);
+            // Boxed, so that the future of all other requests stays small.
+            Box::pin(self.proxy.with_ages(requests, self.rule, facts, &revalidated)).await
+        } else {
+            (state, candidates)
+        };
         match decide(&state) {
             Decision::Serve(served @ (HitReason::TagMoved | HitReason::Cooling(_))) => {
                 self.serve_target(served, state, candidates).await
@@ -446,7 +446,9 @@ impl<'a> ManifestRequest<'a> {
         };
         match fetched {
             Ok(manifest) => {
-                self.record_judged_tag(&state, &manifest).await;
+                if state.cooling.is_some() {
+                    Box::pin(self.record_judged_tag(&state, &manifest)).await;
+                }
                 self.serve_fetched(manifest, why, state, candidates).await
             }
             Err(response)
@@ -477,7 +479,7 @@ impl<'a> ManifestRequest<'a> {
             Revalidation::Digest { digest, .. } => Some(digest),
             _ => None,
         };
-        let (Some(_), Some(tag)) = (state.cooling, self.request.tag()) else {
+        let Some(tag) = self.request.tag() else {
             return;
         };
         let upstream_request = self.upstream_request();
