@@ -48,7 +48,6 @@ pub use show::{Settings, reference};
 pub use summary::Summary;
 pub use upstream::{AuthMode, Credential, Proxy, UpstreamConfig, WELL_KNOWN};
 
-use crate::download::ParallelLimits;
 use crate::policy::rules::Rules;
 use diagnostic::{Origin, Report};
 use document::Document;
@@ -192,7 +191,9 @@ pub struct Limits {
     /// Maximum concurrent requests to one upstream, and as many blob downloads.
     pub downloads_per_upstream_max: usize,
     /// Connections of the download of one large blob; 1 if it never uses further ones.
-    pub parallel: ParallelLimits,
+    pub parallel_connections: usize,
+    /// Size from which a blob counts as large, in bytes.
+    pub parallel_bytes_min: u64,
     /// Timeout of a TLS handshake.
     pub handshake_timeout: Duration,
     /// Timeout of a request header.

@@ -18,7 +18,7 @@ use zeroize::Zeroizing;
 use crate::admin::{self, Admin, AdminAuth, AdminDeps, TokenError};
 use crate::clock::Clock;
 use crate::config::{self, Config, Diagnostics, Limits};
-use crate::download::Downloads;
+use crate::download::{Downloads, ParallelLimits};
 use crate::oci::digest::hmac_sha256;
 use crate::server::acceptor::Acceptor;
 use crate::server::listener::{InheritedSockets, Listener, SocketFile, bind, bind_unix, listeners};
@@ -110,7 +110,10 @@ pub async fn serve(
         Arc::clone(&store),
         buffers.clone(),
         limits.downloads_max,
-        limits.parallel,
+        ParallelLimits {
+            connections_max: limits.parallel_connections,
+            blob_bytes_min: limits.parallel_bytes_min,
+        },
     );
     let shared = SharedState::new(&store, &downloads, &context);
     let build = |config: &Config| registry(config, &shared, &context);

@@ -6,7 +6,6 @@ use super::Limits;
 use super::diagnostic::{Report, Reported};
 use super::parsers;
 use super::table::Table;
-use crate::download::ParallelLimits;
 
 /// Maximum file descriptors of a process (default of Linux `fs.nr_open`).
 const DESCRIPTORS_MAX: usize = 1 << 20;
@@ -66,10 +65,8 @@ pub(super) fn read(table: &Table, report: &mut Report<'_>) -> Result<Limits, Rep
         tunnels_max: tunnels_max?,
         downloads_max: downloads_max?,
         downloads_per_upstream_max: per_upstream?,
-        parallel: ParallelLimits {
-            connections_max: connections?,
-            blob_bytes_min: blob_bytes_min?.max(PARALLEL_BYTES_MIN),
-        },
+        parallel_connections: connections?,
+        parallel_bytes_min: blob_bytes_min?.max(PARALLEL_BYTES_MIN),
         handshake_timeout: handshake_timeout?,
         header_timeout: header_timeout?,
         idle_timeout: idle_timeout?,
