@@ -84,7 +84,7 @@ const AHEAD_RANGES_MAX: usize = 16;
 const WRITE_STEPS_MAX: usize = 32;
 
 /// Bytes between network and disk, of all transfers together.
-const QUEUED_BYTES_MAX: usize = 32 * 1024 * 1024;
+const QUEUED_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// Upstreams remembered for wrong ranges.
 const WRONG_RANGES_MAX: usize = 1024;

@@ -210,13 +210,11 @@ impl Helpers {
             self.is_first_stream_open = true;
             return Front::Missing;
         }
-        match timeout(FRONT_WINDOW, progress.changed()).await {
-            Ok(_) => Front::Grew(0),
-            Err(_) => {
-                self.cancel_if_slow(&segment, seen.written);
-                Front::Waiting
-            }
+        if timeout(FRONT_WINDOW, progress.changed()).await.is_ok() {
+            return Front::Grew(0);
         }
+        self.cancel_if_slow(&segment, seen.written);
+        Front::Waiting
     }
 
     fn cancel_if_slow(&mut self, segment: &Segment, written: u64) {
@@ -232,7 +230,7 @@ impl Helpers {
             self.watch = Some(watch);
             return;
         }
-        let rate = rate(written - watch.written, elapsed);
+        let rate = rate(written.saturating_sub(watch.written), elapsed);
         if rate < self.ramp.first_rate * FRONT_RATE_MIN {
             segment.cancelled.cancel();
         }
@@ -458,25 +456,26 @@ impl Ramp {
             return Measured::Nothing;
         }
         self.window = None;
-        let rate = rate(received - window.received, elapsed);
+        let rate = rate(received.saturating_sub(window.received), elapsed);
         let is_first = connections <= 1;
         if is_first {
             self.first_rate = rate;
         }
-        let is_disk_slow = (stalled - window.stalled).as_secs_f64() > DISK_SHARE_MAX * elapsed.as_secs_f64();
-        let gain_max = 1.0 / (connections as f64 - 1.0).max(1.0);
-        let has_gained = is_first || rate >= self.rate * (1.0 + GAIN_MIN * gain_max);
+        let stalled = stalled.saturating_sub(window.stalled);
+        let is_disk_slow = stalled.as_secs_f64() > DISK_SHARE_MAX * elapsed.as_secs_f64();
+        // Were each limited alone, the last of n connections would add 1/(n-1) to the rate before it.
+        let others = u32::try_from(connections)
+            .unwrap_or(u32::MAX)
+            .saturating_sub(1)
+            .max(1);
+        let has_gained = is_first || rate >= self.rate * (1.0 + GAIN_MIN / f64::from(others));
         self.rate = rate;
+        self.is_settled = is_disk_slow || !has_gained;
         match (is_disk_slow, has_gained) {
-            (false, true) => return Measured::Gain,
-            (true, _) => {}
-            (false, false) => {
-                self.is_settled = true;
-                return Measured::NoGain;
-            }
+            (true, _) => Measured::Nothing,
+            (false, true) => Measured::Gain,
+            (false, false) => Measured::NoGain,
         }
-        self.is_settled = true;
-        Measured::Nothing
     }
 }
 

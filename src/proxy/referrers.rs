@@ -146,7 +146,7 @@ impl ProxyService {
                 state.max_age = state.max_age.max(rule.grant_ttl);
             }
             return self
-                .execute_referrers_tag(request, repository, context, state, Some(candidates))
+                .execute_referrers_tag(request, repository, context, &state, Some(candidates))
                 .await;
         }
         let referrers_request = ReferrersRequest::new(
@@ -189,7 +189,7 @@ impl ProxyService {
             }
         }
         let unheld = context.state(rule, ContentKind::Tag, None, true, request.now);
-        let fetching = self.execute_referrers_tag(request, repository, context, unheld, None);
+        let fetching = self.execute_referrers_tag(request, repository, context, &unheld, None);
         let outcome = if referrers_request.has_fallback() {
             if let Ok(outcome) = timeout(wait, fetching).await {
                 outcome

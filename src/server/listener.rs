@@ -307,23 +307,23 @@ impl AcceptedStream {
     pub(super) fn poll_send(
         &self,
         context: &mut Context<'_>,
-        mut send: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
+        mut system_call: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
     ) -> Poll<io::Result<usize>> {
         loop {
-            let sent = match &self.stream {
+            let done = match &self.stream {
                 Stream::Tcp(stream) => {
                     ready!(stream.poll_write_ready(context))?;
-                    stream.try_io(Interest::WRITABLE, || send(stream.as_fd()))
+                    stream.try_io(Interest::WRITABLE, || system_call(stream.as_fd()))
                 }
                 Stream::Unix(stream) => {
                     ready!(stream.poll_write_ready(context))?;
-                    stream.try_io(Interest::WRITABLE, || send(stream.as_fd()))
+                    stream.try_io(Interest::WRITABLE, || system_call(stream.as_fd()))
                 }
             };
-            match sent {
+            match done {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                sent => return Poll::Ready(sent),
+                done => return Poll::Ready(done),
             }
         }
     }

@@ -142,8 +142,8 @@ impl SendfileStream {
         };
         let length = length.min(range.length);
         let (file, offset) = (&range.file, range.offset);
-        let send = |socket: BorrowedFd<'_>| file.send_to(socket, offset, length);
-        let sent = match ready!(self.stream.poll_send(context, send)) {
+        let sendfile = |socket: BorrowedFd<'_>| file.send_to(socket, offset, length);
+        let sent = match ready!(self.stream.poll_send(context, sendfile)) {
             // The file was truncated.
             Ok(0) => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
             Ok(sent) => sent,

@@ -53,9 +53,9 @@ fn played(seed: u64, total: u64) -> (u64, u64) {
         }
         while let Some(segment) = plan.segment_at_front() {
             let seen = *segment.progress.borrow();
-            let before = (plan.front, plan.segments.len());
+            let state = (plan.front, plan.segments.len());
             by_segments += plan.adopt(&segment, seen);
-            if before == (plan.front, plan.segments.len()) {
+            if state == (plan.front, plan.segments.len()) {
                 break;
             }
         }
