@@ -61,6 +61,7 @@ fn tables() -> String {
 }
 
 /// The table for `min_age`, for a client with a grant.
+#[expect(clippy::too_many_lines, reason = "one row for each case")]
 fn cooling_table(out: &mut String) {
     let young = |name: &[u8]| {
         Maturity::Young(Youth {
@@ -155,7 +156,7 @@ fn cooling_table(out: &mut String) {
         ),
     ] {
         let cells = policies.map(|policy| {
-            cell(CacheState {
+            cell(&CacheState {
                 policy,
                 kind: ContentKind::Tag,
                 cached: copy,
@@ -252,20 +253,20 @@ fn table(out: &mut String, title: &str, rows: &[Row], state: impl Fn(&Row) -> Ca
     let policies = Policy::ALL.map(|policy| format!("`{policy}`")).join(" | ");
     writeln!(out, "| registry's response | {policies} |\n|---|---|---|---|---|").unwrap();
     for row in rows {
-        let cells = Policy::ALL.map(|policy| cell(CacheState { policy, ..state(row) }));
+        let cells = Policy::ALL.map(|policy| cell(&CacheState { policy, ..state(row) }));
         writeln!(out, "| {} | {} |", row.words, cells.join(" | ")).unwrap();
     }
 }
 
 /// The final decision: after revalidation, if the first decision requires it.
-fn cell(s: CacheState) -> String {
+fn cell(s: &CacheState) -> String {
     let first = decide(&CacheState {
         revalidation: Revalidation::NotDone,
-        ..s
+        ..*s
     });
     let (is_requested, decision) = match first {
         // Uncached content is fetched, and the result is decided again.
-        Decision::Revalidate | Decision::Fetch(_) => (true, decide(&s)),
+        Decision::Revalidate | Decision::Fetch(_) => (true, decide(s)),
         other => (false, other),
     };
     let name = decision.name();

@@ -115,7 +115,9 @@ fn every_named_test_and_file_exists() {
     let (mut checked, mut missing) = (0, String::new());
     for document in ["ARCHITECTURE.md", "docs/security.md"] {
         for span in prose_spans(&root().join(document)) {
-            let is_path = span.contains('/') && (span.ends_with(".rs") || span.ends_with(".sh"));
+            let extension = Path::new(span.as_str()).extension();
+            let is_source = extension.is_some_and(|extension| extension == "rs" || extension == "sh");
+            let is_path = span.contains('/') && is_source;
             let is_test = span.matches('_').count() >= 3
                 && span
                     .chars()

@@ -52,9 +52,9 @@ fn played(seed: u64, total: u64) -> (u64, u64) {
             }
         }
         while let Some(segment) = plan.segment_at_front() {
-            let seen = *segment.progress.borrow();
+            let progress = *segment.progress.borrow();
             let state = (plan.front, plan.segments.len());
-            by_segments += plan.adopt(&segment, seen);
+            by_segments += plan.adopt(&segment, progress);
             if state == (plan.front, plan.segments.len()) {
                 break;
             }

@@ -196,7 +196,7 @@ impl SightingFiles {
         }
         self.fs
             .write_durable(path, bytes)
-            .map_err(|error| StoreError::io("write", path.to_owned(), &error))
+            .map_err(|error| StoreError::io("write", path, &error))
     }
 
     /// A damaged file is no evidence. It is overwritten by the next sighting.
