@@ -84,10 +84,10 @@ impl ProxyService {
             (Decision::Deny(refusal), _) => denied(refusal, None, false),
             // Boxed: a request that goes upstream can afford it, and the future of all others stays small.
             (Decision::Revalidate, cached) => {
-                Box::pin(blob_request.revalidate_and_serve(state, cached)).await
+                Box::pin(blob_request.revalidate_and_serve(&state, cached)).await
             }
             (Decision::Fetch(_) | Decision::Serve(_) | Decision::ProbeLayers(_), _) => {
-                Box::pin(blob_request.fetch(state)).await
+                Box::pin(blob_request.fetch(&state)).await
             }
         }
     }
@@ -174,14 +174,14 @@ impl BlobRequest<'_> {
             return if self.request.head {
                 self.head_response(revalidated.response.and_then(|response| response.length))
             } else {
-                self.pass_through(unseen).await
+                self.pass_through(&unseen).await
             };
         }
         if !matches!(
             revalidated.revalidation,
             Revalidation::Digest { .. } | Revalidation::NoDigest
         ) {
-            return deny_uncached(unseen, revalidated.revalidation, revalidated.response);
+            return deny_uncached(&unseen, revalidated.revalidation, revalidated.response);
         }
         let (cached, _) = self
             .proxy
@@ -192,10 +192,10 @@ impl BlobRequest<'_> {
                 self.serve(BlobBody::Head, size, HitReason::Immutable)
             }
             Some((content, size)) => self.serve(content, size, HitReason::Immutable),
-            None if self.request.head => self.respond_to_head(unseen, revalidated),
+            None if self.request.head => self.respond_to_head(&unseen, revalidated),
             None => {
                 let authorization = Authorization::Granted;
-                self.fetch(CacheState {
+                self.fetch(&CacheState {
                     authorization,
                     ..unseen
                 })
@@ -206,10 +206,10 @@ impl BlobRequest<'_> {
 
     async fn revalidate_and_serve(
         &self,
-        state: CacheState,
+        state: &CacheState,
         content: Option<(BlobBody, u64)>,
     ) -> ProxyResponse {
-        let mut revalidated = self.revalidate(&state).await;
+        let mut revalidated = self.revalidate(state).await;
         if revalidated.is_unproven() && self.request.head {
             return self.head_response(revalidated.response.and_then(|response| response.length));
         }
@@ -294,7 +294,7 @@ impl BlobRequest<'_> {
         }
     }
 
-    async fn fetch(&self, state: CacheState) -> ProxyResponse {
+    async fn fetch(&self, state: &CacheState) -> ProxyResponse {
         if self.request.head {
             return self.head(state).await;
         }
@@ -313,18 +313,18 @@ impl BlobRequest<'_> {
         denied(DenyReason::UpstreamUnavailable(cause), None, false)
     }
 
-    async fn head(&self, state: CacheState) -> ProxyResponse {
+    async fn head(&self, state: &CacheState) -> ProxyResponse {
         // Verified, but not committed to the store yet.
         if state.authorization == Authorization::Granted
             && let Some(size) = self.proxy.downloads.verified_size(&self.digest)
         {
             return self.serve(BlobBody::Head, size, HitReason::Immutable);
         }
-        let revalidated = self.revalidate(&state).await;
+        let revalidated = self.revalidate(state).await;
         self.respond_to_head(state, revalidated)
     }
 
-    fn respond_to_head(&self, state: CacheState, revalidated: Revalidated) -> ProxyResponse {
+    fn respond_to_head(&self, state: &CacheState, revalidated: Revalidated) -> ProxyResponse {
         match (revalidated.revalidation, &revalidated.response) {
             (Revalidation::Digest { .. } | Revalidation::NoDigest, Some(response)) => {
                 self.head_response(response.length)
@@ -371,7 +371,7 @@ impl BlobRequest<'_> {
         UpstreamRequest::of(self.request, self.repository, &self.context.caller)
     }
 
-    async fn join(&self, state: CacheState) -> Result<ProxyResponse, Arc<DownloadError>> {
+    async fn join(&self, state: &CacheState) -> Result<ProxyResponse, Arc<DownloadError>> {
         let upstream_request = self.upstream_request();
         let options = self.options();
         match self
@@ -451,13 +451,13 @@ impl BlobRequest<'_> {
     /// Authorizes a follower by its own grant or by a revalidation of its own. `None` if authorized, else the denial.
     async fn authorize_follower(
         &self,
-        state: CacheState,
+        state: &CacheState,
         sample: impl Future<Output = Option<Sample>>,
     ) -> Option<ProxyResponse> {
         if state.authorization == Authorization::Granted || self.may_join_download() {
             return None;
         }
-        let mut revalidated = self.revalidate(&state).await;
+        let mut revalidated = self.revalidate(state).await;
         if revalidated.is_unproven() {
             revalidated = self.prove_possession(sample.await).await;
         }
@@ -484,7 +484,7 @@ impl BlobRequest<'_> {
         &self,
         mut reader: Reader,
         reason: ServeReason,
-        state: CacheState,
+        state: &CacheState,
         leads: bool,
     ) -> Result<ProxyResponse, Arc<DownloadError>> {
         let opened = async {
@@ -531,7 +531,7 @@ impl BlobRequest<'_> {
 
     /// Forwards the upstream's bytes and verifies them in transit. Used if the disk cannot store the blob, or if only
     /// the bytes can prove access. The grant is recorded after verification.
-    async fn pass_through(&self, state: CacheState) -> ProxyResponse {
+    async fn pass_through(&self, state: &CacheState) -> ProxyResponse {
         let Request {
             registry,
             endpoint,
@@ -641,13 +641,13 @@ async fn wait_for_first_byte(reader: &mut Reader) -> Result<(), Arc<DownloadErro
 }
 
 fn deny_uncached(
-    state: CacheState,
+    state: &CacheState,
     revalidation: Revalidation,
     response: Option<Arc<UpstreamResponse>>,
 ) -> ProxyResponse {
     let state = CacheState {
         cached: None,
-        ..state
+        ..*state
     }
     .with_revalidation(revalidation);
     match decide(&state) {

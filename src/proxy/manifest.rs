@@ -69,7 +69,7 @@ impl ProxyService {
             .with_blocked(candidates.as_ref().and_then(Candidates::blocked))
             .with_cooling(cooling);
         let manifest_request = ManifestRequest::new(self, request, repository, context, rule);
-        manifest_request.execute(state, candidates).await
+        manifest_request.execute(&state, candidates).await
     }
 
     /// Executes the decision for a referrers tag.
@@ -78,7 +78,7 @@ impl ProxyService {
         request: &Request,
         repository: &Repository,
         context: &AuthContext,
-        state: CacheState,
+        state: &CacheState,
         candidates: Option<Candidates>,
     ) -> ProxyResponse {
         let rule = request.registry.rule(repository, request.tag());
@@ -106,7 +106,7 @@ impl ProxyService {
             .state(rule, ContentKind::Manifest, entry, is_in_repository, request.now)
             .with_blocked(self.blocked(&request.registry, repository, digest));
         let manifest_request = ManifestRequest::new(self, request, repository, context, rule);
-        manifest_request.execute(state, candidates).await
+        manifest_request.execute(&state, candidates).await
     }
 }
 
@@ -148,8 +148,8 @@ impl<'a> ManifestRequest<'a> {
 
     /// Executes the decision: revalidates and decides again, then fetches or probes layers. If that fails, a last
     /// decision chooses the fallback.
-    async fn execute(&self, state: CacheState, candidates: Option<Candidates>) -> ProxyResponse {
-        match decide(&state) {
+    async fn execute(&self, state: &CacheState, candidates: Option<Candidates>) -> ProxyResponse {
+        match decide(state) {
             Decision::Revalidate => self.revalidate_and_serve(state, candidates).await,
             // Clients that only compare digests send `HEAD`; a `GET` would count as a pull at Docker Hub.
             Decision::Fetch(_) if self.request.head => self.head_uncached(state).await,
@@ -176,31 +176,35 @@ impl<'a> ManifestRequest<'a> {
             revalidated.revalidation,
             Revalidation::Digest { .. } | Revalidation::NoDigest
         ) {
-            return Box::pin(self.on_revalidated(unseen, None, revalidated)).await;
+            return Box::pin(self.on_revalidated(&unseen, None, revalidated)).await;
         }
         let (candidates, _) = self
             .proxy
             .candidate_for_digest(registry, repository, &digest, now)
             .await;
         if candidates.is_none() && self.request.head {
-            return self.respond_to_head(unseen, revalidated).await;
+            return self.respond_to_head(&unseen, revalidated).await;
         }
         let entry = candidates.as_ref().map(Candidates::entry);
         let state = self
             .context
             .state(self.rule, ContentKind::Manifest, entry, true, now)
             .with_blocked(self.proxy.blocked(registry, repository, digest));
-        Box::pin(self.on_revalidated(state, candidates, revalidated)).await
+        Box::pin(self.on_revalidated(&state, candidates, revalidated)).await
     }
 
-    async fn revalidate_and_serve(&self, state: CacheState, candidates: Option<Candidates>) -> ProxyResponse {
-        let revalidated = self.revalidate(&state).await;
+    async fn revalidate_and_serve(
+        &self,
+        state: &CacheState,
+        candidates: Option<Candidates>,
+    ) -> ProxyResponse {
+        let revalidated = self.revalidate(state).await;
         Box::pin(self.on_revalidated(state, candidates, revalidated)).await
     }
 
     async fn on_revalidated(
         &self,
-        state: CacheState,
+        state: &CacheState,
         candidates: Option<Candidates>,
         revalidated: Revalidated,
     ) -> ProxyResponse {
@@ -228,20 +232,20 @@ impl<'a> ManifestRequest<'a> {
         };
         match decide(&state) {
             Decision::Serve(served @ (HitReason::TagMoved | HitReason::Cooling(_))) => {
-                self.serve_target(served, state, candidates).await
+                self.serve_target(served, &state, candidates).await
             }
             Decision::Serve(served) => self.serve(served, candidates, Some(revalidated.revalidation)),
             Decision::ProbeLayers(served) => {
-                self.probe_and_serve(served, state, candidates, revalidated.response)
+                self.probe_and_serve(served, &state, candidates, revalidated.response)
                     .await
             }
-            Decision::Fetch(why @ MissReason::Cooling(_)) => self.fetch(why, state, candidates).await,
+            Decision::Fetch(why @ MissReason::Cooling(_)) => self.fetch(why, &state, candidates).await,
             Decision::Fetch(_) if self.request.head && state.cooling.is_some() && candidates.is_none() => {
-                self.respond_to_head(state, revalidated).await
+                self.respond_to_head(&state, revalidated).await
             }
             Decision::Fetch(why) => match self.take_inline_body(revalidated.response.as_deref()).await {
-                Some(manifest) => self.serve_fetched(manifest, why, state, candidates).await,
-                None => self.fetch(why, state, candidates).await,
+                Some(manifest) => self.serve_fetched(manifest, why, &state, candidates).await,
+                None => self.fetch(why, &state, candidates).await,
             },
             Decision::Deny(refusal) => {
                 if refusal == DenyReason::NotFound {
@@ -297,12 +301,12 @@ impl<'a> ManifestRequest<'a> {
     }
 
     /// Responds to `HEAD` for an uncached manifest. Fetches it if the upstream's headers are incomplete.
-    async fn head_uncached(&self, state: CacheState) -> ProxyResponse {
-        let revalidated = self.revalidate(&state).await;
+    async fn head_uncached(&self, state: &CacheState) -> ProxyResponse {
+        let revalidated = self.revalidate(state).await;
         self.respond_to_head(state, revalidated).await
     }
 
-    async fn respond_to_head(&self, state: CacheState, revalidated: Revalidated) -> ProxyResponse {
+    async fn respond_to_head(&self, state: &CacheState, revalidated: Revalidated) -> ProxyResponse {
         if let Revalidation::Blocked(digest) = revalidated.revalidation {
             return denied(DenyReason::Blocked(digest), revalidated.response, false);
         }
@@ -331,7 +335,7 @@ impl<'a> ManifestRequest<'a> {
                 revalidated.response,
                 is_proxy_credential_denied(revalidated.revalidation),
             ),
-            _ => self.fetch(MissReason::NoDigest, state, None).await,
+            _ => self.fetch(MissReason::NoDigest, &state, None).await,
         }
     }
 
@@ -340,10 +344,10 @@ impl<'a> ManifestRequest<'a> {
     async fn serve_target(
         &self,
         served: HitReason,
-        state: CacheState,
+        state: &CacheState,
         candidates: Option<Candidates>,
     ) -> ProxyResponse {
-        match self.target(&state).await {
+        match self.target(state).await {
             Some(manifest) => self.manifest(manifest, ServeReason::Cached(served)),
             None => self.fetch(reason_to_fetch(served), state, candidates).await,
         }
@@ -360,7 +364,7 @@ impl<'a> ManifestRequest<'a> {
     async fn probe_and_serve(
         &self,
         served: HitReason,
-        state: CacheState,
+        state: &CacheState,
         candidates: Option<Candidates>,
         response: Option<Arc<UpstreamResponse>>,
     ) -> ProxyResponse {
@@ -368,7 +372,7 @@ impl<'a> ManifestRequest<'a> {
             .as_ref()
             .map(|candidates| Arc::clone(&candidates.newest.manifest));
         let manifest = match served {
-            HitReason::TagMoved | HitReason::Cooling(_) => self.target(&state).await,
+            HitReason::TagMoved | HitReason::Cooling(_) => self.target(state).await,
             _ => newest,
         };
         let Some(manifest) = manifest else {
@@ -407,7 +411,7 @@ impl<'a> ManifestRequest<'a> {
     async fn fetch(
         &self,
         why: MissReason,
-        state: CacheState,
+        state: &CacheState,
         candidates: Option<Candidates>,
     ) -> ProxyResponse {
         let has_fallback = matches!(
@@ -447,7 +451,7 @@ impl<'a> ManifestRequest<'a> {
         match fetched {
             Ok(manifest) => {
                 if state.cooling.is_some() {
-                    Box::pin(self.record_judged_tag(&state, &manifest)).await;
+                    Box::pin(self.record_judged_tag(state, &manifest)).await;
                 }
                 self.serve_fetched(manifest, why, state, candidates).await
             }
@@ -507,7 +511,7 @@ impl<'a> ManifestRequest<'a> {
         &self,
         manifest: Arc<StoredManifest>,
         why: MissReason,
-        state: CacheState,
+        state: &CacheState,
         candidates: Option<Candidates>,
     ) -> ProxyResponse {
         let registry = &self.request.registry;
@@ -530,7 +534,7 @@ impl<'a> ManifestRequest<'a> {
     /// Handles a failed fetch: a denial denies the request, any other failure falls back to the cached manifest.
     async fn on_fetch_failed(
         &self,
-        state: CacheState,
+        state: &CacheState,
         candidates: Option<Candidates>,
         response: Arc<UpstreamResponse>,
     ) -> ProxyResponse {
@@ -567,7 +571,7 @@ impl<'a> ManifestRequest<'a> {
     /// Serves the complete cached image instead of a newer one that is not available.
     fn serve_fallback(
         &self,
-        state: CacheState,
+        state: &CacheState,
         candidates: Option<Candidates>,
         cause: UpstreamFailure,
         response: Option<Arc<UpstreamResponse>>,
@@ -577,7 +581,7 @@ impl<'a> ManifestRequest<'a> {
         match decide(&CacheState {
             authorization: Authorization::Granted,
             revalidation,
-            ..state
+            ..*state
         }) {
             Decision::Serve(served) => self.serve(served, candidates, Some(revalidation)),
             Decision::Deny(refusal) => denied(refusal, response, false),
