@@ -26,7 +26,7 @@ use std::time::{Duration, SystemTime};
 
 pub use decision::{Decision, DenyReason, HitReason, MissReason};
 
-use self::min_age::{Maturity, Youth};
+use self::min_age::{Maturity, YoungDigest};
 use crate::age;
 use crate::oci::{Digest, UpstreamFailure};
 
@@ -80,7 +80,7 @@ pub struct CacheState {
     /// unlimited.
     pub stale_if_error: Option<Duration>,
     /// Whether the digests that may be served are old enough; `None` if no minimum age applies to the request.
-    pub cooling: Option<Cooling>,
+    pub cooling: Option<AgeFacts>,
     /// Time of the request.
     pub now: SystemTime,
 }
@@ -107,7 +107,7 @@ impl CacheState {
 
     /// Returns the same state with the ages of the digests that may be served, if a minimum age applies.
     #[must_use]
-    pub fn with_cooling(self, cooling: Option<Cooling>) -> Self {
+    pub fn with_cooling(self, cooling: Option<AgeFacts>) -> Self {
         Self { cooling, ..self }
     }
 
@@ -281,7 +281,7 @@ impl CachedEntry {
 
 /// The digests that may be served for a request to which a minimum age applies, each with whether it is old enough.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cooling {
+pub struct AgeFacts {
     /// Maturity of [`CacheState::cached`].
     pub cached: Maturity,
     /// Maturity of the previous complete image, if [`CachedEntry::completeness`] says that there is one.
@@ -375,18 +375,18 @@ pub enum CredentialOwner {
 
 /// Decides as if content that is too young did not exist, and as if the tag still named the newest digest that is old
 /// enough.
-fn decide_by_age(s: &CacheState, cooling: &Cooling) -> Decision {
+fn decide_by_age(s: &CacheState, cooling: &AgeFacts) -> Decision {
     let mature = &CacheState {
-        cached: s.cached.and_then(|cached| mature_part(cached, cooling)),
+        cached: s.cached.and_then(|cached| without_young(cached, cooling)),
         ..*s
     };
     let decision = match (s.revalidation, cooling.named) {
         (Revalidation::Digest { .. } | Revalidation::NoDigest, Maturity::Young(youth)) => {
-            return instead_of(youth, mature, cooling.older);
+            return decide_with_older(youth, mature, cooling.older);
         }
         // If the digest is both blocked and too young, the older digest is served as if it were only too young.
         (Revalidation::Blocked(_), Maturity::Young(youth)) if cooling.older.is_some() => {
-            return instead_of(youth, mature, cooling.older);
+            return decide_with_older(youth, mature, cooling.older);
         }
         _ => decide_by_policy(mature),
     };
@@ -406,7 +406,7 @@ fn decide_by_age(s: &CacheState, cooling: &Cooling) -> Decision {
 }
 
 /// The cached copy, without a previous image that is too young. `None` if the copy itself is too young.
-fn mature_part(cached: CachedEntry, cooling: &Cooling) -> Option<CachedEntry> {
+fn without_young(cached: CachedEntry, cooling: &AgeFacts) -> Option<CachedEntry> {
     let completeness = match cached.completeness {
         Completeness::Incomplete { previous: Some(_) } if !cooling.previous.is_mature() => {
             Completeness::Incomplete { previous: None }
@@ -420,7 +420,7 @@ fn mature_part(cached: CachedEntry, cooling: &Cooling) -> Option<CachedEntry> {
 }
 
 /// The decision while the digest that the upstream names is too young: about `older` in its place.
-fn instead_of(youth: Youth, s: &CacheState, older: Option<OlderDigest>) -> Decision {
+fn decide_with_older(youth: YoungDigest, s: &CacheState, older: Option<OlderDigest>) -> Decision {
     let Some(OlderDigest { digest, presence }) = older else {
         return Decision::Deny(DenyReason::TooYoung(youth));
     };

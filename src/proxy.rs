@@ -74,7 +74,7 @@ use crate::clock::Clock;
 use crate::download::{Downloads, Reader};
 use crate::oci::{Accept, Digest, Endpoint, MediaType, RangeRequest, Reference, Repository};
 use crate::policy::authz::GrantEvidence;
-use crate::policy::min_age::Youth;
+use crate::policy::min_age::YoungDigest;
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{CacheState, Decision, DenyReason, HitReason, MissReason, decide};
 use crate::queue::Peer;
@@ -238,7 +238,7 @@ impl ServeReason {
     }
 
     /// The digest that the tag names and that is too young, if an older one is served instead.
-    pub fn youth(self) -> Option<Youth> {
+    pub fn youth(self) -> Option<YoungDigest> {
         match self {
             Self::Cached(served) => served.youth(),
             Self::Fetched(why) => why.youth(),
@@ -352,7 +352,7 @@ impl ProxyService {
                 let what = (tag, None);
                 let (candidates, cooling) = self.tag_facts(registry, repository, what, rule, now).await;
                 let cooling = match cooling {
-                    Some(cooling) => Some(crate::policy::Cooling {
+                    Some(cooling) => Some(crate::policy::AgeFacts {
                         named: self.last_named(registry, repository, tag, rule, now).await,
                         ..cooling
                     }),

@@ -137,12 +137,12 @@ pub fn line(text: &str, colour: bool) -> String {
 /// `text` with control sequences escaped.
 pub fn printable(text: &str) -> Cow<'_, str> {
     use std::fmt::Write as _;
-    if !text.chars().any(steers) {
+    if !text.chars().any(is_control_or_format) {
         return text.into();
     }
     let mut escaped = String::with_capacity(text.len() + 16);
     for c in text.chars() {
-        if steers(c) {
+        if is_control_or_format(c) {
             let mut units = [0; 2];
             for unit in c.encode_utf16(&mut units) {
                 // Writing to a string does not fail.
@@ -158,7 +158,7 @@ pub fn printable(text: &str) -> Cow<'_, str> {
 /// Whether a character is a control or formatting character: C0 except tab and newline, DEL and C1; bidirectional
 /// marks, embeddings, overrides and isolates; zero-width characters; line and paragraph separators; tags and
 /// annotations.
-fn steers(c: char) -> bool {
+fn is_control_or_format(c: char) -> bool {
     match c {
         '\n' | '\t' => false,
         '\u{ad}'

@@ -170,7 +170,7 @@ fn import_response(imported: &Imported, is_public: bool) -> ApiResponse {
 impl From<export::ExportError> for Problem {
     fn from(refused: export::ExportError) -> Self {
         match refused {
-            export::ExportError::NotHeld(_) => Self::not_found(refused.to_string()),
+            export::ExportError::NotCached(_) => Self::not_found(refused.to_string()),
             export::ExportError::NoPlatform(_)
             | export::ExportError::Incomplete { .. }
             | export::ExportError::Blocked { .. } => Self::new(StatusCode::CONFLICT, refused.to_string()),

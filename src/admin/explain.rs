@@ -13,9 +13,9 @@ use super::format::{
 use super::image_ref::ImageRef;
 use super::refreshes::RefreshView;
 use crate::oci::{Algorithm, Digest, UpstreamFailure};
-use crate::policy::min_age::{AgeSource, Maturity, Youth};
+use crate::policy::min_age::{AgeSource, Maturity, YoungDigest};
 use crate::policy::{
-    Authorization, CacheState, CachedEntry, Completeness, ContentKind, Cooling, CredentialOwner, Decision,
+    AgeFacts, Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision,
     OnNotFound, Policy, Presence, Revalidation, decide,
 };
 use crate::server::ServingState;
@@ -296,14 +296,14 @@ fn with_ages_of(situation: &CacheState, heard: Revalidation) -> CacheState {
     let named = match (situation.cached, cooling.named) {
         (Some(held), _) if held.digest == digest => cooling.cached,
         (_, young @ Maturity::Young(_)) => young,
-        (_, Maturity::Mature) => Maturity::Young(Youth {
+        (_, Maturity::Mature) => Maturity::Young(YoungDigest {
             digest: Some(digest),
             since: Some((situation.now, AgeSource::FirstSeen)),
             may_be_older: false,
             served_from: None,
         }),
     };
-    state.with_cooling(Some(Cooling { named, ..cooling }))
+    state.with_cooling(Some(AgeFacts { named, ..cooling }))
 }
 
 fn authorization_name(authorization: Authorization) -> &'static str {

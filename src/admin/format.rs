@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use crate::oci::UpstreamFailure;
-use crate::policy::min_age::Youth;
+use crate::policy::min_age::YoungDigest;
 use crate::policy::{DenyReason, HitReason, MissReason};
 use crate::store::tags::NEVER_CONFIRMED;
 use crate::telemetry::{BodyEnd, CacheResult, DecisionRecord};
@@ -170,8 +170,8 @@ pub(super) fn describe_serve(served: HitReason, upstream: &str) -> String {
 }
 
 /// The digest that is too young, and from when on it is served.
-pub(super) fn describe_youth(youth: &Youth) -> String {
-    let end = youth.describe_end();
+pub(super) fn describe_youth(youth: &YoungDigest) -> String {
+    let end = youth.describe_served_from();
     youth.digest.map_or_else(
         || end.clone(),
         |digest| format!("the tag names {}, {end}", short_digest(&digest.to_string())),

@@ -177,7 +177,7 @@ impl AdminServer {
                 client,
             };
             match self.connections.enter(client) {
-                Entering::Seated(seat) => {
+                Entering::Admitted(seat) => {
                     let slot = tokio::select! {
                         () = ending.cancelled() => return,
                         slot = self.connections.place(seat) => slot,

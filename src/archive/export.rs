@@ -34,7 +34,7 @@ const TAR_NAME_BYTES_MAX: usize = 100;
 pub enum ExportError {
     /// The image is not cached.
     #[error("{0} is not cached; run `ifnewer pull` first")]
-    NotHeld(String),
+    NotCached(String),
     /// No selected platform of the index is completely cached.
     #[error("{0} is incomplete for the selected platform; run `ifnewer pull --platform …` first")]
     NoPlatform(String),

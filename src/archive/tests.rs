@@ -310,7 +310,7 @@ fn incomplete_image_is_rejected_with_missing_digests() {
     let refused = ground
         .export(&["docker.io/library/other:1"], Platforms::Cached)
         .unwrap_err();
-    assert!(matches!(refused, export::ExportError::NotHeld(_)), "{refused}");
+    assert!(matches!(refused, export::ExportError::NotCached(_)), "{refused}");
 }
 
 #[test]

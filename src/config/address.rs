@@ -9,7 +9,7 @@ use http::uri::{Authority, Uri};
 use super::parsers::{ParseError, invalid};
 
 /// Port of https, which registry names omit.
-const USUAL_PORT: u16 = 443;
+const DEFAULT_PORT: u16 = 443;
 
 /// Parses an IP address with a port.
 pub(super) fn address(text: &str) -> Result<SocketAddr, ParseError> {
@@ -140,8 +140,8 @@ pub fn canonical(text: &str) -> Option<Cow<'_, str>> {
     };
     let is_lower = !host.bytes().any(|byte| byte.is_ascii_uppercase());
     Some(match (host, port_or_usual(port)?) {
-        (host, USUAL_PORT) if is_lower => host,
-        (host, USUAL_PORT) => Cow::Owned(host.to_ascii_lowercase()),
+        (host, DEFAULT_PORT) if is_lower => host,
+        (host, DEFAULT_PORT) => Cow::Owned(host.to_ascii_lowercase()),
         (host, port) => Cow::Owned(format!("{}:{port}", host.to_ascii_lowercase())),
     })
 }
@@ -150,7 +150,7 @@ pub fn canonical(text: &str) -> Option<Cow<'_, str>> {
 fn port_or_usual(text: &str) -> Option<u16> {
     let digits = text.strip_prefix(':').unwrap_or(text);
     if digits.is_empty() {
-        return Some(USUAL_PORT);
+        return Some(DEFAULT_PORT);
     }
     let is_port = text.starts_with(':') && digits.bytes().all(|byte| byte.is_ascii_digit());
     digits.parse().ok().filter(|_| is_port)

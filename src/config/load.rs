@@ -205,7 +205,7 @@ fn log(table: &Table, report: &mut Report<'_>) -> Result<Log, Reported> {
 fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<EffectivePolicy, Reported> {
     let policy = table.text(report, "policy", &parsers::POLICY);
     let max_age = table.text(report, "max_age", &parsers::DURATION);
-    let stale_if_error = table.text(report, "stale_if_error", &parsers::STALENESS);
+    let stale_if_error = table.text(report, "stale_if_error", &parsers::STALE_LIMIT);
     let revalidate_timeout = table.text(report, "revalidate_timeout", &parsers::TIMEOUT);
     let on_not_found = table.text(report, "on_not_found", &parsers::ON_NOT_FOUND);
     let grant_ttl = table.text(report, "grant_ttl", &parsers::DURATION);
@@ -248,7 +248,7 @@ fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<EffectivePolic
 pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<PolicyOverrides, Reported> {
     let policy = table.text_if_set(report, "policy", &parsers::POLICY);
     let max_age = table.text_if_set(report, "max_age", &parsers::DURATION);
-    let stale_if_error = table.text_if_set(report, "stale_if_error", &parsers::STALENESS);
+    let stale_if_error = table.text_if_set(report, "stale_if_error", &parsers::STALE_LIMIT);
     let revalidate_timeout = table.text_if_set(report, "revalidate_timeout", &parsers::TIMEOUT);
     let on_not_found = table.text_if_set(report, "on_not_found", &parsers::ON_NOT_FOUND);
     let grant_ttl = table.text_if_set(report, "grant_ttl", &parsers::DURATION);

@@ -48,7 +48,7 @@ pub(super) const DURATION: ValueParser<Duration> = ValueParser {
     parse: duration,
 };
 
-pub(super) const STALENESS: ValueParser<StaleLimit> = ValueParser {
+pub(super) const STALE_LIMIT: ValueParser<StaleLimit> = ValueParser {
     expected: "a duration or \"forever\"",
     example: r#""7d""#,
     parse: |text| match text {

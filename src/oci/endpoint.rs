@@ -153,7 +153,7 @@ pub enum RequestError {
     Path,
     /// A path that servers may parse differently.
     #[error("path: {0}")]
-    Spelling(#[from] PathError),
+    AmbiguousPath(#[from] PathError),
     /// Invalid repository name.
     #[error("repository: {0}")]
     Repository(NameError),
@@ -181,7 +181,7 @@ impl RequestError {
     /// Code of the error body.
     pub const fn code(&self) -> ErrorCode {
         match self {
-            Self::Repository(_) | Self::Spelling(_) => ErrorCode::NameInvalid,
+            Self::Repository(_) | Self::AmbiguousPath(_) => ErrorCode::NameInvalid,
             Self::Tag(_) => ErrorCode::TagInvalid,
             Self::Digest(_) => ErrorCode::DigestInvalid,
             Self::Path | Self::Query(_) | Self::Write { .. } | Self::Method => ErrorCode::Unsupported,
@@ -193,7 +193,7 @@ impl RequestError {
     pub const fn status(&self) -> StatusCode {
         match self {
             Self::Path | Self::Tag(_) => StatusCode::NOT_FOUND,
-            Self::Repository(_) | Self::Spelling(_) | Self::Digest(_) | Self::Query(_) => {
+            Self::Repository(_) | Self::AmbiguousPath(_) | Self::Digest(_) | Self::Query(_) => {
                 StatusCode::BAD_REQUEST
             }
             Self::Write { .. } | Self::Method => StatusCode::METHOD_NOT_ALLOWED,

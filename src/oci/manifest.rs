@@ -159,7 +159,7 @@ impl Manifest {
     /// Media type of this manifest, from its own `mediaType` and from `sent`, the response's `Content-Type`. If they
     /// differ, `mediaType` applies, because the digest covers it. Otherwise the result is `sent`, byte for byte. `None`
     /// if neither is a manifest type.
-    pub fn type_sent_as(&self, sent: Option<&MediaType>) -> Option<MediaType> {
+    pub fn media_type_for(&self, sent: Option<&MediaType>) -> Option<MediaType> {
         let stated = self.media_type.as_ref().filter(|stated| stated.is_manifest());
         match (sent, stated) {
             (_, Some(stated)) if sent.is_none_or(|sent| !sent.is_same_as(stated)) => Some(stated.clone()),
@@ -170,11 +170,11 @@ impl Manifest {
         }
     }
 
-    /// Like [`Self::type_sent_as`], for bytes that match the requested digest. If the manifest has no `mediaType` and
+    /// Like [`Self::media_type_for`], for bytes that match the requested digest. If the manifest has no `mediaType` and
     /// its structure contradicts `Content-Type`, the structure decides. The result is then an OCI type, because only
     /// OCI manifests may omit `mediaType`.
     pub fn type_by_digest(&self, sent: Option<&MediaType>) -> Option<MediaType> {
-        let sent = self.type_sent_as(sent);
+        let sent = self.media_type_for(sent);
         if self.media_type.as_ref().is_some_and(MediaType::is_manifest) {
             return sent;
         }

@@ -1,7 +1,7 @@
 //! Decisions and their reasons. Each reason has one name in the log, the metrics, `Cache-Status` and the admin
 //! API.
 
-use super::min_age::Youth;
+use super::min_age::YoungDigest;
 use crate::oci::{Digest, UpstreamFailure};
 
 /// Action for a request, with its reason.
@@ -59,7 +59,7 @@ pub enum HitReason {
     /// The upstream rejects the cache's own credential.
     CacheCredentialRejected,
     /// The tag names a digest that is younger than `min_age`. The newest one that is old enough is served.
-    Cooling(Youth),
+    Cooling(YoungDigest),
 }
 
 impl HitReason {
@@ -100,7 +100,7 @@ impl HitReason {
     }
 
     /// The digest that the tag names and that is too young, if that is the reason.
-    pub fn youth(self) -> Option<Youth> {
+    pub fn youth(self) -> Option<YoungDigest> {
         match self {
             Self::Cooling(youth) => Some(youth),
             _ => None,
@@ -129,7 +129,7 @@ pub enum MissReason {
     /// The upstream states no digest, so it must be computed from the bytes.
     NoDigest,
     /// The tag names a digest that is younger than `min_age`. The newest one that is old enough is fetched.
-    Cooling(Youth),
+    Cooling(YoungDigest),
 }
 
 impl MissReason {
@@ -144,7 +144,7 @@ impl MissReason {
     }
 
     /// The digest that the tag names and that is too young, if that is the reason.
-    pub fn youth(self) -> Option<Youth> {
+    pub fn youth(self) -> Option<YoungDigest> {
         match self {
             Self::Cooling(youth) => Some(youth),
             _ => None,
@@ -175,7 +175,7 @@ pub enum DenyReason {
     /// The upstream is unavailable, and the cached image is incomplete.
     Incomplete(UpstreamFailure),
     /// The digest is younger than `min_age`, and nothing that is old enough can be served.
-    TooYoung(Youth),
+    TooYoung(YoungDigest),
     /// The operator blocked this digest. Only a principal that is authorized to read it gets this denial.
     Blocked(Digest),
 }

@@ -123,12 +123,12 @@ pub enum Maturity {
     /// Old enough, approved, or not limited.
     Mature,
     /// Too young, or of unknown age where that is refused.
-    Young(Youth),
+    Young(YoungDigest),
 }
 
 /// A digest that is too young.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Youth {
+pub struct YoungDigest {
     /// The digest; `None` if the upstream names none.
     pub digest: Option<Digest>,
     /// Since when the digest is known to exist under the tag or in the registry's storage, and by which evidence;
@@ -140,7 +140,7 @@ pub struct Youth {
     pub served_from: Option<SystemTime>,
 }
 
-impl Youth {
+impl YoungDigest {
     /// Time since `since`; `None` if nothing is known.
     pub fn age(&self, now: SystemTime) -> Option<Duration> {
         let (since, _) = self.since?;
@@ -173,7 +173,7 @@ impl Youth {
     }
 
     /// When it will be served, as in `served from 2026-12-02T04:00:00Z on`.
-    pub fn describe_end(&self) -> String {
+    pub fn describe_served_from(&self) -> String {
         self.served_from.map_or_else(
             || "not served while its age is unknown".to_owned(),
             |from| format!("served from {} on", humantime::format_rfc3339_seconds(from)),
@@ -188,7 +188,7 @@ impl Maturity {
     }
 
     /// The youth, if too young.
-    pub fn youth(self) -> Option<Youth> {
+    pub fn youth(self) -> Option<YoungDigest> {
         match self {
             Self::Mature => None,
             Self::Young(youth) => Some(youth),
@@ -236,7 +236,7 @@ impl AgeLimit {
         if !is_known_young && self.on_unknown_age == OnUnknownAge::Serve {
             return Maturity::Mature;
         }
-        Maturity::Young(Youth {
+        Maturity::Young(YoungDigest {
             digest: Some(digest),
             since: oldest,
             may_be_older: !is_known_young,
@@ -249,7 +249,7 @@ impl AgeLimit {
         if !self.is_on() || self.on_unknown_age == OnUnknownAge::Serve {
             return Maturity::Mature;
         }
-        Maturity::Young(Youth {
+        Maturity::Young(YoungDigest {
             digest: None,
             since: None,
             may_be_older: true,

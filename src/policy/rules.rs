@@ -242,7 +242,7 @@ impl ImageMatcher {
         let names = names.build();
         names
             .map(Self)
-            .map_err(|error| ImagePatternError::Together(error.kind().to_string()))
+            .map_err(|error| ImagePatternError::TooLarge(error.kind().to_string()))
     }
 
     /// Whether the set contains this repository. Docker Hub's one-component images match under both names.
@@ -279,7 +279,7 @@ pub enum ImagePatternError {
     Glob(String),
     /// All globs together exceed the size limit of the regex engine.
     #[error("the globs together are too large: {0}")]
-    Together(String),
+    TooLarge(String),
 }
 
 /// Compiled rules. If there are none, a lookup matches no glob and allocates nothing.
@@ -331,7 +331,7 @@ impl Rules {
         }
         let names = names
             .build()
-            .map_err(|error| ImagePatternError::Together(error.kind().to_string()))?;
+            .map_err(|error| ImagePatternError::TooLarge(error.kind().to_string()))?;
         Ok(Self {
             default,
             upstreams,

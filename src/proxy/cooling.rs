@@ -15,9 +15,9 @@ use super::revalidate::Revalidated;
 use super::{ProxyService, Request, UpstreamRegistry};
 use crate::age;
 use crate::oci::{Accept, Digest, MediaType, Repository, Tag};
-use crate::policy::min_age::{AgeEvidence, AgeLimit, Maturity, Youth};
+use crate::policy::min_age::{AgeEvidence, AgeLimit, Maturity, YoungDigest};
 use crate::policy::rules::EffectivePolicy;
-use crate::policy::{CacheState, Completeness, Cooling, OlderDigest, Revalidation};
+use crate::policy::{AgeFacts, CacheState, Completeness, OlderDigest, Revalidation};
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::sightings::{Seen, SightingKey, Sightings};
 use crate::store::tags::{TagKey, TagReader};
@@ -52,7 +52,7 @@ impl CheckedTime {
 }
 
 /// The candidates for a tag, and whether they are old enough if a minimum age applies.
-pub(super) type TagFacts = (Option<Candidates>, Option<Cooling>);
+pub(super) type TagFacts = (Option<Candidates>, Option<AgeFacts>);
 
 impl ProxyService {
     /// Candidates for a tag and a client with this `Accept`, or for the operator (`None`). If a minimum age applies,
@@ -124,7 +124,7 @@ impl ProxyService {
             blocked: candidates.as_ref().and_then(Candidates::blocked),
             ..state
         }
-        .with_cooling(cooling.map(|cooling| Cooling { named, ..cooling }));
+        .with_cooling(cooling.map(|cooling| AgeFacts { named, ..cooling }));
         (state, candidates)
     }
 
@@ -255,7 +255,12 @@ impl ProxyService {
     }
 
     /// The digest that a tag was last seen to name, if it is too young. Blocks.
-    pub fn cooling_of(&self, registry: &UpstreamRegistry, key: &TagKey, now: SystemTime) -> Option<Youth> {
+    pub fn cooling_of(
+        &self,
+        registry: &UpstreamRegistry,
+        key: &TagKey,
+        now: SystemTime,
+    ) -> Option<YoungDigest> {
         let limit = registry.rule(&key.repository, Some(&key.tag)).age_limit;
         if !limit.is_on() {
             return None;
@@ -311,7 +316,7 @@ impl CacheView<'_> {
         }
     }
 
-    /// Candidates that are old enough. If there are none, the newest manifest, marked as too young in [`Cooling`].
+    /// Candidates that are old enough. If there are none, the newest manifest, marked as too young in [`AgeFacts`].
     fn mature_candidates(
         &self,
         key: &TagKey,
@@ -333,7 +338,7 @@ impl CacheView<'_> {
             digest: named.digest,
             presence: self.presence_of(&named.digest),
         });
-        let facts = |cached, previous| Cooling {
+        let facts = |cached, previous| AgeFacts {
             cached,
             previous,
             named: Maturity::Mature,

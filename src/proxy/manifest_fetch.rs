@@ -436,7 +436,7 @@ fn verify(
     let media_type = if requested.is_some() {
         manifest.type_by_digest(media_type)
     } else {
-        manifest.type_sent_as(media_type)
+        manifest.media_type_for(media_type)
     };
     let media_type = media_type.ok_or(UpstreamFailure::Malformed)?;
     // By tag, only the response names the content, so its media type and shape must agree.

@@ -7,7 +7,7 @@ use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::Revalidated;
 use super::{ProxyService, Request};
 use crate::oci::{Digest, Endpoint, UpstreamFailure};
-use crate::policy::min_age::{Maturity, Youth};
+use crate::policy::min_age::{Maturity, YoungDigest};
 use crate::policy::{Authorization, Revalidation};
 use crate::store::manifests::StoredManifest;
 
@@ -19,7 +19,7 @@ pub enum Refreshed {
     /// The tag moved, and the new manifest is cached; its layers are prefetched if the policy says `prefetch`.
     Newer(Digest),
     /// The tag names a digest that is younger than `min_age`. It is not fetched.
-    TooYoung(Youth),
+    TooYoung(YoungDigest),
     /// The tag names a digest that the operator blocked. It is not fetched.
     Blocked(Digest),
     /// The tag does not exist upstream. It stays cached until a client's request confirms that.

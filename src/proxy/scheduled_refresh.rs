@@ -52,10 +52,10 @@ pub(super) struct ScheduledRefresh {
     upstreams: Mutex<Arc<Upstreams>>,
     /// Notified when a reload replaced the upstreams.
     reloaded: Notify,
-    lanes: Mutex<HashMap<Arc<str>, Arc<Lane>>>,
+    lanes: Mutex<HashMap<Arc<str>, Arc<UpstreamRuns>>>,
     failing: Cache<u64, Failing>,
     totals: [AtomicU64; RefreshResult::ALL.len()],
-    census: Mutex<Census>,
+    census: Mutex<TagCounts>,
     failure_log: LogLimit,
 }
 
@@ -63,7 +63,7 @@ pub(super) struct ScheduledRefresh {
 type Upstreams = HashMap<Arc<str>, Arc<UpstreamRegistry>>;
 
 /// Runs at one upstream.
-struct Lane {
+struct UpstreamRuns {
     heads: Semaphore,
     fetches: Semaphore,
     state: Mutex<LaneState>,
@@ -87,7 +87,7 @@ struct Failing {
 
 /// Numbers of tags in the last planning pass.
 #[derive(Clone, Copy, Default)]
-struct Census {
+struct TagCounts {
     in_use: u64,
     unused: u64,
     private: u64,
@@ -204,7 +204,7 @@ impl ScheduledRefresh {
         Arc::clone(&locked(&self.upstreams))
     }
 
-    fn lane(&self, upstream: &Arc<str>) -> Arc<Lane> {
+    fn lane(&self, upstream: &Arc<str>) -> Arc<UpstreamRuns> {
         Arc::clone(locked(&self.lanes).entry(Arc::clone(upstream)).or_default())
     }
 
@@ -215,7 +215,7 @@ impl ScheduledRefresh {
     }
 }
 
-impl Default for Lane {
+impl Default for UpstreamRuns {
     fn default() -> Self {
         Self {
             heads: Semaphore::new(HEADS_PER_UPSTREAM_MAX),
@@ -225,7 +225,7 @@ impl Default for Lane {
     }
 }
 
-impl Lane {
+impl UpstreamRuns {
     /// Registers a run with this slot; `None` if there are too many.
     fn enter(self: &Arc<Self>, slot_at: SystemTime) -> Option<LaneRun> {
         let mut state = locked(&self.state);
@@ -251,7 +251,7 @@ impl Lane {
 }
 
 /// A registered run; ends when dropped.
-struct LaneRun(Arc<Lane>);
+struct LaneRun(Arc<UpstreamRuns>);
 
 impl Drop for LaneRun {
     fn drop(&mut self) {
@@ -286,7 +286,7 @@ impl ProxyService {
         let mut seen = 0;
         loop {
             let Some(shortest) = self.shortest_refresh() else {
-                *locked(&self.scheduled.census) = Census::default();
+                *locked(&self.scheduled.census) = TagCounts::default();
                 self.scheduled.reloaded.notified().await;
                 (begins_at, seen) = (Instant::now(), 0);
                 continue;

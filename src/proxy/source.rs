@@ -26,7 +26,7 @@ pub(super) struct UpstreamSource {
     /// Time of the first request. Its response is recorded once.
     sent_at: Option<Instant>,
     /// URL of the last successful request.
-    last_address: Option<UrlIndex>,
+    last_url: Option<UrlIndex>,
     started_at: Instant,
     /// Requests waiting for this download.
     waiters: Option<Waiters>,
@@ -46,7 +46,7 @@ impl UpstreamSource {
             upstream_request,
             digest,
             sent_at: None,
-            last_address: None,
+            last_url: None,
             started_at: Instant::now(),
             waiters: None,
             total: None,
@@ -122,7 +122,7 @@ impl Source for UpstreamSource {
         let part = RangeSpec {
             from,
             until: None,
-            after: self.last_address,
+            after: self.last_url,
         };
         let first = self.sent_at.is_none();
         let now = Instant::now();
@@ -149,7 +149,7 @@ impl Source for UpstreamSource {
         } = &self.upstream_request;
         match response {
             Ok(fetched) => {
-                self.last_address = Some(fetched.url);
+                self.last_url = Some(fetched.url);
                 if first {
                     self.proxy
                         .active_downloads

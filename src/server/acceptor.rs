@@ -95,7 +95,7 @@ impl Acceptor {
         let tasks = TaskTracker::new();
         while let Some((accepted, entering)) = self.accept(&listener).await {
             match entering {
-                Entering::Seated(seat) => {
+                Entering::Admitted(seat) => {
                     // Accepts no further connection until this one has a permit of the process.
                     let slot = tokio::select! {
                         () = self.0.ending.cancelled() => break,

@@ -58,7 +58,7 @@ impl TunnelRules {
 
     /// The narrowest IP scope that the rules allow for this host. `None` if no rule matches. An exact host rule
     /// may reach any address; a glob rule may not reach loopback or link-local addresses.
-    fn nearest_scope(&self, host: &str, port: u16) -> Option<IpScope> {
+    fn narrowest_scope(&self, host: &str, port: u16) -> Option<IpScope> {
         let rules = self.allowed.iter().filter(|rule| rule.allows(host, port));
         rules
             .map(|rule| {
@@ -188,7 +188,7 @@ impl Connection {
             }
         }
         let host = host_part(&name);
-        let nearest = match registry.tunnels.nearest_scope(host, port) {
+        let nearest = match registry.tunnels.narrowest_scope(host, port) {
             Some(nearest) => nearest,
             None => token_service(registry, host, port)
                 .await

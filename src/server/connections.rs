@@ -122,7 +122,7 @@ impl Refused {
 /// Result of the admission of an accepted connection.
 pub(crate) enum Entering {
     /// It has a permit of its address.
-    Seated(AddressPermit),
+    Admitted(AddressPermit),
     /// It waits for a permit of its address.
     Waits(Wait),
     /// It is rejected, and closed by the caller.
@@ -179,7 +179,7 @@ impl Connections {
         };
         let telemetry = &self.0.telemetry;
         if let Ok(permit) = permit {
-            return Entering::Seated(AddressPermit {
+            return Entering::Admitted(AddressPermit {
                 _permit: permit,
                 present,
             });
@@ -398,7 +398,7 @@ impl Slot {
     pub(crate) async fn announced(mut self, ip: IpAddr, wait_timeout: Duration) -> Result<Self, Refused> {
         let connections = self.entry.connections.clone();
         match connections.enter(Some(ip)) {
-            Entering::Seated(of_address) => {
+            Entering::Admitted(of_address) => {
                 let permit = self.permit.take();
                 drop(self);
                 Ok(connections.slot(of_address, permit))

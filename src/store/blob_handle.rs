@@ -97,7 +97,7 @@ impl FsFile for BlobFile {
 
 impl fmt::Debug for BlobHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("HeldBlob")
+        f.debug_struct("BlobHandle")
             .field("size", &self.size)
             .finish_non_exhaustive()
     }

@@ -81,7 +81,7 @@ pub struct Resumed {
 
 impl fmt::Debug for PartialDownload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Leftover")
+        f.debug_struct("PartialDownload")
             .field("bytes", &self.bytes())
             .finish_non_exhaustive()
     }

@@ -187,7 +187,7 @@ struct KindHealth {
     /// it.
     took: Option<(Duration, Instant)>,
     /// The last operation with a fast response: probed if another repository is slow or does not respond.
-    witness: Option<Endpoint>,
+    last_fast: Option<Endpoint>,
     /// The operation to probe because of a slow response.
     check: Option<Endpoint>,
     checked_at: Option<Instant>,
@@ -444,16 +444,16 @@ impl FailureDetector {
             by_kind.took = Some((took, now));
         }
         if took < SLOW_MIN {
-            by_kind.witness = Some(endpoint.clone());
+            by_kind.last_fast = Some(endpoint.clone());
             by_kind.check = None;
         } else if !is_outpaced
-            && let Some(witness) = &by_kind.witness
-            && witness.repository() != endpoint.repository()
+            && let Some(last_fast) = &by_kind.last_fast
+            && last_fast.repository() != endpoint.repository()
             && by_kind
                 .checked_at
                 .is_none_or(|at| now.saturating_duration_since(at) >= CHECK_INTERVAL)
         {
-            by_kind.check = Some(witness.clone());
+            by_kind.check = Some(last_fast.clone());
         }
         self.update_repository(kind, endpoint, |entry, _| {
             entry.took = (took > SHORT_WAIT).then_some((took, now));
@@ -473,10 +473,10 @@ impl FailureDetector {
         if by_kind.responded_at.is_some_and(|at| at > since) {
             return;
         }
-        let witness = by_kind
-            .witness
+        let last_fast = by_kind
+            .last_fast
             .clone()
-            .filter(|witness| by_kind.breaker.is_none() && witness.repository() != endpoint.repository());
+            .filter(|last_fast| by_kind.breaker.is_none() && last_fast.repository() != endpoint.repository());
         let as_new = || {
             Breaker::new(
                 (FailureMode::NoResponse, Granularity::Repositories),
@@ -488,8 +488,8 @@ impl FailureDetector {
         if breaker.fail(cause, (endpoint, principal(sent, cause)), now) {
             changes.push(opened(FailureScope::Kind(kind), cause));
         }
-        if let Some(witness) = witness {
-            breaker.set_next_probe(witness);
+        if let Some(last_fast) = last_fast {
+            breaker.set_next_probe(last_fast);
         }
     }
 

@@ -168,7 +168,7 @@ impl RegistryRequest<'_> {
             if !by_tag {
                 return manifest.type_by_digest(sent);
             }
-            let media_type = manifest.type_sent_as(sent)?;
+            let media_type = manifest.media_type_for(sent)?;
             // For a tag, only the response states the digest, so media type and structure must agree.
             (!is_page && manifest.has_shape_of(&media_type)).then_some(media_type)
         });

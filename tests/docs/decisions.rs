@@ -4,9 +4,9 @@ use std::fmt::Write as _;
 use std::time::{Duration, SystemTime};
 
 use ifnewer::oci::{Algorithm, Digest, UpstreamFailure};
-use ifnewer::policy::min_age::{Maturity, Youth};
+use ifnewer::policy::min_age::{Maturity, YoungDigest};
 use ifnewer::policy::{
-    Authorization, CacheState, CachedEntry, Completeness, ContentKind, Cooling, CredentialOwner, Decision,
+    AgeFacts, Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision,
     MissReason, OlderDigest, OnNotFound, Policy, Presence, Revalidation, decide,
 };
 
@@ -64,7 +64,7 @@ fn tables() -> String {
 #[expect(clippy::too_many_lines, reason = "one row for each case")]
 fn cooling_table(out: &mut String) {
     let young = |name: &[u8]| {
-        Maturity::Young(Youth {
+        Maturity::Young(YoungDigest {
             digest: Some(Digest::of(Algorithm::Sha256, name)),
             since: None,
             may_be_older: false,
@@ -166,7 +166,7 @@ fn cooling_table(out: &mut String) {
                 on_not_found: OnNotFound::Refuse,
                 max_age: Duration::ZERO,
                 stale_if_error: None,
-                cooling: Some(Cooling {
+                cooling: Some(AgeFacts {
                     cached: copy_age,
                     previous: mature,
                     named,

@@ -24,7 +24,7 @@ pub(super) struct ImageResolver<'a> {
 impl ImageResolver<'_> {
     /// The manifest of the image. For a tag, the one that the tag names for the operator.
     pub(super) fn root(&self) -> Result<Arc<StoredManifest>, ExportError> {
-        let not_held = || ExportError::NotHeld(self.image.name.clone());
+        let not_held = || ExportError::NotCached(self.image.name.clone());
         let tag = match &self.image.reference {
             Reference::Digest(AnyDigest::Supported(digest)) => {
                 return self.manifest(digest)?.ok_or_else(not_held);

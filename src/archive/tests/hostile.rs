@@ -288,7 +288,7 @@ fn unknown_or_conflicting_media_types_are_rejected() {
 }
 
 #[test]
-fn a_name_that_says_too_little_has_to_be_said() {
+fn incomplete_image_name_is_rejected() {
     let short = |name: &str| {
         let mut archive = Archive::complete();
         archive.0[1].2 = index(IMAGE, &manifest(b"config", b"layer"), name);

@@ -1,14 +1,14 @@
 //! Laws of `min_age`, over every state in which a minimum age applies.
 
 use super::*;
-use crate::policy::min_age::{AgeSource, Maturity, Youth};
+use crate::policy::min_age::{AgeSource, Maturity, YoungDigest};
 
 fn other_digest() -> Digest {
     Digest::of(Algorithm::Sha256, b"before")
 }
 
-fn youth(digest: Digest) -> Youth {
-    Youth {
+fn youth(digest: Digest) -> YoungDigest {
+    YoungDigest {
         digest: Some(digest),
         since: Some((now() - FRESH, AgeSource::FirstSeen)),
         may_be_older: false,
@@ -17,7 +17,7 @@ fn youth(digest: Digest) -> Youth {
 }
 
 /// Every combination of ages. `older` is old enough by construction: it is the cached digest or another one.
-fn every_cooling() -> Vec<Cooling> {
+fn every_cooling() -> Vec<AgeFacts> {
     let maturities = |digest| [Maturity::Mature, Maturity::Young(youth(digest))];
     let older = |digest, presence| Some(OlderDigest { digest, presence });
     let mut all = Vec::new();
@@ -31,7 +31,7 @@ fn every_cooling() -> Vec<Cooling> {
                     older(other_digest(), Presence::ManifestOnly),
                     older(other_digest(), Presence::Complete),
                 ];
-                all.extend(olders.map(|older| Cooling {
+                all.extend(olders.map(|older| AgeFacts {
                     cached,
                     previous,
                     named,
@@ -44,7 +44,7 @@ fn every_cooling() -> Vec<Cooling> {
 }
 
 /// Whether the ages are consistent: one digest has one age, and an older digest is old enough.
-fn is_consistent(s: &CacheState, cooling: &Cooling) -> bool {
+fn is_consistent(s: &CacheState, cooling: &AgeFacts) -> bool {
     let Revalidation::Digest { digest, .. } = s.revalidation else {
         return true;
     };
@@ -80,12 +80,12 @@ fn is_rate_limited(s: &CacheState) -> bool {
     s.revalidation == Revalidation::Unavailable(UpstreamFailure::RateLimited)
 }
 
-fn law_of_ages(name: &str, law: impl Fn(&CacheState, &Cooling, Decision) -> bool) {
+fn law_of_ages(name: &str, law: impl Fn(&CacheState, &AgeFacts, Decision) -> bool) {
     law_over(&every_base(), name, law);
 }
 
 /// Checks `law` in every state of `bases` with every combination of ages.
-fn law_over(bases: &[CacheState], name: &str, law: impl Fn(&CacheState, &Cooling, Decision) -> bool) {
+fn law_over(bases: &[CacheState], name: &str, law: impl Fn(&CacheState, &AgeFacts, Decision) -> bool) {
     let mut checked = 0_u64;
     for base in bases {
         for cooling in every_cooling()
@@ -108,7 +108,7 @@ fn law_over(bases: &[CacheState], name: &str, law: impl Fn(&CacheState, &Cooling
 }
 
 /// Whether what the decision serves or fetches is old enough.
-fn is_old_enough(s: &CacheState, cooling: &Cooling, decision: Decision) -> bool {
+fn is_old_enough(s: &CacheState, cooling: &AgeFacts, decision: Decision) -> bool {
     match decision {
         Decision::Revalidate | Decision::Deny(_) => true,
         Decision::Serve(HitReason::PreviousComplete(_)) => {
@@ -189,15 +189,15 @@ fn min_age_more_youth_never_serves_more() {
     };
     law_of_ages("an older digest or an approval only adds", |s, cooling, v| {
         let elder = [
-            Cooling {
+            AgeFacts {
                 cached: Maturity::Mature,
                 ..*cooling
             },
-            Cooling {
+            AgeFacts {
                 previous: Maturity::Mature,
                 ..*cooling
             },
-            Cooling {
+            AgeFacts {
                 named: Maturity::Mature,
                 ..*cooling
             },
@@ -252,7 +252,7 @@ fn min_age_by_digest_denies_a_young_manifest() {
     {
         let young = Maturity::Young(youth(old_digest()));
         let state = CacheState {
-            cooling: Some(Cooling {
+            cooling: Some(AgeFacts {
                 cached: young,
                 previous: Maturity::Mature,
                 named: young,

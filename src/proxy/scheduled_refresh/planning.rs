@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use super::{Census, ProxyService, Upstreams, locked};
+use super::{ProxyService, TagCounts, Upstreams, locked};
 use crate::policy::refresh::{Phase, Plan, Run, Slot, TagFacts};
 use crate::store::View;
 use crate::store::tags::{TagKey, TagRecord};
@@ -33,7 +33,7 @@ pub(super) struct Planned {
 #[derive(Default)]
 struct Page {
     due: Vec<(TagKey, Phase, Slot)>,
-    census: Census,
+    census: TagCounts,
     last: Option<TagKey>,
     seen: usize,
 }
@@ -59,7 +59,7 @@ impl ProxyService {
     ) -> Option<Planned> {
         let upstreams = self.scheduled.upstreams();
         let mut plan = Plan::new(runs_max(length));
-        let (mut census, mut seen, mut after) = (Census::default(), 0_u64, None);
+        let (mut census, mut seen, mut after) = (TagCounts::default(), 0_u64, None);
         loop {
             let (proxy, upstreams) = (Arc::clone(self), Arc::clone(&upstreams));
             let page = self.store.on_disk(move |view| {

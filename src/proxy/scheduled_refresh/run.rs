@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use super::{Failing, Lane, ProxyService, RefreshPause, RefreshResult, UpstreamRegistry, locked};
+use super::{Failing, ProxyService, RefreshPause, RefreshResult, UpstreamRegistry, UpstreamRuns, locked};
 use crate::oci::{Accept, Digest, Endpoint, Reference, Repository, UpstreamFailure};
 use crate::policy::refresh::{Failures, Phase, RefreshPolicy, TagFacts};
 use crate::policy::{Authorization, Completeness, Revalidation};
@@ -46,7 +46,12 @@ enum Head {
 
 impl ProxyService {
     /// Runs the refresh of a tag once its upstream has a permit.
-    pub(super) async fn run_in_lane(self: &Arc<Self>, lane: &Lane, key: &TagKey, slot_at: SystemTime) {
+    pub(super) async fn run_in_lane(
+        self: &Arc<Self>,
+        lane: &UpstreamRuns,
+        key: &TagKey,
+        slot_at: SystemTime,
+    ) {
         // An error would mean that the semaphore is closed, which never happens.
         let permit = lane.heads.acquire().await;
         lane.start_first();
@@ -338,7 +343,7 @@ impl UpstreamRegistry {
     }
 }
 
-impl Lane {
+impl UpstreamRuns {
     /// The oldest slot whose run has not started.
     pub(super) fn oldest_waiting(&self) -> Option<SystemTime> {
         locked(&self.state).waiting.front().copied()

@@ -183,7 +183,7 @@ fn unknown_user_is_checked_against_a_full_hash() {
     assert!(!bcrypt::verify("x", &entry().dummy_hash).unwrap());
     assert!(
         entry().dummy_hash.starts_with("$2b$05$"),
-        "as dear as the users' own"
+        "same bcrypt cost as the users' hashes"
     );
 }
 

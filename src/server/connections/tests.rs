@@ -30,7 +30,7 @@ fn connections(places: usize, per_address: usize, waiting: usize) -> Connections
 impl Connections {
     fn address_permit(&self, ip: Option<IpAddr>) -> AddressPermit {
         match self.enter(ip) {
-            Entering::Seated(permit) => permit,
+            Entering::Admitted(permit) => permit,
             Entering::Waits(_) => panic!("it waits"),
             Entering::Refused(refused) => panic!("{refused:?}"),
         }
@@ -372,7 +372,7 @@ proptest! {
             for step in steps {
                 match step {
                     Step::Enter(last) => match connections.enter(host(last)) {
-                        Entering::Seated(permit) => {
+                        Entering::Admitted(permit) => {
                             let slot = timeout(Duration::from_millis(1), connections.place(permit)).await;
                             open.extend(slot.ok());
                         }

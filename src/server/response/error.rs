@@ -8,7 +8,7 @@ use super::{Body, ResponseContext, error_response, set_header};
 use crate::oci::header::CACHE_STATUS;
 use crate::oci::{Digest, ErrorBody, ErrorCode, UpstreamFailure};
 use crate::policy::DenyReason;
-use crate::policy::min_age::Youth;
+use crate::policy::min_age::YoungDigest;
 use crate::proxy::Denied;
 use crate::store::verdicts::VerdictNote;
 use crate::upstream::ResponseKind;
@@ -195,7 +195,7 @@ fn describe(refused: &Denied, context: &ResponseContext) -> (StatusCode, ErrorCo
 }
 
 /// The message for a digest below `min_age`.
-fn too_young(youth: &Youth, context: &ResponseContext) -> String {
+fn too_young(youth: &YoungDigest, context: &ResponseContext) -> String {
     let (upstream, image) = (context.upstream(), context.image());
     let Some(digest) = youth.digest else {
         return format!(
@@ -207,7 +207,7 @@ fn too_young(youth: &Youth, context: &ResponseContext) -> String {
         "{upstream}/{image} is younger than `min_age` allows: it is {digest}, {}; {}; to serve it now, run `ifnewer \
          approve {upstream}/{}@{digest}`",
         youth.describe(context.now),
-        youth.describe_end(),
+        youth.describe_served_from(),
         repository.unwrap_or_default(),
     )
 }

@@ -254,7 +254,7 @@ fn check_mode(path: &Path) -> Result<(), TlsError> {
 }
 
 fn malformed(path: &Path, what: &'static str, detail: &dyn std::fmt::Display) -> TlsError {
-    TlsError::RequestError {
+    TlsError::Malformed {
         path: path.into(),
         what,
         detail: detail.to_string(),

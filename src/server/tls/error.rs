@@ -29,7 +29,7 @@ pub enum TlsError {
     },
     /// A file with the wrong content.
     #[error("{} does not contain {what}: {detail}", path.display())]
-    RequestError {
+    Malformed {
         /// The file.
         path: PathBuf,
         /// The expected content.

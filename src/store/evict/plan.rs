@@ -390,10 +390,10 @@ impl PlanBuilder {
                 reverted.push(*step);
             }
         }
-        let mut image_index = 0;
+        let mut step_index = 0;
         self.plan.steps.retain(|_| {
-            image_index += 1;
-            reverted.binary_search(&(image_index - 1)).is_err()
+            step_index += 1;
+            reverted.binary_search(&(step_index - 1)).is_err()
         });
         self.plan
     }
