@@ -83,7 +83,7 @@ pub(super) async fn explain(
     let unavailable = upstream_registry.upstream().unavailable_now();
     // A known outage is applied before any request is sent.
     let explained = match (decision, unavailable) {
-        (Decision::Revalidate, Some(cause)) => {
+        (Decision::Revalidate | Decision::Fetch(_), Some(cause)) => {
             decide(&situation.with_revalidation(Revalidation::Unavailable(cause)))
         }
         _ => decision,
