@@ -7,7 +7,7 @@
 //!
 //! The budget limits the size of a read and never stops a body: a body with nothing outstanding may always read one chunk
 //! of the minimum size. The limit is therefore [`BYTES_MAX`] plus one minimum chunk for each of [`BODIES_MAX`] bodies:
-//! 24 MiB + 512 × 16 KiB + 15,872 × 4 KiB = 94 MiB for the process, and 12 MiB + 512 × 16 KiB + 7,680 × 4 KiB = 50 MiB
+//! 40 MiB + 512 × 16 KiB + 15,872 × 4 KiB = 110 MiB for the process, and 20 MiB + 512 × 16 KiB + 7,680 × 4 KiB = 58 MiB
 //! for one address. A body beyond its address's share of [`BODIES_MAX`] waits until another one ends, and reads nothing
 //! meanwhile.
 //!
@@ -26,9 +26,10 @@ use tokio::sync::oneshot;
 
 use ledger::{Ledger, Ticket};
 
-/// The bytes of all response bodies in memory, beyond one minimum chunk for each body. Blobs over plain HTTP/1 are not
-/// counted, because `sendfile` keeps none in memory.
-const BYTES_MAX: usize = 24 * 1024 * 1024;
+/// The bytes of all response bodies in memory, beyond one minimum chunk for each body. With less, 64 readers of one
+/// address could not read the largest chunk each. Blobs over plain HTTP/1 are not counted, because `sendfile` keeps none
+/// in memory.
+const BYTES_MAX: usize = 40 * 1024 * 1024;
 
 /// Response bodies that may read at the same time. Further ones wait.
 const BODIES_MAX: usize = 16_384;
