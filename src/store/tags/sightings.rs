@@ -12,6 +12,9 @@
 //! * A clock that was set ahead cannot be detected here. The proxy judges ages at no later time than the registries'
 //!   `Date` allows.
 //!
+//! What a tag's sighting says about a digest is kept for the digest too, without the tag. It is the age of a request by
+//! digest.
+//!
 //! At most [`SIGHTINGS_MAX`] digests are kept per tag. Beyond that the one goes that was first seen soonest after
 //! another, so that a tag which moves often keeps digests of every age. The newest one and those in use stay.
 
@@ -47,6 +50,17 @@ pub struct SightingKey {
     pub repository: Repository,
     /// The tag or the digest.
     pub reference: Reference,
+}
+
+impl SightingKey {
+    /// A digest in the repository of this key.
+    #[must_use]
+    pub fn with_digest(&self, digest: Digest) -> Self {
+        Self {
+            reference: digest.into(),
+            ..self.clone()
+        }
+    }
 }
 
 impl From<&TagKey> for SightingKey {
@@ -214,6 +228,19 @@ impl Sightings {
         })
     }
 
+    /// These sightings of a digest, together with what a tag's sighting says about it; `None` if that adds nothing.
+    pub(in crate::store) fn joined(&self, of_tag: &Sighting, now: SystemTime) -> Option<Self> {
+        let before = self.get(&of_tag.seen.digest);
+        let joined = before.map_or_else(|| of_tag.clone(), |before| before.joined(of_tag, now));
+        if before == Some(&joined) && !self.is_unsaved {
+            return None;
+        }
+        Some(Self {
+            all: vec![joined],
+            is_unsaved: false,
+        })
+    }
+
     /// The sightings as the responses of a tag record, for the choice of an image. `record` has later confirmations.
     pub(in crate::store) fn as_record(&self, record: Option<&TagRecord>) -> TagRecord {
         let confirmed_at = |digest: &Digest| {
@@ -239,6 +266,22 @@ impl Sightings {
 }
 
 impl Sighting {
+    /// The evidence of both. The digest is no younger than under either, so that a pull by tag that goes on by digest is
+    /// not interrupted.
+    fn joined(&self, of_tag: &Self, now: SystemTime) -> Self {
+        let mut joined = self.clone();
+        // A first sight in the future is no evidence.
+        if self.first_seen_at > now || of_tag.first_seen_at < self.first_seen_at {
+            joined.first_seen_at = of_tag.first_seen_at;
+        }
+        let both = self.other_seen_at.zip(of_tag.other_seen_at);
+        joined.other_seen_at = both.map(|(one, two)| one.min(two));
+        let seen = &mut joined.seen;
+        seen.last_modified = seen.last_modified.or(of_tag.seen.last_modified);
+        seen.created_at = seen.created_at.or(of_tag.seen.created_at);
+        joined
+    }
+
     /// This sighting after the same digest was named again.
     fn seen_again(&self, fresh: &Self, others: &[Self], now: SystemTime) -> Self {
         let mut again = self.clone();

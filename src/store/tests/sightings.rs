@@ -170,3 +170,38 @@ fn power_cut_never_makes_a_digest_older() {
         }
     }
 }
+
+#[test]
+fn digest_keeps_what_its_tags_were_seen_to_name() {
+    on_every_fs(|fixture| {
+        let store = fixture.open();
+        let of_digest = |store: &Store| {
+            let sightings = store.sightings(&sighting_key("3").with_digest(digest(b"new")));
+            sightings
+                .get(&digest(b"new"))
+                .map(|sighting| (sighting.first_seen_at, sighting.other_seen_at))
+        };
+        see(&store, "3", b"old", 1).unwrap();
+        see(&store, "3", b"new", 5).unwrap();
+        let join = |store: &Store, tag: &str| {
+            store
+                .join_sighting(&sighting_key(tag), &digest(b"new"), at(9))
+                .unwrap();
+        };
+        join(&store, "3");
+        assert_eq!(of_digest(&store), Some((at(5), Some(at(1)))));
+        let files = fixture.files("sightings");
+        join(&store, "3");
+        assert_eq!(fixture.files("sightings"), files);
+        drop(store);
+        let store = fixture.open();
+        assert_eq!(of_digest(&store), Some((at(5), Some(at(1)))));
+        see(&store, "4", b"new", 7).unwrap();
+        join(&store, "4");
+        assert_eq!(
+            of_digest(&store),
+            Some((at(5), None)),
+            "not known to be new under 4"
+        );
+    });
+}

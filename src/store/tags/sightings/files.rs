@@ -1,4 +1,4 @@
-//! Files of sightings: one per tag, and the last used ones in memory.
+//! Files of sightings: one per tag and one per digest, and the last used ones in memory.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
-use super::{Seen, SightingKey, Sightings, TagKey, TagRecord};
+use super::{Seen, Sighting, SightingKey, Sightings, TagKey, TagRecord};
 use crate::oci::{Digest, Reference};
 use crate::store::cache_key::weighted_cache;
 use crate::store::checksummed_json::{RECORD_BYTES_MAX, checksum};
@@ -71,6 +71,23 @@ impl Store {
         self.sightings.record(key, seen, now, || self.record_of(key))
     }
 
+    /// Joins what a tag was seen to say about this digest into the sightings of the digest itself, durably when this
+    /// returns. Writes nothing if it adds nothing, and for the key of a digest.
+    pub fn join_sighting(
+        &self,
+        key: &SightingKey,
+        digest: &Digest,
+        now: SystemTime,
+    ) -> Result<(), StoreError> {
+        if !matches!(key.reference, Reference::Tag(_)) {
+            return Ok(());
+        }
+        match self.sightings(key).get(digest) {
+            Some(of_tag) => self.sightings.join(&key.with_digest(*digest), of_tag, now),
+            None => Ok(()),
+        }
+    }
+
     fn record_of(&self, key: &SightingKey) -> Option<Arc<TagRecord>> {
         // An unreadable record is no evidence.
         self.tag(&key.tag_key()?).ok().flatten()
@@ -78,19 +95,32 @@ impl Store {
 }
 
 impl AsyncStore {
-    /// [`Store::record_sighting`]. Does not wait for the disk if it adds nothing.
+    /// [`Store::record_sighting`] and [`Store::join_sighting`]. Does not wait for the disk if they add nothing.
     pub async fn record_sighting(
         &self,
         key: SightingKey,
         seen: Seen,
         now: SystemTime,
     ) -> Result<bool, StoreError> {
-        let is_known = self.in_memory(|view| view.sightings(&key).with(&seen, None, now).is_none());
+        let is_known = self.in_memory(|view| {
+            let sightings = view.sightings(&key);
+            let is_joined = |of_tag: &Sighting| {
+                let of_digest = view.sightings(&key.with_digest(seen.digest));
+                of_digest.joined(of_tag, now).is_none()
+            };
+            let is_by_tag = matches!(key.reference, Reference::Tag(_));
+            sightings.with(&seen, None, now).is_none()
+                && (!is_by_tag || sightings.get(&seen.digest).is_some_and(is_joined))
+        });
         if is_known == Some(true) {
             return Ok(false);
         }
-        self.write(move |store| store.record_sighting(&key, &seen, now))
-            .await
+        self.write(move |store| {
+            let is_new = store.record_sighting(&key, &seen, now)?;
+            store.join_sighting(&key, &seen.digest, now)?;
+            Ok(is_new)
+        })
+        .await
     }
 }
 
@@ -180,14 +210,28 @@ impl SightingFiles {
         let path = key.path();
         let _using = self.lock(&path);
         let (before, _) = self.load(key, &path, record.as_deref());
-        let Some(mut sightings) = before.with(seen, record.as_deref(), now) else {
+        let Some(sightings) = before.with(seen, record.as_deref(), now) else {
             return Ok(false);
         };
         let is_new = before.get(&seen.digest).is_none();
-        let written = self.write_file(&path, &sightings.to_file(key));
+        self.save(key, &path, sightings).map(|()| is_new)
+    }
+
+    fn join(&self, key: &SightingKey, of_tag: &Sighting, now: SystemTime) -> Result<(), StoreError> {
+        let path = key.path();
+        let _using = self.lock(&path);
+        let (before, _) = self.load(key, &path, None);
+        before
+            .joined(of_tag, now)
+            .map_or(Ok(()), |sightings| self.save(key, &path, sightings))
+    }
+
+    /// Writes the file. Call it under the lock.
+    fn save(&self, key: &SightingKey, path: &Path, mut sightings: Sightings) -> Result<(), StoreError> {
+        let written = self.write_file(path, &sightings.to_file(key));
         sightings.is_unsaved = written.is_err();
         self.ready.insert(key.clone(), Arc::new(sightings));
-        written.map(|()| is_new)
+        written
     }
 
     fn write_file(&self, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {

@@ -215,3 +215,29 @@ fn sightings_file_round_trips_and_detects_damage() {
         assert_eq!(Sightings::from_file(&file[..length]), None, "{length}");
     }
 }
+
+#[test]
+fn digest_is_as_old_as_under_its_oldest_tag() {
+    let sighting = |sightings: &Sightings, name: &str| sightings.get(&digest(name)).unwrap().clone();
+    let moved = sighting(&after(&[(seen("other"), 0), (seen("a"), 50)]), "a");
+    let first = sighting(&after(&[(seen("a"), 10)]), "a");
+    let joined = Sightings::default().joined(&moved, at(60)).unwrap();
+    assert_eq!(sighting(&joined, "a"), moved);
+    assert_eq!(joined.joined(&moved, at(70)), None, "adds nothing");
+    let joined = joined.joined(&first, at(70)).unwrap();
+    let found = sighting(&joined, "a");
+    assert_eq!((found.first_seen_at, found.other_seen_at), (at(10), None));
+    assert_eq!(joined.joined(&moved, at(80)), None, "younger under that tag");
+}
+
+#[test]
+fn t17_future_first_sight_of_a_digest_starts_again() {
+    let sighting = |seconds| after(&[(seen("a"), seconds)]).get(&digest("a")).unwrap().clone();
+    let ahead = Sightings::default()
+        .joined(&sighting(1_000_000), at(1_000_000))
+        .unwrap();
+    let again = ahead.joined(&sighting(50), at(50)).unwrap();
+    assert_eq!(again.get(&digest("a")).unwrap().first_seen_at, at(50));
+    let other = again.joined(&sighting(1_000_000), at(60));
+    assert_eq!(other, None, "the future makes nothing younger");
+}
