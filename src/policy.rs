@@ -292,6 +292,18 @@ pub struct AgeFacts {
     pub older: Option<OlderDigest>,
 }
 
+impl AgeFacts {
+    /// For a manifest requested by digest: cached or named, it is the same digest, and no other can stand in.
+    pub fn of_digest(maturity: Maturity) -> Self {
+        Self {
+            cached: maturity,
+            previous: Maturity::Mature,
+            named: maturity,
+            older: None,
+        }
+    }
+}
+
 /// A digest that a tag named before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OlderDigest {

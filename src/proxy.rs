@@ -6,6 +6,7 @@
 //! * `manifest`, `blob`, `listing`, `referrers`: one pipeline for each kind of resource.
 //! * `revalidate`: the coalesced `HEAD` to the upstream and the state recorded from its response.
 //! * `cooling`: ages of a tag's digests, and older images, for `min_age`. `storage_age`: their age by `Last-Modified`.
+//!   `digest_age`: age of a manifest requested by digest.
 //! * `candidates`: cached manifests that may answer a tag. `cache_view`: store reads; a read error is logged and
 //!   counts as a miss.
 //! * `manifest_fetch`: manifest `GET`, verification and storage. `source`: the upstream as a download source.
@@ -30,6 +31,7 @@ mod candidates;
 mod challenge_template;
 mod concurrency;
 mod cooling;
+mod digest_age;
 mod grants;
 pub mod invalidation;
 mod layer_probe;
@@ -104,6 +106,7 @@ pub struct ProxyService {
     size_hints: manifest_fetch::SizeHints,
     checked_time: cooling::CheckedTime,
     silent_storage: storage_age::SilentStorage,
+    served_from: digest_age::ServedFrom,
     active_downloads: possession::ActiveDownloads,
     probed_images: layer_probe::ProbedImages,
     prefetching: prefetch::Prefetching,
@@ -273,6 +276,7 @@ impl ProxyService {
             size_hints: manifest_fetch::SizeHints::default(),
             checked_time: cooling::CheckedTime::default(),
             silent_storage: storage_age::SilentStorage::default(),
+            served_from: digest_age::ServedFrom::default(),
             active_downloads: possession::ActiveDownloads::default(),
             probed_images: layer_probe::ProbedImages::default(),
             prefetching: prefetch::Prefetching::default(),
@@ -299,6 +303,7 @@ impl ProxyService {
             .take_if(|shown| self.is_expired_local_token(&request.registry, shown));
         let outcome = self.dispatch(&request).await;
         let outcome = self.refuse_blocked(&request, outcome);
+        self.record_served_from(&request, &outcome);
         match &outcome {
             ProxyResponse::Manifest(manifest, _) => {
                 self.store.touch(ContentId::Manifest(manifest.digest), now);

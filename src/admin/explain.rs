@@ -7,8 +7,8 @@ use http::HeaderValue;
 use serde::Serialize;
 
 use super::format::{
-    confirmed, describe_denial, describe_fetch, describe_serve, describe_youth, duration, rfc3339,
-    short_digest,
+    confirmed, describe_denial, describe_fetch, describe_serve, describe_young_digest, describe_youth,
+    duration, rfc3339, short_digest,
 };
 use super::image_ref::ImageRef;
 use super::refreshes::RefreshView;
@@ -210,11 +210,11 @@ fn reasons(
         lines.push(format!("{upstream} {cause}"));
     }
     if let Some(youth) = situation.cooling.and_then(|cooling| cooling.named.youth()) {
-        lines.push(format!(
-            "{}: {}",
-            describe_youth(&youth),
-            youth.describe(situation.now)
-        ));
+        let young = match situation.kind {
+            ContentKind::Tag => describe_youth(&youth),
+            ContentKind::Manifest | ContentKind::Blob => describe_young_digest(&youth),
+        };
+        lines.push(format!("{young}: {}", youth.describe(situation.now)));
     }
     if situation.on_not_found == OnNotFound::ServeStale {
         lines.push(format!("images deleted at {upstream} are retained, by policy"));
@@ -290,6 +290,9 @@ fn what_ifs(situation: &CacheState, upstream: &str) -> Vec<WhatIf> {
 /// The state after this response. With a minimum age, a digest that the tag was never seen to name is too young.
 fn with_ages_of(situation: &CacheState, heard: Revalidation) -> CacheState {
     let state = situation.with_revalidation(heard);
+    if situation.kind != ContentKind::Tag {
+        return state;
+    }
     let (Revalidation::Digest { digest, .. }, Some(cooling)) = (heard, situation.cooling) else {
         return state;
     };

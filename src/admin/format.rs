@@ -178,6 +178,15 @@ pub(super) fn describe_youth(youth: &YoungDigest) -> String {
     )
 }
 
+/// The same for a digest that no tag need name.
+pub(super) fn describe_young_digest(youth: &YoungDigest) -> String {
+    let end = youth.describe_served_from();
+    youth.digest.map_or_else(
+        || end.clone(),
+        |digest| format!("{} is {end}", short_digest(&digest.to_string())),
+    )
+}
+
 /// Describes a decision to fetch.
 pub(super) fn describe_fetch(why: MissReason, upstream: &str) -> String {
     match why {
@@ -215,7 +224,7 @@ pub(super) fn describe_denial(refusal: DenyReason, upstream: &str) -> String {
         DenyReason::TooYoung(youth) => {
             format!(
                 "deny: nothing that `min_age` allows can be served; {}",
-                describe_youth(&youth)
+                describe_young_digest(&youth)
             )
         }
         DenyReason::Blocked(digest) => format!("deny: {digest} is blocked by the operator"),

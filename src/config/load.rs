@@ -217,6 +217,7 @@ fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<EffectivePolic
     let min_age = table.text(report, "min_age", &parsers::MIN_AGE);
     let on_unknown_age = table.text(report, "on_unknown_age", &parsers::ON_UNKNOWN_AGE);
     let trust_created = table.bool(report, "trust_created");
+    let by_digest = table.bool(report, "min_age_by_digest");
     let rule = EffectivePolicy {
         name: Arc::from("default"),
         policy: policy?,
@@ -236,6 +237,7 @@ fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<EffectivePolic
             min_age: min_age?,
             on_unknown_age: on_unknown_age?,
             trust_created: trust_created?,
+            by_digest: by_digest?,
         },
     };
     check_grant_ttls(table, &rule, report);
@@ -260,6 +262,7 @@ pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<PolicyOv
     let min_age = table.text_if_set(report, "min_age", &parsers::MIN_AGE);
     let on_unknown_age = table.text_if_set(report, "on_unknown_age", &parsers::ON_UNKNOWN_AGE);
     let trust_created = table.bool_if_set(report, "trust_created");
+    let by_digest = table.bool_if_set(report, "min_age_by_digest");
     Ok(PolicyOverrides {
         policy: policy?,
         max_age: max_age?,
@@ -278,6 +281,7 @@ pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<PolicyOv
             min_age: min_age?,
             on_unknown_age: on_unknown_age?,
             trust_created: trust_created?,
+            by_digest: by_digest?,
         },
     })
 }
@@ -289,6 +293,21 @@ fn check_min_age(table: &Table, rule: &EffectivePolicy, report: &mut Report<'_>)
         let message = "`min_age` with policy = \"never\", which forbids the requests that show an age";
         let help = "write min_age = \"0s\", or another policy".to_owned();
         report.emit(table.at("min_age"), table.path("min_age"), message, Some(help));
+    }
+}
+
+/// Rejects a minimum age by digest in a rule that applies to no pull by digest.
+fn check_by_digest(
+    table: &Table,
+    images: &[ImagePattern],
+    changes: &PolicyOverrides,
+    report: &mut Report<'_>,
+) {
+    if changes.age_limit.by_digest == Some(true) && images.iter().all(ImagePattern::has_tag) {
+        let message = "`min_age_by_digest` for globs with a tag, which apply to no pull by digest";
+        let help = "remove the tag from a glob, or set it in another rule".to_owned();
+        let key = "min_age_by_digest";
+        report.emit(table.at(key), table.path(key), message, Some(help));
     }
 }
 
@@ -379,6 +398,8 @@ fn rules(
             seen.push((pattern.to_string(), table.name.clone()));
         }
         if let Ok(changes) = changes {
+            let globs: Vec<ImagePattern> = images.iter().map(|(_, pattern)| pattern.clone()).collect();
+            check_by_digest(table, &globs, &changes, report);
             if let Ok(default) = &default {
                 let base = policy_of(default, &images, configured);
                 let policy = base.with_overrides(Arc::from(""), &changes);

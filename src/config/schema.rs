@@ -167,8 +167,9 @@ pub const KEYS: &[Key] = &[
     key(Default, "refresh", Some(r#""off""#), "How often tags in use are revalidated in the background, from \"1m\" to \"30d\". A tag that moved is fetched, so that the next pull finds it. Only with the cache's own credential or, for public repositories, with none. Or \"off\"."),
     key(Default, "refresh_used_within", Some(r#""7d""#), "A tag is in use, and refreshed, if a client pulled it within this time."),
     key(Default, "refresh_quota_floor", Some(r#""25%""#), "Share of the upstream's pull quota that is left to clients: below it, nothing is refreshed."),
-    key(Default, "min_age", Some(r#""0s""#), "Minimum age: a tag is answered with the newest digest that it has named for at least this long, up to \"365d\". Counts from the time at which this cache first saw the tag name the digest or, if older, from the `Last-Modified` of its storage. \"0s\" for none. It does not apply to pulls by digest."),
+    key(Default, "min_age", Some(r#""0s""#), "Minimum age: a tag is answered with the newest digest that it has named for at least this long, up to \"365d\". Counts from the time at which this cache first saw the tag name the digest or, if older, from the `Last-Modified` of its storage. \"0s\" for none. Pulls by digest: see `min_age_by_digest`."),
     key(Default, "on_unknown_age", Some(r#""refuse""#), "With `min_age`, the action for a digest that is new to this cache and of which nothing shows the age: \"refuse\" until it is old enough here, or \"serve\"."),
+    key(Default, "min_age_by_digest", Some("false"), "Whether `min_age` applies to manifests requested by digest too. A digest is as old as under its oldest tag in the repository, or as its first request. The images of an index that was served are not delayed, and blobs never are."),
     key(Default, "trust_created", Some("false"), "With `min_age`, whether `created` in the config of an image is evidence of its age. Its publisher can write any time there."),
 
     key(Upstream, "url", None, "URL of the registry, or a list tried in order until one has the image. Default: https:// and the upstream's name."),
@@ -202,6 +203,7 @@ pub const KEYS: &[Key] = &[
     key(Upstream, "refresh_quota_floor", None, "As in [default], for this upstream."),
     key(Upstream, "min_age", None, "As in [default], for this upstream."),
     key(Upstream, "on_unknown_age", None, "As in [default], for this upstream."),
+    key(Upstream, "min_age_by_digest", None, "As in [default], for this upstream."),
     key(Upstream, "trust_created", None, "As in [default], for this upstream."),
 
     key(Rule, "images", None, "Globs over upstream/repository:tag; `*` also matches `/`."),
@@ -215,6 +217,7 @@ pub const KEYS: &[Key] = &[
     key(Rule, "refresh_used_within", None, "As in [default], for these images."),
     key(Rule, "min_age", None, "As in [default], for these images."),
     key(Rule, "on_unknown_age", None, "As in [default], for these images."),
+    key(Rule, "min_age_by_digest", None, "As in [default], for these images. A glob with a tag does not apply to pulls by digest."),
     key(Rule, "trust_created", None, "As in [default], for these images."),
 
     key(Access, "htpasswd", None, "File with the users of the cache and their bcrypt password hashes."),

@@ -126,6 +126,9 @@ fn write_upstream(f: &mut Formatter<'_>, upstream: &UpstreamConfig, rule: &Effec
             format_duration(rule.age_limit.min_age),
             rule.age_limit.on_unknown_age.name()
         )?;
+        if rule.age_limit.by_digest {
+            f.write_str(", also by digest")?;
+        }
     }
     if let Some(interval) = rule.scheduled_refresh().interval {
         write!(f, ", refresh {}", format_duration(interval))?;

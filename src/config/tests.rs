@@ -306,6 +306,34 @@ fn min_age_applies_by_default_upstream_and_rule() {
 }
 
 #[test]
+fn min_age_by_digest_applies_by_default_upstream_and_rule() {
+    let config = read(
+        "[default]
+        min_age_by_digest = true
+        [upstream.\"docker.io\"]
+        min_age = \"3d\"
+        [[rule]]
+        images = [\"docker.io/acme/*\", \"docker.io/web/*:1\"]
+        min_age_by_digest = false",
+    );
+    let is_on = |upstream, repository: &str| {
+        let repository = repository.parse().unwrap();
+        let policy = config.rules.find(upstream, &repository, None);
+        policy.age_limit.is_on_by_digest()
+    };
+    assert!(is_on("docker.io", "library/alpine"));
+    assert!(is_on("docker.io", "web/a"), "the glob has a tag");
+    assert!(!is_on("docker.io", "acme/web"));
+    assert!(!is_on("quay.io", "acme/web"), "no minimum age");
+    assert!(
+        config
+            .summary()
+            .to_string()
+            .contains("on_unknown_age refuse, also by digest")
+    );
+}
+
+#[test]
 fn summary_warns_of_min_age_without_refresh() {
     let summary = |text: &str| read(text).summary().to_string();
     let warns = |text: &str| summary(text).contains("`min_age` without `refresh`");

@@ -67,6 +67,8 @@ pub struct AgeLimit {
     pub on_unknown_age: OnUnknownAge,
     /// Whether `created` of the config is evidence.
     pub trust_created: bool,
+    /// Whether it applies to manifests requested by digest too.
+    pub by_digest: bool,
 }
 
 /// Settings of the minimum age that a rule or an upstream's section overrides. `None` keeps the value.
@@ -78,6 +80,8 @@ pub struct AgeOverrides {
     pub on_unknown_age: Option<OnUnknownAge>,
     /// See [`AgeLimit::trust_created`].
     pub trust_created: Option<bool>,
+    /// See [`AgeLimit::by_digest`].
+    pub by_digest: Option<bool>,
 }
 
 /// The known age of a digest.
@@ -100,6 +104,8 @@ pub struct AgeEvidence {
 pub enum AgeSource {
     /// This cache saw the tag name the digest.
     FirstSeen,
+    /// This cache saw the digest in the repository, for a request by digest.
+    FirstSeenByDigest,
     /// The storage of the registry.
     LastModified,
     /// The config of the image.
@@ -111,6 +117,7 @@ impl AgeSource {
     pub fn name(self) -> &'static str {
         match self {
             Self::FirstSeen => "first-seen",
+            Self::FirstSeenByDigest => "first-seen-by-digest",
             Self::LastModified => "last-modified",
             Self::Created => "created",
         }
@@ -162,6 +169,7 @@ impl YoungDigest {
         let age = humantime::format_duration(Duration::from_secs(age.as_secs() / unit * unit));
         let known = match source {
             AgeSource::FirstSeen => format!("first seen under this tag {age} ago"),
+            AgeSource::FirstSeenByDigest => format!("first seen in this repository {age} ago"),
             AgeSource::LastModified => format!("stored at the registry {age} ago, by its Last-Modified"),
             AgeSource::Created => format!("built {age} ago, by its config"),
         };
@@ -187,6 +195,23 @@ impl Maturity {
         self == Self::Mature
     }
 
+    /// The same for a request by digest, to which no tag belongs.
+    #[must_use]
+    pub fn by_digest(self) -> Self {
+        match self {
+            Self::Young(
+                youth @ YoungDigest {
+                    since: Some((since, AgeSource::FirstSeen)),
+                    ..
+                },
+            ) => Self::Young(YoungDigest {
+                since: Some((since, AgeSource::FirstSeenByDigest)),
+                ..youth
+            }),
+            other => other,
+        }
+    }
+
     /// The youth, if too young.
     pub fn youth(self) -> Option<YoungDigest> {
         match self {
@@ -202,6 +227,7 @@ impl AgeLimit {
         min_age: Duration::ZERO,
         on_unknown_age: OnUnknownAge::Refuse,
         trust_created: false,
+        by_digest: false,
     };
 
     /// These settings with `changes`.
@@ -211,12 +237,18 @@ impl AgeLimit {
             min_age: changes.min_age.unwrap_or(self.min_age),
             on_unknown_age: changes.on_unknown_age.unwrap_or(self.on_unknown_age),
             trust_created: changes.trust_created.unwrap_or(self.trust_created),
+            by_digest: changes.by_digest.unwrap_or(self.by_digest),
         }
     }
 
     /// Whether there is a limit.
     pub fn is_on(&self) -> bool {
         !self.min_age.is_zero()
+    }
+
+    /// Whether there is a limit for manifests requested by digest.
+    pub fn is_on_by_digest(&self) -> bool {
+        self.is_on() && self.by_digest
     }
 
     /// Judges a digest by its evidence.
@@ -304,6 +336,7 @@ mod tests {
                 min_age: 3 * DAY,
                 on_unknown_age,
                 trust_created,
+                by_digest: false,
             })
         })
     }
@@ -399,6 +432,7 @@ mod tests {
                 min_age: 3 * DAY,
                 on_unknown_age: OnUnknownAge::Serve,
                 trust_created: false,
+                by_digest: false,
             };
             let refusing = AgeLimit {
                 on_unknown_age: OnUnknownAge::Refuse,

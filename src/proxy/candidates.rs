@@ -122,6 +122,7 @@ impl ProxyService {
             AnyDigest::Unsupported(_) => (None, false),
         };
         let entry = candidates.as_ref().map(Candidates::entry);
+        let cooling = self.digest_facts(registry, repository, digest, rule, now).await;
         let blocked = match digest {
             AnyDigest::Supported(digest) => self.blocked(registry, repository, *digest),
             AnyDigest::Unsupported(_) => None,
@@ -129,6 +130,7 @@ impl ProxyService {
         context
             .state(rule, ContentKind::Manifest, entry, is_in_repository, now)
             .with_blocked(blocked)
+            .with_cooling(cooling)
     }
 
     /// How much of a manifest's content is cached.

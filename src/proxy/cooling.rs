@@ -14,7 +14,7 @@ use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::Revalidated;
 use super::{ProxyService, Request, UpstreamRegistry};
 use crate::age;
-use crate::oci::{Accept, Digest, MediaType, Repository, Tag};
+use crate::oci::{Accept, Digest, MediaType, Reference, Repository, Tag};
 use crate::policy::min_age::{AgeEvidence, AgeLimit, Maturity, YoungDigest};
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{AgeFacts, CacheState, Completeness, OlderDigest, Revalidation};
@@ -30,7 +30,7 @@ pub(super) struct CheckedTime(Mutex<Option<(SystemTime, Instant)>>);
 impl CheckedTime {
     /// Learns from the `Date` of a response that has just arrived. The latest time of all registries applies, so that a
     /// registry whose clock is behind makes no digest younger.
-    fn learn(&self, date: SystemTime) {
+    pub(super) fn learn(&self, date: SystemTime) {
         let now = Instant::now();
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let is_later = known.is_none_or(|(at, since)| date > at + now.duration_since(since));
@@ -40,7 +40,7 @@ impl CheckedTime {
     }
 
     /// `now`, or the registries' time if `now` is more than [`age::AHEAD_MAX`] later.
-    fn bound(&self, now: SystemTime) -> SystemTime {
+    pub(super) fn bound(&self, now: SystemTime) -> SystemTime {
         let known = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let Some((at, since)) = known else { return now };
         let checked = at.checked_add(since.elapsed()).unwrap_or(now);
@@ -91,13 +91,27 @@ impl ProxyService {
         (state, candidates): (CacheState, Option<Candidates>),
         revalidated: &Revalidated,
     ) -> (CacheState, Option<Candidates>) {
-        let (Some(_), Some(tag)) = (state.cooling, request.tag()) else {
+        if state.cooling.is_none() {
             return (state, candidates);
-        };
+        }
         let (registry, limit) = (&request.registry, rule.age_limit);
         let repository = &upstream_request.repository;
         // The sighting that this response recorded is later than the request.
         let now = self.clock.now().max(request.now);
+        let Some(tag) = request.tag() else {
+            // Otherwise the age is known already, or the caller is not authorized: then nothing is looked up.
+            if !matches!(
+                revalidated.revalidation,
+                Revalidation::Digest { .. } | Revalidation::Blocked(_) | Revalidation::NoDigest
+            ) {
+                return (state, candidates);
+            }
+            let shown = (revalidated.response.as_deref(), now);
+            let is_blocked = state.blocked.is_some();
+            let judged = self.judge_confirmed_digest(upstream_request, &limit, shown, is_blocked);
+            let facts = AgeFacts::of_digest(judged.await);
+            return (state.with_cooling(Some(facts)), candidates);
+        };
         let what = (tag, Some(&request.accept));
         let (candidates, cooling) = self.tag_facts(registry, repository, what, rule, now).await;
         let response = revalidated.response.as_deref();
@@ -161,8 +175,9 @@ impl ProxyService {
         limit: &AgeLimit,
         (response, now): (&UpstreamResponse, SystemTime),
     ) -> Maturity {
+        let reference = tag.clone().into();
         // Boxed, because few requests come here.
-        let requested = self.storage_age(upstream_request, (tag, digest), limit.trust_created);
+        let requested = self.storage_age(upstream_request, (&reference, digest), limit.trust_created);
         let stated = Box::pin(requested).await;
         if let (Some(stated), Some(media_type), ResponseKind::Digest(_)) =
             (stated, &response.media_type, response.kind)
@@ -172,7 +187,7 @@ impl ProxyService {
                 created_at: stated.created_at,
                 ..seen_by(upstream_request, digest, media_type)
             };
-            self.write_sighting(upstream_request, tag, seen).await;
+            self.write_sighting(upstream_request, &reference, seen).await;
         }
         let (registry, repository) = (&upstream_request.registry, &upstream_request.repository);
         self.judge(registry, repository, (tag, digest), limit, (Some(response), now))
@@ -226,30 +241,48 @@ impl ProxyService {
             last_modified: response.and_then(proven_last_modified),
             ..seen_by(upstream_request, digest, media_type)
         };
-        self.write_sighting(upstream_request, tag, seen).await;
+        self.write_sighting(upstream_request, &tag.clone().into(), seen)
+            .await;
     }
 
-    async fn write_sighting(self: &Arc<Self>, upstream_request: &UpstreamRequest, tag: &Tag, seen: Seen) {
-        const ACTION: &str = "record when the tag named the digest";
+    /// Records what a response showed for this tag or digest.
+    pub(super) async fn write_sighting(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        reference: &Reference,
+        seen: Seen,
+    ) {
+        const ACTION: &str = "record when the digest was first seen";
         let UpstreamRequest {
             registry, repository, ..
         } = upstream_request;
         let key = SightingKey {
             upstream: registry.name().into(),
             repository: repository.clone(),
-            reference: tag.clone().into(),
+            reference: reference.clone(),
         };
         let digest = seen.digest;
         let (store, now) = (self.store.clone(), self.clock.now());
         let recording = async move { store.record_sighting(key, seen, now).await };
-        if !registry.rule(repository, Some(tag)).age_limit.is_on() {
+        let limits = match reference {
+            Reference::Tag(tag) => registry.rule(repository, Some(tag)).age_limit.is_on(),
+            Reference::Digest(_) => false,
+        };
+        if !limits && !registry.rule(repository, None).age_limit.is_on_by_digest() {
             tokio::spawn(async move { log_store_error(recording.await, ACTION) });
             return;
         }
         let recorded = recording.await;
-        if recorded == Ok(true) {
-            tracing::info!(upstream = registry.name(), image = %format_args!("{repository}:{tag}"), %digest,
-                "first saw digest under its tag, its age counts from now");
+        match (&recorded, reference) {
+            (Ok(true), Reference::Tag(tag)) => {
+                tracing::info!(upstream = registry.name(), image = %format_args!("{repository}:{tag}"), %digest,
+                    "first saw digest under its tag, its age counts from now");
+            }
+            (Ok(true), Reference::Digest(_)) => {
+                tracing::info!(upstream = registry.name(), image = %format_args!("{repository}@{digest}"),
+                    "first saw digest on a request by digest, its age counts from now");
+            }
+            _ => {}
         }
         log_store_error(recorded, ACTION);
     }
@@ -281,7 +314,7 @@ impl ProxyService {
 }
 
 /// What a response to this request shows, without times.
-fn seen_by(upstream_request: &UpstreamRequest, digest: Digest, media_type: &MediaType) -> Seen {
+pub(super) fn seen_by(upstream_request: &UpstreamRequest, digest: Digest, media_type: &MediaType) -> Seen {
     Seen {
         digest,
         media_type: media_type.clone(),
@@ -293,7 +326,7 @@ fn seen_by(upstream_request: &UpstreamRequest, digest: Digest, media_type: &Medi
 }
 
 /// `Last-Modified` of a response that the registry itself is proven to have sent.
-fn proven_last_modified(response: &UpstreamResponse) -> Option<SystemTime> {
+pub(super) fn proven_last_modified(response: &UpstreamResponse) -> Option<SystemTime> {
     response
         .last_modified
         .filter(|_| matches!(response.kind, ResponseKind::Digest(_)))
@@ -301,7 +334,7 @@ fn proven_last_modified(response: &UpstreamResponse) -> Option<SystemTime> {
 
 impl CacheView<'_> {
     /// The recorded evidence for the age of `digest`.
-    fn evidence(&self, sightings: &Sightings, digest: &Digest) -> AgeEvidence {
+    pub(super) fn evidence(&self, sightings: &Sightings, digest: &Digest) -> AgeEvidence {
         let approved = self
             .proxy
             .store

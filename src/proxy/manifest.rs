@@ -9,10 +9,11 @@ use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::Revalidated;
 use super::{AuthContext, ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, denied, passthrough};
 use crate::oci::{AnyDigest, Digest, Reference, Repository, Tag, UpstreamFailure};
+use crate::policy::min_age::Maturity;
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{
-    Authorization, CacheState, ContentKind, CredentialOwner, Decision, DenyReason, HitReason, MissReason,
-    Revalidation, decide,
+    AgeFacts, Authorization, CacheState, ContentKind, CredentialOwner, Decision, DenyReason, HitReason,
+    MissReason, Revalidation, decide,
 };
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::TagKey;
@@ -34,7 +35,18 @@ impl ProxyService {
             Reference::Digest(AnyDigest::Supported(digest)) => {
                 self.by_digest(request, repository, &context, digest).await
             }
-            Reference::Digest(AnyDigest::Unsupported(_)) => {
+            Reference::Digest(digest @ AnyDigest::Unsupported(_)) => {
+                let rule = request.registry.rule(repository, None);
+                let cooling = self
+                    .digest_facts(&request.registry, repository, &digest, rule, request.now)
+                    .await;
+                if cooling.is_some_and(|cooling| !cooling.named.is_mature()) {
+                    let state = context
+                        .state(rule, ContentKind::Manifest, None, false, request.now)
+                        .with_cooling(cooling);
+                    let manifest_request = ManifestRequest::new(self, request, repository, &context, rule);
+                    return Box::pin(manifest_request.execute(&state, None)).await;
+                }
                 passthrough::fetch_uncached(
                     self,
                     request,
@@ -104,7 +116,11 @@ impl ProxyService {
         let entry = candidates.as_ref().map(Candidates::entry);
         let state = context
             .state(rule, ContentKind::Manifest, entry, is_in_repository, request.now)
-            .with_blocked(self.blocked(&request.registry, repository, digest));
+            .with_blocked(self.blocked(&request.registry, repository, digest))
+            .with_cooling(
+                self.digest_facts(&request.registry, repository, &digest.into(), rule, request.now)
+                    .await,
+            );
         let manifest_request = ManifestRequest::new(self, request, repository, context, rule);
         manifest_request.execute(&state, candidates).await
     }
@@ -165,9 +181,13 @@ impl<'a> ManifestRequest<'a> {
     /// (see [`AuthContext::has_no_grant`]).
     async fn authorize_first(&self, digest: Digest) -> ProxyResponse {
         let (registry, repository, now) = (&self.request.registry, self.repository, self.request.now);
+        let is_limited = self.rule.age_limit.is_on_by_digest();
+        // The age is not looked up before the authorization. Until then, it only prevents forwarding.
+        let unjudged = is_limited.then(|| AgeFacts::of_digest(Maturity::Mature));
         let unseen = self
             .context
-            .state(self.rule, ContentKind::Manifest, None, false, now);
+            .state(self.rule, ContentKind::Manifest, None, false, now)
+            .with_cooling(unjudged);
         if let Decision::Deny(refusal) = decide(&unseen) {
             return denied(refusal, None, false);
         }
@@ -182,14 +202,15 @@ impl<'a> ManifestRequest<'a> {
             .proxy
             .candidate_for_digest(registry, repository, &digest, now)
             .await;
-        if candidates.is_none() && self.request.head {
+        if candidates.is_none() && self.request.head && !is_limited {
             return self.respond_to_head(&unseen, revalidated).await;
         }
         let entry = candidates.as_ref().map(Candidates::entry);
         let state = self
             .context
             .state(self.rule, ContentKind::Manifest, entry, true, now)
-            .with_blocked(self.proxy.blocked(registry, repository, digest));
+            .with_blocked(self.proxy.blocked(registry, repository, digest))
+            .with_cooling(unjudged);
         Box::pin(self.on_revalidated(&state, candidates, revalidated)).await
     }
 

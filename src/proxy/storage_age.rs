@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use super::ProxyService;
 use super::manifest_fetch::UpstreamRequest;
 use crate::oci::manifest::{Descriptor, DescriptorKind, ManifestKind};
-use crate::oci::{Digest, Endpoint, Tag};
+use crate::oci::{Digest, Endpoint, Reference};
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::sightings::SightingKey;
 
@@ -49,17 +49,17 @@ pub(super) struct ConfigAge {
 }
 
 impl ProxyService {
-    /// What the newest config of the image or index that this tag names says about its age; `None` if that is nothing.
+    /// What the newest config of the image or index that this tag or digest names says about its age; `None` if that is nothing.
     pub(super) async fn storage_age(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
-        (tag, digest): (&Tag, Digest),
+        (reference, digest): (&Reference, Digest),
         trust_created: bool,
     ) -> Option<ConfigAge> {
         let key = SightingKey {
             upstream: upstream_request.registry.name().into(),
             repository: upstream_request.repository.clone(),
-            reference: tag.clone().into(),
+            reference: reference.clone(),
         };
         let of = (key, digest, trust_created);
         if self.silent_storage.0.get(&of).is_some() {

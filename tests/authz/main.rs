@@ -5,7 +5,7 @@
 //!   authorize; it shares no code with the program. `cache`: the program under test, from request to bytes.
 //! * `random_walk`: random steps, each response checked against the model. `lifecycle`: the same over reloads,
 //!   restarts, kills and pushes, with slow responses. `cases`: interleavings that were found dangerous.
-//! * `min_age`: ages of digests, with a wall clock that is stepped.
+//! * `min_age`, `min_age_by_digest`: ages of digests, with a wall clock that is stepped.
 //! * `scheduled_refresh`: tags revalidated in the background.
 //! * `hostile_fronts`: hosts that respond in the registry's place. `timing`: whether the time of a denial reveals
 //!   what is cached. `counting_disk`: a disk that counts its reads. `slow_disk`: a disk with a blocked call.
@@ -31,6 +31,7 @@ mod counting_disk;
 mod hostile_fronts;
 mod lifecycle;
 mod min_age;
+mod min_age_by_digest;
 mod model;
 mod random_walk;
 mod registry;

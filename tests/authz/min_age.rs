@@ -14,10 +14,10 @@ use super::cache::{Cache, ClientRequest, Got, PROVEN, SHARED};
 use super::registry::{Condition, Registry, jump, now};
 
 const HOUR: i64 = 3_600;
-const DAY: i64 = 24 * HOUR;
-const REPOSITORY: &str = "acme/app";
+pub const DAY: i64 = 24 * HOUR;
+pub const REPOSITORY: &str = "acme/app";
 
-fn rules_of(days: i64, policy: Policy, on_unknown_age: OnUnknownAge) -> Rules {
+pub fn rules_of(days: i64, policy: Policy, on_unknown_age: OnUnknownAge) -> Rules {
     let default = EffectivePolicy {
         name: Arc::from("default"),
         policy,
@@ -33,17 +33,18 @@ fn rules_of(days: i64, policy: Policy, on_unknown_age: OnUnknownAge) -> Rules {
             min_age: Duration::from_secs((days * DAY).unsigned_abs()),
             on_unknown_age,
             trust_created: false,
+            by_digest: false,
         },
     };
     let upstreams = [PROVEN, SHARED].map(|name| (Arc::from(name), PolicyOverrides::default()));
     Rules::new(default, upstreams, Vec::new()).unwrap()
 }
 
-fn rules() -> Rules {
+pub fn rules() -> Rules {
     rules_of(3, Policy::IfNewer, OnUnknownAge::Refuse)
 }
 
-fn registry() -> Registry {
+pub fn registry() -> Registry {
     let registry = Registry::new();
     registry.user("service", "service-secret");
     registry.lets("service", REPOSITORY);
@@ -52,24 +53,24 @@ fn registry() -> Registry {
 }
 
 /// Time that passes, on every clock. A step of the wall clock alone is a `jump`.
-async fn pass(seconds: i64) {
+pub async fn pass(seconds: i64) {
     jump(seconds);
     tokio::time::advance(Duration::from_secs(seconds.unsigned_abs())).await;
 }
 
 /// Pushes an image without layers that its storage got `days` ago.
-fn push_old(registry: &Registry, mark: &str, days: i64) -> Digest {
+pub fn push_old(registry: &Registry, mark: &str, days: i64) -> Digest {
     let digest = registry.push(REPOSITORY, "1", mark, &[]);
     let at = now() - Duration::from_secs((days * DAY).unsigned_abs());
     registry.state().last_modified.insert(digest, at);
     digest
 }
 
-fn push(registry: &Registry, mark: &str) -> Digest {
+pub fn push(registry: &Registry, mark: &str) -> Digest {
     registry.push(REPOSITORY, "1", mark, &[])
 }
 
-fn of(reference: &str) -> ClientRequest {
+pub fn of(reference: &str) -> ClientRequest {
     ClientRequest {
         site: PROVEN,
         path: format!("/v2/{REPOSITORY}/manifests/{reference}"),
@@ -79,27 +80,29 @@ fn of(reference: &str) -> ClientRequest {
 }
 
 /// What the tag gives to `GET` and `HEAD` alike: a digest, or the reason of the denial.
-async fn tag(cache: &Cache) -> Result<Digest, &'static str> {
+pub async fn tag(cache: &Cache) -> Result<Digest, &'static str> {
+    get(cache, &of("1")).await
+}
+
+/// What a request gives to `GET` and `HEAD` alike.
+pub async fn get(cache: &Cache, request: &ClientRequest) -> Result<Digest, &'static str> {
     let result = |got| match got {
         Got::Content(digest, _) => Ok(digest),
         Got::No(reason) => Err(reason),
         Got::List => panic!("a list"),
     };
-    let head = result(
-        cache
-            .get(&ClientRequest {
-                head: true,
-                ..of("1")
-            })
-            .await,
-    );
-    let got = result(cache.get(&of("1")).await);
+    let head = ClientRequest {
+        head: true,
+        ..request.clone()
+    };
+    let head = result(cache.get(&head).await);
+    let got = result(cache.get(request).await);
     assert_eq!(head, got, "HEAD and GET differ");
     got
 }
 
 /// Pulls the image by digest with its config, so that it is complete in the cache.
-async fn pull(cache: &Cache, digest: Digest) {
+pub async fn pull(cache: &Cache, digest: Digest) {
     let Got::Content(found, Some(bytes)) = cache.get(&of(&digest.to_string())).await else {
         panic!("{digest} is not served");
     };
@@ -112,13 +115,13 @@ async fn pull(cache: &Cache, digest: Digest) {
     tokio::time::sleep(Duration::from_secs(1)).await;
 }
 
-async fn pulled_tag(cache: &Cache) -> Digest {
+pub async fn pulled_tag(cache: &Cache) -> Digest {
     let digest = tag(cache).await.unwrap();
     pull(cache, digest).await;
     digest
 }
 
-fn gets_of(registry: &Registry, digest: Digest) -> usize {
+pub fn gets_of(registry: &Registry, digest: Digest) -> usize {
     let line = format!("GET /v2/{REPOSITORY}/manifests/{digest}");
     registry.request_log().iter().filter(|one| **one == line).count()
 }
@@ -436,6 +439,28 @@ async fn t17_clock_set_back_starts_the_age_again() {
     assert_eq!(tag(&cache).await, Ok(new));
 }
 
+/// Approves or blocks a digest, as the operator.
+pub async fn give(cache: &Cache, kind: VerdictKind, digest: Digest) {
+    let key = VerdictKey {
+        kind,
+        scope: VerdictScope::Repository {
+            upstream: PROVEN.into(),
+            repository: REPOSITORY.parse().unwrap(),
+        },
+        digest,
+    };
+    let note = VerdictNote {
+        at: now(),
+        by: "operator".to_owned(),
+        reason: None,
+    };
+    cache
+        .proxy
+        .store()
+        .write(move |store| store.put_verdict(&key, note).unwrap())
+        .await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn approved_digest_is_served_at_once_and_a_block_beats_it() {
     let registry = registry();
@@ -445,27 +470,8 @@ async fn approved_digest_is_served_at_once_and_a_block_beats_it() {
     pass(1).await;
     let new = push(&registry, "two");
     assert_eq!(tag(&cache).await, Ok(old));
-    let put = |kind| {
-        let key = VerdictKey {
-            kind,
-            scope: VerdictScope::Repository {
-                upstream: PROVEN.into(),
-                repository: REPOSITORY.parse().unwrap(),
-            },
-            digest: new,
-        };
-        let note = VerdictNote {
-            at: now(),
-            by: "operator".to_owned(),
-            reason: None,
-        };
-        cache
-            .proxy
-            .store()
-            .write(move |store| store.put_verdict(&key, note).unwrap())
-    };
-    put(VerdictKind::Approved).await;
+    give(&cache, VerdictKind::Approved, new).await;
     assert_eq!(pulled_tag(&cache).await, new);
-    put(VerdictKind::Blocked).await;
+    give(&cache, VerdictKind::Blocked, new).await;
     assert_eq!(tag(&cache).await, Err("blocked"));
 }

@@ -159,6 +159,9 @@ fn invalid_setting_reports_its_location() {
         ("[default]\npolicy = \"never\"\nmin_age = \"3d\"", "3:11: `min_age` with policy = \"never\", which forbids the requests that show an age"),
         ("[default]\npolicy = \"never\"\n[upstream.\"ghcr.io\"]\nmin_age = \"3d\"", "4:11: `min_age` with policy = \"never\", which forbids the requests that show an age"),
         ("[[rule]]\nimages = [\"ghcr.io/a/*\"]\npolicy = \"never\"\nmin_age = \"3d\"", "4:11: `min_age` with policy = \"never\", which forbids the requests that show an age"),
+        ("[default]\nmin_age_by_digest = \"3d\"", "2:21: expected true or false, found a string"),
+        ("[upstream.\"ghcr.io\"]\nmin_age_by_digest = 1", "2:21: expected true or false, found a number"),
+        ("[[rule]]\nimages = [\"ghcr.io/a/*:1*\"]\nmin_age_by_digest = true", "3:21: `min_age_by_digest` for globs with a tag, which apply to no pull by digest"),
         // Scheduled refreshes.
         ("[default]\nrefresh = \"30s\"", "2:11: an interval of 30s is too short for a registry"),
         ("[default]\nrefresh = \"0s\"", "2:11: an interval of 0s is too short for a registry"),

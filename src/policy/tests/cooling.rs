@@ -252,12 +252,7 @@ fn min_age_by_digest_denies_a_young_manifest() {
     {
         let young = Maturity::Young(youth(old_digest()));
         let state = CacheState {
-            cooling: Some(AgeFacts {
-                cached: young,
-                previous: Maturity::Mature,
-                named: young,
-                older: None,
-            }),
+            cooling: Some(AgeFacts::of_digest(young)),
             ..base
         };
         let decision = decide(&state);

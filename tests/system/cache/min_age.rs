@@ -97,6 +97,40 @@ async fn denial_of_a_young_digest_says_what_to_do() {
 }
 
 #[tokio::test]
+async fn denial_by_digest_says_what_to_do() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    let proxy = Setup::over(&upstream)
+        .default_keys("min_age = \"3d\"\nmin_age_by_digest = true")
+        .start()
+        .await;
+    let path = manifest_path("library/demo", &image.digest);
+    let reply = proxy.get(&path).await;
+    reply.is_refused(403);
+    assert_eq!(reply.code(), "DENIED");
+    let message = reply.message();
+    let name = format!("docker.io/library/demo@{}", image.digest);
+    for part in [
+        &*format!("{name} is younger than `min_age` allows"),
+        "first seen in this repository",
+        "nothing shows that it is older",
+        "; served from 20",
+        &format!("ifnewer approve {name}"),
+    ] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    assert!(reply.cache_status().contains("too-young"), "{reply:#?}");
+    assert_eq!(proxy.head(&path).await.status, 403);
+    let printed = prints(&proxy, &["why", &name]).await;
+    for part in ["is served from 20", "first seen in this repository"] {
+        assert!(printed.contains(part), "{part}: {printed}");
+    }
+    assert!(!printed.contains("the tag names"), "{printed}");
+    prints(&proxy, &["approve", &name]).await;
+    proxy.pull("library/demo", &image.digest, &image).await;
+}
+
+#[tokio::test]
 async fn registry_without_digests_serves_only_what_is_old_enough() {
     let upstream = Upstream::start().await;
     let old = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
