@@ -8,7 +8,7 @@
 //! store-id                    identity and generation, to detect a lost or foreign index
 //! blobs/sha256/ab/<hex>       verified bytes, read-only
 //! manifests/sha256/ab/<hex>   verified bytes; <hex>.meta: media type and source repositories
-//! sightings/ab/<hash>         when a tag was first seen to name each digest, for `min_age`
+//! sightings/ab/<hash>         when a tag was first seen to name each digest, or a digest was first seen, for `min_age`
 //! refs/ab/<hash>              tag record: upstream, repository, tag → digest, per set of accepted media types
 //! seen/ab/<hash>              membership: the digests that the upstream has in a repository; whether it is public
 //! listings/<slot>             last tag list or referrers list, for outages

@@ -205,3 +205,25 @@ fn digest_keeps_what_its_tags_were_seen_to_name() {
         );
     });
 }
+
+#[test]
+fn pruned_sighting_of_a_digest_returns_with_its_tag() {
+    on_every_fs(|fixture| {
+        let store = fixture.open();
+        let key = sighting_key("3");
+        let of_digest = key.with_digest(digest(b"image"));
+        see(&store, "3", b"image", 1).unwrap();
+        let tags = fixture.files("sightings");
+        store.join_sighting(&key, &digest(b"image"), at(1)).unwrap();
+        let mut files = fixture.files("sightings");
+        files.retain(|file| !tags.contains(file));
+        fixture.fs.remove(&files[0]).unwrap();
+        drop(store);
+        let store = fixture.open();
+        assert_eq!(*store.sightings(&of_digest), Sightings::default());
+        store.join_sighting(&key, &digest(b"image"), at(900)).unwrap();
+        drop(store);
+        let found = fixture.open().sightings(&of_digest);
+        assert_eq!(found.get(&digest(b"image")).unwrap().first_seen_at, at(1));
+    });
+}

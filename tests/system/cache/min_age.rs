@@ -131,6 +131,26 @@ async fn denial_by_digest_says_what_to_do() {
 }
 
 #[tokio::test]
+async fn unverifiable_digest_is_of_unknown_age() {
+    let foreign = format!("blake3:{}", "a".repeat(64));
+    let path = manifest_path("library/demo", &foreign);
+    for (action, is_served) in [("refuse", false), ("serve", true)] {
+        let upstream = Upstream::start().await;
+        let image = Image::with_layers(&["one"]);
+        let image = Image {
+            digest: foreign.clone(),
+            ..image
+        };
+        upstream.push("library/demo", "latest", image);
+        let keys = format!("min_age = \"3d\"\nmin_age_by_digest = true\non_unknown_age = \"{action}\"");
+        let proxy = Setup::over(&upstream).default_keys(&keys).start().await;
+        for reply in [proxy.get(&path).await, proxy.head(&path).await] {
+            assert_eq!(reply.status == 200, is_served, "{action}: {reply:#?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn registry_without_digests_serves_only_what_is_old_enough() {
     let upstream = Upstream::start().await;
     let old = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));

@@ -18,7 +18,7 @@ use crate::store::tags::resolve::ResolvedTag;
 use crate::store::tags::{TagReader, record};
 use crate::store::{AsyncStore, Store, StoreError, View, hashed_path, remove_file};
 
-/// Maximum number of files. A client that requests many tags of a public registry makes as many.
+/// Maximum number of files. A client that requests many tags or digests of a public registry makes as many.
 const FILES_MAX: usize = 131_072;
 
 /// A full tree is pruned by this share, so that each new tag does not list all files.
@@ -274,8 +274,8 @@ impl SightingFiles {
         });
     }
 
-    /// Removes files until `kept` are left: those of tags that are not cached first, and the least recently written
-    /// first. Returns how many are left.
+    /// Removes files until `kept` are left: those of digests and of tags that are not cached first, and the least
+    /// recently written first. The next response for a tag writes the file of its digest again. Returns how many are left.
     fn prune(&self, kept: usize) -> usize {
         let mut files: Vec<_> = self
             .files()
