@@ -65,7 +65,8 @@ impl ProxyService {
         };
         let upstream: Arc<str> = registry.name().into();
         let key = |digest| (Arc::clone(&upstream), repository.clone(), digest);
-        if let Some(tag) = request.tag() {
+        // Any client can pull a referrers tag at once, so it says nothing about the age of what it lists.
+        if let Some(tag) = request.tag().filter(|tag| !tag.is_referrers_tag()) {
             self.served_from.insert(key(digest), tag.clone().into());
         }
         let Some(index) = manifest.filter(|manifest| manifest.manifest.kind == ManifestKind::Index) else {
@@ -221,8 +222,6 @@ impl CacheView<'_> {
     ) -> bool {
         let key: ContentKey = (self.registry.name().into(), self.repository.clone(), *digest);
         match self.proxy.served_from.0.get(&key) {
-            // A referrers tag is not subject to a minimum age.
-            Some(Reference::Tag(tag)) if tag.is_referrers_tag() => true,
             Some(Reference::Tag(tag)) => {
                 let limit = self.registry.rule(self.repository, Some(&tag)).age_limit;
                 let sightings = self.view.sightings(&self.sighting_key(tag.into()));

@@ -173,6 +173,23 @@ async fn pull_by_tag_without_min_age_continues_by_digest() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn referrers_tag_makes_no_digest_older() {
+    let registry = registry();
+    let mut cache = Cache::new(&registry, rules());
+    cache.takes_indexes = true;
+    let subject = push_old(&registry, "one", 10);
+    let referrers = subject.to_string().replace(':', "-");
+    let all = registry.push_index(REPOSITORY, &referrers, "two", &["amd64"]);
+    assert_eq!(
+        get(&cache, &of(&referrers)).await,
+        Ok(all[0]),
+        "the tag is not delayed"
+    );
+    assert_eq!(digest(&cache, all[0]).await, YOUNG);
+    assert_eq!(digest(&cache, all[1]).await, YOUNG);
+}
+
+#[tokio::test(start_paused = true)]
 async fn older_digest_that_stands_in_continues_by_digest() {
     let registry = registry();
     let cache = Cache::new(&registry, rules());
