@@ -24,6 +24,10 @@ const IMAGES_MAX: usize = 4;
 /// Largest config read for its `created`.
 const CONFIG_BYTES_MAX: usize = 1024 * 1024;
 
+/// Size of the empty config `{}` of artifacts (OCI image spec, "Guidance for an Empty Descriptor"). All artifacts of a
+/// repository share it, so it is as old as the first of them.
+const EMPTY_CONFIG_BYTES: u64 = 2;
+
 /// Longest wait for all of it. A client has given up after 30 s.
 const STORAGE_AGE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -124,6 +128,9 @@ impl ProxyService {
         let Some(config) = descriptors.find(|child| child.kind == DescriptorKind::Config) else {
             return Some(ConfigAge::default());
         };
+        if config.size.is_some_and(|size| size <= EMPTY_CONFIG_BYTES) {
+            return Some(ConfigAge::default());
+        }
         let blob_request = UpstreamRequest {
             endpoint: Endpoint::Blob {
                 repository: upstream_request.repository.clone(),

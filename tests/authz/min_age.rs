@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use ifnewer::oci::Digest;
+use ifnewer::oci::{Algorithm, Digest};
 use ifnewer::policy::min_age::{AgeLimit, AgeOverrides, OnUnknownAge};
 use ifnewer::policy::refresh::RefreshPolicy;
 use ifnewer::policy::rules::{EffectivePolicy, PolicyOverrides, Rules};
@@ -11,7 +11,7 @@ use ifnewer::policy::{OnNotFound, Policy};
 use ifnewer::store::verdicts::{VerdictKey, VerdictKind, VerdictNote, VerdictScope};
 
 use super::cache::{Cache, ClientRequest, Got, PROVEN, SHARED};
-use super::registry::{Condition, Registry, jump, now};
+use super::registry::{Condition, OCI_MANIFEST, Registry, jump, now};
 
 const HOUR: i64 = 3_600;
 pub const DAY: i64 = 24 * HOUR;
@@ -217,6 +217,30 @@ async fn new_digest_is_as_old_as_its_config_in_storage() {
         pass((3 - days) * DAY).await;
         assert_eq!(tag(&cache).await, Ok(image));
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn empty_config_of_an_artifact_is_no_evidence() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    push(&registry, "one");
+    {
+        let empty = Digest::of(Algorithm::Sha256, b"{}");
+        let manifest = serde_json::json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "layers": [],
+            "artifactType": "application/example",
+            "config": {"mediaType": "application/vnd.oci.empty.v1+json", "digest": empty.to_string(), "size": 2}});
+        let manifest = manifest.to_string();
+        let digest = Digest::of(Algorithm::Sha256, manifest.as_bytes());
+        let mut state = registry.state();
+        state
+            .last_modified
+            .insert(empty, now() - Duration::from_secs(864_000));
+        let shelf = state.shelves.get_mut(REPOSITORY).unwrap();
+        shelf.blobs.insert(empty, "{}".into());
+        shelf.manifests.insert(digest, manifest.into());
+        shelf.tags.insert("1".to_owned(), digest);
+    }
+    assert_eq!(tag(&cache).await, Err("too-young"), "other artifacts have it too");
 }
 
 #[tokio::test(start_paused = true)]
