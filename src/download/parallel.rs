@@ -8,7 +8,8 @@
 //! Segments are assigned in order, and a helper fetches one after the other. A connection is added only while the last
 //! one raised the throughput, and only if the queue has a permit that no other download waits for. The first stream is
 //! closed only at a segment of which bytes have arrived, because an upstream may reject every range. A helper that fails
-//! is not replaced, and another stream continues at the first missing byte.
+//! is not replaced, and another stream continues at the first missing byte. A helper ends as soon as another download
+//! waits for a permit.
 //!
 //! An interrupted transfer keeps its front as a partial download. The segments beyond the front are fetched again.
 
@@ -491,6 +492,8 @@ enum Fetched {
     Complete,
     /// The first stream passed its start before a byte of it arrived, or the transfer ended.
     Passed,
+    /// Another download waits for a permit.
+    Yielded,
     Failed,
 }
 
@@ -520,7 +523,7 @@ impl Helper {
 
             if !may_go_on
                 || self.ending.is_cancelled()
-                || self.transfer.queue.waiting_of(&self.transfer.upstream) > 0
+                || self.others_wait()
             {
                 break;
             }
@@ -585,7 +588,15 @@ impl Helper {
             if !has_more {
                 return Fetched::Failed;
             }
+            if self.others_wait() {
+                return Fetched::Yielded;
+            }
         }
+    }
+
+    /// Whether another download from this upstream waits for a permit.
+    fn others_wait(&self) -> bool {
+        self.transfer.queue.waiting_of(&self.transfer.upstream) > 0
     }
 
     fn go_live(&mut self, segment: &Segment) -> bool {

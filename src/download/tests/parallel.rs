@@ -262,6 +262,26 @@ async fn no_connection_is_added_without_a_spare_permit() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn helper_yields_its_permit_to_a_waiting_download() {
+    let (downloads, registry) = (parallel_downloads(4), Limited::new(Segments::Right));
+    let mut reader = leader(&downloads, registry.digest()).start(registry.clone());
+    while registry.state.open.load(Ordering::SeqCst) < 3 {
+        reader.next().await.unwrap().unwrap();
+    }
+    let mut other = Limited::new(Segments::Right);
+    other.content = Arc::new(registry.content.iter().rev().copied().collect());
+    let asked = Instant::now();
+    let mut waiting = leader(&downloads, other.digest()).start(other.clone());
+    waiting.first_bytes().await.unwrap();
+    // A segment alone takes 0.3 s and more.
+    assert!(asked.elapsed() < Duration::from_millis(150), "{:?}", asked.elapsed());
+    let (_, end) = read_to_end(reader).await;
+    end.unwrap();
+    downloads.idle().await;
+    assert!(held(&downloads, registry.digest()).unwrap() == *registry.content);
+}
+
+#[tokio::test(start_paused = true)]
 async fn interrupted_parallel_download_resumes_at_its_front() {
     let (downloads, registry) = (parallel_downloads(16), Limited::new(Segments::BreakEarly));
     registry.state.first_breaks.store(true, Ordering::SeqCst);

@@ -354,6 +354,8 @@ async fn offline_mode_sends_no_upstream_request() {
     proxy.pull("library/demo", "latest", &image).await.is_stale();
     let refused = proxy.manifest("library/other", "latest").await;
     assert_eq!(refused.status, 503, "{refused:#?}");
+    let why = proxy.admin("/api/v1/why?image=other").await.json();
+    assert_eq!(why["reason"], "upstream-unavailable", "{why}");
     assert_eq!(upstream.requests().len(), 0);
     let status = proxy.admin("/api/v1/status").await.json();
     assert_eq!(

@@ -386,8 +386,6 @@ async fn open_breaker_serves_stale_and_notices_recovery() {
             "no puller waits for a dead upstream: {status}"
         );
     }
-    let why = proxy.admin("/api/v1/why?image=demo:uncached").await.json();
-    assert_eq!(why["reason"], "upstream-unavailable", "{why}");
     // The probe repeats the failed request, because `/v2/` may still respond.
     let path = manifest_path("library/demo", "latest");
     upstream
