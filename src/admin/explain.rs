@@ -297,10 +297,11 @@ fn with_ages_of(situation: &CacheState, heard: Revalidation) -> CacheState {
         return state;
     };
     let named = match (situation.cached, cooling.named) {
-        (Some(held), _) if held.digest == digest => cooling.cached,
+        (Some(copy), _) if copy.digest == digest => cooling.cached,
         (_, young @ Maturity::Young(_)) => young,
+        // No digest: it is not one that the tag was seen to name.
         (_, Maturity::Mature) => Maturity::Young(YoungDigest {
-            digest: Some(digest),
+            digest: None,
             since: Some((situation.now, AgeSource::FirstSeen)),
             may_be_older: false,
             served_from: None,

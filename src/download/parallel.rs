@@ -521,10 +521,7 @@ impl Helper {
                 fetched != Fetched::Failed && plan.helpers <= plan.helpers_max
             };
 
-            if !may_go_on
-                || self.ending.is_cancelled()
-                || self.others_wait()
-            {
+            if !may_go_on || self.ending.is_cancelled() || self.others_wait() {
                 break;
             }
         }

@@ -274,7 +274,11 @@ async fn helper_yields_its_permit_to_a_waiting_download() {
     let mut waiting = leader(&downloads, other.digest()).start(other.clone());
     waiting.first_bytes().await.unwrap();
     // A segment alone takes 0.3 s and more.
-    assert!(asked.elapsed() < Duration::from_millis(150), "{:?}", asked.elapsed());
+    assert!(
+        asked.elapsed() < Duration::from_millis(150),
+        "{:?}",
+        asked.elapsed()
+    );
     let (_, end) = read_to_end(reader).await;
     end.unwrap();
     downloads.idle().await;

@@ -51,6 +51,11 @@ pub(super) fn build(refused: &Denied, context: &ResponseContext) -> Response<Bod
             response.extensions_mut().insert(phrase);
         }
     }
+    if let Some(text) = operators_reason(refused)
+        && let Ok(phrase) = ReasonPhrase::try_from(format!("Forbidden ({text})"))
+    {
+        response.extensions_mut().insert(phrase);
+    }
     let headers = response.headers_mut();
     if status == StatusCode::UNAUTHORIZED {
         for line in answer
@@ -71,6 +76,22 @@ pub(super) fn build(refused: &Denied, context: &ResponseContext) -> Response<Bod
         &format!("ifnewer; fwd=miss; detail={}", refused.reason.name()),
     );
     response
+}
+
+/// Why the operator does not let the content be served, for the status line: containerd resolves a tag by HEAD and shows
+/// nothing else.
+fn operators_reason(refused: &Denied) -> Option<String> {
+    match refused.reason {
+        DenyReason::Blocked(_) => {
+            let note = refused.block.as_deref().and_then(|note| note.reason.as_deref());
+            Some(note.map_or_else(
+                || "blocked in this cache".to_owned(),
+                |reason| format!("blocked in this cache: {reason}"),
+            ))
+        }
+        DenyReason::TooYoung(_) => Some("younger than `min_age` allows".to_owned()),
+        _ => None,
+    }
 }
 
 /// 401 with the registry's own challenge.

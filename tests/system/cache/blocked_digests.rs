@@ -1,6 +1,6 @@
 //! Blocked digests: never served or fetched, by tag or digest, also in an outage, offline and after a restart.
 
-use crate::proxy::{Ask, Proxy, Reply, Setup, blob_path, manifest_path};
+use crate::proxy::{Ask, Proxy, Reply, Setup, blob_path, manifest_path, raw};
 use crate::registry::{Front, Image, OCI_INDEX, Upstream};
 use serde_json::{Value, json};
 
@@ -134,6 +134,17 @@ async fn blocked_manifest_is_denied_under_every_policy_and_reload() {
             .await;
         is_blocked_by_every_way(&proxy, "latest", &image).await;
     }
+}
+
+#[tokio::test]
+async fn status_line_of_a_blocked_head_has_the_reason() {
+    let (_upstream, proxy, image) = holding().await;
+    block(&proxy, &image.digest).await;
+    let path = manifest_path(DEMO, &image.digest);
+    let head = format!("HEAD {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n");
+    let reply = raw(proxy.registry_address(), head.as_bytes()).await;
+    let line = reply.text.lines().next().unwrap();
+    assert_eq!(line, "HTTP/1.1 403 Forbidden (blocked in this cache: CVE-2026-1)");
 }
 
 #[tokio::test]

@@ -108,7 +108,10 @@ async fn t10_the_oldest_quiet_connection_is_closed_for_another() {
     assert!(asks(&mut another, "").await.starts_with("HTTP/1.1 200 "));
     is_closed(&mut third).await;
     assert!(asks(&mut idle, "").await.starts_with("HTTP/1.1 200 "));
-    proxy.program().says("closed to make room for another").await;
+    proxy
+        .program()
+        .says("closed an idle connection for a new one")
+        .await;
     counts(
         &proxy,
         "ifnewer_connections_closed_total{listener=\"registry\",reason=\"connection-limit\"} 2",
