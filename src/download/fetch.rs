@@ -228,7 +228,9 @@ impl<S: Source> Fetcher<'_, S> {
         self.resumed = true;
         helpers.replace_first_stream(self.source).await;
         loop {
-            helpers.ramp_up(self.stalled, self.source).await;
+            if self.waiters.serves_complete_pull() {
+                helpers.ramp_up(self.stalled, self.source).await;
+            }
             match helpers.front().await {
                 Front::Grew(0) => {}
                 Front::Grew(length) => {
@@ -236,8 +238,13 @@ impl<S: Source> Fetcher<'_, S> {
                     self.queue.send(WriterMsg::Adopt(length)).await?;
                 }
                 Front::Missing => return Ok(()),
-                Front::Waiting if self.waiters.is_abandoned() => return Err(FetchError::Unwanted),
-                Front::Waiting => {}
+                Front::Waiting => {
+                    if self.waiters.is_abandoned()
+                        && !self.waiters.rejoined_or_closed_within(RANGE_REJOIN_WINDOW).await
+                    {
+                        return Err(FetchError::Unwanted);
+                    }
+                }
             }
         }
     }
@@ -321,7 +328,9 @@ impl<S: Source> Fetcher<'_, S> {
                 return Ok(StreamEnd::ReachedSegment);
             }
             self.stalled += began.elapsed();
-            if let Some(helpers) = &mut self.helpers {
+            if let Some(helpers) = &mut self.helpers
+                && self.waiters.serves_complete_pull()
+            {
                 helpers.ramp_up(self.stalled, self.source).await;
             }
             if self.total.is_some_and(|total| self.received > total) {

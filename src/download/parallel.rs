@@ -6,10 +6,10 @@
 //! bytes on the disk. Readers see the contiguous front only.
 //!
 //! Segments are assigned in order, and a helper fetches one after the other. A connection is added only while the last
-//! one raised the throughput, and only if the queue has a permit that no other download waits for. The first stream is
-//! closed only at a segment of which bytes have arrived, because an upstream may reject every range. A helper that fails
-//! is not replaced, and another stream continues at the first missing byte. A helper ends as soon as another download
-//! waits for a permit.
+//! one raised the throughput, only while a client waits for the complete blob, and only if the queue has a permit that no
+//! other download waits for. A helper ends as soon as another download waits for a permit. The first stream is closed only
+//! at a segment of which bytes have arrived, because an upstream may reject every range. A helper that fails is not
+//! replaced, and another stream continues at the first missing byte.
 //!
 //! An interrupted transfer keeps its front as a partial download. The segments beyond the front are fetched again.
 
@@ -19,12 +19,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::{RangeSource, Source};
+use super::fetch::QUEUE_BYTES_MAX;
+use super::{ByteStream, RangeSource, Source};
 use crate::queue::{Class, Demand, Permit, Queue, Waiters};
 use crate::store::fs::FsFile;
 
@@ -71,7 +72,10 @@ const FRONT_WINDOW: Duration = Duration::from_secs(2);
 const FRONT_RATE_MIN: f64 = 0.25;
 
 /// Bytes that a helper collects before it writes them.
-const WRITE_BYTES: usize = 512 * 1024;
+const WRITE_BYTES: u64 = 256 * 1024;
+
+/// A helper writes what it has after this time, so that the front of the file can follow a slow stream.
+const BATCH_TIME_MAX: Duration = Duration::from_millis(500);
 
 /// What the connections of a transfer share.
 pub(super) struct Transfer {
@@ -81,6 +85,8 @@ pub(super) struct Transfer {
     pub(super) queue: Queue,
     /// Limits concurrent writes, see [`super::writer`].
     pub(super) write_steps: Arc<Semaphore>,
+    /// Budget of bytes between network and disk, of all transfers.
+    pub(super) queued_bytes: Arc<Semaphore>,
     pub(super) connections_max: usize,
 }
 
@@ -89,7 +95,6 @@ pub(super) struct Helpers {
     transfer: Arc<Transfer>,
     plan: Arc<Mutex<Plan>>,
     running: JoinSet<()>,
-    ending: CancellationToken,
     ramp: Ramp,
     is_first_stream_open: bool,
     watch: Option<FrontWatch>,
@@ -121,7 +126,6 @@ impl Helpers {
             transfer: Arc::new(transfer),
             plan: Arc::new(Mutex::new(plan)),
             running: JoinSet::new(),
-            ending: CancellationToken::new(),
             ramp: Ramp::default(),
             is_first_stream_open: true,
             watch: None,
@@ -180,7 +184,6 @@ impl Helpers {
         let helper = Helper {
             transfer: Arc::clone(&self.transfer),
             plan: Arc::clone(&self.plan),
-            ending: self.ending.clone(),
             source,
             is_silent: true,
             _permit: permit,
@@ -239,7 +242,7 @@ impl Helpers {
 
     /// Ends the helpers, and waits until none of them writes any more.
     pub(super) async fn end(&mut self) {
-        self.ending.cancel();
+        lock(&self.plan).ending.cancel();
         while self.running.join_next().await.is_some() {}
     }
 }
@@ -257,6 +260,33 @@ impl Transfer {
             permit = self.queue.acquire(&self.upstream, &waiters) => permit.ok(),
             () = std::future::ready(()) => None,
         }
+    }
+
+    /// The share of a chunk in the budget of bytes in memory. A helper waits for it with an empty batch only, because
+    /// helpers that hold a part each could wait for each other. `None`: write the batch first.
+    async fn share_of_budget(&self, chunk: &Bytes, batch: &Batch) -> Option<OwnedSemaphorePermit> {
+        let count = u32::try_from(chunk.len().min(QUEUE_BYTES_MAX)).unwrap_or(u32::MAX);
+        let budget = Arc::clone(&self.queued_bytes);
+        if batch.bytes == 0 {
+            // The semaphore is never closed.
+            return budget.acquire_many_owned(count).await.ok();
+        }
+        budget.try_acquire_many_owned(count).ok()
+    }
+
+    /// Writes a batch. Returns whether that succeeded; the first stream meets the same disk and reports it.
+    async fn write(&self, mut offset: u64, batch: Batch) -> bool {
+        // The semaphore is never closed.
+        let _step = self.write_steps.acquire().await;
+        let file = Arc::clone(&self.file);
+        let written = spawn_blocking(move || {
+            batch.chunks.iter().try_for_each(|chunk| {
+                file.write_at(chunk, offset)?;
+                offset += chunk.len() as u64;
+                Ok::<_, std::io::Error>(())
+            })
+        });
+        matches!(written.await, Ok(Ok(())))
     }
 }
 
@@ -303,6 +333,8 @@ struct Plan {
     silent: usize,
     /// Whether a helper failed.
     has_failed: bool,
+    /// Cancels all segments.
+    ending: CancellationToken,
 }
 
 impl Plan {
@@ -318,6 +350,7 @@ impl Plan {
             helpers_max: usize::MAX,
             silent: 0,
             has_failed: false,
+            ending: CancellationToken::new(),
         }
     }
 
@@ -369,7 +402,7 @@ impl Plan {
             start,
             end,
             progress: watch::Sender::default(),
-            cancelled: CancellationToken::new(),
+            cancelled: self.ending.child_token(),
             live: AtomicBool::new(false),
         });
         self.segments.push_back(Arc::clone(&segment));
@@ -501,7 +534,6 @@ enum Fetched {
 struct Helper {
     transfer: Arc<Transfer>,
     plan: Arc<Mutex<Plan>>,
-    ending: CancellationToken,
     source: Box<dyn RangeSource>,
     is_silent: bool,
     _permit: Permit,
@@ -518,10 +550,9 @@ impl Helper {
             let may_go_on = {
                 let mut plan = lock(&self.plan);
                 plan.has_failed |= fetched == Fetched::Failed;
-                fetched != Fetched::Failed && plan.helpers <= plan.helpers_max
+                fetched != Fetched::Failed && plan.helpers <= plan.helpers_max && !plan.ending.is_cancelled()
             };
-
-            if !may_go_on || self.ending.is_cancelled() || self.others_wait() {
+            if !may_go_on || self.others_wait() {
                 break;
             }
         }
@@ -532,63 +563,68 @@ impl Helper {
 
     /// Fetches and writes a segment. It is cancelled between two writes only, so that no write is under way after its end.
     async fn fetch(&mut self, segment: &Segment) -> Fetched {
-        let (ending, cancelled) = (self.ending.clone(), segment.cancelled.clone());
-        let stopped = async move {
-            tokio::select! {
-                () = ending.cancelled() => {}
-                () = cancelled.cancelled() => {}
-            }
+        let opening = timeout(HELPER_TIMEOUT, self.source.open(segment.start, Some(segment.end)));
+        let stream = match segment.cancelled.run_until_cancelled(opening).await {
+            None => return Fetched::Passed,
+            Some(Ok(Some(stream))) => stream,
+            Some(Ok(None) | Err(_)) => return Fetched::Failed,
         };
-        let mut stopped = std::pin::pin!(stopped);
-        let opening = self.source.open(segment.start, Some(segment.end));
-        let opened = tokio::select! {
-            biased;
-            () = &mut stopped => return Fetched::Passed,
-            opened = timeout(HELPER_TIMEOUT, opening) => opened.ok().flatten(),
-        };
-        let Some(mut stream) = opened else {
-            return Fetched::Failed;
+        let mut arriving = Arriving {
+            stream,
+            unread: None,
+            has_ended: false,
         };
         let mut position = segment.start;
-        loop {
-            let mut batch = Vec::new();
-            let (mut batched, mut has_more) = (0, true);
-            while has_more && batched < WRITE_BYTES && position + (batched as u64) < segment.end {
-                let chunk = tokio::select! {
-                    biased;
-                    () = &mut stopped => None,
-                    chunk = timeout(HELPER_TIMEOUT, stream.chunk()) => chunk.ok().flatten(),
-                };
-                let Some(Ok(mut chunk)) = chunk else {
-                    has_more = false;
-                    continue;
-                };
-                let left = segment.end - position - batched as u64;
-                chunk.truncate(usize::try_from(left).unwrap_or(chunk.len()));
-                if !segment.is_live() && !self.go_live(segment) {
-                    return Fetched::Passed;
-                }
-                batched += chunk.len();
-                batch.push(chunk);
-            }
-            if !self.write(position, batch).await {
+        while position < segment.end {
+            let Some(batch) = self.next_batch(&mut arriving, segment, position).await else {
+                return Fetched::Passed;
+            };
+            let length = batch.bytes;
+            if !self.transfer.write(position, batch).await {
                 return Fetched::Failed;
             }
-            position += batched as u64;
-            lock(&self.plan).received += batched as u64;
+            position += length;
+            lock(&self.plan).received += length;
             segment
                 .progress
-                .send_modify(|progress| progress.written += batched as u64);
-            if position >= segment.end {
-                return Fetched::Complete;
-            }
-            if !has_more {
+                .send_modify(|progress| progress.written += length);
+            if arriving.has_ended && position < segment.end {
                 return Fetched::Failed;
             }
             if self.others_wait() {
                 return Fetched::Yielded;
             }
         }
+        Fetched::Complete
+    }
+
+    /// Collects the next bytes of a segment. `None`: the first stream has passed its start.
+    async fn next_batch(
+        &mut self,
+        arriving: &mut Arriving,
+        segment: &Segment,
+        position: u64,
+    ) -> Option<Batch> {
+        let (mut batch, began) = (Batch::default(), Instant::now());
+        while batch.bytes < WRITE_BYTES && position + batch.bytes < segment.end {
+            let Some(mut chunk) = arriving.next(segment).await else {
+                return Some(batch);
+            };
+            if !segment.is_live() && !self.go_live(segment) {
+                return None;
+            }
+            let left = segment.end - position - batch.bytes;
+            chunk.truncate(usize::try_from(left).unwrap_or(chunk.len()));
+            let Some(share) = self.transfer.share_of_budget(&chunk, &batch).await else {
+                arriving.unread = Some(chunk);
+                return Some(batch);
+            };
+            batch.push(chunk, share);
+            if began.elapsed() >= BATCH_TIME_MAX {
+                break;
+            }
+        }
+        Some(batch)
     }
 
     /// Whether another download from this upstream waits for a permit.
@@ -601,19 +637,46 @@ impl Helper {
         plan.silent -= usize::from(std::mem::take(&mut self.is_silent));
         plan.go_live(segment)
     }
+}
 
-    async fn write(&mut self, mut offset: u64, batch: Vec<Bytes>) -> bool {
-        // The semaphore is never closed.
-        let _step = self.transfer.write_steps.acquire().await;
-        let file = Arc::clone(&self.transfer.file);
-        let written = spawn_blocking(move || {
-            batch.iter().try_for_each(|chunk| {
-                file.write_at(chunk, offset)?;
-                offset += chunk.len() as u64;
-                Ok::<_, std::io::Error>(())
-            })
-        });
-        matches!(written.await, Ok(Ok(())))
+/// The response with a segment.
+struct Arriving {
+    stream: Box<dyn ByteStream>,
+    /// A chunk that did not fit into the last batch.
+    unread: Option<Bytes>,
+    has_ended: bool,
+}
+
+impl Arriving {
+    /// The next chunk. `None` at its end, after an error or a timeout, or if the segment is cancelled.
+    async fn next(&mut self, segment: &Segment) -> Option<Bytes> {
+        if let Some(chunk) = self.unread.take() {
+            return Some(chunk);
+        }
+        let next = timeout(HELPER_TIMEOUT, self.stream.chunk());
+        match segment.cancelled.run_until_cancelled(next).await {
+            Some(Ok(Some(Ok(chunk)))) => Some(chunk),
+            _ => {
+                self.has_ended = true;
+                None
+            }
+        }
+    }
+}
+
+/// Bytes to be written at once, and their share of the budget.
+#[derive(Default)]
+struct Batch {
+    chunks: Vec<Bytes>,
+    bytes: u64,
+    shares: Vec<OwnedSemaphorePermit>,
+}
+
+impl Batch {
+    fn push(&mut self, chunk: Bytes, share: OwnedSemaphorePermit) {
+        self.bytes += chunk.len() as u64;
+        self.chunks.push(chunk);
+        self.shares.push(share);
     }
 }
 

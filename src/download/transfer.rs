@@ -231,6 +231,7 @@ fn helpers(guard: &DownloadGuard, resumed: &Resumed, total: Option<u64>) -> Opti
         file: resumed.ingest.file(),
         queue: guard.shared.queue.clone(),
         write_steps: Arc::clone(&guard.shared.write_steps),
+        queued_bytes: Arc::clone(&guard.shared.queued_bytes),
         connections_max: limits.connections_max,
     };
     Some(Helpers::new(transfer, resumed.written, total))

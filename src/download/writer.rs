@@ -133,7 +133,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Publishes bytes that another connection wrote, and hashes what the file has.
+    /// Hashes bytes that another connection wrote, as the file has them, and publishes them. No reader is ahead of the
+    /// hash: if the disk fails here, the readers continue from where it ended.
     fn adopt(&mut self, length: u64) -> Result<(), StoreError> {
         let Some(File {
             ingest,
@@ -144,7 +145,6 @@ impl Writer {
             return Ok(());
         };
         let until = *written + length;
-        self.download.publish(until);
         self.download.counts.fetched(length);
         let (file, mut buffer) = (ingest.file(), vec![0; READ_CHUNK_BYTES]);
         while *written < until {
@@ -159,6 +159,7 @@ impl Writer {
                 .map_err(|error| StoreError::io("read a blob", self.download.digest.to_string(), &error))?;
             hasher.update(step.get(..read).unwrap_or_default());
             *written += read as u64;
+            self.download.publish(*written);
             ingest.checkpoint_if_due(*written, hasher);
         }
         Ok(())

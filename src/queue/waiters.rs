@@ -192,6 +192,12 @@ impl Waiters {
         self.state().serves_client()
     }
 
+    /// Whether a client's request waits, and one needs the complete result.
+    pub fn serves_complete_pull(&self) -> bool {
+        let state = self.state();
+        state.is_complete_wanted && state.serves_client()
+    }
+
     /// Closes the set unless a client's request waits. Returns whether it is closed. No request can join after
     /// that.
     pub fn close_unless_client(&self) -> bool {

@@ -1,10 +1,13 @@
 //! One blob over several connections.
 
+use std::io;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tokio::time::{Instant, sleep};
 
 use super::*;
+use crate::store::fs::{Entry, FsFile};
 
 const SIZE: usize = 40 * MIB;
 const CHUNK_BYTES: usize = 128 * 1024;
@@ -38,6 +41,32 @@ struct LimitedState {
     open_max: AtomicUsize,
     sent: AtomicUsize,
     first_breaks: AtomicBool,
+    /// Bytes that were sent and are still in memory, and their maximum.
+    in_memory: AtomicUsize,
+    in_memory_max: AtomicUsize,
+}
+
+/// A chunk that is counted as long as it is in memory.
+struct Chunk(Vec<u8>, Arc<LimitedState>);
+
+impl Chunk {
+    fn new(bytes: Vec<u8>, state: &Arc<LimitedState>) -> Self {
+        let in_memory = state.in_memory.fetch_add(bytes.len(), Ordering::SeqCst) + bytes.len();
+        state.in_memory_max.fetch_max(in_memory, Ordering::SeqCst);
+        Self(bytes, Arc::clone(state))
+    }
+}
+
+impl AsRef<[u8]> for Chunk {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for Chunk {
+    fn drop(&mut self) {
+        self.1.in_memory.fetch_sub(self.0.len(), Ordering::SeqCst);
+    }
 }
 
 struct Sending {
@@ -124,7 +153,7 @@ impl ByteStream for Sending {
             self.position = end;
             self.sent += bytes.len();
             state.sent.fetch_add(bytes.len(), Ordering::SeqCst);
-            Some(Ok(bytes.into()))
+            Some(Ok(Bytes::from_owner(Chunk::new(bytes, state))))
         })
     }
 }
@@ -154,7 +183,10 @@ impl RangeSource for Limited {
 }
 
 fn parallel_downloads(transfers_max: usize) -> Downloads {
-    let disk = Arc::new(MemoryFs::new()) as Arc<dyn FileSystem>;
+    parallel_downloads_on(Arc::new(MemoryFs::new()), transfers_max)
+}
+
+fn parallel_downloads_on(disk: Arc<dyn FileSystem>, transfers_max: usize) -> Downloads {
     let store = Store::open(&Settings::default(), disk, SystemTime::UNIX_EPOCH).unwrap();
     let limits = ParallelLimits {
         connections_max: 4,
@@ -283,6 +315,126 @@ async fn helper_yields_its_permit_to_a_waiting_download() {
     end.unwrap();
     downloads.idle().await;
     assert!(held(&downloads, registry.digest()).unwrap() == *registry.content);
+}
+
+/// A disk that cannot read back what was written beyond 20 MiB, except from the page cache.
+struct Unreadable(MemoryFs);
+
+struct UnreadableFile(Arc<dyn FsFile>);
+
+impl FileSystem for Unreadable {
+    fn folder(&self) -> Option<&Path> {
+        None
+    }
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
+        Ok(Arc::new(UnreadableFile(self.0.create(path)?)))
+    }
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
+        self.0.open(path)
+    }
+    fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.0.append(path, bytes)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.0.rename(from, to)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.0.remove(path)
+    }
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
+        self.0.remove_dir_all(path)
+    }
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.0.sync_dir(path)
+    }
+    fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
+        self.0.list(path)
+    }
+    fn mode(&self, path: &Path) -> io::Result<Option<u32>> {
+        self.0.mode(path)
+    }
+    fn free_bytes(&self) -> io::Result<u64> {
+        self.0.free_bytes()
+    }
+}
+
+impl FsFile for UnreadableFile {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_at(bytes, offset)
+    }
+    fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        if offset > 20 * MIB as u64 {
+            return Err(io::ErrorKind::Other.into());
+        }
+        self.0.read_at(into, offset)
+    }
+    fn read_at_nowait(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.0.read_at_nowait(into, offset)
+    }
+    fn size(&self) -> io::Result<u64> {
+        self.0.size()
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync()
+    }
+    fn reserve(&self, bytes: u64) -> io::Result<()> {
+        self.0.reserve(bytes)
+    }
+    fn make_read_only(&self) -> io::Result<()> {
+        self.0.make_read_only()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn disk_that_cannot_read_back_a_segment_repeats_no_byte() {
+    let downloads = parallel_downloads_on(Arc::new(Unreadable(MemoryFs::new())), 16);
+    let registry = Limited::new(Segments::Right);
+    let reader = leader(&downloads, registry.digest()).start(registry.clone());
+    let reader = reader.with_range_source(registry.clone());
+    let (received, end) = read_to_end(reader).await;
+    end.unwrap();
+    assert!(received == *registry.content);
+    assert!(registry.segments_opened() > 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn further_connections_keep_to_the_memory_budget() {
+    let (downloads, registry) = (parallel_downloads(16), Limited::new(Segments::Right));
+    let budget = &downloads.shared.queued_bytes;
+    let left = CHUNK_BYTES;
+    let taken = budget.available_permits() - left;
+    budget
+        .try_acquire_many(u32::try_from(taken).unwrap())
+        .unwrap()
+        .forget();
+    download(&downloads, &registry).await;
+    assert!(registry.state.open_max.load(Ordering::SeqCst) >= 3);
+    assert_eq!(budget.available_permits(), left, "all shares are given back");
+    // Each of the four connections waits for its share with one chunk.
+    let in_memory = registry.state.in_memory_max.load(Ordering::SeqCst);
+    assert!(in_memory <= left + 4 * CHUNK_BYTES, "{in_memory}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_a_client_that_waits_for_the_blob_adds_connections() {
+    let background = JoinOptions {
+        demand: Demand::BACKGROUND,
+        wants_complete: true,
+    };
+    let part = JoinOptions {
+        wants_complete: false,
+        ..options()
+    };
+    for options in [background, part] {
+        let (downloads, registry) = (parallel_downloads(16), Limited::new(Segments::Right));
+        let Joined::Leader(leader) = join_as(&downloads, registry.digest(), options) else {
+            panic!("nobody leads");
+        };
+        let (received, end) = read_to_end(leader.start(registry.clone())).await;
+        end.unwrap();
+        assert!(received == *registry.content);
+        assert_eq!(registry.segments_opened(), 0);
+    }
 }
 
 #[tokio::test(start_paused = true)]
