@@ -202,7 +202,7 @@ pub struct Verdict {
     /// The digests: IMAGE@DIGEST in one repository, or DIGEST in every repository; they need not be cached
     #[arg(required = true, value_name = "IMAGE@DIGEST|DIGEST")]
     pub images: Vec<String>,
-    /// The reason; of a block, denied clients read it
+    /// Why, for `ifnewer blocks` and the log; clients that are denied by a block read it
     #[arg(long, value_name = "TEXT")]
     pub reason: Option<String>,
     /// Print the API response, one object per line

@@ -16,9 +16,6 @@ const DOWNLOADS_MAX: usize = 1024;
 /// Upper bound of connections for one blob. Registries count connections of an address as abuse.
 const PARALLEL_CONNECTIONS_MAX: usize = 16;
 
-/// Smaller blobs gain nothing: the measurement before each further connection takes a quarter of a second.
-const PARALLEL_BYTES_MIN: u64 = 16 * 1024 * 1024;
-
 /// Upper bound of numbers without a specific one.
 const MANY: usize = 1_000_000;
 
@@ -52,7 +49,7 @@ pub(super) fn read(table: &Table, report: &mut Report<'_>) -> Result<Limits, Rep
         (DOWNLOADS_MAX, memory),
     );
     let connections = table.number(report, "parallel_connections", 1..PARALLEL_CONNECTIONS_MAX + 1);
-    let blob_bytes_min = table.text(report, "parallel_min", &parsers::SIZE);
+    let blob_bytes_min = table.text(report, "parallel_min", &parsers::PARALLEL_SIZE);
     let handshake_timeout = table.text(report, "handshake_timeout", &parsers::TIMEOUT);
     let header_timeout = table.text(report, "header_timeout", &parsers::TIMEOUT);
     let idle_timeout = table.text(report, "idle_timeout", &parsers::TIMEOUT);
@@ -66,7 +63,7 @@ pub(super) fn read(table: &Table, report: &mut Report<'_>) -> Result<Limits, Rep
         downloads_max: downloads_max?,
         downloads_per_upstream_max: per_upstream?,
         parallel_connections: connections?,
-        parallel_bytes_min: blob_bytes_min?.max(PARALLEL_BYTES_MIN),
+        parallel_bytes_min: blob_bytes_min?,
         handshake_timeout: handshake_timeout?,
         header_timeout: header_timeout?,
         idle_timeout: idle_timeout?,

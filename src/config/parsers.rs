@@ -153,6 +153,21 @@ pub(super) const STORE_SIZE: ValueParser<u64> = ValueParser {
     },
 };
 
+/// Smaller blobs gain nothing: the measurement before each further connection takes a quarter of a second.
+const PARALLEL_BYTES_MIN: u64 = 16 * 1024 * 1024;
+
+pub(super) const PARALLEL_SIZE: ValueParser<u64> = ValueParser {
+    expected: "a size",
+    example: r#""64 MiB""#,
+    parse: |text| match size(text)? {
+        bytes if bytes < PARALLEL_BYTES_MIN => invalid(
+            format!("{} is less than a further connection is worth", ByteSize(bytes)),
+            "write \"16 MiB\" or more; `parallel_connections = 1` turns further connections off",
+        ),
+        bytes => Ok(bytes),
+    },
+};
+
 /// Listen address of the registry.
 pub(super) enum Address {
     Tcp(SocketAddr),

@@ -340,6 +340,11 @@ fn summary_warns_of_min_age_without_refresh() {
     assert!(!warns(""));
     assert!(warns("[default]\nmin_age = \"3d\""));
     assert!(!warns("[default]\nmin_age = \"3d\"\nrefresh = \"1h\""));
+    assert!(
+        !summary("[default]\nmin_age = \"3d\"\nrefresh = \"1h\"\n[[rule]]\nimages = [\"ghcr.io/acme/*\"]\npolicy = \"never\"")
+            .contains("without `refresh`"),
+        "a rule that never asks can refresh nothing"
+    );
     let text = "[default]\nmin_age = \"3d\"\nrefresh = \"1h\"
         [[rule]]\nimages = [\"ghcr.io/acme/*\"]\nrefresh = \"off\"
         [[rule]]\nimages = [\"quay.io/acme/*\"]\nmin_age = \"0s\"\nrefresh = \"off\"";

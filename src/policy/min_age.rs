@@ -157,7 +157,7 @@ impl YoungDigest {
     /// The age and its evidence, as in `first seen under this tag 2h ago`.
     pub fn describe(&self, now: SystemTime) -> String {
         let Some((_, source)) = self.since else {
-            return "its age is unknown".to_owned();
+            return "its age is unknown, so `on_unknown_age` decides".to_owned();
         };
         let age = self.age(now).unwrap_or_default();
         // Rounded down to seconds, minutes or hours, by the size of the age.
@@ -174,7 +174,7 @@ impl YoungDigest {
             AgeSource::Created => format!("built {age} ago, by its config"),
         };
         if self.may_be_older {
-            format!("{known}, and nothing shows that it is older")
+            format!("{known}, and nothing shows that it is older, so `on_unknown_age` decides")
         } else {
             known
         }

@@ -410,7 +410,9 @@ impl Rules {
                 })
             });
             for policy in std::iter::once(&policies.default_policy).chain(by_rule.map(|(_, policy)| policy)) {
-                let is_unwatched = policy.age_limit.is_on() && policy.scheduled_refresh().interval.is_none();
+                let is_unwatched = policy.policy != Policy::Never
+                    && policy.age_limit.is_on()
+                    && policy.scheduled_refresh().interval.is_none();
                 if is_unwatched && !names.contains(&&*policy.name) {
                     names.push(&policy.name);
                 }

@@ -65,6 +65,8 @@ fn invalid_setting_reports_its_location() {
         ("[limits]\ndownloads_max = 8\ndownloads_per_upstream_max = 9", "3:30: 9 is more than `downloads_max` (8), which includes it"),
         ("[limits]\nheader_timeout = \"2m\"", "2:18: 2m is never reached: a connection ends when nothing has moved on it for 1m, the longer of `idle_timeout` and `write_timeout`"),
         ("[upstream.\"ghcr.io\"]\nconnect_timeout = \"10s\"\nfirst_byte_timeout = \"5s\"", "2:19: 10s is never reached: `first_byte_timeout` (5s) starts with the request and includes it"),
+        ("[limits]\nparallel_min = \"1 MiB\"", "2:16: 1.0 MiB is less than a further connection is worth"),
+        ("[limits]\nparallel_connections = 17", "2:24: 17 is outside of 1 to 16"),
         ("[limits]\ndownloads_max = -5", "2:17: -5 is outside of 1 to 1000000"),
         ("[limits]\ndownloads_max = 99999999999999999999", "2:17: expected a whole number, found a number that is too large"),
         ("[upstream.\"ghcr.io\"]\nenabled = \"no\"", "2:11: expected true or false, found a string"),

@@ -6,7 +6,7 @@ use hyper::ext::ReasonPhrase;
 
 use super::{Body, ResponseContext, error_response, set_header};
 use crate::oci::header::CACHE_STATUS;
-use crate::oci::{Digest, ErrorBody, ErrorCode, UpstreamFailure};
+use crate::oci::{Digest, Endpoint, ErrorBody, ErrorCode, Reference, UpstreamFailure};
 use crate::policy::DenyReason;
 use crate::policy::min_age::YoungDigest;
 use crate::proxy::Denied;
@@ -89,7 +89,7 @@ fn operators_reason(refused: &Denied) -> Option<String> {
                 |reason| format!("blocked in this cache: {reason}"),
             ))
         }
-        DenyReason::TooYoung(_) => Some("younger than `min_age` allows".to_owned()),
+        DenyReason::TooYoung(_) => Some("not known to be old enough for `min_age`".to_owned()),
         _ => None,
     }
 }
@@ -219,14 +219,27 @@ fn describe(refused: &Denied, context: &ResponseContext) -> (StatusCode, ErrorCo
 fn too_young(youth: &YoungDigest, context: &ResponseContext) -> String {
     let (upstream, image) = (context.upstream(), context.image());
     let Some(digest) = youth.digest else {
+        let is_by_digest = matches!(
+            &context.endpoint,
+            Endpoint::Manifest {
+                reference: Reference::Digest(_),
+                ..
+            }
+        );
+        let why = if is_by_digest {
+            "digests of this algorithm cannot be verified".to_owned()
+        } else {
+            format!("{upstream} names no digest")
+        };
         return format!(
-            "{upstream}/{image} is younger than `min_age` allows, or of unknown age: {upstream} names no digest"
+            "{upstream}/{image} is denied by `min_age`, because its age cannot be known: {why}; `on_unknown_age = \"serve\"` \
+             serves such images"
         );
     };
     let repository = context.endpoint.repository().map(ToString::to_string);
     format!(
-        "{upstream}/{image} is younger than `min_age` allows: it is {digest}, {}; {}; to serve it now, run `ifnewer \
-         approve {upstream}/{}@{digest}`",
+        "{upstream}/{image} is not known to be old enough for `min_age`: it is {digest}, {}; {}; to have it served now, ask \
+         the operator of the cache to run `ifnewer approve {upstream}/{}@{digest}`",
         youth.describe(context.now),
         youth.describe_served_from(),
         repository.unwrap_or_default(),

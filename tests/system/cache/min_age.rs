@@ -75,10 +75,10 @@ async fn denial_of_a_young_digest_says_what_to_do() {
     assert_eq!(reply.code(), "DENIED");
     let message = reply.message();
     for part in [
-        "docker.io/library/demo:latest is younger than `min_age` allows",
+        "docker.io/library/demo:latest is not known to be old enough for `min_age`",
         &image.digest,
         "first seen under this tag",
-        "nothing shows that it is older",
+        "nothing shows that it is older, so `on_unknown_age` decides",
         "; served from 20",
         &format!("ifnewer approve docker.io/library/demo@{}", image.digest),
     ] {
@@ -111,9 +111,9 @@ async fn denial_by_digest_says_what_to_do() {
     let message = reply.message();
     let name = format!("docker.io/library/demo@{}", image.digest);
     for part in [
-        &*format!("{name} is younger than `min_age` allows"),
+        &*format!("{name} is not known to be old enough for `min_age`"),
         "first seen in this repository",
-        "nothing shows that it is older",
+        "nothing shows that it is older, so `on_unknown_age` decides",
         "; served from 20",
         &format!("ifnewer approve {name}"),
     ] {
@@ -146,6 +146,17 @@ async fn unverifiable_digest_is_of_unknown_age() {
         let proxy = Setup::over(&upstream).default_keys(&keys).start().await;
         for reply in [proxy.get(&path).await, proxy.head(&path).await] {
             assert_eq!(reply.status == 200, is_served, "{action}: {reply:#?}");
+            if reply.status == 403 && reply.method == "GET" {
+                let message = reply.message();
+                assert!(
+                    message.contains("digests of this algorithm cannot be verified"),
+                    "{message}"
+                );
+                assert!(
+                    message.contains("`on_unknown_age = \"serve\"` serves such images"),
+                    "{message}"
+                );
+            }
         }
     }
 }
