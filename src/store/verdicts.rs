@@ -8,6 +8,8 @@
 //! so a damaged or unreadable block still holds, then in every repository. A damaged approval is quarantined and no
 //! longer holds. If the folder of blocks cannot be listed, the program does not start.
 
+mod record;
+
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,11 +17,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::SystemTime;
 
-use serde::{Deserialize, Serialize};
-
-use super::checksummed_json::{RECORD_BYTES_MAX, checksum, decode, encode, from_millis, hex, to_millis};
+use self::record::{Record, files, load};
+use super::checksummed_json::encode;
 use super::fs::FileSystem;
-use super::{AsyncStore, Store, StoreError, quarantine, remove_file};
+use super::{AsyncStore, Store, StoreError, remove_file};
 use crate::oci::{Digest, Repository};
 
 /// Maximum number of verdicts.
@@ -27,9 +28,6 @@ pub const VERDICTS_MAX: usize = 8_192;
 
 /// Longest actor or reason of a verdict, in bytes. A longer text is cut.
 pub const NOTE_BYTES_MAX: usize = 1_024;
-
-/// The last time that RFC 3339 can express, in milliseconds since 1970.
-const AT_MILLIS_MAX: u64 = 253_402_300_799_999;
 
 /// An operator's decision about a digest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -117,17 +115,6 @@ pub enum VerdictError {
     /// The disk failed. Nothing changed.
     #[error(transparent)]
     Store(#[from] StoreError),
-}
-
-#[derive(Serialize, Deserialize)]
-struct Record {
-    verdict: String,
-    digest: String,
-    upstream: Option<String>,
-    repository: Option<String>,
-    at_ms: u64,
-    by: String,
-    reason: Option<String>,
 }
 
 impl Store {
@@ -375,126 +362,6 @@ impl Entry {
     fn is(&self, key: &VerdictKey) -> bool {
         self.kind == key.kind && self.scope == key.scope
     }
-}
-
-impl VerdictKey {
-    /// `<tree>/<first two digits>/<algorithm>-<hex>-<hash of the scope>`.
-    fn path(&self) -> PathBuf {
-        let scope = match &self.scope {
-            VerdictScope::Everywhere => String::new(),
-            VerdictScope::Repository { upstream, repository } => {
-                format!("{upstream}\0{}", repository.as_str())
-            }
-        };
-        let digest = self.digest.hex();
-        let shard = digest.get(..2).unwrap_or_default();
-        let name = format!(
-            "{}-{digest}-{}",
-            self.digest.algorithm(),
-            hex(&checksum(scope.as_bytes()))
-        );
-        [self.kind.tree(), shard, &name].iter().collect()
-    }
-}
-
-impl Record {
-    fn of(key: &VerdictKey, note: &VerdictNote) -> Self {
-        let (upstream, repository) = match &key.scope {
-            VerdictScope::Everywhere => (None, None),
-            VerdictScope::Repository { upstream, repository } => {
-                (Some(upstream.to_string()), Some(repository.as_str().to_owned()))
-            }
-        };
-        Self {
-            verdict: key.kind.name().to_owned(),
-            digest: key.digest.to_string(),
-            upstream,
-            repository,
-            at_ms: to_millis(note.at),
-            by: note.by.clone(),
-            reason: note.reason.clone(),
-        }
-    }
-
-    fn parse(self, kind: VerdictKind, digest: &Digest) -> Option<(VerdictScope, VerdictNote)> {
-        if self.verdict != kind.name() || self.digest.parse::<Digest>().ok()? != *digest {
-            return None;
-        }
-        let scope = match (self.upstream, self.repository) {
-            (None, None) => VerdictScope::Everywhere,
-            (Some(upstream), Some(repository)) => VerdictScope::Repository {
-                upstream: upstream.into(),
-                repository: repository.parse().ok()?,
-            },
-            _ => return None,
-        };
-        let note = VerdictNote {
-            at: from_millis(self.at_ms.min(AT_MILLIS_MAX)),
-            by: self.by,
-            reason: self.reason,
-        };
-        Some((scope, note))
-    }
-}
-
-/// Reads one file. `None` if its name has no digest, or if it is a damaged or unreadable approval.
-fn load(fs: &dyn FileSystem, kind: VerdictKind, path: PathBuf) -> Option<(Digest, Entry)> {
-    let Some(digest) = digest_in(&path) else {
-        quarantine(fs, &path, "verdict with a foreign name");
-        return None;
-    };
-    let read = fs.read_file(&path, RECORD_BYTES_MAX);
-    let found = read.as_ref().ok().and_then(|bytes| decode::<Record>(bytes));
-    let (scope, note) = match (found.and_then(|record| record.parse(kind, &digest)), kind) {
-        (Some(found), _) => found,
-        (None, VerdictKind::Blocked) => {
-            tracing::error!(path = %path.display(), %digest,
-                "block is damaged or unreadable; it holds in every repository");
-            let note = VerdictNote {
-                at: SystemTime::UNIX_EPOCH,
-                by: "unknown".to_owned(),
-                reason: Some("the record of this block is damaged".to_owned()),
-            };
-            (VerdictScope::Everywhere, note)
-        }
-        (None, VerdictKind::Approved) if read.is_ok() => {
-            quarantine(fs, &path, "damaged approval, the digest is not approved");
-            return None;
-        }
-        (None, VerdictKind::Approved) => {
-            tracing::error!(path = %path.display(), %digest,
-                "failed to read approval; the digest is not approved");
-            return None;
-        }
-    };
-    let entry = Entry {
-        kind,
-        scope,
-        note: Arc::new(note),
-        path,
-    };
-    Some((digest, entry))
-}
-
-/// The digest in the name of a verdict's file.
-fn digest_in(path: &Path) -> Option<Digest> {
-    let name = path.file_name()?.to_str()?;
-    let (algorithm, rest) = name.split_once('-')?;
-    let (hex, _) = rest.split_once('-')?;
-    format!("{algorithm}:{hex}").parse().ok()
-}
-
-fn files(fs: &dyn FileSystem, tree: &Path) -> Result<Vec<PathBuf>, StoreError> {
-    let list = |folder: &Path| {
-        fs.list(folder)
-            .map_err(|error| StoreError::io("list", folder, &error))
-    };
-    let mut found = Vec::new();
-    for folder in list(tree)?.into_iter().filter(|entry| entry.is_folder) {
-        let folder = tree.join(folder.name);
-        found.extend(list(&folder)?.into_iter().map(|file| folder.join(file.name)));
-    }
-    Ok(found)
 }
 
 /// `text` without control characters and at most [`NOTE_BYTES_MAX`] long.
