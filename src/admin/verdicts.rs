@@ -14,8 +14,8 @@ use super::router::{blocking, parse_json};
 use crate::oci::manifest::DescriptorKind;
 use crate::oci::{Algorithm, AnyDigest, Digest, Reference};
 use crate::server::ServingState;
-use crate::store::Store;
 use crate::store::verdicts::{VerdictError, VerdictKey, VerdictKind, VerdictNote, VerdictScope};
+use crate::store::{Store, StoreError};
 
 /// A verdict in a list.
 #[derive(Serialize)]
@@ -121,14 +121,11 @@ impl Target {
         }
     }
 
-    /// The verdicts that taking back this one removes: those of every repository if none is named.
-    fn recalled(&self, kind: VerdictKind, store: &Store) -> Vec<VerdictKey> {
+    /// Takes the verdict back, in every repository if none is named. Returns whether one existed.
+    fn remove(&self, kind: VerdictKind, store: &Store) -> Result<bool, StoreError> {
         match self {
-            Self::Image(..) => vec![self.key(kind)],
-            Self::Digest(digest) => {
-                let all = store.verdicts(kind).into_iter().map(|(key, _)| key);
-                all.filter(|key| key.digest == *digest).collect()
-            }
+            Self::Image(..) => store.remove_verdict(&self.key(kind)),
+            Self::Digest(digest) => store.remove_verdicts_of(kind, digest),
         }
     }
 
@@ -168,7 +165,7 @@ impl Target {
             Self::Image(named, digest) => store
                 .verdict(kind, named.upstream_registry.name(), &named.repository, digest)
                 .is_some(),
-            Self::Digest(_) => !self.recalled(kind, store).is_empty(),
+            Self::Digest(digest) => store.has_verdict(kind, digest),
         }
     }
 }
@@ -257,11 +254,7 @@ impl Admin {
             let was = if is_given {
                 !store.put_verdict(&target.key(kind), note)?
             } else {
-                let mut was = false;
-                for key in target.recalled(kind, store) {
-                    was |= store.remove_verdict(&key)?;
-                }
-                was
+                target.remove(kind, store)?
             };
             Ok(Changed {
                 image: target.name(),

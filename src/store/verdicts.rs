@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::SystemTime;
 
-use self::record::{Record, files, load};
+use self::record::{Record, files, files_of, load};
 use super::checksummed_json::encode;
 use super::fs::FileSystem;
 use super::{AsyncStore, Store, StoreError, remove_file};
@@ -123,9 +123,19 @@ impl Store {
         self.verdicts.put(key, note)
     }
 
-    /// Takes a verdict back, durably when this returns. Returns whether it existed.
+    /// Takes a verdict back, durably when this returns. Returns whether it existed, as a file if not in memory.
     pub fn remove_verdict(&self, key: &VerdictKey) -> Result<bool, StoreError> {
         self.verdicts.remove(key)
+    }
+
+    /// Takes back every verdict of this kind about `digest`, as [`Self::remove_verdict`].
+    pub fn remove_verdicts_of(&self, kind: VerdictKind, digest: &Digest) -> Result<bool, StoreError> {
+        self.verdicts.remove_of(kind, digest)
+    }
+
+    /// Whether a verdict of this kind holds for `digest` in any repository. Reads memory only.
+    pub fn has_verdict(&self, kind: VerdictKind, digest: &Digest) -> bool {
+        !self.verdicts.scopes_of(kind, digest).is_empty()
     }
 
     /// All verdicts of this kind, in order.
@@ -174,8 +184,9 @@ struct Entry {
     kind: VerdictKind,
     scope: VerdictScope,
     note: Arc<VerdictNote>,
-    /// Its file. A damaged record does not say its scope, so the path cannot always be derived.
-    path: PathBuf,
+    /// Its files. A damaged record does not say its scope, so paths cannot always be derived, and several damaged
+    /// records of one digest are one verdict.
+    paths: Vec<PathBuf>,
 }
 
 type Entries = HashMap<Digest, Vec<Entry>>;
@@ -196,9 +207,9 @@ impl Verdicts {
     pub(super) fn read(fs: &Arc<dyn FileSystem>) -> Result<Self, StoreError> {
         let mut entries = Entries::new();
         for kind in VerdictKind::ALL {
-            for path in files(fs.as_ref(), Path::new(kind.tree()))? {
+            for path in files(fs.as_ref(), kind)? {
                 if let Some((digest, entry)) = load(fs.as_ref(), kind, path) {
-                    entries.entry(digest).or_default().push(entry);
+                    add_loaded(entries.entry(digest).or_default(), &digest, entry);
                 }
             }
         }
@@ -249,8 +260,8 @@ impl Verdicts {
 
     fn put(&self, key: &VerdictKey, note: VerdictNote) -> Result<bool, VerdictError> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = self.path_of(key);
-        if known.is_none() && self.count.load(Ordering::Acquire) >= VERDICTS_MAX {
+        let is_new = !self.is_known(key);
+        if is_new && self.count.load(Ordering::Acquire) >= VERDICTS_MAX {
             return Err(VerdictError::TooMany);
         }
         let VerdictNote { at, by, reason } = note;
@@ -259,8 +270,7 @@ impl Verdicts {
             by: cut(by),
             reason: reason.map(cut),
         };
-        let is_new = known.is_none();
-        let path = known.unwrap_or_else(|| key.path());
+        let path = key.path();
         let record = encode(&Record::of(key, &note));
         match key.kind {
             // In memory first, so that the block holds even if the disk is full or slow.
@@ -286,58 +296,109 @@ impl Verdicts {
 
     fn remove(&self, key: &VerdictKey) -> Result<bool, StoreError> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(path) = self.path_of(key) else {
-            return Ok(false);
-        };
+        self.remove_locked(key)
+    }
+
+    fn remove_of(&self, kind: VerdictKind, digest: &Digest) -> Result<bool, StoreError> {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut was = false;
+        for scope in self.scopes_of(kind, digest) {
+            let digest = *digest;
+            was |= self.remove_locked(&VerdictKey { kind, scope, digest })?;
+        }
+        // An unreadable approval is not in memory.
+        if kind == VerdictKind::Approved {
+            was |= self.remove_files(&files_of(self.fs.as_ref(), kind, digest)?)?;
+        }
+        Ok(was)
+    }
+
+    fn remove_locked(&self, key: &VerdictKey) -> Result<bool, StoreError> {
+        let known = self.paths_of(key);
+        let is_known = known.is_some();
+        let mut paths = known.unwrap_or_default();
+        // An unreadable approval is not in memory. It would hold again once it can be read.
+        if key.kind == VerdictKind::Approved && !is_known {
+            paths.push(key.path());
+        }
         match key.kind {
-            // The file first: after an error the digest stays blocked.
+            // The files first: after an error the digest stays blocked.
             VerdictKind::Blocked => {
-                self.remove_file(&path)?;
+                self.remove_files(&paths)?;
                 self.forget(key);
+                Ok(is_known)
             }
             VerdictKind::Approved => {
                 self.forget(key);
-                self.remove_file(&path)?;
+                let was = self.remove_files(&paths)?;
+                Ok(is_known || was)
             }
         }
-        Ok(true)
     }
 
-    fn remove_file(&self, path: &Path) -> Result<(), StoreError> {
-        remove_file(self.fs.as_ref(), path)?;
+    /// Returns whether one existed.
+    fn remove_files(&self, paths: &[PathBuf]) -> Result<bool, StoreError> {
+        let mut was = false;
+        for path in paths {
+            was |= self.remove_file(path)?;
+        }
+        Ok(was)
+    }
+
+    /// Returns whether the file existed.
+    fn remove_file(&self, path: &Path) -> Result<bool, StoreError> {
+        let was = remove_file(self.fs.as_ref(), path)?.is_some();
         // Without this, a power cut could restore the verdict.
         let Some(folder) = path.parent() else {
-            return Ok(());
+            return Ok(was);
         };
         match self.fs.sync_dir(folder) {
             // A block that could not be written may have no folder.
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(StoreError::io("fsync", folder, &error))
             }
-            _ => Ok(()),
+            _ => Ok(was),
         }
     }
 
-    fn path_of(&self, key: &VerdictKey) -> Option<PathBuf> {
+    fn is_known(&self, key: &VerdictKey) -> bool {
+        self.paths_of(key).is_some()
+    }
+
+    fn paths_of(&self, key: &VerdictKey) -> Option<Vec<PathBuf>> {
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         let mut of_digest = entries.get(&key.digest)?.iter();
         of_digest
             .find(|entry| entry.is(key))
-            .map(|entry| entry.path.clone())
+            .map(|entry| entry.paths.clone())
+    }
+
+    fn scopes_of(&self, kind: VerdictKind, digest: &Digest) -> Vec<VerdictScope> {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let of_digest = entries.get(digest).into_iter().flatten();
+        let of_kind = of_digest.filter(|entry| entry.kind == kind);
+        of_kind.map(|entry| entry.scope.clone()).collect()
     }
 
     fn insert(&self, key: &VerdictKey, note: VerdictNote, path: PathBuf) {
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
         let of_digest = entries.entry(key.digest).or_default();
         let before = of_digest.len();
-        // A damaged record that this one overwrites was loaded with another scope.
-        of_digest.retain(|entry| !entry.is(key) && entry.path != path);
+        let mut paths = vec![path.clone()];
+        of_digest.retain_mut(|entry| {
+            // A damaged record that this one overwrites was loaded with another scope.
+            entry.paths.retain(|other| *other != path);
+            if entry.is(key) {
+                paths.append(&mut entry.paths);
+            }
+            !entry.paths.is_empty()
+        });
         let replaced = before - of_digest.len();
         of_digest.push(Entry {
             kind: key.kind,
             scope: key.scope.clone(),
             note: Arc::new(note),
-            path,
+            paths,
         });
         self.count.fetch_add(1, Ordering::AcqRel);
         self.count.fetch_sub(replaced, Ordering::AcqRel);
@@ -362,6 +423,26 @@ impl Entry {
     fn is(&self, key: &VerdictKey) -> bool {
         self.kind == key.kind && self.scope == key.scope
     }
+}
+
+/// Adds a loaded verdict. Records of one scope are one verdict, with the note of the record that is in its own file.
+fn add_loaded(of_digest: &mut Vec<Entry>, digest: &Digest, mut loaded: Entry) {
+    let Some(known) = of_digest
+        .iter_mut()
+        .find(|entry| entry.kind == loaded.kind && entry.scope == loaded.scope)
+    else {
+        of_digest.push(loaded);
+        return;
+    };
+    let key = VerdictKey {
+        kind: loaded.kind,
+        scope: loaded.scope,
+        digest: *digest,
+    };
+    if loaded.paths.contains(&key.path()) {
+        known.note = loaded.note;
+    }
+    known.paths.append(&mut loaded.paths);
 }
 
 /// `text` without control characters and at most [`NOTE_BYTES_MAX`] long.

@@ -2,6 +2,7 @@
 
 use super::power_cut::PowerCutFs;
 use super::*;
+use crate::store::fs::{Entry, FsFile};
 use crate::store::verdicts::{
     NOTE_BYTES_MAX, VERDICTS_MAX, VerdictError, VerdictKey, VerdictKind, VerdictNote, VerdictScope,
 };
@@ -142,6 +143,102 @@ fn block_given_again_replaces_its_damaged_record() {
 }
 
 #[test]
+fn unblock_removes_every_damaged_record_of_a_digest() {
+    on_every_fs(|fixture| {
+        let elsewhere = VerdictScope::Repository {
+            upstream: UPSTREAM.into(),
+            repository: repository("library/debian"),
+        };
+        let everywhere = block(VerdictScope::Everywhere, b"bad");
+        for keys in [
+            vec![block(here(), b"bad"), block(elsewhere, b"bad")],
+            vec![block(here(), b"bad"), everywhere.clone()],
+        ] {
+            let store = fixture.open();
+            for key in &keys {
+                store.put_verdict(key, note("alice")).unwrap();
+            }
+            drop(store);
+            let mut files = fixture.files("blocks");
+            files.retain(|file| {
+                let bytes = fixture.fs.read_file(file, 4096).unwrap();
+                !String::from_utf8_lossy(&bytes).contains("\"repository\":null")
+            });
+            for file in files {
+                fixture.overwrite(&file, b"garbage");
+            }
+            let store = fixture.open();
+            let listed = store.verdicts(VerdictKind::Blocked);
+            assert_eq!(listed.len(), 1, "{listed:?}");
+            assert_eq!(
+                *listed[0].1 == note("alice"),
+                keys.contains(&everywhere),
+                "a readable note is kept"
+            );
+            // A block given again in between hides no damaged record.
+            store.put_verdict(&everywhere, note("bob")).unwrap();
+            assert!(store.remove_verdict(&everywhere).unwrap());
+            assert_eq!(fixture.files("blocks"), Vec::<PathBuf>::new());
+            drop(store);
+            assert!(!is_blocked(&fixture.open(), ALPINE, b"bad"));
+        }
+    });
+}
+
+#[test]
+fn block_here_keeps_a_block_everywhere_over_damage() {
+    on_every_fs(|fixture| {
+        let (in_alpine, everywhere) = (block(here(), b"bad"), block(VerdictScope::Everywhere, b"bad"));
+        fixture.open().put_verdict(&in_alpine, note("alice")).unwrap();
+        let file = fixture.files("blocks").remove(0);
+        fixture.overwrite(&file, b"garbage");
+        let store = fixture.open();
+        store.put_verdict(&everywhere, note("bob")).unwrap();
+        store.put_verdict(&in_alpine, note("carol")).unwrap();
+        assert!(is_blocked(&store, "library/debian", b"bad"));
+        drop(store);
+        let store = fixture.open();
+        assert!(is_blocked(&store, "library/debian", b"bad"));
+        assert_eq!(store.verdicts(VerdictKind::Blocked).len(), 2);
+        assert!(
+            store
+                .remove_verdicts_of(VerdictKind::Blocked, &digest(b"bad"))
+                .unwrap()
+        );
+        assert_eq!(fixture.files("blocks"), Vec::<PathBuf>::new());
+    });
+}
+
+#[test]
+fn unreadable_approval_is_taken_back() {
+    let memory = Arc::new(MemoryFs::new());
+    let open = |is_readable| {
+        let fs = Arc::new(Approvals {
+            inner: Arc::clone(&memory),
+            is_readable,
+        });
+        Store::open(&Settings::default(), fs, at(0)).unwrap()
+    };
+    let approved = verdict(VerdictKind::Approved, here(), b"new");
+    for by_digest in [false, true] {
+        open(true).put_verdict(&approved, note("alice")).unwrap();
+        let store = open(false);
+        assert!(!is_approved(&store, b"new"));
+        let take_back = || {
+            if by_digest {
+                store.remove_verdicts_of(VerdictKind::Approved, &approved.digest)
+            } else {
+                store.remove_verdict(&approved)
+            }
+        };
+        assert_eq!(take_back(), Ok(true), "by digest: {by_digest}");
+        assert_eq!(take_back(), Ok(false));
+        drop(store);
+        assert!(!is_approved(&open(true), b"new"));
+    }
+}
+
+#[test]
 fn renamed_block_blocks_no_other_digest_silently() {
     on_every_fs(|fixture| {
         fixture
@@ -277,5 +374,50 @@ fn power_cut_at_any_call_keeps_acknowledged_verdicts() {
             assert!(last > 10, "the scenario writes in {last} calls only");
             return;
         }
+    }
+}
+
+/// An in-memory file system, of which the approvals can be unreadable.
+struct Approvals {
+    inner: Arc<MemoryFs>,
+    is_readable: bool,
+}
+
+impl FileSystem for Approvals {
+    fn folder(&self) -> Option<&Path> {
+        None
+    }
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
+        self.inner.create(path)
+    }
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
+        if path.starts_with("approvals") && !self.is_readable {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        self.inner.open(path)
+    }
+    fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.inner.append(path, bytes)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.inner.rename(from, to)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.inner.remove(path)
+    }
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
+        self.inner.remove_dir_all(path)
+    }
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.inner.sync_dir(path)
+    }
+    fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
+        self.inner.list(path)
+    }
+    fn mode(&self, path: &Path) -> io::Result<Option<u32>> {
+        self.inner.mode(path)
+    }
+    fn free_bytes(&self) -> io::Result<u64> {
+        self.inner.free_bytes()
     }
 }

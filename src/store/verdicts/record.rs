@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use super::super::checksummed_json::{RECORD_BYTES_MAX, checksum, decode, from_millis, hex, to_millis};
-use super::super::fs::FileSystem;
+use super::super::fs::{self, FileSystem};
 use super::super::{StoreError, quarantine};
 use super::{Entry, VerdictKey, VerdictKind, VerdictNote, VerdictScope};
 use crate::oci::Digest;
@@ -35,14 +35,13 @@ impl VerdictKey {
                 format!("{upstream}\0{}", repository.as_str())
             }
         };
-        let digest = self.digest.hex();
-        let shard = digest.get(..2).unwrap_or_default();
         let name = format!(
-            "{}-{digest}-{}",
+            "{}-{}-{}",
             self.digest.algorithm(),
+            self.digest.hex(),
             hex(&checksum(scope.as_bytes()))
         );
-        [self.kind.tree(), shard, &name].iter().collect()
+        folder_of(self.kind, &self.digest).join(name)
     }
 }
 
@@ -120,7 +119,7 @@ pub(super) fn load(fs: &dyn FileSystem, kind: VerdictKind, path: PathBuf) -> Opt
         kind,
         scope,
         note: Arc::new(note),
-        path,
+        paths: vec![path],
     };
     Some((digest, entry))
 }
@@ -133,15 +132,38 @@ fn digest_in(path: &Path) -> Option<Digest> {
     format!("{algorithm}:{hex}").parse().ok()
 }
 
-pub(super) fn files(fs: &dyn FileSystem, tree: &Path) -> Result<Vec<PathBuf>, StoreError> {
-    let list = |folder: &Path| {
-        fs.list(folder)
-            .map_err(|error| StoreError::io("list", folder, &error))
-    };
+/// The files of all verdicts of this kind.
+pub(super) fn files(fs: &dyn FileSystem, kind: VerdictKind) -> Result<Vec<PathBuf>, StoreError> {
+    let tree = Path::new(kind.tree());
     let mut found = Vec::new();
-    for folder in list(tree)?.into_iter().filter(|entry| entry.is_folder) {
+    for folder in list(fs, tree)?.into_iter().filter(|entry| entry.is_folder) {
         let folder = tree.join(folder.name);
-        found.extend(list(&folder)?.into_iter().map(|file| folder.join(file.name)));
+        let files = list(fs, &folder)?.into_iter();
+        found.extend(files.map(|file| folder.join(file.name)));
     }
     Ok(found)
+}
+
+/// The files of this kind that are named after `digest`.
+pub(super) fn files_of(
+    fs: &dyn FileSystem,
+    kind: VerdictKind,
+    digest: &Digest,
+) -> Result<Vec<PathBuf>, StoreError> {
+    let folder = folder_of(kind, digest);
+    let files = list(fs, &folder)?.into_iter();
+    let paths = files.map(|file| folder.join(file.name));
+    Ok(paths
+        .filter(|path| digest_in(path).as_ref() == Some(digest))
+        .collect())
+}
+
+fn list(fs: &dyn FileSystem, folder: &Path) -> Result<Vec<fs::Entry>, StoreError> {
+    fs.list(folder)
+        .map_err(|error| StoreError::io("list", folder, &error))
+}
+
+fn folder_of(kind: VerdictKind, digest: &Digest) -> PathBuf {
+    let hex = digest.hex();
+    Path::new(kind.tree()).join(hex.get(..2).unwrap_or_default())
 }
