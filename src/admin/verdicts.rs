@@ -304,7 +304,9 @@ impl From<VerdictError> for Problem {
     fn from(fault: VerdictError) -> Self {
         let status = match fault {
             VerdictError::TooMany => StatusCode::CONFLICT,
-            VerdictError::NotDurable(_) | VerdictError::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            VerdictError::NotDurable(_) | VerdictError::NoteNotDurable(_) | VerdictError::Store(_) => {
+                StatusCode::INTERNAL_SERVER_ERROR
+            }
         };
         Self::new(status, fault.to_string())
     }

@@ -112,6 +112,9 @@ pub enum VerdictError {
     /// A block could not be written. It holds until the cache restarts.
     #[error("the digest is blocked until the next restart only: {0}")]
     NotDurable(StoreError),
+    /// The record of a durable block could not be replaced. The block outlasts a restart, its new note does not.
+    #[error("the digest was blocked already and stays so; the new reason is lost at the next restart: {0}")]
+    NoteNotDurable(StoreError),
     /// The disk failed. Nothing changed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -187,6 +190,8 @@ struct Entry {
     /// Its files. A damaged record does not say its scope, so paths cannot always be derived, and several damaged
     /// records of one digest are one verdict.
     paths: Vec<PathBuf>,
+    /// Whether it is on disk, so that it outlasts a restart.
+    is_durable: bool,
 }
 
 type Entries = HashMap<Digest, Vec<Entry>>;
@@ -197,7 +202,7 @@ pub(super) struct Verdicts {
     entries: RwLock<Entries>,
     /// Number of verdicts. Usually 0, which saves the lock.
     count: AtomicUsize,
-    /// Serialises changes.
+    /// Serialises changes of files. A block is in memory before this is locked.
     changing: Mutex<()>,
 }
 
@@ -259,39 +264,59 @@ impl Verdicts {
     }
 
     fn put(&self, key: &VerdictKey, note: VerdictNote) -> Result<bool, VerdictError> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_new = !self.is_known(key);
-        if is_new && self.count.load(Ordering::Acquire) >= VERDICTS_MAX {
-            return Err(VerdictError::TooMany);
-        }
         let VerdictNote { at, by, reason } = note;
-        let note = VerdictNote {
+        let note = Arc::new(VerdictNote {
             at,
             by: cut(by),
             reason: reason.map(cut),
-        };
-        let path = key.path();
-        let record = encode(&Record::of(key, &note));
+        });
         match key.kind {
-            // In memory first, so that the block holds even if the disk is full or slow.
-            VerdictKind::Blocked => {
-                self.insert(key, note, path.clone());
-                self.fs
-                    .write_durable(&path, &record)
-                    .map_err(|error| VerdictError::NotDurable(StoreError::io("write", &path, &error)))?;
-            }
-            VerdictKind::Approved => {
-                if let Err(error) = self.fs.write_durable(&path, &record) {
-                    if is_new {
-                        // The write may have created the file. Its error is reported, not that of the removal.
-                        let _ = self.fs.remove(&path);
-                    }
-                    return Err(StoreError::io("write", &path, &error).into());
-                }
-                self.insert(key, note, path);
-            }
+            VerdictKind::Blocked => self.put_block(key, note),
+            VerdictKind::Approved => self.put_approval(key, note),
         }
+    }
+
+    /// In memory first, so that the block holds even if the disk is full or slow, or another change waits for it.
+    fn put_block(&self, key: &VerdictKey, note: Arc<VerdictNote>) -> Result<bool, VerdictError> {
+        let is_new = self.insert(key, Arc::clone(&note), VERDICTS_MAX)?;
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        // A removal or another note may have come first.
+        let is_forgotten = self.insert(key, Arc::clone(&note), usize::MAX)?;
+        self.write(key, &note).map_err(|error| {
+            if self.is_durable(key) {
+                VerdictError::NoteNotDurable(error)
+            } else {
+                VerdictError::NotDurable(error)
+            }
+        })?;
+        self.set_durable(key, true);
+        Ok(is_new || is_forgotten)
+    }
+
+    fn put_approval(&self, key: &VerdictKey, note: Arc<VerdictNote>) -> Result<bool, VerdictError> {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_new = self.paths_of(key).is_none();
+        if is_new && self.count.load(Ordering::Acquire) >= VERDICTS_MAX {
+            return Err(VerdictError::TooMany);
+        }
+        if let Err(error) = self.write(key, &note) {
+            if is_new {
+                // The write may have created the file. Its error is reported, not that of the removal.
+                let _ = self.fs.remove(&key.path());
+            }
+            return Err(error.into());
+        }
+        // The limit was checked above; blocks given since then may pass it by this one.
+        self.insert(key, note, usize::MAX)?;
+        self.set_durable(key, true);
         Ok(is_new)
+    }
+
+    fn write(&self, key: &VerdictKey, note: &VerdictNote) -> Result<(), StoreError> {
+        let path = key.path();
+        let record = encode(&Record::of(key, note));
+        let written = self.fs.write_durable(&path, &record);
+        written.map_err(|error| StoreError::io("write", &path, &error))
     }
 
     fn remove(&self, key: &VerdictKey) -> Result<bool, StoreError> {
@@ -324,6 +349,7 @@ impl Verdicts {
         match key.kind {
             // The files first: after an error the digest stays blocked.
             VerdictKind::Blocked => {
+                self.set_durable(key, false);
                 self.remove_files(&paths)?;
                 self.forget(key);
                 Ok(is_known)
@@ -361,10 +387,6 @@ impl Verdicts {
         }
     }
 
-    fn is_known(&self, key: &VerdictKey) -> bool {
-        self.paths_of(key).is_some()
-    }
-
     fn paths_of(&self, key: &VerdictKey) -> Option<Vec<PathBuf>> {
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         let mut of_digest = entries.get(&key.digest)?.iter();
@@ -380,28 +402,60 @@ impl Verdicts {
         of_kind.map(|entry| entry.scope.clone()).collect()
     }
 
-    fn insert(&self, key: &VerdictKey, note: VerdictNote, path: PathBuf) {
+    /// Whether a block of this key outlasts a restart.
+    fn is_durable(&self, key: &VerdictKey) -> bool {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let mut of_digest = entries.get(&key.digest).into_iter().flatten();
+        of_digest.any(|entry| entry.is(key) && entry.is_durable)
+    }
+
+    fn set_durable(&self, key: &VerdictKey, is_durable: bool) {
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        let of_digest = entries.get_mut(&key.digest).into_iter().flatten();
+        for entry in of_digest.filter(|entry| entry.is(key)) {
+            entry.is_durable = is_durable;
+        }
+    }
+
+    /// Returns whether it is new. A new one is refused if there are `count_max` verdicts.
+    fn insert(
+        &self,
+        key: &VerdictKey,
+        note: Arc<VerdictNote>,
+        count_max: usize,
+    ) -> Result<bool, VerdictError> {
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        let known = entries.get(&key.digest).into_iter().flatten();
+        let is_new = !known.into_iter().any(|entry| entry.is(key));
+        if is_new && self.count.load(Ordering::Acquire) >= count_max {
+            return Err(VerdictError::TooMany);
+        }
         let of_digest = entries.entry(key.digest).or_default();
         let before = of_digest.len();
-        let mut paths = vec![path.clone()];
+        let path = key.path();
+        let (mut paths, mut is_durable) = (vec![path.clone()], false);
         of_digest.retain_mut(|entry| {
-            // A damaged record that this one overwrites was loaded with another scope.
+            // A damaged record in this place was loaded with another scope. The new record overwrites it.
+            let is_overwritten = entry.paths.contains(&path);
             entry.paths.retain(|other| *other != path);
-            if entry.is(key) {
+            let is_known = entry.is(key);
+            if is_known {
                 paths.append(&mut entry.paths);
             }
+            is_durable |= entry.is_durable && (is_known || is_overwritten);
             !entry.paths.is_empty()
         });
         let replaced = before - of_digest.len();
         of_digest.push(Entry {
             kind: key.kind,
             scope: key.scope.clone(),
-            note: Arc::new(note),
+            note,
             paths,
+            is_durable,
         });
         self.count.fetch_add(1, Ordering::AcqRel);
         self.count.fetch_sub(replaced, Ordering::AcqRel);
+        Ok(is_new)
     }
 
     fn forget(&self, key: &VerdictKey) {

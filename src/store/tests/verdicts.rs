@@ -1,5 +1,9 @@
 //! Tests of verdicts: restart, damage, limits, a full disk and power cuts.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, mpsc};
+use std::thread;
+
 use super::power_cut::PowerCutFs;
 use super::*;
 use crate::store::fs::{Entry, FsFile};
@@ -213,9 +217,10 @@ fn block_here_keeps_a_block_everywhere_over_damage() {
 fn unreadable_approval_is_taken_back() {
     let memory = Arc::new(MemoryFs::new());
     let open = |is_readable| {
-        let fs = Arc::new(Approvals {
+        let fs = Arc::new(Faulty {
             inner: Arc::clone(&memory),
             is_readable,
+            hang: None,
         });
         Store::open(&Settings::default(), fs, at(0)).unwrap()
     };
@@ -342,6 +347,117 @@ fn block_on_a_full_disk_holds_until_restart() {
 }
 
 #[test]
+fn note_of_a_durable_block_is_lost_alone_on_full_disk() {
+    let memory = Arc::new(MemoryFs::new());
+    let store = Store::open(
+        &Settings::default(),
+        Arc::clone(&memory) as Arc<dyn FileSystem>,
+        at(0),
+    )
+    .unwrap();
+    let (durable, new) = (block(here(), b"bad"), block(here(), b"new"));
+    store.put_verdict(&durable, note("alice")).unwrap();
+    memory.set_bytes_max(0);
+    let fault = store.put_verdict(&durable, note("bob")).unwrap_err();
+    assert!(matches!(fault, VerdictError::NoteNotDurable(_)), "{fault}");
+    for _ in 0..2 {
+        let fault = store.put_verdict(&new, note("bob")).unwrap_err();
+        assert!(matches!(fault, VerdictError::NotDurable(_)), "{fault}");
+    }
+    // Once its file is removed, it is new.
+    store.remove_verdict(&durable).unwrap();
+    let fault = store.put_verdict(&durable, note("bob")).unwrap_err();
+    assert!(matches!(fault, VerdictError::NotDurable(_)), "{fault}");
+}
+
+/// A store whose first change of a block can hang; the receiver says that it hangs, the sender ends that.
+fn hanging() -> (Arc<Faulty>, Store, mpsc::Receiver<()>, mpsc::Sender<()>) {
+    let (hang, reached, release) = Hang::new();
+    let fs = Arc::new(Faulty {
+        inner: Arc::new(MemoryFs::new()),
+        is_readable: true,
+        hang: Some(hang),
+    });
+    let store = Store::open(
+        &Settings::default(),
+        Arc::clone(&fs) as Arc<dyn FileSystem>,
+        at(0),
+    )
+    .unwrap();
+    (fs, store, reached, release)
+}
+
+/// Waits until the note of the block is by `by`.
+fn until_blocked_by(store: &Store, content: &[u8], by: &str) {
+    let began = std::time::Instant::now();
+    loop {
+        let found = store.verdict(
+            VerdictKind::Blocked,
+            UPSTREAM,
+            &repository(ALPINE),
+            &digest(content),
+        );
+        if found.is_some_and(|note| note.by == by) {
+            return;
+        }
+        assert!(began.elapsed() < Duration::from_secs(20), "not blocked by {by}");
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn block_holds_while_another_waits_for_the_disk() {
+    let (fs, store, reached, release) = hanging();
+    let (first, second) = (block(here(), b"first"), block(here(), b"second"));
+    fs.arm();
+    thread::scope(|scope| {
+        // After a failed assertion, the drop ends the first write, so that the test does not hang.
+        let release = ReleaseOnDrop(release);
+        let one = scope.spawn(|| store.put_verdict(&first, note("alice")));
+        reached.recv().unwrap();
+        let two = scope.spawn(|| store.put_verdict(&second, note("bob")));
+        until_blocked_by(&store, b"second", "bob");
+        assert!(!one.is_finished() && !two.is_finished());
+        drop(release);
+        assert_eq!(one.join().unwrap(), Ok(true));
+        assert_eq!(two.join().unwrap(), Ok(true));
+    });
+    drop(store);
+    let store = Store::open(&Settings::default(), fs as Arc<dyn FileSystem>, at(0)).unwrap();
+    assert!(is_blocked(&store, ALPINE, b"first") && is_blocked(&store, ALPINE, b"second"));
+}
+
+#[test]
+fn block_given_during_its_removal_holds() {
+    let (fs, store, reached, release) = hanging();
+    let key = block(here(), b"bad");
+    store.put_verdict(&key, note("alice")).unwrap();
+    fs.arm();
+    thread::scope(|scope| {
+        let release = ReleaseOnDrop(release);
+        let removal = scope.spawn(|| store.remove_verdict(&key));
+        reached.recv().unwrap();
+        let again = scope.spawn(|| store.put_verdict(&key, note("bob")));
+        until_blocked_by(&store, b"bad", "bob");
+        drop(release);
+        assert_eq!(removal.join().unwrap(), Ok(true));
+        assert_eq!(again.join().unwrap(), Ok(true), "the removal took the first one");
+    });
+    assert!(is_blocked(&store, ALPINE, b"bad"));
+    drop(store);
+    let store = Store::open(&Settings::default(), fs as Arc<dyn FileSystem>, at(0)).unwrap();
+    assert!(is_blocked(&store, ALPINE, b"bad"));
+}
+
+struct ReleaseOnDrop(mpsc::Sender<()>);
+
+impl Drop for ReleaseOnDrop {
+    fn drop(&mut self) {
+        let _ = self.0.send(());
+    }
+}
+
+#[test]
 fn power_cut_at_any_call_keeps_acknowledged_verdicts() {
     let (first, second) = (
         block(here(), b"first"),
@@ -377,13 +493,47 @@ fn power_cut_at_any_call_keeps_acknowledged_verdicts() {
     }
 }
 
-/// An in-memory file system, of which the approvals can be unreadable.
-struct Approvals {
-    inner: Arc<MemoryFs>,
-    is_readable: bool,
+/// Stops the first removal of a block, or the first block that gets its name.
+struct Hang {
+    is_armed: AtomicBool,
+    reached: mpsc::Sender<()>,
+    go_on: Mutex<mpsc::Receiver<()>>,
 }
 
-impl FileSystem for Approvals {
+impl Hang {
+    fn new() -> (Self, mpsc::Receiver<()>, mpsc::Sender<()>) {
+        let ((reached, is_reached), (release, go_on)) = (mpsc::channel(), mpsc::channel());
+        let hang = Self {
+            is_armed: AtomicBool::new(false),
+            reached,
+            go_on: Mutex::new(go_on),
+        };
+        (hang, is_reached, release)
+    }
+
+    fn hang(&self, path: &Path) {
+        if path.starts_with("blocks") && self.is_armed.swap(false, Ordering::SeqCst) {
+            self.reached.send(()).unwrap();
+            self.go_on.lock().unwrap().recv().unwrap();
+        }
+    }
+}
+
+/// An in-memory file system: approvals can be unreadable, changes of blocks can hang.
+struct Faulty {
+    inner: Arc<MemoryFs>,
+    is_readable: bool,
+    hang: Option<Hang>,
+}
+
+impl Faulty {
+    fn arm(&self) {
+        let hang = self.hang.as_ref().unwrap();
+        hang.is_armed.store(true, Ordering::SeqCst);
+    }
+}
+
+impl FileSystem for Faulty {
     fn folder(&self) -> Option<&Path> {
         None
     }
@@ -400,9 +550,11 @@ impl FileSystem for Approvals {
         self.inner.append(path, bytes)
     }
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.hang.iter().for_each(|hang| hang.hang(to));
         self.inner.rename(from, to)
     }
     fn remove(&self, path: &Path) -> io::Result<()> {
+        self.hang.iter().for_each(|hang| hang.hang(path));
         self.inner.remove(path)
     }
     fn remove_dir_all(&self, path: &Path) -> io::Result<()> {

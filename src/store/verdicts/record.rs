@@ -120,6 +120,7 @@ pub(super) fn load(fs: &dyn FileSystem, kind: VerdictKind, path: PathBuf) -> Opt
         scope,
         note: Arc::new(note),
         paths: vec![path],
+        is_durable: true,
     };
     Some((digest, entry))
 }
