@@ -50,14 +50,16 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{Notify, Semaphore};
+use tokio::time::Instant;
 
 use crate::oci::{Digest, Repository, UpstreamFailure};
 use crate::queue::{AcquireError, Demand, Permit, Queue, QueueFull, Waiter, Waiters};
@@ -86,8 +88,8 @@ const WRITE_STEPS_MAX: usize = 32;
 /// Bytes between network and disk, of all transfers together.
 const QUEUED_BYTES_MAX: usize = 16 * 1024 * 1024;
 
-/// Upstreams remembered for wrong ranges.
-const WRONG_RANGES_MAX: usize = 1024;
+/// Upstreams remembered for [`Shared::uses_one_connection`].
+const SINGLE_CONNECTION_MAX: usize = 1024;
 
 /// The running downloads. Owned by the server, not a global.
 #[derive(Clone)]
@@ -105,8 +107,8 @@ struct Shared {
     queued_bytes: Arc<Semaphore>,
     ahead_permits: Arc<Semaphore>,
     parallel: ParallelLimits,
-    /// Upstreams of which a download of several responses had a wrong digest.
-    wrong_ranges: Mutex<HashSet<Arc<str>>>,
+    /// Upstreams from which a blob is fetched over one connection, until this time.
+    single_connection: Mutex<HashMap<Arc<str>, Instant>>,
     counts: Arc<state::Counts>,
 }
 
@@ -286,7 +288,7 @@ impl Downloads {
             queued_bytes: Arc::new(Semaphore::new(QUEUED_BYTES_MAX)),
             ahead_permits: Arc::new(Semaphore::new(AHEAD_RANGES_MAX)),
             parallel,
-            wrong_ranges: Mutex::default(),
+            single_connection: Mutex::default(),
             counts: Arc::default(),
         };
         Self {
@@ -343,17 +345,25 @@ impl Downloads {
 }
 
 impl Shared {
-    /// Whether a transfer from this upstream must not consist of several responses.
-    fn sends_wrong_ranges(&self, upstream: &str) -> bool {
-        let wrong = self.wrong_ranges.lock().unwrap_or_else(PoisonError::into_inner);
-        wrong.contains(upstream)
+    /// Whether blobs of this upstream are fetched over one connection.
+    fn uses_one_connection(&self, upstream: &str) -> bool {
+        let until = self.single_connection().get(upstream).copied();
+        until.is_some_and(|until| Instant::now() < until)
     }
 
-    fn note_wrong_range(&self, upstream: &Arc<str>) {
-        let mut wrong = self.wrong_ranges.lock().unwrap_or_else(PoisonError::into_inner);
-        if wrong.len() < WRONG_RANGES_MAX {
-            wrong.insert(Arc::clone(upstream));
+    /// Fetches blobs of this upstream over one connection for this long.
+    fn use_one_connection(&self, upstream: &Arc<str>, period: Duration) {
+        let (mut upstreams, now) = (self.single_connection(), Instant::now());
+        upstreams.retain(|_, until| now < *until);
+        if upstreams.len() < SINGLE_CONNECTION_MAX {
+            upstreams.insert(Arc::clone(upstream), now + period);
         }
+    }
+
+    fn single_connection(&self) -> MutexGuard<'_, HashMap<Arc<str>, Instant>> {
+        self.single_connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Every statement leaves the map consistent, so a poisoned lock can be used.

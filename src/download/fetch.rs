@@ -26,6 +26,9 @@ pub(super) const QUEUE_CHUNKS_MAX: usize = 16;
 /// Bytes of one transfer between network and disk.
 pub(super) const QUEUE_BYTES_MAX: usize = 1024 * 1024;
 
+/// Bytes that the writer reads back in one step.
+const ADOPT_BYTES_MAX: u64 = 1024 * 1024;
+
 /// Consecutive resumptions without a received byte.
 const FAILURES_IN_A_ROW_MAX: u32 = 7;
 
@@ -226,25 +229,27 @@ impl<S: Source> Fetcher<'_, S> {
         };
         // Bytes of more than one response: a digest mismatch restarts the download.
         self.resumed = true;
-        helpers.replace_first_stream(self.source).await;
+        helpers.close_first_stream();
+        if self.waiters.serves_complete_pull() {
+            helpers.replace_first_stream(self.source).await;
+        }
         loop {
             if self.waiters.serves_complete_pull() {
                 helpers.ramp_up(self.stalled, self.source).await;
             }
             match helpers.front().await {
-                Front::Grew(0) => {}
-                Front::Grew(length) => {
+                Front::Waiting => {}
+                Front::Grew(mut length) => {
                     self.received += length;
-                    self.queue.send(WriterMsg::Adopt(length)).await?;
-                }
-                Front::Missing => return Ok(()),
-                Front::Waiting => {
-                    if self.waiters.is_abandoned()
-                        && !self.waiters.rejoined_or_closed_within(RANGE_REJOIN_WINDOW).await
-                    {
-                        return Err(FetchError::Unwanted);
+                    while length > 0 {
+                        let part = length.min(ADOPT_BYTES_MAX);
+                        length -= part;
+                        let began = Instant::now();
+                        self.queue.send(WriterMsg::Adopt(part)).await?;
+                        self.stalled += began.elapsed();
                     }
                 }
+                Front::Missing => return Ok(()),
             }
         }
     }

@@ -14,14 +14,13 @@
 //! An interrupted transfer keeps its front as a partial download. The segments beyond the front are fetched again.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::{JoinSet, spawn_blocking};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::fetch::QUEUE_BYTES_MAX;
@@ -77,6 +76,12 @@ const WRITE_BYTES: u64 = 256 * 1024;
 /// A helper writes what it has after this time, so that the front of the file can follow a slow stream.
 const BATCH_TIME_MAX: Duration = Duration::from_millis(500);
 
+/// How long blobs of an upstream are fetched over one connection after it gave no further one: it may limit them.
+pub(super) const DENIED_RANGE_PERIOD: Duration = Duration::from_secs(10 * 60);
+
+/// The same after ranges that were wrong while the complete blob was right.
+pub(super) const WRONG_RANGE_PERIOD: Duration = Duration::from_secs(60 * 60);
+
 /// What the connections of a transfer share.
 pub(super) struct Transfer {
     pub(super) upstream: Arc<str>,
@@ -114,7 +119,7 @@ pub(super) enum Front {
     Grew(u64),
     /// No segment has the next byte.
     Missing,
-    /// A segment is to have the next byte, and nothing arrived for a while.
+    /// A segment is to have the next byte. Ask again.
     Waiting,
 }
 
@@ -157,9 +162,13 @@ impl Helpers {
         }
     }
 
-    /// The first stream is closed, because it has reached a segment. A helper may use its connection.
-    pub(super) async fn replace_first_stream<S: Source>(&mut self, source: &mut S) {
+    /// The first stream is closed, because it has reached a segment.
+    pub(super) fn close_first_stream(&mut self) {
         self.is_first_stream_open = false;
+    }
+
+    /// Lets a helper use the connection of the closed first stream.
+    pub(super) async fn replace_first_stream<S: Source>(&mut self, source: &mut S) {
         let may_add = {
             let plan = lock(&self.plan);
             plan.helpers < plan.helpers_max && !plan.has_failed
@@ -167,6 +176,11 @@ impl Helpers {
         if may_add {
             self.add(source).await;
         }
+    }
+
+    /// Whether the upstream gave no response with a segment.
+    pub(super) fn were_denied(&self) -> bool {
+        lock(&self.plan).was_denied
     }
 
     async fn add<S: Source>(&mut self, source: &mut S) {
@@ -196,12 +210,11 @@ impl Helpers {
         self.running.spawn(helper.run());
     }
 
-    /// The next bytes at the front. A segment that grows much slower than the first stream did is taken from its helper.
+    /// The next bytes at the front. A segment of which nothing arrives, or that grows much slower than the first stream
+    /// did, is taken from its helper.
     pub(super) async fn front(&mut self) -> Front {
         let Some(segment) = lock(&self.plan).segment_at_front() else {
-            self.watch = None;
-            self.is_first_stream_open = true;
-            return Front::Missing;
+            return self.missing();
         };
         let mut progress = segment.progress.subscribe();
         let seen = *progress.borrow_and_update();
@@ -211,14 +224,24 @@ impl Helpers {
             return Front::Grew(grown);
         }
         if seen.has_ended {
-            self.is_first_stream_open = true;
-            return Front::Missing;
-        }
-        if timeout(FRONT_WINDOW, progress.changed()).await.is_ok() {
-            return Front::Grew(0);
+            return self.missing();
         }
         self.cancel_if_slow(&segment, seen.written);
+        if timeout(FRONT_WINDOW, progress.changed()).await.is_err() {
+            self.cancel_if_slow(&segment, seen.written);
+        }
         Front::Waiting
+    }
+
+    /// The fetcher opens a stream of its own again, which counts as a connection.
+    fn missing(&mut self) -> Front {
+        self.watch = None;
+        self.is_first_stream_open = true;
+        let mut plan = lock(&self.plan);
+        plan.helpers_max = plan
+            .helpers_max
+            .min(self.transfer.connections_max.saturating_sub(1));
+        Front::Missing
     }
 
     fn cancel_if_slow(&mut self, segment: &Segment, written: u64) {
@@ -296,18 +319,18 @@ struct Segment {
     end: u64,
     progress: watch::Sender<SegmentProgress>,
     cancelled: CancellationToken,
-    /// Whether bytes of it have arrived. Changed under the lock of the plan.
-    live: AtomicBool,
 }
 
 impl Segment {
     fn is_live(&self) -> bool {
-        self.live.load(Ordering::Relaxed)
+        self.progress.borrow().is_live
     }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct SegmentProgress {
+    /// Bytes of it have arrived. Changed under the lock of the plan.
+    is_live: bool,
     /// Bytes in the file, from the start of the segment.
     written: u64,
     /// The helper writes no more of it.
@@ -333,6 +356,8 @@ struct Plan {
     silent: usize,
     /// Whether a helper failed.
     has_failed: bool,
+    /// Whether a helper got no response with its segment.
+    was_denied: bool,
     /// Cancels all segments.
     ending: CancellationToken,
 }
@@ -347,9 +372,10 @@ impl Plan {
             segments: VecDeque::new(),
             received: 0,
             helpers: 0,
-            helpers_max: usize::MAX,
+            helpers_max: usize::try_from(connections_max).unwrap_or(usize::MAX),
             silent: 0,
             has_failed: false,
+            was_denied: false,
             ending: CancellationToken::new(),
         }
     }
@@ -403,7 +429,6 @@ impl Plan {
             end,
             progress: watch::Sender::default(),
             cancelled: self.ending.child_token(),
-            live: AtomicBool::new(false),
         });
         self.segments.push_back(Arc::clone(&segment));
         Some(segment)
@@ -416,7 +441,7 @@ impl Plan {
             .iter()
             .any(|assigned| assigned.start == segment.start);
         if is_wanted {
-            segment.live.store(true, Ordering::Relaxed);
+            segment.progress.send_modify(|progress| progress.is_live = true);
         }
         is_wanted
     }
@@ -424,7 +449,7 @@ impl Plan {
     fn segment_at_front(&self) -> Option<Arc<Segment>> {
         let first = self.segments.front();
         first
-            .filter(|segment| segment.start <= self.front && segment.is_live())
+            .filter(|segment| segment.start <= self.front)
             .map(Arc::clone)
     }
 
@@ -563,16 +588,22 @@ impl Helper {
 
     /// Fetches and writes a segment. It is cancelled between two writes only, so that no write is under way after its end.
     async fn fetch(&mut self, segment: &Segment) -> Fetched {
-        let opening = timeout(HELPER_TIMEOUT, self.source.open(segment.start, Some(segment.end)));
-        let stream = match segment.cancelled.run_until_cancelled(opening).await {
-            None => return Fetched::Passed,
-            Some(Ok(Some(stream))) => stream,
-            Some(Ok(None) | Err(_)) => return Fetched::Failed,
+        let queue = self.transfer.queue.clone();
+        let opening = self.source.open(segment.start, Some(segment.end));
+        let stream = match waited(&queue, segment, opening).await {
+            Waited::Done(Some(stream)) => stream,
+            Waited::Done(None) => {
+                lock(&self.plan).was_denied = true;
+                return Fetched::Failed;
+            }
+            Waited::Cancelled => return Fetched::Passed,
+            Waited::OthersWait => return Fetched::Yielded,
+            Waited::TimedOut => return Fetched::Failed,
         };
         let mut arriving = Arriving {
             stream,
             unread: None,
-            has_ended: false,
+            ended: None,
         };
         let mut position = segment.start;
         while position < segment.end {
@@ -580,7 +611,7 @@ impl Helper {
                 return Fetched::Passed;
             };
             let length = batch.bytes;
-            if !self.transfer.write(position, batch).await {
+            if length > 0 && !self.transfer.write(position, batch).await {
                 return Fetched::Failed;
             }
             position += length;
@@ -588,8 +619,8 @@ impl Helper {
             segment
                 .progress
                 .send_modify(|progress| progress.written += length);
-            if arriving.has_ended && position < segment.end {
-                return Fetched::Failed;
+            if let Some(ended) = arriving.ended.filter(|_| position < segment.end) {
+                return ended;
             }
             if self.others_wait() {
                 return Fetched::Yielded;
@@ -607,7 +638,7 @@ impl Helper {
     ) -> Option<Batch> {
         let (mut batch, began) = (Batch::default(), Instant::now());
         while batch.bytes < WRITE_BYTES && position + batch.bytes < segment.end {
-            let Some(mut chunk) = arriving.next(segment).await else {
+            let Some(mut chunk) = arriving.next(&self.transfer.queue, segment).await else {
                 return Some(batch);
             };
             if !segment.is_live() && !self.go_live(segment) {
@@ -627,9 +658,9 @@ impl Helper {
         Some(batch)
     }
 
-    /// Whether another download from this upstream waits for a permit.
+    /// Whether another download waits for a permit, of this upstream or of another.
     fn others_wait(&self) -> bool {
-        self.transfer.queue.waiting_of(&self.transfer.upstream) > 0
+        self.transfer.queue.waiting() > 0
     }
 
     fn go_live(&mut self, segment: &Segment) -> bool {
@@ -644,22 +675,50 @@ struct Arriving {
     stream: Box<dyn ByteStream>,
     /// A chunk that did not fit into the last batch.
     unread: Option<Bytes>,
-    has_ended: bool,
+    /// Why no further chunk is read.
+    ended: Option<Fetched>,
 }
 
 impl Arriving {
-    /// The next chunk. `None` at its end, after an error or a timeout, or if the segment is cancelled.
-    async fn next(&mut self, segment: &Segment) -> Option<Bytes> {
+    async fn next(&mut self, queue: &Queue, segment: &Segment) -> Option<Bytes> {
         if let Some(chunk) = self.unread.take() {
             return Some(chunk);
         }
-        let next = timeout(HELPER_TIMEOUT, self.stream.chunk());
-        match segment.cancelled.run_until_cancelled(next).await {
-            Some(Ok(Some(Ok(chunk)))) => Some(chunk),
-            _ => {
-                self.has_ended = true;
-                None
-            }
+        self.ended = Some(match waited(queue, segment, self.stream.chunk()).await {
+            Waited::Done(Some(Ok(chunk))) => return Some(chunk),
+            Waited::Cancelled if !segment.is_live() => Fetched::Passed,
+            Waited::OthersWait => Fetched::Yielded,
+            Waited::Done(_) | Waited::Cancelled | Waited::TimedOut => Fetched::Failed,
+        });
+        None
+    }
+}
+
+/// Result of [`waited`].
+enum Waited<T> {
+    Done(T),
+    Cancelled,
+    OthersWait,
+    TimedOut,
+}
+
+/// Waits for `work` of a helper at most [`HELPER_TIMEOUT`], until the segment is cancelled, and until another download
+/// waits for a permit: a silent upstream must not keep one that others need.
+async fn waited<T>(queue: &Queue, segment: &Segment, work: impl Future<Output = T>) -> Waited<T> {
+    let mut work = std::pin::pin!(work);
+    let deadline = Instant::now() + HELPER_TIMEOUT;
+    loop {
+        tokio::select! {
+            biased;
+            () = segment.cancelled.cancelled() => return Waited::Cancelled,
+            done = &mut work => return Waited::Done(done),
+            () = sleep(BATCH_TIME_MAX) => {}
+        }
+        if queue.waiting() > 0 {
+            return Waited::OthersWait;
+        }
+        if Instant::now() >= deadline {
+            return Waited::TimedOut;
         }
     }
 }

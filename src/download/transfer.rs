@@ -45,12 +45,16 @@ async fn fill<S: Source>(guard: &DownloadGuard, source: &mut S) -> Result<(), Do
     let (ingest, verified) = match ended {
         Err(DownloadError::DigestMismatch(mismatch)) if resumed_midway => {
             tracing::warn!(digest = %guard.download.digest, %mismatch, "digest mismatch in a resumed download, restarting from the first byte");
-            guard.shared.note_wrong_range(&requester.upstream);
             // If the restart fails as well, the first failure is reported.
             let Ok(opened) = restart(guard, source, total).await else {
                 return Err(DownloadError::DigestMismatch(mismatch));
             };
-            transfer(guard, source, opened, false).await.0?
+            let restarted = transfer(guard, source, opened, false).await.0?;
+            // The blob is right at the registry, so the parts were wrong.
+            guard
+                .shared
+                .use_one_connection(&requester.upstream, parallel::WRONG_RANGE_PERIOD);
+            restarted
         }
         ended => ended?,
     };
@@ -201,9 +205,20 @@ async fn transfer<S: Source>(
     let writing = tokio::spawn(writer.run(chunks, steps));
     let outcome = fetcher.run(stream).await;
     let resumed_midway = fetcher.resumed;
+    let fetcher_was_denied = fetcher.helpers.as_ref().is_some_and(Helpers::were_denied);
     // Closes the writer's queue.
     drop(fetcher);
     let written = writing.await.unwrap_or(Err(DownloadError::Abandoned));
+    if fetcher_was_denied {
+        let upstream = &guard.download.requester.upstream;
+        tracing::debug!(
+            upstream = &**upstream,
+            "the upstream gave no further connection, fetching over one for a while"
+        );
+        guard
+            .shared
+            .use_one_connection(upstream, parallel::DENIED_RANGE_PERIOD);
+    }
     let ended = match outcome {
         Err(FetchError::Upstream(cause)) => Err(DownloadError::Interrupted(cause)),
         Err(FetchError::Unwanted) => Err(DownloadError::Abandoned),
@@ -223,7 +238,7 @@ fn helpers(guard: &DownloadGuard, resumed: &Resumed, total: Option<u64>) -> Opti
     let limits = guard.shared.parallel;
     let total = total.filter(|total| total.saturating_sub(resumed.written) >= limits.blob_bytes_min)?;
     let upstream = &guard.download.requester.upstream;
-    if limits.connections_max < 2 || guard.shared.sends_wrong_ranges(upstream) {
+    if limits.connections_max < 2 || guard.shared.uses_one_connection(upstream) {
         return None;
     }
     let transfer = parallel::Transfer {

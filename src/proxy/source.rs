@@ -123,6 +123,7 @@ impl Source for UpstreamSource {
             from,
             until: None,
             after: self.last_url,
+            is_optional: false,
         };
         let first = self.sent_at.is_none();
         let now = Instant::now();
@@ -235,6 +236,7 @@ impl RangeSource for UpstreamSource {
                 from,
                 until,
                 after: None,
+                is_optional: self.total.is_some(),
             };
             if is_whole {
                 return self.open_complete(part).await;

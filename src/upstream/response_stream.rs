@@ -34,6 +34,8 @@ pub struct RangeSpec {
     pub until: Option<u64>,
     /// The URL whose transfer failed last; the next URLs are tried before it.
     pub after: Option<UrlIndex>,
+    /// Whether the caller can do without the response. A rate limit then pauses no other request.
+    pub is_optional: bool,
 }
 
 impl RangeSpec {
@@ -165,6 +167,7 @@ impl Upstream {
                             permit.not_limited();
                             Ok(fetched)
                         }
+                        Err(response) if part.is_optional => Err(response),
                         Err(response) => Err(Box::new(self.0.record_limits(
                             (origin, class),
                             caller,

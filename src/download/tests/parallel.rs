@@ -19,6 +19,10 @@ const PACE: Duration = Duration::from_millis(10);
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Segments {
     Right,
+    /// Each response takes this long to begin.
+    Late,
+    /// No byte follows the head of a response.
+    Silent,
     Denied,
     WrongBytes,
     BreakEarly,
@@ -133,10 +137,13 @@ impl ByteStream for Sending {
             } else {
                 1
             };
+            if self.kind == Segments::Silent {
+                std::future::pending::<()>().await;
+            }
             let crawls = self.kind == Segments::Crawl && self.sent > MIB;
             sleep(PACE * u32::try_from(sharing).unwrap() * if crawls { 50 } else { 1 }).await;
             if self.kind == Segments::BreakEarly && self.sent > MIB
-                || self.kind == Segments::Right
+                || matches!(self.kind, Segments::Right | Segments::Late)
                     && state.first_breaks.load(Ordering::SeqCst)
                     && (self.sent > 12 * MIB || self.position > 12 * MIB)
             {
@@ -177,6 +184,9 @@ impl RangeSource for Limited {
     fn open(&mut self, from: u64, until: Option<u64>) -> RangeFuture<'_> {
         Box::pin(async move {
             let sending = self.send(from, until);
+            if self.segments == Segments::Late {
+                sleep(Duration::from_millis(500)).await;
+            }
             (self.segments != Segments::Denied).then(|| Box::new(sending) as Box<dyn ByteStream>)
         })
     }
@@ -291,6 +301,59 @@ async fn no_connection_is_added_without_a_spare_permit() {
     let registry = Limited::new(Segments::Right);
     download(&parallel_downloads(1), &registry).await;
     assert_eq!(registry.segments_opened(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn slow_responses_open_no_more_connections_than_allowed() {
+    let registry = Limited::new(Segments::Late);
+    download(&parallel_downloads(16), &registry).await;
+    let open_max = registry.state.open_max.load(Ordering::SeqCst);
+    assert!((2..=4).contains(&open_max), "{open_max}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn segment_without_a_byte_is_taken_over() {
+    let registry = Limited::new(Segments::Silent);
+    let took = download(&parallel_downloads(16), &registry).await;
+    assert!(took < direct() * 11 / 10, "{took:?} of {:?}", direct());
+}
+
+#[tokio::test(start_paused = true)]
+async fn upstream_that_denied_a_connection_is_spared_for_a_while() {
+    let (downloads, registry) = (parallel_downloads(16), Limited::new(Segments::Denied));
+    download(&downloads, &registry).await;
+    let mut other = Limited::new(Segments::Right);
+    other.content = Arc::new(registry.content.iter().rev().copied().collect());
+    download(&downloads, &other).await;
+    assert_eq!(other.segments_opened(), 0);
+    tokio::time::advance(Duration::from_secs(601)).await;
+    let mut third = Limited::new(Segments::Right);
+    let (front, back) = registry.content.split_at(SIZE / 2);
+    third.content = Arc::new([back, front].concat());
+    download(&downloads, &third).await;
+    assert!(third.segments_opened() > 1);
+}
+
+/// A permit of another upstream, when it is granted.
+async fn permit_of_another_upstream(downloads: &Downloads) -> Duration {
+    let asked = Instant::now();
+    let _permit = downloads.admit("ghcr.io", options().demand).await.unwrap();
+    asked.elapsed()
+}
+
+#[tokio::test(start_paused = true)]
+async fn helper_yields_its_permit_to_another_upstream() {
+    for segments in [Segments::Right, Segments::Silent] {
+        let (downloads, registry) = (parallel_downloads(2), Limited::new(segments));
+        let mut reader = leader(&downloads, registry.digest()).start(registry.clone());
+        while registry.segments_opened() == 0 {
+            reader.next().await.unwrap().unwrap();
+        }
+        let reading = tokio::spawn(read_to_end(reader));
+        let waited = permit_of_another_upstream(&downloads).await;
+        assert!(waited <= Duration::from_millis(600), "{waited:?}");
+        reading.await.unwrap().1.unwrap();
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -204,6 +204,7 @@ async fn only_the_range_is_requested() {
         from: 1,
         until: Some(3),
         after: None,
+        is_optional: false,
     };
     let fetched = upstream(&[&registry])
         .get_part(&anonymous(), &blob("bytes"), &accept(), part)
@@ -246,6 +247,7 @@ async fn resume_skips_urls_without_the_content() {
         from: 2,
         until: None,
         after: Some(UrlIndex(0)),
+        is_optional: false,
     };
     let get = async |upstream: Upstream, part| {
         upstream
