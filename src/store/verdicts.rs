@@ -271,18 +271,18 @@ impl Verdicts {
             reason: reason.map(cut),
         });
         match key.kind {
-            VerdictKind::Blocked => self.put_block(key, note),
+            VerdictKind::Blocked => self.put_block(key, &note),
             VerdictKind::Approved => self.put_approval(key, note),
         }
     }
 
     /// In memory first, so that the block holds even if the disk is full or slow, or another change waits for it.
-    fn put_block(&self, key: &VerdictKey, note: Arc<VerdictNote>) -> Result<bool, VerdictError> {
-        let is_new = self.insert(key, Arc::clone(&note), VERDICTS_MAX)?;
+    fn put_block(&self, key: &VerdictKey, note: &Arc<VerdictNote>) -> Result<bool, VerdictError> {
+        let is_new = self.insert(key, Arc::clone(note), VERDICTS_MAX)?;
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         // A removal or another note may have come first.
-        let is_forgotten = self.insert(key, Arc::clone(&note), usize::MAX)?;
-        self.write(key, &note).map_err(|error| {
+        let is_forgotten = self.insert(key, Arc::clone(note), usize::MAX)?;
+        self.write(key, note).map_err(|error| {
             if self.is_durable(key) {
                 VerdictError::NoteNotDurable(error)
             } else {

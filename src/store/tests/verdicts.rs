@@ -387,9 +387,8 @@ fn hanging() -> (Arc<Faulty>, Store, mpsc::Receiver<()>, mpsc::Sender<()>) {
     (fs, store, reached, release)
 }
 
-/// Waits until the note of the block is by `by`.
+/// Waits until the note of the block is by `by`. A test that hangs here is ended by its runner.
 fn until_blocked_by(store: &Store, content: &[u8], by: &str) {
-    let began = std::time::Instant::now();
     loop {
         let found = store.verdict(
             VerdictKind::Blocked,
@@ -400,7 +399,6 @@ fn until_blocked_by(store: &Store, content: &[u8], by: &str) {
         if found.is_some_and(|note| note.by == by) {
             return;
         }
-        assert!(began.elapsed() < Duration::from_secs(20), "not blocked by {by}");
         thread::yield_now();
     }
 }
