@@ -139,7 +139,7 @@ pub enum Joined {
         /// Reads the growing file.
         reader: Reader,
         /// When this same requester started the download. `None` if another did.
-        began_by_same: Option<tokio::time::Instant>,
+        began_by_same: Option<Instant>,
     },
 }
 

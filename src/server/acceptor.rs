@@ -331,32 +331,31 @@ impl Acceptor {
     pub(super) fn tunnels(&self) -> &Arc<Semaphore> {
         &self.0.tunnels
     }
-
-    fn protocol(&self) -> Builder<TokioExecutor> {
-        let limits = &self.0.limits;
-        let mut builder = Builder::new(TokioExecutor::new());
-        builder
-            .http1()
-            .timer(TokioTimer::new())
-            .header_read_timeout(limits.header_timeout)
-            // Frames are queued by reference; `sendfile` depends on it. Pipelined flushes would copy them.
-            .writev(true)
-            .pipeline_flush(false)
-            .max_buf_size(HEADER_BYTES_MAX);
-        builder
-            .http2()
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(limits.streams_per_connection_max)
-            .max_header_list_size(H2_HEADER_LIST_BYTES_MAX)
-            .max_send_buf_size(H2_SEND_BYTES_MAX)
-            .initial_stream_window_size(H2_RECEIVED_BYTES_MAX)
-            .initial_connection_window_size(H2_RECEIVED_BYTES_MAX)
-            .keep_alive_interval(limits.idle_timeout / 2)
-            .keep_alive_timeout(limits.idle_timeout / 2);
-        builder
-    }
 }
 
+/// HTTP/1 and HTTP/2 with these limits.
+pub(super) fn protocol(limits: &Limits) -> Builder<TokioExecutor> {
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.header_timeout)
+        // Frames are queued by reference; `sendfile` depends on it. Pipelined flushes would copy them.
+        .writev(true)
+        .pipeline_flush(false)
+        .max_buf_size(HEADER_BYTES_MAX);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(limits.streams_per_connection_max)
+        .max_header_list_size(H2_HEADER_LIST_BYTES_MAX)
+        .max_send_buf_size(H2_SEND_BYTES_MAX)
+        .initial_stream_window_size(H2_RECEIVED_BYTES_MAX)
+        .initial_connection_window_size(H2_RECEIVED_BYTES_MAX)
+        .keep_alive_interval(limits.idle_timeout / 2)
+        .keep_alive_timeout(limits.idle_timeout / 2);
+    builder
+}
 /// Permit of a connection, shared with the TLS session inside its `CONNECT` and released when both have ended.
 pub(super) struct ConnectionPermit(#[expect(dead_code, reason = "held for its end")] Slot);
 
@@ -375,7 +374,7 @@ impl Connection {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let builder = self.acceptor.protocol();
+        let builder = protocol(self.acceptor.limits());
         let (ending, handle) = (self.acceptor.ending().clone(), self.peer.connection.clone());
         let service = service_fn(move |request| {
             let connection = Arc::clone(&self);

@@ -27,8 +27,8 @@ use tokio::sync::oneshot;
 use ledger::{Ledger, Ticket};
 
 /// The bytes of all response bodies in memory, beyond one minimum chunk for each body. With less, 64 readers of one
-/// address could not read the largest chunk each. Blobs over plain HTTP/1 are not counted, because `sendfile` keeps none
-/// in memory.
+/// address could not read the largest chunk each. Blobs that `sendfile` sends are not counted, because none of their bytes
+/// is in memory.
 const BYTES_MAX: usize = 40 * 1024 * 1024;
 
 /// Response bodies that may read at the same time. Further ones wait.

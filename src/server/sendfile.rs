@@ -16,11 +16,14 @@ use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
+use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::Instant;
 
 use super::listener::AcceptedStream;
 use crate::store::file_read::FileRange;
@@ -41,9 +44,19 @@ pub(crate) fn is_placeholder(bytes: &[u8]) -> bool {
     !bytes.is_empty() && PLACEHOLDER.as_ptr_range().contains(&bytes.as_ptr())
 }
 
+/// How long a range counts as cached. A slow client leaves it in the queue for minutes, while memory may get short.
+const CACHED_PERIOD: Duration = Duration::from_secs(1);
+
 /// The file ranges that a connection has to send, in the order of their placeholders.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct SendfileQueue(Arc<Mutex<VecDeque<FileRange>>>);
+pub(crate) struct SendfileQueue(Arc<Mutex<VecDeque<QueuedRange>>>);
+
+#[derive(Debug)]
+struct QueuedRange {
+    range: FileRange,
+    /// When the page cache was seen to have it.
+    cached_at: Instant,
+}
 
 impl SendfileQueue {
     /// Queues a range and returns its placeholder. A range longer than [`RANGE_BYTES_MAX`] is shortened.
@@ -51,12 +64,15 @@ impl SendfileQueue {
         range.length = range.length.min(RANGE_BYTES_MAX);
         let placeholder = PLACEHOLDER.get(..range.length).unwrap_or_default();
         if !placeholder.is_empty() {
-            self.lock().push_back(range);
+            self.lock().push_back(QueuedRange {
+                range,
+                cached_at: Instant::now(),
+            });
         }
         Bytes::from_static(placeholder)
     }
 
-    fn lock(&self) -> MutexGuard<'_, VecDeque<FileRange>> {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<QueuedRange>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -127,26 +143,34 @@ impl FileSender {
 pub(super) struct SendfileStream {
     stream: AcceptedStream,
     queue: SendfileQueue,
+    loading: Option<JoinHandle<io::Result<()>>>,
 }
 
 impl SendfileStream {
     pub(super) fn new(stream: AcceptedStream, queue: SendfileQueue) -> Self {
-        Self { stream, queue }
+        Self {
+            stream,
+            queue,
+            loading: None,
+        }
     }
 
     /// Sends bytes of the first range, of which at least `length` remain.
     fn poll_send_range(&mut self, context: &mut Context<'_>, length: usize) -> Poll<io::Result<usize>> {
+        ready!(self.poll_load(context))?;
         let mut queue = self.queue.lock();
-        let Some(range) = queue.front_mut() else {
+        let Some(QueuedRange { range, .. }) = queue.front_mut() else {
             return Poll::Ready(Err(io::Error::other("a placeholder without a file range")));
         };
         let length = length.min(range.length);
         let (file, offset) = (&range.file, range.offset);
         let sendfile = |socket: BorrowedFd<'_>| file.send_to(socket, offset, length);
         let sent = match ready!(self.stream.poll_send(context, sendfile)) {
-            // The file was truncated.
-            Ok(0) => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
+            Ok(0) => return Poll::Ready(Err(failed_read(io::ErrorKind::UnexpectedEof.into()))),
             Ok(sent) => sent,
+            Err(error) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => {
+                return Poll::Ready(Err(failed_read(error)));
+            }
             Err(error) => return Poll::Ready(Err(error)),
         };
         range.offset += sent as u64;
@@ -155,6 +179,33 @@ impl SendfileStream {
             queue.pop_front();
         }
         Poll::Ready(Ok(sent))
+    }
+
+    /// Reads the first range again if it has waited for the client and has left the page cache meanwhile.
+    fn poll_load(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.loading.is_none()
+            && let Some(queued) = self.queue.lock().front_mut()
+            && queued.cached_at.elapsed() > CACHED_PERIOD
+        {
+            queued.cached_at = Instant::now();
+            if !queued.range.is_cached().map_err(failed_read)? {
+                let range = queued.range.clone();
+                self.loading = Some(spawn_blocking(move || range.load()));
+            }
+        }
+        let Some(loading) = &mut self.loading else {
+            return Poll::Ready(Ok(()));
+        };
+        let loaded = ready!(Pin::new(loading).poll(context));
+        self.loading = None;
+        if let Some(queued) = self.queue.lock().front_mut() {
+            queued.cached_at = Instant::now();
+        }
+        Poll::Ready(
+            loaded
+                .unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
+                .map_err(failed_read),
+        )
     }
 
     /// Sends bytes that a file range follows, so that the kernel may put both into one packet.
@@ -173,6 +224,13 @@ impl SendfileStream {
             )?)
         })
     }
+}
+
+/// Logs a failed read of the disk. The response has begun, so its connection ends, which the access log takes for the
+/// client's doing.
+fn failed_read(error: io::Error) -> io::Error {
+    tracing::warn!(%error, "failed to read a cached blob while sending it, connection closed");
+    error
 }
 
 impl AsyncWrite for SendfileStream {

@@ -237,7 +237,7 @@ impl Body {
     }
 
     /// A download, of which `size` bytes are sent: without copying them, if the connection has a `queue` and `size` is
-    /// known, because hyper copies the chunks of a chunked body.
+    /// known. Without a size the body is chunked, and each chunk would take a system call more for its length.
     pub(in crate::server) fn download(
         reader: Reader,
         size: Option<u64>,
