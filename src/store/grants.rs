@@ -63,7 +63,8 @@ impl Store {
         ]
         .concat();
         let found = self.grants.index.scan(prefix, Vec::new(), GRANTS_MAX);
-        found.map_or(0, |found| found.len())
+        let is_intact = |(_, value): &&(Vec<u8>, Vec<u8>)| !value.is_empty();
+        found.map_or(0, |found| found.iter().filter(is_intact).count())
     }
 }
 

@@ -531,17 +531,33 @@ impl Tags {
         self.list_files(|key| after.as_ref().is_none_or(|after| key > after), limit)
     }
 
-    /// [`Self::list`] from the index alone; `None` while it is incomplete or unavailable.
+    /// [`Self::list`] from the index; `None` while it is incomplete or unavailable. A page shorter than `limit` is the
+    /// last one, also if entries are corrupt: a record is then read from its file, and an unreadable key skipped.
     pub(super) fn list_indexed(&self, after: &[u8], limit: usize) -> Option<Vec<(TagKey, TagRecord)>> {
         if !self.index.is_complete() {
             return None;
         }
-        let pairs = self.index.scan(vec![KEY_PREFIX], after.to_vec(), limit).ok()?;
-        let tags = pairs.into_iter();
-        Some(
-            tags.filter_map(|(key, value)| Some((TagKey::from_index(&key)?, TagRecord::from_index(&value)?)))
-                .collect(),
-        )
+        let (mut tags, mut after) = (Vec::new(), after.to_vec());
+        loop {
+            let wanted = limit.saturating_sub(tags.len());
+            let pairs = self.index.scan(vec![KEY_PREFIX], after, wanted).ok()?;
+            let is_last = pairs.len() < wanted;
+            after = pairs.last().map(|(key, _)| key.clone()).unwrap_or_default();
+            tags.extend(pairs.iter().filter_map(|(key, value)| self.listed(key, value)));
+            if is_last || tags.len() >= limit {
+                return Some(tags);
+            }
+        }
+    }
+
+    /// A tag as its index entry states it, or from its file if the entry is corrupt.
+    fn listed(&self, key: &[u8], value: &[u8]) -> Option<(TagKey, TagRecord)> {
+        let key = TagKey::from_index(key)?;
+        if let Some(record) = TagRecord::from_index(value) {
+            return Some((key, record));
+        }
+        let record = self.find(&key).ok()??;
+        Some((key, record.as_ref().clone()))
     }
 
     fn list_from(&self, skip: usize, limit: usize) -> Vec<(TagKey, TagRecord)> {

@@ -275,7 +275,8 @@ impl IndexHandle {
         })
     }
 
-    /// Returns at most `limit` pairs in key order, starting after `after`.
+    /// Returns at most `limit` pairs in key order, starting after `after`. A shorter page is the last one, so the value
+    /// of a corrupt record is empty instead of missing.
     pub(in crate::store) fn scan(
         &self,
         prefix: Vec<u8>,

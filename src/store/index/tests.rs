@@ -256,7 +256,9 @@ fn corrupt_index_record_is_a_miss_and_removed() {
     index.sync().unwrap();
     drop(index);
     let handle = handle(folder.path());
-    assert_eq!(handle.scan(b"k".to_vec(), Vec::new(), 9), Ok(Vec::new()));
+    // Its place in a page remains, because a page that is too short would look like the last one.
+    let pairs = handle.scan(b"k".to_vec(), Vec::new(), 9);
+    assert_eq!(pairs, Ok(vec![(b"key".to_vec(), Vec::new())]));
     assert_eq!(handle.get(b"key".to_vec()), Ok(None));
     handle.flush();
     drop(handle);

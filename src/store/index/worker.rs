@@ -156,7 +156,10 @@ impl Worker {
                 let found = found.map(|pairs| {
                     let pairs = pairs.into_iter();
                     pairs
-                        .filter_map(|(key, value)| decode_record(&key, value).map(|value| (key, value)))
+                        .map(|(key, value)| {
+                            let value = decode_record(&key, value).unwrap_or_default();
+                            (key, value)
+                        })
                         .collect()
                 });
                 let _ = reply.send(found.ok_or(IndexUnavailable));

@@ -65,3 +65,33 @@ fn pages_of_indexed_tags_are_complete_and_in_order() {
         assert_eq!(found, ["a", "b", "c", "d", "e"].map(key));
     });
 }
+
+#[test]
+fn damaged_index_entry_ends_no_page() {
+    on_every_fs(|fixture| {
+        let store = fixture.open();
+        while store.view().indexed_tags(None, 1).is_none() {
+            std::thread::yield_now();
+        }
+        let tags: Vec<_> = (0..300).map(|tag| format!("{tag:03}")).collect();
+        for tag in &tags {
+            store.put_tag(&key(tag), variant(1, b"image", 1)).unwrap();
+        }
+        // One value is unreadable, and one key.
+        store.index.put(key("100").to_index(), b"damaged".to_vec());
+        let damaged = [&key("100").to_index(), b"\0\xff".as_slice()].concat();
+        store.index.put(damaged, b"damaged".to_vec());
+        store.index.flush();
+        let (mut found, mut after) = (Vec::new(), None);
+        loop {
+            let page = store.view().indexed_tags(after.as_ref(), 256).unwrap();
+            after = page.last().map(|(last, _)| last.clone());
+            let is_last = page.len() < 256;
+            found.extend(page.into_iter().map(|(key, _)| key.tag.to_string()));
+            if is_last {
+                break;
+            }
+        }
+        assert_eq!(found, tags);
+    });
+}
