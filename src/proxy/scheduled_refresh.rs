@@ -14,7 +14,7 @@ mod planning;
 mod run;
 mod view;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -71,10 +71,11 @@ struct UpstreamRuns {
 
 #[derive(Default)]
 struct LaneState {
-    /// Slots of the runs that wait for their `HEAD`, in order.
-    waiting: VecDeque<SystemTime>,
-    /// Runs that wait or are under way.
-    runs: usize,
+    /// Tags with a run that waits or is under way, by the hash of their name. A tag has one run at a time: a second one
+    /// would find the manifest that the first one fetched, and move the tag to it while its layers are missing.
+    tags: HashSet<u64>,
+    /// The runs of these tags that wait for their `HEAD`, by slot.
+    waiting: BTreeSet<(SystemTime, u64)>,
     paused: Option<RefreshPause>,
 }
 
@@ -226,21 +227,18 @@ impl Default for UpstreamRuns {
 }
 
 impl UpstreamRuns {
-    /// Registers a run with this slot; `None` if there are too many.
-    fn enter(self: &Arc<Self>, slot_at: SystemTime) -> Option<LaneRun> {
+    /// Registers a run of the tag with this hash; `None` if there are too many, or if the tag has one.
+    fn enter(self: &Arc<Self>, tag: u64, slot_at: SystemTime) -> Option<LaneRun> {
         let mut state = locked(&self.state);
-        if state.runs >= RUNS_PER_UPSTREAM_MAX {
+        if state.tags.len() >= RUNS_PER_UPSTREAM_MAX || !state.tags.insert(tag) {
             return None;
         }
-        state.runs += 1;
-        state.waiting.push_back(slot_at);
-        Some(LaneRun(Arc::clone(self)))
-    }
-
-    /// Removes the oldest slot from `waiting`, when a run got its permit. Permits are granted in the order of
-    /// [`Self::enter`].
-    fn start_first(&self) {
-        locked(&self.state).waiting.pop_front();
+        state.waiting.insert((slot_at, tag));
+        Some(LaneRun {
+            lane: Arc::clone(self),
+            tag,
+            slot_at,
+        })
     }
 
     /// Records the pause and returns whether it changed.
@@ -251,12 +249,24 @@ impl UpstreamRuns {
 }
 
 /// A registered run; ends when dropped.
-struct LaneRun(Arc<UpstreamRuns>);
+struct LaneRun {
+    lane: Arc<UpstreamRuns>,
+    tag: u64,
+    slot_at: SystemTime,
+}
+
+impl LaneRun {
+    /// The run no longer waits for its `HEAD`.
+    fn start(&self) {
+        locked(&self.lane.state).waiting.remove(&(self.slot_at, self.tag));
+    }
+}
 
 impl Drop for LaneRun {
     fn drop(&mut self) {
-        let mut state = locked(&self.0.state);
-        state.runs = state.runs.saturating_sub(1);
+        let mut state = locked(&self.lane.state);
+        state.waiting.remove(&(self.slot_at, self.tag));
+        state.tags.remove(&self.tag);
     }
 }
 
@@ -343,18 +353,16 @@ impl ProxyService {
 
     fn start_run(self: &Arc<Self>, runs: &mut JoinSet<()>, key: TagKey, slot_at: SystemTime) {
         let lane = self.scheduled.lane(&key.upstream);
-        let Some(entered) = lane.enter(slot_at) else {
+        let Some(run) = lane.enter(self.tag_hash(&key), slot_at) else {
             tracing::debug!(
                 upstream = &*key.upstream,
-                "scheduled refresh skipped, too many are waiting"
+                image = %format_args!("{}:{}", key.repository, key.tag),
+                "scheduled refresh skipped, too many are waiting or one of this tag is under way"
             );
             return;
         };
         let proxy = Arc::clone(self);
-        runs.spawn(async move {
-            let _entered = entered;
-            proxy.run_in_lane(&lane, &key, slot_at).await;
-        });
+        runs.spawn(async move { proxy.run_in_lane(&run, &key).await });
     }
 
     /// Hash of the tag's name, keyed by the installation.

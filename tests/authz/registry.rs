@@ -144,6 +144,11 @@ pub struct State {
     pub last_modified: BTreeMap<Digest, SystemTime>,
     /// The registry's own time, if it is not that of the test.
     pub date: Option<SystemTime>,
+    /// Requests whose method and path begin with one of these are answered only when they are released, with the state
+    /// at their arrival.
+    pub held: Vec<String>,
+    /// Repositories for which it responds 500.
+    pub broken: BTreeSet<String>,
     decided: usize,
     passwords: BTreeMap<String, String>,
     tokens: BTreeMap<String, Token>,
@@ -183,6 +188,8 @@ impl Registry {
             request_log: Vec::new(),
             last_modified: BTreeMap::new(),
             date: None,
+            held: Vec::new(),
+            broken: BTreeSet::new(),
             decided: 0,
             passwords: BTreeMap::new(),
             tokens: BTreeMap::new(),
@@ -205,6 +212,17 @@ impl Registry {
 
     pub fn set_condition(&self, condition: Condition) {
         self.state().condition = condition;
+        self.changed.send_replace(());
+    }
+
+    /// Holds the responses to requests whose method and path begin with `prefix`.
+    pub fn hold(&self, prefix: &str) {
+        self.state().held.push(prefix.to_owned());
+    }
+
+    /// Sends the held responses, and holds no more.
+    pub fn release(&self) {
+        self.state().held.clear();
         self.changed.send_replace(());
     }
 
@@ -326,6 +344,11 @@ impl Registry {
         Arc::new(Pipes(self.clone()))
     }
 
+    fn is_held(&self, line: &str) -> bool {
+        let state = self.state();
+        state.held.iter().any(|prefix| line.starts_with(prefix))
+    }
+
     async fn act(self, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
         let mut changed = self.changed.subscribe();
         changed.mark_unchanged();
@@ -338,6 +361,8 @@ impl Registry {
         if waits {
             let _ = changed.changed().await;
         }
+        let line = format!("{} {}", request.method(), request.uri().path());
+        while self.is_held(&line) && changed.changed().await.is_ok() {}
         // Lets other tasks run.
         tokio::time::sleep(Duration::from_millis(1)).await;
         // A cancelled request never reaches this.
@@ -409,6 +434,9 @@ impl State {
         let Some((repository, kind, reference)) = split(&path) else {
             return (status(StatusCode::NOT_FOUND), None);
         };
+        if self.broken.contains(repository) {
+            return (status(StatusCode::INTERNAL_SERVER_ERROR), None);
+        }
         let token = shown
             .strip_prefix("Bearer ")
             .and_then(|token| self.tokens.get(token).cloned());

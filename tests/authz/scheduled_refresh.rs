@@ -16,15 +16,15 @@ use super::cache::{Cache, ClientRequest, Got, PROVEN, SHARED};
 use super::random_walk::default_policy;
 use super::registry::{Condition, Registry, jump};
 
-const MINUTE: u64 = 60;
-const HOUR: u64 = 3600;
+pub const MINUTE: u64 = 60;
+pub const HOUR: u64 = 3600;
 
 /// Every tag is refreshed each hour, and counts as in use for six hours.
-fn hourly() -> Rules {
+pub fn hourly() -> Rules {
     refreshed(RefreshInterval::Every(Duration::from_secs(HOUR)))
 }
 
-fn refreshed(interval: RefreshInterval) -> Rules {
+pub fn refreshed(interval: RefreshInterval) -> Rules {
     let changes = PolicyOverrides {
         refresh: RefreshOverrides {
             interval: Some(interval),
@@ -36,14 +36,14 @@ fn refreshed(interval: RefreshInterval) -> Rules {
     with(changes)
 }
 
-fn with(changes: PolicyOverrides) -> Rules {
+pub fn with(changes: PolicyOverrides) -> Rules {
     let sites = [PROVEN, SHARED].map(|name| (Arc::from(name), changes));
     assert_eq!(default_policy().refresh, RefreshPolicy::OFF);
     Rules::new(default_policy(), sites, Vec::new()).unwrap()
 }
 
 /// A registry with one public repository of these tags, all of one image.
-fn public(tags: usize) -> (Registry, Digest) {
+pub fn public(tags: usize) -> (Registry, Digest) {
     let registry = Registry::new();
     let digest = registry.push("acme/app", "1", "one", &[100, 200]);
     let mut state = registry.state();
@@ -56,12 +56,12 @@ fn public(tags: usize) -> (Registry, Digest) {
     (registry, digest)
 }
 
-fn runs(cache: &Cache) -> JoinHandle<()> {
+pub fn runs(cache: &Cache) -> JoinHandle<()> {
     tokio::spawn(Arc::clone(&cache.proxy).run_scheduled_refreshes(pending()))
 }
 
 /// Lets this time pass, on both clocks.
-async fn pass(seconds: u64) {
+pub async fn pass(seconds: u64) {
     const STEP: u64 = 5;
     for _ in 0..seconds / STEP {
         jump(i64::try_from(STEP).unwrap());
@@ -69,7 +69,7 @@ async fn pass(seconds: u64) {
     }
 }
 
-fn request(site: &'static str, path: &str, shows: &str) -> ClientRequest {
+pub fn request(site: &'static str, path: &str, shows: &str) -> ClientRequest {
     ClientRequest {
         site,
         path: path.to_owned(),
@@ -86,7 +86,7 @@ async fn get(cache: &Cache, path: &str) -> (Digest, Bytes) {
 }
 
 /// Pulls a tag with all its content, without a credential. Returns the digest of the tag.
-async fn pull(cache: &Cache, tag: &str) -> Digest {
+pub async fn pull(cache: &Cache, tag: &str) -> Digest {
     pull_by(cache, PROVEN, tag, "").await
 }
 
@@ -107,26 +107,26 @@ async fn pull_by(cache: &Cache, site: &'static str, tag: &str, shows: &str) -> D
 }
 
 /// Takes the log of requests for content.
-fn requests(registry: &Registry) -> Vec<String> {
+pub fn requests(registry: &Registry) -> Vec<String> {
     let mut state = registry.state();
     let log = std::mem::take(&mut state.request_log);
     log.into_iter().filter(|line| !line.ends_with("/token")).collect()
 }
 
 /// Revalidations, with those that were answered by a challenge because the token had expired.
-fn heads(log: &[String]) -> usize {
+pub fn heads(log: &[String]) -> usize {
     log.iter()
         .filter(|line| line.starts_with("HEAD") && line.contains("/manifests/"))
         .count()
 }
 
-fn count(cache: &Cache, result: RefreshResult) -> u64 {
+pub fn count(cache: &Cache, result: RefreshResult) -> u64 {
     let status = cache.proxy.refresh_status(super::registry::now());
     status.results.iter().find(|(one, _)| *one == result).unwrap().1
 }
 
 /// Waits for the index, which opens on a thread of its own.
-async fn until_indexed(cache: &Cache) {
+pub async fn until_indexed(cache: &Cache) {
     let store = cache.proxy.store();
     while store.on_disk(|view| view.indexed_tags(None, 1).is_none()).await {
         tokio::task::yield_now().await;

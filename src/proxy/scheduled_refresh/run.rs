@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use super::{Failing, ProxyService, RefreshPause, RefreshResult, UpstreamRegistry, UpstreamRuns, locked};
+use super::{
+    Failing, LaneRun, ProxyService, RefreshPause, RefreshResult, UpstreamRegistry, UpstreamRuns, locked,
+};
 use crate::oci::{Accept, Digest, Endpoint, Reference, Repository, UpstreamFailure};
 use crate::policy::refresh::{Failures, Phase, RefreshPolicy, TagFacts};
 use crate::policy::{Authorization, Completeness, Revalidation};
@@ -46,15 +48,11 @@ enum Head {
 
 impl ProxyService {
     /// Runs the refresh of a tag once its upstream has a permit.
-    pub(super) async fn run_in_lane(
-        self: &Arc<Self>,
-        lane: &UpstreamRuns,
-        key: &TagKey,
-        slot_at: SystemTime,
-    ) {
+    pub(super) async fn run_in_lane(self: &Arc<Self>, run: &LaneRun, key: &TagKey) {
+        let lane = &run.lane;
         // An error would mean that the semaphore is closed, which never happens.
         let permit = lane.heads.acquire().await;
-        lane.start_first();
+        run.start();
         // Use the current configuration, because a reload may have changed it since the planning.
         let Some(registry) = self.scheduled.upstreams().get(&key.upstream).cloned() else {
             return;
@@ -65,7 +63,7 @@ impl ProxyService {
             .store
             .on_disk(move |view| proxy.refresh_facts(view, &of, policy))
             .await;
-        let Some(facts) = facts.filter(|facts| facts.is_due(slot_at, self.clock.now())) else {
+        let Some(facts) = facts.filter(|facts| facts.is_due(run.slot_at, self.clock.now())) else {
             return;
         };
         let Some(caller) = self.refresh_caller(&registry, &key.repository).await else {
@@ -346,6 +344,7 @@ impl UpstreamRegistry {
 impl UpstreamRuns {
     /// The oldest slot whose run has not started.
     pub(super) fn oldest_waiting(&self) -> Option<SystemTime> {
-        locked(&self.state).waiting.front().copied()
+        let state = locked(&self.state);
+        state.waiting.first().map(|(slot_at, _)| *slot_at)
     }
 }
