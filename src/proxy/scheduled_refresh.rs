@@ -38,8 +38,13 @@ const HEADS_PER_UPSTREAM_MAX: usize = 2;
 /// Concurrent downloads of moved images from one upstream.
 const FETCHES_PER_UPSTREAM_MAX: usize = 2;
 
-/// Runs that wait or are under way at one upstream. Beyond that a run is skipped, and the tag waits for its next slot.
+/// Runs that wait for their `HEAD` at one upstream or have sent it. Beyond that a run is skipped, and the tag waits for
+/// its next slot.
 const RUNS_PER_UPSTREAM_MAX: usize = 1024;
+
+/// Downloads of moved images that wait at one upstream. Each holds the manifests that the tag has now. Beyond that a
+/// download is skipped until the tag's next slot, so that revalidations go on while downloads are slow.
+const FETCHES_WAITING_MAX: usize = 64;
 
 /// Failing tags that are remembered. Beyond that some are retried in every slot.
 const FAILURES_MAX: usize = 16_384;
@@ -76,6 +81,8 @@ struct LaneState {
     tags: HashSet<u64>,
     /// The runs of these tags that wait for their `HEAD`, by slot.
     waiting: BTreeSet<(SystemTime, u64)>,
+    /// How many of these runs download an image or wait for that.
+    fetches: usize,
     paused: Option<RefreshPause>,
 }
 
@@ -114,11 +121,13 @@ pub enum RefreshResult {
     Unavailable,
     /// The tag moved, and the new image could not be fetched whole.
     FetchFailed,
+    /// The tag moved, and its image is fetched after a later slot, because too many downloads wait.
+    FetchSkipped,
 }
 
 impl RefreshResult {
     /// All results.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Revalidated,
         Self::NewDigest,
         Self::TooYoung,
@@ -127,6 +136,7 @@ impl RefreshResult {
         Self::Denied,
         Self::Unavailable,
         Self::FetchFailed,
+        Self::FetchSkipped,
     ];
 
     /// Name in the log, the metrics and the API.
@@ -140,13 +150,14 @@ impl RefreshResult {
             Self::Denied => "denied",
             Self::Unavailable => "upstream-unavailable",
             Self::FetchFailed => "fetch-failed",
+            Self::FetchSkipped => "fetch-skipped",
         }
     }
 
     fn is_failure(self) -> bool {
         !matches!(
             self,
-            Self::Revalidated | Self::NewDigest | Self::TooYoung | Self::Blocked
+            Self::Revalidated | Self::NewDigest | Self::TooYoung | Self::Blocked | Self::FetchSkipped
         )
     }
 }
@@ -230,7 +241,8 @@ impl UpstreamRuns {
     /// Registers a run of the tag with this hash; `None` if there are too many, or if the tag has one.
     fn enter(self: &Arc<Self>, tag: u64, slot_at: SystemTime) -> Option<LaneRun> {
         let mut state = locked(&self.state);
-        if state.tags.len() >= RUNS_PER_UPSTREAM_MAX || !state.tags.insert(tag) {
+        let heads = state.tags.len().saturating_sub(state.fetches);
+        if heads >= RUNS_PER_UPSTREAM_MAX || !state.tags.insert(tag) {
             return None;
         }
         state.waiting.insert((slot_at, tag));
@@ -238,6 +250,7 @@ impl UpstreamRuns {
             lane: Arc::clone(self),
             tag,
             slot_at,
+            is_fetch: false,
         })
     }
 
@@ -253,12 +266,25 @@ struct LaneRun {
     lane: Arc<UpstreamRuns>,
     tag: u64,
     slot_at: SystemTime,
+    /// Whether it counts as a download, and no longer as a `HEAD`.
+    is_fetch: bool,
 }
 
 impl LaneRun {
     /// The run no longer waits for its `HEAD`.
     fn start(&self) {
         locked(&self.lane.state).waiting.remove(&(self.slot_at, self.tag));
+    }
+
+    /// Gives the place of its `HEAD` back and takes one of a download. Returns whether there was one.
+    fn begin_fetch(&mut self) -> bool {
+        let mut state = locked(&self.lane.state);
+        if state.fetches >= FETCHES_PER_UPSTREAM_MAX + FETCHES_WAITING_MAX {
+            return false;
+        }
+        state.fetches += 1;
+        self.is_fetch = true;
+        true
     }
 }
 
@@ -267,6 +293,9 @@ impl Drop for LaneRun {
         let mut state = locked(&self.lane.state);
         state.waiting.remove(&(self.slot_at, self.tag));
         state.tags.remove(&self.tag);
+        if self.is_fetch {
+            state.fetches = state.fetches.saturating_sub(1);
+        }
     }
 }
 
@@ -353,7 +382,7 @@ impl ProxyService {
 
     fn start_run(self: &Arc<Self>, runs: &mut JoinSet<()>, key: TagKey, slot_at: SystemTime) {
         let lane = self.scheduled.lane(&key.upstream);
-        let Some(run) = lane.enter(self.tag_hash(&key), slot_at) else {
+        let Some(mut run) = lane.enter(self.tag_hash(&key), slot_at) else {
             tracing::debug!(
                 upstream = &*key.upstream,
                 image = %format_args!("{}:{}", key.repository, key.tag),
@@ -362,7 +391,7 @@ impl ProxyService {
             return;
         };
         let proxy = Arc::clone(self);
-        runs.spawn(async move { proxy.run_in_lane(&run, &key).await });
+        runs.spawn(async move { proxy.run_in_lane(&mut run, &key).await });
     }
 
     /// Hash of the tag's name, keyed by the installation.
@@ -382,4 +411,34 @@ impl ProxyService {
 /// Every change under these locks is a single assignment or call, so poisoning is ignored.
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+
+    #[test]
+    fn waiting_fetches_take_no_place_of_heads() {
+        let lane = Arc::new(UpstreamRuns::default());
+        let at = |second| SystemTime::UNIX_EPOCH + Duration::from_secs(second);
+        let mut runs: Vec<_> = (0..1024).map(|tag| lane.enter(tag, at(tag)).unwrap()).collect();
+        assert!(lane.enter(2000, at(2000)).is_none(), "too many");
+        let fetches = runs.iter_mut().map(LaneRun::begin_fetch);
+        assert_eq!(fetches.filter(|begins| *begins).count(), 66);
+        assert_eq!(lane.oldest_waiting(), Some(at(0)));
+        runs.iter().for_each(LaneRun::start);
+        assert_eq!(lane.oldest_waiting(), None);
+
+        let more: Vec<_> = (2000..3000).map_while(|tag| lane.enter(tag, at(tag))).collect();
+        assert_eq!(more.len(), 66);
+        assert!(runs.pop().is_some());
+        assert!(lane.enter(0, at(0)).is_none(), "one run of each tag");
+        runs.clear();
+        assert!(lane.enter(0, at(0)).is_some());
+        drop(more);
+        let state = locked(&lane.state);
+        assert!(state.tags.is_empty() && state.waiting.is_empty());
+        assert_eq!(state.fetches, 0);
+    }
 }

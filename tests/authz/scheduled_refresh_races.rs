@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 
 use super::cache::{Cache, PROVEN};
 use super::registry::Registry;
-use super::scheduled_refresh::{count, pass, public, pull, refreshed, requests, runs, until_indexed};
+use super::scheduled_refresh::{count, heads, pass, public, pull, refreshed, requests, runs, until_indexed};
 
 const BLOBS: &str = "GET /v2/acme/app/blobs/";
 
@@ -71,4 +71,26 @@ async fn fetch_longer_than_interval_is_one_run() {
     // Its next slots are used again.
     pass(40).await;
     assert!(count(&cache, RefreshResult::Revalidated) >= 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn fetches_that_wait_are_bounded_and_heads_go_on() {
+    let (registry, _) = public(80);
+    let cache = Cache::new(&registry, every(20));
+    for tag in 1..=80 {
+        pull(&cache, &tag.to_string()).await;
+    }
+    let _runs = started(&cache).await;
+    move_tags(&registry, 80);
+    registry.hold(BLOBS);
+    requests(&registry);
+    pass(30).await;
+    let log = requests(&registry);
+    assert!(heads(&log) >= 80, "{}", heads(&log));
+    // Two fetch and 64 wait.
+    let skipped = count(&cache, RefreshResult::FetchSkipped);
+    assert!(skipped >= 14, "{skipped}");
+    registry.release();
+    pass(60).await;
+    assert_eq!(count(&cache, RefreshResult::NewDigest), 80);
 }

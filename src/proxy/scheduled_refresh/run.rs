@@ -48,8 +48,8 @@ enum Head {
 
 impl ProxyService {
     /// Runs the refresh of a tag once its upstream has a permit.
-    pub(super) async fn run_in_lane(self: &Arc<Self>, run: &LaneRun, key: &TagKey) {
-        let lane = &run.lane;
+    pub(super) async fn run_in_lane(self: &Arc<Self>, run: &mut LaneRun, key: &TagKey) {
+        let lane = Arc::clone(&run.lane);
         // An error would mean that the semaphore is closed, which never happens.
         let permit = lane.heads.acquire().await;
         run.start();
@@ -86,9 +86,13 @@ impl ProxyService {
             Head::Done(outcome) => outcome,
             Head::Fetch(digest, candidates) => {
                 drop(permit);
-                let _permit = lane.fetches.acquire().await;
-                self.refresh_image(&request, key, (digest, &candidates), facts.used_at)
-                    .await
+                if run.begin_fetch() {
+                    let _permit = lane.fetches.acquire().await;
+                    self.refresh_image(&request, key, (digest, &candidates), facts.used_at)
+                        .await
+                } else {
+                    Outcome::of(RefreshResult::FetchSkipped)
+                }
             }
         };
         self.record_refresh(key, &outcome);
@@ -271,6 +275,9 @@ impl ProxyService {
     fn record_refresh(&self, key: &TagKey, outcome: &Outcome) {
         let (scheduled, result) = (&self.scheduled, outcome.result);
         scheduled.count(result);
+        if result == RefreshResult::FetchSkipped {
+            return;
+        }
         let hash = self.tag_hash(key);
         if !result.is_failure() {
             scheduled.failing.remove(&hash);
