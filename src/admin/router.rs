@@ -1,6 +1,7 @@
 //! Request routing of the admin API: paths and methods.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -23,6 +24,7 @@ use super::response::{ApiResponse, Body, Problem, full, json_response, json_with
 use super::{Admin, explain, page, status, upstreams, verdicts};
 use crate::oci::{Endpoint, Query, Reference};
 use crate::proxy::Refreshed;
+use crate::server::ServingState;
 use crate::store::verdicts::VerdictKind;
 
 /// Maximum size of a request body.
@@ -145,12 +147,8 @@ impl Admin {
                 json_response(&json!({ "pulls": self.pull_jobs.list(registry.proxy.downloads()) }))
             }
             "/api/v1/pins" => json_response(&json!({ "pins": images::pins(&registry) })),
-            "/api/v1/blocks" => {
-                json_response(&json!({ "blocks": verdicts::list(&registry, VerdictKind::Blocked) }))
-            }
-            "/api/v1/approvals" => {
-                json_response(&json!({ "approvals": verdicts::list(&registry, VerdictKind::Approved) }))
-            }
+            "/api/v1/blocks" => list_verdicts(registry, ("blocks", VerdictKind::Blocked)).await?,
+            "/api/v1/approvals" => list_verdicts(registry, ("approvals", VerdictKind::Approved)).await?,
             "/api/v1/verify" => self.verification(),
             "/api/v1/export" => self.export(query).await?,
             "/api/v1/offline" => json_response(&json!({ "offline": self.offline.is_on() })),
@@ -450,6 +448,18 @@ async fn read_body(body: Incoming) -> Result<Bytes, Problem> {
 pub(super) fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     serde_json::from_slice(body)
         .map_err(|error| Problem::bad_request(format!("the body is invalid: {error}")))
+}
+
+/// All verdicts of a kind. The list can be long, so it is written on a blocking thread.
+async fn list_verdicts(
+    registry: Arc<ServingState>,
+    (name, kind): (&'static str, VerdictKind),
+) -> Result<ApiResponse, Problem> {
+    blocking(move || {
+        let list = verdicts::list(&registry, kind, usize::MAX);
+        Ok(json_response(&json!({ name: list.verdicts })))
+    })
+    .await
 }
 
 /// Runs blocking work on a blocking thread.

@@ -14,7 +14,9 @@ use super::router::{blocking, parse_json};
 use crate::oci::manifest::DescriptorKind;
 use crate::oci::{Algorithm, AnyDigest, Digest, Reference};
 use crate::server::ServingState;
-use crate::store::verdicts::{VerdictError, VerdictKey, VerdictKind, VerdictNote, VerdictScope};
+use crate::store::verdicts::{
+    FirstVerdicts, VerdictError, VerdictKey, VerdictKind, VerdictNote, VerdictScope,
+};
 use crate::store::{Store, StoreError};
 
 /// A verdict in a list.
@@ -170,9 +172,17 @@ impl Target {
     }
 }
 
-/// All verdicts of this kind.
-pub(super) fn list(registry: &ServingState, kind: VerdictKind) -> Vec<VerdictView> {
-    let verdicts = registry.proxy.store().blocking().verdicts(kind);
+/// The first verdicts of a kind.
+pub(super) struct VerdictList {
+    pub(super) verdicts: Vec<VerdictView>,
+    /// Number of all verdicts of this kind.
+    pub(super) total: usize,
+}
+
+/// The verdicts of this kind, at most `count_max`.
+pub(super) fn list(registry: &ServingState, kind: VerdictKind, count_max: usize) -> VerdictList {
+    let store = registry.proxy.store().blocking();
+    let FirstVerdicts { verdicts, total } = store.first_verdicts(kind, count_max);
     let view = |(key, note): &(VerdictKey, Arc<VerdictNote>)| {
         let (image, upstream, repository) = match &key.scope {
             VerdictScope::Everywhere => (key.digest.to_string(), None, None),
@@ -192,7 +202,10 @@ pub(super) fn list(registry: &ServingState, kind: VerdictKind) -> Vec<VerdictVie
             reason: note.reason.clone(),
         }
     };
-    verdicts.iter().map(view).collect()
+    VerdictList {
+        verdicts: verdicts.iter().map(view).collect(),
+        total,
+    }
 }
 
 impl Admin {

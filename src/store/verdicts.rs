@@ -103,6 +103,15 @@ pub struct VerdictNote {
     pub reason: Option<String>,
 }
 
+/// The first verdicts of a kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FirstVerdicts {
+    /// In the order of their keys.
+    pub verdicts: Vec<(VerdictKey, Arc<VerdictNote>)>,
+    /// Number of all verdicts of this kind.
+    pub total: usize,
+}
+
 /// A verdict that cannot be recorded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum VerdictError {
@@ -143,7 +152,12 @@ impl Store {
 
     /// All verdicts of this kind, in order.
     pub fn verdicts(&self, kind: VerdictKind) -> Vec<(VerdictKey, Arc<VerdictNote>)> {
-        self.verdicts.all(kind)
+        self.verdicts.first(kind, usize::MAX).verdicts
+    }
+
+    /// The first verdicts of this kind in order, at most `count_max`. Reads memory only.
+    pub fn first_verdicts(&self, kind: VerdictKind, count_max: usize) -> FirstVerdicts {
+        self.verdicts.first(kind, count_max)
     }
 
     /// The verdict of this kind that holds for `digest` in this repository. Reads memory only.
@@ -244,23 +258,35 @@ impl Verdicts {
         holding.next().map(|entry| Arc::clone(&entry.note))
     }
 
-    fn all(&self, kind: VerdictKind) -> Vec<(VerdictKey, Arc<VerdictNote>)> {
+    /// Copies and sorts only those that it returns.
+    fn first(&self, kind: VerdictKind, count_max: usize) -> FirstVerdicts {
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
-        let mut all: Vec<_> = entries
+        let mut found: Vec<_> = entries
             .iter()
-            .flat_map(|(digest, of_digest)| of_digest.iter().map(move |entry| (*digest, entry)))
-            .filter(|(_, entry)| entry.kind == kind)
-            .map(|(digest, entry)| {
-                let key = VerdictKey {
-                    kind,
-                    scope: entry.scope.clone(),
-                    digest,
-                };
-                (key, Arc::clone(&entry.note))
-            })
+            .flat_map(|(digest, of_digest)| of_digest.iter().map(move |entry| (&entry.scope, digest, entry)))
+            .filter(|(.., entry)| entry.kind == kind)
             .collect();
-        all.sort_by(|(one, _), (other, _)| one.cmp(other));
-        all
+        let total = found.len();
+        let order = |one: &(&VerdictScope, &Digest, &Entry), other: &(&VerdictScope, &Digest, &Entry)| {
+            (one.0, one.1).cmp(&(other.0, other.1))
+        };
+        if count_max < total {
+            found.select_nth_unstable_by(count_max, order);
+            found.truncate(count_max);
+        }
+        found.sort_unstable_by(order);
+        let verdicts = found.into_iter().map(|(scope, digest, entry)| {
+            let key = VerdictKey {
+                kind,
+                scope: scope.clone(),
+                digest: *digest,
+            };
+            (key, Arc::clone(&entry.note))
+        });
+        FirstVerdicts {
+            verdicts: verdicts.collect(),
+            total,
+        }
     }
 
     fn put(&self, key: &VerdictKey, note: VerdictNote) -> Result<bool, VerdictError> {

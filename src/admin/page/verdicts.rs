@@ -15,12 +15,12 @@ const VERDICTS_SHOWN: usize = 100;
 /// The section. Reads memory only.
 pub(super) fn section(registry: &ServingState, secret: &str) -> Markup {
     let (blocks, approvals) = (
-        list(registry, VerdictKind::Blocked),
-        list(registry, VerdictKind::Approved),
+        list(registry, VerdictKind::Blocked, VERDICTS_SHOWN),
+        list(registry, VerdictKind::Approved, VERDICTS_SHOWN),
     );
     html! {
         section #verdicts aria-labelledby="verdicts-title" {
-            h2 #verdicts-title { "Blocked and approved digests " span.count { (blocks.len() + approvals.len()) } }
+            h2 #verdicts-title { "Blocked and approved digests " span.count { (blocks.total + approvals.total) } }
             form.act method="post" action="/act" {
                 input type="hidden" name="secret" value=(secret);
                 label { "Digest" input type="text" name="image" placeholder="docker.io/library/alpine@sha256:… or sha256:…" required; }
@@ -30,17 +30,17 @@ pub(super) fn section(registry: &ServingState, secret: &str) -> Markup {
                 button name="action" value="approve" title="Serve it although it is younger than min_age" { "Approve" }
             }
             div #verdicts-list data-live {
-                @if blocks.is_empty() && approvals.is_empty() {
+                @if blocks.total == 0 && approvals.total == 0 {
                     p.empty { "No digest is blocked or approved." }
                 } @else {
                     table {
                         thead { tr { th scope="col" { "Digest" } th scope="col" { "State" } th scope="col" { "By" } th.wide scope="col" { "Reason" } th scope="col" { span.hidden { "Actions" } } } }
                         tbody {
-                            @for block in blocks.iter().take(VERDICTS_SHOWN) { (row(block, "blocked", ("unblock", "Unblock"), secret)) }
-                            @for approval in approvals.iter().take(VERDICTS_SHOWN) { (row(approval, "approved", ("disapprove", "Take back"), secret)) }
+                            @for block in &blocks.verdicts { (row(block, "blocked", ("unblock", "Unblock"), secret)) }
+                            @for approval in &approvals.verdicts { (row(approval, "approved", ("disapprove", "Take back"), secret)) }
                         }
                     }
-                    @if blocks.len() > VERDICTS_SHOWN || approvals.len() > VERDICTS_SHOWN {
+                    @if blocks.total > VERDICTS_SHOWN || approvals.total > VERDICTS_SHOWN {
                         p.dim { "More are listed by " code { "ifnewer blocks" } "." }
                     }
                 }

@@ -315,6 +315,27 @@ fn verdicts_and_their_notes_are_bounded() {
 }
 
 #[test]
+fn first_verdicts_are_the_first_of_all_in_order() {
+    let store = Fixture::memory().open();
+    let scopes = [VerdictScope::Everywhere, here()];
+    for number in 0..20_u8 {
+        let scope = scopes[usize::from(number % 2)].clone();
+        store
+            .put_verdict(&block(scope, &[number]), note("alice"))
+            .unwrap();
+        let approved = verdict(VerdictKind::Approved, here(), &[number]);
+        store.put_verdict(&approved, note("bob")).unwrap();
+    }
+    let all = store.verdicts(VerdictKind::Blocked);
+    assert!(all.len() == 20 && all.is_sorted_by_key(|(key, _)| key));
+    for count_max in [0, 1, 7, 19, 20, 21] {
+        let first = store.first_verdicts(VerdictKind::Blocked, count_max);
+        assert_eq!(first.verdicts, all[..count_max.min(20)]);
+        assert_eq!(first.total, 20);
+    }
+}
+
+#[test]
 fn block_on_a_full_disk_holds_until_restart() {
     let memory = Arc::new(MemoryFs::new());
     let open = || {

@@ -125,6 +125,25 @@ async fn digests_are_blocked_and_approved_by_the_form() {
 }
 
 #[tokio::test]
+async fn long_list_of_blocks_is_cut_and_counted() {
+    let upstream = Upstream::start().await;
+    let proxy = Proxy::over(&upstream).await;
+    let secret = secret(&page(&proxy, "/").await);
+    for number in 0..101 {
+        let fields = format!("secret={secret}&action=block&image=sha256%3A{number:064x}");
+        assert_eq!(submit(&proxy, &fields).await.status, 303);
+    }
+    let shown = page(&proxy, "/").await;
+    assert!(shown.contains("<span class=\"count\">101</span>"), "{shown}");
+    assert!(shown.contains("More are listed by"), "{shown}");
+    for (number, is_shown) in [(0, true), (99, true), (100, false)] {
+        assert_eq!(shown.contains(&format!("sha256:{number:064x}")), is_shown);
+    }
+    let listed = proxy.admin("/api/v1/blocks").await.json();
+    assert_eq!(listed["blocks"].as_array().unwrap().len(), 101);
+}
+
+#[tokio::test]
 async fn form_without_csrf_secret_is_rejected() {
     let upstream = Upstream::start().await;
     let proxy = Proxy::over(&upstream).await;
