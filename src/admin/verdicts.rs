@@ -1,5 +1,8 @@
 //! Blocks and approvals of digests: `/api/v1/blocks` and `/api/v1/approvals`.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 
 use http::StatusCode;
@@ -132,7 +135,7 @@ impl Target {
     }
 
     /// The manifests that this digest lists, if it is a cached index, and that are not blocked.
-    fn unblocked_images(&self, store: &Store) -> Result<Vec<String>, Problem> {
+    fn unblocked_images(&self, store: &Store) -> Result<Vec<String>, StoreError> {
         let Some(held) = store.manifest(&self.digest())? else {
             return Ok(Vec::new());
         };
@@ -254,53 +257,66 @@ impl Admin {
     /// Gives a verdict (`true`) or takes it back.
     pub(super) async fn set_verdict(
         &self,
-        (kind, is_given): (VerdictKind, bool),
+        change: (VerdictKind, bool),
         image: &str,
         motive: Motive,
     ) -> Result<Changed, Problem> {
         let registry = self.registry.load_full();
         let target = Target::parse(image, &registry)?;
         let note = motive.note(self.clock.now());
-        let (by, reason) = (note.by.clone(), note.reason.clone().unwrap_or_default());
-        let changed = blocking(move || {
-            let store = registry.proxy.store().blocking();
-            let was = if is_given {
-                !store.put_verdict(&target.key(kind), note)?
-            } else {
-                target.remove(kind, store)?
-            };
-            Ok(Changed {
-                image: target.name(),
-                was,
-                is_blocked: target.is_blocked(store),
-                images: if kind == VerdictKind::Blocked && is_given {
-                    target.unblocked_images(store)?
-                } else {
-                    Vec::new()
-                },
-            })
-        })
-        .await
-        .inspect_err(|problem| {
-            tracing::error!(
-                image,
-                verdict = kind.name(),
-                is_given,
-                by,
-                error = problem.detail,
-                "failed to change verdict on request"
-            );
-        })?;
-        tracing::warn!(
-            image = changed.image,
+        blocking(move || set(registry.proxy.store().blocking(), &target, change, note)).await
+    }
+}
+
+/// Gives a verdict or takes it back, and logs who did. On the blocking thread, because a client that leaves ends the
+/// task that waits for it, but not the change.
+fn set(
+    store: &Store,
+    target: &Target,
+    (kind, is_given): (VerdictKind, bool),
+    note: VerdictNote,
+) -> Result<Changed, Problem> {
+    let image = target.name();
+    let (by, reason) = (note.by.clone(), note.reason.clone().unwrap_or_default());
+    let changed = if is_given {
+        let put = store.put_verdict(&target.key(kind), note);
+        put.map(|is_new| !is_new).map_err(Problem::from)
+    } else {
+        target.remove(kind, store).map_err(Problem::from)
+    };
+    let was = changed.inspect_err(|problem| {
+        tracing::error!(
+            image,
             verdict = kind.name(),
             is_given,
             by,
             reason,
-            "verdict changed on request"
+            error = problem.detail,
+            "failed to change verdict on request"
         );
-        Ok(changed)
-    }
+    })?;
+    tracing::warn!(
+        image,
+        verdict = kind.name(),
+        is_given,
+        by,
+        reason,
+        "verdict changed on request"
+    );
+    let images = match (kind, is_given) {
+        // The block holds, so a failure to read the index is not one of the change.
+        (VerdictKind::Blocked, true) => target.unblocked_images(store).unwrap_or_else(|error| {
+            tracing::warn!(image, %error, "failed to read which images a blocked digest lists");
+            Vec::new()
+        }),
+        _ => Vec::new(),
+    };
+    Ok(Changed {
+        is_blocked: target.is_blocked(store),
+        image,
+        was,
+        images,
+    })
 }
 
 fn described(state: &str, is_given: bool, changed: &Changed) -> Value {
