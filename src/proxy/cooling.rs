@@ -1,7 +1,7 @@
 //! Minimum age: collects the known ages of a tag's digests, and the older images that may be served instead.
 //!
-//! Ages are judged at the time of the request, but not later than the registries' clocks allow ([`CheckedTime`]). A
-//! clock of this host that was set ahead would otherwise make every digest old enough.
+//! Ages are judged at the time of the request, but not later than the registry's clock allows ([`CheckedTime`]). A clock
+//! of this host that was set ahead would otherwise make every digest old enough.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
@@ -23,27 +23,42 @@ use crate::store::tags::sightings::{Seen, SightingKey, Sightings};
 use crate::store::tags::{TagKey, TagReader};
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
-/// Upper bound of the current time: the latest `Date` of the registries' responses, and the time that has passed since.
+/// Upper bound of the current time: the latest `Date` of one registry's responses, and the time that has passed since.
+/// Each registry has its own, so that one with a `Date` in the future lifts the bound of its own images alone.
 #[derive(Default)]
-pub(super) struct CheckedTime(Mutex<Option<(SystemTime, Instant)>>);
+pub(super) struct CheckedTime(Mutex<Option<DateSeen>>);
+
+/// A `Date`, and when it arrived.
+#[derive(Clone, Copy)]
+struct DateSeen {
+    date: SystemTime,
+    at: Instant,
+}
+
+impl DateSeen {
+    /// The registry's time now; `None` if it cannot be represented.
+    fn now(self) -> Option<SystemTime> {
+        self.date.checked_add(self.at.elapsed())
+    }
+}
 
 impl CheckedTime {
-    /// Learns from the `Date` of a response that has just arrived. The latest time of all registries applies, so that a
+    /// Learns from the `Date` of a response that has just arrived. The latest time applies, so that one server of the
     /// registry whose clock is behind makes no digest younger.
     pub(super) fn learn(&self, date: SystemTime) {
-        let now = Instant::now();
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_later = known.is_none_or(|(at, since)| date > at + now.duration_since(since));
-        if is_later {
-            *known = Some((date, now));
+        let mut latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if latest.and_then(DateSeen::now).is_none_or(|known| date > known) {
+            let at = Instant::now();
+            *latest = Some(DateSeen { date, at });
         }
     }
 
-    /// `now`, or the registries' time if `now` is more than [`age::AHEAD_MAX`] later.
+    /// `now`, or the registry's time if `now` is more than [`age::AHEAD_MAX`] later.
     pub(super) fn bound(&self, now: SystemTime) -> SystemTime {
-        let known = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some((at, since)) = known else { return now };
-        let checked = at.checked_add(since.elapsed()).unwrap_or(now);
+        let latest = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(checked) = latest.and_then(DateSeen::now) else {
+            return now;
+        };
         match now.duration_since(checked) {
             Ok(ahead) if ahead > age::AHEAD_MAX => checked,
             _ => now,
@@ -70,7 +85,11 @@ impl ProxyService {
             repository: repository.clone(),
             tag: tag.clone(),
         };
-        let (limit, now, accept) = (rule.age_limit, self.checked_time.bound(now), accept.cloned());
+        let (limit, now, accept) = (
+            rule.age_limit,
+            registry.checked_time().bound(now),
+            accept.cloned(),
+        );
         self.read_cache(registry, repository, move |cached| {
             let reader = accept.as_ref().map_or(TagReader::Operator, TagReader::Client);
             if limit.is_on() {
@@ -164,7 +183,7 @@ impl ProxyService {
             last_modified: evidence.last_modified.or(response.and_then(proven_last_modified)),
             ..evidence
         };
-        limit.judge(digest, &evidence, self.checked_time.bound(now))
+        limit.judge(digest, &evidence, registry.checked_time().bound(now))
     }
 
     /// Maturity of a digest of which the age is unknown, by the time that its storage states. That time is recorded.
@@ -232,7 +251,7 @@ impl ProxyService {
         response: Option<&UpstreamResponse>,
     ) {
         if let Some(date) = response.and_then(|response| response.date) {
-            self.checked_time.learn(date);
+            upstream_request.registry.checked_time().learn(date);
         }
         if tag.is_referrers_tag() {
             return;
@@ -308,7 +327,7 @@ impl ProxyService {
         let digest = sightings.newest()?.seen.digest;
         let evidence = cached.evidence(&sightings, &digest);
         limit
-            .judge(digest, &evidence, self.checked_time.bound(now))
+            .judge(digest, &evidence, registry.checked_time().bound(now))
             .youth()
     }
 }
@@ -433,7 +452,7 @@ mod tests {
         tokio::time::advance(Duration::from_secs(50_000)).await;
         assert_eq!(time.bound(at(900_000)), at(50_000));
         time.learn(at(10));
-        assert_eq!(time.bound(at(900_000)), at(50_000), "a registry that is behind");
+        assert_eq!(time.bound(at(900_000)), at(50_000), "a server that is behind");
         time.learn(at(100_000));
         assert_eq!(time.bound(at(900_000)), at(100_000));
         assert_eq!(
@@ -441,5 +460,18 @@ mod tests {
             at(7),
             "a clock that is behind makes nothing older"
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn date_at_the_end_of_time_does_not_panic() {
+        let mut end = SystemTime::UNIX_EPOCH;
+        for power in (0..64).rev() {
+            end = end.checked_add(Duration::from_secs(1 << power)).unwrap_or(end);
+        }
+        let time = CheckedTime::default();
+        time.learn(end);
+        tokio::time::advance(Duration::from_secs(50_000)).await;
+        time.learn(end);
+        assert_eq!(time.bound(at(0)), at(0));
     }
 }

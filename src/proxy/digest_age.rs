@@ -161,7 +161,7 @@ impl ProxyService {
             return None;
         }
         if let Some(date) = response.date {
-            self.checked_time.learn(date);
+            upstream_request.registry.checked_time().learn(date);
         }
         Some(Seen {
             last_modified: response.last_modified,
@@ -178,7 +178,7 @@ impl ProxyService {
         limit: &AgeLimit,
         now: SystemTime,
     ) -> Maturity {
-        let (limit, now) = (*limit, self.checked_time.bound(now));
+        let (limit, now) = (*limit, registry.checked_time().bound(now));
         let last_modified = response.and_then(proven_last_modified);
         self.read_cache(registry, repository, move |cached| {
             let evidence = cached.digest_evidence(&digest);

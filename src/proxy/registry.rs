@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use http::HeaderValue;
 
+use super::cooling::CheckedTime;
 use super::invalidation::{WriteGenerations, WriteSnapshot};
 use super::local_tokens::is_local_token;
 use crate::oci::digest::hmac_sha256;
@@ -37,6 +38,7 @@ pub struct RegistryState {
     /// Whether a client was intercepted that addressed the registry by its own name.
     intercepted: AtomicBool,
     write_generations: WriteGenerations,
+    checked_time: CheckedTime,
 }
 
 impl RegistryState {
@@ -160,6 +162,11 @@ impl UpstreamRegistry {
     /// Write counters of this repository. Comparing two snapshots shows whether a write happened in between.
     pub fn writes(&self, repository: &Repository) -> WriteSnapshot {
         self.state.write_generations.now(repository)
+    }
+
+    /// The registry's own time.
+    pub(super) fn checked_time(&self) -> &CheckedTime {
+        &self.state.checked_time
     }
 
     pub(super) fn write_generations(&self) -> &WriteGenerations {

@@ -279,9 +279,19 @@ fn http_date(headers: &HeaderMap, name: HeaderName) -> Option<SystemTime> {
     httpdate::parse_http_date(line.to_str().ok()?).ok()
 }
 
-fn response_date(headers: &HeaderMap) -> Option<SystemTime> {
+/// Longest `Age` that counts. No cache keeps a response of a registry for longer.
+const AGE_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// Latest `Date` that counts, in the year 8307. A time that is computed from a later one may have no RFC 3339 text.
+const DATE_MAX_AFTER_EPOCH: Duration = Duration::from_secs(200_000_000_000);
+
+/// When the response was made: its `Date`, plus its `Age` in a cache on the way.
+pub(super) fn response_date(headers: &HeaderMap) -> Option<SystemTime> {
     let age = headers.get(AGE).and_then(|age| age.to_str().ok()?.parse().ok());
-    http_date(headers, DATE)?.checked_add(Duration::from_secs(age.unwrap_or(0)))
+    let age = Duration::from_secs(age.unwrap_or(0)).min(AGE_MAX);
+    let date = http_date(headers, DATE)?;
+    let since_epoch = date.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+    (since_epoch <= DATE_MAX_AFTER_EPOCH).then(|| date.checked_add(age))?
 }
 
 /// `Docker-Content-Digest`. `None` if it is missing, ambiguous or of an unsupported algorithm.
@@ -292,4 +302,28 @@ pub(super) fn header_digest(headers: &HeaderMap) -> Option<Digest> {
         return None;
     }
     first.to_str().ok()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+
+    #[test]
+    fn date_and_age_of_a_liar_are_bounded() {
+        let read = |date: &str, age: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(DATE, date.parse().unwrap());
+            headers.insert(AGE, age.parse().unwrap());
+            response_date(&headers)
+        };
+        let date = "Fri, 15 Jan 2027 08:00:00 GMT";
+        let at = |seconds: u64| Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000 + seconds));
+        assert_eq!(read(date, "60"), at(60));
+        for age in ["9223372035054775807", "18446744073709551615", "31536001"] {
+            assert_eq!(read(date, age), at(365 * 86_400), "{age}");
+        }
+        assert_eq!(read(date, "-1"), at(0));
+        assert_eq!(read("Fri, 31 Dec 9999 23:59:59 GMT", "60"), None);
+    }
 }

@@ -442,6 +442,27 @@ async fn t17_clock_set_ahead_matures_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn future_date_of_one_registry_matures_no_other() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    let old = push_old(&registry, "one", 10);
+    pulled_tag(&cache).await;
+    pass(1).await;
+    push(&registry, "two");
+    assert_eq!(tag(&cache).await, Ok(old));
+    let year = Duration::from_secs(365 * 86_400);
+    registry.state().date = Some(now() + year);
+    let liar = ClientRequest {
+        site: SHARED,
+        ..of("1")
+    };
+    assert!(get(&cache, &liar).await.is_err());
+    registry.state().date = Some(now());
+    jump(100 * DAY);
+    assert_eq!(tag(&cache).await, Ok(old), "by its own Date");
+}
+
+#[tokio::test(start_paused = true)]
 async fn t17_clock_set_back_starts_the_age_again() {
     let registry = registry();
     let cache = Cache::new(&registry, rules());
