@@ -23,10 +23,17 @@ use crate::store::tags::sightings::{Seen, SightingKey, Sightings};
 use crate::store::tags::{TagKey, TagReader};
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
-/// Upper bound of the current time: the latest `Date` of one registry's responses, and the time that has passed since.
-/// Each registry has its own, so that one with a `Date` in the future lifts the bound of its own images alone.
+/// Check of this host's clock by the `Date` of one registry's responses, and the time that has passed since. Each
+/// registry has its own, so that a `Date` in the future concerns the images of its sender alone.
 #[derive(Default)]
-pub(super) struct CheckedTime(Mutex<Option<DateSeen>>);
+pub(super) struct CheckedTime(Mutex<DatesSeen>);
+
+#[derive(Clone, Copy, Default)]
+struct DatesSeen {
+    latest: Option<DateSeen>,
+    /// Of the last response.
+    last: Option<DateSeen>,
+}
 
 /// A `Date`, and when it arrived.
 #[derive(Clone, Copy)]
@@ -43,19 +50,22 @@ impl DateSeen {
 }
 
 impl CheckedTime {
-    /// Learns from the `Date` of a response that has just arrived. The latest time applies, so that one server of the
-    /// registry whose clock is behind makes no digest younger.
+    /// Learns from the `Date` of a response that has just arrived.
     pub(super) fn learn(&self, date: SystemTime) {
-        let mut latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if latest.and_then(DateSeen::now).is_none_or(|known| date > known) {
-            let at = Instant::now();
-            *latest = Some(DateSeen { date, at });
+        let at = Instant::now();
+        let seen = Some(DateSeen { date, at });
+        let mut dates = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        dates.last = seen;
+        let latest = dates.latest.and_then(DateSeen::now);
+        if latest.is_none_or(|latest| date > latest) {
+            dates.latest = seen;
         }
     }
 
-    /// `now`, or the registry's time if `now` is more than [`age::AHEAD_MAX`] later.
+    /// `now` to judge ages at, or the registry's time if `now` is more than [`age::AHEAD_MAX`] later. The latest `Date`
+    /// applies, so that one server of the registry whose clock is behind makes no digest younger.
     pub(super) fn bound(&self, now: SystemTime) -> SystemTime {
-        let latest = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let latest = self.dates().latest;
         let Some(checked) = latest.and_then(DateSeen::now) else {
             return now;
         };
@@ -63,6 +73,22 @@ impl CheckedTime {
             Ok(ahead) if ahead > age::AHEAD_MAX => checked,
             _ => now,
         }
+    }
+
+    /// `now` to record a first sight at, or the registry's time if `now` is more than [`age::AHEAD_MAX`] earlier. If this
+    /// host's clock is behind and then corrected, the digest would otherwise become older at once. The last `Date`
+    /// applies, so that a wrong one has an effect for one response only.
+    pub(super) fn time_of_sight(&self, now: SystemTime) -> SystemTime {
+        let last = self.dates().last.and_then(DateSeen::now);
+        let is_later = |date: &SystemTime| {
+            date.duration_since(now)
+                .is_ok_and(|behind| behind > age::AHEAD_MAX)
+        };
+        last.filter(is_later).unwrap_or(now)
+    }
+
+    fn dates(&self) -> DatesSeen {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -281,7 +307,8 @@ impl ProxyService {
             reference: reference.clone(),
         };
         let digest = seen.digest;
-        let (store, now) = (self.store.clone(), self.clock.now());
+        let now = registry.checked_time().time_of_sight(self.clock.now());
+        let store = self.store.clone();
         let recording = async move { store.record_sighting(key, seen, now).await };
         let limits = match reference {
             Reference::Tag(tag) => registry.rule(repository, Some(tag)).age_limit.is_on(),
@@ -459,6 +486,23 @@ mod tests {
             time.bound(at(7)),
             at(7),
             "a clock that is behind makes nothing older"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn t17_clock_behind_is_not_recorded_as_a_first_sight() {
+        let time = CheckedTime::default();
+        assert_eq!(time.time_of_sight(at(0)), at(0), "nothing is known");
+        time.learn(at(900_000));
+        tokio::time::advance(Duration::from_secs(5)).await;
+        assert_eq!(time.time_of_sight(at(0)), at(900_005));
+        assert_eq!(time.time_of_sight(at(899_000)), at(899_000), "tolerated");
+        assert_eq!(time.time_of_sight(at(950_000)), at(950_000));
+        time.learn(at(7));
+        assert_eq!(
+            time.time_of_sight(at(10)),
+            at(10),
+            "the wrong Date was for one response"
         );
     }
 

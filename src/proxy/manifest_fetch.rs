@@ -180,6 +180,7 @@ impl ProxyService {
                 Some(match got {
                     Ok(fetched) => {
                         let is_from_registry = !fetched.is_redirect_target;
+                        let date = fetched.date();
                         let received = proxy.read_and_verify(&upstream_request, fetched).await;
                         let received = match received {
                             Ok(manifest) => {
@@ -192,6 +193,9 @@ impl ProxyService {
                                 .is_grant_evidence(&upstream_request, manifest, is_from_registry)
                                 .await
                         {
+                            if let Some(date) = date.filter(|_| is_from_registry) {
+                                registry.checked_time().learn(date);
+                            }
                             proxy.record_grant(&upstream_request, sent_at).await;
                         }
                         proxy.store_manifest(&upstream_request, received).await

@@ -1,6 +1,7 @@
 //! GET with failover between URLs, and its response as a stream.
 
 use std::fmt;
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
@@ -10,7 +11,7 @@ use super::failover::{self, FailoverRound};
 use super::health::RequestKind;
 use super::http_client::Body;
 use super::rate_limit::LimitClass;
-use super::response::UpstreamResponse;
+use super::response::{UpstreamResponse, response_date};
 use super::settings::Caller;
 use super::{Upstream, pause_ended};
 use crate::oci::accept::Accept;
@@ -75,6 +76,13 @@ pub struct ResponseStream {
     pub(super) body: Body,
     /// Held until the transfer ends.
     pub(super) permit: Option<Permit>,
+}
+
+impl ResponseStream {
+    /// When the response was made, as [`UpstreamResponse::date`].
+    pub fn date(&self) -> Option<SystemTime> {
+        response_date(&self.headers)
+    }
 }
 
 impl Upstream {

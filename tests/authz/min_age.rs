@@ -463,6 +463,21 @@ async fn future_date_of_one_registry_matures_no_other() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn t17_corrected_clock_makes_no_first_sight_older() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    let right = now() + Duration::from_secs((100 * DAY).unsigned_abs());
+    registry.state().date = Some(right);
+    let image = push(&registry, "one");
+    assert_eq!(tag(&cache).await, Err("too-young"));
+    jump(100 * DAY);
+    registry.state().date = None;
+    assert_eq!(tag(&cache).await, Err("too-young"), "first seen a moment ago");
+    pass(3 * DAY).await;
+    assert_eq!(tag(&cache).await, Ok(image));
+}
+
+#[tokio::test(start_paused = true)]
 async fn t17_clock_set_back_starts_the_age_again() {
     let registry = registry();
     let cache = Cache::new(&registry, rules());
