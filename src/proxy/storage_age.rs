@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use super::ProxyService;
 use super::manifest_fetch::UpstreamRequest;
-use crate::oci::manifest::{Descriptor, DescriptorKind, ManifestKind};
+use crate::oci::manifest::{Descriptor, DescriptorKind, ManifestKind, Platform};
 use crate::oci::{Digest, Endpoint, Reference};
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::sightings::SightingKey;
@@ -94,7 +94,7 @@ impl ProxyService {
                     .manifest
                     .descriptors
                     .iter()
-                    .filter(|child| child.kind == DescriptorKind::Manifest && child.attests.is_none())
+                    .filter(|child| child.kind == DescriptorKind::Manifest && !is_attestation(child))
                     .collect();
                 if images.is_empty() || images.len() > IMAGES_MAX {
                     return Some(ConfigAge::default());
@@ -176,6 +176,12 @@ impl ProxyService {
         let is_config = Digest::of(digest.algorithm(), &bytes) == *digest;
         Some(is_config.then(|| created(&bytes)).flatten())
     }
+}
+
+/// Whether no client runs this child. Its publisher sets the annotation, so clients must not find a platform in it either.
+fn is_attestation(child: &Descriptor) -> bool {
+    let is_unknown = |platform: &Platform| platform.os == "unknown" && platform.architecture == "unknown";
+    child.attests.is_some() && child.platform.as_ref().is_some_and(is_unknown)
 }
 
 impl ConfigAge {

@@ -11,7 +11,7 @@ use ifnewer::policy::{OnNotFound, Policy};
 use ifnewer::store::verdicts::{VerdictKey, VerdictKind, VerdictNote, VerdictScope};
 
 use super::cache::{Cache, ClientRequest, Got, PROVEN, SHARED};
-use super::registry::{Condition, OCI_MANIFEST, Registry, jump, now};
+use super::registry::{Condition, OCI_INDEX, OCI_MANIFEST, Registry, jump, now};
 
 const HOUR: i64 = 3_600;
 pub const DAY: i64 = 24 * HOUR;
@@ -186,6 +186,23 @@ async fn unknown_age_is_refused_until_seen_long_enough() {
     assert_eq!(tag(&cache).await, Ok(digest));
 }
 
+/// Pushes this manifest or index under the tag.
+fn push_manifest(registry: &Registry, manifest: &serde_json::Value) -> Digest {
+    let manifest = manifest.to_string();
+    let digest = Digest::of(Algorithm::Sha256, manifest.as_bytes());
+    let mut state = registry.state();
+    let shelf = state.shelves.entry(REPOSITORY.to_owned()).or_default();
+    shelf.manifests.insert(digest, manifest.into());
+    shelf.tags.insert("1".to_owned(), digest);
+    digest
+}
+
+/// Sets `Last-Modified` of this content.
+fn stored_days_ago(registry: &Registry, digest: Digest, days: i64) {
+    let at = now() - Duration::from_secs((days * DAY).unsigned_abs());
+    registry.state().last_modified.insert(digest, at);
+}
+
 /// Config of an image in the registry.
 fn config_of(registry: &Registry, image: Digest) -> Digest {
     let state = registry.state();
@@ -216,6 +233,29 @@ async fn new_digest_is_as_old_as_its_config_in_storage() {
         );
         pass((3 - days) * DAY).await;
         assert_eq!(tag(&cache).await, Ok(image));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn image_annotated_as_attestation_counts_for_the_age() {
+    for (platform, expected) in [("linux/amd64", false), ("unknown/unknown", true)] {
+        let registry = registry();
+        let mut cache = Cache::new(&registry, rules());
+        cache.takes_indexes = true;
+        let (old, young) = (push(&registry, "old"), push(&registry, "young"));
+        let (os, architecture) = platform.split_once('/').unwrap();
+        let index = serde_json::json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
+            {"mediaType": OCI_MANIFEST, "digest": old.to_string(), "size": 400,
+                "platform": {"os": "linux", "architecture": "arm64"}},
+            {"mediaType": OCI_MANIFEST, "digest": young.to_string(), "size": 400,
+                "platform": {"os": os, "architecture": architecture},
+                "annotations": {"vnd.docker.reference.type": "attestation-manifest",
+                    "vnd.docker.reference.digest": old.to_string()}},
+        ]});
+        let index = push_manifest(&registry, &index);
+        stored_days_ago(&registry, config_of(&registry, old), 10);
+        let expected = if expected { Ok(index) } else { Err("too-young") };
+        assert_eq!(tag(&cache).await, expected, "{platform}");
     }
 }
 
