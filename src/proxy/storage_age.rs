@@ -1,7 +1,8 @@
 //! Age by the registry's storage: `Last-Modified` of the config, for a digest that is new to this cache.
 //!
 //! Few registries send `Last-Modified` with a manifest, but most redirect blobs to storage that does. The config of an
-//! image is part of its digest and rarely shared with another image. Of an index the newest config counts, because its
+//! image lists its layers, and clients verify them, so another image cannot have it. The config of an artifact says
+//! nothing of the kind: a Helm chart with changed templates keeps its config. It is no evidence. Of an index the newest config counts, because its
 //! publisher could list an old image beside a new one.
 
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use tokio::time::timeout;
 
 use super::ProxyService;
 use super::manifest_fetch::UpstreamRequest;
-use crate::oci::manifest::{Descriptor, DescriptorKind, ManifestKind, Platform};
+use crate::oci::manifest::{Descriptor, DescriptorKind, ManifestKind, MediaType, Platform};
 use crate::oci::{Digest, Endpoint, Reference};
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::sightings::SightingKey;
@@ -24,8 +25,13 @@ const IMAGES_MAX: usize = 4;
 /// Largest config read for its `created`.
 const CONFIG_BYTES_MAX: usize = 1024 * 1024;
 
-/// Size of the empty config `{}` of artifacts (OCI image spec, "Guidance for an Empty Descriptor"). All artifacts of a
-/// repository share it, so it is as old as the first of them.
+/// Media types of the config of an image.
+const CONFIG_TYPES: [&str; 2] = [
+    "application/vnd.oci.image.config.v1+json",
+    "application/vnd.docker.container.image.v1+json",
+];
+
+/// Size of the empty config `{}`, which lists no layers.
 const EMPTY_CONFIG_BYTES: u64 = 2;
 
 /// Longest wait for all of it. A client has given up after 30 s.
@@ -128,7 +134,7 @@ impl ProxyService {
         let Some(config) = descriptors.find(|child| child.kind == DescriptorKind::Config) else {
             return Some(ConfigAge::default());
         };
-        if config.size.is_some_and(|size| size <= EMPTY_CONFIG_BYTES) {
+        if !is_image_config(config) {
             return Some(ConfigAge::default());
         }
         let blob_request = UpstreamRequest {
@@ -176,6 +182,13 @@ impl ProxyService {
         let is_config = Digest::of(digest.algorithm(), &bytes) == *digest;
         Some(is_config.then(|| created(&bytes)).flatten())
     }
+}
+
+/// Whether it lists the layers of an image.
+fn is_image_config(config: &Descriptor) -> bool {
+    let is_of_image = |media_type: &MediaType| CONFIG_TYPES.contains(&media_type.as_str());
+    config.media_type.as_ref().is_some_and(is_of_image)
+        && config.size.is_some_and(|size| size > EMPTY_CONFIG_BYTES)
 }
 
 /// Whether no client runs this child. Its publisher sets the annotation, so clients must not find a platform in it either.

@@ -260,27 +260,40 @@ async fn image_annotated_as_attestation_counts_for_the_age() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn empty_config_of_an_artifact_is_no_evidence() {
-    let registry = registry();
-    let cache = Cache::new(&registry, rules());
-    push(&registry, "one");
-    {
-        let empty = Digest::of(Algorithm::Sha256, b"{}");
-        let manifest = serde_json::json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "layers": [],
-            "artifactType": "application/example",
-            "config": {"mediaType": "application/vnd.oci.empty.v1+json", "digest": empty.to_string(), "size": 2}});
-        let manifest = manifest.to_string();
-        let digest = Digest::of(Algorithm::Sha256, manifest.as_bytes());
-        let mut state = registry.state();
-        state
-            .last_modified
-            .insert(empty, now() - Duration::from_secs(864_000));
-        let shelf = state.shelves.get_mut(REPOSITORY).unwrap();
-        shelf.blobs.insert(empty, "{}".into());
-        shelf.manifests.insert(digest, manifest.into());
-        shelf.tags.insert("1".to_owned(), digest);
+async fn config_of_an_artifact_is_no_evidence() {
+    let image = "application/vnd.oci.image.config.v1+json";
+    for (media_type, config, expected) in [
+        (image, r#"{"rootfs":{"diff_ids":[]}}"#, true),
+        (
+            "application/vnd.docker.container.image.v1+json",
+            r#"{"rootfs":{}}"#,
+            true,
+        ),
+        ("application/vnd.oci.empty.v1+json", "{}", false),
+        (image, "{}", false),
+        (
+            "application/vnd.cncf.helm.config.v1+json",
+            r#"{"name":"chart"}"#,
+            false,
+        ),
+    ] {
+        let registry = registry();
+        let cache = Cache::new(&registry, rules());
+        let digest = Digest::of(Algorithm::Sha256, config.as_bytes());
+        let artifact = push_manifest(
+            &registry,
+            &serde_json::json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "layers": [],
+                "config": {"mediaType": media_type, "digest": digest.to_string(), "size": config.len()}}),
+        );
+        {
+            let mut state = registry.state();
+            let shelf = state.shelves.get_mut(REPOSITORY).unwrap();
+            shelf.blobs.insert(digest, config.into());
+        }
+        stored_days_ago(&registry, digest, 10);
+        let expected = if expected { Ok(artifact) } else { Err("too-young") };
+        assert_eq!(tag(&cache).await, expected, "{media_type} {config}");
     }
-    assert_eq!(tag(&cache).await, Err("too-young"), "other artifacts have it too");
 }
 
 #[tokio::test(start_paused = true)]
