@@ -36,7 +36,8 @@ pub(super) struct UpstreamRequest {
     pub(super) writes: WriteSnapshot,
     /// As in the client's [`Request`].
     pub(super) for_push: bool,
-    /// For a fetch of a moved tag: the digest from the `HEAD` response.
+    /// The digest that the upstream named: by a `HEAD`, for a fetch of a moved tag, or in a verified manifest. A request
+    /// for that digest is not fabricated by the client.
     pub(super) named: Option<Digest>,
     /// Whether the caller has no grant in the repository, so that cached content must not influence the request.
     pub(super) has_no_grant: bool,
@@ -67,7 +68,7 @@ impl UpstreamRequest {
         Self { named, ..self }
     }
 
-    /// This request, for a digest instead of the tag.
+    /// This request, for a digest that the upstream named, instead of the tag.
     pub(super) fn by_digest(self, digest: Digest) -> Self {
         let endpoint = Endpoint::Manifest {
             repository: self.repository.clone(),
@@ -75,7 +76,7 @@ impl UpstreamRequest {
         };
         Self {
             endpoint,
-            named: None,
+            named: Some(digest),
             ..self
         }
     }

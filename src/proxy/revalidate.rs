@@ -166,13 +166,15 @@ impl ProxyService {
         })
     }
 
-    /// Whether the digest may be fabricated: no manifest seen here references it. Such a request has the lowest
-    /// priority and ends with its last waiter. Any other request continues once it was sent: a registry that first
-    /// fetches the content itself takes longer than clients wait, and the clients retry.
+    /// Whether the digest may be fabricated: the upstream did not name it for this request, and no manifest seen here
+    /// references it. Such a request has the lowest priority and ends with its last waiter. Any other request continues
+    /// once it was sent: a registry that first fetches the content itself takes longer than clients wait, and the clients
+    /// retry.
     pub(super) fn may_be_fabricated(&self, upstream_request: &UpstreamRequest) -> bool {
         may_be_fabricated(
             &upstream_request.endpoint,
             upstream_request.has_no_grant,
+            upstream_request.named,
             |digest| self.is_referenced(upstream_request, digest),
         )
     }
@@ -552,7 +554,12 @@ impl ProxyService {
 
 /// See [`ProxyService::may_be_fabricated`]. For a caller without a grant the result does not depend on whether the
 /// digest is referenced, because priority and duration of the upstream request would reveal it.
-fn may_be_fabricated(endpoint: &Endpoint, has_no_grant: bool, is_named: impl FnOnce(Digest) -> bool) -> bool {
+fn may_be_fabricated(
+    endpoint: &Endpoint,
+    has_no_grant: bool,
+    named: Option<Digest>,
+    is_referenced: impl FnOnce(Digest) -> bool,
+) -> bool {
     match endpoint {
         Endpoint::Manifest {
             reference: Reference::Digest(AnyDigest::Supported(digest)),
@@ -561,7 +568,7 @@ fn may_be_fabricated(endpoint: &Endpoint, has_no_grant: bool, is_named: impl FnO
         | Endpoint::Blob {
             digest: AnyDigest::Supported(digest),
             ..
-        } => has_no_grant || !is_named(*digest),
+        } => named != Some(*digest) && (has_no_grant || !is_referenced(*digest)),
         Endpoint::Manifest {
             reference: Reference::Digest(AnyDigest::Unsupported(_)),
             ..
@@ -587,10 +594,17 @@ mod tests {
             ("/v2/team/demo/manifests/1".to_owned(), false),
         ] {
             let endpoint = Endpoint::parse(&Method::HEAD, &path, None).unwrap();
-            let may_be = |has_no_grant, is_named| may_be_fabricated(&endpoint, has_no_grant, |_| is_named);
+            let may_be =
+                |has_no_grant, is_known| may_be_fabricated(&endpoint, has_no_grant, None, |_| is_known);
             assert_eq!(may_be(true, true), may_be(true, false), "{path}");
             assert_eq!(may_be(true, true), by_digest, "{path}");
             assert_eq!((may_be(false, true), may_be(false, false)), (false, by_digest));
+            let is_named = |named| !may_be_fabricated(&endpoint, true, Some(named), |_| false);
+            assert!(is_named(digest), "the upstream named it to this caller");
+            assert_eq!(
+                is_named(Digest::of(crate::oci::Algorithm::Sha256, b"other")),
+                !by_digest
+            );
         }
     }
 }

@@ -75,7 +75,8 @@ impl ProxyService {
         if self.silent_storage.0.get(&of).is_some() {
             return None;
         }
-        let requested = self.newest_config(upstream_request, digest, trust_created);
+        let upstream_request = upstream_request.clone().by_digest(digest);
+        let requested = self.newest_config(&upstream_request, digest, trust_created);
         // `None`: an upstream that does not respond says nothing about its storage.
         let stated = timeout(STORAGE_AGE_TIMEOUT, requested).await.ok()??;
         if stated == ConfigAge::default() {
@@ -108,7 +109,8 @@ impl ProxyService {
                 let mut found = Vec::new();
                 for image in images {
                     let digest = *image.digest.supported()?;
-                    found.push(self.child_manifest(upstream_request, digest).await.ok()?);
+                    let upstream_request = upstream_request.clone().by_digest(digest);
+                    found.push(self.child_manifest(&upstream_request, digest).await.ok()?);
                 }
                 found
             }
@@ -142,7 +144,7 @@ impl ProxyService {
                 repository: upstream_request.repository.clone(),
                 digest: config.digest.clone(),
             },
-            named: None,
+            named: config.digest.supported().copied(),
             ..upstream_request.clone()
         };
         let response = self.coalesced_head(&blob_request).wait().await?;

@@ -552,6 +552,28 @@ async fn t17_clock_set_back_starts_the_age_again() {
     assert_eq!(tag(&cache).await, Ok(new));
 }
 
+#[tokio::test(start_paused = true)]
+async fn slow_manifest_arrives_for_the_next_pull() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    let old = push_old(&registry, "one", 10);
+    pulled_tag(&cache).await;
+    pass(1).await;
+    let new = push(&registry, "two");
+    assert_eq!(tag(&cache).await, Ok(old));
+    pass(3 * DAY).await;
+    registry.hold(&format!("GET /v2/{REPOSITORY}/manifests/{new}"));
+    let got = cache.get(&of("1")).await;
+    assert!(
+        matches!(got, Got::Content(digest, _) if digest == old),
+        "after revalidate_timeout: {got:?}"
+    );
+    registry.release();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(tag(&cache).await, Ok(new));
+    assert_eq!(gets_of(&registry, new), 1, "the slow request was not cancelled");
+}
+
 /// Approves or blocks a digest, as the operator.
 pub async fn give(cache: &Cache, kind: VerdictKind, digest: Digest) {
     let key = VerdictKey {
