@@ -4,8 +4,8 @@
 //! the least trustworthy. The earliest time among them counts:
 //!
 //! 1. *First sight.* This cache saw the tag name the digest at that time. Neither registry nor publisher can change it.
-//! 2. *`Last-Modified`* of the manifest or its config, set by the registry's storage. A time in the future, or before
-//!    there were container images, is no evidence.
+//! 2. *`Last-Modified`* of the manifest or its config, set by the registry's storage. A time that is far in
+//!    the future, or before there were container images, is no evidence.
 //! 3. *`created`* of the image's config, set by its publisher. It counts only with `trust_created`.
 //!
 //! A digest is *known to be young* if the tag named another digest less than the minimum age ago, or if its storage or
@@ -15,6 +15,7 @@
 use std::time::{Duration, SystemTime};
 
 use super::UnknownValue;
+use crate::age::AHEAD_MAX;
 use crate::oci::Digest;
 
 /// Longest minimum age.
@@ -307,6 +308,13 @@ impl AgeLimit {
     }
 }
 
+/// A `Last-Modified` or `created` as evidence. Clocks differ, so a time up to [`AHEAD_MAX`] ahead counts as `now`; `None`
+/// if it is further ahead or implausible.
+pub fn evident_time(stated: SystemTime, now: SystemTime) -> Option<SystemTime> {
+    let ahead = stated.duration_since(now).unwrap_or_default();
+    (is_plausible(stated) && ahead <= AHEAD_MAX).then(|| stated.min(now))
+}
+
 /// Whether the stated time is not before the first release of Docker.
 fn is_plausible(stated: SystemTime) -> bool {
     stated
@@ -481,6 +489,22 @@ mod tests {
                 let before = limit.judge(digest(), &evidence, now() - 10 * DAY);
                 assert!(!before.is_mature() || limit.judge(digest(), &evidence, now()).is_mature());
             }
+        }
+    }
+
+    #[test]
+    fn stated_time_counts_if_plausible_and_not_far_ahead() {
+        let second = Duration::from_secs(1);
+        for (stated, expected) in [
+            (now() - DAY, Some(now() - DAY)),
+            (now(), Some(now())),
+            (now() + AHEAD_MAX, Some(now())),
+            (now() + AHEAD_MAX + second, None),
+            (SystemTime::UNIX_EPOCH, None),
+            (SystemTime::UNIX_EPOCH - DAY, None),
+            (SystemTime::UNIX_EPOCH + PLAUSIBLE_AFTER_EPOCH - second, None),
+        ] {
+            assert_eq!(evident_time(stated, now()), expected, "{stated:?}");
         }
     }
 

@@ -15,7 +15,7 @@ use super::revalidate::Revalidated;
 use super::{ProxyService, Request, UpstreamRegistry};
 use crate::age;
 use crate::oci::{Accept, Digest, MediaType, Reference, Repository, Tag};
-use crate::policy::min_age::{AgeEvidence, AgeLimit, Maturity, YoungDigest};
+use crate::policy::min_age::{AgeEvidence, AgeLimit, Maturity, YoungDigest, evident_time};
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{AgeFacts, CacheState, Completeness, OlderDigest, Revalidation};
 use crate::store::manifests::StoredManifest;
@@ -205,11 +205,13 @@ impl ProxyService {
             cached.evidence(&cached.view.sightings(&SightingKey::from(&key)), &digest)
         });
         let evidence = evidence.await;
+        let now = registry.checked_time().bound(now);
+        let stated = response.and_then(|response| proven_last_modified(response, now));
         let evidence = AgeEvidence {
-            last_modified: evidence.last_modified.or(response.and_then(proven_last_modified)),
+            last_modified: evidence.last_modified.or(stated),
             ..evidence
         };
-        limit.judge(digest, &evidence, registry.checked_time().bound(now))
+        limit.judge(digest, &evidence, now)
     }
 
     /// Maturity of a digest of which the age is unknown, by the time that its storage states. That time is recorded.
@@ -220,23 +222,29 @@ impl ProxyService {
         limit: &AgeLimit,
         (response, now): (&UpstreamResponse, SystemTime),
     ) -> Maturity {
-        let reference = tag.clone().into();
-        // Boxed, because few requests come here.
-        let requested = self.storage_age(upstream_request, (&reference, digest), limit.trust_created);
-        let stated = Box::pin(requested).await;
-        if let (Some(stated), Some(media_type), ResponseKind::Digest(_)) =
-            (stated, &response.media_type, response.kind)
-        {
-            let seen = Seen {
-                last_modified: response.last_modified.or(stated.last_modified),
-                created_at: stated.created_at,
-                ..seen_by(upstream_request, digest, media_type)
-            };
-            self.write_sighting(upstream_request, &reference, seen).await;
+        if let Some(seen) = self.proven_sight(upstream_request, digest, response) {
+            let (reference, trust_created) = (tag.clone().into(), limit.trust_created);
+            // Boxed, because few requests come here.
+            Box::pin(self.record_storage_age(upstream_request, &reference, seen, trust_created)).await;
         }
         let (registry, repository) = (&upstream_request.registry, &upstream_request.repository);
         self.judge(registry, repository, (tag, digest), limit, (Some(response), now))
             .await
+    }
+
+    /// What a response that names this digest shows; `None` if the registry's headers do not prove it to be its own.
+    pub(super) fn proven_sight(
+        &self,
+        upstream_request: &UpstreamRequest,
+        digest: Digest,
+        response: &UpstreamResponse,
+    ) -> Option<Seen> {
+        let media_type = response.media_type.as_ref()?;
+        let now = upstream_request.registry.checked_time().bound(self.clock.now());
+        (response.kind == ResponseKind::Digest(digest)).then(|| Seen {
+            last_modified: proven_last_modified(response, now),
+            ..seen_by(upstream_request, digest, media_type)
+        })
     }
 
     /// Maturity of the digest that the tag was last seen to name.
@@ -282,8 +290,9 @@ impl ProxyService {
         if tag.is_referrers_tag() {
             return;
         }
+        let now = upstream_request.registry.checked_time().bound(self.clock.now());
         let seen = Seen {
-            last_modified: response.and_then(proven_last_modified),
+            last_modified: response.and_then(|response| proven_last_modified(response, now)),
             ..seen_by(upstream_request, digest, media_type)
         };
         self.write_sighting(upstream_request, &tag.clone().into(), seen)
@@ -371,11 +380,11 @@ pub(super) fn seen_by(upstream_request: &UpstreamRequest, digest: Digest, media_
     }
 }
 
-/// `Last-Modified` of a response that the registry itself is proven to have sent.
-pub(super) fn proven_last_modified(response: &UpstreamResponse) -> Option<SystemTime> {
-    response
-        .last_modified
-        .filter(|_| matches!(response.kind, ResponseKind::Digest(_)))
+/// `Last-Modified` of a response that the registry itself is proven to have sent, if it can be evidence.
+pub(super) fn proven_last_modified(response: &UpstreamResponse, now: SystemTime) -> Option<SystemTime> {
+    let is_proven = matches!(response.kind, ResponseKind::Digest(_));
+    let stated = response.last_modified.filter(|_| is_proven)?;
+    evident_time(stated, now)
 }
 
 impl CacheView<'_> {

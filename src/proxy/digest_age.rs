@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use quick_cache::sync::Cache;
 
 use super::cache_view::CacheView;
-use super::cooling::{proven_last_modified, seen_by};
+use super::cooling::proven_last_modified;
 use super::manifest_fetch::UpstreamRequest;
 use super::prefetch::ContentKey;
 use super::{ProxyResponse, ProxyService, Request, UpstreamRegistry};
@@ -133,40 +133,28 @@ impl ProxyService {
         let judged = self.judge_digest(registry, repository, what, limit, now).await;
         match (judged, seen) {
             (Maturity::Young(youth), Some(seen)) if youth.may_be_older && !is_blocked => {
-                let of = (&digest.into(), digest);
-                let stated = self.storage_age(upstream_request, of, limit.trust_created).await;
-                if let Some(stated) = stated {
-                    let seen = Seen {
-                        last_modified: seen.last_modified.or(stated.last_modified),
-                        created_at: stated.created_at,
-                        ..seen
-                    };
-                    self.write_sighting(upstream_request, &digest.into(), seen).await;
-                }
+                let reference = digest.into();
+                self.record_storage_age(upstream_request, &reference, seen, limit.trust_created)
+                    .await;
                 self.judge_digest(registry, repository, what, limit, now).await
             }
             (judged, _) => judged,
         }
     }
 
-    /// What a response to a request by digest shows; `None` if the registry's headers do not prove it to be its own.
+    /// [`Self::proven_sight`] of a response to a request by digest, of which the `Date` is learned too.
     fn seen_digest(
         &self,
         upstream_request: &UpstreamRequest,
         digest: Digest,
         response: &UpstreamResponse,
     ) -> Option<Seen> {
-        let media_type = response.media_type.as_ref()?;
-        if response.kind != ResponseKind::Digest(digest) {
-            return None;
-        }
-        if let Some(date) = response.date {
+        if response.kind == ResponseKind::Digest(digest)
+            && let Some(date) = response.date
+        {
             upstream_request.registry.checked_time().learn(date);
         }
-        Some(Seen {
-            last_modified: response.last_modified,
-            ..seen_by(upstream_request, digest, media_type)
-        })
+        self.proven_sight(upstream_request, digest, response)
     }
 
     /// Maturity of a digest by the recorded evidence, by `Last-Modified` of the response, and by where it was served from.
@@ -179,7 +167,7 @@ impl ProxyService {
         now: SystemTime,
     ) -> Maturity {
         let (limit, now) = (*limit, registry.checked_time().bound(now));
-        let last_modified = response.and_then(proven_last_modified);
+        let last_modified = response.and_then(|response| proven_last_modified(response, now));
         self.read_cache(registry, repository, move |cached| {
             let evidence = cached.digest_evidence(&digest);
             let evidence = AgeEvidence {

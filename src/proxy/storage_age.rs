@@ -1,8 +1,8 @@
 //! Age by the registry's storage: `Last-Modified` of the config, for a digest that is new to this cache.
 //!
 //! Few registries send `Last-Modified` with a manifest, but most redirect blobs to storage that does. The config of an
-//! image lists its layers, and clients verify them, so another image cannot have it. The config of an artifact says
-//! nothing of the kind: a Helm chart with changed templates keeps its config. It is no evidence. Of an index the newest config counts, because its
+//! image lists its layers, and clients verify them, so another image cannot have it. The config of an artifact is no
+//! evidence: a Helm chart with changed templates keeps its config. Of an index the newest config counts, because its
 //! publisher could list an old image beside a new one.
 
 use std::sync::Arc;
@@ -15,8 +15,9 @@ use super::ProxyService;
 use super::manifest_fetch::UpstreamRequest;
 use crate::oci::manifest::{Descriptor, DescriptorKind, ManifestKind, MediaType, Platform};
 use crate::oci::{Digest, Endpoint, Reference};
+use crate::policy::min_age::evident_time;
 use crate::store::manifests::StoredManifest;
-use crate::store::tags::sightings::SightingKey;
+use crate::store::tags::sightings::{Seen, SightingKey};
 
 /// Most images of an index of which the configs are requested. Each costs a pull of the registry's quota, so the age of
 /// a larger index stays unknown.
@@ -59,8 +60,29 @@ pub(super) struct ConfigAge {
 }
 
 impl ProxyService {
-    /// What the newest config of the image or index that this tag or digest names says about its age; `None` if that is nothing.
-    pub(super) async fn storage_age(
+    /// Requests what the storage states about a digest that this tag or digest names, and records it with what the
+    /// response showed.
+    pub(super) async fn record_storage_age(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        reference: &Reference,
+        seen: Seen,
+        trust_created: bool,
+    ) {
+        let of = (reference, seen.digest);
+        if let Some(stated) = self.storage_age(upstream_request, of, trust_created).await {
+            let seen = Seen {
+                last_modified: seen.last_modified.or(stated.last_modified),
+                created_at: stated.created_at,
+                ..seen
+            };
+            self.write_sighting(upstream_request, reference, seen).await;
+        }
+    }
+
+    /// What the newest config of the image or index that this tag or digest names says about its age; `None` if that is
+    /// nothing.
+    async fn storage_age(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
         (reference, digest): (&Reference, Digest),
@@ -156,9 +178,11 @@ impl ProxyService {
             Some(digest) if trust_created => self.created_of(&blob_request, digest).await?,
             _ => None,
         };
+        let now = upstream_request.registry.checked_time().bound(self.clock.now());
+        let evident = |stated: Option<SystemTime>| evident_time(stated?, now);
         Some(ConfigAge {
-            last_modified: response.last_modified.filter(|_| is_config),
-            created_at,
+            last_modified: evident(response.last_modified.filter(|_| is_config)),
+            created_at: evident(created_at),
         })
     }
 
@@ -193,7 +217,8 @@ fn is_image_config(config: &Descriptor) -> bool {
         && config.size.is_some_and(|size| size > EMPTY_CONFIG_BYTES)
 }
 
-/// Whether no client runs this child. Its publisher sets the annotation, so clients must not find a platform in it either.
+/// Whether no client runs this child. Its publisher sets the annotation, so clients must not find a platform in it
+/// either.
 fn is_attestation(child: &Descriptor) -> bool {
     let is_unknown = |platform: &Platform| platform.os == "unknown" && platform.architecture == "unknown";
     child.attests.is_some() && child.platform.as_ref().is_some_and(is_unknown)

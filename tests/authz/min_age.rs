@@ -44,6 +44,16 @@ pub fn rules() -> Rules {
     rules_of(3, Policy::IfNewer, OnUnknownAge::Refuse)
 }
 
+/// [`rules`] with these changes.
+fn rules_with(age_limit: AgeOverrides) -> Rules {
+    let changes = PolicyOverrides {
+        age_limit,
+        ..PolicyOverrides::default()
+    };
+    let upstreams = [(Arc::from(PROVEN), changes)];
+    Rules::new(rules().default_for("").clone(), upstreams, Vec::new()).unwrap()
+}
+
 pub fn registry() -> Registry {
     let registry = Registry::new();
     registry.user("service", "service-secret");
@@ -300,19 +310,11 @@ async fn config_of_an_artifact_is_no_evidence() {
 async fn created_of_the_config_counts_only_if_trusted() {
     for trust_created in [false, true] {
         let registry = registry();
-        let default = rules();
-        let limit = default.default_for("").age_limit;
-        let changes = PolicyOverrides {
-            age_limit: AgeOverrides {
-                trust_created: Some(trust_created),
-                ..AgeOverrides::default()
-            },
-            ..PolicyOverrides::default()
+        let limit = AgeOverrides {
+            trust_created: Some(trust_created),
+            ..AgeOverrides::default()
         };
-        assert!(limit.is_on() && !limit.trust_created);
-        let upstreams = [(Arc::from(PROVEN), changes)];
-        let rules = Rules::new(default.default_for("").clone(), upstreams, Vec::new()).unwrap();
-        let cache = Cache::new(&registry, rules);
+        let cache = Cache::new(&registry, rules_with(limit));
         let image = push(&registry, "one");
         let expected = if trust_created {
             Ok(image)
@@ -335,6 +337,63 @@ async fn storage_that_states_no_time_is_requested_once() {
     let log = registry.request_log();
     let heads = log.iter().filter(|line| **line == config).count();
     assert_eq!((heads, gets_of(&registry, image)), (1, 1), "{log:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn storage_that_states_an_implausible_time_is_requested_once() {
+    let registry = registry();
+    let limit = AgeOverrides {
+        trust_created: Some(true),
+        ..AgeOverrides::default()
+    };
+    let cache = Cache::new(&registry, rules_with(limit));
+    let config = r#"{"created":"1970-01-01T00:00:00Z","rootfs":{}}"#;
+    let digest = Digest::of(Algorithm::Sha256, config.as_bytes());
+    push_manifest(
+        &registry,
+        &serde_json::json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "layers": [], "config":
+            {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest.to_string(),
+                "size": config.len()}}),
+    );
+    {
+        let mut state = registry.state();
+        state
+            .shelves
+            .get_mut(REPOSITORY)
+            .unwrap()
+            .blobs
+            .insert(digest, config.into());
+        state.last_modified.insert(digest, SystemTime::UNIX_EPOCH);
+    }
+    for _ in 0..3 {
+        assert_eq!(tag(&cache).await, Err("too-young"));
+    }
+    let log = registry.request_log();
+    let asked = log.iter().filter(|line| line.contains("/blobs/")).count();
+    assert_eq!(asked, 2, "one HEAD and one GET: {log:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn implausible_time_hides_no_good_one() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    let image = push(&registry, "one");
+    registry
+        .state()
+        .last_modified
+        .insert(image, SystemTime::UNIX_EPOCH);
+    stored_days_ago(&registry, config_of(&registry, image), 10);
+    assert_eq!(tag(&cache).await, Ok(image), "by its config");
+    let next = push(&registry, "two");
+    registry
+        .state()
+        .last_modified
+        .insert(next, SystemTime::UNIX_EPOCH);
+    pass(4 * DAY).await;
+    let cache = Cache::new(&registry, rules());
+    assert_eq!(tag(&cache).await, Err("too-young"));
+    stored_days_ago(&registry, next, 10);
+    assert_eq!(tag(&cache).await, Ok(next), "the first time was not kept");
 }
 
 #[tokio::test(start_paused = true)]
