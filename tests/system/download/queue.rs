@@ -22,7 +22,7 @@ async fn transfers(proxy: &Proxy, queued: bool) -> usize {
     listed.iter().filter(|one| one["queued"] == queued).count()
 }
 
-async fn until_queued(proxy: &Proxy, count: usize) {
+pub async fn until_queued(proxy: &Proxy, count: usize) {
     while transfers(proxy, true).await != count {
         tokio::task::yield_now().await;
     }

@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 
 /// A cache without idle timeout for connections.
-async fn patient(limits: &str, listen: &str) -> (Upstream, Proxy, Image) {
+pub async fn patient(limits: &str, listen: &str) -> (Upstream, Proxy, Image) {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
     let limits = format!("[limits]\nheader_timeout = \"10m\"\nidle_timeout = \"10m\"\n{limits}");
@@ -20,14 +20,14 @@ async fn patient(limits: &str, listen: &str) -> (Upstream, Proxy, Image) {
 }
 
 /// A connection from 127.0.0.`last`.
-async fn from(last: u8, to: SocketAddr) -> TcpStream {
+pub async fn from(last: u8, to: SocketAddr) -> TcpStream {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind((Ipv4Addr::new(127, 0, 0, last), 0).into()).unwrap();
     within("a connection", socket.connect(to)).await.unwrap()
 }
 
 /// Sends one request and reads its reply; the connection stays open.
-async fn asks(stream: &mut TcpStream, before: &str) -> String {
+pub async fn asks(stream: &mut TcpStream, before: &str) -> String {
     let request = format!("{before}GET /v2/ HTTP/1.1\r\nHost: a\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut reply = [0; 1024];
@@ -35,7 +35,7 @@ async fn asks(stream: &mut TcpStream, before: &str) -> String {
     String::from_utf8_lossy(&reply[..read]).into_owned()
 }
 
-async fn is_closed(stream: &mut TcpStream) {
+pub async fn is_closed(stream: &mut TcpStream) {
     let mut rest = Vec::new();
     let ended = within("the connection to be closed", stream.read_to_end(&mut rest)).await;
     assert!(
@@ -46,7 +46,7 @@ async fn is_closed(stream: &mut TcpStream) {
 }
 
 /// Waits until `/metrics` has this line.
-async fn counts(proxy: &Proxy, line: &str) {
+pub async fn counts(proxy: &Proxy, line: &str) {
     let line = format!("{line}\n");
     proxy
         .until(

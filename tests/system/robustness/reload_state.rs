@@ -1,7 +1,12 @@
-//! State over reloads: revoked grants stay revoked, and tags replaced by a push stay replaced.
+//! State over reloads: grants, pushed tags, coalesced lists, the download queue and connections.
 
+use super::connection_limits::{asks, counts, from, is_closed, patient};
+use crate::download::queue::until_queued;
 use crate::proxy::{Ask, Proxy, Setup, blob_path, manifest_path};
 use crate::registry::{Image, Seen, Upstream};
+use serde_json::json;
+
+const TAGS: &str = "/v2/library/demo/tags/list";
 
 /// Reloads the configuration and waits until it is in effect. Once per process.
 pub async fn reload(proxy: &Proxy) {
@@ -219,4 +224,142 @@ async fn o03_upstream_removed_and_added_again_keeps_its_denials() {
     upstream.refuses();
     let reply = alice(proxy.get(&path("1"))).await;
     assert_ne!(reply.status, 200, "{reply:#?}");
+}
+
+#[tokio::test]
+async fn list_in_flight_over_a_reload_is_kept_for_an_outage() {
+    let upstream = Upstream::start().await;
+    upstream.push("library/demo", "1", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    // A list is kept for principals with a grant.
+    proxy.manifest("library/demo", "1").await;
+    let gate = upstream.holds_answers(|seen| seen.path.ends_with("/tags/list"));
+    let early = tokio::spawn(proxy.get(TAGS).into_reply());
+    gate.reached().await;
+    reload(&proxy).await;
+    let late = tokio::spawn(proxy.get(TAGS).into_reply());
+    gate.release();
+    for reply in [early.await.unwrap(), late.await.unwrap()] {
+        assert_eq!((reply.status, reply.json()["tags"].clone()), (200, json!(["1"])));
+    }
+    upstream.refuses();
+    let kept = proxy.get(TAGS).await;
+    assert_eq!(kept.json()["tags"], json!(["1"]), "{kept:#?}");
+}
+
+#[tokio::test]
+async fn list_revoked_after_a_reload_stays_revoked_by_a_late_list() {
+    let (upstream, image) = private().await;
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull_with("acme/app", "1", &image, alice).await;
+    let path = "/v2/acme/app/tags/list";
+    let gate = upstream.holds_answers(|seen| seen.path.ends_with("/tags/list"));
+    let late = tokio::spawn(alice(proxy.get(path)).into_reply());
+    gate.reached().await;
+    reload(&proxy).await;
+    upstream.revokes("alice");
+    let denied = alice(proxy.manifest("acme/app", "1")).await;
+    denied.is_refused(denied.status);
+    gate.release();
+    late.await.unwrap();
+    upstream.refuses();
+    for dress in [alice, bob, |ask| ask] {
+        let reply = dress(proxy.get(path)).await;
+        reply.is_refused(reply.status);
+    }
+}
+
+#[tokio::test]
+async fn queued_download_keeps_its_turn_over_a_reload() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "1", Image::with_layers(&["one", "two", "three"]));
+    let places =
+        |count| Setup::over(&upstream).tail(&format!("[limits]\ndownloads_per_upstream_max = {count}\n"));
+    let proxy = places(1).start().await;
+    proxy.manifest("library/demo", "1").await.is_image(&image);
+    let gate = upstream.holds_bodies(|seen| seen.path.contains("/blobs/"));
+    let get = |number: usize| {
+        tokio::spawn(
+            proxy
+                .blob("library/demo", &image.layer(number).digest)
+                .into_reply(),
+        )
+    };
+    let first = get(0);
+    gate.reached().await;
+    let second = get(1);
+    until_queued(&proxy, 1).await;
+    reload(&proxy).await;
+    let third = get(2);
+    until_queued(&proxy, 2).await;
+    assert_eq!(upstream.all_blob_gets(), 1, "the reload gave no second place");
+    gate.release();
+    for (number, reply) in [first, second, third].into_iter().enumerate() {
+        reply.await.unwrap().is_blob(image.layer(number));
+    }
+    let gets: Vec<_> = upstream
+        .requests()
+        .into_iter()
+        .filter(|seen| seen.path.contains("/blobs/"))
+        .collect();
+    let order = |number: usize| {
+        gets.iter()
+            .position(|seen| seen.path.ends_with(&image.layer(number).digest))
+    };
+    assert!(order(0) < order(1) && order(1) < order(2), "{gets:#?}");
+}
+
+#[tokio::test]
+async fn raised_limit_starts_queued_downloads_at_reload() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "1", Image::with_layers(&["one", "two", "three"]));
+    let places =
+        |count| Setup::over(&upstream).tail(&format!("[limits]\ndownloads_per_upstream_max = {count}\n"));
+    let proxy = places(1).start().await;
+    proxy.manifest("library/demo", "1").await.is_image(&image);
+    let gate = upstream.holds_bodies(|seen| seen.path.contains("/blobs/"));
+    let get = |number: usize| {
+        tokio::spawn(
+            proxy
+                .blob("library/demo", &image.layer(number).digest)
+                .into_reply(),
+        )
+    };
+    let replies = [get(0), get(1), get(2)];
+    gate.reached().await;
+    until_queued(&proxy, 2).await;
+    let toml = proxy
+        .setup()
+        .toml()
+        .replace("downloads_per_upstream_max = 1", "downloads_per_upstream_max = 3");
+    proxy.setup().file("ifnewer.toml", &toml);
+    reload(&proxy).await;
+    gate.reached_by(3).await;
+    gate.release();
+    for (number, reply) in replies.into_iter().enumerate() {
+        reply.await.unwrap().is_blob(image.layer(number));
+    }
+}
+
+#[tokio::test]
+async fn connections_are_counted_over_a_reload() {
+    let limits = "connections_max = 3\nconnections_per_peer_max = 3";
+    let (_upstream, proxy, _image) = patient(limits, "").await;
+    let address = proxy.registry_address();
+    let mut open = Vec::new();
+    for last in 1..4 {
+        let mut stream = from(last, address).await;
+        assert!(asks(&mut stream, "").await.starts_with("HTTP/1.1 200 "));
+        open.push(stream);
+    }
+    reload(&proxy).await;
+    let mut newcomer = from(4, address).await;
+    assert!(asks(&mut newcomer, "").await.starts_with("HTTP/1.1 200 "));
+    // The one that has been idle for longest, as without a reload.
+    is_closed(&mut open[0]).await;
+    for stream in &mut open[1..] {
+        assert!(asks(stream, "").await.starts_with("HTTP/1.1 200 "));
+    }
+    let open = "ifnewer_connections{listener=\"registry\",state=\"open\"} 3";
+    counts(&proxy, open).await;
 }
