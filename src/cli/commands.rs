@@ -205,7 +205,7 @@ pub struct Verdict {
     /// Why, for `ifnewer blocks` and the log; clients that are denied by a block read it
     #[arg(long, value_name = "TEXT")]
     pub reason: Option<String>,
-    /// Print the API response, one object per line
+    /// Print the API response or the error, one object per line
     #[arg(long)]
     pub json: bool,
 }
@@ -216,7 +216,7 @@ pub struct Unblock {
     /// The digests: IMAGE@DIGEST in one repository, or DIGEST wherever it is blocked
     #[arg(required = true, value_name = "IMAGE@DIGEST|DIGEST")]
     pub images: Vec<String>,
-    /// Print the API response, one object per line
+    /// Print the API response or the error, one object per line
     #[arg(long)]
     pub json: bool,
 }

@@ -13,27 +13,26 @@ pub(super) async fn block(
     args: &Verdict,
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
-    for image in &args.images {
-        let body = json!({ "image": image, "blocked": true, "by": user_name(), "reason": args.reason });
-        let answer = client.post("/api/v1/blocks", &body).await?;
-        if args.json {
-            output.json_line(&answer)?;
-            continue;
-        }
-        let state = if flag(&answer, "was") {
+    let changes = Changes::new("/api/v1/blocks", &args.images, args.json);
+    let body =
+        |image: &str| json!({ "image": image, "blocked": true, "by": user_name(), "reason": args.reason });
+    let describe = |answer: &Value, output: &Output<'_>| {
+        let state = if flag(answer, "was") {
             "was blocked already; the reason is updated"
         } else {
             "blocked"
         };
-        output.line(&format!("{} {state}", text(&answer, "image")))?;
-        let images: Vec<_> = list(&answer, "images").iter().filter_map(Value::as_str).collect();
-        if !images.is_empty() {
-            let hint = "it lists images that are still served by their own digests; block them too:";
-            output.line(&output.paint(Style::Warning, hint))?;
-            output.line(&format!("ifnewer block {}", images.join(" ")))?;
+        let line = format!("{} {state}", text(answer, "image"));
+        let images: Vec<_> = list(answer, "images").iter().filter_map(Value::as_str).collect();
+        if images.is_empty() {
+            return line;
         }
-    }
-    Ok(())
+        let hint = "it lists images that are still served by their own digests; block them too:";
+        let hint = output.paint(Style::Warning, hint);
+        format!("{line}\n{hint}\nifnewer block {}", images.join(" "))
+    };
+    let failed = changes.send(client, output, body, describe).await?;
+    changes.finish(failed, None)
 }
 
 pub(super) async fn unblock(
@@ -41,18 +40,13 @@ pub(super) async fn unblock(
     args: &Unblock,
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
+    let changes = Changes::new("/api/v1/blocks", &args.images, args.json);
+    let body = |image: &str| json!({ "image": image, "blocked": false, "by": user_name() });
     let mut still_blocked = 0;
-    for image in &args.images {
-        let body = json!({ "image": image, "blocked": false, "by": user_name() });
-        let answer = client.post("/api/v1/blocks", &body).await?;
-        let is_blocked = flag(&answer, "still_blocked");
+    let describe = |answer: &Value, output: &Output<'_>| {
+        let is_blocked = flag(answer, "still_blocked");
         still_blocked += usize::from(is_blocked);
-        if args.json {
-            output.json_line(&answer)?;
-            continue;
-        }
-        let name = text(&answer, "image");
-        let state = match (flag(&answer, "was"), is_blocked) {
+        let state = match (flag(answer, "was"), is_blocked) {
             (true, false) => "unblocked",
             (false, false) => "was not blocked",
             (_, true) => "is still blocked in every repository; take that back by its digest alone",
@@ -62,15 +56,10 @@ pub(super) async fn unblock(
         } else {
             Style::Success
         };
-        output.line(&format!("{name} {}", output.paint(style, state)))?;
-    }
-    if still_blocked > 0 {
-        return Err(CommandError::Incomplete(format!(
-            "{still_blocked} of {} are still blocked",
-            args.images.len()
-        )));
-    }
-    Ok(())
+        format!("{} {}", text(answer, "image"), output.paint(style, state))
+    };
+    let failed = changes.send(client, output, body, describe).await?;
+    changes.finish(failed, Some((still_blocked, "are still blocked")))
 }
 
 pub(super) async fn approve(
@@ -79,17 +68,13 @@ pub(super) async fn approve(
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
     let Approve { verdict, undo } = args;
+    let changes = Changes::new("/api/v1/approvals", &verdict.images, verdict.json);
+    let body = |image: &str| json!({ "image": image, "approved": !undo, "by": user_name(), "reason": verdict.reason });
     let mut blocked = 0;
-    for image in &verdict.images {
-        let body = json!({ "image": image, "approved": !undo, "by": user_name(), "reason": verdict.reason });
-        let answer = client.post("/api/v1/approvals", &body).await?;
-        let is_blocked = !undo && flag(&answer, "still_blocked");
+    let describe = |answer: &Value, output: &Output<'_>| {
+        let is_blocked = !undo && flag(answer, "still_blocked");
         blocked += usize::from(is_blocked);
-        if verdict.json {
-            output.json_line(&answer)?;
-            continue;
-        }
-        let state = match (*undo, flag(&answer, "was")) {
+        let state = match (*undo, flag(answer, "was")) {
             (false, false) => "approved",
             (false, true) => "was approved already",
             (true, true) => "is no longer approved",
@@ -100,15 +85,77 @@ pub(super) async fn approve(
         } else {
             String::new()
         };
-        output.line(&format!("{} {state}{but}", text(&answer, "image")))?;
+        format!("{} {state}{but}", text(answer, "image"))
+    };
+    let failed = changes.send(client, output, body, describe).await?;
+    changes.finish(
+        failed,
+        Some((blocked, "are blocked; `ifnewer unblock` takes that back")),
+    )
+}
+
+/// One change for each image of a command.
+struct Changes<'a> {
+    path: &'static str,
+    images: &'a [String],
+    is_json: bool,
+}
+
+impl<'a> Changes<'a> {
+    fn new(path: &'static str, images: &'a [String], is_json: bool) -> Self {
+        Self {
+            path,
+            images,
+            is_json,
+        }
     }
-    if blocked > 0 {
-        return Err(CommandError::Incomplete(format!(
-            "{blocked} of {} are blocked; `ifnewer unblock` takes that back",
-            verdict.images.len()
-        )));
+
+    /// Sends every change and prints its result. In an incident the other digests must be blocked too, so neither a
+    /// failed change nor closed output ends this early. Returns the number of failed changes; the error of a single
+    /// one is returned.
+    async fn send(
+        &self,
+        client: &Client,
+        output: &mut Output<'_>,
+        body: impl Fn(&str) -> Value,
+        mut describe: impl FnMut(&Value, &Output<'_>) -> String,
+    ) -> Result<usize, CommandError> {
+        let (mut failed, mut printed) = (0, Ok(()));
+        for image in self.images {
+            let line = match client.post(self.path, &body(image)).await {
+                Ok(answer) => {
+                    let lines = describe(&answer, output);
+                    if self.is_json { answer.to_string() } else { lines }
+                }
+                Err(error) if self.images.len() == 1 => return Err(error.into()),
+                Err(error) => {
+                    failed += 1;
+                    let error = error.to_string();
+                    if self.is_json {
+                        json!({ "image": image, "error": error }).to_string()
+                    } else {
+                        format!("{image}: {}", output.paint(Style::Error, &error))
+                    }
+                }
+            };
+            printed = printed.and(output.line(&line));
+        }
+        printed.map(|()| failed)
     }
-    Ok(())
+
+    /// The result of the command: an error if changes failed, or if there are others that do not hold.
+    fn finish(&self, failed: usize, others: Option<(usize, &str)>) -> Result<(), CommandError> {
+        let counts = [(failed, "failed")].into_iter().chain(others);
+        let counts: Vec<_> = counts
+            .filter(|(count, _)| *count > 0)
+            .map(|(count, what)| format!("{count} of {} {what}", self.images.len()))
+            .collect();
+        if counts.is_empty() {
+            Ok(())
+        } else {
+            Err(CommandError::Incomplete(counts.join("; ")))
+        }
+    }
 }
 
 pub(super) async fn blocks(

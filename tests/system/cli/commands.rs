@@ -397,6 +397,53 @@ async fn blocks_and_approvals_are_given_listed_and_taken_back() {
 }
 
 #[tokio::test]
+async fn failed_block_does_not_keep_others_from_being_blocked() {
+    let proxy = Proxy::over(&Upstream::start().await).await;
+    let digests: Vec<String> = (0..2).map(|number| format!("sha256:{number:064x}")).collect();
+    let words = |command, more: &[&'static str]| -> Vec<String> {
+        let images = ["demo:latest", &digests[0], "nowhere/demo", &digests[1]];
+        let words = [command].into_iter().chain(images).chain(more.iter().copied());
+        words.map(str::to_owned).collect()
+    };
+    for (command, more, state) in [
+        ("block", &[][..], "blocked"),
+        ("approve", &[], "approved"),
+        ("approve", &["--undo"], "is no longer approved"),
+        ("unblock", &[], "unblocked"),
+    ] {
+        let words = words(command, more);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let (code, out, err) = run(&proxy, &words).await;
+        assert_eq!(code, Some(1), "{out}{err}");
+        assert!(err.contains("2 of 4 failed"), "{err}");
+        let lines: Vec<&str> = out.lines().collect();
+        assert!(lines[0].starts_with("demo:latest: a digest is required"), "{out}");
+        assert!(lines[2].starts_with("nowhere/demo: "), "{out}");
+        for (line, digest) in [(1, &digests[0]), (3, &digests[1])] {
+            assert!(
+                lines[line].starts_with(&format!("{digest} {state}")),
+                "{command}: {out}"
+            );
+        }
+    }
+    let (code, out, err) = run(&proxy, &["block", "demo:latest", &digests[0], "--json"]).await;
+    assert_eq!(code, Some(1), "{out}{err}");
+    let lines: Vec<Value> = out
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(lines[0]["image"], "demo:latest");
+    assert!(
+        lines[0]["error"]
+            .as_str()
+            .unwrap()
+            .contains("a digest is required"),
+        "{out}"
+    );
+    assert_eq!(lines[1]["blocked"], true);
+}
+
+#[tokio::test]
 async fn block_of_an_index_names_the_images_it_leaves() {
     let upstream = Upstream::start().await;
     let children = [Image::with_layers(&["amd64"]), Image::with_layers(&["arm64"])];
