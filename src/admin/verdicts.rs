@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::Admin;
 use super::format::rfc3339;
@@ -44,6 +44,8 @@ pub(super) struct Changed {
     pub(super) was: bool,
     /// Whether the digest is blocked now.
     pub(super) is_blocked: bool,
+    /// Whether the digest is approved now.
+    pub(super) is_approved: bool,
     /// Manifests of the blocked digest, if it is a cached index, that are still served by their own digests.
     pub(super) images: Vec<String>,
 }
@@ -159,13 +161,13 @@ impl Target {
             }
         });
         Ok(named
-            .filter(|image| !image.is_blocked(store))
+            .filter(|image| !image.has(VerdictKind::Blocked, store))
             .map(|image| image.name())
             .collect())
     }
 
-    fn is_blocked(&self, store: &Store) -> bool {
-        let kind = VerdictKind::Blocked;
+    /// Whether a verdict of this kind holds: for an image, in its repository or everywhere; for a digest, in any.
+    fn has(&self, kind: VerdictKind, store: &Store) -> bool {
         match self {
             Self::Image(named, digest) => store
                 .verdict(kind, named.upstream_registry.name(), &named.repository, digest)
@@ -230,7 +232,13 @@ impl Admin {
         } = parse_json(body)?;
         let (kind, motive) = (VerdictKind::Blocked, Motive { by, reason });
         let changed = self.set_verdict((kind, blocked), &image, motive).await?;
-        Ok(json_response(&described("blocked", blocked, &changed)))
+        Ok(json_response(&json!({
+            "image": changed.image,
+            "blocked": blocked,
+            "was": changed.was,
+            "still_blocked": changed.is_blocked,
+            "images": changed.images,
+        })))
     }
 
     /// `POST /api/v1/approvals`.
@@ -251,7 +259,14 @@ impl Admin {
         } = parse_json(body)?;
         let (kind, motive) = (VerdictKind::Approved, Motive { by, reason });
         let changed = self.set_verdict((kind, approved), &image, motive).await?;
-        Ok(json_response(&described("approved", approved, &changed)))
+        Ok(json_response(&json!({
+            "image": changed.image,
+            "approved": approved,
+            "was": changed.was,
+            "still_approved": changed.is_approved,
+            "still_blocked": changed.is_blocked,
+            "images": changed.images,
+        })))
     }
 
     /// Gives a verdict (`true`) or takes it back.
@@ -312,20 +327,11 @@ fn set(
         _ => Vec::new(),
     };
     Ok(Changed {
-        is_blocked: target.is_blocked(store),
+        is_blocked: target.has(VerdictKind::Blocked, store),
+        is_approved: target.has(VerdictKind::Approved, store),
         image,
         was,
         images,
-    })
-}
-
-fn described(state: &str, is_given: bool, changed: &Changed) -> Value {
-    json!({
-        "image": changed.image,
-        state: is_given,
-        "was": changed.was,
-        "still_blocked": changed.is_blocked,
-        "images": changed.images,
     })
 }
 

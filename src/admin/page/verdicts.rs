@@ -107,6 +107,9 @@ pub(super) async fn submit(
             format!("{name} is approved, but it is blocked and not served.")
         }
         (VerdictKind::Approved, true) => format!("{name} is approved: it is served before it is old enough."),
+        (VerdictKind::Approved, false) if changed.is_approved => {
+            format!("{name} is still approved in every repository.")
+        }
         (VerdictKind::Approved, false) => format!("{name} is no longer approved."),
     })
 }

@@ -70,28 +70,37 @@ pub(super) async fn approve(
     let Approve { verdict, undo } = args;
     let changes = Changes::new("/api/v1/approvals", &verdict.images, verdict.json);
     let body = |image: &str| json!({ "image": image, "approved": !undo, "by": user_name(), "reason": verdict.reason });
-    let mut blocked = 0;
+    let mut unmet = 0;
     let describe = |answer: &Value, output: &Output<'_>| {
-        let is_blocked = !undo && flag(answer, "still_blocked");
-        blocked += usize::from(is_blocked);
-        let state = match (*undo, flag(answer, "was")) {
-            (false, false) => "approved",
-            (false, true) => "was approved already",
-            (true, true) => "is no longer approved",
-            (true, false) => "was not approved",
-        };
-        let but = if is_blocked {
-            output.paint(Style::Warning, ", but it is blocked and not served")
-        } else {
-            String::new()
-        };
-        format!("{} {state}{but}", text(answer, "image"))
+        let name = text(answer, "image");
+        let was = flag(answer, "was");
+        let is_unmet = flag(answer, if *undo { "still_approved" } else { "still_blocked" });
+        unmet += usize::from(is_unmet);
+        match (*undo, was, is_unmet) {
+            (false, _, _) => {
+                let state = if was { "was approved already" } else { "approved" };
+                let but = if is_unmet {
+                    output.paint(Style::Warning, ", but it is blocked and not served")
+                } else {
+                    String::new()
+                };
+                format!("{name} {state}{but}")
+            }
+            (true, _, true) => {
+                let state = "is still approved in every repository; take that back by its digest alone";
+                format!("{name} {}", output.paint(Style::Warning, state))
+            }
+            (true, true, false) => format!("{name} is no longer approved"),
+            (true, false, false) => format!("{name} was not approved"),
+        }
     };
     let failed = changes.send(client, output, body, describe).await?;
-    changes.finish(
-        failed,
-        Some((blocked, "are blocked; `ifnewer unblock` takes that back")),
-    )
+    let what = if *undo {
+        "are still approved"
+    } else {
+        "are blocked; `ifnewer unblock` takes that back"
+    };
+    changes.finish(failed, Some((unmet, what)))
 }
 
 /// One change for each image of a command.
@@ -143,9 +152,9 @@ impl<'a> Changes<'a> {
         printed.map(|()| failed)
     }
 
-    /// The result of the command: an error if changes failed, or if there are others that do not hold.
-    fn finish(&self, failed: usize, others: Option<(usize, &str)>) -> Result<(), CommandError> {
-        let counts = [(failed, "failed")].into_iter().chain(others);
+    /// The result of the command: an error if changes failed, or if some have no effect yet.
+    fn finish(&self, failed: usize, unmet: Option<(usize, &str)>) -> Result<(), CommandError> {
+        let counts = [(failed, "failed")].into_iter().chain(unmet);
         let counts: Vec<_> = counts
             .filter(|(count, _)| *count > 0)
             .map(|(count, what)| format!("{count} of {} {what}", self.images.len()))

@@ -120,6 +120,12 @@ async fn digests_are_blocked_and_approved_by_the_form() {
         let reply = proxy.manifest("library/demo", "latest").await;
         assert_eq!(reply.status == 200, is_served, "{reply:#?}");
     }
+    let everywhere = format!("secret={secret}&action=approve&image={}", image.digest);
+    submit(&proxy, &everywhere.replace(':', "%3A")).await;
+    let here = format!("secret={secret}&action=disapprove&image={named}");
+    let done = submit(&proxy, &here.replace('@', "%40").replace(':', "%3A")).await;
+    let after = page(&proxy, done.header("location").unwrap()).await;
+    assert!(after.contains("is still approved in every repository"), "{after}");
     let wrong = submit(&proxy, &format!("secret={secret}&action=block&image=demo")).await;
     assert_eq!(wrong.status, 400, "{wrong:#?}");
 }

@@ -385,10 +385,20 @@ async fn blocks_and_approvals_are_given_listed_and_taken_back() {
             .await
             .contains("was not blocked")
     );
+    done(&proxy, &["approve", digest]).await;
+    let (code, out, err) = run(&proxy, &["approve", &in_demo, "--undo"]).await;
+    assert_eq!(code, Some(1), "{out}{err}");
+    assert!(out.contains("is still approved in every repository"), "{out}");
+    assert!(err.contains("1 of 1 are still approved"), "{err}");
+    assert!(
+        done(&proxy, &["approve", digest, "--undo"])
+            .await
+            .contains("is no longer approved")
+    );
     assert!(
         done(&proxy, &["approve", &in_demo, "--undo"])
             .await
-            .contains("is no longer approved")
+            .contains("was not approved")
     );
     let (code, _, err) = run(&proxy, &["block", "demo:latest"]).await;
     assert_eq!(code, Some(1), "{err}");
