@@ -12,6 +12,9 @@ use crate::store::verdicts::VerdictKind;
 /// Verdicts of a kind that the page shows; `ifnewer blocks` lists all.
 const VERDICTS_SHOWN: usize = 100;
 
+/// Images of a blocked index that a notice names; `ifnewer block` names all.
+const IMAGES_SHOWN: usize = 32;
+
 /// The section. Reads memory only.
 pub(super) fn section(registry: &ServingState, secret: &str) -> Markup {
     let (blocks, approvals) = (
@@ -97,7 +100,8 @@ pub(super) async fn submit(
     let name = &changed.image;
     Ok(match change {
         (VerdictKind::Blocked, true) => {
-            format!("{name} is blocked: it is not served until that is taken back.")
+            let left = images_left(&changed.images);
+            format!("{name} is blocked: it is not served until that is taken back.{left}")
         }
         (VerdictKind::Blocked, false) if changed.is_blocked => {
             format!("{name} is still blocked in every repository.")
@@ -112,4 +116,20 @@ pub(super) async fn submit(
         }
         (VerdictKind::Approved, false) => format!("{name} is no longer approved."),
     })
+}
+
+/// The images that a blocked index lists and that are still served; empty if there are none.
+fn images_left(images: &[String]) -> String {
+    if images.is_empty() {
+        return String::new();
+    }
+    let shown: Vec<_> = images.iter().take(IMAGES_SHOWN).map(String::as_str).collect();
+    let more = match images.len().saturating_sub(IMAGES_SHOWN) {
+        0 => String::new(),
+        more => format!(" and {more} more, which `ifnewer block` lists"),
+    };
+    format!(
+        " It lists images that are still served by their own digests; block them too: {}{more}.",
+        shown.join(", ")
+    )
 }

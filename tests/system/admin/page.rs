@@ -1,7 +1,8 @@
 //! Admin page without a browser: complete without scripts, escaped, and its forms work.
 
 use crate::proxy::{Ask, Proxy, Reply};
-use crate::registry::{Image, Upstream};
+use crate::registry::{Image, OCI_INDEX, OCI_MANIFEST, Upstream};
+use serde_json::json;
 
 async fn page(proxy: &Proxy, path: &str) -> String {
     let reply = proxy.admin(path).await;
@@ -128,6 +129,33 @@ async fn digests_are_blocked_and_approved_by_the_form() {
     assert!(after.contains("is still approved in every repository"), "{after}");
     let wrong = submit(&proxy, &format!("secret={secret}&action=block&image=demo")).await;
     assert_eq!(wrong.status, 400, "{wrong:#?}");
+}
+
+#[tokio::test]
+async fn notice_of_a_blocked_index_names_the_images_it_leaves() {
+    let upstream = Upstream::start().await;
+    let digests: Vec<String> = (0..34).map(|number| format!("sha256:{number:064x}")).collect();
+    let listed = |digest| json!({"mediaType": OCI_MANIFEST, "digest": digest, "size": 2});
+    let manifests: Vec<_> = digests.iter().map(listed).collect();
+    let index = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests}).to_string();
+    let index = upstream.push("library/demo", "latest", Image::raw(OCI_INDEX, index.as_bytes()));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.manifest("library/demo", "latest").await.is_image(&index);
+    let secret = secret(&page(&proxy, "/").await);
+    let block = async |digest: &str| {
+        let digest = digest.replace(':', "%3A");
+        let done = submit(&proxy, &format!("secret={secret}&action=block&image={digest}")).await;
+        let after = page(&proxy, done.header("location").unwrap()).await;
+        let notice = after.split_once("<p class=\"notice\"").unwrap().1;
+        notice.split_once("</p>").unwrap().0.to_owned()
+    };
+    assert!(!block(&digests[0]).await.contains("still served"));
+    let notice = block(&index.digest).await;
+    assert!(notice.contains("still served by their own digests"), "{notice}");
+    assert!(notice.contains(" and 1 more"), "{notice}");
+    for (number, is_named) in [(0, false), (1, true), (32, true), (33, false)] {
+        assert_eq!(notice.contains(&digests[number]), is_named, "{number}: {notice}");
+    }
 }
 
 #[tokio::test]
