@@ -270,6 +270,11 @@ pub struct CachedEntry {
 }
 
 impl CachedEntry {
+    /// Whether the image is complete.
+    pub fn is_complete(&self) -> bool {
+        self.completeness == Completeness::Complete
+    }
+
     /// Whether another complete image can be served if `digest` turns out to be unavailable.
     fn has_complete_fallback(&self, digest: Digest) -> bool {
         match self.completeness {

@@ -334,7 +334,7 @@ impl ProxyService {
     }
 
     /// The decision that a client with this `Authorization` would get now, without any upstream request (`ifnewer
-    /// why`).
+    /// why`), and whether the cached image is complete.
     pub async fn explain(
         self: &Arc<Self>,
         registry: &Arc<UpstreamRegistry>,
@@ -342,7 +342,7 @@ impl ProxyService {
         reference: &Reference,
         authorization: Option<&HeaderValue>,
         now: SystemTime,
-    ) -> (CacheState, Decision, Arc<str>) {
+    ) -> (CacheState, Decision, Arc<str>, bool) {
         let tag = match reference {
             Reference::Tag(tag) => Some(tag),
             Reference::Digest(_) => None,
@@ -350,7 +350,7 @@ impl ProxyService {
         let rule = registry.rule(repository, tag);
         let reason = (Peer::Local, &TraceContext::new_root());
         let context = self.context_of(registry, repository, authorization, reason).await;
-        let state = match reference {
+        let (state, is_complete) = match reference {
             Reference::Tag(tag) => {
                 let what = (tag, None);
                 let (candidates, cooling) = self.tag_facts(registry, repository, what, rule, now).await;
@@ -362,17 +362,27 @@ impl ProxyService {
                     None => None,
                 };
                 let entry = candidates.as_ref().map(candidates::Candidates::entry);
-                context
+                let is_complete = match &candidates {
+                    // It counts as incomplete in the decision, so that it is not served.
+                    Some(found) if found.is_blocked => {
+                        self.is_complete(registry, repository, &found.newest.manifest)
+                            .await
+                    }
+                    _ => entry.is_some_and(|entry| entry.is_complete()),
+                };
+                let state = context
                     .state(rule, crate::policy::ContentKind::Tag, entry, true, now)
                     .with_blocked(candidates.and_then(|candidates| candidates.blocked()))
-                    .with_cooling(cooling)
+                    .with_cooling(cooling);
+                (state, is_complete)
             }
             Reference::Digest(digest) => {
-                self.digest_state(registry, (&context, rule), repository, digest, now)
-                    .await
+                let what = (&context, rule);
+                let state = self.digest_state(registry, what, repository, digest, now).await;
+                (state, state.cached.is_some_and(|entry| entry.is_complete()))
             }
         };
-        (state, decide(&state), Arc::clone(&rule.name))
+        (state, decide(&state), Arc::clone(&rule.name), is_complete)
     }
 
     /// The store, for callers outside the request path.

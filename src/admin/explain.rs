@@ -70,7 +70,7 @@ pub(super) async fn explain(
     now: SystemTime,
 ) -> Explanation {
     let upstream_registry = &named.upstream_registry;
-    let (situation, decision, rule) = registry
+    let (situation, decision, rule, is_complete) = registry
         .proxy
         .explain(
             upstream_registry,
@@ -93,7 +93,7 @@ pub(super) async fn explain(
         None => None,
     };
     let mut because = reasons(
-        &situation,
+        (&situation, is_complete),
         upstream_registry.name(),
         &rule,
         authorization.is_some(),
@@ -107,7 +107,7 @@ pub(super) async fn explain(
         cached: situation.cached.map(|copy| CachedCopy {
             digest: copy.digest.to_string(),
             confirmed_at: confirmed(copy.confirmed_at),
-            complete: copy.completeness == Completeness::Complete,
+            complete: is_complete,
         }),
         authorization: authorization_name(situation.authorization),
         max_age_seconds: situation.max_age.as_secs(),
@@ -122,12 +122,12 @@ pub(super) async fn explain(
             Decision::Serve(_) | Decision::Fetch(_) | Decision::Deny(_) => Vec::new(),
         },
         refresh,
-        explanation: facts(decision, &situation),
+        explanation: facts(decision, &situation, is_complete),
     }
 }
 
 /// The facts of a decision in one line, named as in the log, the configuration and the API.
-fn facts(decision: Decision, situation: &CacheState) -> String {
+fn facts(decision: Decision, situation: &CacheState, is_complete: bool) -> String {
     let subject = match situation.kind {
         ContentKind::Tag => "tag",
         ContentKind::Manifest => "manifest",
@@ -137,14 +137,20 @@ fn facts(decision: Decision, situation: &CacheState) -> String {
     let copy = situation.cached.map_or_else(
         || "cached=none".to_owned(),
         |copy| {
-            let is_complete = match copy.completeness {
-                Completeness::Complete => "yes",
-                Completeness::Incomplete { previous: Some(_) } => "no, a previous image is",
-                Completeness::Incomplete { previous: None } => "no",
+            let complete = match (is_complete, copy.completeness) {
+                (true, Completeness::Incomplete { previous: Some(_) }) => "yes, a previous image too",
+                (true, _) => "yes",
+                (false, Completeness::Incomplete { previous: Some(_) }) => "no, a previous image is",
+                (false, _) => "no",
+            };
+            let blocked = if situation.blocked == Some(copy.digest) {
+                "yes"
+            } else {
+                "no"
             };
             let confirmed_at = confirmed(copy.confirmed_at).unwrap_or_else(|| "never".to_owned());
             format!(
-                "cached={} complete={is_complete} confirmed_at={confirmed_at}",
+                "cached={} complete={complete} blocked={blocked} confirmed_at={confirmed_at}",
                 copy.digest
             )
         },
@@ -179,7 +185,7 @@ fn sentence(decision: Decision, upstream: &str) -> String {
 }
 
 fn reasons(
-    situation: &CacheState,
+    (situation, is_complete): (&CacheState, bool),
     upstream: &str,
     rule: &Arc<str>,
     has_credential: bool,
@@ -188,7 +194,7 @@ fn reasons(
     let mut lines = vec![format!("policy {}, by {rule}", situation.policy)];
     lines.push(match situation.cached {
         None => "no cached copy is available to this client".to_owned(),
-        Some(copy) => describe_copy(&copy, situation),
+        Some(copy) => describe_copy(&copy, situation, is_complete),
     });
     let who = if has_credential {
         "this credential"
@@ -222,12 +228,15 @@ fn reasons(
     lines
 }
 
-fn describe_copy(copy: &CachedEntry, situation: &CacheState) -> String {
+fn describe_copy(copy: &CachedEntry, situation: &CacheState, is_complete: bool) -> String {
     let digest = short_digest(&copy.digest.to_string());
-    let state = match copy.completeness {
-        Completeness::Complete => "complete",
-        Completeness::Incomplete { previous: Some(_) } => "incomplete, and a previous image complete",
-        Completeness::Incomplete { previous: None } => "incomplete",
+    let state = match (is_complete, copy.completeness) {
+        (true, Completeness::Incomplete { previous: Some(_) }) => "complete, and a previous image too",
+        (true, _) => "complete",
+        (false, Completeness::Incomplete { previous: Some(_) }) => {
+            "incomplete, and a previous image complete"
+        }
+        (false, _) => "incomplete",
     };
     let age = situation
         .now

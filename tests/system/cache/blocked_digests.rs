@@ -89,6 +89,14 @@ async fn blocked_manifest_is_denied_until_taken_back() {
     assert_eq!(event["digest"], json!(image.digest));
     let why = proxy.admin("/api/v1/why?image=demo:latest").await.json();
     assert!(why.to_string().contains("is blocked by the operator"), "{why}");
+    assert_eq!(why["cached"]["complete"], true, "{why}");
+    let explanation = why["explanation"].as_str().unwrap();
+    assert!(explanation.contains("complete=yes blocked=yes"), "{why}");
+    let because = why["because"].to_string();
+    assert!(
+        because.contains(" is complete, ") && !because.contains("incomplete"),
+        "{why}"
+    );
 
     unblock(&proxy, &image.digest).await;
     proxy.pull(DEMO, "latest", &image).await;
@@ -275,6 +283,8 @@ async fn outage_serves_older_image_only_as_without_block() {
     let reply = proxy.pull(DEMO, "latest", &old).await;
     assert!(reply.header("warning").is_some(), "{reply:#?}");
     assert!(reply.cache_status().contains("previous-complete"), "{reply:#?}");
+    let why = proxy.admin("/api/v1/why?image=demo:latest").await.json();
+    assert_eq!(why["cached"]["complete"], false, "{why}");
     block(&proxy, &in_demo(&old.digest)).await;
     is_blocked(&proxy.manifest(DEMO, "latest").await, &new.digest);
 }
