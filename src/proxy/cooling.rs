@@ -17,7 +17,7 @@ use crate::age;
 use crate::oci::{Accept, Digest, MediaType, Reference, Repository, Tag};
 use crate::policy::min_age::{AgeEvidence, AgeLimit, Maturity, YoungDigest, evident_time};
 use crate::policy::rules::EffectivePolicy;
-use crate::policy::{AgeFacts, CacheState, Completeness, OlderDigest, Revalidation};
+use crate::policy::{AgeFacts, CacheState, Completeness, OlderDigest, Presence, Revalidation};
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::sightings::{Seen, SightingKey, Sightings};
 use crate::store::tags::{TagKey, TagReader};
@@ -128,10 +128,11 @@ impl ProxyService {
     }
 
     /// `state` after a revalidation, with the maturity of the digest that the upstream named. The candidates are chosen
-    /// again, because the response may have recorded a sighting and a `Date`.
+    /// again, because the response may have recorded a sighting and a `Date`. If an older image can be served at once,
+    /// `deadline` bounds the wait for the age of a digest whose age is unknown.
     pub(super) async fn with_ages(
         self: &Arc<Self>,
-        (request, upstream_request): (&Request, &UpstreamRequest),
+        (request, upstream_request, deadline): (&Request, &UpstreamRequest, Instant),
         rule: &EffectivePolicy,
         (state, candidates): (CacheState, Option<Candidates>),
         revalidated: &Revalidated,
@@ -169,7 +170,11 @@ impl ProxyService {
                     .await;
                 match (judged, response) {
                     (Maturity::Young(youth), Some(response)) if youth.may_be_older && !is_blocked => {
-                        self.judge_by_storage(upstream_request, what, &limit, (response, now))
+                        let deadline = cooling
+                            .is_some_and(|cooling| has_complete_older(candidates.as_ref(), &cooling))
+                            .then_some(deadline);
+                        let shown = (response, now);
+                        self.judge_by_storage(upstream_request, what, &limit, shown, deadline)
                             .await
                     }
                     (judged, _) => judged,
@@ -221,11 +226,14 @@ impl ProxyService {
         (tag, digest): (&Tag, Digest),
         limit: &AgeLimit,
         (response, now): (&UpstreamResponse, SystemTime),
+        deadline: Option<Instant>,
     ) -> Maturity {
         if let Some(seen) = self.proven_sight(upstream_request, digest, response) {
             let (reference, trust_created) = (tag.clone().into(), limit.trust_created);
             // Boxed, because few requests come here.
-            Box::pin(self.record_storage_age(upstream_request, &reference, seen, trust_created)).await;
+            let recording =
+                self.record_storage_age(upstream_request, &reference, seen, trust_created, deadline);
+            Box::pin(recording).await;
         }
         let (registry, repository) = (&upstream_request.registry, &upstream_request.repository);
         self.judge(registry, repository, (tag, digest), limit, (Some(response), now))
@@ -366,6 +374,14 @@ impl ProxyService {
             .judge(digest, &evidence, registry.checked_time().bound(now))
             .youth()
     }
+}
+
+/// Whether an image that is old enough can be served without the upstream.
+fn has_complete_older(candidates: Option<&Candidates>, cooling: &AgeFacts) -> bool {
+    let is_cached = |candidates: &Candidates| candidates.completeness == Completeness::Complete;
+    let is_older_complete = |older: OlderDigest| older.presence == Presence::Complete;
+    cooling.older.is_some_and(is_older_complete)
+        || cooling.cached.is_mature() && candidates.is_some_and(is_cached)
 }
 
 /// What a response to this request shows, without times.

@@ -134,7 +134,8 @@ impl ProxyService {
         match (judged, seen) {
             (Maturity::Young(youth), Some(seen)) if youth.may_be_older && !is_blocked => {
                 let reference = digest.into();
-                self.record_storage_age(upstream_request, &reference, seen, limit.trust_created)
+                // Nothing else could be served, so it is waited for.
+                self.record_storage_age(upstream_request, &reference, seen, limit.trust_created, None)
                     .await;
                 self.judge_digest(registry, repository, what, limit, now).await
             }

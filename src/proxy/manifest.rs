@@ -244,7 +244,7 @@ impl<'a> ManifestRequest<'a> {
         }
         let state = state.with_revalidation(revalidated.revalidation);
         let (state, candidates) = if state.cooling.is_some() {
-            let requests = (self.request, &self.upstream_request());
+            let requests = (self.request, &self.upstream_request(), self.deadline);
             let facts = (state, candidates);
             // Boxed, so that the future of all other requests stays small.
             Box::pin(self.proxy.with_ages(requests, self.rule, facts, &revalidated)).await

@@ -9,13 +9,14 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use quick_cache::sync::Cache;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::ProxyService;
 use super::manifest_fetch::UpstreamRequest;
 use crate::oci::manifest::{Descriptor, DescriptorKind, ManifestKind, MediaType, Platform};
 use crate::oci::{Digest, Endpoint, Reference};
 use crate::policy::min_age::evident_time;
+use crate::single_flight::SingleFlight;
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::sightings::{Seen, SightingKey};
 
@@ -35,18 +36,49 @@ const CONFIG_TYPES: [&str; 2] = [
 /// Size of the empty config `{}`, which lists no layers.
 const EMPTY_CONFIG_BYTES: u64 = 2;
 
-/// Longest wait for all of it. A client has given up after 30 s.
+/// Longest time for all of it. A client has given up after 30 s.
 const STORAGE_AGE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Digests of tags of which the storage is known to state nothing.
-const SILENT_MAX: usize = 4_096;
+/// Time for which a failure is remembered, so that it does not delay each pull.
+const FAILED_TTL: Duration = Duration::from_secs(60);
 
-/// Digests whose storage states no time, so that it is requested once, and whether `created` was read. In memory only.
-pub(super) struct SilentStorage(Cache<(SightingKey, Digest, bool), ()>);
+/// Concurrent requests for ages. Beyond them the age stays unknown for the moment.
+const RUNNING_MAX: usize = 256;
 
-impl Default for SilentStorage {
+/// Remembered digests of tags of which the storage states nothing, and as many of which the request failed.
+const REMEMBERED_MAX: usize = 4_096;
+
+/// The digest that a tag or a request by digest names, and whether `created` is read.
+type StatedKey = (SightingKey, Digest, bool);
+
+/// One requester, with one set of settings.
+type FailedKey = (StatedKey, [u8; 32], (u64, u64));
+
+/// Requests for ages of storages, and their results that are not recorded. In memory only.
+pub(super) struct StorageAges {
+    /// The storage states no time, so it is requested once.
+    silent: Cache<StatedKey, ()>,
+    /// When the last request failed.
+    failed: Cache<FailedKey, Instant>,
+    running: SingleFlight<FailedKey, ()>,
+}
+
+impl Default for StorageAges {
     fn default() -> Self {
-        Self(Cache::new(SILENT_MAX))
+        Self {
+            silent: Cache::new(REMEMBERED_MAX),
+            failed: Cache::new(REMEMBERED_MAX),
+            running: SingleFlight::default(),
+        }
+    }
+}
+
+impl StorageAges {
+    fn may_request(&self, key: &FailedKey) -> bool {
+        let has_failed = |at: Instant| at.elapsed() < FAILED_TTL;
+        self.silent.get(&key.0).is_none()
+            && !self.failed.get(key).is_some_and(has_failed)
+            && self.running.count() < RUNNING_MAX
     }
 }
 
@@ -61,51 +93,70 @@ pub(super) struct ConfigAge {
 
 impl ProxyService {
     /// Requests what the storage states about a digest that this tag or digest names, and records it with what the
-    /// response showed.
+    /// response showed. Waits until `deadline` at most, if there is one. The request continues, so that a late response
+    /// counts for the next pull.
     pub(super) async fn record_storage_age(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
         reference: &Reference,
         seen: Seen,
         trust_created: bool,
+        deadline: Option<Instant>,
     ) {
-        let of = (reference, seen.digest);
-        if let Some(stated) = self.storage_age(upstream_request, of, trust_created).await {
-            let seen = Seen {
-                last_modified: seen.last_modified.or(stated.last_modified),
-                created_at: stated.created_at,
-                ..seen
-            };
-            self.write_sighting(upstream_request, reference, seen).await;
-        }
-    }
-
-    /// What the newest config of the image or index that this tag or digest names says about its age; `None` if that is
-    /// nothing.
-    async fn storage_age(
-        self: &Arc<Self>,
-        upstream_request: &UpstreamRequest,
-        (reference, digest): (&Reference, Digest),
-        trust_created: bool,
-    ) -> Option<ConfigAge> {
-        let key = SightingKey {
+        let subject = SightingKey {
             upstream: upstream_request.registry.name().into(),
             repository: upstream_request.repository.clone(),
             reference: reference.clone(),
         };
-        let of = (key, digest, trust_created);
-        if self.silent_storage.0.get(&of).is_some() {
-            return None;
+        let key = (
+            (subject, seen.digest, trust_created),
+            upstream_request.caller.principal,
+            upstream_request.registry.upstream().settings_id(),
+        );
+        if !self.storage_ages.may_request(&key) {
+            return;
         }
+        let call = self.storage_ages.running.share(key.clone(), || {
+            let (proxy, upstream_request, reference) =
+                (Arc::clone(self), upstream_request.clone(), reference.clone());
+            async move {
+                if let Some(stated) = proxy.storage_age(&upstream_request, key).await {
+                    let seen = Seen {
+                        last_modified: seen.last_modified.or(stated.last_modified),
+                        created_at: stated.created_at,
+                        ..seen
+                    };
+                    proxy.write_sighting(&upstream_request, &reference, seen).await;
+                }
+            }
+        });
+        match deadline {
+            Some(deadline) => _ = timeout_at(deadline, call.wait()).await,
+            None => _ = call.wait().await,
+        }
+    }
+
+    /// What the newest config of the image or index says about its age; `None` if that is nothing, or if a request
+    /// failed.
+    async fn storage_age(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        key: FailedKey,
+    ) -> Option<ConfigAge> {
+        let (_, digest, trust_created) = key.0;
         let upstream_request = upstream_request.clone().by_digest(digest);
         let requested = self.newest_config(&upstream_request, digest, trust_created);
-        // `None`: an upstream that does not respond says nothing about its storage.
-        let stated = timeout(STORAGE_AGE_TIMEOUT, requested).await.ok()??;
-        if stated == ConfigAge::default() {
-            self.silent_storage.0.insert(of, ());
-            return None;
+        match timeout(STORAGE_AGE_TIMEOUT, requested).await {
+            Ok(Some(stated)) if stated != ConfigAge::default() => Some(stated),
+            Ok(Some(_)) => {
+                self.storage_ages.silent.insert(key.0, ());
+                None
+            }
+            Ok(None) | Err(_) => {
+                self.storage_ages.failed.insert(key, Instant::now());
+                None
+            }
         }
-        Some(stated)
     }
 
     /// `None` if a request failed.

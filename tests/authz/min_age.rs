@@ -1,8 +1,10 @@
 //! Minimum age, with a wall clock that is stepped: moved tags, outages, restarts, reloads, lying registries.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use bytes::Bytes;
 use ifnewer::oci::{Algorithm, Digest};
 use ifnewer::policy::min_age::{AgeLimit, AgeOverrides, OnUnknownAge};
 use ifnewer::policy::refresh::RefreshPolicy;
@@ -371,6 +373,57 @@ async fn storage_that_states_an_implausible_time_is_requested_once() {
     let log = registry.request_log();
     let asked = log.iter().filter(|line| line.contains("/blobs/")).count();
     assert_eq!(asked, 2, "one HEAD and one GET: {log:?}");
+}
+
+fn config_heads(registry: &Registry, image: Digest) -> usize {
+    let line = format!("HEAD /v2/{REPOSITORY}/blobs/{}", config_of(registry, image));
+    registry.request_log().iter().filter(|one| **one == line).count()
+}
+
+#[tokio::test(start_paused = true)]
+async fn slow_storage_delays_no_pull_beyond_the_timeout() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    let old = push_old(&registry, "one", 10);
+    pulled_tag(&cache).await;
+    pass(4 * DAY).await;
+    let new = push(&registry, "two");
+    stored_days_ago(&registry, config_of(&registry, new), 10);
+    registry.hold(&format!("HEAD /v2/{REPOSITORY}/blobs/"));
+    let began = tokio::time::Instant::now();
+    let got = cache.get(&of("1")).await;
+    assert!(matches!(got, Got::Content(digest, _) if digest == old), "{got:?}");
+    assert!(
+        began.elapsed() <= Duration::from_millis(2_100),
+        "revalidate_timeout: {:?}",
+        began.elapsed()
+    );
+    registry.release();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(config_heads(&registry, new), 1);
+    assert_eq!(tag(&cache).await, Ok(new), "the late response counts");
+}
+
+#[tokio::test(start_paused = true)]
+async fn failed_request_of_an_age_is_repeated_after_a_minute() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    let image = push(&registry, "one");
+    let config = config_of(&registry, image);
+    let blobs = |change: &dyn Fn(&mut BTreeMap<Digest, Bytes>)| {
+        change(&mut registry.state().shelves.get_mut(REPOSITORY).unwrap().blobs);
+    };
+    let bytes = registry.state().shelves[REPOSITORY].blobs[&config].clone();
+    blobs(&|blobs| _ = blobs.remove(&config));
+    for _ in 0..3 {
+        assert_eq!(tag(&cache).await, Err("too-young"));
+    }
+    assert_eq!(config_heads(&registry, image), 1, "{:?}", registry.request_log());
+    blobs(&|blobs| _ = blobs.insert(config, bytes.clone()));
+    stored_days_ago(&registry, config, 10);
+    pass(60).await;
+    assert_eq!(tag(&cache).await, Ok(image));
+    assert_eq!(config_heads(&registry, image), 2);
 }
 
 #[tokio::test(start_paused = true)]
