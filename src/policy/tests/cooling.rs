@@ -179,6 +179,27 @@ fn min_age_serves_no_one_whom_the_policy_denies() {
     });
 }
 
+/// The same ages with an older digest, or with more of it in the store.
+fn with_more_of_the_older(cooling: &AgeFacts) -> impl Iterator<Item = AgeFacts> {
+    let presences = [Presence::None, Presence::ManifestOnly, Presence::Complete];
+    let digests = [old_digest(), other_digest()];
+    let olders = digests
+        .into_iter()
+        .flat_map(move |digest| presences.map(|presence| OlderDigest { digest, presence }));
+    let cooling = *cooling;
+    olders
+        .filter(move |more| {
+            cooling.older.is_none_or(|older| {
+                let rank = |presence| presences.iter().position(|one| *one == presence);
+                older.digest == more.digest && rank(older.presence) < rank(more.presence)
+            })
+        })
+        .map(move |older| AgeFacts {
+            older: Some(older),
+            ..cooling
+        })
+}
+
 #[test]
 fn min_age_more_youth_never_serves_more() {
     let gets = |v| {
@@ -204,6 +225,7 @@ fn min_age_more_youth_never_serves_more() {
         ];
         elder
             .into_iter()
+            .chain(with_more_of_the_older(cooling))
             .filter(|elder| is_consistent(s, elder))
             .all(|elder| {
                 let with = decide(&CacheState {
