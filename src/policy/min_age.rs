@@ -9,7 +9,7 @@
 //! 3. *`created`* of the image's config, set by its publisher. It counts only with `trust_created`.
 //!
 //! A digest is *known to be young* if the tag named another digest less than the minimum age ago, or if its storage or
-//! config says so. Otherwise a young first sight proves nothing, because the tag may have named the digest long before:
+//! config says so. It counts as such while the record of this cache cannot be read. Otherwise a young first sight proves nothing, because the tag may have named the digest long before:
 //! the age is *unknown*, and `on_unknown_age` decides.
 
 use std::time::{Duration, SystemTime};
@@ -96,6 +96,8 @@ pub struct AgeEvidence {
     pub last_modified: Option<SystemTime>,
     /// `created` of the config.
     pub created_at: Option<SystemTime>,
+    /// Whether the record of this cache could not be read now. It may say that the digest is young.
+    pub is_unreadable: bool,
     /// Whether the operator approved the digest.
     pub is_approved: bool,
 }
@@ -265,6 +267,7 @@ impl AgeLimit {
         let is_known_young = self
             .known(evidence, now)
             .any(|(_, source)| source != AgeSource::FirstSeen)
+            || evidence.is_unreadable
             || evidence.other_seen_at.is_some_and(|other| !is_old(other));
         if !is_known_young && self.on_unknown_age == OnUnknownAge::Serve {
             return Maturity::Mature;
@@ -370,6 +373,7 @@ mod tests {
                                 last_modified,
                                 created_at,
                                 is_approved,
+                                is_unreadable: false,
                             });
                         }
                     }
@@ -407,6 +411,10 @@ mod tests {
                     ..evidence
                 },
                 AgeEvidence {
+                    other_seen_at: None,
+                    ..evidence
+                },
+                AgeEvidence {
                     last_modified: None,
                     ..evidence
                 },
@@ -420,15 +428,45 @@ mod tests {
                 },
             ]
         };
-        for limit in limits().filter(|limit| limit.on_unknown_age == OnUnknownAge::Refuse) {
+        // The exception: with `on_unknown_age = "serve"`, a digest is served of which nothing shows any more that it is young.
+        let is_served_as_unknown = |limit: &AgeLimit, evidence: &AgeEvidence| {
+            let refusing = AgeLimit {
+                on_unknown_age: OnUnknownAge::Refuse,
+                ..*limit
+            };
+            let youth = refusing.judge(digest(), evidence, now()).youth();
+            limit.on_unknown_age == OnUnknownAge::Serve && youth.is_some_and(|youth| youth.may_be_older)
+        };
+        for limit in limits() {
             for evidence in every_evidence() {
                 for less in less(evidence) {
                     assert!(
                         !limit.judge(digest(), &less, now()).is_mature()
-                            || limit.judge(digest(), &evidence, now()).is_mature(),
+                            || limit.judge(digest(), &evidence, now()).is_mature()
+                            || is_served_as_unknown(&limit, &less),
                         "{limit:?} {evidence:?} {less:?}"
                     );
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn unreadable_record_counts_as_young() {
+        for limit in limits() {
+            for evidence in every_evidence() {
+                let unreadable = AgeEvidence {
+                    is_unreadable: true,
+                    ..evidence
+                };
+                let judged = limit.judge(digest(), &unreadable, now());
+                let refusing = AgeLimit {
+                    on_unknown_age: OnUnknownAge::Refuse,
+                    ..limit
+                };
+                let is_old = refusing.judge(digest(), &evidence, now()).is_mature();
+                assert_eq!(judged.is_mature(), is_old, "{limit:?} {evidence:?}");
+                assert!(judged.youth().is_none_or(|youth| !youth.may_be_older));
             }
         }
     }

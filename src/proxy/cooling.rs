@@ -416,6 +416,7 @@ impl CacheView<'_> {
             other_seen_at: sighting.and_then(|sighting| sighting.other_seen_at),
             last_modified: sighting.and_then(|sighting| sighting.seen.last_modified),
             created_at: sighting.and_then(|sighting| sighting.seen.created_at),
+            is_unreadable: sightings.is_unreadable(),
             is_approved: approved.is_some(),
         }
     }

@@ -109,6 +109,8 @@ pub struct Sightings {
     all: Vec<Sighting>,
     /// Whether the last write failed.
     is_unsaved: bool,
+    /// See [`Self::is_unreadable`].
+    is_unreadable: bool,
 }
 
 impl Sighting {
@@ -140,6 +142,11 @@ impl Sightings {
     /// All sightings, the last named first.
     pub fn iter(&self) -> impl Iterator<Item = &Sighting> {
         self.all.iter()
+    }
+
+    /// Whether the file exists and could not be read now. These sightings may then lack some that are on the disk.
+    pub fn is_unreadable(&self) -> bool {
+        self.is_unreadable
     }
 
     fn len(&self) -> usize {
@@ -178,7 +185,7 @@ impl Sightings {
         all.sort_by_key(|sighting| Reverse(sighting.named_at));
         Self {
             all,
-            is_unsaved: false,
+            ..Self::default()
         }
     }
 
@@ -224,7 +231,7 @@ impl Sightings {
         );
         Some(Self {
             all,
-            is_unsaved: false,
+            ..Self::default()
         })
     }
 
@@ -237,7 +244,7 @@ impl Sightings {
         }
         Some(Self {
             all: vec![joined],
-            is_unsaved: false,
+            ..Self::default()
         })
     }
 
@@ -412,7 +419,7 @@ impl Sightings {
             key,
             Self {
                 all,
-                is_unsaved: false,
+                ..Self::default()
             },
         ))
     }

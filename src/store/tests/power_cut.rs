@@ -38,6 +38,8 @@ pub(in crate::store) struct PowerCutFs {
     durable: Mutex<Names>,
     /// Barrier that the next rename into the folder waits at twice.
     gate: Mutex<Option<(&'static str, Arc<Barrier>)>>,
+    /// Folder in which no file can be opened.
+    unreadable: Mutex<Option<&'static str>>,
 }
 
 pub(super) struct PowerCutFile {
@@ -57,7 +59,13 @@ impl PowerCutFs {
             names: Mutex::default(),
             durable: Mutex::default(),
             gate: Mutex::default(),
+            unreadable: Mutex::default(),
         }
+    }
+
+    /// From now on, files in `tree` cannot be opened; with `None`, all can.
+    pub(in crate::store) fn set_unreadable(&self, tree: Option<&'static str>) {
+        *self.unreadable.lock().unwrap() = tree;
     }
 
     /// Makes the next rename into `tree` wait at this barrier: once before the test continues, and once after.
@@ -143,6 +151,10 @@ impl FileSystem for PowerCutFs {
     }
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
+        let unreadable = *self.unreadable.lock().unwrap();
+        if unreadable.is_some_and(|tree| path.starts_with(tree)) {
+            return Err(io::Error::other("bad sector"));
+        }
         Ok(Arc::new(Handle(self.find(path)?)))
     }
 

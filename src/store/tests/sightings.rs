@@ -95,6 +95,37 @@ fn damaged_sightings_are_no_evidence() {
 }
 
 #[test]
+fn unreadable_sightings_are_kept_and_read_again() {
+    let fs = Arc::new(PowerCutFs::new(usize::MAX));
+    let open = || {
+        let disk = Arc::clone(&fs) as Arc<dyn FileSystem>;
+        Store::open(&Settings::default(), disk, at(0)).unwrap()
+    };
+    let store = open();
+    see(&store, "3", b"old", 1).unwrap();
+    store
+        .join_sighting(&sighting_key("3"), &digest(b"old"), at(1))
+        .unwrap();
+    drop(store);
+    let store = open();
+    let of_digest = sighting_key("3").with_digest(digest(b"old"));
+    fs.set_unreadable(Some("sightings"));
+    for key in [&sighting_key("3"), &of_digest] {
+        assert!(store.sightings(key).is_unreadable());
+    }
+    assert!(see(&store, "3", b"new", 5).is_err());
+    assert!(store.record_sighting(&of_digest, &seen(b"old"), at(5)).is_err());
+    fs.set_unreadable(None);
+    assert_eq!(first_seen(&store, "3", b"old"), Some(at(1)), "read again");
+    assert!(!store.sightings(&of_digest).is_unreadable());
+    assert_eq!(see(&store, "3", b"new", 6), Ok(true));
+    drop(store);
+    let store = open();
+    assert_eq!(first_seen(&store, "3", b"old"), Some(at(1)), "not overwritten");
+    assert_eq!(first_seen(&store, "3", b"new"), Some(at(6)));
+}
+
+#[test]
 fn sightings_of_another_tag_are_ignored() {
     on_every_fs(|fixture| {
         see(&fixture.open(), "3", b"image", 1).unwrap();

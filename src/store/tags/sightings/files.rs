@@ -53,8 +53,8 @@ impl SightingKey {
 }
 
 impl Store {
-    /// The sightings of a tag or digest, from memory or from the file. Without a file, those that follow from the tag's
-    /// record.
+    /// The sightings of a tag or digest, from memory or from the file. Without a file, or if it cannot be read, those
+    /// that follow from the tag's record.
     pub fn sightings(&self, key: &SightingKey) -> Arc<Sightings> {
         self.sightings.find(key, || self.record_of(key))
     }
@@ -139,6 +139,10 @@ impl View<'_> {
     }
 }
 
+fn of_record(record: Option<&TagRecord>) -> Sightings {
+    record.map(Sightings::of_record).unwrap_or_default()
+}
+
 /// The weight of a tag: its sightings, and one for the key.
 #[derive(Clone)]
 struct BySightings;
@@ -183,20 +187,36 @@ impl SightingFiles {
         let record = record();
         let path = key.path();
         let _using = self.lock(&path);
-        self.load(key, &path, record.as_deref()).0
+        self.load(key, &path, record.as_deref()).unwrap_or_else(|error| {
+            tracing::warn!(path = %path.display(), %error, "failed to read sightings");
+            Arc::new(Sightings {
+                is_unreadable: true,
+                ..of_record(record.as_deref())
+            })
+        })
     }
 
-    /// The sightings, and whether they have a file. Call it under the lock.
-    fn load(&self, key: &SightingKey, path: &Path, record: Option<&TagRecord>) -> (Arc<Sightings>, bool) {
+    /// The sightings. After an error nothing is kept in memory, because the next read may succeed. Call it under the
+    /// lock.
+    fn load(&self, key: &SightingKey, path: &Path, record: Option<&TagRecord>) -> io::Result<Arc<Sightings>> {
         if let Some(found) = self.ready.get(key) {
-            return (found, true);
+            return Ok(found);
         }
-        let on_disk = self.read_file(key, path);
-        let has_file = on_disk.is_some();
-        let sightings = on_disk.unwrap_or_else(|| record.map(Sightings::of_record).unwrap_or_default());
-        let sightings = Arc::new(sightings);
+        let on_disk = self.read_file(key, path)?;
+        let sightings = Arc::new(on_disk.unwrap_or_else(|| of_record(record)));
         self.ready.insert(key.clone(), Arc::clone(&sightings));
-        (sightings, has_file)
+        Ok(sightings)
+    }
+
+    /// [`Self::load`] for a writer, which must not overwrite a file that it could not read.
+    fn load_to_write(
+        &self,
+        key: &SightingKey,
+        path: &Path,
+        record: Option<&TagRecord>,
+    ) -> Result<Arc<Sightings>, StoreError> {
+        self.load(key, path, record)
+            .map_err(|error| StoreError::io("read", path, &error))
     }
 
     fn record(
@@ -209,7 +229,7 @@ impl SightingFiles {
         let record = record();
         let path = key.path();
         let _using = self.lock(&path);
-        let (before, _) = self.load(key, &path, record.as_deref());
+        let before = self.load_to_write(key, &path, record.as_deref())?;
         let Some(sightings) = before.with(seen, record.as_deref(), now) else {
             return Ok(false);
         };
@@ -220,7 +240,7 @@ impl SightingFiles {
     fn join(&self, key: &SightingKey, of_tag: &Sighting, now: SystemTime) -> Result<(), StoreError> {
         let path = key.path();
         let _using = self.lock(&path);
-        let (before, _) = self.load(key, &path, None);
+        let before = self.load_to_write(key, &path, None)?;
         before
             .joined(of_tag, now)
             .map_or(Ok(()), |sightings| self.save(key, &path, sightings))
@@ -243,23 +263,20 @@ impl SightingFiles {
             .map_err(|error| StoreError::io("write", path, &error))
     }
 
-    /// A damaged file is no evidence. It is overwritten by the next sighting.
-    fn read_file(&self, key: &SightingKey, path: &Path) -> Option<Sightings> {
-        match self.fs.read_file(path, RECORD_BYTES_MAX) {
-            Ok(bytes) => {
-                let found = Sightings::from_file(&bytes).filter(|(named, _)| named == key);
-                if found.is_none() {
-                    tracing::warn!(path = %path.display(), "damaged record of sightings ignored");
-                }
-                found.map(|(_, sightings)| sightings)
-            }
-            Err(error) => {
-                if error.kind() != io::ErrorKind::NotFound {
-                    tracing::warn!(path = %path.display(), %error, "failed to read sightings");
-                }
-                None
-            }
+    /// The sightings of the file, if there is one. A damaged file is no evidence. It is overwritten by the next sighting.
+    fn read_file(&self, key: &SightingKey, path: &Path) -> io::Result<Option<Sightings>> {
+        let bytes = match self.fs.read_file(path, RECORD_BYTES_MAX) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            // Longer than any that is written.
+            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        let found = Sightings::from_file(&bytes).filter(|(named, _)| named == key);
+        if found.is_none() {
+            tracing::warn!(path = %path.display(), "damaged record of sightings ignored");
         }
+        Ok(found.map(|(_, sightings)| sightings))
     }
 
     /// Makes room for one more file.
