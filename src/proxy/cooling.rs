@@ -165,9 +165,8 @@ impl ProxyService {
         let named = match revalidated.revalidation {
             Revalidation::Digest { digest, .. } | Revalidation::Blocked(digest) => {
                 let what = (tag, digest);
-                let judged = self
-                    .judge(registry, repository, what, &limit, (response, now))
-                    .await;
+                let shown = (response.map(|response| (upstream_request, response)), now);
+                let judged = self.judge(registry, repository, what, &limit, shown).await;
                 match (judged, response) {
                     (Maturity::Young(youth), Some(response)) if youth.may_be_older && !is_blocked => {
                         let deadline = cooling
@@ -192,26 +191,42 @@ impl ProxyService {
         (state, candidates)
     }
 
-    /// Maturity of a digest that the tag names, by the recorded evidence and by `Last-Modified` of the response.
+    /// Maturity of a digest that the tag names, by the recorded evidence and by the response that named it. A response
+    /// that is not proven to be the registry's is no sighting, but shows that the tag no longer names another digest.
     pub(super) async fn judge(
         self: &Arc<Self>,
         registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         (tag, digest): (&Tag, Digest),
         limit: &AgeLimit,
-        (response, now): (Option<&UpstreamResponse>, SystemTime),
+        (shown, now): (Option<(&UpstreamRequest, &UpstreamResponse)>, SystemTime),
     ) -> Maturity {
         let key = TagKey {
             upstream: registry.name().into(),
             repository: repository.clone(),
             tag: tag.clone(),
         };
+        let now = registry.checked_time().bound(now);
+        let seen = shown.and_then(|(upstream_request, response)| {
+            Some(seen_by(upstream_request, digest, response.media_type.as_ref()?))
+        });
         let evidence = self.read_cache(registry, repository, move |cached| {
-            cached.evidence(&cached.view.sightings(&SightingKey::from(&key)), &digest)
+            let sightings = cached.view.sightings(&SightingKey::from(&key));
+            let evidence = cached.evidence(&sightings, &digest);
+            if evidence.first_seen_at.is_some() {
+                return evidence;
+            }
+            let image = format_args!("{}:{}", cached.repository, key.tag);
+            let record = cached
+                .proxy
+                .cached(cached.registry, &image, cached.view.tag(&key));
+            AgeEvidence {
+                other_seen_at: sightings.other_seen_at(&digest, seen.as_ref(), record.as_deref(), now),
+                ..evidence
+            }
         });
         let evidence = evidence.await;
-        let now = registry.checked_time().bound(now);
-        let stated = response.and_then(|response| proven_last_modified(response, now));
+        let stated = shown.and_then(|(_, response)| proven_last_modified(response, now));
         let evidence = AgeEvidence {
             last_modified: evidence.last_modified.or(stated),
             ..evidence
@@ -236,7 +251,8 @@ impl ProxyService {
             Box::pin(recording).await;
         }
         let (registry, repository) = (&upstream_request.registry, &upstream_request.repository);
-        self.judge(registry, repository, (tag, digest), limit, (Some(response), now))
+        let shown = (Some((upstream_request, response)), now);
+        self.judge(registry, repository, (tag, digest), limit, shown)
             .await
     }
 

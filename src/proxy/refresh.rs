@@ -59,8 +59,10 @@ impl ProxyService {
         };
         if let Revalidation::Digest { digest, .. } = revalidated.revalidation {
             let limit = request.registry.rule(repository, Some(tag)).age_limit;
-            let shown = (revalidated.response.as_deref(), self.clock.now().max(request.now));
-            let maturity = self.judge(&request.registry, repository, (tag, digest), &limit, shown);
+            let response = revalidated.response.as_deref();
+            let shown = response.map(|response| (&upstream_request, response));
+            let now = self.clock.now().max(request.now);
+            let maturity = self.judge(&request.registry, repository, (tag, digest), &limit, (shown, now));
             if let Maturity::Young(youth) = maturity.await {
                 return Refreshed::TooYoung(youth);
             }

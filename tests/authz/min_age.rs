@@ -48,10 +48,13 @@ pub fn rules() -> Rules {
 
 /// [`rules`] with these changes.
 fn rules_with(age_limit: AgeOverrides) -> Rules {
-    let changes = PolicyOverrides {
+    rules_changed(PolicyOverrides {
         age_limit,
         ..PolicyOverrides::default()
-    };
+    })
+}
+
+fn rules_changed(changes: PolicyOverrides) -> Rules {
     let upstreams = [(Arc::from(PROVEN), changes)];
     Rules::new(rules().default_for("").clone(), upstreams, Vec::new()).unwrap()
 }
@@ -460,6 +463,71 @@ async fn unknown_age_is_served_and_a_move_still_cools() {
     assert_eq!(tag(&cache).await, Ok(first), "the tag has just moved");
     pass(3 * DAY).await;
     assert_eq!(tag(&cache).await, Ok(second));
+}
+
+#[tokio::test(start_paused = true)]
+async fn unproven_digest_after_a_move_is_not_served() {
+    let registry = registry();
+    let cache = Cache::new(
+        &registry,
+        rules_changed(PolicyOverrides {
+            grant_ttl: Some(Duration::from_secs(30 * 86_400)),
+            age_limit: AgeOverrides {
+                on_unknown_age: Some(OnUnknownAge::Serve),
+                ..AgeOverrides::default()
+            },
+            ..PolicyOverrides::default()
+        }),
+    );
+    let first = push(&registry, "one");
+    assert_eq!(pulled_tag(&cache).await, first);
+    pass(1).await;
+    let second = push(&registry, "two");
+    registry.state().redirects_manifests = true;
+    for _ in 0..2 {
+        assert_eq!(tag(&cache).await, Ok(first), "the tag has just moved");
+    }
+    assert_eq!(gets_of(&registry, second), 0);
+    pass(3 * DAY).await;
+    for _ in 0..2 {
+        assert_eq!(tag(&cache).await, Ok(second));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn unproven_last_modified_is_no_evidence() {
+    let registry = registry();
+    registry.state().public.clear();
+    registry.user("alice", "secret");
+    registry.lets("alice", REPOSITORY);
+    let cache = Cache::new(&registry, rules());
+    let image = push(&registry, "one");
+    let request = ClientRequest {
+        shows: registry.bearer("alice"),
+        ..of("1")
+    };
+    assert_eq!(get(&cache, &request).await, Err("too-young"));
+    // The grant has expired, so the bytes are fetched as evidence of a new one.
+    pass(HOUR).await;
+    registry.state().redirects_manifests = true;
+    stored_days_ago(&registry, image, 10);
+    let got = cache.get(&request).await;
+    assert!(
+        matches!(got, Got::No("too-young")),
+        "another host stated the time: {got:?}"
+    );
+    let gets = format!("GET /v2/{REPOSITORY}/manifests/1");
+    assert!(
+        registry.request_log().contains(&gets),
+        "{:?}",
+        registry.request_log()
+    );
+    registry.state().redirects_manifests = false;
+    assert_eq!(
+        get(&cache, &request).await,
+        Ok(image),
+        "the registry states the time"
+    );
 }
 
 #[tokio::test(start_paused = true)]

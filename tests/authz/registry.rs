@@ -11,7 +11,9 @@ use std::time::{Duration, SystemTime};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
-use http::header::{AUTHORIZATION, CONTENT_TYPE, DATE, HOST, LAST_MODIFIED, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{
+    AUTHORIZATION, CONTENT_TYPE, DATE, HOST, LAST_MODIFIED, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE,
+};
 use http::{Request, Response, StatusCode, Uri};
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -147,6 +149,8 @@ pub struct State {
     /// Requests whose method and path begin with one of these are answered only when they are released, with the state
     /// at their arrival.
     pub held: Vec<String>,
+    /// Whether requests for manifests are redirected to another host, which sends them with their digest.
+    pub redirects_manifests: bool,
     /// Repositories for which it responds 500.
     pub broken: BTreeSet<String>,
     decided: usize,
@@ -189,6 +193,7 @@ impl Registry {
             last_modified: BTreeMap::new(),
             date: None,
             held: Vec::new(),
+            redirects_manifests: false,
             broken: BTreeSet::new(),
             decided: 0,
             passwords: BTreeMap::new(),
@@ -437,6 +442,11 @@ impl State {
         if self.broken.contains(repository) {
             return (status(StatusCode::INTERNAL_SERVER_ERROR), None);
         }
+        if self.redirects_manifests && site == super::hostile_fronts::ELSEWHERE {
+            let found = self.find(repository, kind, reference);
+            let answer = found.map(|(digest, body)| self.content(kind, digest, body));
+            return (answer.unwrap_or_else(|| status(StatusCode::NOT_FOUND)), None);
+        }
         let token = shown
             .strip_prefix("Bearer ")
             .and_then(|token| self.tokens.get(token).cloned());
@@ -473,6 +483,16 @@ impl State {
         };
         word.yes = true;
         word.digest = digest;
+        if self.redirects_manifests && kind == "manifests" {
+            let to = format!("http://{}{path}", super::hostile_fronts::ELSEWHERE);
+            let builder = Response::builder().status(StatusCode::FOUND);
+            let answer = builder.header(LOCATION, to).body(Full::default()).unwrap();
+            return (answer, None);
+        }
+        (self.content(kind, digest, body), Some(word))
+    }
+
+    fn content(&self, kind: &str, digest: Option<Digest>, body: Bytes) -> Response<Full<Bytes>> {
         let mut builder = Response::builder().header(
             CONTENT_TYPE,
             match kind {
@@ -501,7 +521,7 @@ impl State {
                 .header("ratelimit-limit", format!("{limit};w=21600"))
                 .header("ratelimit-remaining", format!("{remaining};w=21600"));
         }
-        (builder.body(Full::new(body)).unwrap(), Some(word))
+        builder.body(Full::new(body)).unwrap()
     }
 
     fn find(&self, repository: &str, kind: &str, reference: &str) -> Option<(Option<Digest>, Bytes)> {

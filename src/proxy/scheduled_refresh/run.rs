@@ -207,7 +207,7 @@ impl ProxyService {
             .registry
             .rule(&request.repository, Some(&key.tag))
             .age_limit;
-        let shown = (Some(&*response), self.clock.now());
+        let shown = (Some((request, &*response)), self.clock.now());
         let maturity = self.judge(
             &request.registry,
             &request.repository,

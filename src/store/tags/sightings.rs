@@ -114,6 +114,15 @@ pub struct Sightings {
 }
 
 impl Sighting {
+    fn first(seen: &Seen, now: SystemTime) -> Self {
+        Self {
+            seen: seen.clone(),
+            first_seen_at: now,
+            named_at: now,
+            other_seen_at: None,
+        }
+    }
+
     fn may_be_substitute(&self) -> bool {
         !self.seen.accepts_indexes && !self.seen.media_type.is_index()
     }
@@ -137,6 +146,28 @@ impl Sightings {
     /// The digest that the tag was last seen to name.
     pub fn newest(&self) -> Option<&Sighting> {
         self.all.first()
+    }
+
+    /// When the tag was last seen to name another digest, for one that it was not seen to name: by a response that is not
+    /// proven to be the registry's. `seen`: that response; without it, each other digest counts. `record`: as for
+    /// [`Self::with`].
+    pub fn other_seen_at(
+        &self,
+        digest: &Digest,
+        seen: Option<&Seen>,
+        record: Option<&TagRecord>,
+        now: SystemTime,
+    ) -> Option<SystemTime> {
+        if let Some(seen) = seen {
+            return last_other(&Sighting::first(seen, now), &self.all, record, now);
+        }
+        let seen = self.all.iter().map(|other| (other.seen.digest, other.named_at));
+        let variants = record.into_iter().flat_map(|record| &record.variants);
+        let confirmed = variants.map(|variant| (variant.digest, variant.confirmed_at));
+        seen.chain(confirmed)
+            .filter(|(other, at)| other != digest && *at != NEVER_CONFIRMED)
+            .map(|(_, at)| at.min(now))
+            .max()
     }
 
     /// All sightings, the last named first.
@@ -199,12 +230,7 @@ impl Sightings {
             .iter()
             .position(|sighting| sighting.seen.digest == seen.digest)
             .map(|at| all.remove(at));
-        let fresh = Sighting {
-            seen: seen.clone(),
-            first_seen_at: now,
-            named_at: now,
-            other_seen_at: None,
-        };
+        let fresh = Sighting::first(seen, now);
         let sighting = match &before {
             None => Sighting {
                 other_seen_at: last_other(&fresh, &all, record, now),
