@@ -121,7 +121,8 @@ pub enum RefreshResult {
     Unavailable,
     /// The tag moved, and the new image could not be fetched whole.
     FetchFailed,
-    /// The tag moved, and its image is fetched after a later slot, because too many downloads wait.
+    /// The tag moved, and its image is fetched after a later slot: too many downloads wait, or refreshes were paused or
+    /// turned off while it waited.
     FetchSkipped,
 }
 

@@ -8,11 +8,15 @@ use ifnewer::policy::refresh::RefreshInterval;
 use ifnewer::policy::rules::Rules;
 use ifnewer::proxy::RefreshResult;
 use ifnewer::store::tags::TagKey;
+use ifnewer::store::verdicts::VerdictKind;
 use tokio::task::JoinHandle;
 
-use super::cache::{Cache, PROVEN};
+use super::cache::{Cache, Got, PROVEN};
+use super::min_age::give;
 use super::registry::Registry;
-use super::scheduled_refresh::{count, heads, pass, public, pull, refreshed, requests, runs, until_indexed};
+use super::scheduled_refresh::{
+    count, heads, pass, public, pull, refreshed, request, requests, runs, until_indexed,
+};
 
 const BLOBS: &str = "GET /v2/acme/app/blobs/";
 
@@ -32,6 +36,19 @@ async fn until_requested(registry: &Registry, prefix: &str) {
     while !registry.request_log().iter().any(|line| line.starts_with(prefix)) {
         pass(5).await;
     }
+}
+
+/// The images in `moved` whose manifests were requested.
+fn fetched(registry: &Registry, moved: &[Digest]) -> Vec<Digest> {
+    let log = registry.request_log();
+    let requested = |digest: &&Digest| log.contains(&format!("GET /v2/acme/app/manifests/{digest}"));
+    moved.iter().filter(requested).copied().collect()
+}
+
+/// A client requests a manifest, and nothing else.
+async fn compare(cache: &Cache, tag: &str) -> Got {
+    let path = format!("/v2/acme/app/manifests/{tag}");
+    cache.get(&request(PROVEN, &path, "")).await
 }
 
 async fn digest_of(cache: &Cache, tag: &str) -> Digest {
@@ -93,4 +110,126 @@ async fn fetches_that_wait_are_bounded_and_heads_go_on() {
     registry.release();
     pass(60).await;
     assert_eq!(count(&cache, RefreshResult::NewDigest), 80);
+}
+
+/// Tags that have moved, of which two are being fetched and the others wait for that.
+async fn waiting_fetches(registry: &Registry, cache: &Cache, tags: usize) -> (Vec<Digest>, JoinHandle<()>) {
+    for tag in 1..=tags {
+        pull(cache, &tag.to_string()).await;
+    }
+    let runs = started(cache).await;
+    let moved = move_tags(registry, tags);
+    registry.hold(BLOBS);
+    requests(registry);
+    pass(30).await;
+    assert_eq!(fetched(registry, &moved).len(), 2);
+    (moved, runs)
+}
+
+#[tokio::test(start_paused = true)]
+async fn quota_floor_stops_fetches_that_wait() {
+    let (registry, _) = public(20);
+    registry.state().quota = Some((100, 90));
+    let cache = Cache::new(&registry, every(20));
+    registry.push("acme/app", "client", "client", &[100]);
+    let (moved, _runs) = waiting_fetches(&registry, &cache, 20).await;
+    // A client learns that the quota is used up.
+    registry.state().quota = Some((100, 24));
+    assert!(matches!(compare(&cache, "client").await, Got::Content(..)));
+    registry.release();
+    pass(10).await;
+    assert_eq!(fetched(&registry, &moved).len(), 2);
+    assert_eq!(count(&cache, RefreshResult::FetchSkipped), 18);
+    registry.state().quota = Some((100, 90));
+    assert!(matches!(compare(&cache, "client").await, Got::Content(..)));
+    pass(60).await;
+    assert_eq!(count(&cache, RefreshResult::NewDigest), 20);
+}
+
+#[tokio::test(start_paused = true)]
+async fn block_stops_fetch_that_waits() {
+    let (registry, old) = public(3);
+    let cache = Cache::new(&registry, every(20));
+    let (moved, _runs) = waiting_fetches(&registry, &cache, 3).await;
+    let begun = fetched(&registry, &moved);
+    let third = moved.iter().position(|digest| !begun.contains(digest)).unwrap();
+    give(&cache, VerdictKind::Blocked, moved[third]).await;
+    registry.release();
+    pass(5).await;
+    assert_eq!(fetched(&registry, &moved), begun);
+    assert_eq!(count(&cache, RefreshResult::NewDigest), 2);
+    assert!(count(&cache, RefreshResult::Blocked) >= 1);
+    assert_eq!(digest_of(&cache, &(third + 1).to_string()).await, old);
+}
+
+#[tokio::test(start_paused = true)]
+async fn reload_that_turns_refresh_off_stops_fetch_that_waits() {
+    let (registry, _) = public(3);
+    let cache = Cache::new(&registry, every(20));
+    let (moved, _runs) = waiting_fetches(&registry, &cache, 3).await;
+    let _reloaded = cache.reload(refreshed(RefreshInterval::Off), false);
+    registry.release();
+    pass(60).await;
+    assert_eq!(fetched(&registry, &moved).len(), 2);
+}
+
+/// An index that moved, with two platforms in use. The first platform's blobs are being fetched. Returns the digests
+/// of the new index and its two images.
+async fn moving_index(registry: &Registry, cache: &mut Cache) -> (Vec<Digest>, JoinHandle<()>) {
+    let platforms = ["amd64", "arm64"];
+    let old = registry.push_index("acme/app", "1", "one", &platforms);
+    registry.state().public.insert("acme/app".to_owned());
+    cache.takes_indexes = true;
+    pull(cache, "1").await;
+    for image in &old[1..] {
+        pull(cache, &image.to_string()).await;
+    }
+    let runs = started(cache).await;
+    let new = registry.push_index("acme/app", "1", "two", &platforms);
+    registry.hold(BLOBS);
+    requests(registry);
+    until_requested(registry, BLOBS).await;
+    assert_eq!(fetched(registry, &new), new[..2]);
+    (new, runs)
+}
+
+#[tokio::test(start_paused = true)]
+async fn blocked_platform_is_left_out_of_running_fetch() {
+    let registry = Registry::new();
+    let mut cache = Cache::new(&registry, every(20));
+    let (new, _runs) = moving_index(&registry, &mut cache).await;
+    give(&cache, VerdictKind::Blocked, new[2]).await;
+    registry.release();
+    pass(5).await;
+    assert_eq!(fetched(&registry, &new), new[..2]);
+    assert_eq!(digest_of(&cache, "1").await, new[0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn blocked_index_ends_running_fetch() {
+    let registry = Registry::new();
+    let mut cache = Cache::new(&registry, every(20));
+    let (new, _runs) = moving_index(&registry, &mut cache).await;
+    give(&cache, VerdictKind::Blocked, new[0]).await;
+    registry.release();
+    pass(5).await;
+    assert_eq!(fetched(&registry, &new), new[..2]);
+    assert_eq!(count(&cache, RefreshResult::NewDigest), 0);
+    assert_eq!(count(&cache, RefreshResult::Blocked), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn quota_floor_ends_running_fetch_between_platforms() {
+    let registry = Registry::new();
+    registry.state().quota = Some((100, 90));
+    let mut cache = Cache::new(&registry, every(20));
+    registry.push("acme/app", "client", "client", &[100]);
+    let (new, _runs) = moving_index(&registry, &mut cache).await;
+    registry.state().quota = Some((100, 24));
+    assert!(matches!(compare(&cache, "client").await, Got::Content(..)));
+    registry.release();
+    pass(5).await;
+    assert_eq!(fetched(&registry, &new), new[..2]);
+    assert_eq!(count(&cache, RefreshResult::FetchSkipped), 1);
+    assert_ne!(digest_of(&cache, "1").await, new[0]);
 }

@@ -7,19 +7,47 @@ use tokio::sync::oneshot;
 use super::ProxyService;
 use crate::oci::manifest::{DescriptorKind, ManifestKind};
 use crate::oci::{Digest, UpstreamFailure};
+use crate::policy::refresh::RefreshPolicy;
 use crate::proxy::manifest_fetch::UpstreamRequest;
 use crate::store::manifests::StoredManifest;
 
+/// Why the download of an image ended early.
+pub(super) enum FetchStop {
+    /// The operator blocked the image.
+    Blocked,
+    /// Refreshes of the upstream are paused.
+    Paused,
+    /// Content could not be fetched.
+    Failed(UpstreamFailure),
+}
+
+impl From<UpstreamFailure> for FetchStop {
+    fn from(cause: UpstreamFailure) -> Self {
+        Self::Failed(cause)
+    }
+}
+
 impl ProxyService {
     /// Fetches the image of `digest`, and of an index the platforms of which `previous` was pulled. The tag is not
-    /// changed.
+    /// changed. Before each manifest it checks for a block and a pause: the run may have waited for other downloads, and
+    /// manifests cost pull quota.
     pub(super) async fn fetch_image(
         self: &Arc<Self>,
-        request: &UpstreamRequest,
+        (request, policy): (&UpstreamRequest, RefreshPolicy),
         digest: Digest,
         previous: &Arc<StoredManifest>,
-    ) -> Result<(), UpstreamFailure> {
+    ) -> Result<(), FetchStop> {
         let (registry, repository) = (&request.registry, &request.repository);
+        let check = || {
+            if self.is_blocked(registry, repository, &digest) {
+                Err(FetchStop::Blocked)
+            } else if self.may_refresh(request, policy) {
+                Ok(())
+            } else {
+                Err(FetchStop::Paused)
+            }
+        };
+        check()?;
         let manifest = self.child_manifest(request, digest).await?;
         self.attestations.record(registry, repository, &manifest);
         if manifest.manifest.kind != ManifestKind::Index {
@@ -32,6 +60,10 @@ impl ProxyService {
             .platforms_in_use(registry, repository, &manifest, previous)
             .await
         {
+            check()?;
+            if self.is_blocked(registry, repository, &child) {
+                continue;
+            }
             let image = self.child_manifest(request, child).await?;
             self.fetch_blobs(request, &image).await?;
         }

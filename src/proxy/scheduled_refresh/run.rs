@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use super::fetch::FetchStop;
 use super::{
     Failing, LaneRun, ProxyService, RefreshPause, RefreshResult, UpstreamRegistry, UpstreamRuns, locked,
 };
@@ -53,11 +54,9 @@ impl ProxyService {
         // An error would mean that the semaphore is closed, which never happens.
         let permit = lane.heads.acquire().await;
         run.start();
-        // Use the current configuration, because a reload may have changed it since the planning.
-        let Some(registry) = self.scheduled.upstreams().get(&key.upstream).cloned() else {
+        let Some((request, policy)) = self.current_request(key).await else {
             return;
         };
-        let policy = registry.rule(&key.repository, Some(&key.tag)).scheduled_refresh();
         let (proxy, of) = (Arc::clone(self), key.clone());
         let facts = self
             .store
@@ -66,20 +65,7 @@ impl ProxyService {
         let Some(facts) = facts.filter(|facts| facts.is_due(run.slot_at, self.clock.now())) else {
             return;
         };
-        let Some(caller) = self.refresh_caller(&registry, &key.repository).await else {
-            return;
-        };
-        let request = self.refresh_request(&registry, key, &caller);
-        let pause = Self::refresh_pause(&request, policy);
-        if lane.set_paused(pause) {
-            let upstream = &*key.upstream;
-            if let Some(pause) = pause {
-                tracing::info!(upstream, reason = pause.name(), "scheduled refreshes paused");
-            } else {
-                tracing::info!(upstream, "scheduled refreshes resumed");
-            }
-        }
-        if pause.is_some() {
+        if !self.may_refresh(&request, policy) {
             return;
         }
         let outcome = match self.refresh_head(&request, key).await {
@@ -88,7 +74,7 @@ impl ProxyService {
                 drop(permit);
                 if run.begin_fetch() {
                     let _permit = lane.fetches.acquire().await;
-                    self.refresh_image(&request, key, (digest, &candidates), facts.used_at)
+                    self.refresh_image(key, (digest, &candidates), facts.used_at)
                         .await
                 } else {
                     Outcome::of(RefreshResult::FetchSkipped)
@@ -114,6 +100,30 @@ impl ProxyService {
             used_at: view.last_use(&record),
             failures: self.scheduled.failing.get(&hash).map(|failing| failing.failures),
         })
+    }
+
+    /// The request for a tag, and the settings, under the current configuration: a reload may have changed it since the
+    /// planning, or during a wait. `None`: the tag is not refreshed any more.
+    async fn current_request(self: &Arc<Self>, key: &TagKey) -> Option<(UpstreamRequest, RefreshPolicy)> {
+        let registry = self.scheduled.upstreams().get(&key.upstream).cloned()?;
+        let policy = registry.rule(&key.repository, Some(&key.tag)).scheduled_refresh();
+        policy.interval?;
+        let caller = self.refresh_caller(&registry, &key.repository).await?;
+        Some((self.refresh_request(&registry, key, &caller), policy))
+    }
+
+    /// Whether nothing pauses the refreshes of this upstream now. A change is logged.
+    pub(super) fn may_refresh(&self, request: &UpstreamRequest, policy: RefreshPolicy) -> bool {
+        let pause = Self::refresh_pause(request, policy);
+        let upstream = request.registry.name();
+        if self.scheduled.lane(&upstream.into()).set_paused(pause) {
+            if let Some(pause) = pause {
+                tracing::info!(upstream, reason = pause.name(), "scheduled refreshes paused");
+            } else {
+                tracing::info!(upstream, "scheduled refreshes resumed");
+            }
+        }
+        pause.is_none()
     }
 
     /// Caller of a refresh: the cache itself if access is shared, an anonymous one if the repository is public.
@@ -238,18 +248,24 @@ impl ProxyService {
     /// Fetches the image that a tag moved to. When it is cached, a second `HEAD` records the tag's new digest.
     async fn refresh_image(
         self: &Arc<Self>,
-        request: &UpstreamRequest,
         key: &TagKey,
         (digest, candidates): (Digest, &Candidates),
         used_at: Option<SystemTime>,
     ) -> Outcome {
+        let Some((request, policy)) = self.current_request(key).await else {
+            return Outcome::of(RefreshResult::FetchSkipped);
+        };
         let was_cached = self
             .cached_manifest(&request.registry, &request.repository, &digest)
             .await
             .is_some();
         let whole = candidates.complete().unwrap_or(&candidates.newest);
-        if let Err(cause) = self.fetch_image(request, digest, &whole.manifest).await {
-            return Outcome::failed(RefreshResult::FetchFailed, cause);
+        let fetched = self.fetch_image((&request, policy), digest, &whole.manifest);
+        match fetched.await {
+            Ok(()) => {}
+            Err(FetchStop::Blocked) => return Outcome::of(RefreshResult::Blocked),
+            Err(FetchStop::Paused) => return Outcome::of(RefreshResult::FetchSkipped),
+            Err(FetchStop::Failed(cause)) => return Outcome::failed(RefreshResult::FetchFailed, cause),
         }
         let stored_at = self
             .store
