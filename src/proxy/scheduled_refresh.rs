@@ -109,6 +109,8 @@ pub enum RefreshResult {
     Revalidated,
     /// The tag moved, and the new image is cached.
     NewDigest,
+    /// The tag still points to the cached image, and what was missing of it is cached now.
+    Completed,
     /// The tag names a digest that is younger than `min_age`. It is not fetched, and its age is known from now on.
     TooYoung,
     /// The tag moved to a digest that the operator blocked. It is not fetched.
@@ -121,16 +123,17 @@ pub enum RefreshResult {
     Unavailable,
     /// The tag moved, and the new image could not be fetched whole.
     FetchFailed,
-    /// The tag moved, and its image is fetched after a later slot: too many downloads wait, or refreshes were paused or
-    /// turned off while it waited.
+    /// The tag moved, and its image is fetched after a later slot: too many downloads wait, refreshes were paused or turned
+    /// off while it waited, or the tag moved again during the download.
     FetchSkipped,
 }
 
 impl RefreshResult {
     /// All results.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Revalidated,
         Self::NewDigest,
+        Self::Completed,
         Self::TooYoung,
         Self::Blocked,
         Self::NotFound,
@@ -145,6 +148,7 @@ impl RefreshResult {
         match self {
             Self::Revalidated => "revalidated",
             Self::NewDigest => "new-digest",
+            Self::Completed => "completed",
             Self::TooYoung => "too-young",
             Self::Blocked => "blocked",
             Self::NotFound => "not-found",
@@ -158,7 +162,12 @@ impl RefreshResult {
     fn is_failure(self) -> bool {
         !matches!(
             self,
-            Self::Revalidated | Self::NewDigest | Self::TooYoung | Self::Blocked | Self::FetchSkipped
+            Self::Revalidated
+                | Self::NewDigest
+                | Self::Completed
+                | Self::TooYoung
+                | Self::Blocked
+                | Self::FetchSkipped
         )
     }
 }

@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 
 use super::cache::{Cache, Got, PROVEN};
 use super::min_age::give;
-use super::registry::Registry;
+use super::registry::{Condition, Registry, now};
 use super::scheduled_refresh::{
     count, heads, pass, public, pull, refreshed, request, requests, runs, until_indexed,
 };
@@ -232,4 +232,75 @@ async fn quota_floor_ends_running_fetch_between_platforms() {
     assert_eq!(fetched(&registry, &new), new[..2]);
     assert_eq!(count(&cache, RefreshResult::FetchSkipped), 1);
     assert_ne!(digest_of(&cache, "1").await, new[0]);
+}
+
+/// Number of refreshes with this result.
+fn count_named(cache: &Cache, name: &str) -> u64 {
+    let status = cache.proxy.refresh_status(now());
+    let result = status.results.iter().find(|(result, _)| result.name() == name);
+    result.map_or(0, |(_, count)| *count)
+}
+
+/// One tag that moved, while the blobs of its new image are being fetched.
+async fn moving_tag(registry: &Registry, cache: &Cache) -> (Digest, JoinHandle<()>) {
+    pull(cache, "1").await;
+    let runs = started(cache).await;
+    let new = move_tags(registry, 1)[0];
+    registry.hold(BLOBS);
+    requests(registry);
+    until_requested(registry, BLOBS).await;
+    (new, runs)
+}
+
+#[tokio::test(start_paused = true)]
+async fn move_that_upstream_does_not_confirm_is_a_failure() {
+    let (registry, old) = public(1);
+    let cache = Cache::new(&registry, every(20));
+    let (new, _runs) = moving_tag(&registry, &cache).await;
+    registry.set_condition(Condition::Status(429));
+    registry.release();
+    pass(5).await;
+    assert_eq!(count(&cache, RefreshResult::NewDigest), 0);
+    assert_eq!(count(&cache, RefreshResult::FetchFailed), 1);
+    assert_eq!(digest_of(&cache, "1").await, old);
+    registry.set_condition(Condition::Healthy);
+    pass(60).await;
+    assert_eq!(count(&cache, RefreshResult::NewDigest), 1);
+    assert_eq!(digest_of(&cache, "1").await, new);
+}
+
+#[tokio::test(start_paused = true)]
+async fn tag_that_moves_during_fetch_is_fetched_again() {
+    let (registry, old) = public(1);
+    let cache = Cache::new(&registry, every(20));
+    let (_, _runs) = moving_tag(&registry, &cache).await;
+    let newest = registry.push("acme/app", "1", "newest", &[100]);
+    registry.release();
+    pass(5).await;
+    assert_eq!(count(&cache, RefreshResult::NewDigest), 0);
+    assert_eq!(count(&cache, RefreshResult::FetchSkipped), 1);
+    assert_eq!(digest_of(&cache, "1").await, old);
+    pass(40).await;
+    assert_eq!(count(&cache, RefreshResult::NewDigest), 1);
+    assert_eq!(digest_of(&cache, "1").await, newest);
+}
+
+#[tokio::test(start_paused = true)]
+async fn completed_image_is_no_move() {
+    let (registry, old) = public(1);
+    let cache = Cache::new(&registry, every(20));
+    pull(&cache, "1").await;
+    let new = move_tags(&registry, 1)[0];
+    let layers = std::mem::take(&mut registry.state().shelves.get_mut("acme/app").unwrap().blobs);
+    // The tag follows the client's request, which gets the previous image because layers are missing upstream.
+    assert!(matches!(compare(&cache, "1").await, Got::Content(digest, _) if digest == old));
+    assert_eq!(digest_of(&cache, "1").await, new);
+    registry.state().shelves.get_mut("acme/app").unwrap().blobs = layers;
+    let _runs = started(&cache).await;
+    requests(&registry);
+    pass(60).await;
+    assert_eq!(count_named(&cache, "completed"), 1);
+    assert_eq!(count(&cache, RefreshResult::NewDigest), 0);
+    registry.set_condition(Condition::Down);
+    assert_eq!(pull(&cache, "1").await, new);
 }

@@ -1,18 +1,22 @@
 //! Download of an image in the background, as far as it is in use: its manifests, configs and layers.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use tokio::sync::oneshot;
 
-use super::ProxyService;
+use super::run::Outcome;
+use super::{ProxyService, RefreshResult};
 use crate::oci::manifest::{DescriptorKind, ManifestKind};
 use crate::oci::{Digest, UpstreamFailure};
 use crate::policy::refresh::RefreshPolicy;
+use crate::proxy::candidates::Candidates;
 use crate::proxy::manifest_fetch::UpstreamRequest;
 use crate::store::manifests::StoredManifest;
+use crate::store::tags::TagKey;
 
 /// Why the download of an image ended early.
-pub(super) enum FetchStop {
+enum FetchStop {
     /// The operator blocked the image.
     Blocked,
     /// Refreshes of the upstream are paused.
@@ -27,11 +31,94 @@ impl From<UpstreamFailure> for FetchStop {
     }
 }
 
+impl From<FetchStop> for Outcome {
+    fn from(stop: FetchStop) -> Self {
+        match stop {
+            FetchStop::Blocked => Self::of(RefreshResult::Blocked),
+            FetchStop::Paused => Self::of(RefreshResult::FetchSkipped),
+            FetchStop::Failed(cause) => Self::failed(RefreshResult::FetchFailed, cause),
+        }
+    }
+}
+
 impl ProxyService {
+    /// Fetches the image that a tag moved to, or the rest of it. If the tag moved, a second `HEAD` then records the new
+    /// digest.
+    pub(super) async fn refresh_image(
+        self: &Arc<Self>,
+        key: &TagKey,
+        (digest, candidates): (Digest, &Candidates),
+        used_at: Option<SystemTime>,
+    ) -> Outcome {
+        let Some((request, policy)) = self.current_request(key).await else {
+            return Outcome::of(RefreshResult::FetchSkipped);
+        };
+        let was_cached = self
+            .cached_manifest(&request.registry, &request.repository, &digest)
+            .await
+            .is_some();
+        let whole = candidates.complete().unwrap_or(&candidates.newest);
+        let fetched = self.fetch_image((&request, policy), digest, &whole.manifest);
+        if let Err(stop) = fetched.await {
+            return stop.into();
+        }
+        let stored_at = self
+            .store
+            .on_disk(move |view| view.manifest_used_at(digest))
+            .await;
+        let newest = candidates.newest.manifest.digest;
+        let outcome = if newest == digest {
+            Outcome::of(RefreshResult::Completed)
+        } else {
+            let again = self.refresh_request(&request.registry, key, &request.caller);
+            self.confirm_move(&again, digest).await
+        };
+        if let (RefreshResult::NewDigest, false, Some(stored_at), Some(used_at)) =
+            (outcome.result, was_cached, stored_at, used_at)
+        {
+            self.store.keep_last_use(digest, stored_at, used_at).await;
+        }
+        let image = format_args!("{}:{}", key.repository, key.tag);
+        match outcome.result {
+            RefreshResult::NewDigest => tracing::info!(
+                upstream = &*key.upstream,
+                %image,
+                from = %newest,
+                to = %digest,
+                "tag moved, new image cached by scheduled refresh"
+            ),
+            RefreshResult::Completed => tracing::info!(
+                upstream = &*key.upstream,
+                %image,
+                %digest,
+                "incomplete image completed by scheduled refresh"
+            ),
+            _ => {}
+        }
+        outcome
+    }
+
+    /// Sends the second `HEAD`. The tag moved only if the upstream still names the fetched digest.
+    async fn confirm_move(self: &Arc<Self>, request: &UpstreamRequest, fetched: Digest) -> Outcome {
+        match self.tag_digest(request).await {
+            Ok((digest, _)) if digest == fetched => Outcome::of(RefreshResult::NewDigest),
+            // It moved again during the download.
+            Ok(_) => Outcome::of(RefreshResult::FetchSkipped),
+            Err(Outcome {
+                result: RefreshResult::Unavailable,
+                cause,
+            }) => Outcome {
+                result: RefreshResult::FetchFailed,
+                cause,
+            },
+            Err(outcome) => outcome,
+        }
+    }
+
     /// Fetches the image of `digest`, and of an index the platforms of which `previous` was pulled. The tag is not
     /// changed. Before each manifest it checks for a block and a pause: the run may have waited for other downloads, and
     /// manifests cost pull quota.
-    pub(super) async fn fetch_image(
+    async fn fetch_image(
         self: &Arc<Self>,
         (request, policy): (&UpstreamRequest, RefreshPolicy),
         digest: Digest,

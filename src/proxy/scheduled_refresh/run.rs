@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use super::fetch::FetchStop;
 use super::{
     Failing, LaneRun, ProxyService, RefreshPause, RefreshResult, UpstreamRegistry, UpstreamRuns, locked,
 };
@@ -15,23 +14,23 @@ use crate::proxy::manifest_fetch::UpstreamRequest;
 use crate::store::View;
 use crate::store::tags::TagKey;
 use crate::trace_context::TraceContext;
-use crate::upstream::{Caller, PullQuota};
+use crate::upstream::{Caller, PullQuota, UpstreamResponse};
 
 /// Wait for a response of an upstream that is suspected to be unavailable.
 const HEAD_WAIT: Duration = Duration::from_secs(25);
 
 /// How a run ended.
-struct Outcome {
-    result: RefreshResult,
-    cause: Option<UpstreamFailure>,
+pub(super) struct Outcome {
+    pub(super) result: RefreshResult,
+    pub(super) cause: Option<UpstreamFailure>,
 }
 
 impl Outcome {
-    fn of(result: RefreshResult) -> Self {
+    pub(super) fn of(result: RefreshResult) -> Self {
         Self { result, cause: None }
     }
 
-    fn failed(result: RefreshResult, cause: UpstreamFailure) -> Self {
+    pub(super) fn failed(result: RefreshResult, cause: UpstreamFailure) -> Self {
         Self {
             cause: Some(cause),
             ..Self::of(result)
@@ -104,7 +103,10 @@ impl ProxyService {
 
     /// The request for a tag, and the settings, under the current configuration: a reload may have changed it since the
     /// planning, or during a wait. `None`: the tag is not refreshed any more.
-    async fn current_request(self: &Arc<Self>, key: &TagKey) -> Option<(UpstreamRequest, RefreshPolicy)> {
+    pub(super) async fn current_request(
+        self: &Arc<Self>,
+        key: &TagKey,
+    ) -> Option<(UpstreamRequest, RefreshPolicy)> {
         let registry = self.scheduled.upstreams().get(&key.upstream).cloned()?;
         let policy = registry.rule(&key.repository, Some(&key.tag)).scheduled_refresh();
         policy.interval?;
@@ -137,7 +139,7 @@ impl ProxyService {
         is_readable.then(|| registry.background_caller(&self.principals))
     }
 
-    fn refresh_request(
+    pub(super) fn refresh_request(
         &self,
         registry: &Arc<UpstreamRegistry>,
         key: &TagKey,
@@ -184,34 +186,9 @@ impl ProxyService {
         let candidates = self
             .candidates_for_tag(&request.registry, &request.repository, &key.tag, accept)
             .await;
-        let Some(response) = self.coalesced_head(request).wait().await else {
-            let busy = UpstreamFailure::Abandoned;
-            return Head::Done(Outcome::failed(RefreshResult::Unavailable, busy));
-        };
-        // `Granted`, because an unproven digest is verified by the bytes that are fetched for it.
-        let heard = self
-            .classify_for(request, &response, Authorization::Granted)
-            .await;
-        let brought = self.take_inline_body(request, &response).await;
-        let digest = match (heard, brought) {
-            (Revalidation::Blocked(_), _) => return Head::Done(Outcome::of(RefreshResult::Blocked)),
-            // If the registry states no digest, only the fetched bytes show that it is blocked.
-            (_, Some(brought))
-                if self.is_blocked(&request.registry, &request.repository, &brought.digest) =>
-            {
-                return Head::Done(Outcome::of(RefreshResult::Blocked));
-            }
-            (_, Some(brought)) => brought.digest,
-            (Revalidation::Digest { digest, .. }, None) => digest,
-            (Revalidation::NotFound, _) => return Head::Done(Outcome::of(RefreshResult::NotFound)),
-            (Revalidation::Denied(_), _) => return Head::Done(Outcome::of(RefreshResult::Denied)),
-            (Revalidation::Unavailable(cause) | Revalidation::FetchFailed(cause), _) => {
-                return Head::Done(Outcome::failed(RefreshResult::Unavailable, cause));
-            }
-            (Revalidation::NotDone | Revalidation::NoDigest, _) => {
-                let malformed = UpstreamFailure::Malformed;
-                return Head::Done(Outcome::failed(RefreshResult::Unavailable, malformed));
-            }
+        let (digest, response) = match self.tag_digest(request).await {
+            Ok(named) => named,
+            Err(outcome) => return Head::Done(outcome),
         };
         let limit = request
             .registry
@@ -245,47 +222,39 @@ impl ProxyService {
         }
     }
 
-    /// Fetches the image that a tag moved to. When it is cached, a second `HEAD` records the tag's new digest.
-    async fn refresh_image(
+    /// The digest that the upstream names for the tag now, with the response. `Err`: there is none to fetch.
+    pub(super) async fn tag_digest(
         self: &Arc<Self>,
-        key: &TagKey,
-        (digest, candidates): (Digest, &Candidates),
-        used_at: Option<SystemTime>,
-    ) -> Outcome {
-        let Some((request, policy)) = self.current_request(key).await else {
-            return Outcome::of(RefreshResult::FetchSkipped);
+        request: &UpstreamRequest,
+    ) -> Result<(Digest, Arc<UpstreamResponse>), Outcome> {
+        let unavailable = |cause| Outcome::failed(RefreshResult::Unavailable, cause);
+        let Some(response) = self.coalesced_head(request).wait().await else {
+            return Err(unavailable(UpstreamFailure::Abandoned));
         };
-        let was_cached = self
-            .cached_manifest(&request.registry, &request.repository, &digest)
-            .await
-            .is_some();
-        let whole = candidates.complete().unwrap_or(&candidates.newest);
-        let fetched = self.fetch_image((&request, policy), digest, &whole.manifest);
-        match fetched.await {
-            Ok(()) => {}
-            Err(FetchStop::Blocked) => return Outcome::of(RefreshResult::Blocked),
-            Err(FetchStop::Paused) => return Outcome::of(RefreshResult::FetchSkipped),
-            Err(FetchStop::Failed(cause)) => return Outcome::failed(RefreshResult::FetchFailed, cause),
-        }
-        let stored_at = self
-            .store
-            .on_disk(move |view| view.manifest_used_at(digest))
+        // `Granted`, because an unproven digest is verified by the bytes that are fetched for it.
+        let heard = self
+            .classify_for(request, &response, Authorization::Granted)
             .await;
-        let again = self.refresh_request(&request.registry, key, &request.caller);
-        if self.coalesced_head(&again).wait().await.is_none() {
-            return Outcome::failed(RefreshResult::FetchFailed, UpstreamFailure::Abandoned);
+        let brought = self.take_inline_body(request, &response).await;
+        match (heard, brought) {
+            (Revalidation::Blocked(_), _) => Err(Outcome::of(RefreshResult::Blocked)),
+            // If the registry states no digest, only the fetched bytes show that it is blocked.
+            (_, Some(brought))
+                if self.is_blocked(&request.registry, &request.repository, &brought.digest) =>
+            {
+                Err(Outcome::of(RefreshResult::Blocked))
+            }
+            (_, Some(brought)) => Ok((brought.digest, response)),
+            (Revalidation::Digest { digest, .. }, None) => Ok((digest, response)),
+            (Revalidation::NotFound, _) => Err(Outcome::of(RefreshResult::NotFound)),
+            (Revalidation::Denied(_), _) => Err(Outcome::of(RefreshResult::Denied)),
+            (Revalidation::Unavailable(cause) | Revalidation::FetchFailed(cause), _) => {
+                Err(unavailable(cause))
+            }
+            (Revalidation::NotDone | Revalidation::NoDigest, _) => {
+                Err(unavailable(UpstreamFailure::Malformed))
+            }
         }
-        if let (false, Some(stored_at), Some(used_at)) = (was_cached, stored_at, used_at) {
-            self.store.keep_last_use(digest, stored_at, used_at).await;
-        }
-        tracing::info!(
-            upstream = &*key.upstream,
-            image = %format_args!("{}:{}", key.repository, key.tag),
-            from = %candidates.newest.manifest.digest,
-            to = %digest,
-            "tag moved, new image cached by scheduled refresh"
-        );
-        Outcome::of(RefreshResult::NewDigest)
     }
 
     fn record_refresh(&self, key: &TagKey, outcome: &Outcome) {
