@@ -93,17 +93,19 @@ impl AccessTimes {
         self.mark_needed([*content.digest()]);
     }
 
-    /// Sets the last access of content to `used_at`, unless it was accessed after `stored_at`.
+    /// Sets the last access of content to `used_at`, even if its storage at `stored_at` was later. Of an access after that,
+    /// or any access if `stored_at` is `None`, and `used_at` the later counts.
     pub(super) fn put_back(
         &self,
         fs: &dyn FileSystem,
         content: ContentId,
-        (stored_at, used_at): (SystemTime, SystemTime),
+        (stored_at, used_at): (Option<SystemTime>, SystemTime),
     ) {
         let modified = fs.modified(&content.path()).ok().flatten();
         let mut pending = self.pending();
         let recorded = pending.get(&content).copied();
-        if self.plausible(recorded).max(self.plausible(modified)) > stored_at {
+        let accessed_at = self.plausible(recorded).max(self.plausible(modified));
+        if accessed_at >= used_at && stored_at.is_none_or(|stored_at| accessed_at > stored_at) {
             return;
         }
         pending.insert(content, used_at);

@@ -52,8 +52,9 @@ impl View<'_> {
 }
 
 impl AsyncStore {
-    /// Sets the last use of a manifest to `used_at`, unless it was used after `stored_at`.
-    pub async fn keep_last_use(&self, digest: Digest, stored_at: SystemTime, used_at: SystemTime) {
+    /// Sets the last use of a manifest to `used_at`, even if its storage at `stored_at` was later. Of a use after that, or
+    /// any use if `stored_at` is `None`, and `used_at` the later counts.
+    pub async fn keep_last_use(&self, digest: Digest, stored_at: Option<SystemTime>, used_at: SystemTime) {
         self.write(move |store| {
             store.access_times.put_back(
                 store.fs.as_ref(),

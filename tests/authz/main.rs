@@ -7,6 +7,7 @@
 //!   restarts, kills and pushes, with slow responses. `cases`: interleavings that were found dangerous.
 //! * `min_age`, `min_age_by_digest`: ages of digests, with a wall clock that is stepped.
 //! * `scheduled_refresh`: tags revalidated in the background. `scheduled_refresh_races`: what happens while one runs.
+//!   `scheduled_refresh_use`: what counts as a use of a tag.
 //! * `hostile_fronts`: hosts that respond in the registry's place. `timing`: whether the time of a denial reveals
 //!   what is cached. `counting_disk`: a disk that counts its reads. `slow_disk`: a disk with a blocked call.
 //!
@@ -37,5 +38,6 @@ mod random_walk;
 mod registry;
 mod scheduled_refresh;
 mod scheduled_refresh_races;
+mod scheduled_refresh_use;
 mod slow_disk;
 mod timing;

@@ -153,6 +153,8 @@ pub struct State {
     pub redirects_manifests: bool,
     /// Repositories for which it responds 500.
     pub broken: BTreeSet<String>,
+    /// Whether it leaves out `Docker-Content-Digest`.
+    pub states_no_digest: bool,
     decided: usize,
     passwords: BTreeMap<String, String>,
     tokens: BTreeMap<String, Token>,
@@ -195,6 +197,7 @@ impl Registry {
             held: Vec::new(),
             redirects_manifests: false,
             broken: BTreeSet::new(),
+            states_no_digest: false,
             decided: 0,
             passwords: BTreeMap::new(),
             tokens: BTreeMap::new(),
@@ -510,7 +513,7 @@ impl State {
             },
         );
         builder = builder.header(DATE, httpdate::fmt_http_date(self.date.unwrap_or_else(now)));
-        if let Some(digest) = digest {
+        if let Some(digest) = digest.filter(|_| !self.states_no_digest) {
             builder = builder.header("docker-content-digest", digest.to_string());
             if let Some(at) = self.last_modified.get(&digest) {
                 builder = builder.header(LAST_MODIFIED, httpdate::fmt_http_date(*at));

@@ -280,7 +280,7 @@ async fn restart_keeps_last_use_of_moved_tag() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn pull_during_refresh_counts_as_use() {
+async fn pull_between_refreshes_counts_as_use() {
     let (registry, _) = public(1);
     let cache = Cache::new(&registry, hourly());
     let _runs = runs(&cache);

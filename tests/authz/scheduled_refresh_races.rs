@@ -18,21 +18,21 @@ use super::scheduled_refresh::{
     count, heads, pass, public, pull, refreshed, request, requests, runs, until_indexed,
 };
 
-const BLOBS: &str = "GET /v2/acme/app/blobs/";
+pub const BLOBS: &str = "GET /v2/acme/app/blobs/";
 
 fn every(seconds: u64) -> Rules {
     refreshed(RefreshInterval::Every(Duration::from_secs(seconds)))
 }
 
 /// Moves these tags to an image each.
-fn move_tags(registry: &Registry, tags: usize) -> Vec<Digest> {
+pub fn move_tags(registry: &Registry, tags: usize) -> Vec<Digest> {
     let moved =
         (1..=tags).map(|tag| registry.push("acme/app", &tag.to_string(), &format!("new {tag}"), &[100]));
     moved.collect()
 }
 
 /// Lets time pass until the registry has got such a request.
-async fn until_requested(registry: &Registry, prefix: &str) {
+pub async fn until_requested(registry: &Registry, prefix: &str) {
     while !registry.request_log().iter().any(|line| line.starts_with(prefix)) {
         pass(5).await;
     }
@@ -46,17 +46,21 @@ fn fetched(registry: &Registry, moved: &[Digest]) -> Vec<Digest> {
 }
 
 /// A client requests a manifest, and nothing else.
-async fn compare(cache: &Cache, tag: &str) -> Got {
+pub async fn compare(cache: &Cache, tag: &str) -> Got {
     let path = format!("/v2/acme/app/manifests/{tag}");
     cache.get(&request(PROVEN, &path, "")).await
 }
 
-async fn digest_of(cache: &Cache, tag: &str) -> Digest {
-    let key = TagKey {
+pub fn key(tag: &str) -> TagKey {
+    TagKey {
         upstream: PROVEN.into(),
         repository: "acme/app".parse().unwrap(),
         tag: tag.parse().unwrap(),
-    };
+    }
+}
+
+async fn digest_of(cache: &Cache, tag: &str) -> Digest {
+    let key = key(tag);
     let record = cache.proxy.store().on_disk(move |view| view.tag(&key)).await;
     record.unwrap().unwrap().variants[0].digest
 }

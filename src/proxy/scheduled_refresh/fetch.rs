@@ -12,6 +12,7 @@ use crate::oci::{Digest, UpstreamFailure};
 use crate::policy::refresh::RefreshPolicy;
 use crate::proxy::candidates::Candidates;
 use crate::proxy::manifest_fetch::UpstreamRequest;
+use crate::store::View;
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::TagKey;
 
@@ -57,27 +58,30 @@ impl ProxyService {
             .cached_manifest(&request.registry, &request.repository, &digest)
             .await
             .is_some();
-        let whole = candidates.complete().unwrap_or(&candidates.newest);
-        let fetched = self.fetch_image((&request, policy), digest, &whole.manifest);
-        if let Err(stop) = fetched.await {
-            return stop.into();
-        }
-        let stored_at = self
-            .store
-            .on_disk(move |view| view.manifest_used_at(digest))
-            .await;
-        let newest = candidates.newest.manifest.digest;
-        let outcome = if newest == digest {
-            Outcome::of(RefreshResult::Completed)
-        } else {
-            let again = self.refresh_request(&request.registry, key, &request.caller);
-            self.confirm_move(&again, digest).await
+        let manifest = match self.fetch_unblocked((&request, policy), digest).await {
+            Ok(manifest) => manifest,
+            Err(stop) => return stop.into(),
         };
-        if let (RefreshResult::NewDigest, false, Some(stored_at), Some(used_at)) =
-            (outcome.result, was_cached, stored_at, used_at)
-        {
-            self.store.keep_last_use(digest, stored_at, used_at).await;
-        }
+        // Read now, so that what clients do during the download counts as a later use.
+        let used = move |view: &View<'_>| view.manifest_used_at(digest);
+        let stored_at = if was_cached {
+            None
+        } else {
+            self.store.on_disk(used).await
+        };
+        let whole = candidates.complete().unwrap_or(&candidates.newest);
+        let fetched = self.fetch_content((&request, policy), &manifest, &whole.manifest);
+        let newest = candidates.newest.manifest.digest;
+        let outcome = match fetched.await {
+            Err(stop) => stop.into(),
+            Ok(()) if newest == digest => Outcome::of(RefreshResult::Completed),
+            Ok(()) => {
+                let again = self.refresh_request(&request.registry, key, &request.caller);
+                self.confirm_move(&again, digest, used_at).await
+            }
+        };
+        // Also after a failure: the manifest is stored, and its storage counts as no use.
+        self.keep_use((digest, stored_at), candidates, used_at).await;
         let image = format_args!("{}:{}", key.repository, key.tag);
         match outcome.result {
             RefreshResult::NewDigest => tracing::info!(
@@ -98,9 +102,34 @@ impl ProxyService {
         outcome
     }
 
+    /// Sets the last use of the fetched image to that of the tag. A client may have got the previous image meanwhile.
+    async fn keep_use(
+        &self,
+        (digest, stored_at): (Digest, Option<SystemTime>),
+        candidates: &Candidates,
+        used_at: Option<SystemTime>,
+    ) {
+        let previous = [Some(&candidates.newest), candidates.earlier.as_ref()];
+        let previous =
+            previous.map(|copy| copy.map(|copy| copy.manifest.digest).filter(|one| *one != digest));
+        let last = move |view: &View<'_>| {
+            let uses = previous.into_iter().flatten();
+            uses.filter_map(|digest| view.manifest_used_at(digest)).max()
+        };
+        let used_at = self.store.on_disk(last).await.max(used_at);
+        if let Some(used_at) = used_at {
+            self.store.keep_last_use(digest, stored_at, used_at).await;
+        }
+    }
+
     /// Sends the second `HEAD`. The tag moved only if the upstream still names the fetched digest.
-    async fn confirm_move(self: &Arc<Self>, request: &UpstreamRequest, fetched: Digest) -> Outcome {
-        match self.tag_digest(request).await {
+    async fn confirm_move(
+        self: &Arc<Self>,
+        request: &UpstreamRequest,
+        fetched: Digest,
+        used_at: Option<SystemTime>,
+    ) -> Outcome {
+        match self.tag_digest(request, used_at).await {
             Ok((digest, _)) if digest == fetched => Outcome::of(RefreshResult::NewDigest),
             // It moved again during the download.
             Ok(_) => Outcome::of(RefreshResult::FetchSkipped),
@@ -115,44 +144,51 @@ impl ProxyService {
         }
     }
 
-    /// Fetches the image of `digest`, and of an index the platforms of which `previous` was pulled. The tag is not
-    /// changed. Before each manifest it checks for a block and a pause: the run may have waited for other downloads, and
-    /// manifests cost pull quota.
-    async fn fetch_image(
+    /// Fetches this manifest, unless it is blocked or refreshes are paused: the run may have waited for other downloads,
+    /// and manifests cost pull quota.
+    async fn fetch_unblocked(
         self: &Arc<Self>,
         (request, policy): (&UpstreamRequest, RefreshPolicy),
         digest: Digest,
+    ) -> Result<Arc<StoredManifest>, FetchStop> {
+        if self.is_blocked(&request.registry, &request.repository, &digest) {
+            return Err(FetchStop::Blocked);
+        }
+        if !self.may_refresh(request, policy) {
+            return Err(FetchStop::Paused);
+        }
+        Ok(self.child_manifest(request, digest).await?)
+    }
+
+    /// Fetches the content of an image, and of an index the platforms of which `previous` was pulled. The tag is not
+    /// changed.
+    async fn fetch_content(
+        self: &Arc<Self>,
+        (request, policy): (&UpstreamRequest, RefreshPolicy),
+        manifest: &Arc<StoredManifest>,
         previous: &Arc<StoredManifest>,
     ) -> Result<(), FetchStop> {
         let (registry, repository) = (&request.registry, &request.repository);
-        let check = || {
-            if self.is_blocked(registry, repository, &digest) {
-                Err(FetchStop::Blocked)
-            } else if self.may_refresh(request, policy) {
-                Ok(())
-            } else {
-                Err(FetchStop::Paused)
-            }
-        };
-        check()?;
-        let manifest = self.child_manifest(request, digest).await?;
-        self.attestations.record(registry, repository, &manifest);
+        self.attestations.record(registry, repository, manifest);
         if manifest.manifest.kind != ManifestKind::Index {
             if self.was_pulled(request, previous).await {
-                self.fetch_blobs(request, &manifest).await?;
+                self.fetch_blobs(request, manifest).await?;
             }
             return Ok(());
         }
         for child in self
-            .platforms_in_use(registry, repository, &manifest, previous)
+            .platforms_in_use(registry, repository, manifest, previous)
             .await
         {
-            check()?;
-            if self.is_blocked(registry, repository, &child) {
-                continue;
+            if self.is_blocked(registry, repository, &manifest.digest) {
+                return Err(FetchStop::Blocked);
             }
-            let image = self.child_manifest(request, child).await?;
-            self.fetch_blobs(request, &image).await?;
+            match self.fetch_unblocked((request, policy), child).await {
+                Ok(image) => self.fetch_blobs(request, &image).await?,
+                // As a platform that was blocked before.
+                Err(FetchStop::Blocked) => {}
+                Err(stop) => return Err(stop),
+            }
         }
         Ok(())
     }

@@ -6,15 +6,16 @@ use std::time::{Duration, SystemTime};
 use super::{
     Failing, LaneRun, ProxyService, RefreshPause, RefreshResult, UpstreamRegistry, UpstreamRuns, locked,
 };
-use crate::oci::{Accept, Digest, Endpoint, Reference, Repository, UpstreamFailure};
+use crate::oci::{Accept, Algorithm, Digest, Endpoint, Reference, Repository, UpstreamFailure};
 use crate::policy::refresh::{Failures, Phase, RefreshPolicy, TagFacts};
 use crate::policy::{Authorization, Completeness, Revalidation};
 use crate::proxy::candidates::Candidates;
 use crate::proxy::manifest_fetch::UpstreamRequest;
 use crate::store::View;
+use crate::store::manifests::StoredManifest;
 use crate::store::tags::TagKey;
 use crate::trace_context::TraceContext;
-use crate::upstream::{Caller, PullQuota, UpstreamResponse};
+use crate::upstream::{Caller, PullQuota, ResponseKind, UpstreamResponse};
 
 /// Wait for a response of an upstream that is suspected to be unavailable.
 const HEAD_WAIT: Duration = Duration::from_secs(25);
@@ -67,7 +68,7 @@ impl ProxyService {
         if !self.may_refresh(&request, policy) {
             return;
         }
-        let outcome = match self.refresh_head(&request, key).await {
+        let outcome = match self.refresh_head(&request, key, facts.used_at).await {
             Head::Done(outcome) => outcome,
             Head::Fetch(digest, candidates) => {
                 drop(permit);
@@ -181,12 +182,17 @@ impl ProxyService {
         })
     }
 
-    async fn refresh_head(self: &Arc<Self>, request: &UpstreamRequest, key: &TagKey) -> Head {
+    async fn refresh_head(
+        self: &Arc<Self>,
+        request: &UpstreamRequest,
+        key: &TagKey,
+        used_at: Option<SystemTime>,
+    ) -> Head {
         let accept = Some(&request.accept);
         let candidates = self
             .candidates_for_tag(&request.registry, &request.repository, &key.tag, accept)
             .await;
-        let (digest, response) = match self.tag_digest(request).await {
+        let (digest, response) = match self.tag_digest(request, used_at).await {
             Ok(named) => named,
             Err(outcome) => return Head::Done(outcome),
         };
@@ -222,10 +228,12 @@ impl ProxyService {
         }
     }
 
-    /// The digest that the upstream names for the tag now, with the response. `Err`: there is none to fetch.
+    /// The digest that the upstream names for the tag now, with the response. `Err`: there is none to fetch. `used_at`: last
+    /// use of the tag.
     pub(super) async fn tag_digest(
         self: &Arc<Self>,
         request: &UpstreamRequest,
+        used_at: Option<SystemTime>,
     ) -> Result<(Digest, Arc<UpstreamResponse>), Outcome> {
         let unavailable = |cause| Outcome::failed(RefreshResult::Unavailable, cause);
         let Some(response) = self.coalesced_head(request).wait().await else {
@@ -235,7 +243,7 @@ impl ProxyService {
         let heard = self
             .classify_for(request, &response, Authorization::Granted)
             .await;
-        let brought = self.take_inline_body(request, &response).await;
+        let brought = self.take_unused_body(request, &response, used_at).await;
         match (heard, brought) {
             (Revalidation::Blocked(_), _) => Err(Outcome::of(RefreshResult::Blocked)),
             // If the registry states no digest, only the fetched bytes show that it is blocked.
@@ -255,6 +263,29 @@ impl ProxyService {
                 Err(unavailable(UpstreamFailure::Malformed))
             }
         }
+    }
+
+    /// Stores the manifest of a response with content, which some registries send instead of a digest. Its storage does
+    /// not count as a use.
+    async fn take_unused_body(
+        self: &Arc<Self>,
+        request: &UpstreamRequest,
+        response: &UpstreamResponse,
+        used_at: Option<SystemTime>,
+    ) -> Option<Arc<StoredManifest>> {
+        let (bytes, _) = response.body.as_ref()?;
+        let digest = match response.kind {
+            ResponseKind::Digest(digest) | ResponseKind::UnprovenDigest(digest) => digest,
+            _ => Digest::of(Algorithm::Sha256, bytes),
+        };
+        let used = move |view: &View<'_>| view.manifest_used_at(digest);
+        let before = self.store.on_disk(used).await;
+        let brought = self.take_inline_body(request, response).await;
+        let stored_at = self.store.on_disk(used).await;
+        if let (Some(stored_at), Some(used_at)) = (stored_at, before.or(used_at)) {
+            self.store.keep_last_use(digest, Some(stored_at), used_at).await;
+        }
+        brought
     }
 
     fn record_refresh(&self, key: &TagKey, outcome: &Outcome) {

@@ -26,7 +26,7 @@ async fn kept_last_use_survives_restart() {
     let stored_at = store.last_access(ContentId::Manifest(digest)).unwrap();
     assert!(stored_at >= at(1_000_000));
     let handle = AsyncStore::new(Arc::clone(&store));
-    handle.keep_last_use(digest, stored_at, at(5_000)).await;
+    handle.keep_last_use(digest, Some(stored_at), at(5_000)).await;
     assert_eq!(last_use(&store, "1"), Some(at(5_000)));
     store.close();
     drop((handle, store));
@@ -40,8 +40,15 @@ async fn use_since_storage_is_not_put_back() {
     let digest = tagged(&store, "1");
     store.touch(ContentId::Manifest(digest), at(200));
     let handle = AsyncStore::new(Arc::clone(&store));
-    handle.keep_last_use(digest, at(100), at(5)).await;
+    handle.keep_last_use(digest, Some(at(100)), at(5)).await;
     assert_eq!(last_use(&store, "1"), Some(at(200)));
+    // Of two uses, the later counts.
+    handle.keep_last_use(digest, Some(at(100)), at(300)).await;
+    assert_eq!(last_use(&store, "1"), Some(at(300)));
+    handle.keep_last_use(digest, None, at(400)).await;
+    assert_eq!(last_use(&store, "1"), Some(at(400)));
+    handle.keep_last_use(digest, None, at(5)).await;
+    assert_eq!(last_use(&store, "1"), Some(at(400)));
 }
 
 #[test]
