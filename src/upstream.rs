@@ -365,6 +365,19 @@ impl Upstream {
             .map(|_| UpstreamFailure::BreakerOpen)
     }
 
+    /// Why pulls of this caller fail in every repository: [`UpstreamFailure::BreakerOpen`] or
+    /// [`UpstreamFailure::Offline`]. Unlike for [`Self::unavailable_now`], circuit breakers of other credentials and of
+    /// lists do not count.
+    pub fn unavailable_to(&self, caller: &Caller, endpoint: &Endpoint) -> Option<UpstreamFailure> {
+        if let Some(cause) = self.0.offline.cause() {
+            return Some(cause);
+        }
+        let needs_token = self.0.auth_client.needs_token(&self.0.urls, caller, endpoint);
+        let health = self.0.health()?;
+        let is_stopped = health.detector.stops_pulls(caller.principal, needs_token);
+        is_stopped.then_some(UpstreamFailure::BreakerOpen)
+    }
+
     /// How long a caller with a cached copy should wait for a response. `Err`: it should send no request.
     pub fn wait_limit(
         &self,

@@ -10,6 +10,7 @@
 //! counts as for any request: an anonymous success or denial renews or withdraws the public mark of a repository.
 
 mod fetch;
+mod pause;
 mod planning;
 mod run;
 mod view;
@@ -24,11 +25,13 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
+use self::pause::Paused;
 use super::{ProxyService, UpstreamRegistry};
 use crate::policy::refresh::Failures;
 use crate::store::LogLimit;
 use crate::store::tags::TagKey;
 
+pub use self::pause::RefreshPause;
 pub use self::planning::{RUNS_PER_MINUTE_MAX, TAGS_PER_MINUTE_MAX};
 pub use self::view::{RefreshStatus, TagRefresh, TagRefreshState};
 
@@ -83,7 +86,7 @@ struct LaneState {
     waiting: BTreeSet<(SystemTime, u64)>,
     /// How many of these runs download an image or wait for that.
     fetches: usize,
-    paused: Option<RefreshPause>,
+    paused: Option<Paused>,
 }
 
 /// A tag whose last refresh failed.
@@ -172,41 +175,6 @@ impl RefreshResult {
     }
 }
 
-/// Why nothing is refreshed at an upstream for now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RefreshPause {
-    /// Offline mode is on.
-    Offline,
-    /// A circuit breaker is open.
-    BreakerOpen,
-    /// The upstream limits the cache's requests.
-    RateLimited,
-    /// Less of the pull quota is left than `refresh_quota_floor`.
-    QuotaFloor,
-}
-
-impl RefreshPause {
-    /// Name in the log, the metrics and the API.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Offline => "offline",
-            Self::BreakerOpen => "circuit-breaker",
-            Self::RateLimited => "rate-limited",
-            Self::QuotaFloor => "quota-floor",
-        }
-    }
-
-    /// The reason in words.
-    pub fn describe(self) -> &'static str {
-        match self {
-            Self::Offline => "offline mode is on",
-            Self::BreakerOpen => "its circuit breaker is open",
-            Self::RateLimited => "it limits the rate of the cache's requests",
-            Self::QuotaFloor => "less of the pull quota is left than `refresh_quota_floor`",
-        }
-    }
-}
-
 impl Default for ScheduledRefresh {
     fn default() -> Self {
         Self {
@@ -262,12 +230,6 @@ impl UpstreamRuns {
             slot_at,
             is_fetch: false,
         })
-    }
-
-    /// Records the pause and returns whether it changed.
-    fn set_paused(&self, paused: Option<RefreshPause>) -> bool {
-        let mut state = locked(&self.state);
-        std::mem::replace(&mut state.paused, paused) != paused
     }
 }
 

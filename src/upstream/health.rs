@@ -560,6 +560,17 @@ impl FailureDetector {
         })
     }
 
+    /// Whether an open breaker stops the pulls of this principal in every repository.
+    pub(super) fn stops_pulls(&self, principal: [u8; 32], needs_token: bool) -> bool {
+        let token = needs_token.then_some(RequestKind::Token);
+        let kinds = [RequestKind::Head, RequestKind::Get, RequestKind::Blob]
+            .into_iter()
+            .chain(token);
+        let by_kind = kinds.filter_map(|kind| self.kind_health(kind).breaker.as_ref());
+        let mut breakers = self.connection.iter().chain(by_kind);
+        breakers.any(|breaker| breaker.stops_all_of(principal))
+    }
+
     /// All scopes that are not closed, the widest first.
     pub(super) fn failing(&self) -> impl Iterator<Item = FailingScope> + '_ {
         let connection = self

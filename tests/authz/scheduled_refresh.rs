@@ -362,8 +362,37 @@ async fn refresh_stops_below_quota_floor() {
     // A client learns that the quota is back.
     registry.state().quota = Some((100, 25));
     pull(&cache, "1").await;
+    let status = cache.proxy.refresh_status(super::registry::now());
+    assert_eq!(status.paused, [], "before the next run");
     pass(2 * HOUR).await;
     assert!(count(&cache, RefreshResult::Revalidated) >= 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn breaker_of_one_repository_pauses_no_other() {
+    let (registry, _) = public(1);
+    registry.push("acme/other", "1", "other", &[100]);
+    registry.state().public.insert("acme/other".to_owned());
+    let rules = refreshed(RefreshInterval::Every(Duration::from_secs(20)));
+    let cache = Cache::new(&registry, rules);
+    pull(&cache, "1").await;
+    let other = request(PROVEN, "/v2/acme/other/manifests/1", "");
+    assert!(matches!(cache.get(&other).await, Got::Content(..)));
+    until_indexed(&cache).await;
+    let _runs = runs(&cache);
+    registry.state().broken.insert("acme/app".to_owned());
+    for _ in 0..3 {
+        pull(&cache, "1").await;
+    }
+    requests(&registry);
+    assert_eq!(cache.proven.upstream().status().failures.len(), 1);
+    for _ in 0..24 {
+        pass(5).await;
+        let status = cache.proxy.refresh_status(super::registry::now());
+        assert_eq!(status.paused, []);
+    }
+    assert!(count(&cache, RefreshResult::Revalidated) >= 5);
+    assert_eq!(count(&cache, RefreshResult::Unavailable), 0);
 }
 
 #[tokio::test(start_paused = true)]

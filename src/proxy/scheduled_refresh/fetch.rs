@@ -9,7 +9,6 @@ use super::run::Outcome;
 use super::{ProxyService, RefreshResult};
 use crate::oci::manifest::{DescriptorKind, ManifestKind};
 use crate::oci::{Digest, UpstreamFailure};
-use crate::policy::refresh::RefreshPolicy;
 use crate::proxy::candidates::Candidates;
 use crate::proxy::manifest_fetch::UpstreamRequest;
 use crate::store::View;
@@ -51,14 +50,14 @@ impl ProxyService {
         (digest, candidates): (Digest, &Candidates),
         used_at: Option<SystemTime>,
     ) -> Outcome {
-        let Some((request, policy)) = self.current_request(key).await else {
+        let Some((request, _)) = self.current_request(key).await else {
             return Outcome::of(RefreshResult::FetchSkipped);
         };
         let was_cached = self
             .cached_manifest(&request.registry, &request.repository, &digest)
             .await
             .is_some();
-        let manifest = match self.fetch_unblocked((&request, policy), digest).await {
+        let manifest = match self.fetch_unblocked(&request, digest).await {
             Ok(manifest) => manifest,
             Err(stop) => return stop.into(),
         };
@@ -70,7 +69,7 @@ impl ProxyService {
             self.store.on_disk(used).await
         };
         let whole = candidates.complete().unwrap_or(&candidates.newest);
-        let fetched = self.fetch_content((&request, policy), &manifest, &whole.manifest);
+        let fetched = self.fetch_content(&request, &manifest, &whole.manifest);
         let newest = candidates.newest.manifest.digest;
         let outcome = match fetched.await {
             Err(stop) => stop.into(),
@@ -148,13 +147,13 @@ impl ProxyService {
     /// and manifests cost pull quota.
     async fn fetch_unblocked(
         self: &Arc<Self>,
-        (request, policy): (&UpstreamRequest, RefreshPolicy),
+        request: &UpstreamRequest,
         digest: Digest,
     ) -> Result<Arc<StoredManifest>, FetchStop> {
         if self.is_blocked(&request.registry, &request.repository, &digest) {
             return Err(FetchStop::Blocked);
         }
-        if !self.may_refresh(request, policy) {
+        if !self.may_refresh(request) {
             return Err(FetchStop::Paused);
         }
         Ok(self.child_manifest(request, digest).await?)
@@ -164,7 +163,7 @@ impl ProxyService {
     /// changed.
     async fn fetch_content(
         self: &Arc<Self>,
-        (request, policy): (&UpstreamRequest, RefreshPolicy),
+        request: &UpstreamRequest,
         manifest: &Arc<StoredManifest>,
         previous: &Arc<StoredManifest>,
     ) -> Result<(), FetchStop> {
@@ -183,7 +182,7 @@ impl ProxyService {
             if self.is_blocked(registry, repository, &manifest.digest) {
                 return Err(FetchStop::Blocked);
             }
-            match self.fetch_unblocked((request, policy), child).await {
+            match self.fetch_unblocked(request, child).await {
                 Ok(image) => self.fetch_blobs(request, &image).await?,
                 // As a platform that was blocked before.
                 Err(FetchStop::Blocked) => {}

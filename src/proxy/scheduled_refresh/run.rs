@@ -1,11 +1,9 @@
 //! One scheduled refresh: the `HEAD` of a tag in its slot, and the effects of the response.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
-use super::{
-    Failing, LaneRun, ProxyService, RefreshPause, RefreshResult, UpstreamRegistry, UpstreamRuns, locked,
-};
+use super::{Failing, LaneRun, ProxyService, RefreshResult, UpstreamRegistry, UpstreamRuns, locked};
 use crate::oci::{Accept, Algorithm, Digest, Endpoint, Reference, Repository, UpstreamFailure};
 use crate::policy::refresh::{Failures, Phase, RefreshPolicy, TagFacts};
 use crate::policy::{Authorization, Completeness, Revalidation};
@@ -15,10 +13,7 @@ use crate::store::View;
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::TagKey;
 use crate::trace_context::TraceContext;
-use crate::upstream::{Caller, PullQuota, ResponseKind, UpstreamResponse};
-
-/// Wait for a response of an upstream that is suspected to be unavailable.
-const HEAD_WAIT: Duration = Duration::from_secs(25);
+use crate::upstream::{Caller, ResponseKind, UpstreamResponse};
 
 /// How a run ended.
 pub(super) struct Outcome {
@@ -65,7 +60,7 @@ impl ProxyService {
         let Some(facts) = facts.filter(|facts| facts.is_due(run.slot_at, self.clock.now())) else {
             return;
         };
-        if !self.may_refresh(&request, policy) {
+        if !self.may_refresh(&request) {
             return;
         }
         let outcome = match self.refresh_head(&request, key, facts.used_at).await {
@@ -115,20 +110,6 @@ impl ProxyService {
         Some((self.refresh_request(&registry, key, &caller), policy))
     }
 
-    /// Whether nothing pauses the refreshes of this upstream now. A change is logged.
-    pub(super) fn may_refresh(&self, request: &UpstreamRequest, policy: RefreshPolicy) -> bool {
-        let pause = Self::refresh_pause(request, policy);
-        let upstream = request.registry.name();
-        if self.scheduled.lane(&upstream.into()).set_paused(pause) {
-            if let Some(pause) = pause {
-                tracing::info!(upstream, reason = pause.name(), "scheduled refreshes paused");
-            } else {
-                tracing::info!(upstream, "scheduled refreshes resumed");
-            }
-        }
-        pause.is_none()
-    }
-
     /// Caller of a refresh: the cache itself if access is shared, an anonymous one if the repository is public.
     /// `None`: only clients can read it.
     async fn refresh_caller(
@@ -164,22 +145,6 @@ impl ProxyService {
             named: None,
             has_no_grant: false,
         }
-    }
-
-    /// Why this request must not be sent now.
-    fn refresh_pause(request: &UpstreamRequest, policy: RefreshPolicy) -> Option<RefreshPause> {
-        let upstream = request.registry.upstream();
-        let (caller, endpoint) = (&request.caller, &request.endpoint);
-        let known = request.registry.refresh_pause(caller, endpoint, policy);
-        known.or_else(|| {
-            // A circuit breaker may be open for this repository alone. This call finds that, and starts the probe that
-            // may close it.
-            let wait = upstream.wait_limit(caller, (endpoint, true), HEAD_WAIT);
-            wait.err().map(|cause| match cause {
-                UpstreamFailure::Offline => RefreshPause::Offline,
-                _ => RefreshPause::BreakerOpen,
-            })
-        })
     }
 
     async fn refresh_head(
@@ -336,32 +301,6 @@ fn is_of_upstream(cause: UpstreamFailure) -> bool {
             | UpstreamFailure::ClientQueueFull
             | UpstreamFailure::QueueFull
     )
-}
-
-impl UpstreamRegistry {
-    /// Why nothing is refreshed at this upstream for now, as far as it is known without a request.
-    pub(super) fn refresh_pause(
-        &self,
-        caller: &Caller,
-        endpoint: &Endpoint,
-        policy: RefreshPolicy,
-    ) -> Option<RefreshPause> {
-        let upstream = self.upstream();
-        match upstream.unavailable_now() {
-            Some(UpstreamFailure::Offline) => return Some(RefreshPause::Offline),
-            Some(_) => return Some(RefreshPause::BreakerOpen),
-            None => {}
-        }
-        if upstream.head_pause(caller, endpoint).is_some() {
-            return Some(RefreshPause::RateLimited);
-        }
-        let quota = upstream.quota_of(caller).filter(PullQuota::is_current)?;
-        let (remaining, limit) = (quota.limit.remaining?, quota.limit.limit?);
-        policy
-            .quota_floor
-            .is_below(remaining, limit)
-            .then_some(RefreshPause::QuotaFloor)
-    }
 }
 
 impl UpstreamRuns {

@@ -5,8 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use super::{ProxyService, RefreshPause, RefreshResult, UpstreamRegistry, locked};
-use crate::oci::{Endpoint, Reference, UpstreamFailure};
-use crate::policy::refresh::{Outlook, RefreshPolicy};
+use crate::policy::refresh::Outlook;
 use crate::store::View;
 use crate::store::tags::TagKey;
 
@@ -25,7 +24,7 @@ pub struct RefreshStatus {
     pub results: Vec<(RefreshResult, u64)>,
     /// Time since the slot of the refresh that has waited longest; `None` if none waits.
     pub overdue: Option<Duration>,
-    /// Upstreams at which nothing was refreshed at the last attempt.
+    /// Upstreams at which a refresh found a pause that still applies.
     pub paused: Vec<(Arc<str>, RefreshPause)>,
 }
 
@@ -77,19 +76,10 @@ impl ProxyService {
             .values()
             .filter_map(|lane| now.duration_since(lane.oldest_waiting()?).ok());
         let overdue = overdue.max();
-        let is_current = |name: &Arc<str>, pause: RefreshPause| {
-            let refreshed = upstreams
-                .get(name)
-                .filter(|upstream| upstream.shortest_refresh().is_some());
-            refreshed.is_some_and(|upstream| {
-                let is_offline = upstream.upstream().unavailable_now() == Some(UpstreamFailure::Offline);
-                is_offline || pause != RefreshPause::Offline
-            })
-        };
-        let paused = lanes
-            .iter()
-            .filter_map(|(name, lane)| Some((Arc::clone(name), locked(&lane.state).paused?)))
-            .filter(|(name, pause)| is_current(name, *pause));
+        let paused = lanes.iter().filter_map(|(name, lane)| {
+            let key = locked(&lane.state).paused.as_ref()?.key.clone();
+            Some((Arc::clone(name), self.pause_of(upstreams.get(name)?, &key)?))
+        });
         let mut paused: Vec<_> = paused.collect();
         paused.sort_by(|(a, _), (b, _)| a.cmp(b));
         let totals = self.scheduled.totals.iter();
@@ -133,24 +123,10 @@ impl ProxyService {
         if !registry.is_shared() && view.public_since(&key.upstream, &key.repository).is_none() {
             return Some(refresh(TagRefreshState::Private, None));
         }
-        let state = match self.pause_of(registry, key, policy) {
+        let state = match self.pause_of(registry, key) {
             Some(pause) => TagRefreshState::Paused(pause),
             None => TagRefreshState::Planned,
         };
         Some(refresh(state, Some(next_at)))
-    }
-
-    fn pause_of(
-        &self,
-        registry: &UpstreamRegistry,
-        key: &TagKey,
-        policy: RefreshPolicy,
-    ) -> Option<RefreshPause> {
-        let caller = registry.background_caller(&self.principals);
-        let endpoint = Endpoint::Manifest {
-            repository: key.repository.clone(),
-            reference: Reference::Tag(key.tag.clone()),
-        };
-        registry.refresh_pause(&caller, &endpoint, policy)
     }
 }

@@ -220,6 +220,12 @@ impl Breaker {
         wait
     }
 
+    /// Whether no request of this principal is sent in this scope, for whichever operation.
+    pub(super) fn stops_all_of(&self, principal: [u8; 32]) -> bool {
+        let is_affected = self.affects_all || self.principals.contains(&principal);
+        is_affected && self.is_widespread && matches!(self.state, State::Open(_))
+    }
+
     pub(super) fn cause(&self) -> UpstreamFailure {
         self.cause
     }

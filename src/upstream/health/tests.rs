@@ -544,9 +544,45 @@ fn t04_errors_of_one_principal_do_not_affect_others() {
             let wait = world.wait_of(RequestKind::Head, &tag(name), ours);
             assert_eq!(wait, WaitLimit::Full, "{cause}");
         }
+        assert!(!world.detector.stops_pulls(ours, true), "{cause}");
+        let is_stopped = world.detector.stops_pulls(theirs, true);
+        assert_eq!(is_stopped, cause == UpstreamFailure::ConnectionReset, "{cause}");
         fails(&mut world, "a", ours);
         let wait = world.wait_of(RequestKind::Head, &tag("a"), ours);
         assert_eq!(wait, WaitLimit::None, "{cause}: it affects all principals");
+    }
+}
+
+#[test]
+fn breaker_of_lists_or_of_one_repository_stops_no_pulls() {
+    for (kind, paths, is_stopped) in [
+        (RequestKind::List, ["/v2/a/tags/list", "/v2/b/tags/list"], false),
+        (
+            RequestKind::Head,
+            ["/v2/a/manifests/1", "/v2/a/manifests/2"],
+            false,
+        ),
+        (
+            RequestKind::Head,
+            ["/v2/a/manifests/1", "/v2/b/manifests/1"],
+            true,
+        ),
+        (
+            RequestKind::Token,
+            ["/v2/a/manifests/1", "/v2/b/manifests/1"],
+            true,
+        ),
+    ] {
+        let mut world = World::new();
+        for path in paths.iter().cycle().take(2 * FAILURES_MAX) {
+            world.happens_to(TimedOut, (kind, &endpoint(path), [0; 32]));
+            world.now -= LATE;
+        }
+        assert_eq!(
+            world.detector.stops_pulls([0; 32], true),
+            is_stopped,
+            "{kind:?} {paths:?}"
+        );
     }
 }
 
