@@ -6,6 +6,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
+use quick_cache::sync::Cache;
 use tokio::time::Instant;
 
 use super::cache_view::{CacheView, log_store_error};
@@ -89,6 +90,19 @@ impl CheckedTime {
 
     fn dates(&self) -> DatesSeen {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Tags of which the last revalidation is remembered: some 2 MiB.
+const REMEMBERED_MAX: usize = 8_192;
+
+/// When a revalidation last named a digest that was too young, for each tag. The older image was then the answer, so it
+/// counts as confirmed. In memory only, because an unchanged tag costs no write.
+pub(super) struct CooledTags(Cache<SightingKey, SystemTime>);
+
+impl Default for CooledTags {
+    fn default() -> Self {
+        Self(Cache::new(REMEMBERED_MAX))
     }
 }
 
@@ -207,6 +221,7 @@ impl ProxyService {
             tag: tag.clone(),
         };
         let now = registry.checked_time().bound(now);
+        let subject = SightingKey::from(&key);
         let seen = shown.and_then(|(upstream_request, response)| {
             Some(seen_by(upstream_request, digest, response.media_type.as_ref()?))
         });
@@ -231,7 +246,11 @@ impl ProxyService {
             last_modified: evidence.last_modified.or(stated),
             ..evidence
         };
-        limit.judge(digest, &evidence, now)
+        let judged = limit.judge(digest, &evidence, now);
+        if let (Some((upstream_request, _)), Maturity::Young(_)) = (shown, judged) {
+            self.cooled_tags.0.insert(subject, upstream_request.arrived_at);
+        }
+        judged
     }
 
     /// Maturity of a digest of which the age is unknown, by the time that its storage states. That time is recorded.
@@ -419,6 +438,17 @@ pub(super) fn proven_last_modified(response: &UpstreamResponse, now: SystemTime)
     evident_time(stated, now)
 }
 
+impl Candidates {
+    /// Counts the newest manifest as confirmed at this time, when the upstream named a digest that was too young. It stays
+    /// not fresh, because that digest may become old enough.
+    fn confirm_at(&mut self, cooled_at: Option<SystemTime>) {
+        if let Some(at) = cooled_at.filter(|at| *at > self.newest.confirmed_at) {
+            self.newest.confirmed_at = at;
+            self.is_moved = true;
+        }
+    }
+}
+
 impl CacheView<'_> {
     /// The recorded evidence for the age of `digest`.
     pub(super) fn evidence(&self, sightings: &Sightings, digest: &Digest) -> AgeEvidence {
@@ -435,6 +465,21 @@ impl CacheView<'_> {
             is_unreadable: sightings.is_unreadable(),
             is_approved: approved.is_some(),
         }
+    }
+
+    /// When a revalidation last named a digest of the tag that was too young. After a restart that is when it was first
+    /// named.
+    fn cooled_at(
+        &self,
+        key: &TagKey,
+        sightings: &Sightings,
+        is_mature: &dyn Fn(&Digest) -> bool,
+    ) -> Option<SystemTime> {
+        let remembered = self.proxy.cooled_tags.0.get(&SightingKey::from(key));
+        let newest = sightings
+            .newest()
+            .filter(|newest| !is_mature(&newest.seen.digest));
+        remembered.max(newest.map(|newest| newest.named_at))
     }
 
     /// Candidates that are old enough. If there are none, the newest manifest, marked as too young in [`AgeFacts`].
@@ -465,7 +510,8 @@ impl CacheView<'_> {
             named: Maturity::Mature,
             older,
         };
-        let by_record = self.candidates_for_tag(key, reader);
+        let mut by_record = self.candidates_for_tag(key, reader);
+        let cooled_at = self.cooled_at(key, &sightings, &is_mature);
         let recorded = by_record
             .as_ref()
             .map(|candidates| candidates.newest.manifest.digest);
@@ -481,7 +527,7 @@ impl CacheView<'_> {
         if let Some(named) = stand_in
             && let Some(newest) = self.candidate(&named)
         {
-            let candidates = Candidates {
+            let mut candidates = Candidates {
                 newest,
                 is_moved: named.is_moved,
                 completeness: Completeness::Complete,
@@ -489,7 +535,11 @@ impl CacheView<'_> {
                 is_invalidated: by_record.is_some_and(|candidates| candidates.is_invalidated),
                 is_blocked: false,
             };
+            candidates.confirm_at(cooled_at);
             return (Some(candidates), Some(facts(Maturity::Mature, Maturity::Mature)));
+        }
+        if let (Some(candidates), true) = (&mut by_record, recorded.as_ref().is_some_and(is_mature)) {
+            candidates.confirm_at(cooled_at);
         }
         let maturity = |digest: Option<Digest>| digest.map_or(Maturity::Mature, |digest| judge(&digest));
         let previous = by_record

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use ifnewer::oci::{Algorithm, Digest};
 use ifnewer::policy::min_age::{AgeLimit, AgeOverrides, OnUnknownAge};
 use ifnewer::policy::refresh::RefreshPolicy;
-use ifnewer::policy::rules::{EffectivePolicy, PolicyOverrides, Rules};
+use ifnewer::policy::rules::{EffectivePolicy, PolicyOverrides, Rules, StaleLimit};
 use ifnewer::policy::{OnNotFound, Policy};
 use ifnewer::store::verdicts::{VerdictKey, VerdictKind, VerdictNote, VerdictScope};
 
@@ -632,6 +632,58 @@ async fn older_digest_that_is_gone_denies_as_too_young() {
     };
     shelf(&registry).unwrap();
     assert_eq!(tag(&cache).await, Err("too-young"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn older_image_is_confirmed_by_naming_a_young_one() {
+    let registry = registry();
+    let cache = Cache::new(
+        &registry,
+        rules_changed(PolicyOverrides {
+            stale_if_error: Some(StaleLimit::Within(Duration::from_secs(86_400))),
+            max_age: Some(Duration::from_secs(3_600)),
+            ..PolicyOverrides::default()
+        }),
+    );
+    let old = push_old(&registry, "one", 10);
+    pulled_tag(&cache).await;
+    pass(2 * HOUR).await;
+    let new = push(&registry, "two");
+    for _ in 0..2 {
+        assert_eq!(tag(&cache).await, Ok(old));
+        pass(20 * HOUR).await;
+    }
+    registry.set_condition(Condition::Down);
+    assert_eq!(tag(&cache).await, Ok(old), "revalidated 20 hours ago");
+    pass(5 * HOUR).await;
+    assert_eq!(tag(&cache).await, Err("stale-limit-exceeded"));
+    registry.set_condition(Condition::Healthy);
+    assert_eq!(tag(&cache).await, Ok(old));
+    give(&cache, VerdictKind::Approved, new).await;
+    assert_eq!(tag(&cache).await, Ok(new), "not fresh under max_age");
+}
+
+#[tokio::test(start_paused = true)]
+async fn restart_keeps_when_the_young_digest_was_named() {
+    let registry = registry();
+    let rules = || {
+        rules_changed(PolicyOverrides {
+            stale_if_error: Some(StaleLimit::Within(Duration::from_secs(86_400))),
+            ..PolicyOverrides::default()
+        })
+    };
+    let cache = Cache::on_disk(&registry, rules());
+    let old = push_old(&registry, "one", 10);
+    pulled_tag(&cache).await;
+    pass(23 * HOUR).await;
+    push(&registry, "two");
+    assert_eq!(tag(&cache).await, Ok(old));
+    let cache = cache.restart(rules()).await;
+    pass(23 * HOUR).await;
+    registry.set_condition(Condition::Down);
+    assert_eq!(tag(&cache).await, Ok(old), "the young one was named 23 hours ago");
+    pass(HOUR).await;
+    assert_eq!(tag(&cache).await, Err("stale-limit-exceeded"));
 }
 
 #[tokio::test(start_paused = true)]
