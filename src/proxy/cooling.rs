@@ -4,7 +4,7 @@
 //! of this host that was set ahead would otherwise make every digest old enough.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use quick_cache::sync::Cache;
 use tokio::time::Instant;
@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::cache_view::{CacheView, log_store_error};
 use super::candidates::Candidates;
 use super::manifest_fetch::UpstreamRequest;
+use super::prefetch::ContentKey;
 use super::revalidate::Revalidated;
 use super::{ProxyService, Request, UpstreamRegistry};
 use crate::age;
@@ -93,7 +94,7 @@ impl CheckedTime {
     }
 }
 
-/// Tags of which the last revalidation is remembered: some 2 MiB.
+/// Tags of which the last revalidation is remembered, and older digests that were deleted: some 2 MiB each.
 const REMEMBERED_MAX: usize = 8_192;
 
 /// When a revalidation last named a digest that was too young, for each tag. The older image was then the answer, so it
@@ -103,6 +104,35 @@ pub(super) struct CooledTags(Cache<SightingKey, SystemTime>);
 impl Default for CooledTags {
     fn default() -> Self {
         Self(Cache::new(REMEMBERED_MAX))
+    }
+}
+
+/// Time for which a 404 for an older digest is remembered, so that each pull does not request it again.
+const GONE_TTL: Duration = Duration::from_secs(300);
+
+/// Older digests that the registry has deleted, with the time of its 404.
+pub(super) struct GoneDigests(Cache<ContentKey, Instant>);
+
+impl Default for GoneDigests {
+    fn default() -> Self {
+        Self(Cache::new(REMEMBERED_MAX))
+    }
+}
+
+impl GoneDigests {
+    pub(super) fn insert(&self, registry: &UpstreamRegistry, repository: &Repository, digest: Digest) {
+        let key = (registry.name().into(), repository.clone(), digest);
+        self.0.insert(key, Instant::now());
+    }
+
+    pub(super) fn contains(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        digest: Digest,
+    ) -> bool {
+        let key = (registry.name().into(), repository.clone(), digest);
+        self.0.get(&key).is_some_and(|at| at.elapsed() < GONE_TTL)
     }
 }
 
@@ -500,10 +530,16 @@ impl CacheView<'_> {
             self.view
                 .newest_seen(&sightings, record.as_deref(), reader, is_eligible)
         };
-        let older = newest_seen(&may_stand_in).map(|named| OlderDigest {
-            digest: named.digest,
-            presence: self.presence_of(&named.digest),
-        });
+        let is_gone = |digest: &Digest| {
+            let gone = &self.proxy.gone_digests;
+            gone.contains(self.registry, self.repository, *digest)
+                && self.presence_of(digest) != Presence::Complete
+        };
+        let older =
+            newest_seen(&|digest| may_stand_in(digest) && !is_gone(digest)).map(|named| OlderDigest {
+                digest: named.digest,
+                presence: self.presence_of(&named.digest),
+            });
         let facts = |cached, previous| AgeFacts {
             cached,
             previous,
@@ -553,8 +589,6 @@ impl CacheView<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn at(seconds: u64) -> SystemTime {

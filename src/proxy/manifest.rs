@@ -260,7 +260,9 @@ impl<'a> ManifestRequest<'a> {
                 self.probe_and_serve(served, &state, candidates, revalidated.response)
                     .await
             }
-            Decision::Fetch(why @ MissReason::Cooling(_)) => self.fetch(why, &state, candidates).await,
+            Decision::Fetch(why @ MissReason::Cooling(_)) => {
+                Box::pin(self.fetch_older(why, &state, candidates)).await
+            }
             Decision::Fetch(_) if self.request.head && state.cooling.is_some() && candidates.is_none() => {
                 self.respond_to_head(&state, revalidated).await
             }
@@ -429,6 +431,52 @@ impl<'a> ManifestRequest<'a> {
         checked.unwrap_or(Err(UpstreamFailure::RevalidateTimeout))
     }
 
+    /// Fetches the older image that is served instead of a young one. If the registry has deleted it, the next older one
+    /// is served or fetched, once.
+    async fn fetch_older(
+        &self,
+        why: MissReason,
+        state: &CacheState,
+        candidates: Option<Candidates>,
+    ) -> ProxyResponse {
+        let outcome = self.fetch(why, state, candidates).await;
+        let (registry, repository) = (&self.request.registry, self.repository);
+        let gone = &self.proxy.gone_digests;
+        let is_gone = state
+            .target()
+            .is_some_and(|digest| gone.contains(registry, repository, digest));
+        let (true, ProxyResponse::Denied(_), Some(tag), Some(ages)) =
+            (is_gone, &outcome, self.request.tag(), state.cooling)
+        else {
+            return outcome;
+        };
+        let now = self.proxy.clock.now().max(self.request.now);
+        let what = (tag, Some(&self.request.accept));
+        let (candidates, cooling) = self
+            .proxy
+            .tag_facts(registry, repository, what, self.rule, now)
+            .await;
+        let next = CacheState {
+            cached: candidates.as_ref().map(Candidates::entry),
+            blocked: candidates.as_ref().and_then(Candidates::blocked),
+            cooling: cooling.map(|next| AgeFacts {
+                named: ages.named,
+                ..next
+            }),
+            ..*state
+        };
+        match decide(&next) {
+            Decision::Fetch(why @ MissReason::Cooling(_)) => self.fetch(why, &next, candidates).await,
+            Decision::Serve(served @ HitReason::Cooling(_)) => {
+                self.serve_target(served, &next, candidates).await
+            }
+            Decision::ProbeLayers(served @ HitReason::Cooling(_)) => {
+                self.probe_and_serve(served, &next, candidates, None).await
+            }
+            _ => outcome,
+        }
+    }
+
     async fn fetch(
         &self,
         why: MissReason,
@@ -483,18 +531,38 @@ impl<'a> ManifestRequest<'a> {
             {
                 self.pass_through().await
             }
-            Err(response) => match (self.on_fetch_failed(state, candidates, response).await, why) {
-                // The 404 is for the older image that would be served instead of a young one, and not for the tag.
-                (ProxyResponse::Denied(denial), MissReason::Cooling(youth))
-                    if matches!(
-                        denial.reason,
-                        DenyReason::NotFound | DenyReason::UpstreamUnavailable(UpstreamFailure::Status(404))
-                    ) =>
+            Err(response) => {
+                if let (ResponseKind::NotFound, MissReason::Cooling(_), Some(older)) =
+                    (response.kind, why, state.target())
                 {
-                    denied(DenyReason::TooYoung(youth), None, false)
+                    self.proxy
+                        .gone_digests
+                        .insert(&self.request.registry, self.repository, older);
                 }
-                (outcome, _) => outcome,
-            },
+                self.on_older_failed(state, candidates, response, why).await
+            }
+        }
+    }
+
+    /// As [`Self::on_fetch_failed`], for any reason of the fetch.
+    async fn on_older_failed(
+        &self,
+        state: &CacheState,
+        candidates: Option<Candidates>,
+        response: Arc<UpstreamResponse>,
+        why: MissReason,
+    ) -> ProxyResponse {
+        match (self.on_fetch_failed(state, candidates, response).await, why) {
+            // The 404 is for the older image that would be served instead of a young one, and not for the tag.
+            (ProxyResponse::Denied(denial), MissReason::Cooling(youth))
+                if matches!(
+                    denial.reason,
+                    DenyReason::NotFound | DenyReason::UpstreamUnavailable(UpstreamFailure::Status(404))
+                ) =>
+            {
+                denied(DenyReason::TooYoung(youth), None, false)
+            }
+            (outcome, _) => outcome,
         }
     }
 

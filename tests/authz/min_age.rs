@@ -635,6 +635,34 @@ async fn older_digest_that_is_gone_denies_as_too_young() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn next_older_digest_is_served_if_one_is_gone() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules());
+    // Known to be young, so its config is not requested.
+    let one = push_old(&registry, "one", 0);
+    assert_eq!(tag(&cache).await, Err("too-young"));
+    pass(DAY).await;
+    let two = push(&registry, "two");
+    assert_eq!(tag(&cache).await, Err("too-young"));
+    pass(3 * DAY).await;
+    push(&registry, "three");
+    let remove = || {
+        let mut state = registry.state();
+        state.shelves.get_mut(REPOSITORY).unwrap().manifests.remove(&two)
+    };
+    remove().unwrap();
+    for _ in 0..3 {
+        assert_eq!(tag(&cache).await, Ok(one));
+    }
+    let log = registry.request_log();
+    assert_eq!(gets_of(&registry, two), 1, "{log:?}");
+    assert_eq!(gets_of(&registry, one), 1, "{log:?}");
+    pass(5 * 60).await;
+    assert_eq!(tag(&cache).await, Ok(one));
+    assert_eq!(gets_of(&registry, two), 2, "it may be back after five minutes");
+}
+
+#[tokio::test(start_paused = true)]
 async fn older_image_is_confirmed_by_naming_a_young_one() {
     let registry = registry();
     let cache = Cache::new(
