@@ -38,6 +38,8 @@ pub struct Cache {
     parts: Parts,
     /// Whether clients accept indexes.
     pub takes_indexes: bool,
+    /// Whether clients accept the media types that the cache's own requests do, so that both see one variant of a tag.
+    pub accepts_all: bool,
     pub offline: Offline,
 }
 
@@ -175,6 +177,7 @@ impl Cache {
             states,
             parts,
             takes_indexes: false,
+            accepts_all: false,
             offline,
         }
     }
@@ -286,7 +289,11 @@ impl Cache {
             registry: Arc::clone(site),
             endpoint,
             head: client_request.head,
-            accept: Accept::read(&headers).unwrap(),
+            accept: if self.accepts_all {
+                Accept::manifests()
+            } else {
+                Accept::read(&headers).unwrap()
+            },
             authorization,
             now: now(),
             for_push: false,

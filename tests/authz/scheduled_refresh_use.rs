@@ -22,6 +22,14 @@ async fn last_use(cache: &Cache, tag: &str) -> Option<SystemTime> {
         .await
 }
 
+/// Lets time pass, in which clients request something else. The store learns the time from them.
+async fn pass_with_clients(cache: &Cache, hours: u64) {
+    for _ in 0..hours * 12 {
+        pass(300).await;
+        compare(cache, "busy").await;
+    }
+}
+
 /// Lets time pass until the registry got such a request, then a client requests the tag. Returns when.
 async fn pull_while_held(registry: &Registry, cache: &Cache, prefix: &str) -> SystemTime {
     registry.hold(prefix);
@@ -39,7 +47,8 @@ async fn pull_while_held(registry: &Registry, cache: &Cache, prefix: &str) -> Sy
 #[tokio::test(start_paused = true)]
 async fn pull_during_refresh_counts_as_use() {
     let (registry, _) = public(1);
-    let cache = Cache::new(&registry, hourly());
+    let mut cache = Cache::new(&registry, hourly());
+    cache.accepts_all = true;
     let _runs = runs(&cache);
     pull(&cache, "1").await;
     pass(HOUR).await;
@@ -62,7 +71,8 @@ async fn pull_of_previous_image_during_refresh_counts_as_use() {
             },
             ..PolicyOverrides::default()
         });
-        let cache = Cache::new(&registry, rules);
+        let mut cache = Cache::new(&registry, rules);
+        cache.accepts_all = true;
         let _runs = runs(&cache);
         assert_eq!(pull(&cache, "1").await, old);
         pass(HOUR).await;
@@ -77,7 +87,8 @@ async fn pull_of_previous_image_during_refresh_counts_as_use() {
 async fn move_to_cached_image_keeps_later_use() {
     let (registry, _) = public(1);
     let other = registry.push("acme/app", "2", "two", &[100]);
-    let cache = Cache::new(&registry, hourly());
+    let mut cache = Cache::new(&registry, hourly());
+    cache.accepts_all = true;
     pull(&cache, "2").await;
     pass(HOUR).await;
     pull(&cache, "1").await;
@@ -88,7 +99,7 @@ async fn move_to_cached_image_keeps_later_use() {
         let shelf = state.shelves.get_mut("acme/app").unwrap();
         shelf.tags.insert("1".to_owned(), other);
     }
-    pass(2 * HOUR).await;
+    pass_with_clients(&cache, 2).await;
     assert_eq!(count(&cache, RefreshResult::NewDigest), 1);
     assert_eq!(last_use(&cache, "1").await, Some(pulled_at));
 }
@@ -96,16 +107,18 @@ async fn move_to_cached_image_keeps_later_use() {
 #[tokio::test(start_paused = true)]
 async fn fetch_that_failed_before_counts_as_no_use() {
     let (registry, _) = public(1);
-    let cache = Cache::new(&registry, hourly());
+    registry.push("acme/app", "busy", "busy", &[100]);
+    let mut cache = Cache::new(&registry, hourly());
+    cache.accepts_all = true;
     let _runs = runs(&cache);
     pull(&cache, "1").await;
     let pulled_at = now();
     move_tags(&registry, 1);
     let layers = std::mem::take(&mut registry.state().shelves.get_mut("acme/app").unwrap().blobs);
-    pass(2 * HOUR).await;
+    pass_with_clients(&cache, 2).await;
     assert!(count(&cache, RefreshResult::FetchFailed) >= 1);
     registry.state().shelves.get_mut("acme/app").unwrap().blobs = layers;
-    pass(3 * HOUR).await;
+    pass_with_clients(&cache, 3).await;
     let results = [RefreshResult::NewDigest, RefreshResult::Completed];
     assert_eq!(results.map(|result| count(&cache, result)).iter().sum::<u64>(), 1);
     assert_eq!(last_use(&cache, "1").await, Some(pulled_at));
@@ -114,16 +127,18 @@ async fn fetch_that_failed_before_counts_as_no_use() {
 #[tokio::test(start_paused = true)]
 async fn manifest_instead_of_digest_counts_as_no_use() {
     let (registry, _) = public(1);
+    registry.push("acme/app", "busy", "busy", &[100]);
     registry.state().states_no_digest = true;
-    let cache = Cache::new(&registry, hourly());
+    let mut cache = Cache::new(&registry, hourly());
+    cache.accepts_all = true;
     let _runs = runs(&cache);
     pull(&cache, "1").await;
     let pulled_at = now();
-    pass(3 * HOUR).await;
+    pass_with_clients(&cache, 3).await;
     assert!(count(&cache, RefreshResult::Revalidated) >= 2);
     assert_eq!(last_use(&cache, "1").await, Some(pulled_at));
     move_tags(&registry, 1);
-    pass(2 * HOUR).await;
+    pass_with_clients(&cache, 2).await;
     assert_eq!(count(&cache, RefreshResult::NewDigest), 1);
     assert_eq!(last_use(&cache, "1").await, Some(pulled_at));
 }
