@@ -1,27 +1,26 @@
 //! `ifnewer setup`: configures container clients to use the cache, and undoes it.
 //!
-//! The changes are planned from the current files without writing ([`plan`]). Applying them saves the current files,
-//! so that undoing restores them byte for byte ([`apply`]). A file that cannot be parsed or that has conflicting
+//! The changes are planned from the current files without writing (`plan`). Applying them saves the current files,
+//! so that undoing restores them byte for byte (`apply`). A file that cannot be parsed or that has conflicting
 //! mirrors is reported and not changed.
 //!
 //! * `endpoint`: address, scheme and CA that the client needs. * `clients`: the desired files of each client.
-//! * `edit`: edits of text, JSON and TOML that preserve the rest of a file. * `root_fs`: files below a root.
-//! * `plan`: the desired files. * `baseline`: the plan compared with the current files. * `apply`: applying and
-//!   undoing. * `undo`: the undo record.
+//! * `edit`: edits of JSON and TOML that keep the rest of a file. * `root_fs`: files below a root.
+//! * `plan`: the desired files. * `apply`: the plan compared with the current files, applying and undoing.
+//! * `journal`: the undo journal.
 //!
 //! Not included: installing a client, restarting a service (only dockerd gets SIGHUP, which is harmless), and checking
 //! that the mirror is used (`doctor`).
 
 mod apply;
-mod baseline;
 mod clients;
 mod edit;
 mod endpoint;
+mod journal;
 mod plan;
 mod root_fs;
 #[cfg(test)]
 mod tests;
-mod undo;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -31,9 +30,9 @@ use crate::config::Config;
 pub use apply::{Applied, Job};
 pub(crate) use clients::containerd::{REFERRERS_SINCE, Release};
 pub use endpoint::{CaBundle, CacheEndpoint, Registry, Scheme};
+pub use journal::FileState;
 pub use plan::{DesiredFile, FileSource, Plan};
 pub use root_fs::RootFs;
-pub use undo::FileState;
 
 /// A supported container client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -55,17 +54,6 @@ pub enum Client {
 }
 
 impl Client {
-    /// All clients in display order.
-    pub const ALL: [Self; 7] = [
-        Self::Docker,
-        Self::Containerd,
-        Self::K3s,
-        Self::Podman,
-        Self::Buildkit,
-        Self::GitlabRunner,
-        Self::Dind,
-    ];
-
     /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
@@ -129,7 +117,7 @@ pub enum SetupError {
         /// The problem.
         detail: String,
     },
-    /// The client has a conflicting configuration.
+    /// The client has a conflicting configuration, or the undo journal is unusable.
     #[error("{}: {what}; nothing was written. {remedy}", path.display())]
     Conflict {
         /// The file.
@@ -162,14 +150,6 @@ pub enum SetupError {
     /// There is nothing to undo.
     #[error("`ifnewer {0}` was not applied on this host, so there is nothing to undo")]
     NothingToUndo(String),
-    /// The undo record is unusable.
-    #[error("{}: {detail}; the original files are in the same folder, named by their digests", path.display())]
-    BadRecord {
-        /// The record.
-        path: PathBuf,
-        /// The problem.
-        detail: String,
-    },
     /// A symbolic link leads out of the root or to nothing.
     #[error("{} is a symbolic link out of --root or to a missing file; nothing was written", path.display())]
     OutsideRoot {
@@ -179,7 +159,7 @@ pub enum SetupError {
     /// Another setup is running.
     #[error("another `ifnewer setup` or `ifnewer ca` is running ({} is locked); try again", path.display())]
     Locked {
-        /// The lock file.
+        /// The locked folder.
         path: PathBuf,
     },
     /// The combination is not supported.
@@ -195,34 +175,48 @@ fn as_root(error: &io::Error) -> &'static str {
 }
 
 impl SetupError {
-    fn file(action: &'static str, path: &Path, error: io::Error) -> Self {
-        Self::File {
-            action,
+    /// The conversion of an I/O error.
+    fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |error| Self::File { action, path, error }
+    }
+
+    fn unreadable(path: &Path, line: usize, detail: impl Into<String>) -> Self {
+        Self::Unreadable {
             path: path.to_owned(),
-            error,
+            line,
+            detail: detail.into(),
+        }
+    }
+
+    fn conflict(path: &Path, what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self::Conflict {
+            path: path.to_owned(),
+            what: what.into(),
+            remedy: remedy.into(),
         }
     }
 }
 
-/// Plans the changes for `options`, given the current files.
-pub fn plan(config: &Config, options: &Options, files: &dyn FileSource) -> Result<Plan, SetupError> {
-    let endpoint = CacheEndpoint::from_config(config, options)?;
-    plan_for(&endpoint, options, files)
-}
-
+/// Plans the changes, given the current files.
 fn plan_for(endpoint: &CacheEndpoint, options: &Options, files: &dyn FileSource) -> Result<Plan, SetupError> {
-    if options.by_proxy {
-        return clients::proxy::plan(options.client, endpoint, options.force, files);
-    }
-    match options.client {
-        Client::Docker => clients::docker::plan(endpoint, options.force, files),
-        Client::Containerd => clients::containerd::plan(endpoint, options.force, files),
-        Client::K3s => clients::k3s::plan(endpoint, files),
-        Client::Podman => clients::podman::plan(endpoint, options.force, files),
-        Client::Buildkit => clients::buildkit::plan(endpoint, files),
-        Client::GitlabRunner => clients::gitlab::plan(endpoint, files),
-        Client::Dind => clients::docker::plan_inside(endpoint, files),
-    }
+    let context = plan::Context {
+        endpoint,
+        files,
+        force: options.force,
+    };
+    let mut plan = match options.client {
+        client if options.by_proxy => clients::proxy::plan(client, context),
+        Client::Docker => clients::docker::plan(context),
+        Client::Containerd => clients::containerd::plan(context),
+        Client::K3s => clients::k3s::plan(context),
+        Client::Podman => clients::podman::plan(context),
+        Client::Buildkit => clients::buildkit::plan(context),
+        Client::GitlabRunner => clients::gitlab::plan(context),
+        Client::Dind => clients::docker::plan_inside(context),
+    }?;
+    plan.notes.extend(endpoint.warnings.iter().cloned());
+    Ok(plan)
 }
 
 /// Renders the changes, with the error if there is one. With an error, the text shows a host without configuration.

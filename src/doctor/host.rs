@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use clap::ValueEnum;
 use rustls_pki_types::CertificateDer;
 
 use super::http_probe::{self, Target};
@@ -192,7 +193,7 @@ pub(super) async fn clock(context: &CheckContext<'_>) -> Check {
 /// Checks that files written by `setup` are unmodified.
 pub(super) fn setups(context: &CheckContext<'_>) -> Vec<Check> {
     let mut checks = Vec::new();
-    for client in Client::ALL {
+    for &client in Client::value_variants() {
         let name = format!("setup {}", client.name());
         let states = match Job::setup(client).states(context.root) {
             Ok(Some(states)) => states,

@@ -4,7 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 
-use http::uri::{Authority as HostAndPort, Uri};
+use http::uri::{Authority, Uri};
+use pem::{EncodeConfig, LineEnding, Pem};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 
@@ -74,7 +75,7 @@ impl CaBundle {
                  host, copy the output of `ifnewer ca export` from there and set it with --ca"
                     .to_owned(),
             ),
-            _ => SetupError::file("failed to read", path, error),
+            _ => SetupError::file("failed to read", path)(error),
         })?;
         Self::of(&bytes).ok_or_else(|| unusable("contains no certificate in PEM format".to_owned()))
     }
@@ -84,7 +85,9 @@ impl CaBundle {
         let certificates: Vec<_> = CertificateDer::pem_slice_iter(pem)
             .collect::<Result<_, _>>()
             .ok()?;
-        let text: String = certificates.iter().map(|der| encode(der)).collect();
+        let format = EncodeConfig::new().set_line_ending(LineEnding::LF);
+        let encode = |der: &CertificateDer<'_>| pem::encode_config(&Pem::new("CERTIFICATE", &**der), format);
+        let text: String = certificates.iter().map(encode).collect();
         (!text.is_empty()).then_some(Self(text))
     }
 
@@ -92,22 +95,6 @@ impl CaBundle {
     pub fn pem(&self) -> &str {
         &self.0
     }
-}
-
-/// RFC 7468: lines of 64 characters.
-fn encode(der: &[u8]) -> String {
-    use base64::Engine as _;
-    let body = base64::engine::general_purpose::STANDARD.encode(der);
-    let mut text = String::from("-----BEGIN CERTIFICATE-----\n");
-    let mut rest = body.as_str();
-    while !rest.is_empty() {
-        let (line, further) = rest.split_at(rest.len().min(64));
-        text.push_str(line);
-        text.push('\n');
-        rest = further;
-    }
-    text.push_str("-----END CERTIFICATE-----\n");
-    text
 }
 
 impl CacheEndpoint {
@@ -155,18 +142,11 @@ impl CacheEndpoint {
     }
 
     fn warn(&mut self, config: &Config, options: &Options) {
-        let name = self.host.trim_start_matches('[').trim_end_matches(']');
-        let is_address = name.parse::<IpAddr>().is_ok();
-        let is_listen_address = || {
-            config
-                .listen
-                .registry
-                .iter()
-                .any(|known| known.ip().to_string() == name)
-        };
+        let name = without_brackets(&self.host);
+        let mut listening = config.listen.registry.iter();
         let is_named = is_loopback(&self.host)
             || config.tls.names.iter().any(|known| known == name)
-            || is_address && is_listen_address();
+            || listening.any(|known| known.ip().to_string() == name);
         if self.scheme == Scheme::Https && self.ca.is_some() && options.ca.is_none() && !is_named {
             self.warnings.push(format!(
                 "the server certificate must contain {name}: unless it is this host's own name, add it to `names` of \
@@ -203,35 +183,25 @@ fn parse_address(address: &str) -> Result<(Option<Scheme>, String, u16), SetupEr
              https://cache.example.org"
         ))
     };
-    let (scheme, host_port) = match address.split_once("://") {
-        Some(("http", _)) => (Some(Scheme::Http), address),
-        Some(("https", _)) => (Some(Scheme::Https), address),
+    let (scheme, default_port) = match address.split_once("://") {
+        Some(("http", _)) => (Some(Scheme::Http), Some(80)),
+        Some(("https", _)) => (Some(Scheme::Https), Some(443)),
         Some(_) => return Err(wrong()),
-        None => (None, address),
+        None => (None, None),
     };
-    let host_port: HostAndPort = if scheme.is_some() {
-        let uri: Uri = host_port.parse().map_err(|_| wrong())?;
-        if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
-            return Err(wrong());
-        }
-        uri.authority().cloned().ok_or_else(wrong)?
-    } else {
-        host_port.parse().map_err(|_| wrong())?
+    let url = scheme.map_or_else(|| format!("any://{address}"), |_| address.to_owned());
+    let url: Uri = url.parse().map_err(|_| wrong())?;
+    let is_all = |authority: &&Authority| address.trim_end_matches('/').ends_with(authority.as_str());
+    let authority = url.authority().filter(is_all).ok_or_else(wrong)?;
+    let port = match authority.port_u16() {
+        None if authority.as_str() == authority.host() => default_port,
+        port => port,
     };
-    let usual = match scheme {
-        Some(Scheme::Http) => Some(80),
-        Some(Scheme::Https) => Some(443),
-        None => None,
-    };
-    let port = host_port
-        .port_u16()
-        .or(usual)
-        .filter(|port| *port != 0)
-        .ok_or_else(wrong)?;
-    let host = host_port.host().to_ascii_lowercase();
+    let port = port.filter(|port| *port != 0).ok_or_else(wrong)?;
+    let host = authority.host().to_ascii_lowercase();
     let allowed =
         |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '.' | '-' | ':' | '[' | ']');
-    if host.is_empty() || host_port.as_str().contains('@') || !host.chars().all(allowed) {
+    if host.is_empty() || authority.as_str().contains('@') || !host.chars().all(allowed) {
         return Err(wrong());
     }
     Ok((scheme, host, port))
@@ -240,19 +210,13 @@ fn parse_address(address: &str) -> Result<(Option<Scheme>, String, u16), SetupEr
 /// The listening address best suited for the client.
 fn listen_address(config: &Config, options: &Options) -> Result<(Option<Scheme>, String, u16), SetupError> {
     let all = &config.listen.registry;
-    let usable =
-        |address: &&SocketAddr| options.client.takes_ipv6() || !client_host(**address).starts_with('[');
+    let is_here = |address: &SocketAddr| address.ip().is_loopback() || address.ip().is_unspecified();
+    let is_usable = |address: &SocketAddr| options.client.takes_ipv6() || address.is_ipv4();
     let chosen = if options.client.is_in_containers() {
-        let from_outside =
-            |address: &&SocketAddr| !address.ip().is_loopback() && !address.ip().is_unspecified();
-        all.iter().find(from_outside)
+        all.iter().find(|address| !is_here(address))
     } else {
-        let here = |address: &&SocketAddr| address.ip().is_loopback() || address.ip().is_unspecified();
-        let suitable = || all.iter().filter(usable);
-        suitable()
-            .find(here)
-            .or_else(|| suitable().next())
-            .or(all.first())
+        all.iter()
+            .min_by_key(|address| (!is_usable(address), !is_here(address)))
     };
     let Some(chosen) = chosen else {
         let port = all.first().map_or(5000, SocketAddr::port);
@@ -292,7 +256,11 @@ fn unreachable_from_containers(host: &str, port: u16) -> SetupError {
     ))
 }
 
+fn without_brackets(host: &str) -> &str {
+    host.trim_start_matches('[').trim_end_matches(']')
+}
+
 fn is_loopback(host: &str) -> bool {
-    let name = host.trim_start_matches('[').trim_end_matches(']');
+    let name = without_brackets(host);
     name == "localhost" || name.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }

@@ -6,14 +6,20 @@ use std::path::{Path, PathBuf};
 use similar::TextDiff;
 
 use super::SetupError;
+use super::edit::Text;
+use super::endpoint::CacheEndpoint;
 
-/// A source of files. Paths are absolute, as the client sees them.
+/// A source of files; by default a host without any. Paths are absolute, as the client sees them.
 pub trait FileSource {
     /// Content of a file; `None` if it does not exist.
-    fn read(&self, path: &Path) -> Result<Option<Vec<u8>>, SetupError>;
+    fn read(&self, _path: &Path) -> Result<Option<Vec<u8>>, SetupError> {
+        Ok(None)
+    }
 
     /// Files of a folder, sorted by name; empty if it does not exist.
-    fn list(&self, folder: &Path) -> Result<Vec<PathBuf>, SetupError>;
+    fn list(&self, _folder: &Path) -> Result<Vec<PathBuf>, SetupError> {
+        Ok(Vec::new())
+    }
 
     /// Output of `PROGRAM --version`; `None` if the program is absent or belongs to another root.
     fn version_of(&self, _program: &str) -> Option<String> {
@@ -24,13 +30,21 @@ pub trait FileSource {
 /// A host without configuration.
 pub(super) struct EmptyFs;
 
-impl FileSource for EmptyFs {
-    fn read(&self, _: &Path) -> Result<Option<Vec<u8>>, SetupError> {
-        Ok(None)
-    }
+impl FileSource for EmptyFs {}
 
-    fn list(&self, _: &Path) -> Result<Vec<PathBuf>, SetupError> {
-        Ok(Vec::new())
+/// What a plan depends on.
+#[derive(Clone, Copy)]
+pub(super) struct Context<'a> {
+    pub(super) endpoint: &'a CacheEndpoint,
+    pub(super) files: &'a dyn FileSource,
+    /// Overrides conflicts that name this flag.
+    pub(super) force: bool,
+}
+
+impl Context<'_> {
+    /// Reads a configuration file.
+    pub(super) fn text(&self, path: impl AsRef<Path>) -> Result<Text, SetupError> {
+        Text::read(path, self.files)
     }
 }
 
@@ -56,10 +70,19 @@ pub struct Plan {
 
 impl Plan {
     pub(super) fn file(&mut self, path: impl Into<PathBuf>, bytes: impl Into<Vec<u8>>) {
-        self.files.push(DesiredFile {
-            path: path.into(),
-            bytes: bytes.into(),
-        });
+        let (path, bytes) = (path.into(), bytes.into());
+        self.files.push(DesiredFile { path, bytes });
+    }
+
+    pub(super) fn edited(&mut self, text: Text) {
+        self.file(text.path.clone(), text.into_bytes());
+    }
+
+    /// The CA, if the client needs it.
+    pub(super) fn ca(&mut self, endpoint: &CacheEndpoint, path: impl Into<PathBuf>) {
+        if let Some(ca) = &endpoint.ca {
+            self.file(path, ca.pem());
+        }
     }
 
     pub(super) fn by_hand(&mut self, what: impl Into<String>) {
@@ -87,11 +110,10 @@ pub(super) fn render(plan: &Plan, files: &dyn FileSource) -> (String, Option<Set
             None => writeln!(text, "# {path}\n{}", String::from_utf8_lossy(&desired.bytes)),
         };
     }
-    for what in &plan.by_hand {
-        let _ = writeln!(text, "# to do: {what}");
-    }
-    for note in &plan.notes {
-        let _ = writeln!(text, "# note: {note}");
+    for (kind, lines) in [("to do", &plan.by_hand), ("note", &plan.notes)] {
+        for line in lines {
+            let _ = writeln!(text, "# {kind}: {line}");
+        }
     }
     (text, unreadable)
 }

@@ -1,23 +1,35 @@
 //! Files below a root folder, written atomically.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 
+use serde::{Deserialize, Serialize};
+
 use super::SetupError;
 use super::plan::FileSource;
 
-/// Maximum size of a configuration file.
+/// Maximum size of a file that is read or written.
 const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 /// The folder that stands for `/`, for images and tests.
 #[derive(Clone, Debug)]
 pub struct RootFs(PathBuf);
 
+/// A file: content, mode and owner.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Stored {
+    #[serde(rename = "base64", with = "super::journal::in_base64")]
+    pub(super) bytes: Vec<u8>,
+    #[serde(flatten)]
+    pub(super) owner: Owner,
+}
+
 /// Owner and mode of a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Owner {
     pub(super) mode: u32,
     pub(super) uid: u32,
@@ -27,10 +39,10 @@ pub(super) struct Owner {
 impl RootFs {
     /// Opens the folder at `path`, which must exist.
     pub fn open(path: &Path) -> Result<Self, SetupError> {
-        match fs::canonicalize(path) {
-            Ok(path) => Ok(Self(path)),
-            Err(error) => Err(SetupError::file("failed to use as --root", path, error)),
-        }
+        let opened = fs::canonicalize(path);
+        opened
+            .map(Self)
+            .map_err(SetupError::file("failed to use as --root", path))
     }
 
     /// Whether this is `/` of the machine. Only there commands are run and processes notified.
@@ -55,11 +67,9 @@ impl RootFs {
         // Resolve the deepest existing part; missing parts below it are created.
         let mut existing = full_path.as_path();
         let mut missing = Vec::new();
-        loop {
-            match fs::symlink_metadata(existing) {
-                Ok(_) => break,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(SetupError::file("failed to read", existing, error)),
+        while let Err(error) = fs::symlink_metadata(existing) {
+            if error.kind() != io::ErrorKind::NotFound {
+                return Err(SetupError::file("failed to read", existing)(error));
             }
             let (Some(parent), Some(name)) = (existing.parent(), existing.file_name()) else {
                 return Err(outside());
@@ -75,62 +85,59 @@ impl RootFs {
         Ok(target)
     }
 
-    /// Owner of an existing file.
-    pub(super) fn owner(&self, path: &Path) -> Result<Option<Owner>, SetupError> {
+    /// Reads a file with its owner.
+    pub(super) fn load(&self, path: &Path) -> Result<Option<Stored>, SetupError> {
         let target = self.target(path)?;
-        match fs::metadata(&target) {
-            Ok(metadata) => Ok(Some(Owner {
+        let load = || {
+            let metadata = fs::metadata(&target)?;
+            check_size(metadata.len())?;
+            let owner = Owner {
                 mode: metadata.permissions().mode() & 0o7777,
                 uid: metadata.uid(),
                 gid: metadata.gid(),
-            })),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(SetupError::file("failed to read", &target, error)),
-        }
+            };
+            let bytes = fs::read(&target)?;
+            Ok(Stored { bytes, owner })
+        };
+        present(load()).map_err(SetupError::file("failed to read", &target))
     }
 
     /// Writes a file atomically: temporary file, sync, rename. Creates missing folders.
     pub(super) fn write(&self, path: &Path, bytes: &[u8], owner: Option<Owner>) -> Result<(), SetupError> {
         let target = self.target(path)?;
         let folder = target.parent().unwrap_or(&self.0);
-        fs::create_dir_all(folder)
-            .map_err(|error| SetupError::file("failed to create the folder", folder, error))?;
+        fs::create_dir_all(folder).map_err(SetupError::file("failed to create the folder", folder))?;
         let mut name = target.file_name().unwrap_or_default().to_owned();
         name.push(".ifnewer-new");
         let temporary = target.with_file_name(name);
         let written = write_new(&temporary, bytes, owner).and_then(|()| fs::rename(&temporary, &target));
-        if let Err(error) = written {
+        if written.is_err() {
             let _ = fs::remove_file(&temporary);
-            return Err(SetupError::file("failed to write", &target, error));
         }
+        written.map_err(SetupError::file("failed to write", &target))?;
         sync(folder)
     }
 
     /// Removes a file if it exists.
     pub(super) fn remove(&self, path: &Path) -> Result<(), SetupError> {
         let target = self.target(path)?;
-        match fs::remove_file(&target) {
-            Ok(()) => sync(target.parent().unwrap_or(&self.0)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(SetupError::file("failed to remove", &target, error)),
+        match present(fs::remove_file(&target)).map_err(SetupError::file("failed to remove", &target))? {
+            Some(()) => sync(target.parent().unwrap_or(&self.0)),
+            None => Ok(()),
         }
     }
 
-    /// Missing parent folders of `path`, outermost first.
-    pub(super) fn missing_folders(&self, path: &Path) -> Vec<PathBuf> {
-        let mut missing: Vec<PathBuf> = path
-            .ancestors()
-            .skip(1)
+    /// Missing parent folders of `path`.
+    pub(super) fn missing_folders(&self, path: &Path) -> impl Iterator<Item = PathBuf> {
+        let folders = path.ancestors().skip(1);
+        folders
             .take_while(|folder| !self.resolve(folder).exists())
             .map(Path::to_owned)
-            .collect();
-        missing.reverse();
-        missing
     }
 
-    /// Removes a folder if it is empty.
-    pub(super) fn remove_folder(&self, folder: &Path) {
-        if let Ok(target) = self.target(folder) {
+    /// Removes those of the folders that are empty.
+    pub(super) fn remove_empty(&self, folders: &BTreeSet<PathBuf>) {
+        for target in folders.iter().rev().filter_map(|folder| self.target(folder).ok()) {
             let _ = fs::remove_dir(target);
         }
     }
@@ -138,36 +145,20 @@ impl RootFs {
 
 impl FileSource for RootFs {
     fn read(&self, path: &Path) -> Result<Option<Vec<u8>>, SetupError> {
-        let target = self.target(path)?;
-        let read = fs::metadata(&target).and_then(|metadata| {
-            if metadata.len() > FILE_BYTES_MAX {
-                return Err(io::Error::other("the file is too large for a configuration"));
-            }
-            fs::read(&target)
-        });
-        match read {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(SetupError::file("failed to read", &target, error)),
-        }
+        Ok(self.load(path)?.map(|stored| stored.bytes))
     }
 
     fn list(&self, folder: &Path) -> Result<Vec<PathBuf>, SetupError> {
         let full_path = self.resolve(folder);
-        let entries = match fs::read_dir(&full_path) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(SetupError::file("failed to read", &full_path, error)),
-        };
-        let mut found = Vec::new();
-        for entry in entries {
-            let entry = entry.map_err(|error| SetupError::file("failed to read", &full_path, error))?;
-            if entry.path().is_file() {
-                found.push(folder.join(entry.file_name()));
-            }
-        }
-        found.sort();
-        Ok(found)
+        let entries = present(fs::read_dir(&full_path)).and_then(|entries| {
+            let entries = entries.into_iter().flatten();
+            entries.collect::<io::Result<Vec<_>>>()
+        });
+        let entries = entries.map_err(SetupError::file("failed to read", &full_path))?;
+        let files = entries.iter().filter(|entry| entry.path().is_file());
+        let mut paths: Vec<_> = files.map(|entry| folder.join(entry.file_name())).collect();
+        paths.sort();
+        Ok(paths)
     }
 
     fn version_of(&self, program: &str) -> Option<String> {
@@ -179,7 +170,23 @@ impl FileSource for RootFs {
     }
 }
 
+/// `None` for what does not exist.
+fn present<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        result => result.map(Some),
+    }
+}
+
+fn check_size(bytes: u64) -> io::Result<()> {
+    if bytes > FILE_BYTES_MAX {
+        return Err(io::Error::other("the file is too large for a configuration"));
+    }
+    Ok(())
+}
+
 fn write_new(path: &Path, bytes: &[u8], owner: Option<Owner>) -> io::Result<()> {
+    check_size(bytes.len() as u64)?;
     // Created with restricted mode, because the file may contain credentials.
     let mut file = OpenOptions::new()
         .write(true)
@@ -199,7 +206,6 @@ fn write_new(path: &Path, bytes: &[u8], owner: Option<Owner>) -> io::Result<()> 
 }
 
 fn sync(folder: &Path) -> Result<(), SetupError> {
-    File::open(folder)
-        .and_then(|folder| folder.sync_all())
-        .map_err(|error| SetupError::file("failed to sync", folder, error))
+    let synced = File::open(folder).and_then(|folder| folder.sync_all());
+    synced.map_err(SetupError::file("failed to sync", folder))
 }

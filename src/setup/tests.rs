@@ -8,6 +8,7 @@
 
 mod applied;
 mod clients;
+mod edit;
 mod endpoint;
 
 use std::collections::BTreeMap;

@@ -1,14 +1,14 @@
 //! containerd: a `hosts.toml` for each registry, and `config_path`, without which the CRI plugin reads none of them.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use toml::{Table, Value};
 
 use crate::setup::SetupError;
-use crate::setup::edit::text::Text;
-use crate::setup::edit::toml as edit_toml;
+use crate::setup::edit::Text;
+use crate::setup::edit::toml::{self as edit_toml, Place};
 use crate::setup::endpoint::{CacheEndpoint, Registry};
-use crate::setup::plan::{FileSource, Plan};
+use crate::setup::plan::{Context, FileSource, Plan};
 
 const CONFIG: &str = "/etc/containerd/config.toml";
 const HOSTS: &str = "/etc/containerd/certs.d";
@@ -57,20 +57,16 @@ impl Release {
     }
 }
 
-pub(in crate::setup) fn plan(
-    endpoint: &CacheEndpoint,
-    force: bool,
-    files: &dyn FileSource,
-) -> Result<Plan, SetupError> {
+pub(in crate::setup) fn plan(context: Context<'_>) -> Result<Plan, SetupError> {
+    let endpoint = context.endpoint;
     let mut plan = Plan::default();
-    let config = Path::new(CONFIG);
-    let text = Text::read(config, files.read(config)?)?;
-    let release = Release::find(files, &edit_toml::read(config, &text)?);
-    let (edited, hosts) = config_path(config, &text)?;
+    let text = context.text(CONFIG)?;
+    let release = Release::find(context.files, &edit_toml::read(&text)?);
+    let (edited, hosts) = with_config_path(&text)?;
     if edited != text {
         plan.by_hand(
             "restart containerd once, because it reads `config_path` at its start: systemctl restart containerd. \
-                      Later changes of hosts.toml need no restart",
+             Later changes of hosts.toml need no restart",
         );
         if text.body.contains(HOSTS_BY_DEFAULT) {
             plan.note(
@@ -79,16 +75,12 @@ pub(in crate::setup) fn plan(
             );
         }
     }
-    plan.file(config, edited.into_bytes());
-    if let Some(authority) = &endpoint.ca {
-        plan.file(AUTHORITY, authority.pem());
-    }
+    plan.edited(edited);
+    plan.ca(endpoint, AUTHORITY);
+    let host = Host::new(endpoint, release);
     for upstream in &endpoint.upstreams {
-        let path = hosts.join(&*upstream.name).join("hosts.toml");
-        let text = Text::read(&path, files.read(&path)?)?;
-        let host = Host::new(endpoint, release);
-        let edited = host.in_file(&path, &text, upstream, force)?;
-        plan.file(path, edited.into_bytes());
+        let text = context.text(hosts.join(&*upstream.name).join("hosts.toml"))?;
+        plan.edited(host.in_file(&text, upstream, context.force)?);
     }
     plan.note("ctr ignores config_path and needs --hosts-dir; nerdctl and the kubelet read it");
     if release.is_none() {
@@ -97,34 +89,22 @@ pub(in crate::setup) fn plan(
              Otherwise requests for signatures bypass the cache",
         );
     }
-    plan.notes.extend(endpoint.warnings.iter().cloned());
     Ok(plan)
 }
 
 /// The configuration with a folder for `hosts.toml`, and that folder.
-fn config_path(path: &Path, text: &Text) -> Result<(Text, PathBuf), SetupError> {
-    let conflict = |what: String, remedy: &str| SetupError::Conflict {
-        path: path.to_owned(),
-        what,
-        remedy: remedy.to_owned(),
-    };
-    if text.is_blank() {
-        let fresh = format!(
-            "version = 2\n\n{}\nconfig_path = \"{HOSTS}\"\n",
-            edit_toml::header(REGISTRY_OF_2)
-        );
-        return Ok((text.with(fresh), PathBuf::from(HOSTS)));
-    }
-    let root = edit_toml::read(path, text)?;
-    let section = match root.get("version").and_then(Value::as_integer) {
-        Some(2) => REGISTRY_OF_2,
+fn with_config_path(text: &Text) -> Result<(Text, PathBuf), SetupError> {
+    let root = edit_toml::read(text)?;
+    let (section, text) = match root.get("version").and_then(Value::as_integer) {
+        None if text.is_blank() => (REGISTRY_OF_2, &text.with("version = 2\n".to_owned())),
+        Some(2) => (REGISTRY_OF_2, text),
         // Version 4 has the same plugin names.
-        Some(3 | 4) => REGISTRY_OF_3,
+        Some(3 | 4) => (REGISTRY_OF_3, text),
         other => {
             let version = other.map_or("no version, which means 1".to_owned(), |version| {
                 format!("version {version}")
             });
-            return Err(conflict(
+            return Err(text.conflict(
                 format!("has {version}; hosts.toml is supported in versions 2, 3 and 4"),
                 "Migrate it first: containerd config migrate",
             ));
@@ -137,44 +117,28 @@ fn config_path(path: &Path, text: &Text) -> Result<(Text, PathBuf), SetupError> 
         section.is_some_and(|section| !section.is_empty())
     };
     if is_used("mirrors") || is_used("configs") {
-        return Err(conflict(
-            "has registry.mirrors or registry.configs, with which containerd rejects config_path".to_owned(),
+        return Err(text.conflict(
+            "has registry.mirrors or registry.configs, with which containerd rejects config_path",
             "Move them into hosts.toml files first; containerd's docs/hosts.md says how.",
         ));
     }
-    let hosts = Value::String(HOSTS.to_owned());
-    let edited = match registry
-        .and_then(|registry| registry.get("config_path"))
-        .map(Value::as_str)
-    {
-        Some(Some("" | HOSTS_BY_DEFAULT)) => edit_toml::replace(text, section, "config_path", &hosts),
-        Some(Some(folders)) if folders.contains(':') => {
-            return Err(conflict(
-                format!(
-                    "config_path names several folders ({folders}), and containerd 2.2.0 reads none of them"
-                ),
-                "Keep one of them, an absolute path.",
-            ));
+    let current = registry.and_then(|registry| registry.get("config_path"));
+    match current.map(Value::as_str) {
+        None | Some(Some("" | HOSTS_BY_DEFAULT)) => {
+            let settings = Table::from_iter([("config_path".to_owned(), Value::from(HOSTS))]);
+            let edited = edit_toml::set(text, section, &settings, Place::Last)?;
+            Ok((edited, PathBuf::from(HOSTS)))
         }
-        Some(Some(folder)) if folder.starts_with('/') => return Ok((text.clone(), PathBuf::from(folder))),
-        Some(other) => {
-            return Err(conflict(
-                format!("config_path is {}", other.unwrap_or("not a string")),
-                "Set it to one absolute path.",
-            ));
-        }
-        None => edit_toml::set(text, section, "config_path", &hosts),
-    };
-    let edited = edited.ok_or_else(|| {
-        conflict(
-            "the TOML layout does not permit an automatic edit".to_owned(),
-            &format!(
-                "Add by hand: {}  config_path = \"{HOSTS}\"",
-                edit_toml::header(section)
-            ),
-        )
-    })?;
-    Ok((edited, PathBuf::from(HOSTS)))
+        Some(Some(folders)) if folders.contains(':') => Err(text.conflict(
+            format!("config_path names several folders ({folders}), and containerd 2.2.0 reads none of them"),
+            "Keep one of them, an absolute path.",
+        )),
+        Some(Some(folder)) if folder.starts_with('/') => Ok((text.clone(), PathBuf::from(folder))),
+        Some(other) => Err(text.conflict(
+            format!("config_path is {}", other.unwrap_or("not a string")),
+            "Set it to one absolute path.",
+        )),
+    }
 }
 
 /// The cache as a host in a `hosts.toml`.
@@ -186,15 +150,11 @@ struct Host {
 impl Host {
     /// The settings for this release of containerd; for an unknown one, those that every release accepts.
     fn new(endpoint: &CacheEndpoint, release: Option<Release>) -> Self {
-        let knows_referrers = release >= Some(REFERRERS_SINCE);
-        let capabilities = ["pull", "resolve"]
-            .into_iter()
-            .chain(knows_referrers.then_some("referrers"));
-        let capabilities = capabilities.map(|name| Value::String(name.to_owned())).collect();
-        let mut settings = Table::new();
-        settings.insert("capabilities".to_owned(), Value::Array(capabilities));
+        let mut capabilities = vec!["pull", "resolve"];
+        capabilities.extend((release >= Some(REFERRERS_SINCE)).then_some("referrers"));
+        let mut settings = Table::from_iter([("capabilities".to_owned(), Value::from(capabilities))]);
         if endpoint.ca.is_some() {
-            settings.insert("ca".to_owned(), Value::String(AUTHORITY.to_owned()));
+            settings.insert("ca".to_owned(), Value::from(AUTHORITY));
         }
         Self {
             url: endpoint.url(),
@@ -202,82 +162,39 @@ impl Host {
         }
     }
 
-    /// Whether a section differs only in capabilities written for another release.
-    fn differs_by_release(&self, section: &Table) -> bool {
+    /// Whether a section differs at most in capabilities written for another release.
+    fn is_same(&self, section: &Table) -> bool {
         let mut same = section.clone();
-        let capabilities = same.insert("capabilities".to_owned(), Value::Array(Vec::new()));
-        let mut ours = self.settings.clone();
-        ours.insert("capabilities".to_owned(), Value::Array(Vec::new()));
-        let is_ours = |name: &Value| matches!(name.as_str(), Some("pull" | "resolve" | "referrers"));
-        let all_ours =
-            capabilities.is_some_and(|list| list.as_array().is_some_and(|list| list.iter().all(is_ours)));
-        all_ours && same == ours
+        let ours = self.settings.get("capabilities").cloned();
+        let theirs = ours.and_then(|ours| same.insert("capabilities".to_owned(), ours));
+        let is_known = |name: &Value| matches!(name.as_str(), Some("pull" | "resolve" | "referrers"));
+        let theirs = theirs.as_ref().and_then(Value::as_array);
+        same == self.settings && theirs.is_some_and(|list| list.iter().all(is_known))
     }
 
     /// The `hosts.toml` of one registry with the cache as its first host.
-    fn in_file(
-        &self,
-        path: &Path,
-        text: &Text,
-        upstream: &Registry,
-        force: bool,
-    ) -> Result<Text, SetupError> {
+    fn in_file(&self, text: &Text, upstream: &Registry, force: bool) -> Result<Text, SetupError> {
         let section = ["host", self.url.as_str()];
-        let header = edit_toml::header(&section);
         if text.is_blank() {
-            return Ok(text.with(format!(
-                "server = \"{}\"\n\n{header}\n{}",
-                server(upstream),
-                self.settings
-            )));
+            let server = text.with(format!("server = \"{}\"\n", server(upstream)));
+            return edit_toml::set(&server, &section, &self.settings, Place::First);
         }
-        let root = edit_toml::read(path, text)?;
-        let conflict = |what: &str, remedy: String| SetupError::Conflict {
-            path: path.to_owned(),
-            what: what.to_owned(),
-            remedy,
-        };
-        let by_hand = || {
-            let settings = self.settings.to_string().trim_end().replace('\n', ", ");
-            format!("Add by hand: {header} with {settings}")
-        };
+        let root = edit_toml::read(text)?;
         let hosts = match root.get("host") {
-            None => None,
-            Some(Value::Table(hosts)) => Some(hosts),
-            Some(_) => {
-                return Err(conflict(
-                    "`host` is not a section",
-                    "Correct the file first.".to_owned(),
-                ));
-            }
+            None => &Table::new(),
+            Some(Value::Table(hosts)) => hosts,
+            Some(_) => return Err(text.conflict("`host` is not a section", "Correct the file first.")),
         };
-        let unedited = || conflict("the TOML layout does not permit an automatic edit", by_hand());
-        match hosts.and_then(|hosts| hosts.get(&self.url)).map(Value::as_table) {
-            None => {}
-            Some(Some(current)) if *current == self.settings => return Ok(text.clone()),
-            Some(Some(current)) if self.differs_by_release(current) => {
-                let capabilities = self.settings.get("capabilities").ok_or_else(unedited)?;
-                return edit_toml::replace(text, &section, "capabilities", capabilities).ok_or_else(unedited);
+        if let Some(current) = hosts.get(&self.url) {
+            if !current.as_table().is_some_and(|current| self.is_same(current)) {
+                let what = format!("already has {} with other settings", edit_toml::header(&section));
+                return Err(text.conflict(what, edit_toml::by_hand(&section, &self.settings)));
             }
-            Some(_) => {
-                return Err(conflict(
-                    &format!("already has {header} with other settings"),
-                    by_hand(),
-                ));
-            }
+        } else if !hosts.is_empty() && !force {
+            let others: Vec<&str> = hosts.keys().map(String::as_str).collect();
+            return Err(text.other_mirrors("", &others, &self.url));
         }
-        let others = hosts.into_iter().flat_map(Table::keys);
-        let others: Vec<&str> = others.map(String::as_str).collect();
-        if !others.is_empty() && !force {
-            return Err(conflict(
-                &format!("already names {}", others.join(", ")),
-                format!(
-                    "Use --force to put {} before it; it is then tried next.",
-                    self.url
-                ),
-            ));
-        }
-        edit_toml::add(text, &section, &self.settings, Some("host")).ok_or_else(unedited)
+        edit_toml::set(text, &section, &self.settings, Place::First)
     }
 }
 

@@ -1,56 +1,42 @@
 //! dockerd: `daemon.json` and the CA in `certs.d`, on a host or in a container.
 
-use std::path::Path;
-
 use serde_json::Value;
 
 use crate::setup::SetupError;
+use crate::setup::edit::Text;
 use crate::setup::edit::json::Object;
-use crate::setup::edit::text::Text;
 use crate::setup::endpoint::CacheEndpoint;
-use crate::setup::plan::{FileSource, Plan};
+use crate::setup::plan::{Context, Plan};
 
-const DAEMON: &str = "/etc/docker/daemon.json";
-const MIRRORS: &str = "registry-mirrors";
+/// Configuration that dockerd reloads on SIGHUP.
+pub(in crate::setup) const DAEMON: &str = "/etc/docker/daemon.json";
+pub(in crate::setup) const MIRRORS: &str = "registry-mirrors";
 
 /// Folder on the host for files that are mounted into a dockerd container.
 const INSIDE: &str = "/etc/ifnewer/dind";
 
-pub(in crate::setup) fn plan(
-    endpoint: &CacheEndpoint,
-    force: bool,
-    files: &dyn FileSource,
-) -> Result<Plan, SetupError> {
+pub(in crate::setup) fn plan(context: Context<'_>) -> Result<Plan, SetupError> {
     let mut plan = Plan::default();
-    let path = Path::new(DAEMON);
-    let text = Text::read(path, files.read(path)?)?;
-    plan.file(path, daemon(path, &text, endpoint, force)?.into_bytes());
-    authority(&mut plan, endpoint, "/etc/docker");
-    plan.note("Docker mirrors only Docker Hub; for other registries use `ifnewer setup docker --proxy`, or image names \
-               that begin with the address of the cache (docs/clients.md)");
-    plan.notes.extend(endpoint.warnings.iter().cloned());
+    daemon(&mut plan, "/etc/docker", context)?;
+    plan.note(
+        "Docker mirrors only Docker Hub; for other registries use `ifnewer setup docker --proxy`, or image names \
+         that begin with the address of the cache (docs/clients.md)",
+    );
     Ok(plan)
 }
 
 /// Plan for a dockerd in a container: files to mount.
-pub(in crate::setup) fn plan_inside(
-    endpoint: &CacheEndpoint,
-    files: &dyn FileSource,
-) -> Result<Plan, SetupError> {
-    let mut plan = inside(endpoint, files)?;
-    let mounts: Vec<String> = mounts(endpoint)
-        .into_iter()
-        .map(|mount| format!("--volume {mount}"))
-        .collect();
-    let mounts = mounts.join(" ");
+pub(in crate::setup) fn plan_inside(context: Context<'_>) -> Result<Plan, SetupError> {
+    let endpoint = context.endpoint;
+    let mut plan = inside(context)?;
+    let mounts = mounts(endpoint).join(" --volume ");
     plan.by_hand(format!(
-        "start each inner daemon with these mounts: docker run --privileged {mounts} docker:dind"
+        "start each inner daemon with these mounts: docker run --privileged --volume {mounts} docker:dind"
     ));
     if endpoint.ca.is_none() {
         plan.by_hand(format!(
-            "or without a file: docker run --privileged docker:dind --registry-mirror {}; in .gitlab-ci.yml: \
-             services: [{{ name: \"docker:dind\", command: [\"--registry-mirror\", \"{}\"] }}]",
-            endpoint.url(),
+            "or without a file: docker run --privileged docker:dind --registry-mirror {0}; in .gitlab-ci.yml: \
+             services: [{{ name: \"docker:dind\", command: [\"--registry-mirror\", \"{0}\"] }}]",
             endpoint.url()
         ));
     }
@@ -58,13 +44,10 @@ pub(in crate::setup) fn plan_inside(
 }
 
 /// The files that a dockerd in a container needs.
-pub(in crate::setup) fn inside(endpoint: &CacheEndpoint, files: &dyn FileSource) -> Result<Plan, SetupError> {
+pub(in crate::setup) fn inside(context: Context<'_>) -> Result<Plan, SetupError> {
     let mut plan = Plan::default();
-    let path = Path::new(INSIDE).join("daemon.json");
-    let text = Text::read(&path, files.read(&path)?)?;
-    plan.file(path.clone(), daemon(&path, &text, endpoint, false)?.into_bytes());
-    authority(&mut plan, endpoint, INSIDE);
-    plan.notes.extend(endpoint.warnings.iter().cloned());
+    let force = false;
+    daemon(&mut plan, INSIDE, Context { force, ..context })?;
     Ok(plan)
 }
 
@@ -77,58 +60,41 @@ pub(in crate::setup) fn mounts(endpoint: &CacheEndpoint) -> Vec<String> {
     mounts
 }
 
-/// dockerd trusts the CA in a folder named after host and port.
-fn authority(plan: &mut Plan, endpoint: &CacheEndpoint, folder: &str) {
-    if let Some(authority) = &endpoint.ca {
-        plan.file(
-            format!("{folder}/certs.d/{}/ca.crt", endpoint.host_port()),
-            authority.pem(),
-        );
+/// `daemon.json` with the cache as mirror, and the CA, which dockerd trusts in a folder named after host and port.
+fn daemon(plan: &mut Plan, folder: &str, context: Context<'_>) -> Result<(), SetupError> {
+    let endpoint = context.endpoint;
+    let text = context.text(format!("{folder}/daemon.json"))?;
+    let object = Object::read(&text)?;
+    if let Some(line) = object.comment {
+        plan.note(format!(
+            "{}:{line} has a comment, and dockerd does not start with comments; remove them",
+            text.path.display()
+        ));
     }
+    plan.edited(with_mirror(&text, &object, &endpoint.url(), context.force)?);
+    plan.ca(
+        endpoint,
+        format!("{folder}/certs.d/{}/ca.crt", endpoint.host_port()),
+    );
+    Ok(())
 }
 
-/// `daemon.json` with the cache as mirror.
-fn daemon(path: &Path, text: &Text, endpoint: &CacheEndpoint, force: bool) -> Result<Text, SetupError> {
-    let object = Object::read(path, text)?;
-    let url = Value::String(endpoint.url());
-    let Some(source) = object.source(MIRRORS) else {
-        return object.with(MIRRORS, &format!("[{url}]"));
+fn with_mirror(text: &Text, object: &Object<'_>, url: &str, force: bool) -> Result<Text, SetupError> {
+    let Some(current) = object.get(MIRRORS) else {
+        return object.with_first(MIRRORS, url);
     };
-    let Some(mirrors) = object.get(MIRRORS).and_then(|value| {
-        let strings = |list: &Vec<Value>| list.iter().map(|item| item.as_str().map(str::to_owned)).collect();
-        value.as_array().and_then(strings)
-    }) else {
-        return Err(SetupError::Conflict {
-            path: path.to_owned(),
-            what: format!("\"{MIRRORS}\" is {source}, not a list of URLs"),
-            remedy: "Correct the file first.".to_owned(),
-        });
+    let mirrors: Option<Vec<&str>> = current
+        .as_array()
+        .and_then(|list| list.iter().map(Value::as_str).collect());
+    let Some(mirrors) = mirrors else {
+        let what = format!("\"{MIRRORS}\" is {current}, not a list of URLs");
+        return Err(text.conflict(what, "Correct the file first."));
     };
-    let mirrors: Vec<String> = mirrors;
-    if mirrors
-        .iter()
-        .any(|mirror| mirror.trim_end_matches('/') == endpoint.url())
-    {
+    if mirrors.iter().any(|mirror| mirror.trim_end_matches('/') == url) {
         return Ok(text.clone());
     }
     if !mirrors.is_empty() && !force {
-        return Err(SetupError::Conflict {
-            path: path.to_owned(),
-            what: format!("\"{MIRRORS}\" already names {}", mirrors.join(", ")),
-            remedy: format!(
-                "Use --force to put {} before it; it is then tried next.",
-                endpoint.url()
-            ),
-        });
+        return Err(text.other_mirrors(&format!("\"{MIRRORS}\" "), &mirrors, url));
     }
-    let rest = source.trim_start_matches('[');
-    if mirrors.is_empty() {
-        object.with(MIRRORS, &format!("[{url}]"))
-    } else {
-        let blank = rest
-            .get(..rest.len() - rest.trim_start().len())
-            .unwrap_or_default();
-        let gap = if blank.is_empty() { " " } else { blank };
-        object.with(MIRRORS, &format!("[{blank}{url},{gap}{}", rest.trim_start()))
-    }
+    object.with_first(MIRRORS, url)
 }

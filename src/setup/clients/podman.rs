@@ -6,92 +6,75 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use toml::{Table, Value};
+use toml::Value;
 
 use crate::setup::SetupError;
-use crate::setup::edit::text::Text;
-use crate::setup::edit::toml as edit_toml;
+use crate::setup::edit::{Text, toml as edit_toml};
 use crate::setup::endpoint::{CacheEndpoint, Registry, Scheme};
-use crate::setup::plan::{FileSource, Plan};
+use crate::setup::plan::{Context, Plan};
 
 const MAIN: &str = "/etc/containers/registries.conf";
 const FURTHER: &str = "/etc/containers/registries.conf.d";
 const OURS: &str = "/etc/containers/registries.conf.d/50-ifnewer.conf";
 
-pub(in crate::setup) fn plan(
-    endpoint: &CacheEndpoint,
-    force: bool,
-    files: &dyn FileSource,
-) -> Result<Plan, SetupError> {
-    let mut others: Vec<PathBuf> = files.list(Path::new(FURTHER))?;
-    others.retain(|path| {
-        path.extension().is_some_and(|extension| extension == "conf") && path != Path::new(OURS)
-    });
-    others.insert(0, PathBuf::from(MAIN));
-    for path in others {
-        if let Some(bytes) = files.read(&path)? {
-            let text = Text::read(&path, Some(bytes))?;
-            objections(&path, &edit_toml::read(&path, &text)?, endpoint, force)?;
-        }
+pub(in crate::setup) fn plan(context: Context<'_>) -> Result<Plan, SetupError> {
+    let endpoint = context.endpoint;
+    let (main, ours) = (PathBuf::from(MAIN), Path::new(OURS));
+    let further = context.files.list(Path::new(FURTHER))?;
+    let is_read = |path: &PathBuf| path.extension().is_some_and(|ext| ext == "conf") && path != ours;
+    for path in [main].into_iter().chain(further.into_iter().filter(is_read)) {
+        check_other_file(&context.text(path)?, context)?;
     }
     let mut plan = Plan::default();
-    let ours = Path::new(OURS);
     let desired = registries(endpoint);
-    match files.read(ours)? {
-        Some(current) if current != desired.as_bytes() && !force => {
-            return Err(SetupError::Conflict {
-                path: ours.to_owned(),
-                what: "exists with other content".to_owned(),
-                remedy: "Use --force to replace it; --undo restores it.".to_owned(),
-            });
-        }
-        _ => plan.file(ours, desired),
+    let current = context.files.read(ours)?;
+    if !context.force && current.is_some_and(|current| current != desired.as_bytes()) {
+        let remedy = "Use --force to replace it; --undo restores it.";
+        return Err(SetupError::conflict(ours, "exists with other content", remedy));
     }
-    if let Some(authority) = &endpoint.ca {
-        plan.file(
-            format!("/etc/containers/certs.d/{}/ca.crt", endpoint.host_port()),
-            authority.pem(),
-        );
-    }
+    plan.file(ours, desired);
+    plan.ca(
+        endpoint,
+        format!("/etc/containers/certs.d/{}/ca.crt", endpoint.host_port()),
+    );
     plan.note(
         "podman, skopeo and buildah read the file at each start; reload a running CRI-O: systemctl reload crio",
     );
-    plan.notes.extend(endpoint.warnings.iter().cloned());
     Ok(plan)
 }
 
 /// Rejects an existing file that conflicts with the one to write. Of two sections for one prefix, the last one read
 /// replaces the other completely. If a file has version 1 of the format, podman accepts no other file.
-fn objections(path: &Path, root: &Table, endpoint: &CacheEndpoint, force: bool) -> Result<(), SetupError> {
+fn check_other_file(text: &Text, context: Context<'_>) -> Result<(), SetupError> {
+    let root = edit_toml::read(text)?;
     if root.contains_key("registries") {
-        return Err(SetupError::Conflict {
-            path: path.to_owned(),
-            what: "uses version 1 of the format ([registries.…]), with which podman accepts no other file"
-                .to_owned(),
-            remedy: "Convert it to version 2 first: man containers-registries.conf".to_owned(),
-        });
+        return Err(text.conflict(
+            "uses version 1 of the format ([registries.…]), with which podman accepts no other file",
+            "Convert it to version 2 first: man containers-registries.conf",
+        ));
     }
     let registries = root.get("registry").and_then(Value::as_array);
     for registry in registries.into_iter().flatten() {
-        let text = |key: &str| registry.get(key).and_then(Value::as_str);
-        let prefix = text("prefix").or_else(|| text("location")).unwrap_or_default();
-        if !force
-            && endpoint
-                .upstreams
-                .iter()
-                .any(|upstream| *upstream.name == *prefix)
-        {
-            return Err(SetupError::Conflict {
-                path: path.to_owned(),
-                what: format!(
+        let text_of = |key: &str| registry.get(key).and_then(Value::as_str);
+        let prefix = text_of("prefix")
+            .or_else(|| text_of("location"))
+            .unwrap_or_default();
+        let is_ours = context
+            .endpoint
+            .upstreams
+            .iter()
+            .any(|upstream| *upstream.name == *prefix);
+        if is_ours && !context.force {
+            return Err(text.conflict(
+                format!(
                     "already has a [[registry]] for {prefix}; of two, podman uses only the one in the last file"
                 ),
-                remedy: format!(
-                    "Add a [[registry.mirror]] there (location = \"{}/{prefix}\") and disable the others, or \
-                     use --force to write {OURS} anyway.",
-                    endpoint.host_port()
+                format!(
+                    "Add a [[registry.mirror]] there (location = \"{}/{prefix}\") and disable the others, or use \
+                     --force to write {OURS} anyway.",
+                    context.endpoint.host_port()
                 ),
-            });
+            ));
         }
     }
     Ok(())
@@ -100,17 +83,16 @@ fn objections(path: &Path, root: &Table, endpoint: &CacheEndpoint, force: bool) 
 fn registries(endpoint: &CacheEndpoint) -> String {
     let mut text =
         String::from("# Written by `ifnewer setup podman`; `ifnewer setup podman --undo` removes it.\n");
+    let cache = endpoint.host_port();
+    let insecure = |is_http: bool| if is_http { "insecure = true\n" } else { "" };
     for Registry { name, plain_http } in &endpoint.upstreams {
-        let insecure = if *plain_http { "insecure = true\n" } else { "" };
         let _ = write!(
             text,
-            "\n[[registry]]\nprefix = \"{name}\"\nlocation = \"{name}\"\n{insecure}\n[[registry.mirror]]\n\
-             location = \"{}/{name}\"\n",
-            endpoint.host_port()
+            "\n[[registry]]\nprefix = \"{name}\"\nlocation = \"{name}\"\n{}\n[[registry.mirror]]\n\
+             location = \"{cache}/{name}\"\n{}",
+            insecure(*plain_http),
+            insecure(endpoint.scheme == Scheme::Http)
         );
-        if endpoint.scheme == Scheme::Http {
-            text.push_str("insecure = true\n");
-        }
     }
     text
 }

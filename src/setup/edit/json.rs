@@ -1,212 +1,125 @@
-//! JSON edit: sets one member of an object in its text. Everything else keeps its bytes: order, indentation, and
-//! numbers beyond the parser's range.
+//! JSON edit: puts a string into a list of an object. Comments are kept, although dockerd accepts none.
 
-use std::fmt;
-use std::ops::Range;
-use std::path::Path;
+use std::collections::{HashMap, HashSet};
 
-use serde::de::{MapAccess, Visitor};
-use serde::{Deserialize, Deserializer};
-use serde_json::Value;
-use serde_json::value::RawValue;
+use jsonc_parser::ast::Value as Node;
+use jsonc_parser::common::Ranged;
+use jsonc_parser::{CollectOptions, CommentCollectionStrategy, ParseOptions, parse_to_ast};
+use serde_json::{Map, Value};
 
+use super::Text;
 use crate::setup::SetupError;
-use crate::setup::edit::text::Text;
 
-/// Members of an object with the positions of their values.
+/// A file that is one object.
 pub(in crate::setup) struct Object<'a> {
-    path: &'a Path,
     text: &'a Text,
-    members: Vec<(String, Range<usize>)>,
+    members: Map<String, Value>,
+    /// The opening bracket of the object and of each list in it, and whether it is empty.
+    brackets: HashMap<Option<String>, (usize, bool)>,
+    /// The line of the first comment.
+    pub(in crate::setup) comment: Option<usize>,
 }
 
 impl<'a> Object<'a> {
-    /// Parses a text that is one object. A blank text is an empty object, as for dockerd.
-    pub(in crate::setup) fn read(path: &'a Path, text: &'a Text) -> Result<Self, SetupError> {
+    /// Parses the text. A blank text is an empty object, as for dockerd.
+    pub(in crate::setup) fn read(text: &'a Text) -> Result<Self, SetupError> {
+        let mut object = Self {
+            text,
+            members: Map::new(),
+            brackets: HashMap::new(),
+            comment: None,
+        };
         if text.is_blank() {
-            return Ok(Self {
-                path,
-                text,
-                members: Vec::new(),
-            });
+            return Ok(object);
         }
-        let read: Members<'_> = serde_json::from_str(&text.body).map_err(|error| SetupError::Unreadable {
-            path: path.to_owned(),
-            line: error.line(),
-            detail: error.to_string(),
-        })?;
-        let start = text.body.as_ptr() as usize;
-        let members = read.0.into_iter().map(|(name, value)| {
-            let at = value.get().as_ptr() as usize - start;
-            (name, at..at + value.get().len())
-        });
-        let members: Vec<_> = members.collect();
-        for (position, (name, at)) in members.iter().enumerate() {
-            if members.iter().take(position).any(|(earlier, _)| earlier == name) {
-                return Err(SetupError::Unreadable {
-                    path: path.to_owned(),
-                    line: 1 + text
-                        .body
-                        .get(..at.start)
-                        .unwrap_or_default()
-                        .matches('\n')
-                        .count(),
-                    detail: format!("\"{name}\" occurs twice"),
-                });
+        let unreadable = |line, detail: String| SetupError::unreadable(&text.path, line, detail);
+        let collect = CollectOptions {
+            comments: CommentCollectionStrategy::Separate,
+            tokens: false,
+        };
+        let parsed = parse_to_ast(&text.body, &collect, &ParseOptions::default())
+            .map_err(|error| unreadable(error.line_display(), error.kind().to_string()))?;
+        // The parser also accepts what JSON and dockerd do not, so that without comments the text must be strict JSON.
+        let mut strict = text.body.clone().into_bytes();
+        for comment in parsed
+            .comments
+            .iter()
+            .flat_map(|all| all.values())
+            .flat_map(|list| list.iter())
+        {
+            let line = text.line_of(comment.start());
+            object.comment = Some(object.comment.map_or(line, |first| first.min(line)));
+            let bytes = strict.get_mut(comment.start()..comment.end()).unwrap_or_default();
+            bytes
+                .iter_mut()
+                .filter(|byte| **byte != b'\n')
+                .for_each(|byte| *byte = b' ');
+        }
+        object.members =
+            serde_json::from_slice(&strict).map_err(|error| unreadable(error.line(), error.to_string()))?;
+        let Some(Node::Object(root)) = &parsed.value else {
+            return Ok(object);
+        };
+        object
+            .brackets
+            .insert(None, (root.start(), root.properties.is_empty()));
+        let mut names = HashSet::new();
+        for member in &root.properties {
+            let name = member.name.as_str();
+            if !names.insert(name) {
+                return Err(unreadable(
+                    text.line_of(member.start()),
+                    format!("\"{name}\" occurs twice"),
+                ));
+            }
+            if let Node::Array(list) = &member.value {
+                object
+                    .brackets
+                    .insert(Some(name.to_owned()), (list.start(), list.elements.is_empty()));
             }
         }
-        Ok(Self { path, text, members })
+        Ok(object)
     }
 
     /// The value of a member.
-    pub(in crate::setup) fn get(&self, name: &str) -> Option<Value> {
-        serde_json::from_str(self.source(name)?).ok()
+    pub(in crate::setup) fn get(&self, name: &str) -> Option<&Value> {
+        self.members.get(name)
     }
 
-    /// The text of a member's value.
-    pub(in crate::setup) fn source(&self, name: &str) -> Option<&str> {
-        let (_, at) = self.members.iter().find(|(member, _)| member == name)?;
-        self.text.body.get(at.clone())
+    /// Puts `item` before the items of a list, which is created if it is missing.
+    pub(in crate::setup) fn with_first(&self, list: &str, item: &str) -> Result<Text, SetupError> {
+        let item = Value::from(item);
+        let mut meant = self.members.clone();
+        if let Some(items) = meant
+            .entry(list)
+            .or_insert_with(|| Value::Array(Vec::new()))
+            .as_array_mut()
+        {
+            items.insert(0, item.clone());
+        }
+        match self.inserted(list, &item).map(|body| self.text.with(body)) {
+            Some(edited) if Object::read(&edited).is_ok_and(|got| got.members == meant) => Ok(edited),
+            _ => {
+                let detail = format!("{item} cannot be added to \"{list}\" automatically; add it by hand");
+                Err(SetupError::unreadable(&self.text.path, 1, detail))
+            }
+        }
     }
 
-    /// Sets a member to `value` (JSON).
-    pub(in crate::setup) fn with(&self, name: &str, value: &str) -> Result<Text, SetupError> {
-        let body = &self.text.body;
-        let edited = match self.members.iter().find(|(member, _)| member == name) {
-            Some((_, at)) => splice(body, at, value),
-            None if self.text.is_blank() => format!("{{\n  \"{name}\": {value}\n}}\n"),
-            None => self.with_first(name, value),
+    fn inserted(&self, list: &str, item: &Value) -> Option<String> {
+        let in_list = self.brackets.get(&Some(list.to_owned()));
+        let Some((bracket, is_empty)) = in_list.or_else(|| self.brackets.get(&None)) else {
+            return Some(format!("{{\n  \"{list}\": [{item}]\n}}\n"));
         };
-        let edited = self.text.with(edited);
-        self.proven(name, value, edited)
-    }
-
-    /// Inserts before the first member, with its indentation.
-    fn with_first(&self, name: &str, value: &str) -> String {
-        let body = &self.text.body;
-        let inside = body.find('{').map_or(0, |at| at + 1);
-        let (head, rest) = body.split_at(inside);
-        let blank = rest.len() - rest.trim_start().len();
-        let end = self.text.line_end();
-        if self.members.is_empty() {
-            let rest = rest.trim_start();
-            return format!("{head}{end}  \"{name}\": {value}{end}{rest}");
-        }
-        let indent = rest.get(..blank).unwrap_or_default();
-        format!(
-            "{head}{indent}\"{name}\": {value},{}{rest}",
-            if indent.is_empty() { " " } else { "" }
-        )
-    }
-
-    /// Verifies the edit: the result must equal the old object plus the change, or nothing is written.
-    fn proven(&self, name: &str, value: &str, edited: Text) -> Result<Text, SetupError> {
-        let read = |text: &str| serde_json::from_str::<Value>(text).ok();
-        let before = if self.text.is_blank() {
-            Some(Value::Object(serde_json::Map::new()))
-        } else {
-            read(&self.text.body)
-        };
-        let meant = before.and_then(|mut object| {
-            object.as_object_mut()?.insert(name.to_owned(), read(value)?);
-            Some(object)
-        });
-        match (meant, read(&edited.body)) {
-            (Some(meant), Some(got)) if meant == got => Ok(edited),
-            _ => Err(SetupError::Unreadable {
-                path: self.path.to_owned(),
-                line: 1,
-                detail: format!("\"{name}\" cannot be set automatically; set it to {value} by hand"),
-            }),
-        }
-    }
-}
-
-fn splice(body: &str, at: &Range<usize>, value: &str) -> String {
-    let (head, rest) = body.split_at(at.start);
-    format!("{head}{value}{}", rest.get(at.len()..).unwrap_or_default())
-}
-
-/// Members in text order, including duplicates.
-struct Members<'a>(Vec<(String, &'a RawValue)>);
-
-impl<'de> Deserialize<'de> for Members<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Object;
-        impl<'de> Visitor<'de> for Object {
-            type Value = Members<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object: { … }")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut members = Vec::new();
-                while let Some(member) = map.next_entry()? {
-                    members.push(member);
-                }
-                Ok(Members(members))
-            }
-        }
-        deserializer.deserialize_map(Object)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn set(body: &str) -> Result<String, SetupError> {
-        let path = Path::new("/daemon.json");
-        let text = Text::read(path, Some(body.as_bytes().to_vec()))?;
-        let edited = Object::read(path, &text)?.with("m", r#"["u"]"#)?;
-        Ok(String::from_utf8(edited.into_bytes()).unwrap())
-    }
-
-    #[test]
-    fn all_else_keeps_its_bytes() {
-        for (before, after) in [
-            ("", "{\n  \"m\": [\"u\"]\n}\n"),
-            (" \n", "{\n  \"m\": [\"u\"]\n}\n"),
-            ("{}", "{\n  \"m\": [\"u\"]\n}"),
-            ("{ }\n", "{\n  \"m\": [\"u\"]\n}\n"),
-            (r#"{"b":1,"a":2}"#, r#"{"m": ["u"], "b":1,"a":2}"#),
-            (
-                "{\n\t\"z\": 1e400,\n\t\"a\": 12345678901234567890123\n}",
-                "{\n\t\"m\": [\"u\"],\n\t\"z\": 1e400,\n\t\"a\": 12345678901234567890123\n}",
-            ),
-            (
-                "{\r\n  \"b\": 1\r\n}\r\n",
-                "{\r\n  \"m\": [\"u\"],\r\n  \"b\": 1\r\n}\r\n",
-            ),
-            ("\u{feff}{\"b\":1}", "\u{feff}{\"m\": [\"u\"], \"b\":1}"),
-            (
-                "{\"m\": [ ] , \"b\" : {\"m\":1}}",
-                "{\"m\": [\"u\"] , \"b\" : {\"m\":1}}",
-            ),
-        ] {
-            match set(before) {
-                Ok(got) => assert_eq!(got, after),
-                // A number that f64 cannot represent is rejected by serde_json, not changed.
-                Err(refused) => assert!(before.contains("1e400"), "{before}: {refused}"),
-            }
-        }
-    }
-
-    #[test]
-    fn invalid_file_is_rejected_with_its_line() {
-        for (body, line) in [
-            ("{\n  \"a\": 1,\n}", 3),
-            ("{\n// hello\n}", 2),
-            ("[]", 1),
-            ("{\"a\":1} x", 1),
-            ("{\"a\":1,\n\"a\":2}", 2),
-            ("{", 1),
-        ] {
-            match set(body) {
-                Err(SetupError::Unreadable { line: reported, .. }) => assert_eq!(reported, line, "{body}"),
-                other => panic!("{body}: {other:?}"),
-            }
-        }
+        let (head, rest) = self.text.body.split_at_checked(bracket + 1)?;
+        let further = rest.trim_start();
+        let gap = rest.strip_suffix(further)?;
+        let separator = if gap.is_empty() { " " } else { gap };
+        Some(match (in_list, is_empty) {
+            (Some(_), true) => format!("{head}{item}{further}"),
+            (Some(_), false) => format!("{head}{gap}{item},{separator}{further}"),
+            (None, true) => format!("{head}\n  \"{list}\": [{item}]\n{further}"),
+            (None, false) => format!("{head}{gap}\"{list}\": [{item}],{separator}{further}"),
+        })
     }
 }

@@ -6,6 +6,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use tempfile::TempDir;
 
 use super::*;
+use crate::setup::journal::Journal;
 
 const DAEMON: &str = "/etc/docker/daemon.json";
 
@@ -270,8 +271,7 @@ fn failed_apply_rolls_back() {
 #[test]
 fn two_at_once_do_not_mix() {
     let host = Host::new();
-    let shelf = undo::BackupDir::of("docker", &host.root);
-    let lock = shelf.lock().unwrap();
+    let lock = journal::lock(&host.root).unwrap();
     assert!(matches!(
         host.apply(&local(), false),
         Err(SetupError::Locked { .. })
@@ -280,20 +280,15 @@ fn two_at_once_do_not_mix() {
     host.apply(&local(), false).unwrap();
 }
 
+const JOURNAL: &str = "/var/lib/ifnewer-setup/docker.json";
+
 #[test]
 fn saved_originals_are_readable_by_owner_only() {
     let host = Host::new();
     host.put(DAEMON, b"{\"token\":1}");
     host.apply(&local(), false).unwrap();
-    for entry in fs::read_dir(host.resolve("/var/lib/ifnewer-setup/docker")).unwrap() {
-        let path = entry.unwrap().path();
-        assert_eq!(
-            fs::metadata(&path).unwrap().permissions().mode() & 0o077,
-            0,
-            "{}",
-            path.display()
-        );
-    }
+    let mode = fs::metadata(host.resolve(JOURNAL)).unwrap().permissions().mode();
+    assert_eq!(mode & 0o077, 0);
 }
 
 #[test]
@@ -301,14 +296,74 @@ fn a_damaged_record_is_not_believed() {
     let host = Host::new();
     host.put(DAEMON, b"{\"a\":1}");
     host.apply(&local(), false).unwrap();
-    let kept = host
-        .resolve("/var/lib/ifnewer-setup/docker")
-        .join(undo::digest(b"{\"a\":1}"));
-    fs::write(kept, "{\"a\":2}").unwrap();
-    let told = host.undo(false).unwrap_err().to_string();
-    assert!(told.contains("damaged"), "{told}");
-    assert!(
-        host.text(DAEMON).contains("registry-mirrors"),
-        "nothing was half undone"
-    );
+    let applied = host.text(DAEMON);
+    let journal = host.text(JOURNAL);
+    let original = "eyJhIjoxfQ==";
+    assert!(journal.contains(original), "{journal}");
+    for (damaged, part) in [
+        (
+            journal.replace(original, "eyJhIjoyfQ=="),
+            "damaged (its digest differs)",
+        ),
+        (journal.replace("420", "511"), "damaged (its digest differs)"),
+        (journal[..journal.len() / 2].to_owned(), "damaged (EOF"),
+        (String::new(), "damaged (EOF"),
+        (
+            journal.replace("\"version\": 2", "\"version\": 3"),
+            "version 3, which this ifnewer does not support",
+        ),
+    ] {
+        host.put(JOURNAL, damaged.as_bytes());
+        for refused in [host.undo(false), host.undo(true), host.apply(&remote(), true)] {
+            let told = refused.unwrap_err().to_string();
+            assert!(
+                told.contains(part) && told.contains("nothing was written"),
+                "{told}"
+            );
+        }
+        assert_eq!(host.text(DAEMON), applied, "nothing was half undone");
+    }
+}
+
+#[test]
+fn journal_of_an_earlier_version_is_refused() {
+    let host = Host::new();
+    host.put(DAEMON, b"{\"a\":1}");
+    host.put("/var/lib/ifnewer-setup/docker/record.json", b"{\"version\":1}");
+    for refused in [host.undo(false), host.apply(&local(), true)] {
+        let told = refused.unwrap_err().to_string();
+        assert!(told.contains("earlier ifnewer"), "{told}");
+    }
+    assert_eq!(host.text(DAEMON), "{\"a\":1}");
+}
+
+#[test]
+fn undo_restores_bytes_that_are_not_text() {
+    let host = Host::new();
+    let ca = "/etc/docker/certs.d/cache.example.org:5000/ca.crt";
+    host.put(ca, b"\x00\xff\r\n");
+    host.apply(&remote(), false).unwrap();
+    assert_eq!(host.text(ca), CA);
+    host.undo(false).unwrap();
+    assert_eq!(fs::read(host.resolve(ca)).unwrap(), b"\x00\xff\r\n");
+}
+
+/// The bad interleaving: a second application ends after its journal and before it takes back a file of the first.
+#[test]
+fn interrupted_reapply_still_undoes_the_first() {
+    let host = Host::new();
+    host.put(DAEMON, b"{\"a\":1}");
+    let all = host.all();
+    host.apply(&remote(), false).unwrap();
+    let first = Journal::load("docker", &host.root).unwrap();
+    let ca = "/etc/docker/certs.d/cache.example.org:5000/ca.crt";
+    // Removing it fails, and so does rolling back the other file.
+    let full_path = host.resolve(ca);
+    fs::remove_file(&full_path).unwrap();
+    fs::create_dir(&full_path).unwrap();
+    host.apply(&local(), true).unwrap_err();
+    fs::remove_dir(&full_path).unwrap();
+    fs::write(&full_path, &first.files[Path::new(ca)].after).unwrap();
+    host.undo(false).unwrap();
+    assert_eq!(host.all(), all);
 }

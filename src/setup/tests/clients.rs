@@ -1,5 +1,7 @@
 //! Planned files of each client: on a fresh host, beside existing files, and repeated.
 
+use clap::ValueEnum;
+
 use super::*;
 
 fn planned(client: Client, endpoint: &CacheEndpoint, held: &MemoryFs) -> Plan {
@@ -17,7 +19,7 @@ fn what_is_already_so_stays_so() {
         "/etc/gitlab-runner/config.toml",
         "[[runners]]\nexecutor = \"docker\"\n[runners.docker]\nimage = \"a\"\n",
     );
-    for client in Client::ALL {
+    for &client in Client::value_variants() {
         for endpoint in [local(), remote()] {
             let held = if client == Client::GitlabRunner {
                 &runner
@@ -80,6 +82,22 @@ fn docker_keeps_what_is_there() {
     );
 }
 
+/// dockerd parses strict JSON, so that the operator must hear of comments.
+#[test]
+fn docker_comments_are_kept_and_reported() {
+    let before = "{\n  \"log-level\": \"warn\" // for now\n}\n";
+    let held = MemoryFs::with("/etc/docker/daemon.json", before);
+    let plan = planned(Client::Docker, &local(), &held);
+    assert_eq!(
+        text(&plan, "/etc/docker/daemon.json"),
+        "{\n  \"registry-mirrors\": [\"http://127.0.0.1:5000\"],\n  \"log-level\": \"warn\" // for now\n}\n"
+    );
+    assert!(
+        plan.notes[0].starts_with("/etc/docker/daemon.json:2 has a comment"),
+        "{plan:?}"
+    );
+}
+
 #[test]
 fn docker_with_another_mirror_is_asked_about() {
     let held = MemoryFs::with(
@@ -136,7 +154,7 @@ fn containerd_keeps_what_is_there() {
     let plan = planned(Client::Containerd, &local(), &held);
     assert_eq!(
         text(&plan, "/etc/containerd/config.toml"),
-        "# mine\nversion = 3\nroot = \"/r\"\n\n[plugins.'io.containerd.cri.v1.images'.registry]\n  config_path = \
+        "# mine\nversion = 3\nroot = \"/r\"\n\n[plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = \
          \"/etc/containerd/certs.d\"\n  # none yet\n"
     );
     let hosts = text(&plan, "/etc/containerd/certs.d/ghcr.io/hosts.toml");
@@ -422,7 +440,8 @@ fn buildkit_is_merged() {
     let after = text(&plan, "/etc/buildkit/buildkitd.toml");
     assert!(
         after.starts_with(
-            "# mine\ndebug = true\n[registry.\"docker.io\"]\n  mirrors = [\"cache.example.org:5000\"]\n"
+            "# mine\ndebug = true\n[registry.\"docker.io\"]\n  insecure = false # no\n  mirrors = \
+             [\"cache.example.org:5000\"]\n[worker.oci]\ngc = true\n"
         ),
         "{after}"
     );
@@ -473,8 +492,8 @@ fn every_docker_runner_gets_the_mounts() {
     let meant = before
         .replace("\"/a:/b\"]", &format!("\"/a:/b\", {mount}]"))
         .replace(
-            "machine\"\n  [runners.docker]\n",
-            &format!("machine\"\n  [runners.docker]\n    volumes = [{mount}]\n"),
+            "image = \"alpine\"\n[[runners]]\n  name = \"four\"",
+            &format!("image = \"alpine\"\n    volumes = [{mount}]\n[[runners]]\n  name = \"four\""),
         )
         .replace("      \"/cache\",\n", &format!("      \"/cache\", {mount},\n"));
     assert_eq!(after, meant);

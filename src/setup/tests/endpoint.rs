@@ -86,6 +86,9 @@ fn an_address_given_is_read_strictly() {
         "",
         ":5000",
         "https://cache?x=1",
+        "https://cache:99999",
+        "cache:1#x",
+        "cache:1/v2",
         "ca che:1",
         "cache\":1",
     ] {
