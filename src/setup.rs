@@ -151,17 +151,11 @@ pub enum SetupError {
     #[error("`ifnewer {0}` was not applied on this host, so there is nothing to undo")]
     NothingToUndo(String),
     /// A symbolic link leads out of the root or to nothing.
-    #[error("{} is a symbolic link out of --root or to a missing file; nothing was written", path.display())]
-    OutsideRoot {
-        /// The link.
-        path: PathBuf,
-    },
+    #[error("{} is a symbolic link out of --root or to a missing file; nothing was written", .0.display())]
+    OutsideRoot(PathBuf),
     /// Another setup is running.
-    #[error("another `ifnewer setup` or `ifnewer ca` is running ({} is locked); try again", path.display())]
-    Locked {
-        /// The locked folder.
-        path: PathBuf,
-    },
+    #[error("another `ifnewer setup` or `ifnewer ca` is running ({} is locked); try again", .0.display())]
+    Locked(PathBuf),
     /// The combination is not supported.
     #[error("{0}")]
     Unsupported(String),

@@ -153,7 +153,7 @@ impl FileSource for Baseline<'_> {
 }
 
 /// The change of one file.
-struct Change {
+pub(super) struct Change {
     path: PathBuf,
     /// The current file.
     now: Option<Stored>,
@@ -173,23 +173,20 @@ impl Change {
         let written = WrittenFile {
             before: self.before.clone(),
             after: self.after.clone()?,
+            replaced: self.now.clone(),
         };
         let is_change = self.before.as_ref().map(|before| &before.bytes) != Some(&written.after);
         is_change.then(|| (self.path.clone(), written))
     }
 
-    fn write(&self, root: &RootFs) -> Result<(), SetupError> {
+    pub(super) fn write(&self, root: &RootFs) -> Result<(), SetupError> {
         if !self.is_needed() {
             return Ok(());
         }
         // Another process may have changed the file since it was read.
         if root.load(&self.path)? != self.now {
-            let what = "was modified during this command";
-            return Err(SetupError::conflict(
-                &root.resolve(&self.path),
-                what,
-                "Run the command again.",
-            ));
+            let (what, remedy) = ("was modified during this command", "Run the command again.");
+            return Err(SetupError::conflict(&root.resolve(&self.path), what, remedy));
         }
         let former = self.before.as_ref().or(self.now.as_ref());
         match &self.after {
@@ -225,7 +222,7 @@ impl Baseline<'_> {
 
     /// The change of each planned file, and of earlier written files that the plan omits. Without a plan, those that
     /// undo the job.
-    fn changes(&self, plan: Option<&Plan>) -> Result<Vec<Change>, SetupError> {
+    pub(super) fn changes(&self, plan: Option<&Plan>) -> Result<Vec<Change>, SetupError> {
         let planned = plan.map_or(&[][..], |plan| &plan.files);
         let paths = planned.iter().map(|desired| &desired.path);
         let paths: BTreeSet<&PathBuf> = paths.chain(self.journal.files.keys()).collect();
@@ -281,19 +278,30 @@ impl Baseline<'_> {
         Ok(applied)
     }
 
+    /// The journal until the files are in place, which also has those that are taken back, and the one after that.
+    pub(super) fn journals(&self, changes: &[Change]) -> (Journal, Journal) {
+        let written = || changes.iter().filter_map(Change::written);
+        let mut interim = self.journal.clone();
+        interim.files.extend(written());
+        let folders = interim
+            .files
+            .keys()
+            .flat_map(|path| self.root.missing_folders(path));
+        interim.folders.extend(folders);
+        let mut next = Journal {
+            files: written().collect(),
+            folders: interim.folders.clone(),
+        };
+        next.files
+            .values_mut()
+            .for_each(|written| written.replaced = None);
+        (interim, next)
+    }
+
     /// Writes the journal, then the files. On failure the files that were already written are restored.
     fn write(&self, changes: &[Change]) -> Result<(), SetupError> {
         let name = &self.job.name;
-        let mut next = Journal {
-            files: changes.iter().filter_map(Change::written).collect(),
-            folders: self.journal.folders.clone(),
-        };
-        next.folders
-            .extend(next.files.keys().flat_map(|path| self.root.missing_folders(path)));
-        // Until the files are in place, the journal also has those that are taken back.
-        let mut interim = next.clone();
-        interim.files = self.journal.files.clone();
-        interim.files.extend(next.files.clone());
+        let (interim, next) = self.journals(changes);
         interim.save(name, self.root)?;
         for (position, change) in changes.iter().enumerate() {
             if let Err(refused) = change.write(self.root) {

@@ -51,6 +51,9 @@ pub(super) struct WrittenFile {
     /// The written content.
     #[serde(with = "in_base64")]
     pub(super) after: Vec<u8>,
+    /// The file that it replaces, until that is done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) replaced: Option<Stored>,
 }
 
 /// State of a written file.
@@ -67,13 +70,13 @@ pub enum FileState {
 impl WrittenFile {
     /// Compares the current content with the written one.
     pub(super) fn state(&self, now: Option<&Stored>) -> FileState {
-        let now = now.map(|now| &now.bytes);
-        if now == Some(&self.after) {
-            FileState::AsWritten
-        } else if now == self.before.as_ref().map(|before| &before.bytes) {
-            FileState::AsBefore
-        } else {
-            FileState::Changed
+        let bytes = |file: Option<&Stored>| file.map(|file| file.bytes.clone());
+        match bytes(now) {
+            now if now.as_ref() == Some(&self.after) => FileState::AsWritten,
+            now if now == bytes(self.before.as_ref()) => FileState::AsBefore,
+            // An application was interrupted before this file.
+            now if now.is_some() && now == bytes(self.replaced.as_ref()) => FileState::AsWritten,
+            _ => FileState::Changed,
         }
     }
 }
@@ -150,7 +153,7 @@ pub(super) fn lock(root: &RootFs) -> Result<File, SetupError> {
     let folder = File::open(&path).map_err(SetupError::file("failed to open", &path))?;
     match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(folder),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(SetupError::Locked { path }),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(SetupError::Locked(path)),
         Err(errno) => Err(SetupError::file("failed to lock", &path)(errno.into())),
     }
 }

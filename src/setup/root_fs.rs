@@ -61,9 +61,7 @@ impl RootFs {
     /// Resolves symbolic links: the link stays, its target is read and written.
     pub(super) fn target(&self, path: &Path) -> Result<PathBuf, SetupError> {
         let full_path = self.resolve(path);
-        let outside = || SetupError::OutsideRoot {
-            path: full_path.clone(),
-        };
+        let outside = || SetupError::OutsideRoot(full_path.clone());
         // Resolve the deepest existing part; missing parts below it are created.
         let mut existing = full_path.as_path();
         let mut missing = Vec::new();

@@ -1,6 +1,6 @@
 //! buildkitd: `buildkitd.toml`. It sends `?ns=` to a mirror, as containerd does, so one mirror serves every registry.
 
-use toml::{Table, Value};
+use toml::Value;
 
 use crate::setup::SetupError;
 use crate::setup::edit::Text;
@@ -16,22 +16,16 @@ pub(in crate::setup) fn plan(context: Context<'_>) -> Result<Plan, SetupError> {
     let mut plan = Plan::default();
     let mut text = context.text(CONFIG)?;
     let cache = endpoint.host_port();
-    let mut settings = Vec::new();
     for upstream in &endpoint.upstreams {
-        settings.push((&*upstream.name, "mirrors", Value::from(vec![&*cache])));
-        settings.extend(
-            upstream
-                .plain_http
-                .then_some((&*upstream.name, "http", Value::from(true))),
-        );
+        text = with(&text, &upstream.name, "mirrors", vec![&*cache].into())?;
+        if upstream.plain_http {
+            text = with(&text, &upstream.name, "http", true.into())?;
+        }
     }
     match (endpoint.scheme, &endpoint.ca) {
-        (Scheme::Http, _) => settings.push((&cache, "http", Value::from(true))),
-        (Scheme::Https, Some(_)) => settings.push((&cache, "ca", Value::from(vec![AUTHORITY]))),
+        (Scheme::Http, _) => text = with(&text, &cache, "http", true.into())?,
+        (Scheme::Https, Some(_)) => text = with(&text, &cache, "ca", vec![AUTHORITY].into())?,
         (Scheme::Https, None) => {}
-    }
-    for (name, key, value) in settings {
-        text = with(&text, name, key, value)?;
     }
     plan.ca(endpoint, AUTHORITY);
     plan.edited(text);
@@ -48,18 +42,14 @@ fn with(text: &Text, name: &str, key: &str, value: Value) -> Result<Text, SetupE
     let root = edit_toml::read(text)?;
     let current = edit_toml::table(&root, &section).and_then(|table| table.get(key));
     let begins_with = |current: &Value| Some(current.as_array()?.starts_with(value.as_array()?));
+    let is_set = current == Some(&value) || current.and_then(begins_with) == Some(true);
+    let settings = edit_toml::one(key, value);
     match current {
-        Some(current) if *current == value || begins_with(current) == Some(true) => Ok(text.clone()),
-        Some(current) => {
-            let what = format!("[registry.\"{name}\"] already has {key} = {current}");
-            let settings = Table::from_iter([(key.to_owned(), value)]);
-            Err(text.conflict(what, edit_toml::by_hand(&section, &settings)))
-        }
-        None => edit_toml::set(
-            text,
-            &section,
-            &Table::from_iter([(key.to_owned(), value)]),
-            Place::Last,
-        ),
+        Some(_) if is_set => Ok(text.clone()),
+        Some(current) => Err(text.conflict(
+            format!("[registry.\"{name}\"] already has {key} = {current}"),
+            edit_toml::by_hand(&section, &settings),
+        )),
+        None => edit_toml::set(text, &section, &settings, Place::Last),
     }
 }

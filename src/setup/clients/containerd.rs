@@ -125,7 +125,7 @@ fn with_config_path(text: &Text) -> Result<(Text, PathBuf), SetupError> {
     let current = registry.and_then(|registry| registry.get("config_path"));
     match current.map(Value::as_str) {
         None | Some(Some("" | HOSTS_BY_DEFAULT)) => {
-            let settings = Table::from_iter([("config_path".to_owned(), Value::from(HOSTS))]);
+            let settings = edit_toml::one("config_path", HOSTS);
             let edited = edit_toml::set(text, section, &settings, Place::Last)?;
             Ok((edited, PathBuf::from(HOSTS)))
         }
@@ -152,7 +152,7 @@ impl Host {
     fn new(endpoint: &CacheEndpoint, release: Option<Release>) -> Self {
         let mut capabilities = vec!["pull", "resolve"];
         capabilities.extend((release >= Some(REFERRERS_SINCE)).then_some("referrers"));
-        let mut settings = Table::from_iter([("capabilities".to_owned(), Value::from(capabilities))]);
+        let mut settings = edit_toml::one("capabilities", capabilities);
         if endpoint.ca.is_some() {
             settings.insert("ca".to_owned(), Value::from(AUTHORITY));
         }

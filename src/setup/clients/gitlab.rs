@@ -1,7 +1,7 @@
 //! GitLab Runner's docker executor. The host's daemon pulls the job images (`setup docker`). The docker:dind services
 //! run their own daemons, into which `volumes` of `config.toml` mounts a `daemon.json`.
 
-use toml::{Table, Value};
+use toml::Value;
 
 use crate::setup::SetupError;
 use crate::setup::clients::docker;
@@ -42,33 +42,19 @@ fn with_mounts(mut text: Text, mounts: &[Value]) -> Result<Text, SetupError> {
     let runners = root.get("runners").and_then(Value::as_array).map(Vec::as_slice);
     let mut is_docker = false;
     for (position, runner) in runners.unwrap_or_default().iter().enumerate() {
-        let executor = runner.get("executor").and_then(Value::as_str).unwrap_or_default();
-        let Some(docker) = runner.get("docker").and_then(Value::as_table) else {
+        let executor = runner.get("executor").and_then(Value::as_str);
+        let docker = runner.get("docker").and_then(Value::as_table);
+        let Some(docker) = docker.filter(|_| executor.is_some_and(|name| name.starts_with("docker"))) else {
             continue;
         };
-        if !executor.starts_with("docker") {
-            continue;
-        }
         is_docker = true;
-        let mut volumes = match docker.get("volumes") {
-            None => Some(Vec::new()),
-            Some(volumes) => volumes.as_array().cloned(),
-        };
-        if let Some(volumes) = &mut volumes {
-            let missing: Vec<_> = mounts
-                .iter()
-                .filter(|mount| !volumes.contains(mount))
-                .cloned()
-                .collect();
-            if missing.is_empty() {
-                continue;
-            }
-            volumes.extend(missing);
-        }
-        let section = ["runners", &position.to_string(), "docker"];
+        let none = Value::Array(Vec::new());
+        let volumes = docker.get("volumes").unwrap_or(&none).as_array();
         let edited = volumes.and_then(|volumes| {
-            let settings = Table::from_iter([("volumes".to_owned(), Value::Array(volumes))]);
-            edit_toml::try_set(&text, &section, &settings, Place::Last)
+            let missing = mounts.iter().filter(|mount| !volumes.contains(mount));
+            let volumes: Vec<_> = volumes.iter().chain(missing).cloned().collect();
+            let section = ["runners", &position.to_string(), "docker"];
+            edit_toml::try_set(&text, &section, &edit_toml::one("volumes", volumes), Place::Last)
         });
         text = edited.ok_or_else(|| by_hand(&text, "the TOML layout does not permit an automatic edit"))?;
     }

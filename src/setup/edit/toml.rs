@@ -20,6 +20,11 @@ pub(in crate::setup) fn table<'a>(root: &'a Table, path: &[&str]) -> Option<&'a 
         .try_fold(root, |table, name| table.get(*name)?.as_table())
 }
 
+/// A table of one key.
+pub(in crate::setup) fn one(key: &str, value: impl Into<Value>) -> Table {
+    Table::from_iter([(key.to_owned(), value.into())])
+}
+
 /// `[a."b.c"]`
 pub(in crate::setup) fn header(section: &[&str]) -> String {
     let names = section

@@ -6,7 +6,6 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use tempfile::TempDir;
 
 use super::*;
-use crate::setup::journal::Journal;
 
 const DAEMON: &str = "/etc/docker/daemon.json";
 
@@ -348,22 +347,33 @@ fn undo_restores_bytes_that_are_not_text() {
     assert_eq!(fs::read(host.resolve(ca)).unwrap(), b"\x00\xff\r\n");
 }
 
-/// The bad interleaving: a second application ends after its journal and before it takes back a file of the first.
+/// The bad interleaving: a second application ends after its journal and before, between or after its files.
 #[test]
-fn interrupted_reapply_still_undoes_the_first() {
-    let host = Host::new();
-    host.put(DAEMON, b"{\"a\":1}");
-    let all = host.all();
-    host.apply(&remote(), false).unwrap();
-    let first = Journal::load("docker", &host.root).unwrap();
-    let ca = "/etc/docker/certs.d/cache.example.org:5000/ca.crt";
-    // Removing it fails, and so does rolling back the other file.
-    let full_path = host.resolve(ca);
-    fs::remove_file(&full_path).unwrap();
-    fs::create_dir(&full_path).unwrap();
-    host.apply(&local(), true).unwrap_err();
-    fs::remove_dir(&full_path).unwrap();
-    fs::write(&full_path, &first.files[Path::new(ca)].after).unwrap();
-    host.undo(false).unwrap();
-    assert_eq!(host.all(), all);
+fn interrupted_reapply_can_be_undone() {
+    let second = CacheEndpoint {
+        port: 6000,
+        ..remote()
+    };
+    for files_done in 0..=3 {
+        let host = Host::new();
+        host.put(DAEMON, b"{\"a\":1}");
+        let all = host.all();
+        host.apply(&remote(), false).unwrap();
+        let job = Job::setup(Client::Docker);
+        let baseline = job.baseline(&host.root).unwrap();
+        let plan = plan_for(&second, &options(Client::Docker), &baseline).unwrap();
+        let changes = baseline.changes(Some(&plan)).unwrap();
+        assert_eq!(changes.len(), 3, "the former CA is taken back");
+        let (interim, _) = baseline.journals(&changes);
+        interim.save("docker", &host.root).unwrap();
+        for change in changes.iter().take(files_done) {
+            change.write(&host.root).unwrap();
+        }
+        if files_done % 2 == 0 {
+            host.apply(&second, false).unwrap();
+            assert!(host.text(DAEMON).contains(":6000"));
+        }
+        host.undo(false).unwrap();
+        assert_eq!(host.all(), all, "{files_done} files");
+    }
 }

@@ -1,6 +1,6 @@
 //! Edits of JSON and TOML: everything else in the file keeps its bytes.
 
-use toml::{Table, Value};
+use toml::Value;
 
 use super::*;
 use crate::setup::edit::Text;
@@ -135,12 +135,8 @@ fn invalid_json_is_rejected_with_its_line() {
     }
 }
 
-fn settings(key: &str, value: impl Into<Value>) -> Table {
-    Table::from_iter([(key.to_owned(), value.into())])
-}
-
 fn set(body: &str, section: &[&str], key: &str, value: impl Into<Value>) -> Option<String> {
-    edit_toml::try_set(&text_of(body), section, &settings(key, value), Place::Last).map(bytes)
+    edit_toml::try_set(&text_of(body), section, &edit_toml::one(key, value), Place::Last).map(bytes)
 }
 
 #[test]
@@ -216,7 +212,12 @@ fn toml_value_is_replaced_where_it_stands() {
 #[test]
 fn toml_section_goes_before_its_like() {
     let first = |body: &str, name: &str| {
-        let edited = edit_toml::try_set(&text_of(body), &["host", name], &settings("k", "v"), Place::First);
+        let edited = edit_toml::try_set(
+            &text_of(body),
+            &["host", name],
+            &edit_toml::one("k", "v"),
+            Place::First,
+        );
         edited.map(bytes).unwrap()
     };
     let before = "# top\nserver = \"s\"\n\n# theirs\n[host.\"a\"]\nx = 1\n# end\n";
