@@ -12,9 +12,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand};
 pub use clap_complete::Shell;
 
 use crate::ca::TrustStore;
-use crate::config::{
-    self, Config, Diagnostic, Diagnostics, Flag, Location, ROOT_DATA_DIR, Sources, TEXT_BYTES_MAX,
-};
+use crate::config::{self, Config, Diagnostics, Flag, ROOT_DATA_DIR, Sources, TEXT_BYTES_MAX};
 use crate::setup::Client;
 
 /// System configuration file, used if neither `--config` nor `IFNEWER_CONFIG` names one. It need not exist.
@@ -339,9 +337,9 @@ pub fn load(options: &Options) -> Result<Config, Diagnostics> {
     with_sources(options, Config::gather)
 }
 
-/// The effective settings from the same sources.
-pub fn effective_settings(options: &Options) -> Result<config::Settings, Diagnostics> {
-    with_sources(options, config::Settings::read)
+/// The effective settings from the same sources, on request with their origins.
+pub fn effective_settings(options: &Options, with_origin: bool) -> Result<String, Diagnostics> {
+    with_sources(options, |sources| config::show(sources, with_origin))
 }
 
 fn with_sources<T>(
@@ -373,17 +371,13 @@ fn with_sources_from<T>(
         match name {
             "HOME" => environment_dirs.home = Some(PathBuf::from(value)),
             "XDG_CACHE_HOME" => environment_dirs.cache = Some(PathBuf::from(value)),
-            name if name.starts_with("IFNEWER_") => match value.into_string() {
-                Ok(value) => variables.push((name.to_owned(), value)),
-                Err(_) => {
-                    return Err(fault(
-                        Location::Variable(name.to_owned()),
-                        name,
-                        "the value is not UTF-8",
-                        None,
-                    ));
-                }
-            },
+            name if name.starts_with("IFNEWER_") => {
+                let text = value.into_string().map_err(|_| {
+                    let message = "the value is not UTF-8";
+                    Diagnostics::of_source(Path::new(name), message, None)
+                })?;
+                variables.push((name.to_owned(), text));
+            }
             _ => {}
         }
     }
@@ -458,30 +452,15 @@ fn read_config(given: Option<&Path>) -> Result<(PathBuf, String), Diagnostics> {
         Err(error) => {
             let help = given
                 .map(|_| "`ifnewer` needs no file: without --config the built-in settings hold".to_owned());
-            return Err(fault(
-                Location::File(path.to_owned()),
-                "",
-                &format!("cannot be read: {error}"),
+            return Err(Diagnostics::of_source(
+                path,
+                &format!("the file cannot be read: {error}"),
                 help,
             ));
         }
     }
     match String::from_utf8(bytes) {
         Ok(text) => Ok((path.to_owned(), text)),
-        Err(_) => Err(fault(
-            Location::File(path.to_owned()),
-            "",
-            "is not UTF-8 text",
-            None,
-        )),
+        Err(_) => Err(Diagnostics::of_source(path, "the file is not UTF-8 text", None)),
     }
-}
-
-fn fault(place: Location, key: &str, message: &str, help: Option<String>) -> Diagnostics {
-    Diagnostics::one(Diagnostic {
-        location: place,
-        key: key.to_owned(),
-        message: message.to_owned(),
-        help,
-    })
 }

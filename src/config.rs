@@ -5,11 +5,12 @@
 //! (passwords, certificates), so that a wrong path is reported before any port is bound. Callers pass the environment in
 //! [`Sources`].
 //!
-//! * `schema`: all keys with their defaults and descriptions.
-//! * `document`, `table`: TOML sections with source locations. * `env`: variables and flags.
-//! * `parsers`, `address`, `network`: value parsers.
-//! * `load`: sections, and checks across sections. * `limits`: the section `[limits]`.
-//! * `upstream`: well-known and configured upstreams. * `validate`: unique host names, no request loop.
+//! * `schema`: each key with its type, default and description.
+//! * `document`: TOML sections with source locations. * `env`: variables and flags. * `setting`: typed values with origins.
+//! * `value`: deserializer of one value. * `parsers`, `address`, `network`: types of values.
+//! * `load`: sections, and checks across sections. * `limits`: the section `[limits]`. * `policy`: `[default]`, `[[rule]]`.
+//! * `upstream`: upstreams, and those that exist by default. * `upstreams`: the sections `[upstream."name"]`.
+//! * `validate`: unique host names, no request loop.
 //! * `access`: the sections `[access]` and `[[allow]]`. * `files`: files that settings name.
 //! * `diagnostic`: errors with locations. * `summary`: output of `ifnewer check`. * `show`: output of `ifnewer config`.
 
@@ -23,14 +24,17 @@ mod limits;
 mod load;
 mod network;
 mod parsers;
+mod policy;
 mod schema;
+mod setting;
 mod show;
 mod summary;
-mod table;
 #[cfg(test)]
 mod tests;
 mod upstream;
+mod upstreams;
 mod validate;
+mod value;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -38,18 +42,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Deserialize;
+
 pub use access::{AccessConfig, Allow, User};
 pub use address::{canonical, host_part};
-pub use diagnostic::{Diagnostic, Diagnostics, Location};
+pub use diagnostic::Diagnostics;
 pub use env::Flag;
 pub use network::{Network, TunnelRule};
 pub use schema::{KEYS, Key, Section};
-pub use show::{Settings, reference};
+pub use show::{reference, show};
 pub use summary::Summary;
 pub use upstream::{AuthMode, Credential, Proxy, UpstreamConfig, WELL_KNOWN};
 
 use crate::policy::rules::Rules;
-use diagnostic::{Origin, Report};
+use diagnostic::{Origin, Report, Subject};
 use document::Document;
 
 /// Maximum length of a configuration file in bytes.
@@ -103,7 +109,8 @@ pub struct Listen {
 }
 
 /// Clients that may connect without TLS.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case", expecting = "a choice")]
 pub enum PlainHttp {
     /// Clients on this host.
     Loopback,
@@ -167,7 +174,8 @@ pub struct Log {
 }
 
 /// Log format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case", expecting = "a choice")]
 pub enum LogFormat {
     /// Text for operators.
     Human,
@@ -282,20 +290,12 @@ impl Config {
     pub fn gather(sources: &Sources<'_>) -> Result<Self, Diagnostics> {
         let mut report = Report::new(sources.text, sources.origin);
         if sources.text.len() > TEXT_BYTES_MAX {
-            report.emit(
-                &Origin::Span(0..0),
-                "",
-                format!("longer than {TEXT_BYTES_MAX} bytes"),
-                None,
-            );
+            let start = Subject::new(Origin::Span(0..0), "");
+            report.emit(&start, format!("longer than {TEXT_BYTES_MAX} bytes"), "");
             return Err(report.into_diagnostics());
         }
-        let mut document = Document::read(sources.text, &mut report);
-        if document.is_malformed {
-            return Err(report.into_diagnostics());
-        }
-        env::apply_overrides(&mut document, sources, &mut report);
-        match load::load(&document, sources, &mut report) {
+        let document = Document::read(sources, &mut report);
+        match document.and_then(|document| load::load(&document, sources, &mut report)) {
             Ok(config) if report.is_empty() => Ok(config),
             _ => Err(report.into_diagnostics()),
         }

@@ -50,14 +50,15 @@ fn main() -> ExitCode {
             }
             ExitCode::SUCCESS
         }
-        Command::Config(cli::ConfigCommand::Show { origin }) => match cli::effective_settings(&cli.options) {
-            Ok(mut settings) => {
-                settings.with_origin = origin;
-                let _ = write!(terminal::stdout(false), "{settings}");
-                ExitCode::SUCCESS
+        Command::Config(cli::ConfigCommand::Show { origin }) => {
+            match cli::effective_settings(&cli.options, origin) {
+                Ok(settings) => {
+                    let _ = write!(terminal::stdout(false), "{settings}");
+                    ExitCode::SUCCESS
+                }
+                Err(faults) => fail(USAGE_ERROR, &faults),
             }
-            Err(faults) => fail(USAGE_ERROR, &faults),
-        },
+        }
         Command::Config(cli::ConfigCommand::Reference) => {
             let _ = write!(terminal::stdout(false), "{}", ifnewer::config::reference());
             ExitCode::SUCCESS

@@ -21,8 +21,9 @@ pub mod rules;
 mod tests;
 
 use std::fmt;
-use std::str::FromStr;
 use std::time::{Duration, SystemTime};
+
+use serde::Deserialize;
 
 pub use decision::{Decision, DenyReason, HitReason, MissReason};
 
@@ -159,7 +160,8 @@ impl CacheState {
 }
 
 /// Pull policies, named as in GitLab Runner and Kubernetes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "kebab-case", expecting = "a policy")]
 pub enum Policy {
     /// Serves nothing that the upstream has not confirmed during this request.
     Always,
@@ -193,19 +195,9 @@ impl fmt::Display for Policy {
     }
 }
 
-impl FromStr for Policy {
-    type Err = UnknownValue;
-
-    fn from_str(word: &str) -> Result<Self, UnknownValue> {
-        Self::ALL
-            .into_iter()
-            .find(|policy| policy.name() == word)
-            .ok_or(UnknownValue)
-    }
-}
-
 /// Action for a cached tag that the upstream answers with 404.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "kebab-case", expecting = "a choice")]
 pub enum OnNotFound {
     /// Answers 404 as well.
     #[default]
@@ -226,22 +218,6 @@ impl OnNotFound {
         }
     }
 }
-
-impl FromStr for OnNotFound {
-    type Err = UnknownValue;
-
-    fn from_str(word: &str) -> Result<Self, UnknownValue> {
-        Self::ALL
-            .into_iter()
-            .find(|absence| absence.name() == word)
-            .ok_or(UnknownValue)
-    }
-}
-
-/// A value that is not among the choices. The configuration reader adds its position and the choices.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not one of the choices")]
-pub struct UnknownValue;
 
 /// Kind of the requested content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -101,10 +101,8 @@ fn a_file_that_was_named_must_exist() {
     let faults = with_sources_from(&options, environment(&[]), false, Config::gather)
         .unwrap_err()
         .to_string();
-    assert!(
-        faults.starts_with("/nowhere/ifnewer.toml: cannot be read: "),
-        "{faults}"
-    );
+    assert!(faults.starts_with("error: the file cannot be read: "), "{faults}");
+    assert!(faults.contains("--> /nowhere/ifnewer.toml\n"), "{faults}");
 }
 
 #[test]
@@ -148,13 +146,20 @@ fn what_is_not_text_is_told() {
     let options = options_with_empty_file(&folder);
     let variable = (OsString::from("IFNEWER_DATA"), OsString::from_vec(vec![0xff]));
     let faults = with_sources_from(&options, [variable].into_iter(), false, Config::gather).unwrap_err();
-    assert_eq!(faults.to_string(), "IFNEWER_DATA: the value is not UTF-8");
+    assert_eq!(
+        faults.to_string(),
+        "error: the value is not UTF-8\n--> IFNEWER_DATA"
+    );
 
     std::fs::write(options.config.as_ref().unwrap(), [0xff]).unwrap();
     let faults = with_sources_from(&options, environment(&[]), false, Config::gather)
         .unwrap_err()
         .to_string();
-    assert!(faults.ends_with("ifnewer.toml: is not UTF-8 text"), "{faults}");
+    assert!(
+        faults.starts_with("error: the file is not UTF-8 text\n"),
+        "{faults}"
+    );
+    assert!(faults.ends_with("/ifnewer.toml"), "{faults}");
 }
 
 #[test]

@@ -2,14 +2,14 @@
 
 use std::fmt;
 
-use super::PlainHttp;
-use super::diagnostic::{Report, Reported};
+use super::diagnostic::{Checked, Report};
 use super::document::Document;
-use super::files::{read_file, roots};
-use super::schema::Section;
-use super::table::Table;
-use super::upstream::ParsedUpstream;
-use super::{parsers, validate};
+use super::files::{self, File};
+use super::schema::{self, Access};
+use super::setting::Table;
+use super::upstreams::ParsedUpstream;
+use super::value::{ValueError, invalid};
+use super::{PlainHttp, validate};
 use crate::policy::rules::ImageMatcher;
 
 /// Default cost of `htpasswd -B`; lower costs protect too little.
@@ -67,131 +67,99 @@ impl fmt::Debug for User {
 }
 
 pub(super) fn read(
-    document: &Document,
+    document: &Document<'_>,
     plain_http: Option<PlainHttp>,
     configured: &[ParsedUpstream],
     report: &mut Report<'_>,
-) -> Result<Option<AccessConfig>, Reported> {
-    let table = document.fixed(Section::Access);
-    let users = users_of(&table, plain_http, report);
-    let client_roots = roots(&table, "client_ca", report);
-    let allows: Vec<_> = document
-        .allows
-        .iter()
-        .map(|table| allow(table, configured, report))
-        .collect();
+) -> Checked<Option<AccessConfig>> {
+    let keys = Access::of(document, report);
+    let users = users_of(&keys.htpasswd, plain_http, report);
+    let client_roots = files::roots(&keys.client_ca, report);
+    let lists = document.allows.iter();
+    let allows: Vec<_> = lists.map(|table| allow(table, configured, report)).collect();
     let (users, client_roots) = (users?, client_roots?);
-    if users.is_empty() && client_roots.is_empty() {
-        if let Some(first) = document.allows.first() {
-            let help = "name the file with the users as `htpasswd` in [access], or that with their certificates' CAs as \
-                        `client_ca`";
-            return Err(report.emit(
-                &first.at,
-                "allow",
-                "[[allow]] without users",
-                Some(help.to_owned()),
-            ));
+    match document.allows.first() {
+        _ if !users.is_empty() || !client_roots.is_empty() => Ok(Some(AccessConfig {
+            users,
+            client_roots,
+            allows: allows.into_iter().collect::<Result<_, _>>()?,
+        })),
+        None => Ok(None),
+        Some(first) => {
+            let help = "name the file with the users as `htpasswd` in [access], or that with their certificates' CAs \
+                        as `client_ca`";
+            Err(report.emit(&first.subject(), "[[allow]] without users", help))
         }
-        return Ok(None);
     }
-    Ok(Some(AccessConfig {
-        users,
-        client_roots,
-        allows: allows.into_iter().collect::<Result<_, Reported>>()?,
-    }))
 }
 
 /// Users of `htpasswd`; empty if it is not set.
-fn users_of(
-    table: &Table,
-    plain_http: Option<PlainHttp>,
-    report: &mut Report<'_>,
-) -> Result<Vec<User>, Reported> {
-    let Some(file) = table.text_if_set(report, "htpasswd", &parsers::PATH)? else {
+fn users_of(field: &File, plain_http: Option<PlainHttp>, report: &mut Report<'_>) -> Checked<Vec<User>> {
+    if field.is_set && plain_http == Some(PlainHttp::Any) {
+        let message = "with listen.plain_http = \"any\", passwords would cross the network in plain text";
+        let help = "set listen.plain_http to \"loopback\" or \"off\"";
+        return Err(report.emit(&field.subject, message, help));
+    }
+    let Some((_, bytes)) = files::read(field, report)? else {
         return Ok(Vec::new());
     };
-    if plain_http == Some(PlainHttp::Any) {
-        let message = "with listen.plain_http = \"any\", passwords would cross the network in plain text";
-        let help = "set listen.plain_http to \"loopback\" or \"off\"".to_owned();
-        return Err(report.emit(table.at("htpasswd"), table.path("htpasswd"), message, Some(help)));
-    }
-    let bytes = read_file(table, "htpasswd", &file, report)?;
-    users(&bytes).map_err(|(message, help)| {
-        report.emit(
-            table.at("htpasswd"),
-            table.path("htpasswd"),
-            message,
-            Some(help.to_owned()),
-        )
-    })
+    users(&bytes).map_err(|error| report.emit(&field.subject, error.message, error.help))
 }
 
-fn allow(table: &Table, configured: &[ParsedUpstream], report: &mut Report<'_>) -> Result<Allow, Reported> {
-    let users = table
-        .list_if_set(report, "users", &parsers::USER, true)?
-        .unwrap_or_default();
-    let images = table
-        .list_if_set(report, "images", &parsers::PATTERN, true)?
-        .unwrap_or_default();
-    for (key, is_empty) in [("users", users.is_empty()), ("images", images.is_empty())] {
-        if is_empty {
-            let message = format!("an allow list without `{key}` has no effect");
-            return Err(report.emit(table.at(key), table.path(key), message, None));
-        }
+fn allow(table: &Table<'_>, configured: &[ParsedUpstream], report: &mut Report<'_>) -> Checked<Allow> {
+    let keys = schema::Allow::read(table, report);
+    let users: Vec<String> = keys.users.get()?.values();
+    let images = keys.images.get()?.0;
+    let without = |is_empty: bool, subject| is_empty.then_some(subject);
+    let users_missing = without(users.is_empty(), &keys.users.subject);
+    let empty = users_missing.or(without(images.is_empty(), &keys.images.subject));
+    if let Some(empty) = empty {
+        let message = format!("an allow list without `{}` has no effect", empty.name());
+        return Err(report.emit(empty, message, ""));
     }
-    for (at, glob) in &images {
+    for (subject, glob) in &images {
         if glob.has_tag() {
             let message = "an allow list applies to repositories, not to tags, because layers have no tag";
-            let help = Some("remove the `:` and the tag".to_owned());
-            return Err(report.emit(at, table.path("images"), message, help));
+            return Err(report.emit(subject, message, "remove the `:` and the tag"));
         }
-        if let Some(upstream) = glob.upstream()
-            && let Err(error) = validate::find(upstream, configured)
-        {
-            return Err(report.emit(at, table.path("images"), error.message, error.help));
+        if let Some(upstream) = glob.upstream() {
+            validate::find(upstream, subject, configured, report)?;
         }
     }
     let globs: Vec<_> = images.into_iter().map(|(_, glob)| glob).collect();
-    let images = ImageMatcher::new(&globs)
-        .map_err(|error| report.emit(table.at("images"), table.path("images"), error.to_string(), None))?;
-    Ok(Allow {
-        users: users.into_iter().map(|(_, name)| name).collect(),
-        images,
-    })
+    match ImageMatcher::new(&globs) {
+        Ok(images) => Ok(Allow { users, images }),
+        Err(error) => Err(report.emit(&keys.images.subject, error.to_string(), "")),
+    }
 }
 
 /// Parses `name:hash` lines; ignores empty lines and `#` comments. Errors never quote a hash.
-fn users(bytes: &[u8]) -> Result<Vec<User>, (String, &'static str)> {
+fn users(bytes: &[u8]) -> Result<Vec<User>, ValueError> {
     const MAKE: &str = "create the file with: htpasswd -B -c FILE USER";
-    let text = std::str::from_utf8(bytes).map_err(|_| ("the file is not text".to_owned(), MAKE))?;
+    let text = std::str::from_utf8(bytes).map_err(|_| ValueError::new("the file is not text", MAKE))?;
     let mut users: Vec<User> = Vec::new();
-    for (index, line) in text.lines().enumerate() {
-        let line = line.trim();
+    for (line, number) in text.lines().map(str::trim).zip(1..) {
         if line.is_empty() || line.starts_with('#') {
             continue;
         }
-        let number = index + 1;
         let Some((name, hash)) = line.split_once(':').filter(|(name, _)| !name.is_empty()) else {
-            return Err((format!("line {number} is not a name, a colon and a hash"), MAKE));
+            return invalid(format!("line {number} is not a name, a colon and a hash"), MAKE);
         };
         if users.iter().any(|user| user.name == name) {
-            return Err((
-                format!("line {number}: `{name}` is listed twice"),
-                "keep one of the lines",
-            ));
+            let message = format!("line {number}: `{name}` is listed twice");
+            return invalid(message, "keep one of the lines");
         }
         let Some(cost) = cost(hash) else {
-            let help = "only bcrypt is supported, as created by: htpasswd -B FILE USER";
-            return Err((
-                format!("line {number}: the hash of `{name}` is not a bcrypt hash"),
-                help,
-            ));
+            let message = format!("line {number}: the hash of `{name}` is not a bcrypt hash");
+            return invalid(
+                message,
+                "only bcrypt is supported, as created by: htpasswd -B FILE USER",
+            );
         };
         if !(COST_MIN..=COST_MAX).contains(&cost) {
-            let message = format!(
-                "line {number}: the hash of `{name}` has cost {cost}, outside of {COST_MIN} to {COST_MAX}"
-            );
-            return Err((message, "recreate it with: htpasswd -B -C 10 FILE USER"));
+            let range = format!("outside of {COST_MIN} to {COST_MAX}");
+            let message = format!("line {number}: the hash of `{name}` has cost {cost}, {range}");
+            return invalid(message, "recreate it with: htpasswd -B -C 10 FILE USER");
         }
         users.push(User {
             name: name.to_owned(),
@@ -199,7 +167,7 @@ fn users(bytes: &[u8]) -> Result<Vec<User>, (String, &'static str)> {
         });
     }
     if users.is_empty() {
-        return Err(("the file has no users".to_owned(), MAKE));
+        return invalid("the file has no users", MAKE);
     }
     Ok(users)
 }

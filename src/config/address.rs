@@ -6,13 +6,13 @@ use std::str::FromStr;
 
 use http::uri::{Authority, Uri};
 
-use super::parsers::{ParseError, invalid};
+use super::value::{ValueError, invalid};
 
 /// Port of https, which registry names omit.
 const DEFAULT_PORT: u16 = 443;
 
 /// Parses an IP address with a port.
-pub(super) fn address(text: &str) -> Result<SocketAddr, ParseError> {
+pub(super) fn address(text: &str) -> Result<SocketAddr, ValueError> {
     if let Ok(address) = SocketAddr::from_str(text) {
         return Ok(address);
     }
@@ -31,7 +31,7 @@ pub(super) fn address(text: &str) -> Result<SocketAddr, ParseError> {
 }
 
 /// Parses an absolute http(s) URL; removes trailing slashes. Errors do not quote it, because it may contain a password.
-pub(super) fn url(text: &str) -> Result<String, ParseError> {
+pub(super) fn url(text: &str) -> Result<String, ValueError> {
     let example = r#"write it as in "https://registry.example.org""#;
     if !text.contains("://") {
         return invalid("the URL has no scheme", example);
@@ -64,7 +64,7 @@ pub(super) fn url(text: &str) -> Result<String, ParseError> {
     Ok(text.to_owned())
 }
 
-pub(super) fn proxy_url(text: &str) -> Result<String, ParseError> {
+pub(super) fn proxy_url(text: &str) -> Result<String, ValueError> {
     let example = r#"write it as in "http://proxy.example.org:3128""#;
     let Ok(uri) = Uri::from_str(text) else {
         return invalid("not a URL", example);
@@ -86,7 +86,7 @@ pub(super) fn proxy_url(text: &str) -> Result<String, ParseError> {
 }
 
 /// Parses a host name as in image names, with a port unless it is the default.
-pub(super) fn host(text: &str) -> Result<String, ParseError> {
+pub(super) fn host(text: &str) -> Result<String, ValueError> {
     let example = r#"write it as in "registry.example.org" or "registry.example.org:5000""#;
     if text.contains("://") || text.contains('/') {
         return invalid(

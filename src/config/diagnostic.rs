@@ -1,41 +1,35 @@
-//! Configuration diagnostics: location, message and hint.
+//! Configuration diagnostics: where, what, and a hint.
 
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use annotate_snippets::{AnnotationKind, Group, Level, Origin as SnippetOrigin, Renderer, Snippet};
+
+use super::parsers::FilePath;
+use super::setting::Field;
+
 /// All diagnostics, in the order of the file. Never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Diagnostics(Vec<Diagnostic>);
+pub struct Diagnostics(pub(super) Vec<Diagnostic>);
 
 impl Diagnostics {
-    /// A single diagnostic.
-    pub fn one(diagnostic: Diagnostic) -> Self {
-        Self(vec![diagnostic])
-    }
-
-    /// Iterates in the order of the file.
-    pub fn iter(&self) -> std::slice::Iter<'_, Diagnostic> {
-        self.0.iter()
-    }
-}
-
-impl<'a> IntoIterator for &'a Diagnostics {
-    type Item = &'a Diagnostic;
-    type IntoIter = std::slice::Iter<'a, Diagnostic>;
-
-    fn into_iter(self) -> Self::IntoIter {
-        self.iter()
+    /// A single diagnostic, about a file or a variable as a whole.
+    pub fn of_source(source: &Path, message: &str, help: Option<String>) -> Self {
+        Self(vec![Diagnostic {
+            source: source.display().to_string(),
+            position: None,
+            message: printable(message),
+            help,
+        }])
     }
 }
 
 impl fmt::Display for Diagnostics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, diagnostic) in self.0.iter().enumerate() {
-            if index > 0 {
-                f.write_str("\n\n")?;
-            }
-            diagnostic.fmt(f)?;
+            let separator = if index > 0 { "\n\n" } else { "" };
+            write!(f, "{separator}{diagnostic}")?;
         }
         Ok(())
     }
@@ -43,79 +37,50 @@ impl fmt::Display for Diagnostics {
 
 impl std::error::Error for Diagnostics {}
 
-/// One error. `Display` prints it with its line, a caret and a hint.
+/// One error.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Diagnostic {
-    /// Location of the error.
-    pub location: Location,
-    /// Key, such as `store.size`; empty if the file is not TOML.
-    pub key: String,
-    /// Error message.
-    pub message: String,
+pub(super) struct Diagnostic {
+    /// File, variable or flag; the key of a default.
+    pub(super) source: String,
+    /// Position in the file.
+    pub(super) position: Option<Position>,
+    pub(super) message: String,
     /// Suggested fix.
-    pub help: Option<String>,
+    pub(super) help: Option<String>,
 }
 
-/// Location of a setting.
+/// Position in the configuration file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Location {
-    /// Span in the configuration file.
-    Text {
-        /// Path as passed by the operator.
-        file: PathBuf,
-        /// Line, from 1.
-        line: usize,
-        /// Column in characters, from 1.
-        column: usize,
-        /// Byte range in the text.
-        span: Range<usize>,
-        /// The line with secrets masked.
-        source: String,
-    },
-    /// An entire file.
-    File(PathBuf),
-    /// Environment variable.
-    Variable(String),
-    /// Command-line flag.
-    Flag(String),
-    /// Built-in default.
-    Default,
+pub(super) struct Position {
+    /// Line, from 1.
+    pub(super) line: usize,
+    /// Columns in characters, from 1.
+    pub(super) columns: Range<usize>,
+    /// The line with secrets masked.
+    text: String,
+    /// Byte in the file.
+    start: usize,
 }
 
+/// Prints the error with its line, a caret and the hint.
 impl fmt::Display for Diagnostic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.location {
-            Location::Text {
-                file, line, column, ..
-            } => write!(f, "{}:{line}:{column}: ", file.display())?,
-            Location::File(file) => write!(f, "{}: ", file.display())?,
-            Location::Variable(name) | Location::Flag(name) => write!(f, "{name}: ")?,
-            Location::Default => write!(f, "{}: ", self.key)?,
-        }
-        f.write_str(&self.message)?;
-        if let Location::Text {
-            line,
-            column,
-            span,
-            source,
-            ..
-        } = &self.location
-        {
-            let number = line.to_string();
-            let before = source.chars().take(column - 1);
-            // Tabs are kept, so that the caret aligns with the value.
-            let margin: String = before.map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
-            let carets = span
-                .len()
-                .min(source.chars().count().saturating_sub(column - 1))
-                .max(1);
-            write!(f, "\n{number} | {source}\n{:1$} | ", "", number.len())?;
-            write!(f, "{margin}{}", "^".repeat(carets))?;
-        }
-        if let Some(help) = &self.help {
-            write!(f, "\nhelp: {help}")?;
-        }
-        Ok(())
+        let group = Group::with_title(Level::ERROR.primary_title(&self.message));
+        let group = match &self.position {
+            None => group.element(SnippetOrigin::path(&self.source)),
+            Some(Position {
+                line, columns, text, ..
+            }) => {
+                // Masking may have shortened the line, and a value may end on another one.
+                let byte = |column: usize| text.char_indices().nth(column - 1);
+                let byte = |column| byte(column).map_or(text.len(), |(byte, _)| byte);
+                let carets = AnnotationKind::Primary.span(byte(columns.start)..byte(columns.end));
+                let snippet = Snippet::source(text).line_start(*line).path(&self.source);
+                group.element(snippet.annotation(carets))
+            }
+        };
+        let help = self.help.iter().map(|help| Level::HELP.message(help));
+        f.write_str(&Renderer::plain().render(&[group.elements(help)]))
     }
 }
 
@@ -128,40 +93,83 @@ pub(super) enum Origin {
     Default,
 }
 
+impl Origin {
+    /// Origin of an item of a list with this origin. Only items in the file have spans.
+    pub(super) fn of_item(&self, span: Range<usize>) -> Self {
+        match self {
+            Self::Span(_) => Self::Span(span),
+            other => other.clone(),
+        }
+    }
+}
+
+/// What a diagnostic is about.
+#[derive(Clone, Debug)]
+pub(super) struct Subject {
+    pub(super) origin: Origin,
+    /// Key, such as `store.size`.
+    pub(super) key: String,
+}
+
+impl Subject {
+    pub(super) fn new(origin: Origin, key: impl Into<String>) -> Self {
+        let key = key.into();
+        Self { origin, key }
+    }
+
+    /// The same key with its default value.
+    pub(super) fn as_default(&self) -> Self {
+        Self::new(Origin::Default, &self.key)
+    }
+
+    /// Name of the key in its section.
+    pub(super) fn name(&self) -> &str {
+        self.key.rsplit(['.', ' ']).next().unwrap_or(&self.key)
+    }
+}
+
 /// Marker error: the [`Report`] already has a diagnostic.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reported;
 
+/// A valid value.
+pub(super) type Checked<T> = Result<T, Reported>;
+
 /// Collects the diagnostics of one load.
 pub(super) struct Report<'a> {
     text: &'a str,
-    origin: &'a Path,
+    file: &'a Path,
     diagnostics: Vec<Diagnostic>,
 }
 
 impl<'a> Report<'a> {
-    pub(super) fn new(text: &'a str, origin: &'a Path) -> Self {
+    pub(super) fn new(text: &'a str, file: &'a Path) -> Self {
+        let diagnostics = Vec::new();
         Self {
             text,
-            origin,
-            diagnostics: Vec::new(),
+            file,
+            diagnostics,
         }
     }
 
-    /// Adds a diagnostic.
+    /// Adds a diagnostic. An empty `help` is none.
     pub(super) fn emit(
         &mut self,
-        at: &Origin,
-        key: impl Into<String>,
+        subject: &Subject,
         message: impl Into<String>,
-        help: Option<String>,
+        help: impl Into<String>,
     ) -> Reported {
-        let location = self.location(at);
+        let (source, position) = match &subject.origin {
+            Origin::Span(span) => (self.file.display().to_string(), Some(self.position(span))),
+            Origin::Variable(name) => (name.clone(), None),
+            Origin::Flag(name) => ((*name).to_owned(), None),
+            Origin::Default => (subject.key.clone(), None),
+        };
         self.diagnostics.push(Diagnostic {
-            location,
-            key: key.into(),
-            message: message.into(),
-            help,
+            source,
+            position,
+            message: printable(&message.into()),
+            help: Some(printable(&help.into())).filter(|help| !help.is_empty()),
         });
         Reported
     }
@@ -172,72 +180,69 @@ impl<'a> Report<'a> {
 
     /// Sorts diagnostics by their position in the text; those from other origins come last.
     pub(super) fn into_diagnostics(mut self) -> Diagnostics {
-        self.diagnostics
-            .sort_by_key(|diagnostic| match &diagnostic.location {
-                Location::Text { span, .. } => span.start,
-                _ => usize::MAX,
-            });
+        let start = |one: &Diagnostic| {
+            one.position
+                .as_ref()
+                .map_or(usize::MAX, |position| position.start)
+        };
+        self.diagnostics.sort_by_key(start);
         Diagnostics(self.diagnostics)
     }
 
-    /// Resolves a path relative to the configuration file; paths of variables and flags are relative to the working directory.
-    pub(super) fn resolve(&self, at: &Origin, path: PathBuf) -> PathBuf {
-        match at {
-            Origin::Span(_) | Origin::Default => self
-                .origin
-                .parent()
-                .map_or(path.clone(), |folder| folder.join(&path)),
-            Origin::Variable(_) | Origin::Flag(_) => path,
+    /// Path of a setting. In the file it is relative to the file, in variables and flags to the working directory.
+    pub(super) fn path(&self, field: &Field<Option<FilePath>>) -> Checked<Option<PathBuf>> {
+        let folder = match field.subject.origin {
+            Origin::Span(_) | Origin::Default => self.file.parent(),
+            Origin::Variable(_) | Origin::Flag(_) => None,
+        };
+        let path = field.get()?.map(PathBuf::from);
+        Ok(path.map(|path| folder.map_or(path.clone(), |folder| folder.join(path))))
+    }
+
+    /// Origin of a setting, on one line.
+    pub(super) fn describe(&self, origin: &Origin) -> String {
+        match origin {
+            Origin::Span(span) => format!("{}:{}", self.file.display(), self.position(span).line),
+            Origin::Variable(name) => name.clone(),
+            Origin::Flag(name) => (*name).to_owned(),
+            Origin::Default => "default".to_owned(),
         }
     }
 
-    /// Printable location of an origin.
-    pub(super) fn location(&self, at: &Origin) -> Location {
-        match at {
-            Origin::Span(span) => self.in_text(span),
-            Origin::Variable(name) => Location::Variable(name.clone()),
-            Origin::Flag(name) => Location::Flag((*name).to_owned()),
-            Origin::Default => Location::Default,
-        }
-    }
-
-    fn in_text(&self, span: &Range<usize>) -> Location {
+    fn position(&self, span: &Range<usize>) -> Position {
         let (before, after) = self.text.split_at_checked(span.start).unwrap_or((self.text, ""));
         let line_start = before.rsplit('\n').next().unwrap_or("");
         let line_end = after.split('\n').next().unwrap_or("");
-        Location::Text {
-            file: self.origin.to_owned(),
+        let column = line_start.chars().count() + 1;
+        let width = self
+            .text
+            .get(span.clone())
+            .map_or(1, |text| text.chars().count().max(1));
+        let text = format!("{line_start}{line_end}");
+        Position {
             line: before.matches('\n').count() + 1,
-            column: line_start.chars().count() + 1,
-            span: span.clone(),
-            source: sanitize(&format!("{line_start}{line_end}")),
+            columns: column..column + width,
+            text: mask_secrets(&printable(text.trim_end_matches('\r'))),
+            start: span.start,
         }
     }
 }
 
-/// Masks secrets and control characters of a line, because diagnostics are logged.
-fn sanitize(line: &str) -> String {
-    let line: String = line
-        .trim_end_matches('\r')
-        .chars()
-        .map(|c| {
-            if c.is_control() && c != '\t' {
-                '\u{fffd}'
-            } else {
-                c
-            }
-        })
-        .collect();
+/// Replaces control characters, because messages quote values, and reach terminals and logs.
+fn printable(text: &str) -> String {
+    text.replace(|c: char| c.is_control() && c != '\t', "\u{fffd}")
+}
+
+/// Masks secrets of a line, because diagnostics are logged.
+fn mask_secrets(line: &str) -> String {
     if let Some((key, _)) = line.split_once('=') {
         let name = key.trim().trim_matches(['"', '\'']).to_lowercase();
-        let secret = ["password", "secret", "token"]
-            .iter()
-            .any(|word| name.contains(word));
-        if secret && !name.ends_with("_file") {
+        let is_secret = |word: &&str| name.contains(word);
+        if ["password", "secret", "token"].iter().any(is_secret) && !name.ends_with("_file") {
             return format!("{key}= ***");
         }
     }
-    mask_userinfo(&line)
+    mask_userinfo(line)
 }
 
 /// Masks the user information of URLs: `https://user:secret@host`.
@@ -247,8 +252,7 @@ fn mask_userinfo(line: &str) -> String {
     };
     let end = rest.find(['"', '\'', ' ', ',']).unwrap_or(rest.len());
     let (authority, tail) = rest.split_at_checked(end).unwrap_or((rest, ""));
-    match authority.rsplit_once('@') {
-        Some((_, host)) => format!("{scheme}://***@{host}{}", mask_userinfo(tail)),
-        None => format!("{scheme}://{authority}{}", mask_userinfo(tail)),
-    }
+    let host = authority.rsplit_once('@').map(|(_, host)| format!("***@{host}"));
+    let authority = host.as_deref().unwrap_or(authority);
+    format!("{scheme}://{authority}{}", mask_userinfo(tail))
 }

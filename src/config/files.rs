@@ -7,130 +7,120 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use zeroize::Zeroizing;
 
-use super::diagnostic::{Report, Reported};
-use super::parsers;
-use super::table::Table;
+use super::diagnostic::{Checked, Report};
+use super::parsers::FilePath;
+use super::schema::Upstream;
+use super::setting::{Field, both};
 use crate::upstream::{ClientCertificate, ClientCertificateError, DockerConfig};
 
 /// Maximum size of such a file.
 const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
-pub(super) fn password_file(
-    table: &Table,
-    file: PathBuf,
-    report: &mut Report<'_>,
-) -> Result<PathBuf, Reported> {
-    const KEY: &str = "password_file";
-    let text = Zeroizing::new(read_file(table, KEY, &file, report)?);
-    let message = match std::str::from_utf8(&text).map(|text| text.trim_end_matches(['\r', '\n'])) {
-        Ok("") => "the file is empty",
-        Ok(_) => return Ok(report.resolve(table.at(KEY), file)),
-        Err(_) => "the file is not text",
-    };
-    Err(report.emit(table.at(KEY), table.path(KEY), message, None))
-}
+/// A key that names a file.
+pub(super) type File = Field<Option<FilePath>>;
 
-pub(super) fn docker_config(
-    table: &Table,
-    file: PathBuf,
-    report: &mut Report<'_>,
-) -> Result<PathBuf, Reported> {
-    const KEY: &str = "docker_config";
-    let text = Zeroizing::new(read_file(table, KEY, &file, report)?);
-    let message = match std::str::from_utf8(&text).map(DockerConfig::read) {
-        Ok(Ok(_)) => return Ok(report.resolve(table.at(KEY), file)),
-        Ok(Err(error)) => error.to_string(),
-        Err(_) => "the file is not text".to_owned(),
-    };
-    let help = "expected the format of `docker login`: {\"auths\": {\"host\": {\"auth\": \"…\"}}}".to_owned();
-    Err(report.emit(table.at(KEY), table.path(KEY), message, Some(help)))
-}
+/// Path and content of a file; `None`: the key is not set.
+type Content = Option<(PathBuf, Zeroizing<Vec<u8>>)>;
 
-/// Certificates of the file that `key` names, DER; empty if `key` is not set.
-pub(super) fn roots(table: &Table, key: &str, report: &mut Report<'_>) -> Result<Vec<Vec<u8>>, Reported> {
-    let Some(file) = table.text_if_set(report, key, &parsers::PATH)? else {
-        return Ok(Vec::new());
+pub(super) fn read(field: &File, report: &mut Report<'_>) -> Checked<Content> {
+    let Some(path) = report.path(field)? else {
+        return Ok(None);
     };
-    let pem = read_file(table, key, &file, report)?;
-    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem)
-        .map(|der| der.map(|der| der.to_vec()))
-        .collect();
-    match certificates {
-        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
-        Ok(_) => {
-            let help = "expected -----BEGIN CERTIFICATE-----".to_owned();
-            let message = "the file has no certificate";
-            Err(report.emit(table.at(key), table.path(key), message, Some(help)))
-        }
-        Err(error) => {
-            let message = format!("the file is not PEM: {error}");
-            Err(report.emit(table.at(key), table.path(key), message, None))
-        }
-    }
-}
-
-pub(super) fn read_file(
-    table: &Table,
-    key: &str,
-    path: &Path,
-    report: &mut Report<'_>,
-) -> Result<Vec<u8>, Reported> {
-    let path = report.resolve(table.at(key), path.to_owned());
-    let mut bytes = Vec::new();
-    let read =
-        std::fs::File::open(&path).and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes));
-    let message = match read {
-        Ok(_) if bytes.len() as u64 <= FILE_BYTES_MAX => return Ok(bytes),
+    let message = match read_limited(&path) {
+        Ok(bytes) if bytes.len() as u64 <= FILE_BYTES_MAX => return Ok(Some((path, bytes))),
         Ok(_) => format!("{} is longer than {FILE_BYTES_MAX} bytes", path.display()),
         Err(error) => format!("cannot read {}: {error}", path.display()),
     };
-    Err(report.emit(table.at(key), table.path(key), message, None))
+    Err(report.emit(&field.subject, message, ""))
+}
+
+fn read_limited(path: &Path) -> std::io::Result<Zeroizing<Vec<u8>>> {
+    let mut bytes = Zeroizing::new(Vec::new());
+    std::fs::File::open(path)?
+        .take(FILE_BYTES_MAX + 1)
+        .read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Path of a text file that passes a check.
+fn checked_text(
+    field: &File,
+    check: impl FnOnce(&str) -> Result<(), String>,
+    help: &str,
+    report: &mut Report<'_>,
+) -> Checked<Option<PathBuf>> {
+    let Some((path, bytes)) = read(field, report)? else {
+        return Ok(None);
+    };
+    let text = std::str::from_utf8(&bytes).map_err(|_| "the file is not text".to_owned());
+    match text.and_then(check) {
+        Ok(()) => Ok(Some(path)),
+        Err(message) => Err(report.emit(&field.subject, message, help)),
+    }
+}
+
+pub(super) fn password_file(field: &File, report: &mut Report<'_>) -> Checked<Option<PathBuf>> {
+    let check = |text: &str| match text.trim_end_matches(['\r', '\n']) {
+        "" => Err("the file is empty".to_owned()),
+        _ => Ok(()),
+    };
+    checked_text(field, check, "", report)
+}
+
+pub(super) fn docker_config(field: &File, report: &mut Report<'_>) -> Checked<Option<PathBuf>> {
+    let check = |text: &str| {
+        DockerConfig::read(text)
+            .map(drop)
+            .map_err(|error| error.to_string())
+    };
+    let help = "expected the format of `docker login`: {\"auths\": {\"host\": {\"auth\": \"…\"}}}";
+    checked_text(field, check, help, report)
+}
+
+/// Certificates of a file, DER; empty if the key is not set.
+pub(super) fn roots(field: &File, report: &mut Report<'_>) -> Checked<Vec<Vec<u8>>> {
+    let Some((_, pem)) = read(field, report)? else {
+        return Ok(Vec::new());
+    };
+    let certificates = CertificateDer::pem_slice_iter(&pem).map(|der| der.map(|der| der.to_vec()));
+    let (message, help) = match certificates.collect::<Result<Vec<_>, _>>() {
+        Ok(certificates) if !certificates.is_empty() => return Ok(certificates),
+        Ok(_) => (
+            "the file has no certificate".to_owned(),
+            "expected -----BEGIN CERTIFICATE-----",
+        ),
+        Err(error) => (format!("the file is not PEM: {error}"), ""),
+    };
+    Err(report.emit(&field.subject, message, help))
 }
 
 /// Client certificate and its private key: both or neither, and matching.
 pub(super) fn client_certificate(
-    table: &Table,
+    keys: &Upstream,
     report: &mut Report<'_>,
-) -> Result<Option<ClientCertificate>, Reported> {
-    const KEYS: [&str; 2] = ["client_certificate", "client_key"];
-    let [certificate, key] = KEYS.map(|key| table.text_if_set(report, key, &parsers::PATH));
-    let (certificate, key) = match (certificate?, key?) {
-        (None, None) => return Ok(None),
-        (Some(certificate), Some(key)) => (certificate, key),
-        (certificate, _) => {
-            let [given, missing] = if certificate.is_some() {
-                KEYS
-            } else {
-                [KEYS[1], KEYS[0]]
-            };
-            let message = format!("`{given}` without `{missing}`");
-            let help = Some(format!(
-                "add `{missing}`: the certificate's chain and its private key, both PEM"
-            ));
-            return Err(report.emit(table.at(given), table.path(given), message, help));
-        }
+) -> Checked<Option<ClientCertificate>> {
+    let hint = ": the certificate's chain and its private key, both PEM";
+    both(&keys.client_certificate, &keys.client_key, hint, report)?;
+    let chain = read(&keys.client_certificate, report)?;
+    let Some(((_, chain), (_, private))) = chain.zip(read(&keys.client_key, report)?) else {
+        return Ok(None);
     };
-    let [of_certificate, of_key] = KEYS;
-    let chain = read_file(table, of_certificate, &certificate, report)?;
-    let private = Zeroizing::new(read_file(table, of_key, &key, report)?);
     ClientCertificate::read(&chain, &private)
         .map(Some)
         .map_err(|error| {
-            let (at, help) = match error {
+            let (field, help) = match error {
                 ClientCertificateError::NoCertificate => {
-                    (of_certificate, "expected -----BEGIN CERTIFICATE-----")
+                    (&keys.client_certificate, "expected -----BEGIN CERTIFICATE-----")
                 }
-                ClientCertificateError::NoKey => {
-                    (of_key, "expected -----BEGIN PRIVATE KEY-----, without a password")
+                ClientCertificateError::NoKey => (
+                    &keys.client_key,
+                    "expected -----BEGIN PRIVATE KEY-----, without a password",
+                ),
+                ClientCertificateError::Key(_) => (&keys.client_key, "use an RSA or an ECDSA key"),
+                ClientCertificateError::Mismatch => {
+                    (&keys.client_key, "use the private key of this certificate")
                 }
-                ClientCertificateError::Key(_) => (of_key, "use an RSA or an ECDSA key"),
-                ClientCertificateError::Mismatch => (of_key, "use the private key of this certificate"),
             };
-            report.emit(
-                table.at(at),
-                table.path(at),
-                error.to_string(),
-                Some(help.to_owned()),
-            )
+            report.emit(&field.subject, error.to_string(), help)
         })
 }

@@ -4,14 +4,14 @@ use std::fmt;
 use std::net::IpAddr;
 
 use super::address::{host, host_part};
-use super::parsers::{ParseError, invalid};
+use super::value::{ValueError, invalid};
 pub use crate::upstream::Network;
 use crate::upstream::{HostPattern, NetworkError, RedirectRule, RedirectTarget};
 
 /// Default port of a host pattern.
 const HTTPS: u16 = 443;
 
-pub(super) fn network(text: &str) -> Result<Network, ParseError> {
+pub(super) fn network(text: &str) -> Result<Network, ValueError> {
     let example = r#"write it as in "10.0.0.0/8", "192.0.2.7" or "fd00::/8""#;
     match Network::read(text) {
         Ok(network) => Ok(network),
@@ -45,7 +45,7 @@ impl fmt::Display for TunnelRule {
     }
 }
 
-pub(super) fn tunnel(text: &str) -> Result<TunnelRule, ParseError> {
+pub(super) fn tunnel(text: &str) -> Result<TunnelRule, ValueError> {
     let example = r#"write it as in "auth.example.org", "*.example.org" or "example.org:8443""#;
     let (host, port) = host_pattern(text, example)?;
     Ok(TunnelRule {
@@ -54,7 +54,7 @@ pub(super) fn tunnel(text: &str) -> Result<TunnelRule, ParseError> {
     })
 }
 
-fn host_pattern(text: &str, example: &str) -> Result<(HostPattern, Option<u16>), ParseError> {
+fn host_pattern(text: &str, example: &str) -> Result<(HostPattern, Option<u16>), ValueError> {
     // Validate the host syntax with each star replaced by a letter.
     host(&text.replace('*', "x"))?;
     let (name, port) = match text.rsplit_once(':') {
@@ -71,7 +71,7 @@ fn host_pattern(text: &str, example: &str) -> Result<(HostPattern, Option<u16>),
 }
 
 /// Parses a redirect target: a host, a glob over hosts or a network; `http://` allows plain HTTP.
-pub(super) fn redirect(text: &str) -> Result<RedirectRule, ParseError> {
+pub(super) fn redirect(text: &str) -> Result<RedirectRule, ValueError> {
     let example = r#"write it as in "s3.example.org", "http://minio.internal:9000" or "10.20.0.0/16""#;
     let (plain, rest) = match text.split_once("://") {
         Some(("http", rest)) => (true, rest),
@@ -116,76 +116,4 @@ pub(super) fn redirect(text: &str) -> Result<RedirectRule, ParseError> {
     }
     let to = RedirectTarget::Host(host, port);
     Ok(RedirectRule { plain, to })
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
-    use super::*;
-
-    #[test]
-    fn tunnel_rule_matches_one_port() {
-        for (text, host, port, allowed) in [
-            ("auth.example.org", "auth.example.org", 443, true),
-            ("auth.example.org", "auth.example.org", 22, false),
-            ("auth.example.org", "evil.example.org", 443, false),
-            ("*.example.org", "a.b.example.org", 443, true),
-            ("*.example.org", "example.org", 443, false),
-            ("*.example.org", "a.example.org.evil.example", 443, false),
-            ("*.example.org:8443", "a.example.org", 8443, true),
-            ("[::1]:8443", "::1", 8443, true),
-            ("[::1]", "::1", 443, true),
-        ] {
-            assert_eq!(
-                tunnel(text).unwrap().allows(host, port),
-                allowed,
-                "{text} {host} {port}"
-            );
-        }
-        for text in ["", "https://a", "a/b", "a:b", "A.example", "a b"] {
-            assert!(tunnel(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn r13_redirect_entry_is_host_or_network() {
-        for text in [
-            "s3.example.org",
-            "s3.example.org:9000",
-            "*.s3.example.org",
-            "http://minio.internal:9000",
-            "http://minio",
-            "https://minio.internal",
-            "10.20.0.0/16",
-            "http://10.20.0.0/16",
-            "10.1.2.3",
-            "http://[fd00::1]",
-            "fd00::/8",
-            "localhost:9000",
-            "10.20.3.4:9000",
-            "[fd00::1]:9000",
-        ] {
-            assert!(redirect(text).is_ok(), "{text}");
-        }
-        assert!(redirect("http://minio:9000").unwrap().plain);
-        assert!(!redirect("https://minio:9000").unwrap().plain);
-        for text in [
-            "",
-            "*",
-            "*.*",
-            "10.*",
-            "10.20",
-            "0.0.0.0/0",
-            "http://::/0",
-            "10.0.0.0/33",
-            "ftp://minio",
-            "http://minio/bucket",
-            "http://user@minio",
-            "Minio.internal",
-            "minio:port",
-            "a b",
-        ] {
-            assert!(redirect(text).is_err(), "{text}");
-        }
-    }
 }

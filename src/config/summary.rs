@@ -1,10 +1,10 @@
 //! Summary of the effective settings, for `ifnewer check`, in terms of the configuration keys.
 
 use std::fmt::{self, Display, Formatter};
-use std::time::Duration;
 
 use bytesize::ByteSize;
 
+use super::policy::words;
 use super::{Admin, AuthMode, Config, LogFormat, PlainHttp, Proxy, UpstreamConfig};
 use crate::policy::rules::EffectivePolicy;
 
@@ -108,22 +108,22 @@ fn write_upstream(f: &mut Formatter<'_>, upstream: &UpstreamConfig, rule: &Effec
     }
     let stale_if_error = rule
         .stale_if_error
-        .map_or_else(|| "forever".to_owned(), format_duration);
+        .map_or_else(|| "forever".to_owned(), |limit| words(limit).to_string());
     write!(
         f,
         ": {}, max_age {}, stale_if_error {stale_if_error}, revalidate_timeout {}, on_not_found {}, grant_ttl {}, grant_ttl_offline {}",
         rule.policy,
-        format_duration(rule.max_age),
-        format_duration(rule.revalidate_timeout),
+        words(rule.max_age),
+        words(rule.revalidate_timeout),
         rule.on_not_found.name(),
-        format_duration(rule.grant_ttl),
-        format_duration(rule.grant_ttl_offline),
+        words(rule.grant_ttl),
+        words(rule.grant_ttl_offline),
     )?;
     if rule.age_limit.is_on() {
         write!(
             f,
             ", min_age {}, on_unknown_age {}",
-            format_duration(rule.age_limit.min_age),
+            words(rule.age_limit.min_age),
             rule.age_limit.on_unknown_age.name()
         )?;
         if rule.age_limit.by_digest {
@@ -131,11 +131,7 @@ fn write_upstream(f: &mut Formatter<'_>, upstream: &UpstreamConfig, rule: &Effec
         }
     }
     if let Some(interval) = rule.scheduled_refresh().interval {
-        write!(f, ", refresh {}", format_duration(interval))?;
+        write!(f, ", refresh {}", words(interval))?;
     }
     writeln!(f)
-}
-
-fn format_duration(duration: Duration) -> String {
-    humantime::format_duration(duration).to_string()
 }

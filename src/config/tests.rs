@@ -8,8 +8,10 @@
 
 mod files;
 mod invalid;
+mod network;
 mod overlay;
 mod rendering;
+mod show;
 
 use std::fmt::Write as _;
 
@@ -145,7 +147,7 @@ fn the_fixture_with_every_comment_removed_is_the_default() {
 
 #[test]
 fn the_fixture_shows_every_key_with_its_default() {
-    for key in KEYS {
+    for key in KEYS.iter() {
         let line = key.default.map_or_else(
             || key.name.to_owned(),
             |default| format!("#{} = {default}", key.name),

@@ -14,7 +14,8 @@
 
 use std::time::{Duration, SystemTime};
 
-use super::UnknownValue;
+use serde::Deserialize;
+
 use crate::age::AHEAD_MAX;
 use crate::oci::Digest;
 
@@ -26,7 +27,8 @@ pub const MIN_AGE_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 pub const PLAUSIBLE_AFTER_EPOCH: Duration = Duration::from_secs(1_363_737_600);
 
 /// Action for a digest of unknown age.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "kebab-case", expecting = "a choice")]
 pub enum OnUnknownAge {
     /// Treats it as too young.
     #[default]
@@ -45,17 +47,6 @@ impl OnUnknownAge {
             Self::Refuse => "refuse",
             Self::Serve => "serve",
         }
-    }
-}
-
-impl std::str::FromStr for OnUnknownAge {
-    type Err = UnknownValue;
-
-    fn from_str(word: &str) -> Result<Self, UnknownValue> {
-        Self::ALL
-            .into_iter()
-            .find(|action| action.name() == word)
-            .ok_or(UnknownValue)
     }
 }
 

@@ -4,6 +4,7 @@ mod cooling;
 
 use std::time::{Duration, SystemTime};
 
+use super::min_age::OnUnknownAge;
 use super::*;
 use crate::oci::Algorithm;
 
@@ -877,11 +878,17 @@ fn if_newer_follows_the_five_basic_steps() {
 
 #[test]
 fn policy_names_round_trip() {
-    for policy in Policy::ALL {
-        assert_eq!(policy.to_string().parse(), Ok(policy));
+    fn parse<'a, T: Deserialize<'a>>(name: &'a str) -> Option<T> {
+        T::deserialize(serde::de::value::BorrowedStrDeserializer::<serde::de::value::Error>::new(name)).ok()
     }
-    assert_eq!("If-Newer".parse::<Policy>(), Err(UnknownValue));
-    for absence in OnNotFound::ALL {
-        assert_eq!(absence.name().parse(), Ok(absence));
+    for policy in Policy::ALL {
+        assert_eq!(parse(policy.name()), Some(policy));
+    }
+    assert_eq!(parse::<Policy>("If-Newer"), None);
+    for action in OnNotFound::ALL {
+        assert_eq!(parse(action.name()), Some(action));
+    }
+    for action in OnUnknownAge::ALL {
+        assert_eq!(parse(action.name()), Some(action));
     }
 }

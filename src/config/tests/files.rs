@@ -219,6 +219,9 @@ fn unusable_files_are_reported() {
         let faults = Config::read(&text, &folder.path().join("f.toml"))
             .unwrap_err()
             .to_string();
-        assert!(faults.contains(&format!("f.toml:{place}: {message}")), "{faults}");
+        assert!(
+            faults.contains(&format!("error: {message}")) && faults.contains(&format!("f.toml:{place}\n")),
+            "{faults}"
+        );
     }
 }

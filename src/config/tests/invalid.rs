@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::gather;
+use crate::config::diagnostic::Diagnostic;
 use crate::config::{Config, Diagnostics};
 
 fn faults(text: &str) -> Diagnostics {
@@ -11,14 +12,20 @@ fn faults(text: &str) -> Diagnostics {
         .unwrap_err()
 }
 
-/// First line of each diagnostic, without the file name.
+/// Location and message of each diagnostic, without the file name.
 fn first_lines(faults: &Diagnostics) -> Vec<String> {
-    let first = |fault: &crate::config::Diagnostic| fault.to_string().lines().next().unwrap_or("").to_owned();
-    faults
-        .iter()
-        .map(first)
-        .map(|line| line.strip_prefix("f.toml:").unwrap_or(&line).to_owned())
-        .collect()
+    let line = |fault: &Diagnostic| match &fault.position {
+        Some(position) => format!("{}:{}: {}", position.line, position.columns.start, fault.message),
+        None => format!("{}: {}", fault.source, fault.message),
+    };
+    faults.0.iter().map(line).collect()
+}
+
+/// Location, message and hint of the only diagnostic of a variable or a flag.
+fn of_override(variables: &[(&str, &str)], flags: &[(&'static str, &'static str, &str)]) -> String {
+    let faults = gather("", variables, flags).unwrap_err();
+    let help = faults.0[0].help.iter().map(|help| format!("\nhelp: {help}"));
+    first_lines(&faults).into_iter().chain(help).collect()
 }
 
 #[test]
@@ -94,6 +101,7 @@ fn invalid_setting_reports_its_location() {
         ("[listen]\nadmin = \"127.0.0.1:5000\"", "2:9: `127.0.0.1:5000` is already an address of the registry"),
         ("data = \"\"", "1:8: an empty path"),
         ("data = \"~/cache\"", "1:8: `~` is not expanded here"),
+        ("[tls]\ncertificate = \"~/c.pem\"", "2:15: `~` is not expanded here"),
         ("[tls]\ncertificate = \"c.pem\"", "2:15: `certificate` without `key`"),
         ("[tls]\nnames = [\"https://cache\"]", "2:10: `https://cache` is not a name for a certificate"),
         ("[connect]\ntunnel = [\"https://example.org\"]", "2:11: `https://example.org` is not a host name"),
@@ -265,11 +273,11 @@ fn invalid_variable_or_flag_is_named() {
         ),
     ];
     for (variable, expected) in table {
-        assert_eq!(gather("", &[variable], &[]).unwrap_err().to_string(), expected);
+        assert_eq!(of_override(&[variable], &[]), expected);
     }
     let flag = ("--listen", "listen.registry", "localhost:5000");
     assert_eq!(
-        gather("", &[], &[flag]).unwrap_err().to_string(),
+        of_override(&[], &[flag]),
         "--listen: `localhost:5000` is not an address with a port\nhelp: write \"127.0.0.1:5000\""
     );
 }
@@ -319,7 +327,7 @@ fn renamed_key_or_value_names_its_successor() {
     }
     let variable = ("IFNEWER_DEFAULT_OFFLINE_GRANT", "24h");
     assert_eq!(
-        gather("", &[variable], &[]).unwrap_err().to_string(),
+        of_override(&[variable], &[]),
         "IFNEWER_DEFAULT_OFFLINE_GRANT: `IFNEWER_DEFAULT_OFFLINE_GRANT` is now `IFNEWER_DEFAULT_GRANT_TTL_OFFLINE`\n\
          help: set `IFNEWER_DEFAULT_GRANT_TTL_OFFLINE` instead"
     );

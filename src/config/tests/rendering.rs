@@ -15,10 +15,13 @@ fn printed(text: &str) -> String {
 fn an_unknown_key_with_the_nearest_one() {
     let text = "[store]\nsize = \"1 GiB\"\n\n[default]\n  polcy = \"always\" # for now\n";
     let expected = r#"
-config/ifnewer.toml:5:3: unknown key `polcy`
+error: unknown key `polcy`
+ --> config/ifnewer.toml:5:3
+  |
 5 |   polcy = "always" # for now
   |   ^^^^^
-help: did you mean `policy`?"#;
+  |
+  = help: did you mean `policy`?"#;
     assert_eq!(printed(text), expected.trim_start());
 }
 
@@ -26,26 +29,35 @@ help: did you mean `policy`?"#;
 fn a_key_in_the_wrong_section() {
     let text = "[listen]\ndefault_upstream = \"ghcr.io\"\npolcy = \"never\"";
     let expected = r#"
-config/ifnewer.toml:2:1: unknown key `default_upstream`
+error: unknown key `default_upstream`
+ --> config/ifnewer.toml:2:1
+  |
 2 | default_upstream = "ghcr.io"
   | ^^^^^^^^^^^^^^^^
-help: `default_upstream` belongs to the top, before the first `[section]`
+  |
+  = help: `default_upstream` belongs to the top, before the first `[section]`
 
-config/ifnewer.toml:3:1: unknown key `polcy`
+error: unknown key `polcy`
+ --> config/ifnewer.toml:3:1
+  |
 3 | polcy = "never"
   | ^^^^^
-help: did you mean `policy`? It belongs to `[default]`"#;
+  |
+  = help: did you mean `policy`? It belongs to `[default]`"#;
     assert_eq!(printed(text), expected.trim_start());
 }
 
 #[test]
 fn caret_aligns_after_tabs_and_wide_characters() {
-    let text = "\n".repeat(9) + "[upstream.\"ghcr.io\"]\n\t\"max_age\" = \"5 müde\"";
+    let text = "\n".repeat(9) + "[upstream.\"ghcr.io\"]\n\t\"max_age\" = \"5 müde\" # so";
     let expected = "
-config/ifnewer.toml:11:14: `5 müde` is not a duration
-11 | \t\"max_age\" = \"5 müde\"
-   | \t            ^^^^^^^^
-help: write a number and its unit: \"500ms\", \"30s\", \"5m\", \"12h\", \"7d\"";
+error: `5 müde` is not a duration
+  --> config/ifnewer.toml:11:14
+   |
+11 |     \"max_age\" = \"5 müde\" # so
+   |                 ^^^^^^^^
+   |
+   = help: write a number and its unit: \"500ms\", \"30s\", \"5m\", \"12h\", \"7d\"";
     assert_eq!(printed(&text), expected.trim_start());
 }
 
@@ -53,17 +65,33 @@ help: write a number and its unit: \"500ms\", \"30s\", \"5m\", \"12h\", \"7d\"";
 fn secrets_are_masked() {
     let text = "[upstream.\"ghcr.io\"]\npassword = \"hunter2\"\nurl = [\"https://robot:hunter2@ghcr.io\", \"http://a:hunter2@b\"]\n";
     let expected = r#"
-config/ifnewer.toml:2:1: unknown key `password`
+error: unknown key `password`
+ --> config/ifnewer.toml:2:1
+  |
 2 | password = ***
   | ^^^^^^^^
-help: passwords are not accepted here; put it into a file and set `password_file`
+  |
+  = help: passwords are not accepted here; put it into a file and set `password_file`
 
-config/ifnewer.toml:3:8: a URL with a user or password is not accepted here
+error: a URL with a user or password is not accepted here
+ --> config/ifnewer.toml:3:8
+  |
 3 | url = ["https://***@ghcr.io", "http://***@b"]
   |        ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
-help: use `username` and `password_file`, with auth = "shared""#;
+  |
+  = help: use `username` and `password_file`, with auth = "shared""#;
     let printed = printed(text);
     assert!(printed.starts_with(expected.trim_start()), "{printed}");
+    assert!(!printed.contains("hunter2"), "{printed}");
+}
+
+#[test]
+fn hint_for_list_quotes_no_value() {
+    let printed = printed("[upstream.\"ghcr.io\"]\nredirects = \"http://a:hunter2@b\"");
+    assert!(
+        printed.contains("help: write [\"http://minio.internal:9000\"]"),
+        "{printed}"
+    );
     assert!(!printed.contains("hunter2"), "{printed}");
 }
 
@@ -71,20 +99,26 @@ help: use `username` and `password_file`, with auth = "shared""#;
 fn cache_credential_requires_shared_auth() {
     let text = "[upstream.\"ghcr.io\"]\nusername = \"robot\"\npassword_file = \"/run/secrets/ghcr\"\n";
     let expected = r#"
-config/ifnewer.toml:2:12: a credential of the cache would make this upstream's private images readable by every client
+error: a credential of the cache would make this upstream's private images readable by every client
+ --> config/ifnewer.toml:2:12
+  |
 2 | username = "robot"
   |            ^^^^^^^
-help: if every client that reaches the listener may read them, add auth = "shared"; otherwise remove the credential, and clients use their own"#;
+  |
+  = help: if every client that reaches the listener may read them, add auth = "shared"; otherwise remove the credential, and clients use their own"#;
     assert_eq!(printed(text), expected.trim_start());
 }
 
 #[test]
 fn a_choice_with_the_nearest_one() {
     let expected = r#"
-config/ifnewer.toml:1:20: `if_newer` is none of "always", "if-newer", "if-not-present", "never"
+error: `if_newer` is none of "always", "if-newer", "if-not-present", "never"
+ --> config/ifnewer.toml:1:20
+  |
 1 | default = { policy="if_newer" }
   |                    ^^^^^^^^^^
-help: did you mean "if-newer"?"#;
+  |
+  = help: did you mean "if-newer"?"#;
     assert_eq!(
         printed("default = { policy=\"if_newer\" }"),
         expected.trim_start()
@@ -95,4 +129,18 @@ help: did you mean "if-newer"?"#;
 fn control_characters_do_not_reach_the_terminal() {
     let printed = printed("[default]\npolicy = \"a\u{9b}b\"\r\n# \u{85}");
     assert!(printed.contains("policy = \"a\u{fffd}b\"\n"), "{printed:?}");
+    assert!(
+        printed.starts_with("error: `a\u{fffd}b` is none of"),
+        "{printed:?}"
+    );
+}
+
+#[test]
+fn variable_is_named() {
+    let expected = "
+error: 50 B is too small to hold an image
+--> IFNEWER_STORE_SIZE
+ = help: did you mean \"50 GiB\"?";
+    let faults = super::gather("", &[("IFNEWER_STORE_SIZE", "50")], &[]).unwrap_err();
+    assert_eq!(faults.to_string(), expected.trim_start());
 }
