@@ -1,8 +1,13 @@
 # shellcheck shell=bash
-# Sourced by .ci/run, tests/clients/run and benches/run: installs the Debian programs that a script needs.
+# Sourced by .ci/run, tests/clients/run and benches/run: installs the Debian programs that a script needs, and names the build
+# that is shipped.
 
 # dockerd and nginx are outside of an ordinary user's PATH.
 export PATH=$PATH:/usr/sbin:/sbin
+
+# Compiler flags of the program that is shipped. The benches and the load tests measure the same build.
+# shellcheck disable=SC2034  # used by the scripts that source this file
+shipped=(--profile dist --features jemalloc --locked)
 
 # needs PROGRAM=PACKAGE…  Installs the packages of missing programs. Returns 0 if all are installed.
 # If they cannot be installed, the run fails in CI (CI=true); elsewhere a warning lists what is skipped, and it returns 1.

@@ -20,6 +20,11 @@ use ifnewer::{admin, ca, cli, demo, doctor, setup, terminal};
 use listenfd::ListenFd;
 use tracing_subscriber::EnvFilter;
 
+/// Also for C code, because the build replaces `malloc`.
+#[cfg(feature = "jemalloc")]
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 const FAILED: u8 = 1;
 const USAGE_ERROR: u8 = 2;
 
@@ -86,7 +91,9 @@ fn main() -> ExitCode {
         },
         Command::Remote(command) => block_on(cmd_operate(&config, command)),
         Command::Serve => {
-            limit_heap();
+            if cfg!(not(feature = "jemalloc")) {
+                limit_heap();
+            }
             init_logging(&config.log);
             let descriptors = raise_fd_limit();
             disable_core_dumps();

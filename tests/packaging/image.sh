@@ -82,7 +82,7 @@ rust_stands_in() {
   name=$(sed -n 's/^ARG RUST=//p' "$tree/packaging/Dockerfile")
   cargo=${CARGO_HOME:-$HOME/.cargo}
   mapfile -t packages < <(apt-cache depends --recurse --installed --no-{recommends,suggests,conflicts,breaks,replaces,enhances} \
-    gcc libc6-dev coreutils dash sed | grep '^[a-z]' | cut -d: -f1 | sort -u)
+    gcc make libc6-dev coreutils dash sed grep mawk | grep '^[a-z]' | cut -d: -f1 | sort -u)
   # Packages list some files below symbolic links such as /bin.
   dpkg -L "${packages[@]}" | grep -v -e /share/ -e /locale/ -e ' ' | sed -E 's,^/(bin|sbin|lib|lib64)/,/usr/\1/,' |
     grep -vx -e /usr/bin/sh -e /usr/bin/cc | sort -u |
@@ -92,12 +92,13 @@ rust_stands_in() {
   mkdir -p "$scratch/links/usr/bin"
   ln -s dash "$scratch/links/usr/bin/sh"
   ln -s gcc "$scratch/links/usr/bin/cc"
+  ln -s mawk "$scratch/links/usr/bin/awk"
   tar -c --transform 's,^\./,usr/local/rust/,' --transform 's,^registry/,cargo/registry/,' \
-    -C / -T "$scratch/rust.files" bin lib lib64 -C "$scratch/links" usr/bin/sh usr/bin/cc \
+    -C / -T "$scratch/rust.files" bin lib lib64 -C "$scratch/links" usr/bin/sh usr/bin/cc usr/bin/awk \
     -C "$(rustc --print sysroot)" --exclude ./share --exclude ./lib/rustlib/src ./bin ./lib \
     -C "$cargo" registry/index registry/cache |
     docker_ import --change 'ENV PATH=/usr/local/rust/bin:/usr/bin:/bin CARGO_HOME=/cargo CARGO_NET_OFFLINE=true' \
-      --change 'ENV CARGO_PROFILE_RELEASE_OPT_LEVEL=0 CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=256' \
+      --change 'ENV CARGO_PROFILE_DIST_OPT_LEVEL=0 CARGO_PROFILE_DIST_LTO=off CARGO_PROFILE_DIST_CODEGEN_UNITS=256' \
       - "$name"
 }
 
@@ -158,8 +159,8 @@ sidecar_ends() {
 team_is_healthy() {
   (umask 077; openssl rand -hex 32 >"$tree/config/admin.token")
   chown 65532 "$tree/config/admin.token"
-  mkdir -p "$tree/target/$static_target/release"
-  cp "$static" "$tree/target/$static_target/release/ifnewer"
+  mkdir -p "$tree/target/$static_target/dist"
+  cp "$static" "$tree/target/$static_target/dist/ifnewer"
   PROGRAM=prebuilt compose packaging/docker-compose.team.yml up -d --build
   becomes_healthy
 }
