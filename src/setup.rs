@@ -215,21 +215,20 @@ fn plan_for(endpoint: &CacheEndpoint, options: &Options, files: &dyn FileSource)
 
 /// Renders the changes, with the error if there is one. With an error, the text shows a host without configuration.
 pub fn show(config: &Config, options: &Options, root: &RootFs) -> (String, Option<SetupError>) {
+    let endpoint = match CacheEndpoint::from_config(config, options) {
+        Ok(endpoint) => endpoint,
+        Err(refused) => return (String::new(), Some(refused)),
+    };
+    let shown = |files: &dyn FileSource| {
+        let plan = plan_for(&endpoint, options, files)?;
+        Ok(plan::render(&plan, files))
+    };
     let job = Job::setup(options.client);
-    let planned = CacheEndpoint::from_config(config, options).map(|endpoint| {
-        let here = job.baseline(root).and_then(|files| {
-            let plan = plan_for(&endpoint, options, &files)?;
-            Ok(plan::render(&plan, &files))
-        });
-        here.unwrap_or_else(|refused| {
-            let fresh = plan_for(&endpoint, options, &plan::EmptyFs);
-            let text = fresh
-                .map(|plan| plan::render(&plan, &plan::EmptyFs).0)
-                .unwrap_or_default();
-            (text, Some(refused))
-        })
-    });
-    planned.unwrap_or_else(|refused| (String::new(), Some(refused)))
+    let here = job.baseline(root).and_then(|files| shown(&files));
+    here.unwrap_or_else(|refused| {
+        let fresh = shown(&plan::EmptyFs).map(|(text, _)| text);
+        (fresh.unwrap_or_default(), Some(refused))
+    })
 }
 
 /// Applies the changes and saves the current files.

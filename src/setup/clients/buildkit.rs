@@ -2,11 +2,7 @@
 
 use toml::Value;
 
-use crate::setup::SetupError;
-use crate::setup::edit::Text;
-use crate::setup::edit::toml::{self as edit_toml, Place};
-use crate::setup::endpoint::Scheme;
-use crate::setup::plan::{Context, Plan};
+use super::{Context, Place, Plan, Scheme, SetupError, Text, edit_toml};
 
 const CONFIG: &str = "/etc/buildkit/buildkitd.toml";
 const AUTHORITY: &str = "/etc/buildkit/ifnewer-ca.crt";

@@ -4,11 +4,7 @@ use std::path::PathBuf;
 
 use toml::{Table, Value};
 
-use crate::setup::SetupError;
-use crate::setup::edit::Text;
-use crate::setup::edit::toml::{self as edit_toml, Place};
-use crate::setup::endpoint::{CacheEndpoint, Registry};
-use crate::setup::plan::{Context, FileSource, Plan};
+use super::{CacheEndpoint, Context, FileSource, Place, Plan, Registry, SetupError, Text, edit_toml};
 
 const CONFIG: &str = "/etc/containerd/config.toml";
 const HOSTS: &str = "/etc/containerd/certs.d";

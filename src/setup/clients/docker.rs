@@ -2,11 +2,7 @@
 
 use serde_json::Value;
 
-use crate::setup::SetupError;
-use crate::setup::edit::Text;
-use crate::setup::edit::json::Object;
-use crate::setup::endpoint::CacheEndpoint;
-use crate::setup::plan::{Context, Plan};
+use super::{CacheEndpoint, Context, Object, Plan, SetupError, Text};
 
 /// Configuration that dockerd reloads on SIGHUP.
 pub(in crate::setup) const DAEMON: &str = "/etc/docker/daemon.json";

@@ -3,11 +3,7 @@
 
 use toml::Value;
 
-use crate::setup::SetupError;
-use crate::setup::clients::docker;
-use crate::setup::edit::Text;
-use crate::setup::edit::toml::{self as edit_toml, Place};
-use crate::setup::plan::{Context, Plan};
+use super::{Context, Place, Plan, SetupError, Text, docker, edit_toml};
 
 const CONFIG: &str = "/etc/gitlab-runner/config.toml";
 

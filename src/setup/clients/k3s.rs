@@ -3,9 +3,7 @@
 
 use std::fmt::Write as _;
 
-use crate::setup::SetupError;
-use crate::setup::endpoint::{CacheEndpoint, Registry};
-use crate::setup::plan::{Context, Plan};
+use super::{CacheEndpoint, Context, Plan, Registry, SetupError};
 
 const REGISTRIES: &str = "/etc/rancher/k3s/registries.yaml";
 const AUTHORITY: &str = "/etc/rancher/k3s/ifnewer-ca.crt";

@@ -8,10 +8,7 @@ use std::path::{Path, PathBuf};
 
 use toml::Value;
 
-use crate::setup::SetupError;
-use crate::setup::edit::{Text, toml as edit_toml};
-use crate::setup::endpoint::{CacheEndpoint, Registry, Scheme};
-use crate::setup::plan::{Context, Plan};
+use super::{CacheEndpoint, Context, Plan, Registry, Scheme, SetupError, Text, edit_toml};
 
 const MAIN: &str = "/etc/containers/registries.conf";
 const FURTHER: &str = "/etc/containers/registries.conf.d";

@@ -3,11 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::setup::clients::docker;
-use crate::setup::edit::Text;
-use crate::setup::edit::json::Object;
-use crate::setup::plan::{Context, Plan};
-use crate::setup::{Client, SetupError};
+use super::{Client, Context, Object, Plan, SetupError, Text, docker};
 
 pub(in crate::setup) fn plan(client: Client, context: Context<'_>) -> Result<Plan, SetupError> {
     // CONNECT uses plain HTTP where allowed, because every client supports that.

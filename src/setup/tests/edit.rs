@@ -1,5 +1,7 @@
 //! Edits of JSON and TOML: everything else in the file keeps its bytes.
 
+use proptest::collection::vec;
+use proptest::prelude::*;
 use toml::Value;
 
 use super::*;
@@ -38,6 +40,24 @@ fn each_line_keeps_its_line_end() {
         ("a\nb\r\n", "c\nb\n", "c\nb\r\n"),
     ] {
         assert_eq!(bytes(text_of(before).with(body.to_owned())), after, "{before:?}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn inserted_line_leaves_all_other_bytes(
+        lines in vec("[ab\r]{0,2}\r?\n", 0..12),
+        position in 0..12_usize,
+        has_bom: bool,
+    ) {
+        let bom = if has_bom { "\u{feff}" } else { "" };
+        let before = format!("{bom}{}", lines.concat());
+        let text = text_of(&before);
+        let mut body: Vec<&str> = text.body.split_inclusive('\n').collect();
+        body.insert(position.min(lines.len()), "new\n");
+        let edited = bytes(text.with(body.concat()));
+        let end = if edited.contains("new\r\n") { "new\r\n" } else { "new\n" };
+        prop_assert_eq!(edited.replace(end, ""), before);
     }
 }
 
