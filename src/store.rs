@@ -55,6 +55,7 @@ mod evict;
 pub mod file_read;
 pub mod fs;
 pub mod grants;
+mod graph;
 mod index;
 pub mod ingest;
 pub mod invalidations;
@@ -75,6 +76,7 @@ pub mod usage_report;
 pub mod verdicts;
 pub mod verify;
 mod view;
+mod walk;
 
 #[cfg(test)]
 mod tests;
@@ -261,6 +263,7 @@ impl Store {
             &pins,
             &access_times,
             &quota,
+            &usage,
             &stop,
         );
         let evictor = Arc::new(evictor);
@@ -500,7 +503,17 @@ fn content_path(tree: &str, digest: &Digest) -> PathBuf {
 
 /// Path of a record: `<tree>/<first two digits>/<hash>`, where the hash is over `parts`.
 fn hashed_path(tree: &str, parts: &[&str]) -> PathBuf {
-    let hash = Digest::of(crate::oci::Algorithm::Sha256, parts.join("\0").as_bytes()).hex();
+    named_path(tree, &hashed_name(parts))
+}
+
+/// The hash in the name of a record's file.
+fn hashed_name(parts: &[&str]) -> Digest {
+    Digest::of(crate::oci::Algorithm::Sha256, parts.join("\0").as_bytes())
+}
+
+/// Path of the record with this name.
+fn named_path(tree: &str, name: &Digest) -> PathBuf {
+    let hash = name.hex();
     let shard = hash.get(..2).unwrap_or_default();
     [tree, shard, &hash].iter().collect()
 }

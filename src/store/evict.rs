@@ -1,5 +1,5 @@
-//! Eviction: takes a snapshot of the stored content (`snapshot`), plans the removals (`plan`), and executes them in
-//! a crash-safe order.
+//! Eviction: takes a snapshot of the stored images ([`Graph`]), plans the removals (`plan`), and executes them in a
+//! crash-safe order.
 //!
 //! Of each image the tag is removed first, and the removal is made durable before the manifests are removed, and
 //! those before the blobs. So a stop or a power cut leaves unreferenced content, which a later round removes, and
@@ -12,7 +12,6 @@
 
 mod gc;
 mod plan;
-mod snapshot;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -21,16 +20,20 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use self::plan::{Plan, Step, plan};
+pub(super) use self::plan::plan_deletion;
+use self::plan::{Plan, plan};
 use super::access_times::AccessTimes;
 use super::blobs::Blobs;
 use super::fs::FileSystem;
+use super::graph::{Graph, Node, Sources};
 use super::manifests::Manifests;
 use super::pins::{Pin, Pins};
 use super::quota::{Quota, QuotaKind, Reservation, Shortfall};
-use super::tags::{TagKey, Tags};
+use super::tags::{self, TagKey, Tags};
+use super::usage::Counters;
 use super::usage_report::Reclaimed;
 use super::{QUARANTINE_FOLDER, StoreError};
+use crate::oci::Digest;
 
 /// Content stored or used more recently than this is not evicted.
 pub const EVICTION_MIN_AGE: Duration = Duration::from_secs(3600);
@@ -82,6 +85,7 @@ pub(super) struct Evictor {
     pub(super) pins: Arc<Pins>,
     pub(super) access_times: Arc<AccessTimes>,
     pub(super) quota: Arc<Quota>,
+    usage: Arc<Counters>,
     pub(super) stop: Arc<AtomicBool>,
     state: State,
 }
@@ -123,12 +127,12 @@ struct PlanOutcome {
 }
 
 impl Reclaimed {
-    fn count(&mut self, step: &Step, bytes: u64) {
+    pub(super) fn count(&mut self, removed: &Node, bytes: u64) {
         self.bytes += bytes;
-        match step {
-            Step::Tag(..) => self.tags += 1,
-            Step::Manifest(_) => self.manifests += 1,
-            Step::Blob(_) => self.blobs += 1,
+        match removed {
+            Node::Tag(_) => self.tags += 1,
+            Node::Manifest(_) => self.manifests += 1,
+            Node::Blob(_) => self.blobs += 1,
         }
     }
 }
@@ -143,6 +147,7 @@ impl Evictor {
         pins: &Arc<Pins>,
         access_times: &Arc<AccessTimes>,
         quota: &Arc<Quota>,
+        usage: &Arc<Counters>,
         stop: &Arc<AtomicBool>,
     ) -> Self {
         Self {
@@ -153,6 +158,7 @@ impl Evictor {
             pins: Arc::clone(pins),
             access_times: Arc::clone(access_times),
             quota: Arc::clone(quota),
+            usage: Arc::clone(usage),
             stop: Arc::clone(stop),
             state: State::default(),
         }
@@ -285,6 +291,10 @@ impl Evictor {
                 }
                 Err(fault) => {
                     tracing::warn!(%fault, "eviction failed");
+                    *no_progress = Some(NoProgress {
+                        until: now + NO_PROGRESS_PAUSE,
+                        bytes: 0,
+                    });
                     return;
                 }
             }
@@ -306,23 +316,21 @@ impl Evictor {
         let protected_since = now
             .checked_sub(EVICTION_MIN_AGE)
             .unwrap_or(SystemTime::UNIX_EPOCH);
-        let snapshot = self.snapshot();
-        let unpinned = snapshot.images.iter().filter(|image| !image.is_pinned);
-        let longest_idle = unpinned
-            .map(|image| now.duration_since(image.used_at).unwrap_or_default())
-            .max();
+        let graph = self.snapshot()?;
+        let oldest = graph.oldest_tag();
+        let longest_idle = oldest.map(|used_at| now.duration_since(used_at).unwrap_or_default());
         *self
             .state
             .totals
             .longest_idle
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = longest_idle;
-        let plan = plan(&snapshot, shortfall.bytes_target, protected_since);
+        let plan = plan(graph, shortfall.bytes_target, protected_since);
         if plan.bytes < bytes_min {
             return Ok(Round::TooLittle(plan.bytes));
         }
         let enough = plan.bytes >= shortfall.bytes_min;
-        let done = self.execute(plan, Some(shortfall.quota_kind))?;
+        let done = self.execute(&plan, Some(shortfall.quota_kind))?;
         Ok(match (done.is_complete, enough) {
             (false, _) => Round::Conflict,
             (true, true) => Round::Reclaimed,
@@ -331,15 +339,28 @@ impl Evictor {
         })
     }
 
+    /// Reads the graph of all stored images. Content needed after that is tracked by `AccessTimes::mark_needed`.
+    pub(super) fn snapshot(&self) -> Result<Graph, StoreError> {
+        Graph::read(&Sources {
+            fs: self.fs.as_ref(),
+            blobs: &self.blobs,
+            tags: &self.tags,
+            pins: &self.pins,
+            access_times: &self.access_times,
+            usage: self.usage.read(),
+            stop: &self.stop,
+        })
+    }
+
     /// Executes the removals in plan order. Stops early if content was needed meanwhile.
-    fn execute(&self, plan: Plan, quota_kind: Option<QuotaKind>) -> Result<PlanOutcome, StoreError> {
+    fn execute(&self, plan: &Plan, quota_kind: Option<QuotaKind>) -> Result<PlanOutcome, StoreError> {
         let done = self.execute_steps(plan, quota_kind);
         // Also after an early stop, because the next round or process removes the content of those tags.
         self.sync_tag_removals()?;
         done
     }
 
-    fn execute_steps(&self, plan: Plan, quota_kind: Option<QuotaKind>) -> Result<PlanOutcome, StoreError> {
+    fn execute_steps(&self, plan: &Plan, quota_kind: Option<QuotaKind>) -> Result<PlanOutcome, StoreError> {
         let totals = &self.state.totals;
         let objects = match quota_kind {
             None => &totals.collected,
@@ -351,30 +372,30 @@ impl Evictor {
             freed: Reclaimed::default(),
             is_complete: true,
         };
-        for step in plan.steps {
+        for (node, _) in plan.steps() {
             if self.stop.load(Ordering::Relaxed) {
                 break;
             }
-            let removed = match &step {
-                Step::Tag(key, targets) => {
-                    let is_free = || {
+            let removed = match &node {
+                Node::Tag(tag) => {
+                    let is_free = |key: &TagKey, targets: &[Digest]| {
                         !self.pins.has(&Pin::Tag(key.clone()))
-                            && !targets.iter().any(|name| self.access_times.was_needed(name))
+                            && !targets.iter().any(|target| self.access_times.was_needed(target))
                     };
                     let _removing = self.access_times.removing();
-                    let removed = self.tags.evict(key, targets, is_free)?;
+                    let removed = self.tags.evict(tag, is_free)?;
                     if removed.is_some() {
-                        self.note_tag_removal(key);
+                        self.note_tag_removal(&tag.name);
                     }
                     removed
                 }
-                Step::Manifest(digest) | Step::Blob(digest) => {
+                Node::Manifest(digest) | Node::Blob(digest) => {
                     self.sync_tag_removals()?;
                     let _removing = self.access_times.removing();
                     let is_free =
                         || !self.access_times.was_needed(digest) && !self.pins.has(&Pin::Digest(*digest));
-                    match step {
-                        Step::Manifest(_) => self.manifests.evict(digest, is_free)?,
+                    match node {
+                        Node::Manifest(_) => self.manifests.evict(digest, is_free)?,
                         _ => self.blobs.evict(digest, is_free)?,
                     }
                 }
@@ -383,13 +404,13 @@ impl Evictor {
                 done.is_complete = false;
                 break;
             };
-            if matches!(step, Step::Tag(..)) {
+            if matches!(node, Node::Tag(_)) {
                 totals.tags.fetch_add(1, Ordering::Relaxed);
             } else {
                 objects.fetch_add(1, Ordering::Relaxed);
                 totals.bytes.fetch_add(freed, Ordering::Relaxed);
             }
-            done.freed.count(&step, freed);
+            done.freed.count(&node, freed);
         }
         let Reclaimed {
             tags,
@@ -403,9 +424,9 @@ impl Evictor {
         Ok(done)
     }
 
-    fn note_tag_removal(&self, key: &TagKey) {
+    fn note_tag_removal(&self, name: &Digest) {
         let mut folders = self.state.unsynced.lock().unwrap_or_else(PoisonError::into_inner);
-        folders.extend(key.path().parent().map(Path::to_owned));
+        folders.extend(tags::path_of(name).parent().map(Path::to_owned));
     }
 
     /// Makes the removal of all evicted tags durable. Otherwise a power cut could restore a tag whose image has lost

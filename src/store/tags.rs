@@ -21,17 +21,20 @@ use quick_cache::sync::Cache;
 use super::cache_key::bounded_cache;
 use super::checksummed_json::{RECORD_BYTES_MAX, checksum};
 use super::fs::FileSystem;
+use super::graph::{TagNode, TargetsChecksum};
 use super::index::handle::{IndexHandle, VALUE_BYTES_MAX};
 use super::invalidations::InvalidationKey;
 use super::manifests::StoredManifest;
 use super::usage::{ContentKind, Counters};
+use super::walk::record_files;
 use super::{AsyncStore, Store, StoreError, View, remove_file};
 use crate::oci::{AnyDigest, Digest};
 
+use self::record::KEY_PREFIX;
 pub use self::record::{
     HISTORY_MAX, HistoryEntry, NEVER_CONFIRMED, Previous, TagKey, TagRecord, VARIANTS_MAX, Variant,
 };
-use self::record::{KEY_PREFIX, TREE};
+pub(super) use self::record::{TREE, path_of};
 pub use self::resolve::{ResolvedTag, TagReader};
 
 /// Tag records cached in memory.
@@ -429,22 +432,25 @@ impl Tags {
         }
     }
 
-    /// Removes a tag that points to exactly `names`, if `is_free` allows it. `None` if it does not, or if the tag
+    /// Removes a tag that still points to the same digests, if `is_free` allows it. `None` if it does not, or if the tag
     /// points to other digests.
     pub(super) fn evict(
         &self,
-        key: &TagKey,
-        names: &[Digest],
-        is_free: impl FnOnce() -> bool,
+        tag: &TagNode,
+        is_free: impl FnOnce(&TagKey, &[Digest]) -> bool,
     ) -> Result<Option<u64>, StoreError> {
-        let path = key.path();
+        let path = path_of(&tag.name);
         let _writing = self.lock_writer(&path);
-        let on_disk = self.read_file(key)?;
-        let known = on_disk.map(|on_disk| self.digests_of(key, &on_disk));
-        if !is_free() || known.is_some_and(|known| known != names) {
+        let found = self.read_named(&tag.name);
+        let found = found.map_err(|error| StoreError::io("read", &path, &error))?;
+        let Some((key, on_disk)) = found else {
+            return Ok(None);
+        };
+        let targets = self.digests_of(&key, &on_disk);
+        if TargetsChecksum::of(&targets) != tag.targets || !is_free(&key, &targets) {
             return Ok(None);
         }
-        let (unlinked, ()) = self.remove_locked(key, &path, IndexHandle::remove);
+        let (unlinked, ()) = self.remove_locked(&key, &path, IndexHandle::remove);
         unlinked.map(|_| Some(0))
     }
 
@@ -478,6 +484,22 @@ impl Tags {
     /// Whether the index cannot be read for this tag.
     pub(super) fn is_index_unavailable(&self, key: &TagKey) -> bool {
         self.index.get(key.to_index()).is_err()
+    }
+
+    /// The record in the file with this name. `None` if the file is missing or damaged.
+    pub(super) fn read_named(&self, name: &Digest) -> io::Result<Option<(TagKey, TagRecord)>> {
+        match self.fs.read_file(&path_of(name), RECORD_BYTES_MAX) {
+            Ok(bytes) => Ok(TagRecord::from_file(&bytes).filter(|(key, _)| key.name() == *name)),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::FileTooLarge
+                ) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     fn read_file(&self, key: &TagKey) -> Result<Option<TagRecord>, StoreError> {
@@ -623,17 +645,14 @@ impl Tags {
         stop: &AtomicBool,
         mut each: impl FnMut(TagKey, TagRecord, Option<SystemTime>),
     ) -> bool {
-        for folder in self.fs.list(Path::new(TREE)).unwrap_or_default() {
-            let folder = Path::new(TREE).join(folder.name);
-            for file in self.fs.list(&folder).unwrap_or_default() {
-                if stop.load(Ordering::Relaxed) {
-                    return false;
-                }
-                // Damaged or removed files are handled when their tag is read.
-                let bytes = self.fs.read_file(&folder.join(file.name), RECORD_BYTES_MAX);
-                if let Some((key, record)) = bytes.ok().and_then(|bytes| TagRecord::from_file(&bytes)) {
-                    each(key, record, file.modified);
-                }
+        for (path, file) in record_files(self.fs.as_ref(), TREE).filter_map(Result::ok) {
+            if stop.load(Ordering::Relaxed) {
+                return false;
+            }
+            // Damaged or removed files are handled when their tag is read.
+            let bytes = self.fs.read_file(&path, RECORD_BYTES_MAX);
+            if let Some((key, record)) = bytes.ok().and_then(|bytes| TagRecord::from_file(&bytes)) {
+                each(key, record, file.modified);
             }
         }
         true

@@ -5,52 +5,72 @@
 //! image needs.
 //!
 //! A page of images costs only what it shows. Only sharing concerns all images: [`ReferenceCounts`] counts references
-//! in some 16 bytes per digest, and is cached until something changes. Tags are always read a page at a time.
+//! on the graph of all images, in 16 bytes per digest, and is cached until something changes.
 //!
 //! Deleting an image deletes only what no other tag needs, and no manifest that was pulled by digest.
 
 use std::collections::hash_map::RandomState;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::BuildHasher as _;
 use std::ops::ControlFlow;
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::fs::FileSystem;
+use super::evict::plan_deletion;
+use super::graph::{Graph, Node};
 use super::tags::{TagKey, TagRecord};
 use super::{Store, StoreError, content_path, size_of};
 use crate::oci::manifest::DescriptorKind;
-use crate::oci::{Algorithm, AnyDigest, Digest};
-
-/// Maximum number of tags counted. In a larger store, content that only later tags need counts as unshared.
-pub const TAGS_MAX: usize = 50_000;
+use crate::oci::{AnyDigest, Digest};
 
 const TAGS_PER_PAGE: usize = 256;
 
 /// Maximum nesting depth of indexes.
 const DEPTH_MAX: u32 = 3;
 
-/// In a store with more tags, an outdated count is used for a while after a change, so that counting takes at most a
-/// twentieth of the time.
-const EXACT_TAGS_MAX: usize = 1_000;
+/// In a store with more tags, manifests and blobs, an outdated count is used for a while after a change, so that
+/// counting takes at most a twentieth of the time.
+const EXACT_OBJECTS_MAX: usize = 5_000;
 const RECOUNT_PAUSE_FACTOR: u32 = 20;
 
 /// Number of tags that reference each cached digest.
 #[derive(Debug, Default)]
 pub struct ReferenceCounts {
-    /// By a keyed hash of the digest, so that a client cannot craft two digests with one hash.
-    counts: HashMap<u64, u32>,
+    /// In order of a keyed hash of the digest, so that a client cannot craft two digests with one hash.
+    counts: Vec<(u64, u32)>,
     keys: RandomState,
 }
 
 impl ReferenceCounts {
+    fn of(graph: &Graph) -> Self {
+        let keys = RandomState::new();
+        let counted = graph.nodes().zip(graph.tag_counts());
+        let counted = counted.filter_map(|(id, count)| match graph.names.node(id)? {
+            Node::Manifest(digest) | Node::Blob(digest) if count > 0 => Some((keys.hash_one(digest), count)),
+            _ => None,
+        });
+        let mut counts: Vec<(u64, u32)> = counted.collect();
+        counts.sort_unstable();
+        // A digest that is stored as both has two nodes. The later one here has more tags.
+        counts.dedup_by(|later, kept| {
+            let is_same = later.0 == kept.0;
+            if is_same {
+                *kept = *later;
+            }
+            is_same
+        });
+        counts.shrink_to_fit();
+        Self { counts, keys }
+    }
+
     /// Number of tags that reference this digest.
     pub fn count(&self, digest: &Digest) -> usize {
-        let count = self.counts.get(&self.keys.hash_one(digest));
-        count.map_or(0, |count| usize::try_from(*count).unwrap_or(usize::MAX))
+        let key = self.keys.hash_one(digest);
+        let found = self.counts.binary_search_by_key(&key, |(key, _)| *key);
+        let count = found.ok().and_then(|at| self.counts.get(at));
+        count.map_or(0, |(_, count)| usize::try_from(*count).unwrap_or(usize::MAX))
     }
 
     /// Bytes of an image: the total cached, and the part that no other image references.
@@ -58,13 +78,6 @@ impl ReferenceCounts {
         let unshared = |(digest, _): &(&Digest, &Content)| self.count(digest) <= 1;
         let unshared = image.content.iter().filter(unshared);
         (image.bytes(), unshared.map(|(_, content)| content.bytes).sum())
-    }
-
-    fn add<'a>(&mut self, content: impl Iterator<Item = &'a Digest>) {
-        for digest in content {
-            let count = self.counts.entry(self.keys.hash_one(digest)).or_default();
-            *count = count.saturating_add(1);
-        }
     }
 }
 
@@ -76,7 +89,7 @@ struct Counted {
     counts: Arc<ReferenceCounts>,
     /// The change counter before counting.
     changes: u64,
-    tags: usize,
+    objects: usize,
     ended: Instant,
     took: Duration,
 }
@@ -84,7 +97,7 @@ struct Counted {
 impl Counted {
     fn is_current(&self, changes: u64) -> bool {
         self.changes == changes
-            || (self.tags > EXACT_TAGS_MAX && self.ended.elapsed() < self.took * RECOUNT_PAUSE_FACTOR)
+            || (self.objects > EXACT_OBJECTS_MAX && self.ended.elapsed() < self.took * RECOUNT_PAUSE_FACTOR)
     }
 }
 
@@ -160,21 +173,18 @@ impl Store {
         if let Some(known) = known.as_ref().filter(|known| known.is_current(changes)) {
             return Arc::clone(&known.counts);
         }
-        let (mut counts, mut tags, mut sizes) = (ReferenceCounts::default(), 0, HashMap::new());
-        self.each_tag(|_, record| {
-            counts.add(self.content(&record, &mut sizes).keys());
-            tags += 1;
-            if tags < TAGS_MAX {
-                ControlFlow::Continue(())
-            } else {
-                ControlFlow::Break(())
+        let graph = match self.evictor.snapshot() {
+            Ok(graph) => graph,
+            Err(fault) => {
+                tracing::warn!(%fault, "failed to count the references of images");
+                return Arc::default();
             }
-        });
-        let counts = Arc::new(counts);
+        };
+        let counts = Arc::new(ReferenceCounts::of(&graph));
         *known = Some(Counted {
             counts: Arc::clone(&counts),
             changes,
-            tags,
+            objects: graph.len(),
             ended: Instant::now(),
             took: began.elapsed(),
         });
@@ -191,7 +201,7 @@ impl Store {
     pub fn usage_of(&self, key: TagKey, record: TagRecord) -> TagUsage {
         TagUsage {
             key,
-            content: self.content(&record, &mut HashMap::new()),
+            content: self.content(&record),
             record,
         }
     }
@@ -205,110 +215,54 @@ impl Store {
     /// Deletes these tags and the content that nothing else references; with `is_dry_run`, only computes it. A client
     /// that is reading such a blob can read it to its end. Blocks.
     pub fn delete_images(&self, keys: &[TagKey], is_dry_run: bool) -> Result<Reclaimed, StoreError> {
-        let deleted_keys: HashSet<&TagKey> = keys.iter().collect();
-        let (mut candidates, mut found) = (BTreeMap::new(), Vec::new());
-        for key in &deleted_keys {
-            if let Some(image) = self.tag_usage(key)? {
-                candidates.extend(image.content);
-                found.push(*key);
+        let mut found = Vec::new();
+        for key in keys.iter().collect::<BTreeSet<_>>() {
+            if self.tag(key)?.is_some() {
+                found.push(key);
             }
         }
-        let (mut referenced, mut sizes) = (HashSet::new(), HashMap::new());
-        self.each_tag(|key, record| {
-            if !deleted_keys.contains(&key) {
-                let content = self.content(&record, &mut sizes);
-                referenced.extend(
-                    content
-                        .into_keys()
-                        .filter(|digest| candidates.contains_key(digest)),
-                );
-            }
-            ControlFlow::Continue(())
-        });
-        self.add_untagged_references(&candidates, &mut referenced);
+        let names: Vec<Digest> = found.iter().map(|key| key.name()).collect();
+        let plan = plan_deletion(self.evictor.snapshot()?, &names);
+        let tags = found.len() as u64;
+        if is_dry_run {
+            return Ok(Reclaimed {
+                tags,
+                ..plan.reclaimed()
+            });
+        }
         let mut reclaimed = Reclaimed {
-            tags: found.len() as u64,
+            tags,
             ..Reclaimed::default()
         };
-        if !is_dry_run {
-            for key in found {
-                self.remove_tag(key)?;
-            }
+        for key in found {
+            self.remove_tag(key)?;
         }
-        for (digest, content) in candidates {
-            if referenced.contains(&digest) {
-                continue;
-            }
-            let was_there = match (is_dry_run, content.is_manifest) {
-                (true, _) => true,
-                (false, true) => self.remove_manifest(&digest)?,
-                (false, false) => self.remove_blob(&digest)?,
+        for (node, bytes) in plan.steps() {
+            let was_there = match &node {
+                // Removed above, durably.
+                Node::Tag(_) => false,
+                Node::Manifest(digest) => self.remove_manifest(digest)?,
+                Node::Blob(digest) => self.remove_blob(digest)?,
             };
             if was_there {
-                reclaimed.bytes += content.bytes;
-                *if content.is_manifest {
-                    &mut reclaimed.manifests
-                } else {
-                    &mut reclaimed.blobs
-                } += 1;
+                reclaimed.count(&node, bytes);
             }
         }
         Ok(reclaimed)
     }
 
-    /// Adds the digests that untagged manifests reference: those were pulled by digest.
-    fn add_untagged_references(
-        &self,
-        candidates: &BTreeMap<Digest, Content>,
-        referenced: &mut HashSet<Digest>,
-    ) {
-        for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
-            let tree = format!("manifests/{algorithm}");
-            for folder in self.fs.list(Path::new(&tree)).unwrap_or_default() {
-                let folder = Path::new(&tree).join(folder.name);
-                for file in self.fs.list(&folder).unwrap_or_default() {
-                    let Some(digest) = Digest::from_hex(algorithm, &file.name).ok() else {
-                        continue;
-                    };
-                    if candidates.contains_key(&digest) {
-                        continue;
-                    }
-                    if let Ok(Some(stored)) = self.manifest(&digest) {
-                        referenced.extend(
-                            stored
-                                .manifest
-                                .descriptors
-                                .iter()
-                                .filter_map(|child| supported(&child.digest)),
-                        );
-                    }
-                }
-            }
-        }
-    }
-
-    fn content(
-        &self,
-        record: &TagRecord,
-        sizes: &mut HashMap<Digest, Option<u64>>,
-    ) -> BTreeMap<Digest, Content> {
+    fn content(&self, record: &TagRecord) -> BTreeMap<Digest, Content> {
         let mut content = BTreeMap::new();
         for variant in &record.variants {
-            self.collect_content(&variant.digest, DEPTH_MAX, &mut content, sizes);
+            self.collect_content(&variant.digest, DEPTH_MAX, &mut content);
             if let Some(previous) = &variant.previous {
-                self.collect_content(&previous.digest, DEPTH_MAX, &mut content, sizes);
+                self.collect_content(&previous.digest, DEPTH_MAX, &mut content);
             }
         }
         content
     }
 
-    fn collect_content(
-        &self,
-        digest: &Digest,
-        depth: u32,
-        content: &mut BTreeMap<Digest, Content>,
-        sizes: &mut HashMap<Digest, Option<u64>>,
-    ) {
+    fn collect_content(&self, digest: &Digest, depth: u32, content: &mut BTreeMap<Digest, Content>) {
         if content.contains_key(digest) {
             return;
         }
@@ -321,18 +275,19 @@ impl Store {
         };
         content.insert(*digest, manifest);
         for child in &stored.manifest.descriptors {
-            let Some(child_digest) = supported(&child.digest) else {
+            let AnyDigest::Supported(child_digest) = child.digest else {
                 continue;
             };
             if child.kind == DescriptorKind::Manifest {
                 if let Some(depth) = depth.checked_sub(1) {
-                    self.collect_content(&child_digest, depth, content, sizes);
+                    self.collect_content(&child_digest, depth, content);
                 }
                 continue;
             }
-            let size = *sizes
-                .entry(child_digest)
-                .or_insert_with(|| size_of(self.fs.as_ref(), &content_path("blobs", &child_digest)));
+            if content.contains_key(&child_digest) {
+                continue;
+            }
+            let size = size_of(self.fs.as_ref(), &content_path("blobs", &child_digest));
             if let Some(bytes) = size {
                 let blob = Content {
                     bytes,
@@ -341,12 +296,5 @@ impl Store {
                 content.insert(child_digest, blob);
             }
         }
-    }
-}
-
-fn supported(digest: &AnyDigest) -> Option<Digest> {
-    match digest {
-        AnyDigest::Supported(digest) => Some(*digest),
-        AnyDigest::Unsupported(_) => None,
     }
 }

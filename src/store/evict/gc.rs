@@ -3,13 +3,12 @@
 //! Content that was pulled by digest also has no tag. It stays as long as it is used. Referrers of a stored image,
 //! such as its signature, stay with the image.
 
-use std::collections::HashSet;
 use std::sync::PoisonError;
 use std::time::{Duration, SystemTime};
 
 use super::super::usage_report::Reclaimed;
 use super::super::{Store, StoreError};
-use super::plan::{Plan, Snapshot, plan};
+use super::plan::plan;
 use super::{EVICTION_MIN_AGE, Evictor, PlanOutcome, ROUNDS_MAX};
 
 impl Store {
@@ -29,14 +28,18 @@ impl Evictor {
         let mut freed = Reclaimed::default();
         for _ in 0..ROUNDS_MAX {
             self.access_times.start_tracking();
-            let mut snapshot = self.snapshot();
-            protect_tagged(&mut snapshot);
-            let plan = plan(&snapshot, u64::MAX, protected_since);
-            let done = if is_dry_run {
-                Ok(dry_run(&plan))
-            } else {
-                self.execute(plan, None)
-            };
+            let done = self.snapshot().and_then(|mut graph| {
+                // What tags reference is referenced, so it stays.
+                graph.keep_tags_and_referrers();
+                let plan = plan(graph, u64::MAX, protected_since);
+                if is_dry_run {
+                    return Ok(PlanOutcome {
+                        freed: plan.reclaimed(),
+                        is_complete: true,
+                    });
+                }
+                self.execute(&plan, None)
+            });
             self.access_times.stop_tracking();
             let done = done?;
             freed.tags += done.freed.tags;
@@ -49,37 +52,5 @@ impl Evictor {
             }
         }
         Ok(freed)
-    }
-}
-
-/// Protects all tags, everything they reference, and referrers of stored manifests.
-fn protect_tagged(snapshot: &mut Snapshot) {
-    for image in &mut snapshot.images {
-        image.is_pinned = true;
-    }
-    let stored: HashSet<_> = snapshot
-        .manifests
-        .iter()
-        .map(|manifest_node| manifest_node.node.digest)
-        .collect();
-    for manifest_node in &mut snapshot.manifests {
-        if manifest_node
-            .subject
-            .is_some_and(|subject| stored.contains(&subject))
-        {
-            manifest_node.node.is_protected = true;
-        }
-    }
-}
-
-fn dry_run(plan: &Plan) -> PlanOutcome {
-    let mut freed = Reclaimed::default();
-    for step in &plan.steps {
-        freed.count(step, 0);
-    }
-    freed.bytes = plan.bytes;
-    PlanOutcome {
-        freed,
-        is_complete: true,
     }
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::oci::{Digest, MediaType, Repository, Tag};
 use crate::store::checksummed_json::{decode, encode, from_millis, to_millis};
-use crate::store::hashed_path;
+use crate::store::{hashed_name, named_path};
 
 /// Maximum number of `Accept` sets stored per tag. Clients in use send fewer.
 pub const VARIANTS_MAX: usize = 8;
@@ -16,7 +16,7 @@ pub const VARIANTS_MAX: usize = 8;
 /// Maximum number of previous digests stored per tag.
 pub const HISTORY_MAX: usize = 10;
 
-pub(super) const TREE: &str = "refs";
+pub(in crate::store) const TREE: &str = "refs";
 pub(super) const KEY_PREFIX: u8 = b't';
 
 /// Confirmation time of a tag that the operator set and no upstream confirmed. It is never fresh, and older than any
@@ -195,13 +195,20 @@ struct TagFile {
     variants: Vec<VariantRecord>,
 }
 
+/// Path of the tag file with this name.
+pub(in crate::store) fn path_of(name: &Digest) -> PathBuf {
+    named_path(TREE, name)
+}
+
 impl TagKey {
     /// Path of its file.
     pub(in crate::store) fn path(&self) -> PathBuf {
-        hashed_path(
-            TREE,
-            &[&self.upstream, self.repository.as_str(), self.tag.as_str()],
-        )
+        path_of(&self.name())
+    }
+
+    /// Name of its file.
+    pub(in crate::store) fn name(&self) -> Digest {
+        hashed_name(&[&self.upstream, self.repository.as_str(), self.tag.as_str()])
     }
 
     /// Its index key, ordered by upstream, repository, tag.

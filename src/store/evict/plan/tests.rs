@@ -8,8 +8,11 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::*;
-use crate::oci::Algorithm;
+use super::{Node, SystemTime, plan_deletion};
+use crate::oci::{Algorithm, Digest};
+use crate::store::graph::TargetsChecksum;
+use crate::store::graph::tests::{Image, ManifestNode, Node as StoredNode, Snapshot};
+use crate::store::tags::TagKey;
 
 fn at(seconds: u64) -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
@@ -30,8 +33,8 @@ fn key(tag: &str) -> TagKey {
     }
 }
 
-fn node(name: &str, bytes: u64, used: u64) -> Node {
-    Node {
+fn node(name: &str, bytes: u64, used: u64) -> StoredNode {
+    StoredNode {
         digest: digest(name),
         bytes,
         used_at: at(used),
@@ -53,6 +56,39 @@ fn image(tag: &str, targets: &[&str]) -> Image {
         targets: targets.iter().map(|name| digest(name)).collect(),
         used_at: at(0),
         is_pinned: false,
+    }
+}
+
+/// A removal as the tests write it: a tag with its key and targets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Step {
+    Tag(TagKey, Vec<Digest>),
+    Manifest(Digest),
+    Blob(Digest),
+}
+
+/// A plan as the tests read it.
+struct Planned {
+    steps: Vec<Step>,
+    bytes: u64,
+}
+
+fn plan(snapshot: &Snapshot, bytes: u64, protected_since: SystemTime) -> Planned {
+    let plan = super::plan(snapshot.graph(), bytes, protected_since);
+    let step = |(node, _)| match node {
+        Node::Tag(tag) => {
+            let image = snapshot.images.iter().find(|image| image.key.name() == tag.name);
+            let image = image.unwrap();
+            assert_eq!(tag.targets, TargetsChecksum::of(&image.sorted_targets()));
+            Step::Tag(image.key.clone(), image.targets.clone())
+        }
+        Node::Manifest(digest) => Step::Manifest(digest),
+        Node::Blob(digest) => Step::Blob(digest),
+    };
+    assert_eq!(plan.reclaimed().bytes, plan.bytes);
+    Planned {
+        steps: plan.steps().map(step).collect(),
+        bytes: plan.bytes,
     }
 }
 
@@ -243,7 +279,7 @@ fn any_snapshot() -> impl Strategy<Value = Snapshot> {
                             }
                         }
                         ManifestNode {
-                            node: Node {
+                            node: StoredNode {
                                 is_protected,
                                 ..node(&name(at), 1, used)
                             },
@@ -256,7 +292,7 @@ fn any_snapshot() -> impl Strategy<Value = Snapshot> {
             let blobs = blobs
                 .into_iter()
                 .enumerate()
-                .map(|(at, (used, bytes, is_protected))| Node {
+                .map(|(at, (used, bytes, is_protected))| StoredNode {
                     is_protected,
                     ..node(&format!("b{at}"), bytes, used)
                 });
@@ -290,7 +326,7 @@ fn at_time(seconds: u64) -> SystemTime {
 struct Model<'a> {
     snapshot: &'a Snapshot,
     manifests: BTreeMap<Digest, &'a ManifestNode>,
-    blobs: BTreeMap<Digest, &'a Node>,
+    blobs: BTreeMap<Digest, &'a StoredNode>,
 }
 
 impl<'a> Model<'a> {
@@ -305,7 +341,7 @@ impl<'a> Model<'a> {
         }
     }
 
-    fn contents(&self) -> impl Iterator<Item = &Node> {
+    fn contents(&self) -> impl Iterator<Item = &StoredNode> {
         let manifests = self.manifests.values().map(|manifest_node| &manifest_node.node);
         manifests.chain(self.blobs.values().copied())
     }
@@ -402,10 +438,10 @@ proptest! {
         let untouchable = model.untouchable();
         prop_assert!(untouchable.is_disjoint(&removed));
         // The plan frees enough, or everything evictable. A referrer stays as long as its subject.
-        let leads_to_what_was_used = |node: &Node| {
+        let leads_to_what_was_used = |node: &StoredNode| {
             model.manifests.contains_key(&node.digest) && model.used([node.digest]) > Some(at(PROTECTED_SINCE))
         };
-        let about_what_stays = |node: &Node| {
+        let about_what_stays = |node: &StoredNode| {
             if leads_to_what_was_used(node) { return true; }
             let mut at = model.manifests.get(&node.digest).and_then(|manifest_node| manifest_node.subject);
             for _ in 0..snapshot.manifests.len() {
@@ -445,11 +481,54 @@ proptest! {
         turned.blobs.reverse();
         let (one, other) = (plan(&snapshot, wanted, at(PROTECTED_SINCE)), plan(&turned, wanted, at(PROTECTED_SINCE)));
         prop_assert_eq!(one.bytes, other.bytes);
-        let sorted = |plan: &Plan| {
+        let sorted = |plan: &Planned| {
             let mut targets: Vec<String> = plan.steps.iter().map(|step| format!("{step:?}")).collect();
             targets.sort();
             targets
         };
         prop_assert_eq!(sorted(&one), sorted(&other));
     }
+}
+
+#[test]
+fn deletion_removes_what_only_its_tags_reference() {
+    let mut snapshot = two_images();
+    // Protection is against eviction, not against the operator.
+    snapshot.images[0].is_pinned = true;
+    snapshot.manifests[1].node.used_at = at(PROTECTED_SINCE + 1);
+    snapshot.blobs[2].is_protected = true;
+    let delete = |snapshot: &Snapshot, tags: &[&str]| {
+        let names: Vec<Digest> = tags.iter().map(|tag| key(tag).name()).collect();
+        let plan = plan_deletion(snapshot.graph(), &names);
+        plan.steps().map(|(node, _)| node).collect::<Vec<_>>()
+    };
+    let content = |nodes: &[Node]| nodes[1..].to_vec();
+    let own = [Node::Manifest(digest("m-new")), Node::Blob(digest("only-new"))];
+    assert_eq!(content(&delete(&snapshot, &["new"])), own);
+    assert_eq!(delete(&snapshot, &["absent"]), []);
+    assert_eq!(delete(&snapshot, &["old", "new"]).len(), 7);
+    // Its platform was pulled with an index, by digest.
+    snapshot.manifests.push(manifest_node("untagged", 1, &["m-new"]));
+    assert_eq!(content(&delete(&snapshot, &["new"])), []);
+}
+
+#[test]
+fn plan_of_diamonds_ends() {
+    // Each manifest refers to both of the next level: 2^60 paths, 121 nodes.
+    let name = |level: u32, side: &str| format!("{level}-{side}");
+    let mut manifests = vec![manifest_node("top", 1, &["0-a", "0-b", "0-a"])];
+    for level in 0..60 {
+        let next = [name(level + 1, "a"), name(level + 1, "b")];
+        let next = [&*next[0], &*next[1]];
+        manifests.extend(["a", "b"].map(|side| manifest_node(&name(level, side), 1, &next)));
+    }
+    let snapshot = Snapshot {
+        images: vec![image("kept", &["top"]), image("useless", &["top"])],
+        manifests,
+        blobs: vec![],
+    };
+    let mut kept = snapshot.clone();
+    kept.images[0].is_pinned = true;
+    assert_eq!(steps(&kept, 1), []);
+    assert_eq!(steps(&snapshot, u64::MAX).len(), 2 + 121);
 }
