@@ -16,6 +16,7 @@ use super::access_times::AccessTimes;
 use super::blobs::{self, Blobs};
 use super::checksummed_json::{RECORD_BYTES_MAX, decode, encode, from_millis, to_millis};
 use super::fs::FileSystem;
+use super::walk::content_files;
 use super::{content_path, manifests};
 use crate::oci::{Algorithm, Digest, Hasher};
 
@@ -32,6 +33,9 @@ const PROGRESS_FILE: &str = "scrub";
 
 /// Number of files between two writes of the progress.
 const PROGRESS_EVERY_FILES: u64 = 256;
+
+/// The content trees in scrub order.
+const TREES: [&str; 2] = [blobs::TREE, manifests::TREE];
 
 /// Progress of the current round.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -133,35 +137,20 @@ impl Scrub {
         age.is_none_or(|age| age.is_ok_and(|age| age >= SCRUB_INTERVAL) || !self.progress().after.is_empty())
     }
 
-    /// Reads everything after the last recorded digest.
+    /// Reads everything after the last recorded digest at the limited rate.
     pub(super) fn round(&self) {
         let mut progress = self.progress();
-        let mut files = 0;
-        for (tree, algorithm, shard) in shards() {
-            let position = |name: &str| format!("{tree}/{algorithm}:{name}");
-            if position(&format!("{shard}g")) < progress.after {
-                continue;
+        let (after, mut files) = (position_of(&progress.after), 0);
+        let is_complete = self.walk(after, ReadRate::Limited, |tree, digest, _, _| {
+            progress.after = format!("{tree}/{digest}");
+            files += 1;
+            if files % PROGRESS_EVERY_FILES == 0 {
+                self.write_progress(&progress);
             }
-            let folder = Path::new(tree).join(algorithm.to_string()).join(&shard);
-            for entry in self.fs.list(&folder).unwrap_or_default() {
-                if self.is_stopped() || self.rate.load(Ordering::Relaxed) == 0 {
-                    self.write_progress(&progress);
-                    return;
-                }
-                let current = position(&entry.name);
-                let Ok(digest) = format!("{algorithm}:{}", entry.name).parse() else {
-                    continue;
-                };
-                if current <= progress.after {
-                    continue;
-                }
-                self.read(tree, &digest, ReadRate::Limited);
-                progress.after = current;
-                files += 1;
-                if files % PROGRESS_EVERY_FILES == 0 {
-                    self.write_progress(&progress);
-                }
-            }
+        });
+        if !is_complete {
+            self.write_progress(&progress);
+            return;
         }
         let ended_at_ms = Some(to_millis(self.access_times.now()));
         self.write_progress(&Progress {
@@ -179,18 +168,40 @@ impl Scrub {
     /// Reads everything once at full disk speed. `read` is called with the digest, the size and whether the content
     /// is intact. Returns `false` if it was stopped.
     pub(super) fn read_all(&self, mut read: impl FnMut(&Digest, u64, bool)) -> bool {
-        for (tree, algorithm, shard) in shards() {
-            let folder = Path::new(tree).join(algorithm.to_string()).join(&shard);
-            for entry in self.fs.list(&folder).unwrap_or_default() {
+        self.walk(None, ReadRate::Unlimited, |_, digest, size, is_intact| {
+            if let Some(is_intact) = is_intact {
+                read(digest, size, is_intact);
+            }
+        })
+    }
+
+    /// Reads all content after a position. `each` is called with the tree, the digest, the size and whether the content
+    /// is intact, if that is known. Returns `false` if it was stopped.
+    fn walk(
+        &self,
+        after: Option<(&'static str, Digest)>,
+        read_rate: ReadRate,
+        mut each: impl FnMut(&'static str, &Digest, u64, Option<bool>),
+    ) -> bool {
+        let is_stopped = || {
+            let is_off = read_rate == ReadRate::Limited && self.rate.load(Ordering::Relaxed) == 0;
+            is_off || self.is_stopped()
+        };
+        for tree in TREES {
+            let within = match after {
+                Some((after, _)) if tree < after => continue,
+                Some((after, digest)) => (tree == after).then_some(digest),
+                None => None,
+            };
+            for (digest, entry) in content_files(self.fs.as_ref(), tree, within).filter_map(Result::ok) {
+                if is_stopped() {
+                    return false;
+                }
+                let is_intact = self.read(tree, &digest, read_rate);
                 if self.is_stopped() {
                     return false;
                 }
-                let Ok(digest) = format!("{algorithm}:{}", entry.name).parse() else {
-                    continue;
-                };
-                if let Some(is_intact) = self.read(tree, &digest, ReadRate::Unlimited) {
-                    read(&digest, entry.size, is_intact);
-                }
+                each(tree, &digest, entry.size, is_intact);
             }
         }
         true
@@ -281,13 +292,11 @@ impl Scrub {
     }
 }
 
-/// The content folders in scrub order.
-fn shards() -> impl Iterator<Item = (&'static str, Algorithm, String)> {
-    let trees = [blobs::TREE, manifests::TREE].into_iter();
-    let trees = trees.flat_map(|tree| [(tree, Algorithm::Sha256), (tree, Algorithm::Sha512)]);
-    trees.flat_map(|(tree, algorithm)| {
-        (0..=255_u32).map(move |shard| (tree, algorithm, format!("{shard:02x}")))
-    })
+/// The tree and digest of a recorded position. `None` at the start of a round.
+fn position_of(after: &str) -> Option<(&'static str, Digest)> {
+    let (tree, digest) = after.split_once('/')?;
+    let tree = TREES.into_iter().find(|known| *known == tree)?;
+    Some((tree, digest.parse().ok()?))
 }
 
 #[cfg(test)]
