@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::checksummed_json::{RECORD_BYTES_MAX, checksum, decode, encode, from_millis, to_millis};
 use super::fs::FileSystem;
 use super::tags::TagKey;
+use super::walk::record_files;
 use super::{Store, StoreError, hashed_path, remove_file};
 use crate::oci::{AnyDigest, Reference, Repository, Tag};
 
@@ -217,14 +218,11 @@ impl Invalidations {
 
     fn read(&self) -> Vec<(InvalidationKey, SystemTime)> {
         let mut found = Vec::new();
-        for folder in self.fs.list(Path::new(TREE)).unwrap_or_default() {
-            let folder = Path::new(TREE).join(folder.name);
-            for file in self.fs.list(&folder).unwrap_or_default() {
-                let bytes = self.fs.read_file(&folder.join(file.name), RECORD_BYTES_MAX);
-                found.extend(bytes.ok().and_then(|bytes| InvalidationKey::read(&bytes)));
-                if found.len() >= INVALIDATIONS_MAX {
-                    return found;
-                }
+        for (path, _) in record_files(self.fs.as_ref(), TREE).filter_map(Result::ok) {
+            let bytes = self.fs.read_file(&path, RECORD_BYTES_MAX);
+            found.extend(bytes.ok().and_then(|bytes| InvalidationKey::read(&bytes)));
+            if found.len() >= INVALIDATIONS_MAX {
+                break;
             }
         }
         found

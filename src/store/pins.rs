@@ -3,7 +3,7 @@
 //! Each pin is a small self-describing file. All are in memory: an operator sets them by hand, so there are few.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockWriteGuard};
 
 use serde::{Deserialize, Serialize};
@@ -12,6 +12,7 @@ use super::access_times::AccessTimes;
 use super::checksummed_json::{RECORD_BYTES_MAX, decode, encode};
 use super::fs::FileSystem;
 use super::tags::TagKey;
+use super::walk::record_files;
 use super::{Store, StoreError, hashed_path, quarantine, remove_file};
 use crate::oci::Digest;
 
@@ -74,21 +75,17 @@ impl Pins {
     /// Loads the pins. An unreadable one is logged; a damaged one is quarantined.
     pub(super) fn read(fs: &Arc<dyn FileSystem>, access_times: &Arc<AccessTimes>) -> Self {
         let mut entries = BTreeMap::new();
-        for folder in fs.list(Path::new(TREE)).unwrap_or_default() {
-            let folder = Path::new(TREE).join(folder.name);
-            for file in fs.list(&folder).unwrap_or_default() {
-                let path = folder.join(file.name);
-                let Ok(bytes) = fs.read_file(&path, RECORD_BYTES_MAX) else {
-                    tracing::error!(path = %path.display(), "failed to read pin; its content may be evicted");
-                    continue;
-                };
-                match decode(&bytes).and_then(|record: Record| record.pin()) {
-                    Some(pin) => {
-                        entries.insert(pin, path);
-                    }
-                    None => {
-                        quarantine(fs.as_ref(), &path, "damaged pin, its content may be evicted");
-                    }
+        for (path, _) in record_files(fs.as_ref(), TREE).filter_map(Result::ok) {
+            let Ok(bytes) = fs.read_file(&path, RECORD_BYTES_MAX) else {
+                tracing::error!(path = %path.display(), "failed to read pin; its content may be evicted");
+                continue;
+            };
+            match decode(&bytes).and_then(|record: Record| record.pin()) {
+                Some(pin) => {
+                    entries.insert(pin, path);
+                }
+                None => {
+                    quarantine(fs.as_ref(), &path, "damaged pin, its content may be evicted");
                 }
             }
         }

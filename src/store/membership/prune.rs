@@ -6,7 +6,7 @@
 //!
 //! Lines that revoke something are written regardless of the limit.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
@@ -15,6 +15,7 @@ use super::{FILE_BYTES_MAX, MembershipStore, RepoDigests, TREE, content_of, head
 use crate::oci::Digest;
 use crate::store::cache_key::{RepoKey, RepoKeyRef};
 use crate::store::evict::EVICTION_MIN_AGE;
+use crate::store::walk::record_files;
 
 /// Limit of all files together: at [`BLOCK_BYTES`] each, a quarter of a million repositories.
 pub(in crate::store) const MEMBERSHIP_BYTES_MAX: u64 = 1024 * 1024 * 1024;
@@ -119,20 +120,14 @@ impl MembershipStore {
     }
 
     fn files(&self, stop: &AtomicBool) -> Vec<File> {
-        let mut files = Vec::new();
-        for folder in self.fs.list(Path::new(TREE)).unwrap_or_default() {
-            if stop.load(Ordering::Relaxed) {
-                break;
-            }
-            let folder = Path::new(TREE).join(folder.name);
-            let entries = self.fs.list(&folder).unwrap_or_default();
-            files.extend(entries.into_iter().map(|entry| File {
-                path: folder.join(entry.name),
-                bytes: entry.size,
-                modified: entry.modified.unwrap_or(SystemTime::UNIX_EPOCH),
-            }));
-        }
-        files
+        let files = record_files(self.fs.as_ref(), TREE).filter_map(Result::ok);
+        let files = files.take_while(|_| !stop.load(Ordering::Relaxed));
+        let files = files.map(|(path, entry)| File {
+            path,
+            bytes: entry.size,
+            modified: entry.modified.unwrap_or(SystemTime::UNIX_EPOCH),
+        });
+        files.collect()
     }
 }
 

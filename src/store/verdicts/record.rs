@@ -7,7 +7,8 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use super::super::checksummed_json::{RECORD_BYTES_MAX, checksum, decode, from_millis, hex, to_millis};
-use super::super::fs::{self, FileSystem};
+use super::super::fs::FileSystem;
+use super::super::walk::record_files;
 use super::super::{StoreError, quarantine};
 use super::{Entry, VerdictKey, VerdictKind, VerdictNote, VerdictScope};
 use crate::oci::Digest;
@@ -135,14 +136,10 @@ fn digest_in(path: &Path) -> Option<Digest> {
 
 /// The files of all verdicts of this kind.
 pub(super) fn files(fs: &dyn FileSystem, kind: VerdictKind) -> Result<Vec<PathBuf>, StoreError> {
-    let tree = Path::new(kind.tree());
-    let mut found = Vec::new();
-    for folder in list(fs, tree)?.into_iter().filter(|entry| entry.is_folder) {
-        let folder = tree.join(folder.name);
-        let files = list(fs, &folder)?.into_iter();
-        found.extend(files.map(|file| folder.join(file.name)));
-    }
-    Ok(found)
+    let files = record_files(fs, kind.tree()).map(|file| file.map(|(path, _)| path));
+    files
+        .collect::<Result<_, _>>()
+        .map_err(|error| StoreError::io("list", kind.tree(), &error))
 }
 
 /// The files of this kind that are named after `digest`.
@@ -152,16 +149,13 @@ pub(super) fn files_of(
     digest: &Digest,
 ) -> Result<Vec<PathBuf>, StoreError> {
     let folder = folder_of(kind, digest);
-    let files = list(fs, &folder)?.into_iter();
-    let paths = files.map(|file| folder.join(file.name));
+    let files = fs
+        .list(&folder)
+        .map_err(|error| StoreError::io("list", &folder, &error))?;
+    let paths = files.into_iter().map(|file| folder.join(file.name));
     Ok(paths
         .filter(|path| digest_in(path).as_ref() == Some(digest))
         .collect())
-}
-
-fn list(fs: &dyn FileSystem, folder: &Path) -> Result<Vec<fs::Entry>, StoreError> {
-    fs.list(folder)
-        .map_err(|error| StoreError::io("list", folder, &error))
 }
 
 fn folder_of(kind: VerdictKind, digest: &Digest) -> PathBuf {

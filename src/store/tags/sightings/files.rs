@@ -16,6 +16,7 @@ use crate::store::checksummed_json::{RECORD_BYTES_MAX, checksum};
 use crate::store::fs::FileSystem;
 use crate::store::tags::resolve::ResolvedTag;
 use crate::store::tags::{TagReader, record};
+use crate::store::walk::record_files;
 use crate::store::{AsyncStore, Store, StoreError, View, hashed_path, remove_file};
 
 /// Maximum number of files. A client that requests many tags or digests of a public registry makes as many.
@@ -319,17 +320,8 @@ impl SightingFiles {
     }
 
     fn files(&self) -> Vec<(PathBuf, Option<SystemTime>)> {
-        let mut files = Vec::new();
-        for folder in self.fs.list(Path::new(TREE)).unwrap_or_default() {
-            let folder = Path::new(TREE).join(folder.name);
-            let found = self.fs.list(&folder).unwrap_or_default();
-            files.extend(
-                found
-                    .into_iter()
-                    .map(|file| (folder.join(file.name), file.modified)),
-            );
-        }
-        files
+        let files = record_files(self.fs.as_ref(), TREE).filter_map(Result::ok);
+        files.map(|(path, file)| (path, file.modified)).collect()
     }
 
     fn lock(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
