@@ -219,10 +219,12 @@ impl<'a> Report<'a> {
             .get(span.clone())
             .map_or(1, |text| text.chars().count().max(1));
         let text = format!("{line_start}{line_end}");
+        let text = mask_secrets(&printable(text.trim_end_matches('\r')));
         Position {
             line: before.matches('\n').count() + 1,
             columns: column..column + width,
-            text: mask_secrets(&printable(text.trim_end_matches('\r'))),
+            // As long as before, up to the value: its column is printed.
+            text: format!("{text:<0$}", column - 1),
             start: span.start,
         }
     }

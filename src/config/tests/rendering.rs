@@ -86,6 +86,21 @@ error: a URL with a user or password is not accepted here
 }
 
 #[test]
+fn masked_line_keeps_the_column() {
+    let printed = printed("[upstream.\"ghcr.io\"]\ntoken_hosts = [\"a.io\", \"b host\"]");
+    let expected = r#"
+error: `b host` is not a host name
+ --> config/ifnewer.toml:2:24
+  |
+2 | token_hosts = ***
+  |                        ^
+  |
+  = help: write it as in "registry.example.org" or "registry.example.org:5000""#;
+    let printed: Vec<_> = printed.lines().map(str::trim_end).collect();
+    assert_eq!(printed.join("\n"), expected.trim_start());
+}
+
+#[test]
 fn hint_for_list_quotes_no_value() {
     let printed = printed("[upstream.\"ghcr.io\"]\nredirects = \"http://a:hunter2@b\"");
     assert!(
