@@ -101,7 +101,7 @@ pub use self::evict::{EVICTION_MIN_AGE, Evictions};
 use self::fs::FileSystem;
 pub use self::fs::disk_errors::LogLimit;
 use self::fs::monitored::{DiskHealth, MonitoredFs};
-use self::fs::timed::{PendingIo, TimedFs};
+use self::fs::pending::PendingIo;
 pub use self::index::handle::IndexState;
 use self::index::handle::{IndexHandle, Location};
 use self::lock::Lock;
@@ -203,8 +203,7 @@ impl Store {
         let lock = fs.folder().map(Lock::take).transpose()?;
         let disk_health = DiskHealth::default();
         let pending_io = PendingIo::default();
-        let timed = Arc::new(TimedFs::new(fs, &pending_io));
-        let monitored = Arc::new(MonitoredFs::new(timed, &disk_health));
+        let monitored = Arc::new(MonitoredFs::new(fs, &disk_health, &pending_io));
         let fs: Arc<dyn FileSystem> = Arc::clone(&monitored) as _;
         let secret = secret::read_or_create(fs.as_ref())?;
         let verdicts = Verdicts::read(&fs)?;

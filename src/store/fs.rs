@@ -6,7 +6,7 @@ mod directory;
 pub(super) mod disk_errors;
 mod memory;
 pub(super) mod monitored;
-pub(super) mod timed;
+pub(super) mod pending;
 
 use std::io;
 use std::os::fd::BorrowedFd;

@@ -1,4 +1,4 @@
-//! File system wrapper that tracks disk health and counts I/O errors.
+//! File system wrapper that tracks disk health and pending operations, and counts I/O errors.
 //!
 //! It does not change behaviour: every write is still tried, and its caller gets the error. The wrapper lets the
 //! operator see one log line per disk failure instead of one per pull.
@@ -14,6 +14,7 @@ use rustix::io::Errno;
 
 use super::assert_may_block;
 use super::disk_errors::{DiskErrors, IoOperation};
+use super::pending::PendingIo;
 use super::{Entry, FileSystem, FsFile};
 use crate::store::StoreError;
 
@@ -83,30 +84,105 @@ fn is_disk_failure(error: &io::Error) -> bool {
         .is_some_and(|number| numbers.contains(&number))
 }
 
-/// A file system that tracks disk health.
-pub(in crate::store) struct MonitoredFs {
-    inner: Arc<dyn FileSystem>,
+/// A file-system operation.
+struct Operation {
+    /// Its name while it is pending. `None` if it may take long, as one that removes many files.
+    pending: Option<&'static str>,
+    /// Its error counter.
+    counter: Option<IoOperation>,
+    /// What a failure prevented, if that concerns the health of the disk.
+    what: Option<&'static str>,
+}
+
+const fn reading(pending: &'static str, counter: IoOperation) -> Operation {
+    Operation {
+        pending: Some(pending),
+        counter: Some(counter),
+        what: None,
+    }
+}
+
+const fn writing(pending: &'static str, counter: IoOperation, what: &'static str) -> Operation {
+    Operation {
+        pending: Some(pending),
+        counter: Some(counter),
+        what: Some(what),
+    }
+}
+
+const fn uncounted(pending: &'static str) -> Operation {
+    Operation {
+        pending: Some(pending),
+        counter: None,
+        what: None,
+    }
+}
+
+const REMOVE_ALL: Operation = Operation {
+    pending: None,
+    counter: Some(IoOperation::Remove),
+    what: Some("remove"),
+};
+
+/// What the operations of a file system and its open files report to.
+#[derive(Clone)]
+struct Monitor {
     health: DiskHealth,
+    pending: PendingIo,
     errors: DiskErrors,
 }
 
+impl Monitor {
+    fn run<T>(
+        &self,
+        operation: &Operation,
+        path: &Path,
+        work: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        assert_may_block();
+        let done = match operation.pending {
+            Some(pending) => self.pending.run(pending, work),
+            None => work(),
+        };
+        done.inspect_err(|error| {
+            if let Some(counter) = operation.counter {
+                self.errors.note(counter, path, error);
+            }
+            if let Some(what) = operation.what {
+                self.health.note(what, path, error);
+            }
+        })
+    }
+}
+
+/// A file system that tracks the disk.
+pub(in crate::store) struct MonitoredFs {
+    inner: Arc<dyn FileSystem>,
+    monitor: Monitor,
+}
+
 impl MonitoredFs {
-    pub(in crate::store) fn new(inner: Arc<dyn FileSystem>, health: &DiskHealth) -> Self {
-        Self {
-            inner,
+    pub(in crate::store) fn new(
+        inner: Arc<dyn FileSystem>,
+        health: &DiskHealth,
+        pending: &PendingIo,
+    ) -> Self {
+        let monitor = Monitor {
             health: health.clone(),
+            pending: pending.clone(),
             errors: DiskErrors::default(),
-        }
+        };
+        Self { inner, monitor }
     }
 
     /// Errors since the start, by operation.
     pub(in crate::store) fn errors(&self) -> Vec<(&'static str, u64)> {
-        self.errors.totals()
+        self.monitor.errors.totals()
     }
 
     /// If writes have failed, tests whether the disk is writable again.
     pub(in crate::store) fn probe(&self) {
-        if self.health.last_error().is_none() {
+        if self.monitor.health.last_error().is_none() {
             return;
         }
         let path = Path::new(PROBE);
@@ -114,33 +190,21 @@ impl MonitoredFs {
         let written = self.write_atomic(path, &PROBE_BYTES);
         let removed = self.remove(path);
         if written.is_ok() && removed.is_ok() {
-            self.health.recovered();
+            self.monitor.health.recovered();
         }
     }
 
-    fn wrap(&self, path: &Path, inner: Arc<dyn FsFile>) -> Arc<dyn FsFile> {
-        Arc::new(MonitoredFile {
-            inner,
-            path: path.to_owned(),
-            health: self.health.clone(),
-            errors: self.errors.clone(),
-        })
-    }
-
-    fn record<T>(
+    fn open_with(
         &self,
-        (operation, what): (IoOperation, &'static str),
+        operation: &Operation,
         path: &Path,
-        done: io::Result<T>,
-    ) -> io::Result<T> {
-        done.inspect_err(|error| {
-            self.errors.note(operation, path, error);
-            self.health.note(what, path, error);
-        })
-    }
-
-    fn count<T>(&self, operation: IoOperation, path: &Path, done: io::Result<T>) -> io::Result<T> {
-        done.inspect_err(|error| self.errors.note(operation, path, error))
+        open: impl FnOnce() -> io::Result<Arc<dyn FsFile>>,
+    ) -> io::Result<Arc<dyn FsFile>> {
+        Ok(Arc::new(MonitoredFile {
+            inner: self.monitor.run(operation, path, open)?,
+            path: path.to_owned(),
+            monitor: self.monitor.clone(),
+        }))
     }
 }
 
@@ -150,161 +214,128 @@ impl FileSystem for MonitoredFs {
     }
 
     fn create(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
-        assert_may_block();
-        let inner = self.record((IoOperation::Write, "create"), path, self.inner.create(path))?;
-        Ok(self.wrap(path, inner))
-    }
-
-    fn open_for_writing(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
-        assert_may_block();
-        let inner = self.record(
-            (IoOperation::Open, "open"),
-            path,
-            self.inner.open_for_writing(path),
-        )?;
-        Ok(self.wrap(path, inner))
-    }
-
-    fn modified(&self, path: &Path) -> io::Result<Option<SystemTime>> {
-        assert_may_block();
-        self.inner.modified(path)
+        let operation = writing("create", IoOperation::Write, "create");
+        self.open_with(&operation, path, || self.inner.create(path))
     }
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
-        assert_may_block();
-        let inner = self.count(IoOperation::Open, path, self.inner.open(path))?;
-        Ok(self.wrap(path, inner))
+        let operation = reading("open", IoOperation::Open);
+        self.open_with(&operation, path, || self.inner.open(path))
+    }
+
+    fn open_for_writing(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
+        let operation = writing("open", IoOperation::Open, "open");
+        self.open_with(&operation, path, || self.inner.open_for_writing(path))
+    }
+
+    fn modified(&self, path: &Path) -> io::Result<Option<SystemTime>> {
+        self.monitor
+            .run(&uncounted("stat"), path, || self.inner.modified(path))
     }
 
     fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        assert_may_block();
-        self.record(
-            (IoOperation::Write, "append to"),
-            path,
-            self.inner.append(path, bytes),
-        )
+        let operation = writing("append", IoOperation::Write, "append to");
+        self.monitor
+            .run(&operation, path, || self.inner.append(path, bytes))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        assert_may_block();
-        self.record(
-            (IoOperation::Rename, "rename a file to"),
-            to,
-            self.inner.rename(from, to),
-        )
+        let operation = writing("rename", IoOperation::Rename, "rename a file to");
+        self.monitor.run(&operation, to, || self.inner.rename(from, to))
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        assert_may_block();
-        self.record((IoOperation::Remove, "remove"), path, self.inner.remove(path))
+        let operation = writing("remove", IoOperation::Remove, "remove");
+        self.monitor.run(&operation, path, || self.inner.remove(path))
     }
 
     fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
-        assert_may_block();
-        self.record(
-            (IoOperation::Remove, "remove"),
-            path,
-            self.inner.remove_dir_all(path),
-        )
+        self.monitor
+            .run(&REMOVE_ALL, path, || self.inner.remove_dir_all(path))
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        assert_may_block();
-        self.record((IoOperation::Sync, "fsync"), path, self.inner.sync_dir(path))
+        let operation = writing("fsync", IoOperation::Sync, "fsync");
+        self.monitor.run(&operation, path, || self.inner.sync_dir(path))
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
-        assert_may_block();
-        self.count(IoOperation::List, path, self.inner.list(path))
+        let operation = reading("list", IoOperation::List);
+        self.monitor.run(&operation, path, || self.inner.list(path))
     }
 
     fn set_modified(&self, path: &Path, at: SystemTime) -> io::Result<()> {
-        assert_may_block();
-        self.inner.set_modified(path, at)
+        self.monitor
+            .run(&uncounted("touch"), path, || self.inner.set_modified(path, at))
     }
 
     fn mode(&self, path: &Path) -> io::Result<Option<u32>> {
-        assert_may_block();
-        self.inner.mode(path)
+        self.monitor
+            .run(&uncounted("stat"), path, || self.inner.mode(path))
     }
 
     fn free_bytes(&self) -> io::Result<u64> {
-        assert_may_block();
-        self.inner.free_bytes()
+        self.monitor
+            .run(&uncounted("statfs"), Path::new(""), || self.inner.free_bytes())
     }
 }
 
-/// An open file that tracks disk health.
+/// An open file that tracks the disk.
 struct MonitoredFile {
     inner: Arc<dyn FsFile>,
     path: PathBuf,
-    health: DiskHealth,
-    errors: DiskErrors,
+    monitor: Monitor,
 }
 
 impl MonitoredFile {
-    fn record<T>(
-        &self,
-        (operation, what): (IoOperation, &'static str),
-        done: io::Result<T>,
-    ) -> io::Result<T> {
-        done.inspect_err(|error| {
-            self.errors.note(operation, &self.path, error);
-            self.health.note(what, &self.path, error);
-        })
-    }
-
-    fn record_read<T>(&self, done: io::Result<T>) -> io::Result<T> {
-        done.inspect_err(|error| self.errors.note(IoOperation::Read, &self.path, error))
+    fn run<T>(&self, operation: &Operation, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        self.monitor.run(operation, &self.path, work)
     }
 }
 
 impl FsFile for MonitoredFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        assert_may_block();
-        self.record((IoOperation::Write, "write"), self.inner.write_at(bytes, offset))
+        let operation = writing("write", IoOperation::Write, "write");
+        self.run(&operation, || self.inner.write_at(bytes, offset))
     }
 
     fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        assert_may_block();
-        self.record_read(self.inner.read_at(into, offset))
+        let operation = reading("read", IoOperation::Read);
+        self.run(&operation, || self.inner.read_at(into, offset))
     }
 
+    /// Never waits for the disk.
     fn read_at_nowait(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.record_read(self.inner.read_at_nowait(into, offset))
+        let read = self.inner.read_at_nowait(into, offset);
+        read.inspect_err(|error| self.monitor.errors.note(IoOperation::Read, &self.path, error))
     }
 
     fn size(&self) -> io::Result<u64> {
-        assert_may_block();
-        self.record_read(self.inner.size())
+        let operation = reading("stat", IoOperation::Read);
+        self.run(&operation, || self.inner.size())
     }
 
     fn sync(&self) -> io::Result<()> {
-        assert_may_block();
-        self.record((IoOperation::Sync, "fsync"), self.inner.sync())
+        let operation = writing("fsync", IoOperation::Sync, "fsync");
+        self.run(&operation, || self.inner.sync())
     }
 
     fn reserve(&self, bytes: u64) -> io::Result<()> {
-        assert_may_block();
-        self.record(
-            (IoOperation::Write, "reserve space for"),
-            self.inner.reserve(bytes),
-        )
+        let operation = writing("fallocate", IoOperation::Write, "reserve space for");
+        self.run(&operation, || self.inner.reserve(bytes))
     }
 
     fn make_read_only(&self) -> io::Result<()> {
-        assert_may_block();
-        self.record(
-            (IoOperation::Write, "make read-only"),
-            self.inner.make_read_only(),
-        )
+        let operation = writing("chmod", IoOperation::Write, "make read-only");
+        self.run(&operation, || self.inner.make_read_only())
     }
 
+    /// Not pending: its caller makes sure that the page cache has the bytes.
     fn send_to(&self, socket: BorrowedFd<'_>, offset: u64, length: usize) -> io::Result<usize> {
         self.inner.send_to(socket, offset, length).inspect_err(|error| {
             // Other errors are the socket's.
             if error.raw_os_error() == Some(Errno::IO.raw_os_error()) {
-                self.errors.note(IoOperation::Read, &self.path, error);
+                self.monitor.errors.note(IoOperation::Read, &self.path, error);
             }
         })
     }
