@@ -10,30 +10,28 @@
 //!
 //! Rounds run on a background thread before the store is full, and on the thread of a pull that finds no space.
 
+mod execute;
 mod gc;
 mod plan;
 
 use std::collections::BTreeSet;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use self::plan::plan;
 pub(super) use self::plan::plan_deletion;
-use self::plan::{Plan, plan};
 use super::access_times::AccessTimes;
 use super::blobs::Blobs;
 use super::fs::FileSystem;
-use super::graph::{Graph, Node, Sources};
+use super::graph::{Graph, Sources};
 use super::manifests::Manifests;
-use super::pins::{Pin, Pins};
+use super::pins::Pins;
 use super::quota::{Quota, QuotaKind, Reservation, Shortfall};
-use super::tags::{self, TagKey, Tags};
+use super::tags::Tags;
 use super::usage::Counters;
-use super::usage_report::Reclaimed;
 use super::{QUARANTINE_FOLDER, StoreError};
-use crate::oci::Digest;
 
 /// Content stored or used more recently than this is not evicted.
 pub const EVICTION_MIN_AGE: Duration = Duration::from_secs(3600);
@@ -118,23 +116,6 @@ enum Round {
     TooLittle(u64),
     /// Planned content was needed meanwhile.
     Conflict,
-}
-
-/// Result of executing a plan.
-struct PlanOutcome {
-    freed: Reclaimed,
-    is_complete: bool,
-}
-
-impl Reclaimed {
-    pub(super) fn count(&mut self, removed: &Node, bytes: u64) {
-        self.bytes += bytes;
-        match removed {
-            Node::Tag(_) => self.tags += 1,
-            Node::Manifest(_) => self.manifests += 1,
-            Node::Blob(_) => self.blobs += 1,
-        }
-    }
 }
 
 impl Evictor {
@@ -317,6 +298,10 @@ impl Evictor {
             .checked_sub(EVICTION_MIN_AGE)
             .unwrap_or(SystemTime::UNIX_EPOCH);
         let graph = self.snapshot()?;
+        if self.stop.load(Ordering::Relaxed) {
+            // The graph is empty, and nothing is removed any more.
+            return Ok(Round::Reclaimed);
+        }
         let oldest = graph.oldest_tag();
         let longest_idle = oldest.map(|used_at| now.duration_since(used_at).unwrap_or_default());
         *self
@@ -350,100 +335,6 @@ impl Evictor {
             usage: self.usage.read(),
             stop: &self.stop,
         })
-    }
-
-    /// Executes the removals in plan order. Stops early if content was needed meanwhile.
-    fn execute(&self, plan: &Plan, quota_kind: Option<QuotaKind>) -> Result<PlanOutcome, StoreError> {
-        let done = self.execute_steps(plan, quota_kind);
-        // Also after an early stop, because the next round or process removes the content of those tags.
-        self.sync_tag_removals()?;
-        done
-    }
-
-    fn execute_steps(&self, plan: &Plan, quota_kind: Option<QuotaKind>) -> Result<PlanOutcome, StoreError> {
-        let totals = &self.state.totals;
-        let objects = match quota_kind {
-            None => &totals.collected,
-            Some(QuotaKind::Size) => &totals.for_size,
-            Some(QuotaKind::Free) => &totals.for_free,
-        };
-        let why = quota_kind.map_or("unused", QuotaKind::name);
-        let mut done = PlanOutcome {
-            freed: Reclaimed::default(),
-            is_complete: true,
-        };
-        for (node, _) in plan.steps() {
-            if self.stop.load(Ordering::Relaxed) {
-                break;
-            }
-            let removed = match &node {
-                Node::Tag(tag) => {
-                    let is_free = |key: &TagKey, targets: &[Digest]| {
-                        !self.pins.has(&Pin::Tag(key.clone()))
-                            && !targets.iter().any(|target| self.access_times.was_needed(target))
-                    };
-                    let _removing = self.access_times.removing();
-                    let removed = self.tags.evict(tag, is_free)?;
-                    if removed.is_some() {
-                        self.note_tag_removal(&tag.name);
-                    }
-                    removed
-                }
-                Node::Manifest(digest) | Node::Blob(digest) => {
-                    self.sync_tag_removals()?;
-                    let _removing = self.access_times.removing();
-                    let is_free =
-                        || !self.access_times.was_needed(digest) && !self.pins.has(&Pin::Digest(*digest));
-                    match node {
-                        Node::Manifest(_) => self.manifests.evict(digest, is_free)?,
-                        _ => self.blobs.evict(digest, is_free)?,
-                    }
-                }
-            };
-            let Some(freed) = removed else {
-                done.is_complete = false;
-                break;
-            };
-            if matches!(node, Node::Tag(_)) {
-                totals.tags.fetch_add(1, Ordering::Relaxed);
-            } else {
-                objects.fetch_add(1, Ordering::Relaxed);
-                totals.bytes.fetch_add(freed, Ordering::Relaxed);
-            }
-            done.freed.count(&node, freed);
-        }
-        let Reclaimed {
-            tags,
-            manifests,
-            blobs,
-            bytes,
-        } = done.freed;
-        if tags + manifests + blobs > 0 {
-            tracing::info!(why, tags, manifests, blobs, bytes, "evicted");
-        }
-        Ok(done)
-    }
-
-    fn note_tag_removal(&self, name: &Digest) {
-        let mut folders = self.state.unsynced.lock().unwrap_or_else(PoisonError::into_inner);
-        folders.extend(tags::path_of(name).parent().map(Path::to_owned));
-    }
-
-    /// Makes the removal of all evicted tags durable. Otherwise a power cut could restore a tag whose image has lost
-    /// content.
-    fn sync_tag_removals(&self) -> Result<(), StoreError> {
-        let mut folders = self.state.unsynced.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Some(folder) = folders.pop_first() {
-            match self.fs.sync_dir(&folder) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    let fault = StoreError::io("fsync", &folder, &error);
-                    folders.insert(folder);
-                    return Err(fault);
-                }
-                _ => {}
-            }
-        }
-        Ok(())
     }
 
     /// Removes quarantined files older than `age`.

@@ -134,6 +134,17 @@ pub struct Reclaimed {
     pub bytes: u64,
 }
 
+impl Reclaimed {
+    pub(super) fn count(&mut self, removed: &Node, bytes: u64) {
+        self.bytes += bytes;
+        match removed {
+            Node::Tag(_) => self.tags += 1,
+            Node::Manifest(_) => self.manifests += 1,
+            Node::Blob(_) => self.blobs += 1,
+        }
+    }
+}
+
 impl TagUsage {
     /// Total cached bytes.
     pub fn bytes(&self) -> u64 {

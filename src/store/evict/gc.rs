@@ -8,8 +8,9 @@ use std::time::{Duration, SystemTime};
 
 use super::super::usage_report::Reclaimed;
 use super::super::{Store, StoreError};
+use super::execute::PlanOutcome;
 use super::plan::plan;
-use super::{EVICTION_MIN_AGE, Evictor, PlanOutcome, ROUNDS_MAX};
+use super::{EVICTION_MIN_AGE, Evictor, ROUNDS_MAX};
 
 impl Store {
     /// Removes content that no tag references and that was not used for `unused_for`, or for [`EVICTION_MIN_AGE`] if

@@ -4,8 +4,11 @@
     reason = "tests may fail loudly"
 )]
 use super::super::access_times::ContentId;
+use super::super::graph::Node;
+use super::super::pins::Pin;
 use super::super::tests::power_cut::PowerCutFs;
 use super::super::tests::{Fixture, UPSTREAM, at, digest, key, manifest, put_blob, put_manifest, variant};
+use super::plan::Plan;
 use super::*;
 use crate::store::{Settings, Store, content_path};
 

@@ -180,16 +180,23 @@ impl Sources<'_> {
     }
 }
 
-/// Whether it can be read now or later.
-fn is_readable<T>(read: &io::Result<T>) -> bool {
-    read.as_ref().err().is_none_or(|error| !is_lost(error))
+/// False for a folder on a bad sector: its files are lost.
+fn is_readable<T>(listed: &io::Result<T>) -> bool {
+    listed.as_ref().err().is_none_or(|error| !is_bad_sector(error))
 }
 
-/// Whether a folder or file that cannot be read will not be readable later: removed since it was listed, too long, or on
-/// a bad sector. What only it refers to is lost as well. Other errors pass, such as too many open files.
+/// Whether a file that cannot be read is lost, and with it what it refers to: removed since it was listed, foreign, or on
+/// a bad sector. Other errors pass, such as too many open files.
 fn is_lost(error: &io::Error) -> bool {
     matches!(
         error.kind(),
-        io::ErrorKind::NotFound | io::ErrorKind::FileTooLarge
-    ) || error.raw_os_error() == Some(Errno::IO.raw_os_error())
+        io::ErrorKind::NotFound
+            | io::ErrorKind::FileTooLarge
+            | io::ErrorKind::PermissionDenied
+            | io::ErrorKind::IsADirectory
+    ) || is_bad_sector(error)
+}
+
+fn is_bad_sector(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::IO.raw_os_error())
 }
