@@ -54,10 +54,11 @@ use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
@@ -326,49 +327,38 @@ impl Downloads {
 
     /// Whether the upstream has begun to send this blob.
     pub fn is_arriving(&self, digest: &Digest) -> bool {
-        let running = self.shared.running();
+        let running = self.shared.running.lock();
         let download = running.downloads.get(digest);
         download.is_some_and(|download| download.is_open())
     }
 
     /// Size of a blob that is verified and not yet named in the store.
     pub fn verified_size(&self, digest: &Digest) -> Option<u64> {
-        let running = self.shared.running();
+        let running = self.shared.running.lock();
         let download = running.downloads.get(digest);
         download.and_then(|download| download.verified_size())
     }
 
     /// Number of running transfers.
     pub fn count(&self) -> usize {
-        self.shared.running().downloads.len()
+        self.shared.running.lock().downloads.len()
     }
 }
 
 impl Shared {
     /// Whether blobs of this upstream are fetched over one connection.
     fn uses_one_connection(&self, upstream: &str) -> bool {
-        let until = self.single_connection().get(upstream).copied();
+        let until = self.single_connection.lock().get(upstream).copied();
         until.is_some_and(|until| Instant::now() < until)
     }
 
     /// Fetches blobs of this upstream over one connection for this long.
     fn use_one_connection(&self, upstream: &Arc<str>, period: Duration) {
-        let (mut upstreams, now) = (self.single_connection(), Instant::now());
+        let (mut upstreams, now) = (self.single_connection.lock(), Instant::now());
         upstreams.retain(|_, until| now < *until);
         if upstreams.len() < SINGLE_CONNECTION_MAX {
             upstreams.insert(Arc::clone(upstream), now + period);
         }
-    }
-
-    fn single_connection(&self) -> MutexGuard<'_, HashMap<Arc<str>, Instant>> {
-        self.single_connection
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Every statement leaves the map consistent, so a poisoned lock can be used.
-    fn running(&self) -> MutexGuard<'_, Running> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -24,9 +24,10 @@ mod tests;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -158,7 +159,7 @@ impl Queue {
             None if waiters.is_closed() => return Err(AcquireError::Abandoned),
             // Other requests still wait, but the total limit removed them from the queue, and the request whose
             // turn the work kept has left.
-            None => return Err(AcquireError::Full(self.0.state().full(LimitHit::Total))),
+            None => return Err(AcquireError::Full(self.0.state.lock().full(LimitHit::Total))),
         };
         if !waiters.attach_permit(&queued, &permit) {
             return Err(AcquireError::Abandoned);
@@ -178,32 +179,32 @@ impl Queue {
 
     /// Number of permits in use.
     pub fn in_use(&self) -> usize {
-        self.0.state().scheduler.in_use()
+        self.0.state.lock().scheduler.in_use()
     }
 
     /// Number of one group's permits in use.
     pub fn in_use_of(&self, group: &str) -> usize {
-        self.0.state().scheduler.in_use_of(group)
+        self.0.state.lock().scheduler.in_use_of(group)
     }
 
     /// Number of waiting requests.
     pub fn waiting(&self) -> usize {
-        self.0.state().scheduler.waiting()
+        self.0.state.lock().scheduler.waiting()
     }
 
     /// Number of waiting requests of a class.
     pub fn waiting_in(&self, class: Class) -> usize {
-        self.0.state().scheduler.waiting_in(class)
+        self.0.state.lock().scheduler.waiting_in(class)
     }
 
     /// Number of waiting tickets of one group.
     pub fn waiting_of(&self, group: &str) -> usize {
-        self.0.state().scheduler.waiting_of_group(group)
+        self.0.state.lock().scheduler.waiting_of_group(group)
     }
 
     /// Counters since process start.
     pub fn counts(&self) -> Counts {
-        self.0.state().counts
+        self.0.state.lock().counts
     }
 }
 
@@ -223,13 +224,8 @@ type Notification = (
 );
 
 impl Shared {
-    /// Every change under this lock is complete before it is released.
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn change(self: &Arc<Self>, change: impl FnOnce(&mut Scheduler)) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         change(&mut state.scheduler);
         let granted = self.grant(&mut state);
         drop(state);
@@ -265,7 +261,7 @@ impl Shared {
         demands: impl Iterator<Item = Demand> + Clone,
     ) -> (Ticket, Vec<(Demand, Entry)>, Receiver) {
         let (reply, receiver) = oneshot::channel();
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let ticket = state.scheduler.enter(group, std::iter::empty());
         let entries: Vec<_> = demands
             .filter_map(|demand| Some((demand, state.scheduler.join(ticket, demand)?)))
@@ -310,12 +306,12 @@ impl Shared {
     }
 
     fn join(&self, ticket: Ticket, demand: Demand) -> Option<Entry> {
-        self.state().scheduler.join(ticket, demand)
+        self.state.lock().scheduler.join(ticket, demand)
     }
 
     /// Removes a request from work that others may still wait for.
     fn leave(&self, entry: Entry) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let pending = state.scheduler.leave(entry).and_then(|ticket| {
             state.counts.abandoned += 1;
             state.pending.remove(&ticket)
@@ -325,7 +321,7 @@ impl Shared {
     }
 
     fn withdraw(&self, ticket: Ticket) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         state.scheduler.withdraw(ticket);
         let pending = state.pending.remove(&ticket);
         state.counts.abandoned += u64::from(pending.is_some());
@@ -389,7 +385,7 @@ fn notify(granted: Granted) {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let mut state = self.queue.state();
+        let mut state = self.queue.state.lock();
         state.scheduler.release(self.id);
         let mean_hold = self.since.elapsed();
         state.mean_hold = state.mean_hold / 8 * 7 + mean_hold / 8;

@@ -8,9 +8,10 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::hash::Hash;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::queue::{Demand, Waiter, Waiters};
@@ -63,7 +64,7 @@ where
         F: Future<Output = Option<V>> + Send + 'static,
     {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
-        let mut running = lock(&self.running);
+        let mut running = self.running.lock();
         if let Some(ActiveCall { value, waiters, .. }) = running.get(&key)
             && let Some(waiter) = waiters.join(demand)
         {
@@ -107,7 +108,7 @@ where
 
     /// Number of calls in progress.
     pub fn count(&self) -> usize {
-        lock(&self.running).len()
+        self.running.lock().len()
     }
 }
 
@@ -120,16 +121,11 @@ struct RemoveOnDrop<K: Eq + Hash, V> {
 
 impl<K: Eq + Hash, V> Drop for RemoveOnDrop<K, V> {
     fn drop(&mut self) {
-        let mut running = lock(&self.running);
+        let mut running = self.running.lock();
         if running.get(&self.key).is_some_and(|shared| shared.id == self.id) {
             running.remove(&self.key);
         }
     }
-}
-
-/// Every statement leaves the map consistent, so a poisoned lock can be used.
-fn lock<K, V>(running: &Mutex<CallMap<K, V>>) -> MutexGuard<'_, CallMap<K, V>> {
-    running.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A pending result.

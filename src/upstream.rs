@@ -20,9 +20,10 @@
 //!   and `tunnel` (CONNECT).
 
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::oci::accept::Accept;

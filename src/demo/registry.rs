@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,6 +15,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -99,7 +100,7 @@ impl Registry {
 
     /// Pushes an image with layers of these sizes.
     pub(super) fn push(&self, repository: &str, tag: &str, layers: &[(&str, usize)]) -> Image {
-        let mut inside = self.shared.state();
+        let mut inside = self.shared.0.lock();
         let mut keep = |bytes: Bytes| {
             let digest = Digest::of(Algorithm::Sha256, &bytes);
             let size = bytes.len();
@@ -139,14 +140,15 @@ impl Registry {
     /// Requires this credential for the repository.
     pub(super) fn require_auth(&self, repository: &str, authorization: &HeaderValue) {
         self.shared
-            .state()
+            .0
+            .lock()
             .private
             .insert(repository.to_owned(), authorization.clone());
     }
 
     /// Enables or disables 429 for every request.
     pub(super) fn set_rate_limit(&self, is_limiting: bool) {
-        self.shared.state().is_limiting = is_limiting;
+        self.shared.0.lock().is_limiting = is_limiting;
     }
 
     /// Stops it; connections are refused from then on.
@@ -156,7 +158,7 @@ impl Registry {
 
     /// Number of requests, and bytes of bodies sent.
     pub(super) fn sent(&self) -> (u64, u64) {
-        let inside = self.shared.state();
+        let inside = self.shared.0.lock();
         (inside.requests, inside.bytes)
     }
 }
@@ -168,12 +170,8 @@ impl Drop for Registry {
 }
 
 impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        let mut inside = self.state();
+        let mut inside = self.0.lock();
         inside.requests += 1;
         let path = request.uri().path();
         if inside.is_limiting {

@@ -71,7 +71,7 @@ impl Downloads {
 
     /// Follows a running download, or registers a lookup.
     pub(super) fn lookup(&self, digest: Digest, requester: &Requester, options: JoinOptions) -> JoinStep {
-        let mut running = self.shared.running();
+        let mut running = self.shared.running.lock();
         if let Some(download) = running.downloads.get(&digest) {
             return follow(download, &self.shared, requester, options).map_or_else(
                 || JoinStep::Closing(download.progress.subscribe()),
@@ -92,7 +92,7 @@ impl Lookup {
     /// The blob is not on the disk: follows or leads. `None` if a transfer of it ended meanwhile, or is being
     /// abandoned.
     pub(super) fn enter(self, requester: &Requester, options: JoinOptions) -> Option<Joined> {
-        let mut running = self.shared.running();
+        let mut running = self.shared.running.lock();
         let has_ended = |lookups: &PendingLookups| lookups.ended != self.ended;
         if running.lookups.get(&self.digest).is_some_and(has_ended) {
             return None;
@@ -150,7 +150,7 @@ fn follow(
 
 impl Drop for Lookup {
     fn drop(&mut self) {
-        let mut running = self.shared.running();
+        let mut running = self.shared.running.lock();
         if let Some(lookups) = running.lookups.get_mut(&self.digest) {
             lookups.count -= 1;
             if lookups.count == 0 {

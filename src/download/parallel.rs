@@ -14,10 +14,11 @@
 //! An interrupted transfer keeps its front as a partial download. The segments beyond the front are fetched again.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{Instant, sleep, timeout};
@@ -139,14 +140,14 @@ impl Helpers {
 
     /// The first stream received `length` bytes. Returns how many of them lie before the next segment.
     pub(super) fn advance(&self, length: u64) -> u64 {
-        lock(&self.plan).advance(length)
+        self.plan.lock().advance(length)
     }
 
     /// Adds a connection if the last one raised the throughput. `stalled`: how long the first stream has waited for the
     /// writer so far.
     pub(super) async fn ramp_up<S: Source>(&mut self, stalled: Duration, source: &mut S) {
         let (received, helpers, is_silent, has_failed) = {
-            let plan = lock(&self.plan);
+            let plan = self.plan.lock();
             (plan.received, plan.helpers, plan.silent > 0, plan.has_failed)
         };
         self.ramp.is_settled |= has_failed;
@@ -156,7 +157,7 @@ impl Helpers {
         let connections = helpers + usize::from(self.is_first_stream_open);
         match self.ramp.measure(Instant::now(), received, stalled, connections) {
             Measured::Nothing => {}
-            Measured::NoGain => lock(&self.plan).helpers_max = helpers.saturating_sub(1),
+            Measured::NoGain => self.plan.lock().helpers_max = helpers.saturating_sub(1),
             Measured::Gain if connections < self.transfer.connections_max => self.add(source).await,
             Measured::Gain => self.ramp.is_settled = true,
         }
@@ -170,7 +171,7 @@ impl Helpers {
     /// Lets a helper use the connection of the closed first stream.
     pub(super) async fn replace_first_stream<S: Source>(&mut self, source: &mut S) {
         let may_add = {
-            let plan = lock(&self.plan);
+            let plan = self.plan.lock();
             plan.helpers < plan.helpers_max && !plan.has_failed
         };
         if may_add {
@@ -180,18 +181,18 @@ impl Helpers {
 
     /// Whether the upstream gave no response with a segment.
     pub(super) fn were_denied(&self) -> bool {
-        lock(&self.plan).was_denied
+        self.plan.lock().was_denied
     }
 
     async fn add<S: Source>(&mut self, source: &mut S) {
-        let total = lock(&self.plan).total;
+        let total = self.plan.lock().total;
         let permit = self.transfer.spare_permit().await;
         let (Some(permit), Some(source)) = (permit, source.segments(total)) else {
             self.ramp.is_settled = true;
             return;
         };
         {
-            let mut plan = lock(&self.plan);
+            let mut plan = self.plan.lock();
             plan.helpers += 1;
             plan.silent += 1;
         }
@@ -213,12 +214,12 @@ impl Helpers {
     /// The next bytes at the front. A segment of which nothing arrives, or that grows much slower than the first stream
     /// did, is taken from its helper.
     pub(super) async fn front(&mut self) -> Front {
-        let Some(segment) = lock(&self.plan).segment_at_front() else {
+        let Some(segment) = self.plan.lock().segment_at_front() else {
             return self.missing();
         };
         let mut progress = segment.progress.subscribe();
         let seen = *progress.borrow_and_update();
-        let grown = lock(&self.plan).adopt(&segment, seen);
+        let grown = self.plan.lock().adopt(&segment, seen);
         if grown > 0 {
             self.cancel_if_slow(&segment, seen.written);
             return Front::Grew(grown);
@@ -237,7 +238,7 @@ impl Helpers {
     fn missing(&mut self) -> Front {
         self.watch = None;
         self.is_first_stream_open = true;
-        let mut plan = lock(&self.plan);
+        let mut plan = self.plan.lock();
         plan.helpers_max = plan
             .helpers_max
             .min(self.transfer.connections_max.saturating_sub(1));
@@ -265,7 +266,7 @@ impl Helpers {
 
     /// Ends the helpers, and waits until none of them writes any more.
     pub(super) async fn end(&mut self) {
-        lock(&self.plan).ending.cancel();
+        self.plan.lock().ending.cancel();
         while self.running.join_next().await.is_some() {}
     }
 }
@@ -567,13 +568,13 @@ struct Helper {
 impl Helper {
     async fn run(mut self) {
         loop {
-            let Some(segment) = lock(&self.plan).take() else {
+            let Some(segment) = self.plan.lock().take() else {
                 break;
             };
             let fetched = self.fetch(&segment).await;
             segment.progress.send_modify(|progress| progress.has_ended = true);
             let may_go_on = {
-                let mut plan = lock(&self.plan);
+                let mut plan = self.plan.lock();
                 plan.has_failed |= fetched == Fetched::Failed;
                 fetched != Fetched::Failed && plan.helpers <= plan.helpers_max && !plan.ending.is_cancelled()
             };
@@ -581,7 +582,7 @@ impl Helper {
                 break;
             }
         }
-        let mut plan = lock(&self.plan);
+        let mut plan = self.plan.lock();
         plan.helpers -= 1;
         plan.silent -= usize::from(self.is_silent);
     }
@@ -593,7 +594,7 @@ impl Helper {
         let stream = match waited(&queue, segment, opening).await {
             Waited::Done(Some(stream)) => stream,
             Waited::Done(None) => {
-                lock(&self.plan).was_denied = true;
+                self.plan.lock().was_denied = true;
                 return Fetched::Failed;
             }
             Waited::Cancelled => return Fetched::Passed,
@@ -615,7 +616,7 @@ impl Helper {
                 return Fetched::Failed;
             }
             position += length;
-            lock(&self.plan).received += length;
+            self.plan.lock().received += length;
             segment
                 .progress
                 .send_modify(|progress| progress.written += length);
@@ -664,7 +665,7 @@ impl Helper {
     }
 
     fn go_live(&mut self, segment: &Segment) -> bool {
-        let mut plan = lock(&self.plan);
+        let mut plan = self.plan.lock();
         plan.silent -= usize::from(std::mem::take(&mut self.is_silent));
         plan.go_live(segment)
     }
@@ -737,11 +738,6 @@ impl Batch {
         self.chunks.push(chunk);
         self.shares.push(share);
     }
-}
-
-/// Every change under this lock is complete before it is released.
-fn lock(plan: &Mutex<Plan>) -> MutexGuard<'_, Plan> {
-    plan.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

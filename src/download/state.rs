@@ -133,7 +133,7 @@ impl DownloadGuard {
     pub(super) fn leave(&self) {
         let digest = &self.download.digest;
         let is_this = |found: &Arc<Download>| Arc::ptr_eq(found, &self.download);
-        let mut running = self.shared.running();
+        let mut running = self.shared.running.lock();
         if running.downloads.get(digest).is_some_and(is_this) {
             running.downloads.remove(digest);
             running.ended(digest);
@@ -178,7 +178,7 @@ impl Downloads {
     /// Status of the running downloads, the oldest first.
     pub fn statuses(&self) -> Vec<DownloadStatus> {
         let now = Instant::now();
-        let running = self.shared.running();
+        let running = self.shared.running.lock();
         let mut transfers: Vec<DownloadStatus> = running
             .downloads
             .values()

@@ -53,8 +53,8 @@ struct Script {
 
 impl Source for Script {
     fn open(&mut self, from: u64) -> impl Future<Output = Result<Stream, UpstreamResponse>> + Send {
-        self.offsets.lock().unwrap().push(from);
-        let answer = self.answers.lock().unwrap().pop_front();
+        self.offsets.lock().push(from);
+        let answer = self.answers.lock().pop_front();
         async move {
             answer.unwrap_or(Err(UpstreamResponse::unavailable(
                 UpstreamFailure::ConnectionRefused,
@@ -67,7 +67,7 @@ impl Script {
     /// A stream that the test feeds step by step.
     fn stream(&self, start: usize, total: Option<usize>) -> Wire {
         let (wire, arriving) = unbounded_channel();
-        self.answers.lock().unwrap().push_back(Ok(Stream {
+        self.answers.lock().push_back(Ok(Stream {
             start: start as u64,
             total: total.map(|total| total as u64),
             body: Box::new(Arriving(arriving)),
@@ -92,11 +92,11 @@ impl Script {
     }
 
     fn answer(&self, answer: UpstreamResponse) {
-        self.answers.lock().unwrap().push_back(Err(answer));
+        self.answers.lock().push_back(Err(answer));
     }
 
     fn offsets(&self) -> Vec<u64> {
-        self.offsets.lock().unwrap().clone()
+        self.offsets.lock().clone()
     }
 
     /// Waits until the source was opened this many times.

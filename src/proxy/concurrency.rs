@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::future::pending;
 use std::hash::Hash;
 use std::panic::resume_unwind;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 /// Runs `work` in a detached task. The server drops the future of a request whose client has left, but a grant or
 /// denial must still be recorded completely.
@@ -19,6 +19,7 @@ pub(super) async fn detached<T: Send + 'static>(work: impl Future<Output = T> + 
     }
 }
 
+use parking_lot::Mutex;
 use tokio::sync::OwnedMutexGuard;
 
 type Locks<K> = HashMap<K, Arc<tokio::sync::Mutex<()>>>;
@@ -49,7 +50,7 @@ impl<K: Eq + Hash + Clone> KeyedLocks<K> {
             lock: None,
             locks: Arc::clone(&self.0),
         };
-        let lock = Arc::clone(locked(&self.0).entry(key).or_default());
+        let lock = Arc::clone(self.0.lock().entry(key).or_default());
         guard.lock = Some(lock.lock_owned().await);
         guard
     }
@@ -58,7 +59,7 @@ impl<K: Eq + Hash + Clone> KeyedLocks<K> {
 impl<K: Eq + Hash> Drop for KeyedGuard<K> {
     fn drop(&mut self) {
         drop(self.lock.take());
-        let mut locks = locked(&self.locks);
+        let mut locks = self.locks.lock();
         // Holders and waiters have a clone of their own, and new clones are made only under this lock.
         if locks
             .get(&self.key)
@@ -67,11 +68,6 @@ impl<K: Eq + Hash> Drop for KeyedGuard<K> {
             locks.remove(&self.key);
         }
     }
-}
-
-/// The map is consistent between any two statements under its lock, so poisoning is ignored.
-fn locked<K>(locks: &Mutex<Locks<K>>) -> MutexGuard<'_, Locks<K>> {
-    locks.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -109,9 +105,9 @@ mod tests {
         assert!(futures_now(&mut waiting).is_none());
         drop(first);
         let second = waiting.await;
-        assert_eq!(locked(&locks.0).len(), 2);
+        assert_eq!(locks.0.lock().len(), 2);
         drop(second);
-        assert_eq!(locked(&locks.0).len(), 1);
+        assert_eq!(locks.0.lock().len(), 1);
     }
 
     #[tokio::test]
@@ -122,7 +118,7 @@ mod tests {
         assert!(futures_now(&mut waiting).is_none());
         drop(first);
         drop(waiting);
-        assert!(locked(&locks.0).is_empty());
+        assert!(locks.0.lock().is_empty());
     }
 
     fn futures_now<T>(future: &mut (impl Future<Output = T> + Unpin)) -> Option<T> {

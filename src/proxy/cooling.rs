@@ -3,9 +3,10 @@
 //! Ages are judged at the time of the request, but not later than the registry's clock allows ([`CheckedTime`]). A clock
 //! of this host that was set ahead would otherwise make every digest old enough.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use tokio::time::Instant;
 
@@ -56,7 +57,7 @@ impl CheckedTime {
     pub(super) fn learn(&self, date: SystemTime) {
         let at = Instant::now();
         let seen = Some(DateSeen { date, at });
-        let mut dates = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut dates = self.0.lock();
         dates.last = seen;
         let latest = dates.latest.and_then(DateSeen::now);
         if latest.is_none_or(|latest| date > latest) {
@@ -90,7 +91,7 @@ impl CheckedTime {
     }
 
     fn dates(&self) -> DatesSeen {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.0.lock()
     }
 }
 

@@ -7,9 +7,10 @@
 //! Responses can arrive out of order. A success for a request that was sent before a denial arrived must not restore
 //! the grant.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use tokio::time::Instant;
 
@@ -223,7 +224,7 @@ impl ProxyService {
         let at = at.min(now);
         let granted = store_key(registry, repository, &principal);
         if renews(self.store.grant(granted).await, at, now) {
-            let _guard = self.denials.lock_grants();
+            let _guard = self.denials.grants.lock();
             if !self.is_superseded(&grant_key(registry, repository, principal), sent_at) {
                 self.store.put_grant(granted, at);
             }
@@ -332,7 +333,7 @@ impl ProxyService {
         principal: [u8; 32],
     ) {
         let dropping = {
-            let _guard = self.denials.lock_grants();
+            let _guard = self.denials.grants.lock();
             self.denials
                 .denied_at
                 .insert(grant_key(registry, repository, principal), Instant::now());
@@ -392,11 +393,7 @@ impl ProxyService {
     }
 }
 
-impl RecentDenials {
-    fn lock_grants(&self) -> MutexGuard<'_, ()> {
-        self.grants.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+impl RecentDenials {}
 
 /// Writes while holding the lock. The lock is released after the write, even if the caller was dropped.
 async fn write_holding_lock<T: Send + 'static>(

@@ -1,8 +1,9 @@
 //! Tag lists: always fetched, coalesced, with the last page cached for an outage. Referrers lists: see `referrers`.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use tokio::time::{Instant, timeout};
@@ -216,7 +217,7 @@ impl ProxyService {
             Some(SharedList::Buffered(listing)) => Ok(FetchedList::Buffered(listing)),
             Some(SharedList::Failed(unlisted)) => Err(unlisted),
             Some(SharedList::Streamed(list)) => {
-                let list = list.lock().unwrap_or_else(PoisonError::into_inner).take();
+                let list = list.lock().take();
                 match list {
                     Some(list) => Ok(FetchedList::Streamed(list)),
                     None => self.fetch_tags(upstream_request, key).await,

@@ -11,8 +11,9 @@
 //! earlier clients skipped them.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::Instant;
@@ -71,12 +72,12 @@ impl Default for Prefetching {
 impl Prefetching {
     /// Marks the image as running. Returns whether it was not running before.
     fn enter(&self, image: &ContentKey) -> bool {
-        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut running = self.running.lock();
         running.insert(image.clone())
     }
 
     fn leave(&self, image: &ContentKey) {
-        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut running = self.running.lock();
         running.remove(image);
     }
 

@@ -1,11 +1,12 @@
 //! Upstream registry: settings, and learned state that outlives a reload.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http::HeaderValue;
+use parking_lot::Mutex;
 
 use super::cooling::CheckedTime;
 use super::invalidation::{WriteGenerations, WriteSnapshot};
@@ -56,7 +57,7 @@ pub struct RegistryStates(Mutex<HashMap<String, Arc<RegistryState>>>);
 impl RegistryStates {
     /// State of the upstream with this name.
     pub fn of(&self, name: &str) -> Arc<RegistryState> {
-        let mut states = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut states = self.0.lock();
         Arc::clone(states.entry(name.to_owned()).or_default())
     }
 }

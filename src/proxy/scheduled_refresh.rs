@@ -16,10 +16,11 @@ mod run;
 mod view;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
@@ -191,11 +192,11 @@ impl Default for ScheduledRefresh {
 
 impl ScheduledRefresh {
     fn upstreams(&self) -> Arc<Upstreams> {
-        Arc::clone(&locked(&self.upstreams))
+        Arc::clone(&self.upstreams.lock())
     }
 
     fn lane(&self, upstream: &Arc<str>) -> Arc<UpstreamRuns> {
-        Arc::clone(locked(&self.lanes).entry(Arc::clone(upstream)).or_default())
+        Arc::clone(self.lanes.lock().entry(Arc::clone(upstream)).or_default())
     }
 
     fn count(&self, result: RefreshResult) {
@@ -218,7 +219,7 @@ impl Default for UpstreamRuns {
 impl UpstreamRuns {
     /// Registers a run of the tag with this hash; `None` if there are too many, or if the tag has one.
     fn enter(self: &Arc<Self>, tag: u64, slot_at: SystemTime) -> Option<LaneRun> {
-        let mut state = locked(&self.state);
+        let mut state = self.state.lock();
         let heads = state.tags.len().saturating_sub(state.fetches);
         if heads >= RUNS_PER_UPSTREAM_MAX || !state.tags.insert(tag) {
             return None;
@@ -245,12 +246,12 @@ struct LaneRun {
 impl LaneRun {
     /// The run no longer waits for its `HEAD`.
     fn start(&self) {
-        locked(&self.lane.state).waiting.remove(&(self.slot_at, self.tag));
+        self.lane.state.lock().waiting.remove(&(self.slot_at, self.tag));
     }
 
     /// Gives the place of its `HEAD` back and takes one of a download. Returns whether there was one.
     fn begin_fetch(&mut self) -> bool {
-        let mut state = locked(&self.lane.state);
+        let mut state = self.lane.state.lock();
         if state.fetches >= FETCHES_PER_UPSTREAM_MAX + FETCHES_WAITING_MAX {
             return false;
         }
@@ -262,7 +263,7 @@ impl LaneRun {
 
 impl Drop for LaneRun {
     fn drop(&mut self) {
-        let mut state = locked(&self.lane.state);
+        let mut state = self.lane.state.lock();
         state.waiting.remove(&(self.slot_at, self.tag));
         state.tags.remove(&self.tag);
         if self.is_fetch {
@@ -277,7 +278,7 @@ impl ProxyService {
         let named = upstreams
             .iter()
             .map(|upstream| (Arc::from(upstream.name()), Arc::clone(upstream)));
-        *locked(&self.scheduled.upstreams) = Arc::new(named.collect());
+        *self.scheduled.upstreams.lock() = Arc::new(named.collect());
         self.scheduled.reloaded.notify_one();
     }
 
@@ -297,7 +298,7 @@ impl ProxyService {
         let mut seen = 0;
         loop {
             let Some(shortest) = self.shortest_refresh() else {
-                *locked(&self.scheduled.census) = TagCounts::default();
+                *self.scheduled.census.lock() = TagCounts::default();
                 self.scheduled.reloaded.notified().await;
                 (begins_at, seen) = (Instant::now(), 0);
                 continue;
@@ -380,11 +381,6 @@ impl ProxyService {
     }
 }
 
-/// Every change under these locks is a single assignment or call, so poisoning is ignored.
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
@@ -409,7 +405,7 @@ mod tests {
         runs.clear();
         assert!(lane.enter(0, at(0)).is_some());
         drop(more);
-        let state = locked(&lane.state);
+        let state = lane.state.lock();
         assert!(state.tags.is_empty() && state.waiting.is_empty());
         assert_eq!(state.fetches, 0);
     }

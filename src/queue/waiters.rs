@@ -6,9 +6,10 @@
 
 use std::collections::BTreeMap;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
@@ -80,7 +81,7 @@ impl Waiters {
 
     /// Adds a request. `None` if the work has ended because no request waited.
     pub fn join(&self, demand: Demand) -> Option<Waiter> {
-        let mut state = self.state();
+        let mut state = self.0.state.lock();
         if state.is_closed {
             return None;
         }
@@ -130,7 +131,7 @@ impl Waiters {
             let mut changed = pin!(self.0.changed.notified());
             changed.as_mut().enable();
             let (is_wanted, is_queued, is_detached) = {
-                let state = self.state();
+                let state = self.0.state.lock();
                 (!state.waiting.is_empty(), state.is_queued(), state.is_detached)
             };
             if is_wanted || (is_detached && !is_queued) {
@@ -150,13 +151,13 @@ impl Waiters {
     /// Lets the work continue without waiting requests once it has begun, because its result is needed however
     /// late. Queued work still ends with its last waiting request.
     pub fn detach(&self) {
-        self.state().is_detached = true;
+        self.0.state.lock().is_detached = true;
         self.0.changed.notify_waiters();
     }
 
     /// Whether no request waits, and none needed the complete result.
     pub fn is_abandoned(&self) -> bool {
-        let state = self.state();
+        let state = self.0.state.lock();
         state.waiting.is_empty() && !state.is_complete_wanted
     }
 
@@ -183,18 +184,18 @@ impl Waiters {
 
     /// Records that a request needs the complete result, even after it has left.
     pub fn want_complete(&self) {
-        self.state().is_complete_wanted = true;
+        self.0.state.lock().is_complete_wanted = true;
         self.0.changed.notify_waiters();
     }
 
     /// Whether a client's request waits.
     pub fn serves_client(&self) -> bool {
-        self.state().serves_client()
+        self.0.state.lock().serves_client()
     }
 
     /// Whether a client's request waits, and one needs the complete result.
     pub fn serves_complete_pull(&self) -> bool {
-        let state = self.state();
+        let state = self.0.state.lock();
         state.is_complete_wanted && state.serves_client()
     }
 
@@ -206,23 +207,23 @@ impl Waiters {
 
     /// Whether the work waits for a permit.
     pub fn is_queued(&self) -> bool {
-        self.state().is_queued()
+        self.0.state.lock().is_queued()
     }
 
     /// Whether the work has ended because no request waited.
     pub(super) fn is_closed(&self) -> bool {
-        self.state().is_closed
+        self.0.state.lock().is_closed
     }
 
     fn close_if(&self, is_over: impl FnOnce(&State) -> bool) -> bool {
-        let mut state = self.state();
+        let mut state = self.0.state.lock();
         state.is_closed = state.is_closed || is_over(&state);
         state.is_closed
     }
 
     /// Adds the work to a queue. Work that has begun and has no waiting request counts as background work.
     pub(super) fn enter(&self, queue: &Arc<Shared>, group: &Arc<str>) -> Result<InQueue, AcquireError> {
-        let mut state = self.state();
+        let mut state = self.0.state.lock();
         // All requests may have left before the work's task first ran.
         state.is_closed |= state.waiting.is_empty() && state.permit.is_none();
         if state.is_closed {
@@ -248,7 +249,7 @@ impl Waiters {
     /// Records that the work has this permit and its ticket no longer waits. `false` if the last request left
     /// after the grant.
     pub(super) fn attach_permit(&self, queued: &InQueue, permit: &Permit) -> bool {
-        let mut state = self.state();
+        let mut state = self.0.state.lock();
         if state.is_closed {
             return false;
         }
@@ -265,19 +266,14 @@ impl Waiters {
 
     #[cfg(test)]
     pub(super) fn entry_of(&self, demand: Demand) -> Option<Entry> {
-        let state = self.state();
+        let state = self.0.state.lock();
         state.queued.first()?.entries.get(&demand).copied()
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Every change under this lock is complete before it is released.
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Waiter {
     fn drop(&mut self) {
-        let mut state = self.waiters.state();
+        let mut state = self.waiters.0.state.lock();
         let State {
             waiting,
             queued,
@@ -318,7 +314,7 @@ impl InQueue {
 
 impl Drop for InQueue {
     fn drop(&mut self) {
-        let mut state = self.waiters.state();
+        let mut state = self.waiters.0.state.lock();
         let position = state
             .queued
             .iter()

@@ -12,10 +12,11 @@ use std::future::Future;
 use std::io;
 use std::net::IpAddr;
 use std::pin::pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use rustix::io::Errno;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, timeout};
@@ -146,14 +147,10 @@ impl Connections {
         }))
     }
 
-    fn registered(&self) -> MutexGuard<'_, Registered> {
-        self.0.registered.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Counts an accepted connection under its address. Never waits.
     pub(crate) fn enter(&self, ip: Option<IpAddr>) -> Entering {
         let bounds = self.0.bounds;
-        let mut registered = self.registered();
+        let mut registered = self.0.registered.lock();
         let address = match ip {
             None => Arc::clone(&self.0.local),
             Some(ip) => {
@@ -221,7 +218,7 @@ impl Connections {
             closing: CancellationToken::new(),
         });
         entry.address.idle.fetch_add(1, Ordering::Relaxed);
-        let mut registered = self.registered();
+        let mut registered = self.0.registered.lock();
         let id = registered.next;
         registered.next += 1;
         registered.open.insert(id, Arc::clone(&entry));
@@ -280,7 +277,7 @@ impl Connections {
 
     fn close_one(&self, of: Option<&Arc<Address>>, newcomer: Newcomer, why: CloseReason) -> Choice<()> {
         let now = Instant::now();
-        let registered = self.registered();
+        let registered = self.0.registered.lock();
         let candidates = registered.open.values().filter_map(|entry| {
             let is_of = of.is_none_or(|address| Arc::ptr_eq(address, &entry.address));
             let is_idle = entry.requests.load(Ordering::SeqCst) == 0 && !entry.closing.is_cancelled();
@@ -328,7 +325,7 @@ struct Present {
 
 impl Drop for Present {
     fn drop(&mut self) {
-        let mut registered = self.connections.registered();
+        let mut registered = self.connections.0.registered.lock();
         let left = self.address.present.fetch_sub(1, Ordering::Relaxed) - 1;
         if let (0, Some(ip)) = (left, self.ip) {
             registered.addresses.remove(&ip);
@@ -379,7 +376,7 @@ impl Wait {
 
 impl Drop for Wait {
     fn drop(&mut self) {
-        self.connections.registered().waiting -= 1;
+        self.connections.0.registered.lock().waiting -= 1;
     }
 }
 
@@ -419,7 +416,7 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.entry.connections.registered().open.remove(&self.id);
+        self.entry.connections.0.registered.lock().open.remove(&self.id);
         self.entry.closing.cancel();
         if !self.entry.has_requested.load(Ordering::Relaxed) {
             self.entry.address.unused.fetch_add(1, Ordering::Relaxed);

@@ -18,10 +18,11 @@ mod ledger;
 
 use std::net::IpAddr;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use ledger::{Ledger, Ticket};
@@ -53,7 +54,7 @@ pub struct Outstanding {
 impl Egress {
     /// Current use of the budget.
     pub fn outstanding(&self) -> Outstanding {
-        let ledger = self.ledger();
+        let ledger = self.0.lock();
         Outstanding {
             bytes: ledger.bytes() as u64,
             waiting: ledger.waiting() as u64,
@@ -68,10 +69,6 @@ impl Egress {
             of_body: Arc::default(),
             admission: Admission::New,
         }
-    }
-
-    fn ledger(&self) -> MutexGuard<'_, Ledger<oneshot::Sender<Permit>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -98,19 +95,15 @@ enum Admission {
 #[derive(Default)]
 struct BodyBytes(Mutex<(usize, Option<Waker>)>);
 
-impl BodyBytes {
-    fn lock(&self) -> MutexGuard<'_, (usize, Option<Waker>)> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+impl BodyBytes {}
 
 impl Account {
     /// Reserves the bytes of the next chunk. Pending until the body may read.
     pub(super) fn poll_reserve(&mut self, context: &mut Context<'_>) -> Poll<Charge> {
         ready!(self.poll_admission(context));
-        let mut of_body = self.of_body.lock();
+        let mut of_body = self.of_body.0.lock();
         let (outstanding, waker) = &mut *of_body;
-        let Some(bytes) = self.egress.ledger().reserve(self.address, *outstanding) else {
+        let Some(bytes) = self.egress.0.lock().reserve(self.address, *outstanding) else {
             // A chunk of this body is outstanding. Its drop wakes the task.
             *waker = Some(context.waker().clone());
             return Poll::Pending;
@@ -140,7 +133,7 @@ impl Account {
     }
 
     fn enter(&self) -> Admission {
-        let mut ledger = self.egress.ledger();
+        let mut ledger = self.egress.0.lock();
         if ledger.enter(self.address) {
             drop(ledger);
             return Admission::Admitted {
@@ -171,7 +164,7 @@ struct Queued {
 
 impl Drop for Queued {
     fn drop(&mut self) {
-        let left = self.egress.ledger().cancel(self.address, self.ticket);
+        let left = self.egress.0.lock().cancel(self.address, self.ticket);
         drop(left);
     }
 }
@@ -190,9 +183,9 @@ impl Drop for Permit {
         let Some((egress, address)) = self.0.take() else {
             return;
         };
-        egress.ledger().leave(address);
+        egress.0.lock().leave(address);
         loop {
-            let next = egress.ledger().admit();
+            let next = egress.0.lock().admit();
             let Some((address, waiter)) = next else { return };
             // If the waiter has left, the permit comes back and is dropped here, which admits the next one.
             let _ = waiter.send(Permit::new(&egress, address));
@@ -217,8 +210,8 @@ impl Charge {
     /// Counts `chunk`, which occupies `in_memory` bytes, until the last reference to it is dropped.
     pub(super) fn onto(mut self, chunk: Bytes, in_memory: usize) -> Bytes {
         if in_memory != self.bytes {
-            self.egress.ledger().adjust(self.address, self.bytes, in_memory);
-            let mut of_body = self.of_body.lock();
+            self.egress.0.lock().adjust(self.address, self.bytes, in_memory);
+            let mut of_body = self.of_body.0.lock();
             of_body.0 = of_body.0.saturating_sub(self.bytes) + in_memory;
             self.bytes = in_memory;
         }
@@ -228,8 +221,8 @@ impl Charge {
 
 impl Drop for Charge {
     fn drop(&mut self) {
-        self.egress.ledger().adjust(self.address, self.bytes, 0);
-        let mut of_body = self.of_body.lock();
+        self.egress.0.lock().adjust(self.address, self.bytes, 0);
+        let mut of_body = self.of_body.0.lock();
         of_body.0 = of_body.0.saturating_sub(self.bytes);
         let waker = of_body.1.take();
         drop(of_body);

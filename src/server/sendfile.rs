@@ -14,11 +14,12 @@ use std::future::Future;
 use std::io::{self, IoSlice};
 use std::os::fd::BorrowedFd;
 use std::pin::Pin;
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -64,16 +65,12 @@ impl SendfileQueue {
         range.length = range.length.min(RANGE_BYTES_MAX);
         let placeholder = PLACEHOLDER.get(..range.length).unwrap_or_default();
         if !placeholder.is_empty() {
-            self.lock().push_back(QueuedRange {
+            self.0.lock().push_back(QueuedRange {
                 range,
                 cached_at: Instant::now(),
             });
         }
         Bytes::from_static(placeholder)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, VecDeque<QueuedRange>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -158,7 +155,7 @@ impl SendfileStream {
     /// Sends bytes of the first range, of which at least `length` remain.
     fn poll_send_range(&mut self, context: &mut Context<'_>, length: usize) -> Poll<io::Result<usize>> {
         ready!(self.poll_load(context))?;
-        let mut queue = self.queue.lock();
+        let mut queue = self.queue.0.lock();
         let Some(QueuedRange { range, .. }) = queue.front_mut() else {
             return Poll::Ready(Err(io::Error::other("a placeholder without a file range")));
         };
@@ -184,7 +181,7 @@ impl SendfileStream {
     /// Reads the first range again if it has waited for the client and has left the page cache meanwhile.
     fn poll_load(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.loading.is_none()
-            && let Some(queued) = self.queue.lock().front_mut()
+            && let Some(queued) = self.queue.0.lock().front_mut()
             && queued.cached_at.elapsed() > CACHED_PERIOD
         {
             queued.cached_at = Instant::now();
@@ -198,7 +195,7 @@ impl SendfileStream {
         };
         let loaded = ready!(Pin::new(loading).poll(context));
         self.loading = None;
-        if let Some(queued) = self.queue.lock().front_mut() {
+        if let Some(queued) = self.queue.0.lock().front_mut() {
             queued.cached_at = Instant::now();
         }
         Poll::Ready(

@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::SystemTime;
+
+use parking_lot::Mutex;
 
 /// Maximum number of clients; the least recently seen is dropped first.
 const CLIENTS_MAX: usize = 512;
@@ -37,7 +39,7 @@ pub(super) struct Clients(Arc<Mutex<HashMap<(IpAddr, &'static str), Client>>>);
 impl Clients {
     pub(super) fn record(&self, address: IpAddr, agent: &str, at: SystemTime, pulled: Option<&str>) {
         let kind = kind_of(agent);
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.0.lock();
         if known.len() >= CLIENTS_MAX && !known.contains_key(&(address, kind)) {
             let oldest = known.iter().min_by_key(|(_, client)| client.last_at);
             if let Some(oldest) = oldest.map(|(key, _)| *key) {
@@ -66,7 +68,7 @@ impl Clients {
 
     /// The clients, most recently seen first.
     pub(super) fn seen(&self) -> Vec<Client> {
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.0.lock();
         let mut seen: Vec<Client> = known.values().cloned().collect();
         seen.sort_by(|a, b| (b.last_at, a.address, a.kind).cmp(&(a.last_at, b.address, b.kind)));
         seen

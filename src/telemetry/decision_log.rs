@@ -2,9 +2,10 @@
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::SystemTime;
 
+use parking_lot::Mutex;
 use tokio::sync::broadcast;
 
 use super::{AccessRecord, BodyEnd, CacheResult, ResourceKind, milliseconds};
@@ -108,7 +109,7 @@ impl Default for DecisionLog {
 impl DecisionLog {
     /// Appends a decision and numbers it.
     pub(super) fn push(&self, mut decision: DecisionRecord) {
-        let mut recorded = self.recorded();
+        let mut recorded = self.recorded.lock();
         recorded.last_id += 1;
         decision.id = recorded.last_id;
         let decision = Arc::new(decision);
@@ -123,16 +124,11 @@ impl DecisionLog {
 
     /// The recorded decisions, newest first.
     pub(super) fn newest_first(&self) -> Vec<Arc<DecisionRecord>> {
-        self.recorded().decisions.iter().rev().cloned().collect()
+        self.recorded.lock().decisions.iter().rev().cloned().collect()
     }
 
     pub(super) fn subscribe(&self) -> broadcast::Receiver<Arc<DecisionRecord>> {
         self.sender.subscribe()
-    }
-
-    /// Each change under this lock is complete in one statement, so a panic elsewhere leaves consistent data.
-    fn recorded(&self) -> MutexGuard<'_, Recorded> {
-        self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

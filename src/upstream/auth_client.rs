@@ -4,11 +4,12 @@
 //! with a new token; a second 401 is final. A client's own Bearer token is forwarded unchanged and never exchanged.
 
 use std::hash::{BuildHasher as _, RandomState};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::{ACCEPT, AUTHORIZATION, RANGE, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
+use parking_lot::Mutex;
 
 use super::credentials::{CredentialProvider, UpstreamCredential};
 use super::health::RequestOutcome;
@@ -136,10 +137,7 @@ impl AuthClient {
         spec.pending.set_paused(false);
         let credential = credential.map_err(no_credential)?;
         if let Some(credential) = &credential {
-            let mut last = self
-                .configured_owner
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
+            let mut last = self.configured_owner.lock();
             *last = Some(configured_owner(credential));
         }
         let first = Box::pin(self.send_with_retry(origin, caller, credential.as_deref(), spec)).await;
@@ -308,12 +306,7 @@ impl AuthClient {
             Credential::Client(header) => !is_basic(header),
             Credential::Configured | Credential::Anonymous => false,
         };
-        let own = || {
-            *self
-                .configured_owner
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-        };
+        let own = || *self.configured_owner.lock();
         let owner = match &caller.credential {
             Credential::Client(_) => token_owner(caller, TokenOwnerKind::Client),
             Credential::Configured => own().unwrap_or_else(|| token_owner(caller, TokenOwnerKind::Anonymous)),

@@ -5,7 +5,7 @@
 
 use std::error::Error;
 use std::pin::{Pin, pin};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use http_body::{Frame, SizeHint};
 use http_body_util::BodyExt as _;
 use http_body_util::combinators::UnsyncBoxBody;
 use hyper_util::client::legacy;
+use parking_lot::Mutex;
 use tokio::time::{Instant, timeout};
 
 use super::Upstream;
@@ -203,11 +204,11 @@ impl Default for Progress {
 
 impl Progress {
     fn moved(&self, ended: bool) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = (Instant::now(), ended);
+        *self.0.lock() = (Instant::now(), ended);
     }
 
     fn deadline(&self) -> Instant {
-        let (at, ended) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (at, ended) = *self.0.lock();
         at + if ended { RESPONSE_TIMEOUT } else { BODY_IDLE_MAX }
     }
 

@@ -3,9 +3,9 @@
 //! An hour avoids repeating requests that fail. It is short enough that a transient fault does not replace uncounted
 //! HEADs by counted GETs for long.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use tokio::time::Instant;
 
@@ -93,17 +93,12 @@ impl Quirks {
     pub(super) fn at<'a>(&'a self, origin: &'a Origin) -> QuirksAt<'a> {
         QuirksAt { quirks: self, origin }
     }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<Known>> {
-        // The list is consistent between any two statements.
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl QuirksAt<'_> {
     /// Records that a GET succeeded where the HEAD failed.
     pub(super) fn learn(&self, quirk: Quirk, now: Instant) {
-        let mut known = self.quirks.lock();
+        let mut known = self.quirks.known.lock();
         known.retain(|one| one.until > now && !(one.quirk == quirk && one.origin == *self.origin));
         known.push(Known {
             origin: self.origin.clone(),
@@ -119,7 +114,7 @@ impl QuirksAt<'_> {
 
     /// All known quirks of the URL.
     pub(super) fn known(&self, now: Instant) -> Vec<Quirk> {
-        let known = self.quirks.lock();
+        let known = self.quirks.known.lock();
         let here = |one: &&Known| one.until > now && one.origin == *self.origin;
         known.iter().filter(here).map(|one| one.quirk).collect()
     }

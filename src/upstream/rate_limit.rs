@@ -8,10 +8,11 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::hash::Hash;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use tokio::time::Instant;
 
@@ -240,7 +241,7 @@ impl RateLimits {
             limit: headers.clone(),
             at: now,
         };
-        let mut known = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.quotas.lock();
         if let Some(slot) = known.iter_mut().find(|known| known.principal == caller.principal) {
             *slot = record;
             return;
@@ -267,7 +268,7 @@ impl RateLimits {
 
     /// The recorded quota of this caller.
     pub(super) fn quota_of(&self, caller: &Caller, now: Instant) -> Option<PullQuota> {
-        let known = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.quotas.lock();
         let record = known.iter().find(|known| known.principal == caller.principal)?;
         Some(PullQuota {
             owner: record.owner,
@@ -278,7 +279,7 @@ impl RateLimits {
 
     /// The recorded quotas, ordered by owner.
     pub(super) fn quotas(&self, now: Instant) -> Vec<PullQuota> {
-        let known = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.quotas.lock();
         let mut quotas: Vec<PullQuota> = known
             .iter()
             .map(|record| PullQuota {

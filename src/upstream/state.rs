@@ -6,9 +6,10 @@
 //! of URLs. Failures are tied to the connection settings: if these change, the failure state is reset.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -175,7 +176,7 @@ impl Learned {
     /// The active connection settings if they equal the new ones, else the new ones.
     pub(super) fn connection(&self, settings: &Settings) -> Arc<ConnectionSettings> {
         let new = ConnectionSettings::of(settings);
-        let active = self.active().connection.clone();
+        let active = self.active.lock().connection.clone();
         active
             .filter(|active| active.is_same(&new))
             .unwrap_or_else(|| Arc::new(new))
@@ -188,7 +189,7 @@ impl Learned {
         names: Names,
     ) -> Option<Arc<CredentialProvider>> {
         let source = source?;
-        let active = self.active().credentials.clone();
+        let active = self.active.lock().credentials.clone();
         active
             .filter(|active| active.is_from(&source, &names))
             .or_else(|| Some(Arc::new(CredentialProvider::new(source, names))))
@@ -196,17 +197,12 @@ impl Learned {
 
     /// Whether settings are or were active.
     pub(super) fn has_been_active(&self) -> bool {
-        self.active().connection.is_some()
-    }
-
-    fn active(&self) -> MutexGuard<'_, Active> {
-        self.active.lock().unwrap_or_else(PoisonError::into_inner)
+        self.active.lock().connection.is_some()
     }
 
     /// The health under these connection settings. `None` if others are active.
     pub(super) fn health(&self, connection: &ConnectionSettings) -> Option<MutexGuard<'_, Health>> {
-        // Each change under this lock is one statement, so a poisoned lock still holds consistent state.
-        let health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        let health = self.health.lock();
         (health.connection == connection.id).then_some(health)
     }
 
@@ -223,7 +219,7 @@ impl Learned {
 
     /// The active upstream.
     pub(super) fn active_upstream(&self) -> Option<Arc<Inner>> {
-        self.active().upstream.upgrade()
+        self.active.lock().upstream.upgrade()
     }
 
     /// The next probe and when it is due. Without one, the prober ends.
@@ -244,26 +240,22 @@ impl Learned {
 
     /// Records that the prober has ended, even if a scope still fails.
     pub(super) fn probing_stopped(&self) {
-        self.any_health().prober = None;
+        self.health.lock().prober = None;
     }
 
     /// Principal of callers with this credential, unless it is a client's own.
     pub(super) fn principal_for(&self, credential: &Credential) -> [u8; 32] {
-        let health = self.any_health();
+        let health = self.health.lock();
         match credential {
             Credential::Configured => health.configured,
             Credential::Anonymous | Credential::Client(_) => health.anonymous,
         }
     }
-
-    fn any_health(&self) -> MutexGuard<'_, Health> {
-        self.health.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Drop for Learned {
     fn drop(&mut self) {
-        let health = self.health.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let health = self.health.get_mut();
         if let Some(prober) = health.prober.take() {
             prober.abort();
         }
@@ -393,12 +385,12 @@ impl Upstream {
         learned
             .lists
             .resize(inner.downloads_max.div_ceil(LIST_PERMIT_RATIO));
-        *learned.active() = Active {
+        *learned.active.lock() = Active {
             upstream: Arc::downgrade(inner),
             connection: Some(Arc::clone(&inner.connection)),
             credentials: own,
         };
-        let mut health = learned.health.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut health = learned.health.lock();
         if health.connection != inner.connection.id {
             health.connection = inner.connection.id;
             health.detector = FailureDetector::default();

@@ -8,12 +8,13 @@ mod verify;
 use std::fmt;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
 use http::Uri;
 use http::uri::Authority;
+use parking_lot::Mutex;
 use rustls::client::ResolvesClientCert;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -182,11 +183,7 @@ impl Tls {
     /// Why the server at `to` closed a connection after the handshake, no earlier than `since`. In TLS 1.3 the server
     /// verifies a client certificate only after the client's handshake is complete (RFC 8446 §4.4.2.4).
     pub(super) fn close_reason(&self, to: &Uri, since: Instant) -> Option<(TlsFailure, String)> {
-        let mut ended = self
-            .client_auth
-            .last_close
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut ended = self.client_auth.last_close.lock();
         let ended = ended.take_if(|ended| Some(&ended.by) == to.authority() && ended.at >= since)?;
         Some((ended.failure, ended.detail))
     }
@@ -216,11 +213,7 @@ impl MonitoredStream {
             (is_requested && !self.has_read)
                 .then(|| self.client_auth.certificate_rejected("the connection was closed"))
         };
-        let mut ended = self
-            .client_auth
-            .last_close
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut ended = self.client_auth.last_close.lock();
         if let (Some((failure, detail)), Some(by)) = (alert.or_else(inferred), self.to.clone()) {
             let at = Instant::now();
             *ended = Some(ServerClose {

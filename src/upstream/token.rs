@@ -156,7 +156,7 @@ pub(super) struct TokenCache {
     last_tokens: Cache<(Origin, Repository, TokenOwner), LastToken>,
     /// The other registry to which this one redirects, and the key of the token that worked there.
     other_registries: Cache<(Origin, Repository, TokenOwner), (Origin, TokenKey)>,
-    realms: std::sync::Mutex<Realms>,
+    realms: parking_lot::Mutex<Realms>,
     /// Rate-limit pauses of token services, by host and owner.
     windows: Windows<(Option<Authority>, TokenOwner)>,
 }
@@ -167,7 +167,7 @@ impl Default for TokenCache {
             slots: Cache::new(TOKENS_MAX),
             last_tokens: Cache::new(TOKENS_MAX),
             other_registries: Cache::new(TOKENS_MAX),
-            realms: std::sync::Mutex::default(),
+            realms: parking_lot::Mutex::default(),
             windows: Windows::default(),
         }
     }
@@ -176,19 +176,15 @@ impl Default for TokenCache {
 impl TokenCache {
     /// Records that a request is sent to a realm.
     fn realm_requested(&self, realm: Uri) {
-        if let Ok(mut realms) = self.realms.lock() {
-            realms.pending = Some(realm);
-        }
+        self.realms.lock().pending = Some(realm);
     }
 
     /// Records whether the last request to a realm failed.
     pub(super) fn record_realm(&self, realm: Option<Uri>, has_failed: bool) {
-        if let Ok(mut realms) = self.realms.lock() {
-            *realms = Realms {
-                pending: None,
-                failed: realm.filter(|_| has_failed),
-            };
-        }
+        *self.realms.lock() = Realms {
+            pending: None,
+            failed: realm.filter(|_| has_failed),
+        };
     }
 }
 
@@ -403,12 +399,12 @@ impl Tokens {
 
     /// The realm whose last request failed.
     pub(super) fn failed_realm(&self) -> Option<Uri> {
-        self.cache.realms.lock().ok()?.failed.clone()
+        self.cache.realms.lock().failed.clone()
     }
 
     /// The realm to probe: one without a response yet, or one that failed.
     pub(super) fn realm_to_probe(&self) -> Option<Uri> {
-        let realms = self.cache.realms.lock().ok()?;
+        let realms = self.cache.realms.lock();
         realms.pending.as_ref().or(realms.failed.as_ref()).cloned()
     }
 

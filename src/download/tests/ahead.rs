@@ -18,8 +18,8 @@ pub(super) struct Parts {
 impl RangeSource for Parts {
     fn open(&mut self, from: u64, until: Option<u64>) -> RangeFuture<'_> {
         let offsets = (from, until.unwrap_or(u64::MAX));
-        self.offsets.lock().unwrap().push(offsets);
-        let answer = self.answers.lock().unwrap().pop_front();
+        self.offsets.lock().push(offsets);
+        let answer = self.answers.lock().pop_front();
         let hangs = self.hangs;
         Box::pin(async move {
             if hangs {
@@ -33,12 +33,12 @@ impl RangeSource for Parts {
 impl Parts {
     pub(super) fn part(&self) -> Wire {
         let (wire, arriving) = unbounded_channel();
-        self.answers.lock().unwrap().push_back(Arriving(arriving));
+        self.answers.lock().push_back(Arriving(arriving));
         wire
     }
 
     pub(super) fn offsets(&self) -> Vec<(u64, u64)> {
-        self.offsets.lock().unwrap().clone()
+        self.offsets.lock().clone()
     }
 }
 

@@ -97,7 +97,7 @@ impl Limited {
 
     fn send(&self, from: u64, until: Option<u64>) -> Sending {
         let state = &self.state;
-        state.opened.lock().unwrap().push((from, until));
+        state.opened.lock().push((from, until));
         let open = state.open.fetch_add(1, Ordering::SeqCst) + 1;
         state.open_max.fetch_max(open, Ordering::SeqCst);
         Sending {
@@ -114,7 +114,7 @@ impl Limited {
     }
 
     fn opened(&self) -> Vec<(u64, Option<u64>)> {
-        self.state.opened.lock().unwrap().clone()
+        self.state.opened.lock().clone()
     }
 
     fn segments_opened(&self) -> usize {

@@ -56,7 +56,7 @@ async fn t06_transfer_between_lookup_and_lock_repeats_the_lookup() {
     let joined = downloads.join(digest(&blob), requester(), options()).await;
     assert!(matches!(joined, Joined::Cached(_)));
     assert_eq!(script.offsets(), [0]);
-    assert!(downloads.shared.running().lookups.is_empty());
+    assert!(downloads.shared.running.lock().lookups.is_empty());
 }
 
 #[tokio::test]

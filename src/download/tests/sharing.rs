@@ -121,7 +121,7 @@ async fn map_entry_is_removed_before_readers_are_notified() {
     let leader = leader(&downloads, digest(&blob));
     let reader = follower(&downloads, digest(&blob));
     // While the map is locked the entry cannot be removed, so no reader may be notified.
-    let running = downloads.shared.running();
+    let running = downloads.shared.running.lock();
     let leaving = std::thread::spawn(move || {
         leader
             .guard

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{ProxyService, UpstreamRegistry, locked};
+use super::{ProxyService, UpstreamRegistry};
 use crate::oci::{Endpoint, Reference, UpstreamFailure};
 use crate::proxy::manifest_fetch::UpstreamRequest;
 use crate::store::tags::TagKey;
@@ -87,7 +87,7 @@ impl ProxyService {
     fn record_pause(&self, registry: &UpstreamRegistry, key: TagKey, pause: Option<RefreshPause>) {
         let lane = self.scheduled.lane(&key.upstream);
         let upstream = registry.name();
-        let mut state = locked(&lane.state);
+        let mut state = lane.state.lock();
         let before = state.paused.as_ref().map(|paused| paused.reason);
         match (pause, &state.paused) {
             (Some(reason), _) => {

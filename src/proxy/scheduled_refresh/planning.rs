@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use super::{ProxyService, TagCounts, Upstreams, locked};
+use super::{ProxyService, TagCounts, Upstreams};
 use crate::policy::refresh::{Phase, Plan, Run, Slot, TagFacts};
 use crate::store::View;
 use crate::store::tags::{TagKey, TagRecord};
@@ -80,7 +80,7 @@ impl ProxyService {
             after = page.last;
         }
         census.stride = plan.stride();
-        let before = std::mem::replace(&mut *locked(&self.scheduled.census), census);
+        let before = std::mem::replace(&mut *self.scheduled.census.lock(), census);
         if census.stride > 1 && before.stride <= 1 {
             tracing::warn!(
                 tags = census.in_use,

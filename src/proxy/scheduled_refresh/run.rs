@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::{Failing, LaneRun, ProxyService, RefreshResult, UpstreamRegistry, UpstreamRuns, locked};
+use super::{Failing, LaneRun, ProxyService, RefreshResult, UpstreamRegistry, UpstreamRuns};
 use crate::oci::{Accept, Algorithm, Digest, Endpoint, Reference, Repository, UpstreamFailure};
 use crate::policy::refresh::{Failures, Phase, RefreshPolicy, TagFacts};
 use crate::policy::{Authorization, Completeness, Revalidation};
@@ -306,7 +306,7 @@ fn is_of_upstream(cause: UpstreamFailure) -> bool {
 impl UpstreamRuns {
     /// The oldest slot whose run has not started.
     pub(super) fn oldest_waiting(&self) -> Option<SystemTime> {
-        let state = locked(&self.state);
+        let state = self.state.lock();
         state.waiting.first().map(|(slot_at, _)| *slot_at)
     }
 }

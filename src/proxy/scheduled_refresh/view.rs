@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
-use super::{ProxyService, RefreshPause, RefreshResult, UpstreamRegistry, locked};
+use super::{ProxyService, RefreshPause, RefreshResult, UpstreamRegistry};
 use crate::policy::refresh::Outlook;
 use crate::store::View;
 use crate::store::tags::TagKey;
@@ -69,15 +69,15 @@ impl TagRefreshState {
 impl ProxyService {
     /// State of all scheduled refreshes at `now`.
     pub fn refresh_status(&self, now: SystemTime) -> RefreshStatus {
-        let census = *locked(&self.scheduled.census);
+        let census = *self.scheduled.census.lock();
         let upstreams = self.scheduled.upstreams();
-        let lanes = locked(&self.scheduled.lanes);
+        let lanes = self.scheduled.lanes.lock();
         let overdue = lanes
             .values()
             .filter_map(|lane| now.duration_since(lane.oldest_waiting()?).ok());
         let overdue = overdue.max();
         let paused = lanes.iter().filter_map(|(name, lane)| {
-            let key = locked(&lane.state).paused.as_ref()?.key.clone();
+            let key = lane.state.lock().paused.as_ref()?.key.clone();
             Some((Arc::clone(name), self.pause_of(upstreams.get(name)?, &key)?))
         });
         let mut paused: Vec<_> = paused.collect();

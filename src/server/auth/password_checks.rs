@@ -9,9 +9,10 @@
 //! password costs one check per credential and not one per request.
 
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
@@ -80,7 +81,7 @@ impl Default for PeerState {
 
 impl PeerState {
     fn is_suspect(&self) -> bool {
-        let wrong_at = self.wrong_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let wrong_at = self.wrong_at.lock();
         wrong_at.is_some_and(|at| at.elapsed() < SUSPECT_TTL)
     }
 }
@@ -116,11 +117,7 @@ impl PasswordChecks {
     pub(super) fn record_wrong(&self, credential: CredentialKey, permit: Option<&CheckPermit>) {
         self.wrong.insert(credential, ());
         if let Some(permit) = permit {
-            let mut wrong_at = permit
-                .peer
-                .wrong_at
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
+            let mut wrong_at = permit.peer.wrong_at.lock();
             *wrong_at = Some(Instant::now());
         }
     }

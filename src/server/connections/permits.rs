@@ -1,8 +1,9 @@
 //! Connection permits of the process, with a queue of two priorities.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 /// A fixed number of permits. Addresses with few connections precede those with many. Otherwise a client's connection
@@ -29,17 +30,13 @@ impl Permits {
         })))
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     #[cfg(test)]
     pub(super) fn free(&self) -> usize {
-        self.state().free
+        self.0.lock().free
     }
 
     pub(super) fn try_acquire(&self) -> Option<Permit> {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         state.free = state.free.checked_sub(1)?;
         Some(Permit(Some(self.clone())))
     }
@@ -47,7 +44,7 @@ impl Permits {
     /// Waits for a permit. `has_many`: the address has many connections. A dropped future leaves the queue.
     pub(super) async fn acquire(&self, has_many: bool) -> Option<Permit> {
         let receiver = {
-            let mut state = self.state();
+            let mut state = self.0.lock();
             if let Some(free) = state.free.checked_sub(1) {
                 state.free = free;
                 return Some(Permit(Some(self.clone())));
@@ -65,7 +62,7 @@ impl Permits {
     fn release(&self) {
         loop {
             let next = {
-                let mut state = self.state();
+                let mut state = self.0.lock();
                 if let Some(next) = state.few.pop_front().or_else(|| state.many.pop_front()) {
                     next
                 } else {

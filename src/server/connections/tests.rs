@@ -55,7 +55,7 @@ impl Connections {
     }
 
     fn is_empty(&self) -> bool {
-        let registered = self.registered();
+        let registered = self.0.registered.lock();
         registered.addresses.is_empty()
             && registered.open.is_empty()
             && registered.waiting == 0
@@ -389,7 +389,7 @@ proptest! {
                     }
                     Step::Leave(_) | Step::Begin(_) | Step::Answer(_) | Step::Announce(..) => {}
                 }
-                for address in connections.registered().addresses.values() {
+                for address in connections.0.registered.lock().addresses.values() {
                     let idle = open.iter().filter(|slot| {
                         Arc::ptr_eq(&slot.entry.address, address) && slot.entry.requests.load(Ordering::Relaxed) == 0
                     });

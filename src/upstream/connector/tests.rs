@@ -7,9 +7,9 @@
 )]
 
 use std::net::SocketAddr;
-use std::sync::Mutex;
 
 use http::Version;
+use parking_lot::Mutex;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::ServerConfig;
 use rustls::pki_types::PrivateKeyDer;
@@ -198,7 +198,7 @@ async fn tls_upstream_uses_a_proxy_tunnel() {
             while !head.ends_with(b"\r\n\r\n") {
                 head.push(client.read_u8().await.unwrap());
             }
-            *seen.lock().unwrap() = String::from_utf8(head).unwrap();
+            *seen.lock() = String::from_utf8(head).unwrap();
             client.write_all(reply.as_bytes()).await.unwrap();
             if reply.contains(" 200 ") {
                 let mut server = TcpStream::connect(target).await.unwrap();
@@ -210,7 +210,7 @@ async fn tls_upstream_uses_a_proxy_tunnel() {
             ..secure.settings("localhost")
         };
         assert_eq!(response_kind(settings).await, expected);
-        let received = received.lock().unwrap();
+        let received = received.lock();
         assert!(
             received.starts_with(&format!("CONNECT localhost:{} HTTP/1.1\r\n", target.port())),
             "{received}"

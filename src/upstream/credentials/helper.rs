@@ -8,9 +8,10 @@ use std::fmt;
 use std::pin::Pin;
 use std::process::Stdio;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
@@ -130,7 +131,7 @@ impl Helpers {
     ) -> Result<Option<Arc<UpstreamCredential>>, CredentialUnavailable> {
         let slot = self.slot(helper, server);
         let mut state = slot.state.lock().await;
-        let refused = *slot.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        let refused = *slot.refused.lock();
         let (is_refused, is_due) = match &state.output {
             None => (false, true),
             Some(HelperOutput { credential: None, at }) => (false, at.elapsed() >= RETRY_AFTER),
@@ -159,14 +160,14 @@ impl Helpers {
 
     /// The registry rejected the credential: the helper runs before it is used again.
     pub(super) fn check_soon(&self, used: &UpstreamCredential) {
-        let outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
+        let outputs = self.outputs.lock();
         for slot in outputs.values() {
-            *slot.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(used.serial);
+            *slot.refused.lock() = Some(used.serial);
         }
     }
 
     fn slot(&self, helper: &HelperName, server: &str) -> Arc<HelperSlot> {
-        let mut outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut outputs = self.outputs.lock();
         let key = (helper.clone(), server.to_owned());
         Arc::clone(outputs.entry(key).or_default())
     }

@@ -4,9 +4,10 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use parking_lot::Mutex;
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
@@ -72,7 +73,7 @@ impl<T> ReloadingFile<T> {
         if let Some(value) = self.recent() {
             return Ok(value);
         }
-        let (path, known) = (self.path.clone(), self.loaded().version);
+        let (path, known) = (self.path.clone(), self.loaded.lock().version);
         let read = spawn_blocking(move || read_if_changed(&path, known)).await;
         let update = match read {
             Ok(Ok(None)) => Ok(None),
@@ -80,7 +81,7 @@ impl<T> ReloadingFile<T> {
             Ok(Err(error)) => Err(error.to_string()),
             Err(_) => Err("reading it was cancelled".to_owned()),
         };
-        let mut loaded = self.loaded();
+        let mut loaded = self.loaded.lock();
         loaded.checked_at = Some(Instant::now());
         match update {
             Ok(None) => {}
@@ -98,21 +99,16 @@ impl<T> ReloadingFile<T> {
 
     /// The next call checks the file.
     pub(super) fn check_soon(&self) {
-        self.loaded().checked_at = None;
+        self.loaded.lock().checked_at = None;
     }
 
     fn recent(&self) -> Option<Arc<T>> {
-        let loaded = self.loaded();
+        let loaded = self.loaded.lock();
         let is_recent = |at: Instant| at.elapsed() < CHECK_INTERVAL;
         loaded
             .value
             .clone()
             .filter(|_| loaded.checked_at.is_some_and(is_recent))
-    }
-
-    /// Each change under this lock is complete in one statement.
-    fn loaded(&self) -> std::sync::MutexGuard<'_, Loaded<T>> {
-        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -3,8 +3,9 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::sync::Mutex;
 use std::time::Duration;
+
+use parking_lot::Mutex;
 
 use super::*;
 
@@ -141,7 +142,7 @@ fn scripted(outputs: &[Result<&'static str, &'static str>]) -> (Helpers, Arc<Mut
     let (asked, outputs) = (Arc::new(Mutex::new(0)), outputs.to_vec());
     let count = Arc::clone(&asked);
     let run_helper = move |_, _| {
-        let mut count = count.lock().unwrap();
+        let mut count = count.lock();
         let response = outputs.get(*count).or(outputs.last()).copied().unwrap();
         *count += 1;
         let response = match response {
@@ -172,7 +173,7 @@ async fn helper_runs_again_before_credential_expires() {
     for _ in 0..3 {
         assert_eq!(get(&helpers).await.unwrap(), "two");
     }
-    assert_eq!(*asked.lock().unwrap(), 3);
+    assert_eq!(*asked.lock(), 3);
     tokio::time::advance(Duration::from_secs(31)).await;
     assert_eq!(get(&helpers).await.unwrap(), "three");
 }
@@ -196,7 +197,7 @@ async fn rejected_credential_runs_helper_once_more() {
     for _ in 0..3 {
         assert_eq!(get(&helpers).await.unwrap(), "two");
     }
-    assert_eq!(*asked.lock().unwrap(), 2);
+    assert_eq!(*asked.lock(), 2);
 }
 
 #[tokio::test(start_paused = true)]

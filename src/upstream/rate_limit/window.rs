@@ -5,9 +5,10 @@
 //! limited response closes the window again. In a burst of limited responses only the first counts, because the
 //! others were sent before the pause.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
@@ -92,7 +93,7 @@ impl Pause {
             // Registered before the check, so that no notification is missed.
             freed.as_mut().enable();
             let now = Instant::now();
-            let again = match self.window.state().is_open(now) {
+            let again = match self.window.state.lock().is_open(now) {
                 Ok(()) => return true,
                 Err(until) if until > deadline => return false,
                 Err(until) if until > now => until,
@@ -119,7 +120,7 @@ impl SendPermit {
     /// The response was not limited.
     pub(in crate::upstream) fn not_limited(mut self) {
         if let Some(window) = self.window.take() {
-            window.state().end(self.round, true);
+            window.state.lock().end(self.round, true);
             // One for the freed slot, one for the additional slot.
             window.freed.notify_one();
             window.freed.notify_one();
@@ -135,7 +136,7 @@ impl SendPermit {
     ) -> Pause {
         self.window = None;
         let now = Instant::now();
-        let mut state = window.state();
+        let mut state = window.state.lock();
         state.close(self.round, cause, stated, now);
         Pause {
             window: Arc::clone(window),
@@ -148,7 +149,7 @@ impl SendPermit {
 impl Drop for SendPermit {
     fn drop(&mut self) {
         if let Some(window) = self.window.take() {
-            window.state().end(self.round, false);
+            window.state.lock().end(self.round, false);
             window.freed.notify_one();
         }
     }
@@ -172,7 +173,7 @@ impl Window {
 
     /// Permits a request, or returns the pause.
     pub(super) fn admit(self: &Arc<Self>, now: Instant) -> Result<SendPermit, Pause> {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         match state.is_open(now) {
             Ok(()) => {
                 state.in_flight = state.in_flight.saturating_add(1);
@@ -191,17 +192,12 @@ impl Window {
 
     /// The pause, if the window is closed; `None` during a slow start.
     pub(super) fn current_pause(self: &Arc<Self>, now: Instant) -> Option<Pause> {
-        let state = self.state();
+        let state = self.state.lock();
         (state.closed_until > now).then(|| Pause {
             window: Arc::clone(self),
             cause: state.cause,
             until: state.closed_until,
         })
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Each change under this lock is complete when the lock is released.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

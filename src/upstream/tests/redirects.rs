@@ -6,8 +6,7 @@ use super::super::ip_scope::IpScope;
 use super::registry::{Registry, manifest, response};
 use crate::oci::failure::RedirectFailure;
 use http::{Method, Uri};
-
-use std::sync::Mutex;
+use parking_lot::Mutex;
 
 use super::*;
 
@@ -234,7 +233,7 @@ impl Dialer for PublicDialer {
         if !limit.allows(at) {
             return Box::pin(async move { Err(DialError::scope_denied(at)) });
         }
-        self.dialed.lock().unwrap().push(host);
+        self.dialed.lock().push(host);
         let dialing = self.pipes.dial(to, limit, timeout);
         Box::pin(async move {
             Ok(DialedStream {
@@ -274,7 +273,7 @@ async fn redirected(to: &'static str, redirects: &[RedirectRule]) -> (UpstreamRe
     )
     .unwrap();
     let response = upstream.head(&anonymous(), &tag(), &accept()).await;
-    let dialed = dial.dialed.lock().unwrap().clone();
+    let dialed = dial.dialed.lock().clone();
     (response, dialed)
 }
 

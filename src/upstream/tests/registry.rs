@@ -3,8 +3,8 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use hyper::body::{Body, Frame, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
+use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
@@ -185,7 +186,7 @@ impl Registry {
 
     /// All requests so far.
     pub(in crate::upstream) fn seen(&self) -> Vec<Seen> {
-        self.stage.seen.lock().unwrap().clone()
+        self.stage.seen.lock().clone()
     }
 
     /// Method and path of all requests so far.
@@ -260,7 +261,7 @@ async fn act(stage: Arc<Stage>, request: Request<Incoming>) -> Result<Response<S
         nth: 0,
     };
     {
-        let mut all = stage.seen.lock().unwrap();
+        let mut all = stage.seen.lock();
         seen.nth = all.len();
         all.push(seen.clone());
     }
