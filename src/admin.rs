@@ -1,23 +1,25 @@
 //! The admin side: health, metrics, the API under `/api/v1/` and the HTML page at `/`, on a listener of its own.
 //!
 //! * `listener`: the admin thread and its connections, bounded by `concurrency_limit`.
-//! * `auth`: admin token, host check and CSRF protection. `router`: paths and methods. `response`: responses and their
-//!   bodies.
+//! * `auth`: admin token, host check and CSRF protection, before any route. `router`: the routes. `extract`: query and
+//!   body of a request. `response`: problem documents and what all responses have.
 //! * `health`: `/healthz`, `/readyz` and `/metrics`, served independently of the main runtime.
-//! * `metrics`, `status`, `images`, `explain`, `upstreams`, `events`, `pull_jobs`, `maintenance`, `archive`, `verdicts`:
-//!   one group of endpoints each.
+//! * `metrics`, `status`, `transfers`, `images`, `explain`, `upstreams`, `events`, `pull_jobs`, `refreshes`, `pins`, `verdicts`,
+//!   `offline`, `maintenance`, `archive`, `ca`: one group of endpoints each.
 //! * `image_ref`: image names. `format`: values and decisions as text. `page`: the HTML page. `client`: the client
 //!   used by the command line.
 //!
-//! The page and the command line use only data that the API returns. `openapi.json` describes the API, and tests
-//! validate every response against it.
+//! The page and the command line use only data that the API returns. `openapi` generates the description of the API
+//! from the handlers and their types, and tests validate every response against it.
 
 mod archive;
 mod auth;
+mod ca;
 pub mod client;
 mod concurrency_limit;
 mod events;
 mod explain;
+mod extract;
 pub mod format;
 mod health;
 mod image_ref;
@@ -25,12 +27,17 @@ mod images;
 mod listener;
 mod maintenance;
 mod metrics;
+mod names;
+mod offline;
+mod openapi;
 mod page;
+mod pins;
 mod pull_jobs;
 mod refreshes;
 mod response;
 mod router;
 mod status;
+mod transfers;
 mod upstreams;
 mod verdicts;
 

@@ -117,7 +117,7 @@ pub enum BodyEnd {
 
 impl BodyEnd {
     /// All variants.
-    const ALL: [Self; 6] = [
+    pub const ALL: [Self; 6] = [
         Self::Complete,
         Self::Aborted,
         Self::Upstream,

@@ -29,6 +29,7 @@ use zeroize::Zeroizing;
 
 use self::failed_tokens::FailedTokens;
 use super::archive::TAR;
+use super::health;
 use super::response::Problem;
 use crate::config::Listen;
 use crate::oci::digest::hmac_sha256;
@@ -126,7 +127,7 @@ impl AdminAuth {
             self.host(head, listener)?;
         }
         let path = head.uri.path();
-        let is_open = matches!(path, "/healthz" | "/readyz" | "/metrics");
+        let is_open = health::PATHS.contains(&path);
         if !is_open && listener != ListenerKind::Socket {
             self.token(&head.headers, caller.client, telemetry)?;
         }

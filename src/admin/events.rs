@@ -1,42 +1,56 @@
 //! The decision log over the API: recent decisions, a live stream of new ones, and the clients seen.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
-use serde::Serialize;
+use axum::extract::State;
+use axum::response::IntoResponse;
+use axum::response::sse::{self, KeepAlive, Sse};
+use axum::{Extension, Json};
+use futures_util::stream::poll_fn;
+use serde::{Deserialize, Serialize};
+use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
+use utoipa::ToSchema;
 
 use super::Admin;
+use super::auth::Caller;
 use super::concurrency_limit::Permit;
+use super::extract::{Params, lowercase, number};
 use super::format::{describe_decision, rfc3339};
-use super::response::{ApiResponse, Problem, event_stream};
-use crate::oci::{Query, UpstreamFailure};
+use super::names::{Ended, Kind, Outcome};
+use super::response::{Pace, Problem};
+use crate::oci::UpstreamFailure;
 use crate::telemetry::{Client, DecisionRecord, ResourceKind};
 
 /// Maximum number of decisions in one response.
 const EVENTS_MAX: usize = 1_000;
 
-/// Buffered lines of one event stream.
-const LINES_MAX: usize = 64;
+/// Buffered events of one stream.
+const BUFFERED_MAX: usize = 64;
 
 /// Heartbeat interval. It detects closed connections and keeps intermediaries from closing idle ones.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 
 /// One decision.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Event {
+    /// Consecutive numbers from 1. A gap means that older decisions were dropped.
     pub(super) id: u64,
+    #[schema(format = DateTime)]
     pub(super) time: String,
     pub(super) upstream: String,
+    /// How the client named the upstream: mirror, ns, prefix, host or connect.
     pub(super) route: &'static str,
     pub(super) image: String,
     pub(super) repository: String,
-    /// The tag or digest; empty if the request could not be parsed.
+    /// Tag or digest; empty if neither was parsed.
     pub(super) reference: String,
+    #[schema(value_type = Kind)]
     pub(super) kind: &'static str,
+    /// Result of the decision; aborted or failed if the response is incomplete.
+    #[schema(value_type = Outcome)]
     pub(super) result: &'static str,
     pub(super) reason: &'static str,
     pub(super) cause: Option<&'static str>,
@@ -44,12 +58,18 @@ pub(super) struct Event {
     pub(super) sentence: String,
     pub(super) digest: Option<String>,
     pub(super) status: u16,
+    /// Time from the request header to the end of the response.
     pub(super) ms: f64,
+    /// Time from the request header to the response header.
     pub(super) first_byte_ms: f64,
+    /// How the response body ended; aborted: the client disconnected.
+    #[schema(value_type = Ended)]
     pub(super) ended: &'static str,
+    /// Bytes of the body that were written to the connection.
     pub(super) bytes: u64,
     pub(super) client: Option<String>,
     pub(super) user_agent: String,
+    #[schema(pattern = "^[0-9a-f]{32}$")]
     pub(super) trace_id: String,
 }
 
@@ -89,51 +109,50 @@ impl Event {
             trace_id: decision.trace.to_string(),
         }
     }
+
+    fn as_sse(&self) -> Result<sse::Event, axum::Error> {
+        let event = sse::Event::default().id(self.id.to_string()).event("decision");
+        event.json_data(self)
+    }
 }
 
-/// Filter of decisions.
-#[derive(Clone, Default)]
+/// Filter of decisions. An empty value admits all.
+#[derive(Clone, Default, Deserialize, utoipa::IntoParams)]
+#[serde(default)]
+#[into_params(parameter_in = Query)]
 pub(super) struct Filter {
+    /// Substring of the image name.
+    #[serde(deserialize_with = "lowercase")]
     image: String,
-    upstream: Option<String>,
-    result: Option<String>,
-    reason: Option<String>,
-    client: Option<String>,
-    trace: Option<String>,
-    since: u64,
-    limit: usize,
+    /// Only decisions about this upstream.
+    upstream: String,
+    /// Only decisions with this result, for example hit, stale, miss or denied.
+    result: String,
+    /// Only decisions with this reason.
+    reason: String,
+    /// Only requests of this client address.
+    client: String,
+    /// Only decisions with this trace id.
+    trace_id: String,
+    /// Only decisions with a larger id. A stream begins with those that were missed.
+    #[serde(deserialize_with = "number")]
+    #[param(value_type = u64, required = false)]
+    after: Option<u64>,
+    /// Maximum number of decisions; default 100. Streams have none.
+    #[serde(deserialize_with = "number")]
+    #[param(value_type = usize, required = false)]
+    limit: Option<usize>,
     /// Omits successful requests by digest, which follow from a pull by tag.
+    #[serde(skip)]
+    #[param(ignore)]
     only_pulls: bool,
 }
 
 impl Filter {
-    pub(super) fn read(query: &Query) -> Result<Self, Problem> {
-        let text = |name: &str| query.get(name).filter(|text| !text.is_empty()).map(str::to_owned);
-        let number = |name: &str| match query.get(name) {
-            None | Some("") => Ok(None),
-            Some(text) => text
-                .parse::<u64>()
-                .map(Some)
-                .map_err(|_| Problem::bad_request(format!("`{name}` is a number, not `{text}`"))),
-        };
-        let limit = number("limit")?.and_then(|limit| usize::try_from(limit).ok());
-        Ok(Self {
-            image: text("image").unwrap_or_default().to_lowercase(),
-            upstream: text("upstream"),
-            result: text("result"),
-            reason: text("reason"),
-            client: text("client"),
-            trace: text("trace_id"),
-            since: number("after")?.unwrap_or_default(),
-            limit: limit.unwrap_or(100).clamp(1, EVENTS_MAX),
-            only_pulls: false,
-        })
-    }
-
     /// The newest pulls by tag, and failed or denied requests.
     pub(super) fn newest(limit: usize, image: &str) -> Self {
         Self {
-            limit,
+            limit: Some(limit),
             image: image.to_lowercase(),
             only_pulls: true,
             ..Self::default()
@@ -141,31 +160,89 @@ impl Filter {
     }
 
     fn admits(&self, decision: &DecisionRecord) -> bool {
-        let is =
-            |wanted: &Option<String>, found: &str| wanted.as_deref().is_none_or(|wanted| wanted == found);
+        let is = |wanted: &str, found: &dyn Fn() -> String| wanted.is_empty() || wanted == found();
         let image = || {
             format!("{}/{}", decision.upstream, decision.image)
                 .to_lowercase()
                 .contains(&self.image)
         };
-        decision.id > self.since
+        decision.id > self.after.unwrap_or_default()
             && (!self.only_pulls
                 || decision.kind == ResourceKind::Tag
                 || decision.status >= 400
                 || decision.ended.is_failure())
             && (self.image.is_empty() || image())
-            && is(&self.upstream, &decision.upstream)
-            && is(&self.result, decision.result.name())
-            && is(&self.reason, decision.reason)
-            && is(
-                &self.client,
-                &decision
+            && is(&self.upstream, &|| decision.upstream.to_string())
+            && is(&self.result, &|| decision.result.name().to_owned())
+            && is(&self.reason, &|| decision.reason.to_owned())
+            && is(&self.client, &|| {
+                decision
                     .client
                     .map(|client| client.to_string())
-                    .unwrap_or_default(),
-            )
-            && is(&self.trace, &decision.trace.to_string())
+                    .unwrap_or_default()
+            })
+            && is(&self.trace_id, &|| decision.trace.to_string())
     }
+}
+
+/// Recent decisions.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Events {
+    events: Vec<Event>,
+}
+
+/// Recent decisions, newest first.
+#[utoipa::path(get, path = "/api/v1/events", params(Filter), responses((status = 200, body = Events)))]
+pub(super) async fn events(State(admin): State<Admin>, Params(filter): Params<Filter>) -> Json<Events> {
+    Json(Events {
+        events: admin.decisions(&filter),
+    })
+}
+
+/// Stream of decisions.
+///
+/// Server-sent events of the type `decision`, with an Event as data. With `after`, the stream begins with the missed
+/// decisions. The event `gap` means that decisions were dropped, because the client reads too slowly.
+#[utoipa::path(
+    get,
+    path = "/api/v1/events/stream",
+    params(Filter),
+    responses(
+        (status = 200, body = String, content_type = "text/event-stream"),
+        (status = 503, description = "Too many are already running."),
+    )
+)]
+pub(super) async fn stream_events(
+    State(admin): State<Admin>,
+    Extension(caller): Extension<Caller>,
+    Params(filter): Params<Filter>,
+) -> Result<impl IntoResponse, Problem> {
+    let Some(permit) = admin.watchers.try_acquire(caller.client) else {
+        return Err(Problem::busy(
+            "too many event streams, in total or from this address; close a page, or poll /api/v1/events",
+        ));
+    };
+    let (sender, mut events) = mpsc::channel(BUFFERED_MAX);
+    let news = admin.telemetry.subscribe();
+    // On the main runtime, because the admin thread, which polls the body, serves health checks.
+    tokio::spawn(send(admin, permit, (sender, news), filter));
+    let events = Sse::new(poll_fn(move |context| events.poll_recv(context)));
+    let heartbeat = KeepAlive::new().interval(HEARTBEAT).text("still here");
+    Ok((Extension(Pace::Events), events.keep_alive(heartbeat)))
+}
+
+/// Clients that were seen.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Clients {
+    clients: Vec<ClientView>,
+}
+
+/// Clients seen, most recent first.
+#[utoipa::path(get, path = "/api/v1/clients", responses((status = 200, body = Clients)))]
+pub(super) async fn clients(State(admin): State<Admin>) -> Json<Clients> {
+    Json(Clients {
+        clients: admin.clients_seen(admin.clock.now()),
+    })
 }
 
 impl Admin {
@@ -174,30 +251,9 @@ impl Admin {
         let decisions = self.telemetry.decisions();
         let wanted = decisions.iter().filter(|decision| filter.admits(decision));
         wanted
-            .take(filter.limit)
+            .take(filter.limit.unwrap_or(100).clamp(1, EVENTS_MAX))
             .map(|decision| Event::of(decision))
             .collect()
-    }
-
-    /// Streams decisions as server-sent events, starting with those after `after`.
-    pub(super) fn watch(&self, filter: Filter, client: Option<IpAddr>) -> Result<ApiResponse, Problem> {
-        let Some(permit) = self.watchers.try_acquire(client) else {
-            return Err(Problem::busy(
-                "too many event streams, in total or from this address; close a page, or poll /api/v1/events",
-            ));
-        };
-        let (lines, replies) = mpsc::channel(LINES_MAX);
-        // Subscribe before reading the log, so that no decision is missed in between.
-        let news = self.telemetry.subscribe();
-        let missed = match filter.since {
-            0 => Vec::new(),
-            _ => self.decisions(&Filter {
-                limit: EVENTS_MAX,
-                ..filter.clone()
-            }),
-        };
-        tokio::spawn(send(permit, lines, news, missed, filter, self.ending.clone()));
-        Ok(event_stream(replies))
     }
 
     /// Clients seen, most recent first.
@@ -211,41 +267,52 @@ impl Admin {
 }
 
 async fn send(
+    admin: Admin,
     permit: Permit,
-    lines: mpsc::Sender<Bytes>,
-    mut news: tokio::sync::broadcast::Receiver<Arc<DecisionRecord>>,
-    missed: Vec<Event>,
+    (events, mut news): (
+        mpsc::Sender<Result<sse::Event, axum::Error>>,
+        Receiver<Arc<DecisionRecord>>,
+    ),
     filter: Filter,
-    ending: tokio_util::sync::CancellationToken,
 ) {
     let _permit = permit;
-    let mut last = filter.since;
+    // Subscribed before reading the log, so that no decision is missed in between.
+    let missed = match filter.after {
+        None | Some(0) => Vec::new(),
+        Some(_) => admin.decisions(&Filter {
+            limit: Some(EVENTS_MAX),
+            ..filter.clone()
+        }),
+    };
+    let mut last = filter.after.unwrap_or_default();
     for event in missed.iter().rev() {
         last = last.max(event.id);
-        if lines.send(line(event)).await.is_err() {
+        if events.send(event.as_sse()).await.is_err() {
             return;
         }
     }
-    if lines.send(Bytes::from_static(b": watching\n\n")).await.is_err() {
+    let watching = sse::Event::default().comment("watching");
+    if events.send(Ok(watching)).await.is_err() {
         return;
     }
     loop {
         let decision = tokio::select! {
-            () = ending.cancelled() => return,
-            () = lines.closed() => return,
-            decision = tokio::time::timeout(HEARTBEAT, news.recv()) => decision,
+            () = admin.ending.cancelled() => return,
+            () = events.closed() => return,
+            decision = news.recv() => decision,
         };
         let sent = match decision {
-            Ok(Ok(decision)) if decision.id > last && filter.admits(&decision) => {
-                lines.send(line(&Event::of(&decision))).await
+            Ok(decision) if decision.id > last && filter.admits(&decision) => {
+                events.send(Event::of(&decision).as_sse()).await
             }
-            Ok(Ok(_)) => Ok(()),
+            Ok(_) => Ok(()),
             // Decision numbers reveal the gap, and /api/v1/events?after= fills it.
-            Ok(Err(RecvError::Lagged(_))) => {
-                lines.send(Bytes::from_static(b"event: gap\ndata: {}\n\n")).await
+            Err(RecvError::Lagged(_)) => {
+                events
+                    .send(Ok(sse::Event::default().event("gap").data("{}")))
+                    .await
             }
-            Ok(Err(RecvError::Closed)) => return,
-            Err(_) => lines.send(Bytes::from_static(b": still here\n\n")).await,
+            Err(RecvError::Closed) => return,
         };
         if sent.is_err() {
             return;
@@ -253,19 +320,15 @@ async fn send(
     }
 }
 
-fn line(event: &Event) -> Bytes {
-    let data = serde_json::to_string(event).unwrap_or_default();
-    format!("id: {}\nevent: decision\ndata: {data}\n\n", event.id).into()
-}
-
 /// A client program on one machine.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct ClientView {
     pub(super) address: String,
     pub(super) kind: &'static str,
     pub(super) agent: String,
     pub(super) requests: u64,
     pub(super) pulls: u64,
+    #[schema(format = DateTime)]
     pub(super) last_at: String,
     pub(super) seconds_ago: u64,
     pub(super) last_image: Option<String>,

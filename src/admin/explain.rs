@@ -3,15 +3,22 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use axum::Json;
+use axum::extract::State;
 use http::HeaderValue;
 use serde::Serialize;
+use utoipa::ToSchema;
 
+use super::Admin;
+use super::extract::{JsonBody, Params};
 use super::format::{
     confirmed, describe_denial, describe_fetch, describe_serve, describe_young_digest, describe_youth,
     duration, rfc3339, short_digest,
 };
-use super::image_ref::ImageRef;
+use super::image_ref::{ImageQuery, ImageRef, ImageRequest};
+use super::names::{AuthorizationName, OnNotFoundName, PolicyName};
 use super::refreshes::RefreshView;
+use super::response::Problem;
 use crate::oci::{Algorithm, Digest, UpstreamFailure};
 use crate::policy::min_age::{AgeSource, Maturity, YoungDigest};
 use crate::policy::{
@@ -22,19 +29,24 @@ use crate::server::ServingState;
 use crate::store::tags::NEVER_CONFIRMED;
 
 /// Response of the explain endpoint.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Explanation {
     pub(super) image: String,
     pub(super) rule: String,
+    #[schema(value_type = PolicyName)]
     pub(super) policy: &'static str,
     pub(super) cached: Option<CachedCopy>,
-    /// `unknown`, `expired` or `granted`: what the upstream has shown about this principal's right.
+    /// State of this principal's grant: what the upstream has shown about its right.
+    #[schema(value_type = AuthorizationName)]
     pub(super) authorization: &'static str,
     pub(super) max_age_seconds: u64,
+    /// Null: no limit.
     pub(super) stale_if_error_seconds: Option<u64>,
+    #[schema(value_type = OnNotFoundName)]
     pub(super) on_not_found: &'static str,
+    /// Reason why the upstream is unavailable, if it is.
     pub(super) upstream_unavailable: Option<&'static str>,
-    /// Name of the decision's reason.
+    /// Reason of the decision, as in `Cache-Status`, log and metrics.
     pub(super) reason: &'static str,
     /// The decision as a sentence.
     pub(super) sentence: String,
@@ -49,21 +61,53 @@ pub(super) struct Explanation {
     pub(super) explanation: String,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct CachedCopy {
     pub(super) digest: String,
+    /// Null for an imported image that no upstream has confirmed.
+    #[schema(format = DateTime)]
     pub(super) confirmed_at: Option<String>,
     pub(super) complete: bool,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct WhatIf {
     pub(super) upstream_response: &'static str,
     pub(super) client_gets: String,
 }
 
+/// Explains the current decision for a client without a credential. Sends no upstream request.
+#[utoipa::path(get, path = "/api/v1/why", params(ImageQuery), responses((status = 200, body = Explanation)))]
+pub(super) async fn why(
+    State(admin): State<Admin>,
+    Params(query): Params<ImageQuery>,
+) -> Result<Json<Explanation>, Problem> {
+    let registry = admin.registry.load_full();
+    let named = ImageRef::parse(&query.image, &registry)?;
+    Ok(Json(explain(&registry, &named, None, admin.clock.now()).await))
+}
+
+/// Explains the current decision for a credential, which is neither stored nor logged.
+#[utoipa::path(
+    post,
+    path = "/api/v1/why",
+    request_body = ImageRequest,
+    responses((status = 200, body = Explanation))
+)]
+pub(super) async fn why_with_credential(
+    State(admin): State<Admin>,
+    JsonBody(request): JsonBody<ImageRequest>,
+) -> Result<Json<Explanation>, Problem> {
+    let registry = admin.registry.load_full();
+    let named = ImageRef::parse(&request.image, &registry)?;
+    let authorization = request.authorization()?;
+    Ok(Json(
+        explain(&registry, &named, authorization.as_ref(), admin.clock.now()).await,
+    ))
+}
+
 /// Explains the decision for a client with this `Authorization`. Sends no upstream request.
-pub(super) async fn explain(
+async fn explain(
     registry: &ServingState,
     named: &ImageRef,
     authorization: Option<&HeaderValue>,

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 use crate::oci::UpstreamFailure;
 use crate::policy::min_age::YoungDigest;
 use crate::policy::{DenyReason, HitReason, MissReason};
+use crate::proxy::Refreshed;
 use crate::store::tags::NEVER_CONFIRMED;
 use crate::telemetry::{BodyEnd, CacheResult, DecisionRecord};
 
@@ -228,6 +229,25 @@ pub(super) fn describe_denial(refusal: DenyReason, upstream: &str) -> String {
             )
         }
         DenyReason::Blocked(digest) => format!("deny: {digest} is blocked by the operator"),
+    }
+}
+
+/// Describes the result of a revalidation.
+pub(super) fn describe_refresh(refreshed: Refreshed, upstream: &str) -> String {
+    match refreshed {
+        Refreshed::Unchanged(_) => format!("unchanged at {upstream}"),
+        Refreshed::Newer(_) => format!("{upstream} has a newer image, which is cached now"),
+        Refreshed::TooYoung(youth) => format!(
+            "younger at {upstream} than `min_age` allows: {}",
+            describe_youth(&youth)
+        ),
+        Refreshed::Blocked(digest) => format!("{upstream} names {digest}, which is blocked and not fetched"),
+        Refreshed::NotFound => format!("deleted at {upstream}; retained until a client requests it"),
+        Refreshed::Denied => format!("{upstream} does not authorize this credential"),
+        Refreshed::Unavailable(cause) => format!("{upstream} {cause}; the cached image is kept"),
+        Refreshed::FetchFailed(cause) => {
+            format!("a newer image could not be fetched: {upstream} {cause}")
+        }
     }
 }
 

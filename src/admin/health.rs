@@ -8,14 +8,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use axum::extract::State;
+use http::header::CONTENT_TYPE;
 use http::request::Parts;
-use http::{Method, StatusCode};
+use http::{HeaderMap, HeaderName, Method, StatusCode};
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 
-use super::response::{ApiResponse, Problem, full};
-use super::{Admin, metrics};
+use super::Admin;
+use super::metrics::{OPENMETRICS, PLAIN_METRICS, wants_openmetrics};
+use super::response::Problem;
 
 /// Interval of the worker heartbeat.
 const BEAT_EVERY: Duration = Duration::from_secs(1);
@@ -27,7 +30,13 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 const PROBLEMS_TIMEOUT: Duration = Duration::from_secs(1);
 const METRICS_TIMEOUT: Duration = Duration::from_secs(5);
 
-const PLAIN: &str = "text/plain; charset=utf-8";
+/// Paths that are served on the admin thread, and without the admin token.
+pub(super) const PATHS: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
+
+/// Whether the admin thread serves this request.
+pub(super) fn is_health(head: &Parts) -> bool {
+    matches!(head.method, Method::GET | Method::HEAD) && PATHS.contains(&head.uri.path())
+}
 
 /// Heartbeat of the worker threads that serve requests.
 pub(super) struct Heartbeat {
@@ -59,33 +68,6 @@ impl Heartbeat {
     }
 }
 
-/// An endpoint served on the admin thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum HealthEndpoint {
-    /// `/healthz`
-    Alive,
-    /// `/readyz`
-    Ready,
-    /// `/metrics`
-    Metrics { as_openmetrics: bool },
-}
-
-impl HealthEndpoint {
-    pub(super) fn of(head: &Parts) -> Option<Self> {
-        if !matches!(head.method, Method::GET | Method::HEAD) {
-            return None;
-        }
-        match head.uri.path() {
-            "/healthz" => Some(Self::Alive),
-            "/readyz" => Some(Self::Ready),
-            "/metrics" => Some(Self::Metrics {
-                as_openmetrics: metrics::wants_openmetrics(head),
-            }),
-            _ => None,
-        }
-    }
-}
-
 /// Limits reads of other subsystems: one of each kind at a time.
 pub(super) struct BlockingReads {
     problems: Arc<Semaphore>,
@@ -113,15 +95,6 @@ impl Admin {
         }
     }
 
-    /// Serves a health endpoint.
-    pub(super) async fn health(&self, endpoint: HealthEndpoint) -> Result<ApiResponse, Problem> {
-        match endpoint {
-            HealthEndpoint::Alive => self.alive().map(|()| full(StatusCode::OK, PLAIN, "ok\n")),
-            HealthEndpoint::Ready => self.ready().await,
-            HealthEndpoint::Metrics { as_openmetrics } => self.metrics_response(as_openmetrics).await,
-        }
-    }
-
     fn alive(&self) -> Result<(), Problem> {
         let Some(stalled) = self.worker_heartbeat.stalled_for(Instant::now()) else {
             return Ok(());
@@ -134,38 +107,70 @@ impl Admin {
             ),
         ))
     }
+}
 
-    /// Ready while requests are served. An unavailable upstream, a slow disk or a broken index degrades the cache but
-    /// does not make it unready.
-    async fn ready(&self) -> Result<ApiResponse, Problem> {
-        self.alive()?;
-        let admin = self.clone();
-        let problems = read(&self.blocking_reads.problems, PROBLEMS_TIMEOUT, move || {
-            admin.problems()
-        })
-        .await;
-        let problems = problems
-            .unwrap_or_else(|| vec!["degraded: problems could not be read within a second".to_owned()]);
-        let mut lines = vec!["ready".to_owned()];
-        lines.extend(problems);
-        lines.push(String::new());
-        Ok(full(StatusCode::OK, PLAIN, lines.join("\n")))
-    }
+/// Liveness of the process.
+#[utoipa::path(
+    get,
+    path = "/healthz",
+    responses((status = 200, description = "ok", body = String, content_type = "text/plain; charset=utf-8"))
+)]
+pub(super) async fn healthz(State(admin): State<Admin>) -> Result<&'static str, Problem> {
+    admin.alive().map(|()| "ok\n")
+}
 
-    async fn metrics_response(&self, as_openmetrics: bool) -> Result<ApiResponse, Problem> {
-        let admin = self.clone();
-        let metrics = move || admin.metrics(as_openmetrics, admin.clock.now());
-        let measured = read(&self.blocking_reads.metrics, METRICS_TIMEOUT, metrics).await;
-        measured.ok_or_else(|| {
-            Problem::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                format!(
-                    "the metrics could not be read within {} s; /readyz says what is wrong",
-                    METRICS_TIMEOUT.as_secs()
-                ),
-            )
-        })
-    }
+/// Readiness, with the current problems.
+///
+/// An unavailable upstream, a slow disk or a broken index degrades the cache and does not make it unready.
+#[utoipa::path(
+    get,
+    path = "/readyz",
+    responses((status = 200, description = "ready", body = String, content_type = "text/plain; charset=utf-8"))
+)]
+pub(super) async fn readyz(State(admin): State<Admin>) -> Result<String, Problem> {
+    admin.alive()?;
+    let reader = admin.clone();
+    let problems = read(&admin.blocking_reads.problems, PROBLEMS_TIMEOUT, move || {
+        reader.problems()
+    })
+    .await;
+    let problems =
+        problems.unwrap_or_else(|| vec!["degraded: problems could not be read within a second".to_owned()]);
+    let mut lines = vec!["ready".to_owned()];
+    lines.extend(problems);
+    lines.push(String::new());
+    Ok(lines.join("\n"))
+}
+
+/// Metrics, as `OpenMetrics` text if the request accepts it, otherwise in the Prometheus text format.
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    responses((status = 200, content((String = OPENMETRICS), (String = PLAIN_METRICS))))
+)]
+pub(super) async fn metrics(
+    State(admin): State<Admin>,
+    headers: HeaderMap,
+) -> Result<([(HeaderName, &'static str); 1], String), Problem> {
+    let as_openmetrics = wants_openmetrics(&headers);
+    let kind = if as_openmetrics {
+        OPENMETRICS
+    } else {
+        PLAIN_METRICS
+    };
+    let reader = admin.clone();
+    let measure = move || reader.metrics(as_openmetrics, reader.clock.now());
+    let measured = read(&admin.blocking_reads.metrics, METRICS_TIMEOUT, measure).await;
+    let text = measured.ok_or_else(|| {
+        Problem::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!(
+                "the metrics could not be read within {} s; /readyz says what is wrong",
+                METRICS_TIMEOUT.as_secs()
+            ),
+        )
+    })?;
+    Ok(([(CONTENT_TYPE, kind)], text))
 }
 
 /// Runs `work` on a blocking thread; `None` on timeout. The permit is released when `work` returns.

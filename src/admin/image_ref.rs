@@ -2,8 +2,14 @@
 
 use std::sync::Arc;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use http::HeaderValue;
+use serde::Deserialize;
+use utoipa::ToSchema;
+
 use super::response::Problem;
-use crate::oci::{Query, Reference, Repository};
+use crate::oci::{Reference, Repository};
 use crate::proxy::UpstreamRegistry;
 use crate::server::ServingState;
 use crate::store::tags::TagKey;
@@ -17,11 +23,6 @@ pub(super) struct ImageRef {
 }
 
 impl ImageRef {
-    /// Parses the query parameter `image`.
-    pub(super) fn from_query(query: &Query, registry: &ServingState) -> Result<Self, Problem> {
-        Self::parse(query.get("image").unwrap_or_default(), registry)
-    }
-
     /// Parses `docker.io/library/alpine:3.20` and the short forms that docker accepts.
     pub(super) fn parse(image: &str, registry: &ServingState) -> Result<Self, Problem> {
         if image.is_empty() {
@@ -132,5 +133,51 @@ fn unknown_upstream(name: &str, registry: &ServingState) -> Problem {
     Problem {
         nearest: near.names(),
         ..Problem::bad_request(format!("`{name}` is not a configured upstream"))
+    }
+}
+
+/// An image in a query.
+#[derive(Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct ImageQuery {
+    /// Image reference, for example docker.io/library/alpine:3.20; docker's short forms are accepted.
+    #[serde(default)]
+    #[param(required = true)]
+    pub(super) image: String,
+}
+
+/// An image, and an optional credential, which is neither stored nor logged.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ImageRequest {
+    pub(super) image: String,
+    username: Option<String>,
+    password: Option<String>,
+    /// Complete `Authorization` value instead of username and password.
+    authorization: Option<String>,
+    /// For pulls: a platform such as linux/amd64, or all. Default: the platform of this machine.
+    pub(super) platforms: Option<Vec<String>>,
+}
+
+impl ImageRequest {
+    /// The credential as an `Authorization` value.
+    pub(super) fn authorization(&self) -> Result<Option<HeaderValue>, Problem> {
+        let text = match (&self.authorization, &self.username) {
+            (Some(_), Some(_)) => {
+                return Err(Problem::bad_request(
+                    "give either a username and password, or authorization",
+                ));
+            }
+            (Some(text), None) => text.clone(),
+            (None, Some(username)) => {
+                let pair = format!("{username}:{}", self.password.as_deref().unwrap_or_default());
+                format!("Basic {}", STANDARD.encode(pair))
+            }
+            (None, None) => return Ok(None),
+        };
+        let mut value = HeaderValue::from_str(&text)
+            .map_err(|_| Problem::bad_request("the credential is not a valid header value"))?;
+        value.set_sensitive(true);
+        Ok(Some(value))
     }
 }

@@ -1,35 +1,47 @@
-//! Cached images: list, details, removal and pins.
+//! Cached images: the list. `details` has one image, `delete` removes images.
+
+mod delete;
+mod details;
 
 use std::cmp::Reverse;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;
-use serde::Serialize;
-use serde_json::json;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
+use super::Admin;
+use super::extract::{Params, lowercase, number};
 use super::format::{confirmed, describe_youth, rfc3339};
-use super::image_ref::{ImageRef, Nearest, full_name};
+use super::image_ref::{Nearest, full_name};
+use super::names::PolicyName;
 use super::refreshes::RefreshView;
-use super::response::{ApiResponse, Problem, json_response};
-use crate::oci::manifest::{DescriptorKind, ManifestKind};
-use crate::oci::{AnyDigest, Digest, Query, Reference, Repository};
+use super::response::{Problem, blocking};
+use crate::oci::manifest::ManifestKind;
 use crate::server::ServingState;
 use crate::store::Store;
 use crate::store::access_times::ContentId;
 use crate::store::manifests::StoredManifest;
 use crate::store::pins::Pin;
-use crate::store::tags::{HistoryEntry, NEVER_CONFIRMED, ResolvedTag, TagKey, TagReader, TagRecord};
+use crate::store::tags::{NEVER_CONFIRMED, ResolvedTag, TagKey, TagReader};
 use crate::store::usage_report::{ReferenceCounts, TagUsage};
 use crate::store::verdicts::VerdictKind;
+
+pub(super) use delete::*;
+pub(super) use details::*;
 
 /// Maximum page size of the image list.
 pub(super) const IMAGES_MAX: usize = 1_000;
 
 /// One image of the list.
-#[derive(Clone, Serialize)]
+#[derive(Clone, Serialize, ToSchema)]
 pub(super) struct Image {
+    /// Full name, for example docker.io/library/alpine:3.20.
     #[serde(rename = "image")]
     pub(super) name: String,
     pub(super) upstream: String,
@@ -40,18 +52,24 @@ pub(super) struct Image {
     pub(super) media_type: String,
     /// Platforms that are completely cached.
     pub(super) platforms: Vec<String>,
-    /// Whether the image is completely cached.
+    /// Whether it can be pulled without the upstream.
     pub(super) complete: bool,
+    /// Size of its cached content.
     pub(super) bytes: u64,
-    /// Bytes of objects that no other image uses.
+    /// Size of the content that no other image uses.
     pub(super) unique_bytes: u64,
+    /// Null for an imported image that no upstream has confirmed.
+    #[schema(format = DateTime)]
     pub(super) confirmed_at: Option<String>,
     pub(super) confirmed_seconds_ago: Option<u64>,
-    /// Time until which it is served without revalidation.
+    /// End of its freshness (`max_age`). Null if the next pull revalidates it.
+    #[schema(format = DateTime)]
     pub(super) fresh_until: Option<String>,
-    /// Time of the last pull of its manifest, or of its storage.
+    /// Last time that a client got its manifest, or that the cache fetched it.
+    #[schema(format = DateTime)]
     pub(super) last_pulled_at: Option<String>,
     pub(super) rule: String,
+    #[schema(value_type = PolicyName)]
     pub(super) policy: &'static str,
     /// Pinned: excluded from eviction.
     pub(super) pinned: bool,
@@ -63,86 +81,77 @@ pub(super) struct Image {
     pub(super) refresh: Option<RefreshView>,
 }
 
-/// Details of one image.
-#[derive(Serialize)]
-pub(super) struct ImageDetails {
-    #[serde(flatten)]
-    pub(super) image: Image,
-    /// One variant for each set of accepted media types.
-    pub(super) variants: Vec<Variation>,
-    /// Manifests, configs and layers of the image.
-    pub(super) contents: Vec<Part>,
-    /// Previous digests of the tag, most recent first.
-    pub(super) history: Vec<PastImage>,
-    pub(super) grants: usize,
-    /// Time at which the repository was last confirmed to be public.
-    pub(super) public_since: Option<String>,
-}
-
-#[derive(Serialize)]
-pub(super) struct Variation {
-    pub(super) digest: String,
-    pub(super) media_type: String,
-    pub(super) cached: bool,
-    pub(super) complete: bool,
-    pub(super) confirmed_at: Option<String>,
-    pub(super) first_seen_at: String,
-    /// The last complete image that the tag named before.
-    pub(super) previous: Option<PreviousImage>,
-}
-
-#[derive(Serialize)]
-pub(super) struct PastImage {
-    pub(super) digest: String,
-    pub(super) first_seen_at: String,
-    pub(super) confirmed_at: String,
-}
-
-/// The last complete image before the current one.
-#[derive(Serialize)]
-pub(super) struct PreviousImage {
-    pub(super) digest: String,
-    pub(super) confirmed_at: Option<String>,
-}
-
-#[derive(Serialize)]
-pub(super) struct Part {
-    pub(super) digest: String,
-    /// `manifest`, `config` or `layer`.
-    pub(super) role: &'static str,
-    pub(super) platform: Option<String>,
-    pub(super) bytes: Option<u64>,
-    pub(super) cached: bool,
-    /// Number of other images that use it.
-    pub(super) shared_with: usize,
+/// The page of images.
+#[derive(Serialize, ToSchema)]
+#[schema(as = Images)]
+pub(super) struct ImageList {
+    images: Vec<Image>,
+    total: usize,
+    /// `offset` of the next page.
+    next: Option<usize>,
 }
 
 /// Filter, order and page of the image list.
+#[derive(Default, Deserialize, utoipa::IntoParams)]
+#[serde(default)]
+#[into_params(parameter_in = Query)]
 pub(super) struct ListQuery {
+    /// Substring of the name.
+    #[serde(deserialize_with = "lowercase")]
     filter: String,
-    upstream: Option<String>,
-    by: Sort,
-    pub(super) offset: usize,
-    pub(super) limit: usize,
+    /// Only images of this upstream.
+    upstream: String,
+    /// Order: name, size (largest first) or confirmed (newest first).
+    #[param(inline)]
+    sort: Sort,
+    /// Number of images to skip.
+    #[serde(deserialize_with = "number")]
+    #[param(value_type = usize, required = false)]
+    offset: Option<usize>,
+    /// Maximum number of images; default 1000.
+    #[serde(deserialize_with = "number")]
+    #[param(value_type = usize, required = false)]
+    limit: Option<usize>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(try_from = "String")]
+#[schema(rename_all = "lowercase")]
 enum Sort {
+    #[default]
     Name,
     Size,
     Confirmed,
 }
 
-impl Default for ListQuery {
-    fn default() -> Self {
-        Self {
-            filter: String::new(),
-            upstream: None,
-            by: Sort::Name,
-            offset: 0,
-            limit: IMAGES_MAX,
+impl TryFrom<String> for Sort {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match &*text {
+            "name" => Ok(Self::Name),
+            "size" => Ok(Self::Size),
+            "confirmed" => Ok(Self::Confirmed),
+            other => Err(format!("is name, size or confirmed, not `{other}`")),
         }
     }
+}
+
+/// List of the cached images.
+#[utoipa::path(get, path = "/api/v1/images", params(ListQuery), responses((status = 200, body = ImageList)))]
+pub(super) async fn list_images(
+    State(admin): State<Admin>,
+    Params(query): Params<ListQuery>,
+) -> Result<Response, Problem> {
+    let (registry, now) = (admin.registry.load_full(), admin.clock.now());
+    // A long list is serialized on the blocking thread too.
+    blocking(move || {
+        let (images, total) = list(&registry, &query, now);
+        let end = query.offset() + images.len();
+        let next = (!images.is_empty() && end < total).then_some(end);
+        Ok(Json(ImageList { images, total, next }).into_response())
+    })
+    .await
 }
 
 impl ListQuery {
@@ -150,54 +159,31 @@ impl ListQuery {
     pub(super) fn by_name(filter: &str, offset: usize, limit: usize) -> Self {
         Self {
             filter: filter.to_lowercase(),
-            offset,
-            limit,
+            offset: Some(offset),
+            limit: Some(limit),
             ..Self::default()
         }
     }
 
-    pub(super) fn read(query: &Query) -> Result<Self, Problem> {
-        let number = |name: &str, otherwise: usize| match query.get(name) {
-            None | Some("") => Ok(otherwise),
-            Some(text) => text
-                .parse::<usize>()
-                .map_err(|_| Problem::bad_request(format!("`{name}` is a number, not `{text}`"))),
-        };
-        let by = match query.get("sort").unwrap_or("name") {
-            "name" => Sort::Name,
-            "size" => Sort::Size,
-            "confirmed" => Sort::Confirmed,
-            other => {
-                return Err(Problem::bad_request(format!(
-                    "`sort` is name, size or confirmed, not `{other}`"
-                )));
-            }
-        };
-        Ok(Self {
-            filter: query.get("filter").unwrap_or_default().to_lowercase(),
-            upstream: query
-                .get("upstream")
-                .filter(|name| !name.is_empty())
-                .map(str::to_owned),
-            by,
-            offset: number("offset", 0)?,
-            limit: number("limit", IMAGES_MAX)?.clamp(1, IMAGES_MAX),
-        })
-    }
-}
-
-impl ListQuery {
     fn is_all(&self) -> bool {
-        self.filter.is_empty() && self.upstream.is_none()
+        self.filter.is_empty() && self.upstream.is_empty()
     }
 
     fn matches(&self, key: &TagKey) -> bool {
-        self.upstream.as_deref().is_none_or(|name| name == &*key.upstream)
+        (self.upstream.is_empty() || *self.upstream == *key.upstream)
             && (self.filter.is_empty() || full_name(key).to_lowercase().contains(&self.filter))
     }
 
+    fn offset(&self) -> usize {
+        self.offset.unwrap_or_default()
+    }
+
+    fn limit(&self) -> usize {
+        self.limit.unwrap_or(IMAGES_MAX).clamp(1, IMAGES_MAX)
+    }
+
     fn end(&self) -> usize {
-        self.offset.saturating_add(self.limit)
+        self.offset().saturating_add(self.limit())
     }
 }
 
@@ -205,17 +191,17 @@ impl ListQuery {
 pub(super) fn list(registry: &ServingState, query: &ListQuery, now: SystemTime) -> (Vec<Image>, usize) {
     let store = registry.proxy.store().blocking();
     let usage = store.usage();
-    let (page, total) = if query.by == Sort::Name && query.is_all() && usage.is_complete {
-        let page = store.tag_usages(query.offset, query.limit);
+    let (page, total) = if query.sort == Sort::Name && query.is_all() && usage.is_complete {
+        let page = store.tag_usages(query.offset(), query.limit());
         let counted = usize::try_from(usage.tags).unwrap_or(usize::MAX);
         let seen = if page.is_empty() {
             0
         } else {
-            query.offset + page.len()
+            query.offset() + page.len()
         };
         (page, counted.max(seen))
     } else {
-        let (keys, total) = match query.by {
+        let (keys, total) = match query.sort {
             Sort::Name => first_by_name(store, query),
             Sort::Size => first_by(store, query, TagUsage::bytes),
             Sort::Confirmed => first_by(store, query, |image| {
@@ -240,7 +226,7 @@ fn first_by_name(store: &Store, query: &ListQuery) -> (Vec<TagKey>, usize) {
     let (mut page, mut total) = (Vec::new(), 0);
     store.each_tag(|key, _| {
         if query.matches(&key) {
-            if (query.offset..query.end()).contains(&total) {
+            if (query.offset()..query.end()).contains(&total) {
                 page.push(key);
             }
             total += 1;
@@ -272,68 +258,8 @@ fn first_by<W: Ord>(
         ControlFlow::Continue(())
     });
     first.sort();
-    let page = first.into_iter().take(end).skip(query.offset);
+    let page = first.into_iter().take(end).skip(query.offset());
     (page.map(|(_, key)| key).collect(), total)
-}
-
-/// The list as a JSON response.
-pub(super) fn list_response(registry: &ServingState, query: &ListQuery, now: SystemTime) -> ApiResponse {
-    let (images, total) = list(registry, query, now);
-    let end = query.offset + images.len();
-    let next = (!images.is_empty() && end < total).then_some(end);
-    json_response(&json!({ "images": images, "total": total, "next": next }))
-}
-
-/// The details of one image.
-pub(super) fn details(
-    registry: &ServingState,
-    named: &ImageRef,
-    now: SystemTime,
-) -> Result<ImageDetails, Problem> {
-    let Some(key) = named.tag_key() else {
-        return Err(Problem::bad_request("a tag is required: a digest has no history"));
-    };
-    let store = registry.proxy.store().blocking();
-    let Some(stocked) = store.tag_usage(&key)? else {
-        return Err(not_cached(&key, store));
-    };
-    let (stocked, shares) = (&stocked, store.reference_counts());
-    let image = summary(registry, &shares, stocked, now).ok_or_else(|| not_cached(&key, store))?;
-    let held = |digest: &Digest| store.manifest(digest).ok().flatten();
-    let whole = |manifest: &StoredManifest| {
-        store.is_image_complete(&key.upstream, &key.repository, manifest, &|_| false)
-    };
-    let variants = stocked.record.variants.iter().map(|variant| {
-        let manifest = held(&variant.digest);
-        Variation {
-            digest: variant.digest.to_string(),
-            media_type: variant.media_type.as_str().to_owned(),
-            cached: manifest.is_some(),
-            complete: manifest.is_some_and(|manifest| whole(&manifest)),
-            confirmed_at: confirmed(variant.confirmed_at),
-            first_seen_at: rfc3339(variant.first_seen_at),
-            previous: variant.previous.as_ref().map(|earlier| PreviousImage {
-                digest: earlier.digest.to_string(),
-                confirmed_at: confirmed(earlier.confirmed_at),
-            }),
-        }
-    });
-    let mut parts = Vec::new();
-    if let Some(manifest) = newest(registry, stocked).and_then(|named| held(&named.digest)) {
-        collect_parts(registry, &shares, stocked, &manifest, None, &mut parts);
-    }
-    Ok(ImageDetails {
-        image,
-        variants: variants.collect(),
-        contents: parts,
-        history: store
-            .tag(&key)
-            .ok()
-            .flatten()
-            .map_or_else(Vec::new, |record| history(&record)),
-        grants: store.grants_count(&key.upstream, &key.repository),
-        public_since: store.public_since(&key.upstream, &key.repository).map(rfc3339),
-    })
 }
 
 pub(super) fn not_cached(key: &TagKey, store: &Store) -> Problem {
@@ -347,22 +273,6 @@ pub(super) fn not_cached(key: &TagKey, store: &Store) -> Problem {
         nearest: near.names(),
         ..Problem::new(StatusCode::NOT_FOUND, format!("{name} is not cached"))
     }
-}
-
-/// Previous digests of all variants, most recent first.
-fn history(record: &TagRecord) -> Vec<PastImage> {
-    let mut all: Vec<&HistoryEntry> = record
-        .variants
-        .iter()
-        .flat_map(|variant| &variant.history)
-        .collect();
-    all.sort_by_key(|past| Reverse(past.confirmed_at));
-    let views = all.iter().map(|past| PastImage {
-        digest: past.digest.to_string(),
-        first_seen_at: rfc3339(past.first_seen_at),
-        confirmed_at: rfc3339(past.confirmed_at),
-    });
-    views.collect()
 }
 
 /// The image that a current client gets for the tag.
@@ -446,135 +356,4 @@ fn platforms(registry: &ServingState, key: &TagKey, manifest: &Arc<StoredManifes
     let whole = view.complete_children(&key.upstream, &key.repository, manifest);
     let named = whole.filter_map(|child| child.platform.as_ref().map(ToString::to_string));
     named.collect()
-}
-
-/// Collects the children of a manifest. For an index, these are its manifests and the children of the cached ones.
-fn collect_parts(
-    registry: &ServingState,
-    shares: &ReferenceCounts,
-    image: &TagUsage,
-    manifest: &StoredManifest,
-    platform: Option<&str>,
-    parts: &mut Vec<Part>,
-) {
-    for child in &manifest.manifest.descriptors {
-        let known = match &child.digest {
-            AnyDigest::Supported(digest) => Some(*digest),
-            AnyDigest::Unsupported(_) => None,
-        };
-        let content = known.and_then(|digest| image.content.get(&digest));
-        let own_platform = child.platform.as_ref().map(ToString::to_string);
-        let platform = own_platform.as_deref().or(platform);
-        parts.push(Part {
-            digest: child.digest.to_string(),
-            role: match child.kind {
-                DescriptorKind::Manifest => "manifest",
-                DescriptorKind::Config => "config",
-                DescriptorKind::Layer => "layer",
-            },
-            platform: platform.map(str::to_owned),
-            bytes: content.map(|content| content.bytes).or(child.size),
-            cached: content.is_some(),
-            shared_with: known.map_or(0, |digest| shares.count(&digest).saturating_sub(1)),
-        });
-        // Two levels cover an index and its images; deeper levels are not shown.
-        let is_index = manifest.manifest.kind == ManifestKind::Index;
-        if let (true, DescriptorKind::Manifest, Some(digest)) = (is_index, child.kind, known)
-            && let Ok(Some(held)) = registry.proxy.store().blocking().manifest(&digest)
-            && held.manifest.kind != ManifestKind::Index
-        {
-            collect_parts(registry, shares, image, &held, platform, parts);
-        }
-    }
-}
-
-/// Removes a tag, or all tags of a repository. With `is_trial`, only reports what that would free.
-pub(super) fn remove(
-    registry: &ServingState,
-    named: &ImageRef,
-    all_tags: bool,
-    is_trial: bool,
-) -> Result<ApiResponse, Problem> {
-    let store = registry.proxy.store().blocking();
-    let (upstream, repository) = (named.upstream_registry.name(), &named.repository);
-    let keys: Vec<TagKey> = match (all_tags, &named.reference) {
-        (true, _) => tags_of(store, upstream, repository),
-        (false, Reference::Tag(_)) => {
-            let key = named.tag_key();
-            let held = key.filter(|key| matches!(store.tag(key), Ok(Some(_))));
-            held.into_iter().collect()
-        }
-        (false, Reference::Digest(_)) => {
-            return Err(Problem::bad_request(
-                "a tag is required, or a repository with all_tags=true",
-            ));
-        }
-    };
-    if keys.is_empty() {
-        return Err(match named.tag_key() {
-            Some(key) => not_cached(&key, store),
-            None => Problem::not_found(format!("no tag of {upstream}/{repository} is cached")),
-        });
-    }
-    let pinned = keys.iter().find(|key| store.is_pinned(&Pin::Tag((*key).clone())));
-    if let (Some(key), false) = (pinned, is_trial) {
-        return Err(Problem::new(
-            StatusCode::CONFLICT,
-            format!("{} is pinned; unpin it first", full_name(key)),
-        ));
-    }
-    let freed = store.delete_images(&keys, is_trial)?;
-    if !is_trial {
-        tracing::info!(image = %named, tags = freed.tags, bytes = freed.bytes, "images removed on request");
-    }
-    Ok(json_response(&json!({
-        "dry_run": is_trial,
-        "images": keys.iter().map(full_name).collect::<Vec<_>>(),
-        "tags": freed.tags,
-        "manifests": freed.manifests,
-        "blobs": freed.blobs,
-        "bytes_freed": freed.bytes,
-    })))
-}
-
-fn tags_of(store: &Store, upstream: &str, repository: &Repository) -> Vec<TagKey> {
-    let mut keys = Vec::new();
-    store.each_tag(|key, _| {
-        if &*key.upstream == upstream && key.repository == *repository {
-            keys.push(key);
-        }
-        ControlFlow::Continue(())
-    });
-    keys
-}
-
-/// Names of all pinned tags and digests.
-pub(super) fn pins(registry: &ServingState) -> Vec<String> {
-    let pins = registry.proxy.store().blocking().pins();
-    let name = |pin: &Pin| match pin {
-        Pin::Tag(key) => full_name(key),
-        Pin::Digest(digest) => digest.to_string(),
-    };
-    pins.iter().map(name).collect()
-}
-
-/// Pins a tag or a digest, or removes the pin. A pinned tag protects its current and later images. Returns the
-/// previous state. The image need not be cached yet.
-pub(super) fn pin(registry: &ServingState, named: &ImageRef, pinned: bool) -> Result<bool, Problem> {
-    let pin = match (named.tag_key(), &named.reference) {
-        (Some(key), _) => Pin::Tag(key),
-        (None, Reference::Digest(AnyDigest::Supported(digest))) => Pin::Digest(*digest),
-        (None, _) => {
-            return Err(Problem::bad_request(
-                "digests of this algorithm cannot be verified, so they are not cached",
-            ));
-        }
-    };
-    let store = registry.proxy.store().blocking();
-    let was_news = if pinned {
-        store.pin(&pin)?
-    } else {
-        store.unpin(&pin)?
-    };
-    Ok(was_news != pinned)
 }

@@ -1,7 +1,7 @@
 //! Admin listener: its own thread, runtime and connections.
 //!
 //! Health and metrics are served on this thread (`health`). Other requests run on the main runtime, so that they do
-//! not delay health checks.
+//! not delay health checks. The checks of `auth` come before the router, so that no route is without them.
 //!
 //! Connections are limited in total and per address (`server::connections`); an address at its limit gets its oldest
 //! idle connection closed. Requests and event streams have lower limits than connections, so that a health check
@@ -14,8 +14,12 @@ use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use axum::Router;
+use axum::body::Body;
+use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
-use http::{Request, Response};
+use http::header::ALLOW;
+use http::{Request, StatusCode};
 use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -26,12 +30,14 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::{Builder, Handle as Runtime};
 use tokio::sync::oneshot;
 use tokio_util::task::AbortOnDropHandle;
+use tower_service::Service as _;
 
 use super::Admin;
 use super::auth::{Caller, ListenerKind};
 use super::concurrency_limit::{ConcurrencyLimit, Permit};
-use super::health::{HealthEndpoint, READS_MAX};
-use super::response::{ApiResponse, Body, Problem};
+use super::health::{READS_MAX, is_health};
+use super::response::{Pace, Problem, with_fixed_headers};
+use super::router::{self, READ_METHODS};
 use crate::server::connections::{Bounds, Connections, Entering, InFlight, Slot};
 use crate::server::{IdlePause, IdlePauseGuard, IdleTimeoutStream};
 
@@ -135,6 +141,8 @@ struct AdminServer {
     workers: Runtime,
     connections: Connections,
     requests: ConcurrencyLimit,
+    health: Router,
+    api: Router,
 }
 
 impl AdminServer {
@@ -149,6 +157,8 @@ impl AdminServer {
         Self {
             connections: Connections::new("admin", bounds, admin.telemetry.clone()),
             requests: ConcurrencyLimit::new(connections / 2, connections / 4),
+            health: router::health_service(&admin),
+            api: router::api_service(&admin),
             admin,
             workers,
         }
@@ -218,8 +228,8 @@ impl AdminServer {
             let (busy, unhurried) = (handle.request(), idle_pause.pause());
             let server = self.clone();
             async move {
-                let reply = server.respond(request, caller).await;
-                Ok::<_, Infallible>(reply.map(|reply| reply.for_connection(busy, unhurried)))
+                let (reply, permit) = server.respond(request, caller).await;
+                Ok::<_, Infallible>(for_connection(reply, permit, busy, unhurried))
             }
         });
         let stream = TokioIo::new(IdleTimeoutStream::new(stream, IDLE_TIMEOUT, idle_pause.clone()));
@@ -241,69 +251,71 @@ impl AdminServer {
         }
     }
 
-    /// Serves one request.
-    async fn respond(&self, request: Request<Incoming>, caller: Caller) -> Response<PermittedBody> {
-        let (head, body) = request.into_parts();
-        let (admin, auth) = (&self.admin, &self.admin.auth);
-        if let Some(endpoint) = HealthEndpoint::of(&head) {
-            let reply = match auth.authorize(&head, caller, &admin.telemetry) {
-                Ok(()) => admin.health(endpoint).await,
-                Err(problem) => Err(problem),
-            };
-            return Admin::finish(&head, reply).map(PermittedBody::without_permit);
-        }
-        let Some(permit) = self.requests.try_acquire(caller.client) else {
-            let problem = Problem::busy("too many concurrent admin requests, in total or from this address");
-            return Admin::finish(&head, Err(problem)).map(PermittedBody::without_permit);
+    /// Serves one request. Returns the response, and the permit that the request holds until its end.
+    async fn respond(&self, request: Request<Incoming>, caller: Caller) -> (Response, Option<Permit>) {
+        let (reply, permit) = match self.check_and_route(request, caller).await {
+            Ok(answered) => answered,
+            // The router, which knows the methods of each path, was not asked.
+            Err(problem) if problem.status == StatusCode::METHOD_NOT_ALLOWED => {
+                (([(ALLOW, READ_METHODS)], problem).into_response(), None)
+            }
+            Err(problem) => (problem.into_response(), None),
         };
+        (with_fixed_headers(reply), permit)
+    }
+
+    async fn check_and_route(
+        &self,
+        request: Request<Incoming>,
+        caller: Caller,
+    ) -> Result<(Response, Option<Permit>), Problem> {
+        let (mut head, body) = request.into_parts();
+        let (auth, telemetry) = (&self.admin.auth, &self.admin.telemetry);
+        if is_health(&head) {
+            auth.authorize(&head, caller, telemetry)?;
+            return Ok((
+                answer(self.health.clone(), Request::from_parts(head, body)).await,
+                None,
+            ));
+        }
+        let permit = self.requests.try_acquire(caller.client).ok_or_else(|| {
+            Problem::busy("too many concurrent admin requests, in total or from this address")
+        })?;
         if let Some(delay) = auth.delay(&head, caller) {
             tokio::time::sleep(delay).await;
         }
-        if let Err(problem) = auth.authorize(&head, caller, &admin.telemetry) {
-            return Admin::finish(&head, Err(problem)).map(PermittedBody::without_permit);
-        }
-        let admin = self.admin.clone();
+        auth.authorize(&head, caller, telemetry)?;
+        head.extensions.insert(caller);
+        let answered = self
+            .workers
+            .spawn(answer(self.api.clone(), Request::from_parts(head, body)));
         // Aborted when the client disconnects.
-        let answered = AbortOnDropHandle::new(self.workers.spawn(async move {
-            let reply = admin.route(&head, body, caller.client).await;
-            Admin::finish(&head, reply)
-        }));
-        let reply: ApiResponse = match answered.await {
-            Ok(reply) => reply,
-            Err(_) => Problem::task_failed().response(),
-        };
-        reply.map(|body| PermittedBody {
-            body,
-            permit: Some(permit),
-        })
+        let reply = AbortOnDropHandle::new(answered).await;
+        let reply = reply.unwrap_or_else(|_| Problem::task_failed().into_response());
+        Ok((reply, Some(permit)))
     }
 }
 
-/// A response body with the permit of its request.
-struct PermittedBody {
-    body: Body,
+async fn answer(mut router: Router, request: Request<Incoming>) -> Response {
+    let Ok(reply) = router.call(request).await;
+    reply
+}
+
+/// Attaches the guards that are dropped at the end of the body. An event stream releases the request permit, because it has a
+/// permit of its own. Archives pause the idle timer, because a disk or pipe sets their pace.
+fn for_connection(
+    reply: Response,
     permit: Option<Permit>,
-}
-
-impl PermittedBody {
-    fn without_permit(body: Body) -> Self {
-        Self { body, permit: None }
-    }
-
-    /// Attaches the guards that are dropped at the end of the body. An event stream releases the request permit, because it has a
-    /// permit of its own. Archives pause the idle timer, because a disk or pipe sets their pace.
-    fn for_connection(self, busy: InFlight, unhurried: IdlePauseGuard) -> ConnectionBody {
-        let (is_live, is_piped) = (
-            matches!(self.body, Body::Events(_)),
-            matches!(self.body, Body::Stream(_)),
-        );
-        ConnectionBody {
-            body: self.body,
-            _permit: self.permit.filter(|_| !is_live),
-            _busy: busy,
-            _unhurried: is_piped.then_some(unhurried),
-        }
-    }
+    busy: InFlight,
+    unhurried: IdlePauseGuard,
+) -> http::Response<ConnectionBody> {
+    let pace = reply.extensions().get::<Pace>().copied();
+    reply.map(|body| ConnectionBody {
+        body,
+        _permit: permit.filter(|_| pace != Some(Pace::Events)),
+        _busy: busy,
+        _unhurried: (pace == Some(Pace::Archive)).then_some(unhurried),
+    })
 }
 
 /// A response body with the guards that are released at its end.
@@ -316,12 +328,12 @@ struct ConnectionBody {
 
 impl http_body::Body for ConnectionBody {
     type Data = Bytes;
-    type Error = io::Error;
+    type Error = axum::Error;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         Pin::new(&mut self.body).poll_frame(context)
     }
 

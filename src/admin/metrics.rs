@@ -2,25 +2,23 @@
 
 use std::time::SystemTime;
 
-use http::StatusCode;
+use http::HeaderMap;
 use http::header::ACCEPT;
-use http::request::Parts;
 
-use super::response::{ApiResponse, full};
 use super::{Admin, upstreams};
 use crate::queue::{Class, Counts, Queue};
 use crate::server::ServingState;
 use crate::telemetry::{Gauges, QueueGauges};
 
 /// Content type of the Prometheus text format, for clients that do not accept `OpenMetrics`.
-const PLAIN_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
+pub(super) const PLAIN_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Content type of `OpenMetrics`, which Prometheus requests.
-const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+pub(super) const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Whether the client accepts `OpenMetrics`.
-pub(super) fn wants_openmetrics(head: &Parts) -> bool {
-    let accepted = head.headers.get_all(ACCEPT).iter();
+pub(super) fn wants_openmetrics(headers: &HeaderMap) -> bool {
+    let accepted = headers.get_all(ACCEPT).iter();
     accepted
         .filter_map(|line| line.to_str().ok())
         .any(|line| line.contains("application/openmetrics-text"))
@@ -28,20 +26,12 @@ pub(super) fn wants_openmetrics(head: &Parts) -> bool {
 
 impl Admin {
     /// May block on locks.
-    pub(super) fn metrics(&self, as_openmetrics: bool, now: SystemTime) -> ApiResponse {
+    pub(super) fn metrics(&self, as_openmetrics: bool, now: SystemTime) -> String {
         let gauges = self.gauges(now);
         if as_openmetrics {
-            full(
-                StatusCode::OK,
-                OPENMETRICS,
-                self.telemetry.open_metrics_text(&gauges),
-            )
+            self.telemetry.open_metrics_text(&gauges)
         } else {
-            full(
-                StatusCode::OK,
-                PLAIN_METRICS,
-                self.telemetry.prometheus_text(&gauges),
-            )
+            self.telemetry.prometheus_text(&gauges)
         }
     }
 

@@ -10,25 +10,43 @@ mod snippets;
 mod upstreams;
 mod verdicts;
 
-use http::StatusCode;
-use http::header::HOST;
-use http::request::Parts;
+use axum::extract::State;
+use axum::response::{Html, IntoResponse, Redirect};
+use http::HeaderMap;
+use http::header::{CONTENT_TYPE, HOST};
 use maud::{DOCTYPE, Markup, html};
+use serde::Deserialize;
 
 use super::events::Filter;
-use super::format::{bytes, describe_youth, duration};
+use super::extract::{FormBody, Params, number};
+use super::format::{bytes, describe_refresh, duration};
 use super::image_ref::ImageRef;
 use super::images::{self, ListQuery};
 use super::pull_jobs::Platforms;
-use super::response::{ApiResponse, Problem, full, see_other};
-use super::router::blocking;
+use super::response::{Problem, blocking};
+use super::transfers::running;
 use super::{Admin, status};
-use crate::oci::Query;
-use crate::proxy::Refreshed;
 
-pub(super) const STYLE: &str = include_str!("page/style.css");
-pub(super) const SCRIPT: &str = include_str!("page/live.js");
-pub(super) const ICON: &str = include_str!("page/icon.svg");
+/// The stylesheet of the page.
+pub(super) async fn style() -> impl IntoResponse {
+    (
+        [(CONTENT_TYPE, "text/css; charset=utf-8")],
+        include_str!("page/style.css"),
+    )
+}
+
+/// The script of the page.
+pub(super) async fn script() -> impl IntoResponse {
+    (
+        [(CONTENT_TYPE, "text/javascript; charset=utf-8")],
+        include_str!("page/live.js"),
+    )
+}
+
+/// The icon of the page.
+pub(super) async fn icon() -> impl IntoResponse {
+    ([(CONTENT_TYPE, "image/svg+xml")], include_str!("page/icon.svg"))
+}
 
 /// Images per page.
 const IMAGES_SHOWN: usize = 50;
@@ -37,25 +55,28 @@ const IMAGES_SHOWN: usize = 50;
 const DECISIONS_SHOWN: usize = 15;
 
 /// The page at `/`.
-pub(super) async fn page(admin: &Admin, query: &Query, head: &Parts) -> Result<ApiResponse, Problem> {
+pub(super) async fn page(
+    State(admin): State<Admin>,
+    Params(shown): Params<PageQuery>,
+    headers: HeaderMap,
+) -> Result<Html<String>, Problem> {
     let now = admin.clock.now();
     let registry = admin.registry.load_full();
-    let shown = PageQuery::read(query)?;
+    let from = shown.from.unwrap_or_default();
     let listed = {
         let (registry, wanted) = (
             registry.clone(),
-            ListQuery::by_name(&shown.images, shown.from, IMAGES_SHOWN),
+            ListQuery::by_name(&shown.images, from, IMAGES_SHOWN),
         );
         blocking(move || Ok(images::list(&registry, &wanted, now))).await?
     };
-    let confirm = match &shown.remove {
-        Some(image) => Some(removal_preview(admin, image).await?),
-        None => None,
+    let confirm = match &*shown.remove {
+        "" => None,
+        image => Some(removal_preview(&admin, image).await?),
     };
     let secret = admin.auth.form_secret();
     let status = admin.status(now);
-    let host = head
-        .headers
+    let host = headers
         .get(HOST)
         .and_then(|host| host.to_str().ok())
         .unwrap_or_default();
@@ -75,60 +96,38 @@ pub(super) async fn page(admin: &Admin, query: &Query, head: &Parts) -> Result<A
                 a.skip href="#main" { "Skip to the content" }
                 (sections::header(&status, &secret))
                 main #main {
-                    @if let Some(text) = admin.flash.get(shown.notice) { p.notice role="status" { (text) } }
+                    @if let Some(text) = admin.flash.get(shown.notice.unwrap_or_default()) { p.notice role="status" { (text) } }
                     @if let Some(trial) = &confirm { (sections::confirm(trial, &secret)) }
                     (sections::numbers(&status))
                     (plot::section(&admin.series(status::HOUR, now), &admin.series(status::DAY, now)))
-                    (sections::transfers(&status::transfers(&registry), &admin.pull_jobs.list(registry.proxy.downloads())))
+                    (sections::transfers(&running(&registry), &admin.pull_jobs.list(registry.proxy.downloads())))
                     (sections::decisions(&admin.decisions(&Filter::newest(DECISIONS_SHOWN, &shown.decisions)), &shown))
                     (sections::images(&listed, &shown, IMAGES_SHOWN, &secret))
                     (verdicts::section(&registry, &secret))
                     div.pair {
-                        (upstreams::section(&super::upstreams::to_json(&registry, now)))
+                        (upstreams::section(&super::upstreams::views(&registry, now)))
                         (sections::clients(&admin.clients_seen(now)))
                     }
-                    (snippets::section(&snippets::address(admin, host), admin.ca.is_some()))
+                    (snippets::section(&snippets::address(&admin, host), admin.ca.is_some()))
                 }
                 (sections::footer(&status))
             }
         }
     };
-    Ok(full(
-        StatusCode::OK,
-        "text/html; charset=utf-8",
-        markup.into_string(),
-    ))
+    Ok(Html(markup.into_string()))
 }
 
 /// Query parameters of the page.
+#[derive(Default, Deserialize)]
+#[serde(default)]
 pub(super) struct PageQuery {
     images: String,
-    from: usize,
+    #[serde(deserialize_with = "number")]
+    from: Option<usize>,
     decisions: String,
-    remove: Option<String>,
-    notice: u64,
-}
-
-impl PageQuery {
-    fn read(query: &Query) -> Result<Self, Problem> {
-        let text = |name: &str| query.get(name).unwrap_or_default().to_owned();
-        let number = |name: &str| match query.get(name).unwrap_or_default() {
-            "" => Ok(0),
-            text => text
-                .parse::<u64>()
-                .map_err(|_| Problem::bad_request(format!("`{name}` is a number, not `{text}`"))),
-        };
-        Ok(Self {
-            images: text("images"),
-            from: usize::try_from(number("from")?).unwrap_or(usize::MAX),
-            decisions: text("decisions"),
-            remove: query
-                .get("remove")
-                .filter(|image| !image.is_empty())
-                .map(str::to_owned),
-            notice: number("notice")?,
-        })
-    }
+    remove: String,
+    #[serde(deserialize_with = "number")]
+    notice: Option<u64>,
 }
 
 /// What a removal would free.
@@ -154,17 +153,25 @@ async fn removal_preview(admin: &Admin, image: &str) -> Result<RemovalPreview, P
     })
 }
 
+/// A form of the page.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+pub(super) struct ActionForm {
+    /// The CSRF secret.
+    secret: String,
+    action: String,
+    image: String,
+    reason: Option<String>,
+}
+
 /// Executes a form action and redirects back to the page.
-pub(super) async fn submit_form(admin: &Admin, body: &[u8]) -> Result<ApiResponse, Problem> {
-    let body = std::str::from_utf8(body).map_err(|_| Problem::bad_request("the form is not UTF-8"))?;
-    // A form encodes a space as `+`, which API queries do not use.
-    let (form, _) = Query::parse(Some(&body.replace('+', "%20")))
-        .map_err(|error| Problem::bad_request(error.to_string()))?;
-    admin
-        .auth
-        .authorize_form(form.get("secret").unwrap_or_default())?;
-    let image = form.get("image").unwrap_or_default();
-    let message = match form.get("action").unwrap_or_default() {
+pub(super) async fn submit_form(
+    State(admin): State<Admin>,
+    FormBody(form): FormBody<ActionForm>,
+) -> Result<Redirect, Problem> {
+    admin.auth.authorize_form(&form.secret)?;
+    let image = &*form.image;
+    let message = match &*form.action {
         "pull" => {
             admin.begin_pull(image, Platforms::local(), None)?;
             format!("Pulling {image}.")
@@ -194,7 +201,7 @@ pub(super) async fn submit_form(admin: &Admin, body: &[u8]) -> Result<ApiRespons
             }
         }
         action @ ("block" | "unblock" | "approve" | "disapprove") => {
-            verdicts::submit(admin, action, image, form.get("reason")).await?
+            verdicts::submit(&admin, action, image, form.reason.as_deref()).await?
         }
         "offline" => {
             admin.switch_offline(true).await?;
@@ -207,26 +214,7 @@ pub(super) async fn submit_form(admin: &Admin, body: &[u8]) -> Result<ApiRespons
         other => return Err(Problem::bad_request(format!("unknown action `{other}`"))),
     };
     let notice = admin.flash.add(message);
-    Ok(see_other(&format!("/?notice={notice}")))
-}
-
-/// Describes the result of a revalidation.
-pub(super) fn describe_refresh(refreshed: Refreshed, upstream: &str) -> String {
-    match refreshed {
-        Refreshed::Unchanged(_) => format!("unchanged at {upstream}"),
-        Refreshed::Newer(_) => format!("{upstream} has a newer image, which is cached now"),
-        Refreshed::TooYoung(youth) => format!(
-            "younger at {upstream} than `min_age` allows: {}",
-            describe_youth(&youth)
-        ),
-        Refreshed::Blocked(digest) => format!("{upstream} names {digest}, which is blocked and not fetched"),
-        Refreshed::NotFound => format!("deleted at {upstream}; retained until a client requests it"),
-        Refreshed::Denied => format!("{upstream} does not authorize this credential"),
-        Refreshed::Unavailable(cause) => format!("{upstream} {cause}; the cached image is kept"),
-        Refreshed::FetchFailed(cause) => {
-            format!("a newer image could not be fetched: {upstream} {cause}")
-        }
-    }
+    Ok(Redirect::to(&format!("/?notice={notice}")))
 }
 
 /// A relative time.

@@ -9,12 +9,19 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use http::HeaderValue;
+use axum::Json;
+use axum::extract::{Path, State as Service};
+use http::{HeaderValue, StatusCode};
 use serde::Serialize;
 use tokio::sync::Semaphore;
+use utoipa::ToSchema;
 
+use super::Admin;
+use super::extract::JsonBody;
 use super::format::rfc3339;
-use super::image_ref::ImageRef;
+use super::image_ref::{ImageRef, ImageRequest};
+use super::names::Role;
+use super::response::Problem;
 use crate::clock::Clock;
 use crate::download::Downloads;
 use crate::oci::{Accept, Digest, Endpoint, RangeRequest};
@@ -69,7 +76,7 @@ struct Progress {
     layers: Vec<Layer>,
 }
 
-#[derive(Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum State {
     #[default]
@@ -87,7 +94,7 @@ struct Layer {
     state: LayerState,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum LayerState {
     Waiting,
@@ -99,11 +106,13 @@ pub(super) enum LayerState {
 }
 
 /// A pull job as returned by the API.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = Pull)]
 pub(super) struct PullView {
     pub(super) id: u64,
     pub(super) image: String,
     pub(super) state: State,
+    #[schema(format = DateTime)]
     pub(super) began_at: String,
     pub(super) digest: Option<String>,
     /// Reason of the manifest decision.
@@ -113,14 +122,101 @@ pub(super) struct PullView {
 }
 
 /// A config or layer of the job.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct LayerView {
     pub(super) digest: String,
+    #[schema(value_type = Role)]
     pub(super) role: &'static str,
     pub(super) platform: Option<String>,
     pub(super) size: Option<u64>,
     pub(super) received: u64,
     pub(super) state: LayerState,
+}
+
+/// Pull jobs.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Pulls {
+    pulls: Vec<PullView>,
+}
+
+/// Pulls requested by the operator, newest first.
+#[utoipa::path(get, path = "/api/v1/pulls", responses((status = 200, body = Pulls)))]
+pub(super) async fn pulls(Service(admin): Service<Admin>) -> Json<Pulls> {
+    Json(Pulls {
+        pulls: admin.pull_jobs.list(admin.registry.load().proxy.downloads()),
+    })
+}
+
+/// One pull.
+#[utoipa::path(
+    get,
+    path = "/api/v1/pulls/{id}",
+    params(("id" = u64, Path)),
+    responses(
+        (status = 200, body = PullView),
+        (status = 404, description = "Not found."),
+    )
+)]
+pub(super) async fn pull(
+    Service(admin): Service<Admin>,
+    Path(id): Path<String>,
+) -> Result<Json<PullView>, Problem> {
+    let id: u64 = id
+        .parse()
+        .map_err(|_| Problem::not_found(format!("there is no pull `{id}`")))?;
+    let found = admin.pull_jobs.find(id, admin.registry.load().proxy.downloads());
+    found
+        .map(Json)
+        .ok_or_else(|| Problem::not_found(format!("pull {id} is unknown or has expired")))
+}
+
+/// Pull an image into the cache in advance.
+#[utoipa::path(
+    post,
+    path = "/api/v1/pulls",
+    request_body = ImageRequest,
+    responses(
+        (status = 202, body = PullView),
+        (status = 503, description = "Too many are already running."),
+    )
+)]
+pub(super) async fn start_pull(
+    Service(admin): Service<Admin>,
+    JsonBody(request): JsonBody<ImageRequest>,
+) -> Result<(StatusCode, Json<Option<PullView>>), Problem> {
+    let authorization = request.authorization()?;
+    let platforms = match request.platforms {
+        None => Platforms::local(),
+        Some(these) if these.iter().any(|one| one == "all") => Platforms::All,
+        Some(these) => Platforms::Selected(these),
+    };
+    let id = admin.begin_pull(&request.image, platforms, authorization)?;
+    let view = admin.pull_jobs.find(id, admin.registry.load().proxy.downloads());
+    Ok((StatusCode::ACCEPTED, Json(view)))
+}
+
+impl Admin {
+    /// Starts a pull job and returns its id.
+    pub(super) fn begin_pull(
+        &self,
+        image: &str,
+        platforms: Platforms,
+        authorization: Option<HeaderValue>,
+    ) -> Result<u64, Problem> {
+        let registry = self.registry.load_full();
+        let spec = PullSpec {
+            named: ImageRef::parse(image, &registry)?,
+            platforms,
+            authorization,
+        };
+        let begun = self.pull_jobs.begin(&registry.proxy, spec, self.clock);
+        begun.ok_or_else(|| {
+            Problem::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "too many unfinished pulls; try again later",
+            )
+        })
+    }
 }
 
 /// Platform selection for an index.

@@ -1,4 +1,4 @@
-//! Responses and response bodies of the admin listener, and flash messages.
+//! Responses of the admin listener, problem documents, and flash messages.
 
 use std::collections::VecDeque;
 use std::io;
@@ -6,65 +6,64 @@ use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll};
 
+use axum::Json;
+use axum::response::{AppendHeaders, IntoResponse, Response};
 use bytes::Bytes;
 use http::header::{
-    CACHE_CONTROL, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, LOCATION, REFERRER_POLICY,
-    RETRY_AFTER, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
+    CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY, RETRY_AFTER, WWW_AUTHENTICATE,
+    X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
 };
-use http::{HeaderName, HeaderValue, Response, StatusCode};
-use http_body::{Frame, SizeHint};
-use serde_json::{Value, json};
+use http::{HeaderName, HeaderValue, StatusCode};
+use http_body::{Body, Frame, SizeHint};
+use serde::Serialize;
 use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
+use utoipa::ToSchema;
 
 use crate::archive::pipe::Chunk;
 
-/// An admin response.
-pub(super) type ApiResponse = Response<Body>;
+/// Content type of a problem document (RFC 9457).
+pub(super) const PROBLEM: &str = "application/problem+json";
 
-/// The page may load its own resources only, and may not be framed.
-const CONTENT_POLICY: HeaderValue = HeaderValue::from_static(
-    "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; \
-     form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-);
+/// Header fields of every response. The page may load its own resources only, and may not be framed.
+const FIXED: [(HeaderName, HeaderValue); 5] = [
+    (CACHE_CONTROL, HeaderValue::from_static("no-store")),
+    (X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
+    (X_FRAME_OPTIONS, HeaderValue::from_static("DENY")),
+    (REFERRER_POLICY, HeaderValue::from_static("same-origin")),
+    (
+        CONTENT_SECURITY_POLICY,
+        HeaderValue::from_static(
+            "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; \
+             form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+        ),
+    ),
+];
 
-/// A response body.
-pub(super) enum Body {
-    /// A complete body.
-    Full(Option<Bytes>),
-    /// Server-sent events, until the sender is dropped.
-    Events(mpsc::Receiver<Bytes>),
-    /// An archive stream.
-    Stream(StreamBody),
+/// A browser prompts for the token as a password.
+const CHALLENGES: AppendHeaders<[(HeaderName, &str); 2]> = AppendHeaders([
+    (WWW_AUTHENTICATE, "Bearer realm=\"ifnewer admin\""),
+    (
+        WWW_AUTHENTICATE,
+        "Basic realm=\"ifnewer admin\", charset=\"UTF-8\"",
+    ),
+]);
+
+/// The response with the header fields that all have.
+pub(super) fn with_fixed_headers(mut response: Response) -> Response {
+    for (name, value) in FIXED {
+        response.headers_mut().insert(name, value);
+    }
+    response
 }
 
-impl http_body::Body for Body {
-    type Data = Bytes;
-    type Error = io::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
-        match &mut *self {
-            Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            Self::Events(lines) => lines
-                .poll_recv(context)
-                .map(|line| line.map(|line| Ok(Frame::data(line)))),
-            Self::Stream(piped) => Pin::new(piped).poll_frame(context),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        matches!(self, Self::Full(None))
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
-            Self::Events(_) => SizeHint::default(),
-            Self::Stream(piped) => piped.size_hint(),
-        }
-    }
+/// What sets the pace of a response body, if not the client alone. A response extension that the listener reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// New events.
+    Events,
+    /// The disk, or the pipe of an archive.
+    Archive,
 }
 
 /// Problem details of a failed request (RFC 9457).
@@ -76,6 +75,21 @@ pub(super) struct Problem {
     pub(super) nearest: Vec<String>,
     /// Value of `Retry-After` in seconds.
     pub(super) retry_after_s: Option<u64>,
+}
+
+/// Problem details (RFC 9457).
+#[derive(Serialize, ToSchema)]
+#[schema(as = Problem)]
+pub(super) struct ProblemDocument {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    title: &'static str,
+    status: u16,
+    /// The problem and its remedy.
+    detail: String,
+    /// The closest valid values.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    nearest: Vec<String>,
 }
 
 impl Problem {
@@ -116,25 +130,25 @@ impl Problem {
     pub(super) fn not_found(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, detail)
     }
+}
 
-    pub(super) fn response(&self) -> ApiResponse {
-        let title = self.status.canonical_reason().unwrap_or("error");
-        let mut body = json!({
-            "type": "about:blank",
-            "title": title,
-            "status": self.status.as_u16(),
-            "detail": self.detail,
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let document = Json(ProblemDocument {
+            kind: "about:blank",
+            title: self.status.canonical_reason().unwrap_or("error"),
+            status: self.status.as_u16(),
+            detail: self.detail,
+            nearest: self.nearest,
         });
-        if !self.nearest.is_empty()
-            && let Some(fields) = body.as_object_mut()
-        {
-            fields.insert("nearest".to_owned(), json!(self.nearest));
-        }
-        let mut response = full(self.status, "application/problem+json", body.to_string());
+        let mut response = (self.status, [(CONTENT_TYPE, PROBLEM)], document).into_response();
         if let Some(seconds) = self.retry_after_s {
             response.headers_mut().insert(RETRY_AFTER, seconds.into());
         }
-        response
+        match self.status {
+            StatusCode::UNAUTHORIZED => (CHALLENGES, response).into_response(),
+            _ => response,
+        }
     }
 }
 
@@ -144,62 +158,13 @@ impl From<crate::store::StoreError> for Problem {
     }
 }
 
-/// 200 with JSON.
-pub(super) fn json_response(value: &Value) -> ApiResponse {
-    json_with_status(StatusCode::OK, value)
-}
-
-/// JSON with this status.
-pub(super) fn json_with_status(status: StatusCode, value: &Value) -> ApiResponse {
-    full(status, "application/json", value.to_string())
-}
-
-/// A complete body of this content type.
-pub(super) fn full(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> ApiResponse {
-    let body = body.into();
-    let length = body.len();
-    let mut response = with_headers(status, kind, Body::Full(Some(body)));
-    response.headers_mut().insert(CONTENT_LENGTH, length.into());
-    response
-}
-
-/// A stream of server-sent events.
-pub(super) fn event_stream(lines: mpsc::Receiver<Bytes>) -> ApiResponse {
-    with_headers(StatusCode::OK, "text/event-stream", Body::Events(lines))
-}
-
-/// An archive stream of known length.
-pub(super) fn stream(kind: &'static str, chunks: mpsc::Receiver<Chunk>, bytes: u64) -> ApiResponse {
-    with_headers(
-        StatusCode::OK,
-        kind,
-        Body::Stream(StreamBody::new(chunks, Some(bytes))),
-    )
-}
-
-/// 303 redirect after a form submission.
-pub(super) fn see_other(to: &str) -> ApiResponse {
-    let mut response = full(StatusCode::SEE_OTHER, "text/plain; charset=utf-8", Bytes::new());
-    if let Ok(to) = HeaderValue::from_str(to) {
-        response.headers_mut().insert(LOCATION, to);
-    }
-    response
-}
-
-fn with_headers(status: StatusCode, kind: &'static str, body: Body) -> ApiResponse {
-    let mut response = Response::new(body);
-    *response.status_mut() = status;
-    let headers = response.headers_mut();
-    let fixed: [(HeaderName, HeaderValue); 6] = [
-        (CONTENT_TYPE, HeaderValue::from_static(kind)),
-        (CACHE_CONTROL, HeaderValue::from_static("no-store")),
-        (X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
-        (X_FRAME_OPTIONS, HeaderValue::from_static("DENY")),
-        (REFERRER_POLICY, HeaderValue::from_static("same-origin")),
-        (CONTENT_SECURITY_POLICY, CONTENT_POLICY),
-    ];
-    headers.extend(fixed);
-    response
+/// Runs blocking work on a blocking thread.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
+    spawn_blocking(work)
+        .await
+        .unwrap_or_else(|_| Err(Problem::task_failed()))
 }
 
 /// A body read from an archive pipe. A pipe error aborts the message.
@@ -215,7 +180,7 @@ impl StreamBody {
     }
 }
 
-impl http_body::Body for StreamBody {
+impl Body for StreamBody {
     type Data = Bytes;
     type Error = io::Error;
 

@@ -2,20 +2,26 @@
 
 use std::time::{Duration, SystemTime};
 
-use serde::Serialize;
+use axum::Json;
+use axum::extract::State;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::Admin;
+use super::extract::Params;
 use super::format::{duration, rfc3339};
 use super::refreshes::RefreshesStatus;
-use crate::server::ServingState;
+use super::response::Problem;
 use crate::store::AsyncStore;
 use crate::telemetry::Totals;
 
 /// Status of the cache.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Status {
     pub(super) version: &'static str,
+    #[schema(format = DateTime)]
     pub(super) now: String,
+    #[schema(format = DateTime)]
     pub(super) started_at: String,
     pub(super) uptime_seconds: u64,
     /// Whether there are no problems.
@@ -35,7 +41,7 @@ pub(super) struct Status {
     pub(super) refreshes: RefreshesStatus,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct StoreStatus {
     /// Problems of the store.
     pub(super) problems: Vec<String>,
@@ -47,10 +53,11 @@ pub(super) struct StoreStatus {
     pub(super) tags: u64,
     /// Whether the initial count of the store is complete.
     pub(super) is_counted: bool,
-    /// `store.size`.
+    /// Maximum size of the cache: `store.size`.
     pub(super) size: u64,
-    /// `store.free`.
+    /// Free disk space that the cache leaves: `store.free`.
     pub(super) free: u64,
+    /// Free space of the disk.
     pub(super) disk_free_bytes: Option<u64>,
     pub(super) pins: usize,
     /// Since the start of the process.
@@ -59,14 +66,14 @@ pub(super) struct StoreStatus {
 }
 
 /// Objects re-read to detect disk corruption.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Scrubbed {
     pub(super) objects: u64,
     pub(super) bytes: u64,
     pub(super) damaged: u64,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Evicted {
     pub(super) for_size: u64,
     pub(super) for_free: u64,
@@ -109,21 +116,28 @@ impl StoreStatus {
     }
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Counters {
+    /// Manifest requests with a response.
     pub(super) pulls: u64,
+    /// Pulls served from the store.
     pub(super) hits: u64,
+    /// Pulls served stale from the store while the upstream was unavailable.
     pub(super) served_stale: u64,
     pub(super) denied: u64,
+    /// Bytes of blobs sent to clients.
     pub(super) sent_bytes: u64,
+    /// Bytes of blobs fetched from upstreams.
     pub(super) fetched_bytes: u64,
     pub(super) saved_bytes: u64,
+    /// Fraction of the sent bytes that were not fetched from an upstream. Null if no bytes were sent.
     pub(super) byte_hit_ratio: Option<f64>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Quota {
     pub(super) upstream: String,
+    /// anonymous, cache (the configured credential), or a client's id, which is valid only in this process.
     pub(super) credential: String,
     pub(super) remaining: u64,
     pub(super) limit: Option<u64>,
@@ -238,17 +252,78 @@ fn summary(offline: bool, problems: &[String]) -> String {
     }
 }
 
+/// Health, counters and store usage.
+#[utoipa::path(get, path = "/api/v1/status", responses((status = 200, body = Status)))]
+pub(super) async fn status(State(admin): State<Admin>) -> Json<Status> {
+    Json(admin.status(admin.clock.now()))
+}
+
 /// Plot resolution of one hour: number of intervals, and minutes of each.
 pub(super) const HOUR: (u64, u64) = (60, 1);
 /// Plot resolution of one day.
 pub(super) const DAY: (u64, u64) = (96, 15);
 
 /// One interval of a plot.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Point {
+    #[schema(format = DateTime)]
     pub(super) until: String,
     #[serde(flatten)]
     pub(super) counted: Counters,
+}
+
+/// Counters per interval.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Series {
+    /// Length of an interval.
+    minutes: u64,
+    points: Vec<Point>,
+}
+
+#[derive(Default, Deserialize, utoipa::IntoParams)]
+#[serde(default)]
+#[into_params(parameter_in = Query)]
+pub(super) struct SeriesQuery {
+    /// hour (60 intervals of 1 minute) or day (96 intervals of 15 minutes).
+    #[param(inline)]
+    span: Span,
+}
+
+#[derive(Clone, Copy, Default, Deserialize, ToSchema)]
+#[serde(try_from = "String")]
+#[schema(rename_all = "lowercase")]
+enum Span {
+    #[default]
+    Hour,
+    Day,
+}
+
+impl TryFrom<String> for Span {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match &*text {
+            "hour" => Ok(Self::Hour),
+            "day" => Ok(Self::Day),
+            other => Err(format!("is hour or day, not `{other}`")),
+        }
+    }
+}
+
+/// Counters per interval, oldest first.
+#[utoipa::path(get, path = "/api/v1/series", params(SeriesQuery), responses((status = 200, body = Series)))]
+pub(super) async fn series(
+    State(admin): State<Admin>,
+    Params(query): Params<SeriesQuery>,
+) -> Result<Json<Series>, Problem> {
+    let span = match query.span {
+        Span::Hour => HOUR,
+        Span::Day => DAY,
+    };
+    Ok(Json(Series {
+        minutes: span.1,
+        points: admin.series(span, admin.clock.now()),
+    }))
 }
 
 impl Admin {
@@ -270,41 +345,4 @@ impl Admin {
             })
             .collect()
     }
-}
-
-/// A running download.
-#[derive(Serialize)]
-pub(super) struct TransferView {
-    pub(super) digest: String,
-    pub(super) size: Option<u64>,
-    pub(super) received: u64,
-    /// Average since the start.
-    pub(super) bytes_per_second: u64,
-    pub(super) seconds: f64,
-    /// Current readers.
-    pub(super) readers: usize,
-    /// Whether it waits in the download queue.
-    pub(super) queued: bool,
-}
-
-/// Running downloads, longest running first.
-pub(super) fn transfers(registry: &ServingState) -> Vec<TransferView> {
-    let transfers = registry.proxy.downloads().statuses();
-    transfers
-        .into_iter()
-        .map(|transfer| {
-            let ms = u64::try_from(transfer.elapsed.as_millis())
-                .unwrap_or(u64::MAX)
-                .max(1);
-            TransferView {
-                digest: transfer.digest.to_string(),
-                size: transfer.size,
-                received: transfer.received,
-                bytes_per_second: transfer.received.saturating_mul(1_000) / ms,
-                seconds: transfer.elapsed.as_secs_f64(),
-                readers: transfer.readers,
-                queued: transfer.is_queued,
-            }
-        })
-        .collect()
 }

@@ -1,37 +1,42 @@
 //! Blocks and approvals of digests: `/api/v1/blocks` and `/api/v1/approvals`.
 
+mod target;
 #[cfg(test)]
 mod tests;
 
 use std::sync::Arc;
 
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use utoipa::ToSchema;
 
+use self::target::Target;
 use super::Admin;
+use super::extract::JsonBody;
 use super::format::rfc3339;
-use super::image_ref::ImageRef;
-use super::response::{ApiResponse, Problem, json_response};
-use super::router::{blocking, parse_json};
-use crate::oci::manifest::DescriptorKind;
-use crate::oci::{Algorithm, AnyDigest, Digest, Reference};
+use super::response::{Problem, blocking};
 use crate::server::ServingState;
+use crate::store::Store;
 use crate::store::verdicts::{
     FirstVerdicts, VerdictError, VerdictKey, VerdictKind, VerdictNote, VerdictScope,
 };
-use crate::store::{Store, StoreError};
 
 /// A verdict in a list.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = Verdict)]
 pub(super) struct VerdictView {
-    /// `upstream/repository@digest`, or the digest alone if the verdict holds everywhere.
+    /// upstream/repository@digest, or the digest alone if it applies to every repository.
     pub(super) image: String,
     pub(super) digest: String,
-    /// `null`: in every repository.
+    /// Null if it applies to every repository.
     pub(super) upstream: Option<String>,
     pub(super) repository: Option<String>,
+    #[schema(format = DateTime)]
     pub(super) at: String,
+    /// Name of the operator, as given.
     pub(super) by: String,
     pub(super) reason: Option<String>,
 }
@@ -64,115 +69,6 @@ impl Motive {
             at,
             by: text(self.by).unwrap_or_else(|| "the admin API".to_owned()),
             reason: text(self.reason),
-        }
-    }
-}
-
-/// What a verdict is about.
-enum Target {
-    /// A digest in every repository.
-    Digest(Digest),
-    /// A digest in one repository.
-    Image(ImageRef, Digest),
-}
-
-impl Target {
-    fn parse(text: &str, registry: &ServingState) -> Result<Self, Problem> {
-        let algorithm = text.split(':').next().unwrap_or_default();
-        if !text.contains(['@', '/']) && algorithm.parse::<Algorithm>().is_ok() {
-            let digest = text.parse::<Digest>();
-            return digest
-                .map(Self::Digest)
-                .map_err(|error| Problem::bad_request(format!("`{text}` is not a digest: {error}")));
-        }
-        let named = ImageRef::parse(text, registry)?;
-        match named.reference {
-            Reference::Digest(AnyDigest::Supported(digest)) => Ok(Self::Image(named, digest)),
-            Reference::Digest(AnyDigest::Unsupported(_)) => Err(Problem::bad_request(
-                "digests of this algorithm cannot be verified, so they are not cached",
-            )),
-            Reference::Tag(_) => Err(Problem::bad_request(format!(
-                "a digest is required, as in {}/{}@sha256:…, or sha256:… for every repository; a tag names another \
-                 digest tomorrow",
-                named.upstream_registry.name(),
-                named.repository
-            ))),
-        }
-    }
-
-    fn digest(&self) -> Digest {
-        match self {
-            Self::Digest(digest) | Self::Image(_, digest) => *digest,
-        }
-    }
-
-    fn name(&self) -> String {
-        match self {
-            Self::Digest(digest) => digest.to_string(),
-            Self::Image(named, _) => named.to_string(),
-        }
-    }
-
-    fn key(&self, kind: VerdictKind) -> VerdictKey {
-        let scope = match self {
-            Self::Digest(_) => VerdictScope::Everywhere,
-            Self::Image(named, _) => VerdictScope::Repository {
-                upstream: named.upstream_registry.name().into(),
-                repository: named.repository.clone(),
-            },
-        };
-        VerdictKey {
-            kind,
-            scope,
-            digest: self.digest(),
-        }
-    }
-
-    /// Takes the verdict back, in every repository if none is named. Returns whether one existed.
-    fn remove(&self, kind: VerdictKind, store: &Store) -> Result<bool, StoreError> {
-        match self {
-            Self::Image(..) => store.remove_verdict(&self.key(kind)),
-            Self::Digest(digest) => store.remove_verdicts_of(kind, digest),
-        }
-    }
-
-    /// The manifests that this digest lists, if it is a cached index, and that are not blocked.
-    fn unblocked_images(&self, store: &Store) -> Result<Vec<String>, StoreError> {
-        let Some(held) = store.manifest(&self.digest())? else {
-            return Ok(Vec::new());
-        };
-        let children = held.manifest.descriptors.iter();
-        let manifests = children.filter(|child| child.kind == DescriptorKind::Manifest);
-        let digests = manifests.filter_map(|child| match child.digest {
-            AnyDigest::Supported(digest) => Some(digest),
-            AnyDigest::Unsupported(_) => None,
-        });
-        let named = digests.map(|digest| match self {
-            Self::Digest(_) => Self::Digest(digest),
-            Self::Image(named, _) => {
-                let reference = Reference::Digest(AnyDigest::Supported(digest));
-                Self::Image(
-                    ImageRef {
-                        reference,
-                        ..named.clone()
-                    },
-                    digest,
-                )
-            }
-        });
-        Ok(named
-            .filter(|image| !image.has(VerdictKind::Blocked, store))
-            .map(|image| image.name())
-            .collect())
-    }
-
-    /// Whether a verdict of this kind holds: for an image, in its repository or everywhere; for a digest, in any.
-    fn has(&self, kind: VerdictKind, store: &Store) -> bool {
-        match self {
-            Self::Image(named, digest) => store
-                .verdict(kind, named.upstream_registry.name(), &named.repository, digest)
-                .is_some(),
-            Self::Digest(digest) => store.has_verdict(kind, digest),
         }
     }
 }
@@ -213,62 +109,162 @@ pub(super) fn list(registry: &ServingState, kind: VerdictKind, count_max: usize)
     }
 }
 
+#[derive(Serialize, ToSchema)]
+pub(super) struct Blocks {
+    blocks: Vec<VerdictView>,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct Approvals {
+    approvals: Vec<VerdictView>,
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct BlockRequest {
+    /// upstream/repository@digest, or a digest alone for every repository.
+    image: String,
+    /// False removes it. For a digest without a repository, it is removed in every repository.
+    blocked: bool,
+    /// Name of the operator, recorded as given.
+    by: Option<String>,
+    /// Reason. Denied clients see it.
+    reason: Option<String>,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct BlockResult {
+    image: String,
+    blocked: bool,
+    /// Whether it was blocked before.
+    was: bool,
+    /// Whether the digest is blocked now, in this or in every repository.
+    still_blocked: bool,
+    /// Images of a blocked index that are still served by their own digests, if the index is cached.
+    images: Vec<String>,
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ApprovalRequest {
+    /// upstream/repository@digest, or a digest alone for every repository.
+    image: String,
+    /// False removes it. For a digest without a repository, it is removed in every repository.
+    approved: bool,
+    /// Name of the operator, recorded as given.
+    by: Option<String>,
+    /// Reason.
+    reason: Option<String>,
+}
+
+#[derive(Serialize, ToSchema)]
+#[expect(clippy::struct_excessive_bools, reason = "members of the API")]
+pub(super) struct ApprovalResult {
+    image: String,
+    approved: bool,
+    /// Whether it was approved before.
+    was: bool,
+    /// Whether the digest is approved now, in this or in every repository.
+    still_approved: bool,
+    /// Whether the digest is blocked now, in this or in every repository.
+    still_blocked: bool,
+    /// Always empty.
+    images: Vec<String>,
+}
+
+/// List of blocked digests.
+#[utoipa::path(get, path = "/api/v1/blocks", responses((status = 200, body = Blocks)))]
+pub(super) async fn blocks(State(admin): State<Admin>) -> Result<Response, Problem> {
+    // The list can be long, so it is written on a blocking thread.
+    blocking(move || {
+        let VerdictList { verdicts, .. } = list(&admin.registry.load(), VerdictKind::Blocked, usize::MAX);
+        Ok(Json(Blocks { blocks: verdicts }).into_response())
+    })
+    .await
+}
+
+/// Block a digest in one or in every repository, or remove the block.
+///
+/// A blocked digest is never served, not even in an outage or in offline mode. The change is durable when the response
+/// arrives.
+#[utoipa::path(
+    post,
+    path = "/api/v1/blocks",
+    request_body = BlockRequest,
+    responses(
+        (status = 200, body = BlockResult),
+        (status = 409, description = "Too many digests are blocked or approved."),
+        (status = 500, description = "The disk failed. A block applies until the next restart."),
+    )
+)]
+pub(super) async fn block(
+    State(admin): State<Admin>,
+    JsonBody(request): JsonBody<BlockRequest>,
+) -> Result<Json<BlockResult>, Problem> {
+    let BlockRequest {
+        image,
+        blocked,
+        by,
+        reason,
+    } = request;
+    let change = (VerdictKind::Blocked, blocked);
+    let changed = admin.set_verdict(change, &image, Motive { by, reason }).await?;
+    Ok(Json(BlockResult {
+        image: changed.image,
+        blocked,
+        was: changed.was,
+        still_blocked: changed.is_blocked,
+        images: changed.images,
+    }))
+}
+
+/// List of approved digests.
+#[utoipa::path(get, path = "/api/v1/approvals", responses((status = 200, body = Approvals)))]
+pub(super) async fn approvals(State(admin): State<Admin>) -> Result<Response, Problem> {
+    blocking(move || {
+        let VerdictList { verdicts, .. } = list(&admin.registry.load(), VerdictKind::Approved, usize::MAX);
+        Ok(Json(Approvals { approvals: verdicts }).into_response())
+    })
+    .await
+}
+
+/// Approve a digest in one or in every repository, or remove the approval.
+///
+/// An approved digest is served before `min_age` has passed. A block takes precedence. The change is durable when the
+/// response arrives.
+#[utoipa::path(
+    post,
+    path = "/api/v1/approvals",
+    request_body = ApprovalRequest,
+    responses(
+        (status = 200, body = ApprovalResult),
+        (status = 409, description = "Too many digests are blocked or approved."),
+        (status = 500, description = "The disk failed. Nothing changed."),
+    )
+)]
+pub(super) async fn approve(
+    State(admin): State<Admin>,
+    JsonBody(request): JsonBody<ApprovalRequest>,
+) -> Result<Json<ApprovalResult>, Problem> {
+    let ApprovalRequest {
+        image,
+        approved,
+        by,
+        reason,
+    } = request;
+    let change = (VerdictKind::Approved, approved);
+    let changed = admin.set_verdict(change, &image, Motive { by, reason }).await?;
+    Ok(Json(ApprovalResult {
+        image: changed.image,
+        approved,
+        was: changed.was,
+        still_approved: changed.is_approved,
+        still_blocked: changed.is_blocked,
+        images: changed.images,
+    }))
+}
+
 impl Admin {
-    /// `POST /api/v1/blocks`.
-    pub(super) async fn block_posted(&self, body: &[u8]) -> Result<ApiResponse, Problem> {
-        #[derive(Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct BlockRequest {
-            image: String,
-            blocked: bool,
-            by: Option<String>,
-            reason: Option<String>,
-        }
-        let BlockRequest {
-            image,
-            blocked,
-            by,
-            reason,
-        } = parse_json(body)?;
-        let (kind, motive) = (VerdictKind::Blocked, Motive { by, reason });
-        let changed = self.set_verdict((kind, blocked), &image, motive).await?;
-        Ok(json_response(&json!({
-            "image": changed.image,
-            "blocked": blocked,
-            "was": changed.was,
-            "still_blocked": changed.is_blocked,
-            "images": changed.images,
-        })))
-    }
-
-    /// `POST /api/v1/approvals`.
-    pub(super) async fn approval_posted(&self, body: &[u8]) -> Result<ApiResponse, Problem> {
-        #[derive(Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct ApprovalRequest {
-            image: String,
-            approved: bool,
-            by: Option<String>,
-            reason: Option<String>,
-        }
-        let ApprovalRequest {
-            image,
-            approved,
-            by,
-            reason,
-        } = parse_json(body)?;
-        let (kind, motive) = (VerdictKind::Approved, Motive { by, reason });
-        let changed = self.set_verdict((kind, approved), &image, motive).await?;
-        Ok(json_response(&json!({
-            "image": changed.image,
-            "approved": approved,
-            "was": changed.was,
-            "still_approved": changed.is_approved,
-            "still_blocked": changed.is_blocked,
-            "images": changed.images,
-        })))
-    }
-
     /// Gives a verdict (`true`) or takes it back.
     pub(super) async fn set_verdict(
         &self,

@@ -7,8 +7,8 @@ use super::super::format::{bytes, duration, short_digest};
 use super::super::images::Image;
 use super::super::pull_jobs::{LayerState, PullView, State};
 use super::super::refreshes::RefreshesStatus;
-use super::super::status::TransferView;
 use super::super::status::{Counters, Quota, Status};
+use super::super::transfers::TransferView;
 use super::{PageQuery, RemovalPreview, ago};
 use std::time::Duration;
 
@@ -365,12 +365,14 @@ fn pages(shown: &PageQuery, limit: usize, total: usize) -> Markup {
         }
         html! { a href=(format!("/?{}#images", query.join("&"))) { (words) } }
     };
+    let from = shown.from.unwrap_or_default();
+    let next = from.saturating_add(limit);
     html! {
         @if total > limit {
             p.pages {
-                @if shown.from > 0 { (page(shown.from.saturating_sub(limit), "Previous")) " " }
-                (shown.from + 1) "–" ((shown.from + limit).min(total)) " of " (total) " "
-                @if shown.from + limit < total { (page(shown.from + limit, "Next")) }
+                @if from > 0 { (page(from.saturating_sub(limit), "Previous")) " " }
+                (from.saturating_add(1)) "–" (next.min(total)) " of " (total) " "
+                @if next < total { (page(next, "Next")) }
             }
         }
     }

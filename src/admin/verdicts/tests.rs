@@ -9,6 +9,7 @@ use std::time::SystemTime;
 use bytes::Bytes;
 
 use super::*;
+use crate::oci::{Algorithm, Digest};
 use crate::store::Settings;
 use crate::store::fs::{Entry, FileSystem, FsFile, MemoryFs};
 

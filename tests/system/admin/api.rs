@@ -1,4 +1,4 @@
-//! Admin API against its `OpenAPI` document: every documented path is called, every response is valid, and undocumented
+//! Admin API against its generated `OpenAPI` document: every documented path is called, every response is valid, and undocumented
 //! paths are rejected.
 
 mod schema;

@@ -7,5 +7,6 @@ pub mod metrics;
 #[cfg(feature = "otlp")]
 pub mod otlp;
 pub mod page;
+pub mod requests;
 pub mod status;
 pub mod trace_context;

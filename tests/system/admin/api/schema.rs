@@ -4,17 +4,9 @@ use serde_json::{Map, Value};
 
 /// Checks `value` against `schema`. `at` is the path for messages.
 pub fn check(document: &Value, schema: &Value, value: &Value, at: &str) {
-    let schema = schema
-        .as_object()
-        .unwrap_or_else(|| panic!("{at}: {schema} is no schema"));
-    if let Some(target) = schema.get("$ref").and_then(Value::as_str) {
-        let target = document.pointer(target.trim_start_matches('#'));
-        return check(
-            document,
-            target.unwrap_or_else(|| panic!("{at}: {schema:?} leads nowhere")),
-            value,
-            at,
-        );
+    let schema = resolved(document, schema, at);
+    if schema.contains_key("properties") || schema.contains_key("allOf") {
+        check_members(document, schema, value, at);
     }
     for (keyword, wanted) in schema {
         match keyword.as_str() {
@@ -39,16 +31,13 @@ pub fn check(document: &Value, schema: &Value, value: &Value, at: &str) {
                     check(document, wanted, item, &format!("{at}[{place}]"));
                 }
             }
-            "properties" => properties(document, schema, value, at),
-            "anyOf" => any_of(document, wanted, value, at),
-            "format" => {
-                let text = value.as_str();
-                let is_time = text.is_none_or(|text| humantime::parse_rfc3339(text).is_ok());
-                assert!(
-                    wanted == "date-time" && is_time,
-                    "{at} is {value}, not a {wanted}"
-                );
+            "additionalProperties" if wanted.is_object() => {
+                for (name, member) in value.as_object().into_iter().flatten() {
+                    check(document, wanted, member, &format!("{at}.{name}"));
+                }
             }
+            "oneOf" => one_of(document, wanted, value, at),
+            "format" => check_format(wanted.as_str().unwrap(), value, at),
             "pattern" => {
                 let hex = |text: &str| text.len() == 32 && text.bytes().all(|c| c.is_ascii_hexdigit());
                 assert!(
@@ -56,10 +45,40 @@ pub fn check(document: &Value, schema: &Value, value: &Value, at: &str) {
                     "{at} is {value}"
                 );
             }
-            "required" | "additionalProperties" | "description" => {}
+            "allOf"
+            | "properties"
+            | "propertyNames"
+            | "required"
+            | "additionalProperties"
+            | "description" => {}
             other => panic!("{at}: the keyword `{other}` is not checked by this test"),
         }
     }
+}
+
+/// The schema, or the one that it refers to.
+fn resolved<'a>(document: &'a Value, schema: &'a Value, at: &str) -> &'a Map<String, Value> {
+    let schema = schema
+        .as_object()
+        .unwrap_or_else(|| panic!("{at}: {schema} is no schema"));
+    let Some(target) = schema.get("$ref").and_then(Value::as_str) else {
+        return schema;
+    };
+    let target = document.pointer(target.trim_start_matches('#'));
+    let target = target.unwrap_or_else(|| panic!("{at}: {schema:?} leads nowhere"));
+    resolved(document, target, at)
+}
+
+fn check_format(format: &str, value: &Value, at: &str) {
+    let is_valid = match format {
+        "date-time" => value
+            .as_str()
+            .is_none_or(|text| humantime::parse_rfc3339(text).is_ok()),
+        "int32" => value.as_i64().is_none_or(|number| i32::try_from(number).is_ok()),
+        "int64" | "double" => value.is_null() || value.is_number(),
+        other => panic!("{at}: the format `{other}` is not checked by this test"),
+    };
+    assert!(is_valid, "{at} is {value}, not a {format}");
 }
 
 fn is(name: &str, value: &Value) -> bool {
@@ -75,19 +94,13 @@ fn is(name: &str, value: &Value) -> bool {
     }
 }
 
-fn properties(document: &Value, schema: &Map<String, Value>, value: &Value, at: &str) {
+/// Checks the members of an object against all parts of its schema together.
+fn check_members(document: &Value, schema: &Map<String, Value>, value: &Value, at: &str) {
     let Some(found) = value.as_object() else { return };
-    let known = schema["properties"].as_object().unwrap();
-    for name in schema
-        .get("required")
-        .and_then(Value::as_array)
-        .into_iter()
-        .flatten()
-    {
-        assert!(
-            found.contains_key(name.as_str().unwrap()),
-            "{at} has no {name}: {value}"
-        );
+    let (mut known, mut required) = (Map::new(), Vec::new());
+    collect_members(document, schema, at, &mut known, &mut required);
+    for name in required {
+        assert!(found.contains_key(&name), "{at} has no {name}: {value}");
     }
     for (name, value) in found {
         let schema = known
@@ -97,21 +110,36 @@ fn properties(document: &Value, schema: &Map<String, Value>, value: &Value, at: 
     }
 }
 
-/// All `anyOf` of the document are "this or null".
-fn any_of(document: &Value, schemas: &Value, value: &Value, at: &str) {
-    if value.is_null() {
-        let has_null = schemas
-            .as_array()
-            .unwrap()
-            .iter()
-            .any(|schema| schema["type"] == "null");
-        assert!(has_null, "{at} is null");
-        return;
+fn collect_members(
+    document: &Value,
+    schema: &Map<String, Value>,
+    at: &str,
+    known: &mut Map<String, Value>,
+    required: &mut Vec<String>,
+) {
+    let parts = schema.get("allOf").and_then(Value::as_array);
+    for part in parts.into_iter().flatten() {
+        collect_members(document, resolved(document, part, at), at, known, required);
     }
-    let schema = schemas
-        .as_array()
-        .unwrap()
-        .iter()
-        .find(|schema| schema["type"] != "null");
-    check(document, schema.unwrap(), value, at);
+    known.extend(
+        schema
+            .get("properties")
+            .and_then(Value::as_object)
+            .cloned()
+            .into_iter()
+            .flatten(),
+    );
+    let names = schema.get("required").and_then(Value::as_array);
+    let names = names.into_iter().flatten().filter_map(Value::as_str);
+    required.extend(names.map(str::to_owned));
+}
+
+/// All `oneOf` of the document are "null or this".
+fn one_of(document: &Value, schemas: &Value, value: &Value, at: &str) {
+    let schemas = schemas.as_array().unwrap();
+    let (null, others): (Vec<_>, Vec<_>) = schemas.iter().partition(|schema| schema["type"] == "null");
+    assert_eq!((null.len(), others.len()), (1, 1), "{at}: {schemas:?}");
+    if !value.is_null() {
+        check(document, others[0], value, at);
+    }
 }
