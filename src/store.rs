@@ -83,11 +83,12 @@ mod tests;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::SystemTime;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::oci::Digest;
@@ -334,7 +335,7 @@ impl Store {
         let is_lacking = self.usage.read().is_complete
             && self.index.state() == IndexState::Ready
             && !self.index.is_complete();
-        let mut reindexing = self.reindexing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reindexing = self.reindexing.lock();
         if !is_lacking || reindexing.as_ref().is_some_and(|thread| !thread.is_finished()) {
             return;
         }
@@ -436,7 +437,7 @@ impl Drop for Store {
         self.stop.store(true, Ordering::Relaxed);
         self.evictor.wake();
         self.scrub.wake();
-        let reindexing = self.reindexing.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let reindexing = self.reindexing.get_mut();
         let others = [reindexing.take(), self.verify_job.take()].into_iter().flatten();
         for thread in self.threads.drain(..).chain(others) {
             // The panic hook has already logged a panic of this thread.

@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 /// A limit of concurrent operations. Cheap to clone.
 #[derive(Clone)]
@@ -31,13 +33,9 @@ impl ConcurrencyLimit {
         }))
     }
 
-    fn in_use(&self) -> MutexGuard<'_, InUse> {
-        self.0.in_use.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// A permit for this client, or `None` if a limit is reached.
     pub(super) fn try_acquire(&self, client: Option<IpAddr>) -> Option<Permit> {
-        let mut in_use = self.in_use();
+        let mut in_use = self.0.in_use.lock();
         if in_use.all >= self.0.max {
             return None;
         }
@@ -64,7 +62,7 @@ pub(super) struct Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let mut in_use = self.limit.in_use();
+        let mut in_use = self.limit.0.in_use.lock();
         in_use.all -= 1;
         let Some(client) = self.client else { return };
         if let Some(client_count) = in_use.by_address.get_mut(&client) {
@@ -94,7 +92,7 @@ mod tests {
         first_address.pop();
         assert!(limit.try_acquire(host(1)).is_some());
         drop((first_address, others));
-        let in_use = limit.in_use();
+        let in_use = limit.0.in_use.lock();
         assert!(in_use.all == 0 && in_use.by_address.is_empty());
     }
 }

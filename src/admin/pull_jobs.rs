@@ -6,12 +6,13 @@
 mod run;
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use axum::Json;
 use axum::extract::{Path, State as Service};
 use http::{HeaderValue, StatusCode};
+use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::sync::Semaphore;
 use utoipa::ToSchema;
@@ -263,9 +264,10 @@ impl PullJobs {
     /// Starts a job and returns its id; `None` if too many are unfinished.
     pub(super) fn begin(&self, proxy: &Arc<ProxyService>, spec: PullSpec, clock: Clock) -> Option<u64> {
         let job = {
-            let mut list = self.locked();
+            let mut list = self.list.lock();
             if list.jobs.len() >= JOBS_MAX {
-                let over = |job: &Arc<PullJob>| matches!(job.progress().state, State::Done | State::Failed);
+                let over =
+                    |job: &Arc<PullJob>| matches!(job.progress.lock().state, State::Done | State::Failed);
                 let position = list.jobs.iter().position(over)?;
                 list.jobs.remove(position);
             }
@@ -283,9 +285,9 @@ impl PullJobs {
         tokio::spawn(async move {
             // The semaphore is never closed.
             let _permit = permits.acquire().await.ok();
-            job.progress().state = State::Fetching;
+            job.progress.lock().state = State::Fetching;
             let result = run(&proxy, &job, spec, clock).await;
-            let mut progress = job.progress();
+            let mut progress = job.progress.lock();
             match result {
                 Ok(()) => progress.state = State::Done,
                 Err(error) => {
@@ -300,29 +302,20 @@ impl PullJobs {
 
     /// All stored jobs, newest first.
     pub(super) fn list(&self, downloads: &Downloads) -> Vec<PullView> {
-        let jobs: Vec<Arc<PullJob>> = self.locked().jobs.iter().rev().cloned().collect();
+        let jobs: Vec<Arc<PullJob>> = self.list.lock().jobs.iter().rev().cloned().collect();
         jobs.iter().map(|job| job.view(downloads)).collect()
     }
 
     /// The job with this id.
     pub(super) fn find(&self, id: u64, downloads: &Downloads) -> Option<PullView> {
-        let job = self.locked().jobs.iter().find(|job| job.id == id).cloned();
+        let job = self.list.lock().jobs.iter().find(|job| job.id == id).cloned();
         job.map(|job| job.view(downloads))
-    }
-
-    fn locked(&self) -> MutexGuard<'_, JobList> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl PullJob {
-    /// Each change under this lock is a single assignment, so a poisoned lock is consistent.
-    fn progress(&self) -> MutexGuard<'_, Progress> {
-        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn mark(&self, digest: &Digest, state: LayerState) {
-        let mut progress = self.progress();
+        let mut progress = self.progress.lock();
         for layer in progress.layers.iter_mut().filter(|layer| layer.digest == *digest) {
             layer.state = state;
         }
@@ -330,7 +323,7 @@ impl PullJob {
 
     fn view(&self, downloads: &Downloads) -> PullView {
         let transfers = downloads.statuses();
-        let progress = self.progress();
+        let progress = self.progress.lock();
         let received = |layer: &Layer| match layer.state {
             LayerState::Cached | LayerState::Fetched => layer.size.unwrap_or_default(),
             LayerState::Waiting | LayerState::Failed | LayerState::Fetching => {

@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
-use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll};
 
 use axum::Json;
@@ -15,6 +14,7 @@ use http::header::{
 };
 use http::{HeaderName, HeaderValue, StatusCode};
 use http_body::{Body, Frame, SizeHint};
+use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
@@ -208,7 +208,7 @@ pub(super) struct FlashMessages(Mutex<(u64, VecDeque<(u64, String)>)>);
 impl FlashMessages {
     /// Stores a message and returns its id.
     pub(super) fn add(&self, text: String) -> u64 {
-        let mut messages = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut messages = self.0.lock();
         messages.0 += 1;
         let number = messages.0;
         if messages.1.len() >= FLASH_MESSAGES_MAX {
@@ -219,7 +219,7 @@ impl FlashMessages {
     }
 
     pub(super) fn get(&self, number: u64) -> Option<String> {
-        let messages = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let messages = self.0.lock();
         messages
             .1
             .iter()

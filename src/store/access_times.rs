@@ -9,8 +9,9 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
+
+use parking_lot::{Mutex, MutexGuard};
 
 use super::checksummed_json::{from_millis, to_millis};
 use super::fs::FileSystem;
@@ -85,7 +86,7 @@ impl AccessTimes {
 
     pub(super) fn record(&self, content: ContentId, now: SystemTime) {
         self.set_now(now);
-        let mut pending = self.pending();
+        let mut pending = self.pending.lock();
         if pending.len() < PENDING_MAX || pending.contains_key(&content) {
             pending.insert(content, now);
         }
@@ -102,7 +103,7 @@ impl AccessTimes {
         (stored_at, used_at): (Option<SystemTime>, SystemTime),
     ) {
         let modified = fs.modified(&content.path()).ok().flatten();
-        let mut pending = self.pending();
+        let mut pending = self.pending.lock();
         let recorded = pending.get(&content).copied();
         let accessed_at = self.plausible(recorded).max(self.plausible(modified));
         if accessed_at >= used_at && stored_at.is_none_or(|stored_at| accessed_at > stored_at) {
@@ -124,7 +125,7 @@ impl AccessTimes {
     /// this knowledge must not remove it.
     pub(super) fn mark_needed(&self, digests: impl IntoIterator<Item = Digest>) {
         if self.is_tracking.load(Ordering::SeqCst) {
-            self.needed().extend(digests);
+            self.needed.lock().extend(digests);
         }
     }
 
@@ -137,27 +138,27 @@ impl AccessTimes {
 
     /// Held by an eviction from the decision to remove something until it is removed.
     pub(super) fn removing(&self) -> MutexGuard<'_, ()> {
-        self.removing.lock().unwrap_or_else(PoisonError::into_inner)
+        self.removing.lock()
     }
 
     /// Starts to track needed content, with an empty set.
     pub(super) fn start_tracking(&self) {
-        self.needed().clear();
+        self.needed.lock().clear();
         self.is_tracking.store(true, Ordering::SeqCst);
     }
 
     pub(super) fn stop_tracking(&self) {
         self.is_tracking.store(false, Ordering::SeqCst);
-        *self.needed() = HashSet::new();
+        *self.needed.lock() = HashSet::new();
     }
 
     pub(super) fn was_needed(&self, digest: &Digest) -> bool {
-        self.needed().contains(digest)
+        self.needed.lock().contains(digest)
     }
 
     /// The last access: the recorded one, or the time of the file if that is later.
     pub(super) fn last_access(&self, content: ContentId, modified: Option<SystemTime>) -> SystemTime {
-        let pending = self.pending().get(&content).copied();
+        let pending = self.pending.lock().get(&content).copied();
         self.plausible(pending).max(self.plausible(modified))
     }
 
@@ -173,18 +174,10 @@ impl AccessTimes {
 
     /// Writes the accesses recorded since the last batch.
     pub(super) fn write(&self, fs: &dyn FileSystem) {
-        let batch = std::mem::take(&mut *self.pending());
+        let batch = std::mem::take(&mut *self.pending.lock());
         for (content, at) in batch {
             // If the file is gone or read-only, the time it has remains.
             let _ = fs.set_modified(&content.path(), at);
         }
-    }
-
-    fn pending(&self) -> MutexGuard<'_, HashMap<ContentId, SystemTime>> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn needed(&self) -> MutexGuard<'_, HashSet<Digest>> {
-        self.needed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

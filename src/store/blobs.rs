@@ -2,10 +2,11 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
@@ -286,7 +287,7 @@ impl Blobs {
         digest: &Digest,
         is_free: impl FnOnce() -> bool,
     ) -> Result<Option<u64>, StoreError> {
-        let _rename_lock = self.rename_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let _rename_lock = self.rename_lock.lock();
         if !is_free() || self.is_in_use(digest) {
             return Ok(None);
         }
@@ -313,7 +314,7 @@ impl Blobs {
 
     /// Renames a verified file to the blob's name, unless the blob exists already.
     fn link(&self, from: &Path, to: &Path, size: u64) -> Result<(), StoreError> {
-        let _rename_lock = self.rename_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let _rename_lock = self.rename_lock.lock();
         self.usage.on_add(ContentKind::Blob, to, size, || {
             if size_of(self.fs.as_ref(), to).is_some() {
                 return Ok(false);

@@ -6,9 +6,10 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::SystemTime;
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::checksummed_json::{RECORD_BYTES_MAX, decode, encode, from_millis, to_millis};
@@ -65,11 +66,7 @@ impl Challenges {
     /// The cached challenge; the outer `None` if the file must be read.
     #[expect(clippy::option_option, reason = "whether it is known, and what is known")]
     pub(super) fn ready(&self, upstream: &str) -> Option<Option<Arc<StoredChallenge>>> {
-        self.entries().get(upstream).cloned()
-    }
-
-    fn entries(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<StoredChallenge>>>> {
-        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+        self.ready.lock().get(upstream).cloned()
     }
 
     fn find(&self, upstream: &str) -> Option<Arc<StoredChallenge>> {
@@ -83,7 +80,11 @@ impl Challenges {
             Err(_) => return None,
         };
         // Do not overwrite a concurrent put.
-        self.entries().entry(upstream.to_owned()).or_insert(found).clone()
+        self.ready
+            .lock()
+            .entry(upstream.to_owned())
+            .or_insert(found)
+            .clone()
     }
 
     fn put(&self, upstream: &str, challenge: StoredChallenge) -> Result<(), StoreError> {
@@ -97,7 +98,8 @@ impl Challenges {
             lines: challenge.lines.clone(),
             given_at_ms: to_millis(challenge.given_at),
         });
-        self.entries()
+        self.ready
+            .lock()
             .insert(upstream.to_owned(), Some(Arc::new(challenge)));
         if !is_changed {
             return Ok(());

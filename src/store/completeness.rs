@@ -10,9 +10,10 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 
+use parking_lot::RwLock;
 use quick_cache::sync::Cache;
 
 use super::cache_key::{ImageKey, ImageRef, RepoKey, RepoKeyRef, bounded_cache};
@@ -209,7 +210,7 @@ struct Recent {
 impl RemovedDigests {
     /// Records the removal of a blob or manifest, or of a repository member.
     pub(super) fn record(&self, digest: &Digest) {
-        let mut recent = self.recent.write().unwrap_or_else(PoisonError::into_inner);
+        let mut recent = self.recent.write();
         let nth = self.count.fetch_add(1, Ordering::AcqRel) + 1;
         if recent.nth.len() >= REMOVED_MAX {
             recent.nth.clear();
@@ -224,7 +225,7 @@ impl RemovedDigests {
 
     /// The current number of removals, if none since `count` was of one of these digests.
     fn none_since(&self, count: u64, prefixes: &[DigestPrefix]) -> Option<u64> {
-        let recent = self.recent.read().unwrap_or_else(PoisonError::into_inner);
+        let recent = self.recent.read();
         let is_gone = |prefix: &DigestPrefix| recent.nth.get(prefix).is_some_and(|nth| *nth > count);
         (count >= recent.since && !prefixes.iter().any(is_gone)).then(|| self.count())
     }

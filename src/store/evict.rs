@@ -16,9 +16,11 @@ mod plan;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
+
+use parking_lot::{Condvar, Mutex};
 
 use self::plan::plan;
 pub(super) use self::plan::plan_deletion;
@@ -188,7 +190,7 @@ impl Evictor {
             tags: read(&totals.tags),
             bytes: read(&totals.bytes),
             refused: read(&totals.refused),
-            longest_idle: *totals.longest_idle.lock().unwrap_or_else(PoisonError::into_inner),
+            longest_idle: *totals.longest_idle.lock(),
         }
     }
 
@@ -206,29 +208,18 @@ impl Evictor {
     }
 
     pub(super) fn wake(&self) {
-        *self
-            .state
-            .is_requested
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = true;
+        *self.state.is_requested.lock() = true;
         self.state.requested.notify_one();
     }
 
     /// Main loop of the eviction thread.
     pub(super) fn run(&self) {
         loop {
-            let requested = self
-                .state
-                .is_requested
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            let mut requested = self
-                .state
-                .requested
-                .wait_while(requested, |requested| !*requested)
-                .unwrap_or_else(PoisonError::into_inner);
-            *requested = false;
-            drop(requested);
+            let mut is_requested = self.state.is_requested.lock();
+            let condition = |is_requested: &mut bool| !*is_requested;
+            self.state.requested.wait_while(&mut is_requested, condition);
+            *is_requested = false;
+            drop(is_requested);
             if self.stop.load(Ordering::Relaxed) {
                 return;
             }
@@ -241,7 +232,7 @@ impl Evictor {
     /// Evicts content for `shortfall`. With `is_all_or_nothing`, nothing is removed if the least number of bytes
     /// cannot be freed.
     fn evict_for(&self, shortfall: Shortfall, is_all_or_nothing: bool) {
-        let mut no_progress = self.state.round.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut no_progress = self.state.round.lock();
         let now = self.access_times.now();
         if no_progress
             .is_some_and(|no_progress| now < no_progress.until && no_progress.bytes < shortfall.bytes_min)
@@ -304,12 +295,7 @@ impl Evictor {
         }
         let oldest = graph.oldest_tag();
         let longest_idle = oldest.map(|used_at| now.duration_since(used_at).unwrap_or_default());
-        *self
-            .state
-            .totals
-            .longest_idle
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = longest_idle;
+        *self.state.totals.longest_idle.lock() = longest_idle;
         let plan = plan(graph, shortfall.bytes_target, protected_since);
         if plan.bytes < bytes_min {
             return Ok(Round::TooLittle(plan.bytes));

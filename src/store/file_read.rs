@@ -5,9 +5,10 @@
 
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::task::spawn_blocking;
 
 use super::fs::FsFile;
@@ -45,7 +46,7 @@ impl BufferPool {
                 pool: None,
             };
         }
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let idle = self.idle.lock().pop();
         let bytes = idle.unwrap_or_else(|| vec![0; READ_CHUNK_BYTES]);
         Buffer {
             used: length.min(bytes.len()),
@@ -55,7 +56,7 @@ impl BufferPool {
     }
 
     fn put_back(&self, bytes: Vec<u8>) {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self.idle.lock();
         if idle.len() < IDLE_BUFFERS_MAX {
             idle.push(bytes);
         }

@@ -9,10 +9,11 @@
 mod filter;
 
 use std::future::Future;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 
 use self::filter::GrantFilter;
@@ -176,7 +177,7 @@ impl Grants {
             let revocations = self.revocations.load(Ordering::SeqCst);
             let value = self.index.get(index_key(key.borrowed())).ok()?;
             let at = value.and_then(|value| Some(from_millis(u64::from_be_bytes(value.try_into().ok()?))));
-            let _order = self.order();
+            let _order = self.order.lock();
             if self.revocations.load(Ordering::SeqCst) == revocations {
                 let found = at.map_or(CachedGrant::Absent, CachedGrant::Granted);
                 // Do not overwrite a concurrent put.
@@ -192,7 +193,7 @@ impl Grants {
     fn put(self: &Arc<Self>, id: GrantId<'_>, at: SystemTime) {
         let key = index_key(id.key());
         {
-            let _order = self.order();
+            let _order = self.order.lock();
             self.filter.add(&key);
             self.index.put(key, to_millis(at).to_be_bytes().to_vec());
             self.ready.insert(id.owned(), CachedGrant::Granted(at));
@@ -211,7 +212,7 @@ impl Grants {
     /// this one waits for durability as well.
     fn revoke(&self, id: GrantId<'_>) -> Option<Revocation> {
         let key = id.owned();
-        let _order = self.order();
+        let _order = self.order.lock();
         if self.ready.get(&key) == Some(CachedGrant::Absent) {
             return None;
         }
@@ -226,16 +227,12 @@ impl Grants {
         let Revocation { key, expunging } = revocation;
         let is_expunged = self.index.wait_durable(expunging);
         if is_expunged {
-            let _order = self.order();
+            let _order = self.order.lock();
             if self.ready.peek(&key) == Some(CachedGrant::Revoked) {
                 self.ready.insert(key, CachedGrant::Absent);
             }
         }
         is_expunged
-    }
-
-    fn order(&self) -> MutexGuard<'_, ()> {
-        self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the filter covers all grants in the index.
@@ -247,7 +244,7 @@ impl Grants {
     pub(super) fn prune(&self, now: SystemTime) {
         // Under the same lock as `put`: a grant is either put before the scan begins, or added to the filter by `put`.
         let rebuild = {
-            let order = self.order();
+            let order = self.order.lock();
             self.filter.begin(&order)
         };
         let Some(mut rebuild) = rebuild else {

@@ -9,10 +9,11 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
 use super::checksummed_json::{RECORD_BYTES_MAX, checksum, decode, encode, from_millis, to_millis};
@@ -131,12 +132,12 @@ impl Store {
     pub(super) fn load_invalidations(&self) {
         for (key, since) in self.invalidations.read() {
             if self.has_cached(&key) || self.may_be_indexed(&key) {
-                self.invalidations.lock().insert(key, since);
+                self.invalidations.entries.lock().insert(key, since);
             } else if let Err(error) = remove_file(self.invalidations.fs.as_ref(), &key.path()) {
                 tracing::debug!(%error, "failed to remove an obsolete invalidation");
             }
         }
-        let count = self.invalidations.lock().len();
+        let count = self.invalidations.entries.lock().len();
         self.invalidations.count.store(count, Ordering::Release);
     }
 }
@@ -164,14 +165,14 @@ impl Invalidations {
         if self.count.load(Ordering::Acquire) == 0 {
             return None;
         }
-        self.lock().get(key).copied()
+        self.entries.lock().get(key).copied()
     }
 
     fn add(&self, key: &InvalidationKey, since: SystemTime) -> Result<bool, StoreError> {
         let path = key.path();
         let _writing = self.lock_writer(&path);
         let is_new = {
-            let mut entries = self.lock();
+            let mut entries = self.entries.lock();
             if entries.len() >= INVALIDATIONS_MAX && !entries.contains_key(key) {
                 return Err(StoreError::io(
                     "write",
@@ -210,7 +211,7 @@ impl Invalidations {
         }
         // The file first: a crash in between leaves a superfluous invalidation, which costs one revalidation.
         remove_file(self.fs.as_ref(), &path)?;
-        let mut entries = self.lock();
+        let mut entries = self.entries.lock();
         entries.remove(key);
         self.count.store(entries.len(), Ordering::Release);
         Ok(())
@@ -231,11 +232,6 @@ impl Invalidations {
     fn lock_writer(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
         let sum = checksum(path.as_os_str().as_encoded_bytes());
         let stripe = self.writers.get(usize::from(sum.first().copied()?) % STRIPES)?;
-        Some(stripe.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// The map is consistent between any two statements under its lock, so poisoning is ignored.
-    fn lock(&self) -> MutexGuard<'_, HashMap<InvalidationKey, SystemTime>> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+        Some(stripe.lock())
     }
 }

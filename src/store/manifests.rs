@@ -2,9 +2,10 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 use serde::{Deserialize, Serialize};
@@ -197,7 +198,7 @@ impl Manifests {
 
     /// Recreates lost or damaged metadata. Skipped if a writer is active or the disk write fails.
     fn repair_metadata(&self, digest: &Digest, media_type: &MediaType) {
-        let Some(Ok(_writing)) = self.stripe(digest).map(Mutex::try_lock) else {
+        let Some(_writing) = self.stripe(digest).and_then(Mutex::try_lock) else {
             return;
         };
         // The manifest may have been removed in the meantime.
@@ -310,7 +311,7 @@ impl Manifests {
     /// Serialises writers of one manifest and its metadata.
     fn lock_writer(&self, digest: &Digest) -> Option<MutexGuard<'_, ()>> {
         let stripe = self.stripe(digest)?;
-        Some(stripe.lock().unwrap_or_else(PoisonError::into_inner))
+        Some(stripe.lock())
     }
 
     fn stripe(&self, digest: &Digest) -> Option<&Mutex<()>> {

@@ -27,10 +27,11 @@ pub use self::append::{MembershipUpdate, PendingAppend};
 use std::collections::HashSet;
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
+use parking_lot::{Mutex, RwLock};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
@@ -159,11 +160,11 @@ struct SharedRepoDigests {
 
 impl SharedRepoDigests {
     fn read<T>(&self, look: impl FnOnce(&RepoDigests) -> T) -> T {
-        look(&self.repo.read().unwrap_or_else(PoisonError::into_inner))
+        look(&self.repo.read())
     }
 
     fn write<T>(&self, change: impl FnOnce(&mut RepoDigests) -> T) -> T {
-        change(&mut self.repo.write().unwrap_or_else(PoisonError::into_inner))
+        change(&mut self.repo.write())
     }
 }
 
@@ -288,7 +289,7 @@ impl MembershipStore {
     }
 
     fn add(&self, upstream: &str, repository: &Repository, digest: &Digest) -> Result<(), StoreError> {
-        let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
+        let _order = self.order.read();
         let repo = self.get_or_load(upstream, repository)?;
         match self.add_in_memory(upstream, repository, digest, &repo) {
             Some(key) => self.append(&key, &repo),
@@ -341,7 +342,7 @@ impl MembershipStore {
         repository: &Repository,
         digest: &Digest,
     ) -> Result<(), StoreError> {
-        let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
+        let _order = self.order.read();
         let repo = self.get_or_load(upstream, repository)?;
         let was_member = repo.write(|repo| {
             let was_member = repo.digests.remove(digest);
@@ -363,7 +364,7 @@ impl MembershipStore {
         repository: &Repository,
         since: Option<SystemTime>,
     ) -> Result<(), StoreError> {
-        let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
+        let _order = self.order.read();
         let repo = self.get_or_load(upstream, repository)?;
         let has_quota = since.is_none() || self.has_quota();
         let is_changed = repo.write(|repo| {
@@ -390,7 +391,7 @@ impl MembershipStore {
     }
 
     fn record_served(&self, upstream: &str, url: &str, repository: &Repository) -> Result<(), StoreError> {
-        let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
+        let _order = self.order.read();
         let repo = self.get_or_load(upstream, repository)?;
         let has_quota = self.has_quota();
         let is_changed = repo.write(|repo| {

@@ -10,8 +10,10 @@ use std::fmt;
 use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
+
+use parking_lot::Mutex;
 
 use super::blobs::{Blobs, TREE};
 use super::checksummed_json::{RECORD_BYTES_MAX, decode};
@@ -45,7 +47,7 @@ impl Store {
 
     /// Removes all partial downloads. Returns their size in bytes.
     pub fn remove_partials(&self) -> u64 {
-        let partials = std::mem::take(&mut *self.blobs.partials.entries());
+        let partials = std::mem::take(&mut *self.blobs.partials.0.lock());
         let fs = self.blobs.fs.as_ref();
         partials.iter().map(|entry| entry.remove(fs)).sum()
     }
@@ -308,7 +310,7 @@ impl PartialDownloads {
     }
 
     pub(super) fn put(&self, fs: &dyn FileSystem, entry: PartialEntry) {
-        let mut all = self.entries();
+        let mut all = self.0.lock();
         all.retain(|other| other.digest != entry.digest);
         all.push(entry);
         let bytes = |all: &Vec<PartialEntry>| all.iter().map(|entry| entry.bytes).sum::<u64>();
@@ -318,14 +320,9 @@ impl PartialDownloads {
     }
 
     fn take(&self, digest: &Digest) -> Option<PartialEntry> {
-        let mut all = self.entries();
+        let mut all = self.0.lock();
         let position = all.iter().position(|entry| entry.digest == *digest)?;
         Some(all.remove(position))
-    }
-
-    /// Every statement under this lock leaves the list valid, so a poisoned lock is safe to use.
-    fn entries(&self) -> MutexGuard<'_, Vec<PartialEntry>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -4,8 +4,9 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockWriteGuard};
+use std::sync::Arc;
 
+use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 
 use super::access_times::AccessTimes;
@@ -98,33 +99,26 @@ impl Pins {
     }
 
     pub(super) fn has(&self, pin: &Pin) -> bool {
-        self.entries
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .contains_key(pin)
+        self.entries.read().contains_key(pin)
     }
 
     fn all(&self) -> Vec<Pin> {
-        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let entries = self.entries.read();
         entries.keys().cloned().collect()
     }
 
     pub(super) fn count(&self) -> usize {
-        self.entries.read().unwrap_or_else(PoisonError::into_inner).len()
-    }
-
-    fn change(&self) -> RwLockWriteGuard<'_, BTreeMap<Pin, PathBuf>> {
-        self.entries.write().unwrap_or_else(PoisonError::into_inner)
+        self.entries.read().len()
     }
 
     fn add(&self, pin: &Pin) -> Result<bool, StoreError> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.changing.lock();
         if self.has(pin) {
             return Ok(false);
         }
         let path = pin.path();
         // In memory first, so that nothing pinned is evicted while the file is written.
-        self.change().insert(pin.clone(), path.clone());
+        self.entries.write().insert(pin.clone(), path.clone());
         // After the insertion: an eviction that begins later sees the pin.
         if let Pin::Digest(digest) = pin {
             self.access_times.mark_needed([*digest]);
@@ -134,23 +128,23 @@ impl Pins {
         drop(self.access_times.removing());
         let written = self.fs.write_durable(&path, &encode(&Record::of(pin)));
         written.map_err(|error| {
-            self.change().remove(pin);
+            self.entries.write().remove(pin);
             StoreError::io("write", &path, &error)
         })?;
         Ok(true)
     }
 
     fn remove(&self, pin: &Pin) -> Result<bool, StoreError> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.changing.lock();
         let path = {
-            let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+            let entries = self.entries.read();
             entries.get(pin).cloned()
         };
         let Some(path) = path else {
             return Ok(false);
         };
         remove_file(self.fs.as_ref(), &path)?;
-        self.change().remove(pin);
+        self.entries.write().remove(pin);
         // Without this, a power cut could restore the pin.
         if let Some(folder) = path.parent() {
             self.fs

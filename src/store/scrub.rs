@@ -6,10 +6,11 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
 
 use super::access_times::AccessTimes;
@@ -266,14 +267,14 @@ impl Scrub {
     /// A stop or a new rate ends the pause early.
     fn pause(&self, time: Duration) {
         let (lock, wake) = &self.wake;
-        let guard = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = lock.lock();
         if !self.is_stopped() {
-            let _ = wake.wait_timeout(guard, time);
+            wake.wait_for(&mut guard, time);
         }
     }
 
     pub(super) fn wake(&self) {
-        let _guard = self.wake.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let _guard = self.wake.0.lock();
         self.wake.1.notify_all();
     }
 

@@ -12,10 +12,11 @@ pub mod sightings;
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::SystemTime;
 
+use parking_lot::{Mutex, MutexGuard};
 use quick_cache::sync::Cache;
 
 use super::cache_key::bounded_cache;
@@ -387,16 +388,12 @@ impl Tags {
     /// Serialises writers of one tag.
     fn lock_writer(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
         let stripe = self.stripe(path)?;
-        Some(stripe.lock().unwrap_or_else(PoisonError::into_inner))
+        Some(stripe.lock())
     }
 
     /// [`Self::lock_writer`], unless another writer holds the lock.
     fn try_lock_writer(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
-        match self.stripe(path)?.try_lock() {
-            Ok(writing) => Some(writing),
-            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
+        self.stripe(path)?.try_lock()
     }
 
     fn stripe(&self, path: &Path) -> Option<&Mutex<()>> {

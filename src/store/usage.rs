@@ -4,7 +4,8 @@
 use std::convert::Infallible;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock};
+
+use parking_lot::RwLock;
 
 use super::fs::{Entry, FileSystem};
 use super::{quarantine, size_of};
@@ -94,7 +95,7 @@ impl Counters {
         bytes: u64,
         op: impl FnOnce() -> Result<bool, E>,
     ) -> Result<(), E> {
-        let counted = self.counted.read().unwrap_or_else(PoisonError::into_inner);
+        let counted = self.counted.read();
         let is_new = op()?;
         self.changes.fetch_add(1, Ordering::Release);
         if is_new && position(kind, path) < *counted {
@@ -112,7 +113,7 @@ impl Counters {
         path: &Path,
         op: impl FnOnce() -> Result<Option<u64>, E>,
     ) -> Result<bool, E> {
-        let counted = self.counted.read().unwrap_or_else(PoisonError::into_inner);
+        let counted = self.counted.read();
         let Some(bytes) = op()? else { return Ok(false) };
         self.changes.fetch_add(1, Ordering::Release);
         if position(kind, path) < *counted {
@@ -173,7 +174,7 @@ pub(super) fn count_existing(fs: &dyn FileSystem, counters: &Counters, stop: &At
                 return;
             }
             let folder = Path::new(tree).join(format!("{shard:02x}"));
-            let mut counted = counters.counted.write().unwrap_or_else(PoisonError::into_inner);
+            let mut counted = counters.counted.write();
             // A folder that cannot be read counts as empty. The counters serve display and eviction only.
             let entries = fs.list(&folder).unwrap_or_default();
             let files = entries.iter().filter(|entry| is_content(entry));
@@ -184,7 +185,7 @@ pub(super) fn count_existing(fs: &dyn FileSystem, counters: &Counters, stop: &At
             *counted += 1;
         }
     }
-    *counters.counted.write().unwrap_or_else(PoisonError::into_inner) = u32::MAX;
+    *counters.counted.write() = u32::MAX;
     counters.is_complete.store(true, Ordering::Release);
 }
 

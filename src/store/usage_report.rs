@@ -13,9 +13,10 @@ use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::BuildHasher as _;
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::evict::plan_deletion;
@@ -174,11 +175,7 @@ impl Store {
     /// Reference counts of all tags. Counts once after a change and returns the cached result until the next. Blocks.
     pub fn reference_counts(&self) -> Arc<ReferenceCounts> {
         // Held while counting: concurrent callers wait for the same result.
-        let mut known = self
-            .reference_counts
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.reference_counts.0.lock();
         // Read first: a change while counting makes the result outdated, not wrong.
         let (changes, began) = (self.usage.changes(), Instant::now());
         if let Some(known) = known.as_ref().filter(|known| known.is_current(changes)) {

@@ -13,9 +13,11 @@ mod record;
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::SystemTime;
+
+use parking_lot::{Mutex, RwLock};
 
 use self::record::{Record, files, files_of, load};
 use super::checksummed_json::encode;
@@ -251,7 +253,7 @@ impl Verdicts {
         if self.count.load(Ordering::Acquire) == 0 {
             return None;
         }
-        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let entries = self.entries.read();
         let of_digest = entries.get(digest)?.iter();
         let mut holding =
             of_digest.filter(|entry| entry.kind == kind && entry.scope.covers(upstream, repository));
@@ -260,7 +262,7 @@ impl Verdicts {
 
     /// Copies and sorts only those that it returns.
     fn first(&self, kind: VerdictKind, count_max: usize) -> FirstVerdicts {
-        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let entries = self.entries.read();
         let mut found: Vec<_> = entries
             .iter()
             .flat_map(|(digest, of_digest)| of_digest.iter().map(move |entry| (&entry.scope, digest, entry)))
@@ -305,7 +307,7 @@ impl Verdicts {
     /// In memory first, so that the block holds even if the disk is full or slow, or another change waits for it.
     fn put_block(&self, key: &VerdictKey, note: &Arc<VerdictNote>) -> Result<bool, VerdictError> {
         let is_new = self.insert(key, Arc::clone(note), VERDICTS_MAX)?;
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.changing.lock();
         // A removal or another note may have come first.
         let is_forgotten = self.insert(key, Arc::clone(note), usize::MAX)?;
         self.write(key, note).map_err(|error| {
@@ -320,7 +322,7 @@ impl Verdicts {
     }
 
     fn put_approval(&self, key: &VerdictKey, note: Arc<VerdictNote>) -> Result<bool, VerdictError> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.changing.lock();
         let is_new = self.paths_of(key).is_none();
         if is_new && self.count.load(Ordering::Acquire) >= VERDICTS_MAX {
             return Err(VerdictError::TooMany);
@@ -346,12 +348,12 @@ impl Verdicts {
     }
 
     fn remove(&self, key: &VerdictKey) -> Result<bool, StoreError> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.changing.lock();
         self.remove_locked(key)
     }
 
     fn remove_of(&self, kind: VerdictKind, digest: &Digest) -> Result<bool, StoreError> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.changing.lock();
         let mut was = false;
         for scope in self.scopes_of(kind, digest) {
             let digest = *digest;
@@ -414,7 +416,7 @@ impl Verdicts {
     }
 
     fn paths_of(&self, key: &VerdictKey) -> Option<Vec<PathBuf>> {
-        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let entries = self.entries.read();
         let mut of_digest = entries.get(&key.digest)?.iter();
         of_digest
             .find(|entry| entry.is(key))
@@ -422,7 +424,7 @@ impl Verdicts {
     }
 
     fn scopes_of(&self, kind: VerdictKind, digest: &Digest) -> Vec<VerdictScope> {
-        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let entries = self.entries.read();
         let of_digest = entries.get(digest).into_iter().flatten();
         let of_kind = of_digest.filter(|entry| entry.kind == kind);
         of_kind.map(|entry| entry.scope.clone()).collect()
@@ -430,13 +432,13 @@ impl Verdicts {
 
     /// Whether a block of this key outlasts a restart.
     fn is_durable(&self, key: &VerdictKey) -> bool {
-        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let entries = self.entries.read();
         let mut of_digest = entries.get(&key.digest).into_iter().flatten();
         of_digest.any(|entry| entry.is(key) && entry.is_durable)
     }
 
     fn set_durable(&self, key: &VerdictKey, is_durable: bool) {
-        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = self.entries.write();
         let of_digest = entries.get_mut(&key.digest).into_iter().flatten();
         for entry in of_digest.filter(|entry| entry.is(key)) {
             entry.is_durable = is_durable;
@@ -450,7 +452,7 @@ impl Verdicts {
         note: Arc<VerdictNote>,
         count_max: usize,
     ) -> Result<bool, VerdictError> {
-        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = self.entries.write();
         let known = entries.get(&key.digest).into_iter().flatten();
         let is_new = !known.into_iter().any(|entry| entry.is(key));
         if is_new && self.count.load(Ordering::Acquire) >= count_max {
@@ -485,7 +487,7 @@ impl Verdicts {
     }
 
     fn forget(&self, key: &VerdictKey) {
-        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = self.entries.write();
         let Some(of_digest) = entries.get_mut(&key.digest) else {
             return;
         };

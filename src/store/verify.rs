@@ -1,8 +1,10 @@
 //! Verify job: reads all stored content once on request, at full disk speed, and quarantines corrupt files. One job
 //! runs at a time, and its progress can be queried.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
 
 use super::scrub::Scrub;
 use super::{Store, StoreError};
@@ -42,8 +44,8 @@ impl Store {
 
     /// Progress of the last verify job, or `None` if there was none since the start.
     pub fn verification(&self) -> Option<Verification> {
-        let started = lock(&self.verify_job.thread).is_some();
-        started.then(|| lock(&self.verify_job.state).clone())
+        let started = self.verify_job.thread.lock().is_some();
+        started.then(|| self.verify_job.state.lock().clone())
     }
 
     /// Quarantines the index and fills a new one from the files while requests are served. Grants are lost, so
@@ -55,11 +57,11 @@ impl Store {
 
 impl VerifyJob {
     fn begin(&self, scrub: &Arc<Scrub>) -> Result<bool, StoreError> {
-        let mut thread = lock(&self.thread);
+        let mut thread = self.thread.lock();
         if thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
             return Ok(false);
         }
-        *lock(&self.state) = Verification {
+        *self.state.lock() = Verification {
             is_running: true,
             ..Verification::default()
         };
@@ -68,7 +70,7 @@ impl VerifyJob {
             .name("store-verify".to_owned())
             .spawn(move || {
                 let is_complete = scrub.read_all(|digest, bytes, is_intact| {
-                    let mut state = lock(&state);
+                    let mut state = state.lock();
                     state.objects += 1;
                     state.bytes += bytes;
                     if !is_intact {
@@ -78,7 +80,7 @@ impl VerifyJob {
                         }
                     }
                 });
-                let mut state = lock(&state);
+                let mut state = state.lock();
                 (state.is_running, state.is_complete) = (false, is_complete);
                 let (objects, damaged) = (state.objects, state.damaged);
                 tracing::info!(objects, damaged, is_complete, "verify job finished");
@@ -91,14 +93,6 @@ impl VerifyJob {
 
     /// Takes the thread so that it can be joined.
     pub(super) fn take(&mut self) -> Option<JoinHandle<()>> {
-        self.thread
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        self.thread.get_mut().take()
     }
-}
-
-/// The locks protect counters only, which stay valid after a panic.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -6,9 +6,10 @@
 //! bounded; a forgotten address starts with a complete burst.
 
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use tokio::time::Instant;
 
@@ -59,19 +60,15 @@ impl FailedTokens {
     /// Time until another token of this client is compared.
     pub(super) fn wait(&self, client: IpAddr, now: Instant) -> Option<Duration> {
         let failures = self.0.get(&host_network(client))?;
-        locked(&failures).wait(now)
+        failures.lock().wait(now)
     }
 
     /// Records a wrong token and returns the count of this address.
     pub(super) fn note(&self, client: IpAddr, now: Instant) -> u64 {
         let made = || Ok::<_, std::convert::Infallible>(Arc::default());
         let Ok(failures) = self.0.get_or_insert_with(&host_network(client), made);
-        locked(&failures).note(now)
+        failures.lock().note(now)
     }
-}
-
-fn locked(failures: &Mutex<Failures>) -> MutexGuard<'_, Failures> {
-    failures.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ pub(super) async fn run(
     let first = manifest(proxy, &spec, spec.named.reference.clone(), clock).await;
     let (first, reason) = first?;
     {
-        let mut progress = job.progress();
+        let mut progress = job.progress.lock();
         progress.digest = Some(first.digest);
         progress.reason = Some(reason);
     }
@@ -82,7 +82,7 @@ pub(super) async fn run(
 }
 
 fn list(job: &PullJob, stored: &StoredManifest, platform: Option<&str>) {
-    let mut progress = job.progress();
+    let mut progress = job.progress.lock();
     for child in &stored.manifest.descriptors {
         let AnyDigest::Supported(digest) = child.digest else {
             continue;

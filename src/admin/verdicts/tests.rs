@@ -2,11 +2,11 @@
 
 use std::io::{self, Write};
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 
 use super::*;
 use crate::oci::{Algorithm, Digest};
@@ -64,7 +64,7 @@ struct Journal(Arc<Mutex<Vec<u8>>>);
 
 impl Write for Journal {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().write(bytes)
+        self.0.lock().write(bytes)
     }
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
@@ -78,7 +78,7 @@ fn logged<T>(work: impl FnOnce() -> T) -> (T, String) {
         .with_ansi(false)
         .with_writer(move || writer.clone());
     let done = tracing::subscriber::with_default(subscriber.finish(), work);
-    let text = String::from_utf8(journal.0.lock().unwrap().clone()).unwrap();
+    let text = String::from_utf8(journal.0.lock().clone()).unwrap();
     (done, text)
 }
 

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use super::super::StoreError;
@@ -99,14 +98,14 @@ impl Evictor {
     }
 
     fn note_tag_removal(&self, name: &Digest) {
-        let mut folders = self.state.unsynced.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut folders = self.state.unsynced.lock();
         folders.extend(tags::path_of(name).parent().map(Path::to_owned));
     }
 
     /// Makes the removal of all evicted tags durable. Otherwise a power cut could restore a tag whose image has lost
     /// content.
     fn sync_tag_removals(&self) -> Result<(), StoreError> {
-        let mut folders = self.state.unsynced.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut folders = self.state.unsynced.lock();
         while let Some(folder) = folders.pop_first() {
             match self.fs.sync_dir(&folder) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {

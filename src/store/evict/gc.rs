@@ -3,7 +3,6 @@
 //! Content that was pulled by digest also has no tag. It stays as long as it is used. Referrers of a stored image,
 //! such as its signature, stay with the image.
 
-use std::sync::PoisonError;
 use std::time::{Duration, SystemTime};
 
 use super::super::usage_report::Reclaimed;
@@ -23,7 +22,7 @@ impl Store {
 
 impl Evictor {
     fn collect(&self, unused_for: Duration, is_dry_run: bool) -> Result<Reclaimed, StoreError> {
-        let _one_at_a_time = self.state.round.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.state.round.lock();
         let now = self.access_times.now();
         let protected_since = now.checked_sub(unused_for).unwrap_or(SystemTime::UNIX_EPOCH);
         let mut freed = Reclaimed::default();

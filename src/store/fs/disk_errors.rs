@@ -5,10 +5,11 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 /// Minimum time between two log lines: a failing disk fails every read.
@@ -28,7 +29,7 @@ impl LogLimit {
     /// If a line may be logged now, the number of lines skipped since the last one.
     pub fn admits(&self) -> Option<u64> {
         let now = Instant::now();
-        let admitted = self.0.last.try_lock().is_ok_and(|mut last| {
+        let admitted = self.0.last.try_lock().is_some_and(|mut last| {
             let is_due = last.is_none_or(|at| now.duration_since(at) >= LOG_EVERY);
             if is_due {
                 *last = Some(now);

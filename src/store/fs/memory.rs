@@ -3,9 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::SystemTime;
+
+use parking_lot::{Mutex, RwLock};
 
 use super::{Entry, FileSystem, FsFile};
 
@@ -63,12 +65,9 @@ impl MemoryFs {
         })
     }
 
-    fn files(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Arc<MemoryFile>>> {
-        self.files.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn find(&self, path: &Path) -> io::Result<Arc<MemoryFile>> {
-        self.files()
+        self.files
+            .lock()
             .get(path)
             .cloned()
             .ok_or_else(|| io::ErrorKind::NotFound.into())
@@ -81,7 +80,7 @@ impl FileSystem for MemoryFs {
     }
 
     fn create(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
-        let mut files = self.files();
+        let mut files = self.files.lock();
         if files.contains_key(path) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
@@ -97,17 +96,18 @@ impl FileSystem for MemoryFs {
     fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         self.extent.take(bytes.len() as u64)?;
         let file = Arc::clone(
-            self.files()
+            self.files
+                .lock()
                 .entry(path.to_owned())
                 .or_insert_with(|| self.new_file()),
         );
-        let mut content = file.bytes.write().unwrap_or_else(PoisonError::into_inner);
+        let mut content = file.bytes.write();
         content.extend_from_slice(bytes);
         Ok(())
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        let mut files = self.files();
+        let mut files = self.files.lock();
         let moved: Vec<PathBuf> = files
             .keys()
             .filter(|path| path.starts_with(from))
@@ -131,14 +131,15 @@ impl FileSystem for MemoryFs {
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        self.files()
+        self.files
+            .lock()
             .remove(path)
             .map(drop)
             .ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
-        self.files().retain(|file, _| !file.starts_with(path));
+        self.files.lock().retain(|file, _| !file.starts_with(path));
         Ok(())
     }
 
@@ -147,7 +148,7 @@ impl FileSystem for MemoryFs {
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
-        let files = self.files();
+        let files = self.files.lock();
         let mut folders = BTreeSet::new();
         let mut found = Vec::new();
         for (file, content) in files.iter() {
@@ -162,7 +163,7 @@ impl FileSystem for MemoryFs {
                     name,
                     is_folder: false,
                     size: content.size(),
-                    modified: *content.modified.lock().unwrap_or_else(PoisonError::into_inner),
+                    modified: *content.modified.lock(),
                 }),
                 (Some(name), Some(_)) if folders.insert(name.clone()) => {
                     found.push(Entry {
@@ -181,7 +182,7 @@ impl FileSystem for MemoryFs {
 
     fn set_modified(&self, path: &Path, at: SystemTime) -> io::Result<()> {
         let file = self.find(path)?;
-        *file.modified.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
+        *file.modified.lock() = Some(at);
         Ok(())
     }
 
@@ -204,13 +205,13 @@ struct MemoryFile {
 
 impl MemoryFile {
     fn size(&self) -> u64 {
-        self.bytes.read().unwrap_or_else(PoisonError::into_inner).len() as u64
+        self.bytes.read().len() as u64
     }
 }
 
 impl Drop for MemoryFile {
     fn drop(&mut self) {
-        let bytes = self.bytes.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let bytes = self.bytes.get_mut();
         self.extent.bytes.fetch_sub(bytes.len() as u64, Ordering::SeqCst);
     }
 }
@@ -227,7 +228,7 @@ impl FsFile for Handle {
         let end = start
             .checked_add(bytes.len())
             .ok_or(io::ErrorKind::FileTooLarge)?;
-        let mut content = self.0.bytes.write().unwrap_or_else(PoisonError::into_inner);
+        let mut content = self.0.bytes.write();
         if content.len() < end {
             self.0.extent.take((end - content.len()) as u64)?;
             content.resize(end, 0);
@@ -239,7 +240,7 @@ impl FsFile for Handle {
     }
 
     fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        let content = self.0.bytes.read().unwrap_or_else(PoisonError::into_inner);
+        let content = self.0.bytes.read();
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let rest = content.get(start..).unwrap_or_default();
         let length = rest.len().min(into.len());
@@ -254,7 +255,7 @@ impl FsFile for Handle {
     }
 
     fn size(&self) -> io::Result<u64> {
-        Ok(self.0.bytes.read().unwrap_or_else(PoisonError::into_inner).len() as u64)
+        Ok(self.0.bytes.read().len() as u64)
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -6,10 +6,11 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use parking_lot::Mutex;
 use rustix::io::Errno;
 
 use super::assert_may_block;
@@ -33,10 +34,6 @@ struct DiskState {
 }
 
 impl DiskHealth {
-    fn lock(&self) -> MutexGuard<'_, Option<StoreError>> {
-        self.0.last.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Returns whether writes fail. One atomic load, cheap enough for every read.
     pub(in crate::store) fn is_failing(&self) -> bool {
         self.0.is_failing.load(Ordering::Relaxed)
@@ -44,7 +41,7 @@ impl DiskHealth {
 
     /// The last write error, until a write succeeds again.
     pub(in crate::store) fn last_error(&self) -> Option<StoreError> {
-        self.lock().clone()
+        self.0.last.lock().clone()
     }
 
     fn note(&self, what: &'static str, path: &Path, error: &io::Error) {
@@ -52,7 +49,7 @@ impl DiskHealth {
             return;
         }
         let fault = StoreError::io(what, path, error);
-        let before = self.lock().replace(fault.clone());
+        let before = self.0.last.lock().replace(fault.clone());
         self.0.is_failing.store(true, Ordering::Relaxed);
         if before.is_none() {
             tracing::error!(%fault, "disk is not writable, serving stored content and forwarding the rest");
@@ -61,7 +58,7 @@ impl DiskHealth {
 
     fn recovered(&self) {
         self.0.is_failing.store(false, Ordering::Relaxed);
-        if self.lock().take().is_some() {
+        if self.0.last.lock().take().is_some() {
             tracing::info!("disk is writable again");
         }
     }

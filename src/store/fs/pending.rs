@@ -1,9 +1,10 @@
 //! Pending file-system operations. A disk that hangs returns no error, so only a pending operation reveals it.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 /// An operation that takes longer is reported as a health issue.
@@ -21,12 +22,8 @@ struct PendingOperations {
 }
 
 impl PendingIo {
-    fn lock(&self) -> MutexGuard<'_, PendingOperations> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub(super) fn run<T>(&self, operation: &'static str, work: impl FnOnce() -> T) -> T {
-        let mut begun = self.lock();
+        let mut begun = self.0.lock();
         let id = begun.next;
         begun.next += 1;
         begun.operations.insert(id, (operation, Instant::now()));
@@ -37,7 +34,7 @@ impl PendingIo {
 
     /// The oldest pending operation and its duration, if it is slow.
     pub(in crate::store) fn slow(&self, now: Instant) -> Option<(&'static str, Duration)> {
-        let begun = self.lock();
+        let begun = self.0.lock();
         let (_, (operation, since)) = begun.operations.first_key_value()?;
         let took = now.saturating_duration_since(*since);
         (took >= SLOW_AFTER).then_some((operation, took))
@@ -51,7 +48,7 @@ struct PendingGuard<'a> {
 
 impl Drop for PendingGuard<'_> {
     fn drop(&mut self) {
-        self.pending.lock().operations.remove(&self.id);
+        self.pending.0.lock().operations.remove(&self.id);
     }
 }
 

@@ -2,7 +2,8 @@
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use parking_lot::{Mutex, MutexGuard};
 
 /// Hashes of all grants in the index, and of some removed ones. At most some 1.5 MiB: the index has at most
 /// [`super::GRANTS_MAX`] grants, plus those put until the next pruning.
@@ -27,26 +28,22 @@ pub(super) struct FilterRebuild<'a> {
 }
 
 impl GrantFilter {
-    fn sets(&self) -> MutexGuard<'_, Sets> {
-        self.sets.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Whether the index certainly has no grant with this key.
     pub(super) fn excludes(&self, key: &[u8]) -> bool {
         let hash = self.hasher.hash_one(key);
-        let sets = self.sets();
+        let sets = self.sets.lock();
         sets.now.as_ref().is_some_and(|now| !now.contains(&hash))
     }
 
     /// Whether the index has been scanned.
     pub(super) fn is_complete(&self) -> bool {
-        self.sets().now.is_some()
+        self.sets.lock().now.is_some()
     }
 
     /// Adds a key that is about to be put into the index.
     pub(super) fn add(&self, key: &[u8]) {
         let hash = self.hasher.hash_one(key);
-        let Sets { now, next } = &mut *self.sets();
+        let Sets { now, next } = &mut *self.sets.lock();
         for set in [now, next].into_iter().flatten() {
             set.insert(hash);
         }
@@ -55,7 +52,7 @@ impl GrantFilter {
     /// Starts a rebuild, unless one is running. `_order` is the lock under which [`Self::add`] and the index put
     /// happen: a put after the start of the scan would otherwise be in the index and not in the filter.
     pub(super) fn begin(&self, _order: &MutexGuard<'_, ()>) -> Option<FilterRebuild<'_>> {
-        let mut sets = self.sets();
+        let mut sets = self.sets.lock();
         if sets.next.is_some() {
             return None;
         }
@@ -71,7 +68,7 @@ impl FilterRebuild<'_> {
     /// Adds a key found in the index.
     pub(super) fn add(&mut self, key: &[u8]) {
         let hash = self.filter.hasher.hash_one(key);
-        if let Some(next) = &mut self.filter.sets().next {
+        if let Some(next) = &mut self.filter.sets.lock().next {
             next.insert(hash);
         }
     }
@@ -84,7 +81,7 @@ impl FilterRebuild<'_> {
 
 impl Drop for FilterRebuild<'_> {
     fn drop(&mut self) {
-        let mut sets = self.filter.sets();
+        let mut sets = self.filter.sets.lock();
         let next = sets.next.take();
         if self.is_finished {
             sets.now = next;

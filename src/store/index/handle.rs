@@ -4,11 +4,13 @@
 //! Writes do not wait. After one timeout, further reads fail at once until the worker makes progress.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+use parking_lot::Mutex;
 
 use super::Pair;
 use super::pending_removals::PendingRemovals;
@@ -111,7 +113,7 @@ pub(in crate::store) struct DurableRemoval {
 /// State shared by worker and handle.
 #[derive(Debug)]
 pub(super) struct Shared {
-    state: Mutex<IndexState>,
+    pub(super) state: Mutex<IndexState>,
     /// Set after a timeout. Reads fail at once until the worker makes progress.
     pub(super) is_stuck: AtomicBool,
     /// Number of times that written records may have been lost.
@@ -128,10 +130,6 @@ impl Shared {
             losses: AtomicU64::new(0),
             complete_after: AtomicU64::new(0),
         }
-    }
-
-    pub(super) fn state(&self) -> MutexGuard<'_, IndexState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn record_loss(&self) {
@@ -166,7 +164,7 @@ impl IndexHandle {
 
     /// State of the index.
     pub(in crate::store) fn state(&self) -> IndexState {
-        self.shared.state().clone()
+        self.shared.state.lock().clone()
     }
 
     /// Returns whether the index is known to contain every tag that has a file.

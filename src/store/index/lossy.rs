@@ -1,7 +1,9 @@
 //! Test index that loses unflushed writes in a crash.
 #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use super::handle::Location;
 use super::{Index, IndexError, MemoryIndex, Pair};
@@ -14,7 +16,7 @@ impl Flushed {
     /// An index that starts with the flushed state.
     pub(in crate::store) fn location(&self) -> Location {
         let index = LosingIndex {
-            written: self.0.lock().unwrap().clone(),
+            written: self.0.lock().clone(),
             flushed: self.clone(),
         };
         Location::Given(Mutex::new(Some(Box::new(index))))
@@ -22,7 +24,7 @@ impl Flushed {
 
     /// The state that survives a crash now.
     pub(in crate::store) fn now(&self) -> Self {
-        Self(Arc::new(Mutex::new(self.0.lock().unwrap().clone())))
+        Self(Arc::new(Mutex::new(self.0.lock().clone())))
     }
 }
 
@@ -45,7 +47,7 @@ impl Index for LosingIndex {
         self.written.scan(prefix, after, limit)
     }
     fn sync(&mut self) -> Result<(), IndexError> {
-        *self.flushed.0.lock().unwrap() = self.written.clone();
+        *self.flushed.0.lock() = self.written.clone();
         Ok(())
     }
     fn abandon(self: Box<Self>, _: &IndexError) -> bool {

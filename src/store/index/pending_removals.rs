@@ -3,7 +3,8 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use parking_lot::Mutex;
 
 /// Most pending removals. With one more, the index is not read until it has been recreated.
 pub(super) const REMOVALS_MAX: usize = 4096;
@@ -31,15 +32,11 @@ impl PendingRemovals {
 
     /// Changes the removals under the lock. Messages sent in `change` keep the order of the changes.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut RemovalSet) -> T) -> T {
-        let mut removals = self.lock();
+        let mut removals = self.removals.lock();
         let changed = change(&mut removals);
         let count = removals.keys.len() + usize::from(removals.is_overflowed);
         self.count.store(count, Ordering::Release);
         changed
-    }
-
-    fn lock(&self) -> MutexGuard<'_, RemovalSet> {
-        self.removals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,8 +1,10 @@
 //! Test index whose flushes wait for the test.
 #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+
+use parking_lot::Mutex;
 
 use super::handle::{IndexHandle, Location};
 use super::{Index, IndexError, MemoryIndex, Pair};
@@ -69,7 +71,7 @@ impl Index for SlowIndex {
     }
     fn sync(&mut self) -> Result<(), IndexError> {
         let _gone = self.begun.send(());
-        let _gone = self.through.lock().unwrap().recv();
+        let _gone = self.through.lock().recv();
         Ok(())
     }
     fn abandon(self: Box<Self>, _: &IndexError) -> bool {

@@ -334,7 +334,7 @@ impl Worker {
         self.unsynced = 0;
         self.shared.record_loss();
         tracing::warn!(%fault, "index is down, serving from the files and opening it again in {} s", self.back_off.as_secs());
-        *self.shared.state() = IndexState::Degraded {
+        *self.shared.state.lock() = IndexState::Degraded {
             reason: fault.to_string(),
         };
         let (sender, pause) = (self.sender.clone(), self.back_off);
@@ -385,7 +385,7 @@ impl Worker {
                 self.write_buffer = WriteBuffer::default();
                 self.back_off = REOPEN_FIRST;
                 self.busy = 0;
-                *self.shared.state() = IndexState::Ready;
+                *self.shared.state.lock() = IndexState::Ready;
             }
             Err(fault) => {
                 self.busy += u32::from(fault == IndexError::Busy);
@@ -403,7 +403,7 @@ impl Worker {
             Location::Memory => return Ok(Box::new(MemoryIndex::default())),
             #[cfg(test)]
             Location::Given(index) => {
-                let given = index.lock().ok().and_then(|mut index| index.take());
+                let given = index.lock().take();
                 return given.ok_or(IndexError::Busy);
             }
             Location::Folder { fs, index, .. } => (Arc::clone(fs), index.clone()),

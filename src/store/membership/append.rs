@@ -1,8 +1,8 @@
 //! Appends to membership files: in the order of the changes in memory, and with one fsync for all pending lines.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError, TryLockError};
 
 use super::{MembershipStore, SharedRepoDigests, header_line, path, prune, push_line};
 use crate::oci::{Digest, Repository};
@@ -45,10 +45,8 @@ impl AsyncStore {
 impl MembershipStore {
     fn add_if_cached(&self, upstream: &str, repository: &Repository, digest: &Digest) -> MembershipUpdate {
         // Do not wait for the removal of a file, which needs the disk.
-        let _order = match self.order.try_read() {
-            Ok(order) => order,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return MembershipUpdate::NotInMemory,
+        let Some(_order) = self.order.try_read() else {
+            return MembershipUpdate::NotInMemory;
         };
         let Some(ready) = self.ready.get(&RepoKeyRef::new(upstream, repository)) else {
             return MembershipUpdate::NotInMemory;
@@ -61,14 +59,14 @@ impl MembershipStore {
     }
 
     fn persist_membership(&self, pending: &PendingAppend) -> Result<(), StoreError> {
-        let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
+        let _order = self.order.read();
         self.append(&pending.key, &pending.repo)
     }
 
     /// Retries pending lines that remove a member or make a repository private. Blocks.
     pub(in crate::store) fn append_pending(&self) {
         for (key, repo) in self.in_use.pending() {
-            let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
+            let _order = self.order.read();
             if self.append(&key, &repo).is_err() {
                 // Disk errors are reported elsewhere; further appends would fail too.
                 return;
@@ -78,7 +76,7 @@ impl MembershipStore {
 
     /// Appends all pending lines. When this returns, every change made before the call is in the file.
     pub(super) fn append(&self, key: &RepoKey, repo: &Arc<SharedRepoDigests>) -> Result<(), StoreError> {
-        let _appending = repo.appending.lock().unwrap_or_else(PoisonError::into_inner);
+        let _appending = repo.appending.lock();
         let (has_header, contents) = repo.write(|repo| {
             let contents = std::mem::take(&mut repo.pending_lines);
             let had_header = repo.has_header;

@@ -5,7 +5,9 @@
 //! revokes them.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
 
 use super::SharedRepoDigests;
 use crate::store::cache_key::RepoKey;
@@ -26,12 +28,12 @@ struct Repos {
 
 impl LiveRepos {
     pub(super) fn find(&self, key: &RepoKey) -> Option<Arc<SharedRepoDigests>> {
-        self.lock().used.get(key)?.upgrade()
+        self.0.lock().used.get(key)?.upgrade()
     }
 
     /// Registers a loaded repository. Must not run concurrently with another load of the same repository.
     pub(super) fn enter(&self, key: &RepoKey, repo: &Arc<SharedRepoDigests>) {
-        let mut repos = self.lock();
+        let mut repos = self.0.lock();
         if repos.used.len() >= repos.sweep_at.max(SWEEP_MIN) {
             repos.used.retain(|_, used| used.strong_count() > 0);
             repos.sweep_at = 2 * repos.used.len();
@@ -41,7 +43,7 @@ impl LiveRepos {
 
     /// Adds or removes a repository whose file lacks a revoking line.
     pub(super) fn set_pending(&self, key: &RepoKey, repo: &Arc<SharedRepoDigests>, is_pending: bool) {
-        let mut repos = self.lock();
+        let mut repos = self.0.lock();
         if is_pending {
             repos.pending.insert(key.clone(), Arc::clone(repo));
         } else if !repos.pending.is_empty() {
@@ -51,15 +53,10 @@ impl LiveRepos {
 
     /// Repositories whose file lacks a revoking line.
     pub(super) fn pending(&self) -> Vec<(RepoKey, Arc<SharedRepoDigests>)> {
-        let repos = self.lock();
+        let repos = self.0.lock();
         let pending = repos.pending.iter();
         pending
             .map(|(key, repo)| (key.clone(), Arc::clone(repo)))
             .collect()
-    }
-
-    /// The map is consistent between any two statements under its lock, so poisoning is ignored.
-    fn lock(&self) -> MutexGuard<'_, Repos> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -7,7 +7,6 @@
 //! Lines that revoke something are written regardless of the limit.
 
 use std::path::PathBuf;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
@@ -102,7 +101,7 @@ impl MembershipStore {
                 return false;
             }
         }
-        let _order = self.order.write().unwrap_or_else(PoisonError::into_inner);
+        let _order = self.order.write();
         // A file that was written since the scan is in use.
         let size = self.fs.open(&file.path).and_then(|file| file.size());
         if size.ok() != Some(text.len() as u64) || self.fs.remove(&file.path).is_err() {

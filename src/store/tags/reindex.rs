@@ -5,7 +5,6 @@
 //! Only tags that differ are processed under their writer lock.
 
 use std::path::Path;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
@@ -42,7 +41,7 @@ impl Tags {
     /// Adds missing tags to the index. Returns whether it reached the end.
     pub(in crate::store) fn reindex(&self, stop: &AtomicBool) -> bool {
         // A second caller waits and finds the index complete.
-        let _healing = self.reindexing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _healing = self.reindexing.lock();
         if self.index.is_complete() {
             return true;
         }

@@ -3,8 +3,10 @@
 //! complete or a miss.
 
 use std::collections::BTreeMap;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Barrier, Mutex};
+
+use parking_lot::Mutex;
 
 use super::*;
 use crate::store::fs::{Entry, FsFile};
@@ -65,13 +67,13 @@ impl PowerCutFs {
 
     /// From now on, files in `tree` cannot be opened; with `None`, all can.
     pub(in crate::store) fn set_unreadable(&self, tree: Option<&'static str>) {
-        *self.unreadable.lock().unwrap() = tree;
+        *self.unreadable.lock() = tree;
     }
 
     /// Makes the next rename into `tree` wait at this barrier: once before the test continues, and once after.
     pub(in crate::store) fn gate(&self, tree: &'static str) -> Arc<Barrier> {
         let barrier = Arc::new(Barrier::new(2));
-        *self.gate.lock().unwrap() = Some((tree, Arc::clone(&barrier)));
+        *self.gate.lock() = Some((tree, Arc::clone(&barrier)));
         barrier
     }
 
@@ -79,7 +81,7 @@ impl PowerCutFs {
     /// may have reached the disk; `chance` selects them.
     pub(in crate::store) fn after_by_chance(&self, chance: u64) -> Self {
         let found = Self::new(usize::MAX);
-        let (names, durable) = (self.names.lock().unwrap(), self.durable.lock().unwrap());
+        let (names, durable) = (self.names.lock(), self.durable.lock());
         let files: Names = durable
             .iter()
             .chain(names.iter())
@@ -92,15 +94,11 @@ impl PowerCutFs {
                 continue;
             }
             let kept = found.new_file();
-            let bytes = file.durable.lock().unwrap();
-            kept.bytes.lock().unwrap().clone_from(&bytes);
-            kept.durable.lock().unwrap().clone_from(&bytes);
-            found
-                .names
-                .lock()
-                .unwrap()
-                .insert(path.clone(), Arc::clone(&kept));
-            found.durable.lock().unwrap().insert(path.clone(), kept);
+            let bytes = file.durable.lock();
+            kept.bytes.lock().clone_from(&bytes);
+            kept.durable.lock().clone_from(&bytes);
+            found.names.lock().insert(path.clone(), Arc::clone(&kept));
+            found.durable.lock().insert(path.clone(), kept);
         }
         found
     }
@@ -108,8 +106,8 @@ impl PowerCutFs {
     /// The disk after a power cut.
     fn after(&self) -> MemoryFs {
         let found = MemoryFs::new();
-        for (path, file) in self.durable.lock().unwrap().iter() {
-            let bytes = file.durable.lock().unwrap();
+        for (path, file) in self.durable.lock().iter() {
+            let bytes = file.durable.lock();
             found.create(path).unwrap().write_at(&bytes, 0).unwrap();
         }
         found
@@ -118,7 +116,6 @@ impl PowerCutFs {
     fn find(&self, path: &Path) -> io::Result<Arc<PowerCutFile>> {
         self.names
             .lock()
-            .unwrap()
             .get(path)
             .cloned()
             .ok_or_else(|| io::ErrorKind::NotFound.into())
@@ -141,7 +138,7 @@ impl FileSystem for PowerCutFs {
 
     fn create(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         self.power.spend()?;
-        let mut names = self.names.lock().unwrap();
+        let mut names = self.names.lock();
         if names.contains_key(path) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
@@ -151,7 +148,7 @@ impl FileSystem for PowerCutFs {
     }
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
-        let unreadable = *self.unreadable.lock().unwrap();
+        let unreadable = *self.unreadable.lock();
         if unreadable.is_some_and(|tree| path.starts_with(tree)) {
             return Err(io::Error::other("bad sector"));
         }
@@ -162,19 +159,15 @@ impl FileSystem for PowerCutFs {
         let file = Arc::clone(
             self.names
                 .lock()
-                .unwrap()
                 .entry(path.to_owned())
                 .or_insert_with(|| self.new_file()),
         );
         let cut = self.power.is_cut();
         let written = if cut { &bytes[..bytes.len() / 2] } else { bytes };
-        file.bytes.lock().unwrap().extend_from_slice(written);
+        file.bytes.lock().extend_from_slice(written);
         // A torn append may have reached the disk.
-        file.durable
-            .lock()
-            .unwrap()
-            .clone_from(&file.bytes.lock().unwrap());
-        self.durable.lock().unwrap().insert(path.to_owned(), file);
+        file.durable.lock().clone_from(&file.bytes.lock());
+        self.durable.lock().insert(path.to_owned(), file);
         if cut {
             Err(io::Error::other("no power"))
         } else {
@@ -183,17 +176,13 @@ impl FileSystem for PowerCutFs {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        let gate = self
-            .gate
-            .lock()
-            .unwrap()
-            .take_if(|(tree, _)| to.starts_with(tree));
+        let gate = self.gate.lock().take_if(|(tree, _)| to.starts_with(tree));
         if let Some((_, barrier)) = gate {
             barrier.wait();
             barrier.wait();
         }
         self.power.spend()?;
-        let mut names = self.names.lock().unwrap();
+        let mut names = self.names.lock();
         let file = names.remove(from).ok_or(io::ErrorKind::NotFound)?;
         names.insert(to.to_owned(), file);
         Ok(())
@@ -203,7 +192,6 @@ impl FileSystem for PowerCutFs {
         self.power.spend()?;
         self.names
             .lock()
-            .unwrap()
             .remove(path)
             .map(drop)
             .ok_or_else(|| io::ErrorKind::NotFound.into())
@@ -211,17 +199,14 @@ impl FileSystem for PowerCutFs {
 
     fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
         self.power.spend()?;
-        self.names
-            .lock()
-            .unwrap()
-            .retain(|file, _| !file.starts_with(path));
+        self.names.lock().retain(|file, _| !file.starts_with(path));
         Ok(())
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         self.power.spend()?;
-        let names = self.names.lock().unwrap();
-        let mut durable = self.durable.lock().unwrap();
+        let names = self.names.lock();
+        let mut durable = self.durable.lock();
         durable.retain(|file, _| file.parent() != Some(path));
         let here = names.iter().filter(|(file, _)| file.parent() == Some(path));
         durable.extend(here.map(|(path, file)| (path.clone(), Arc::clone(file))));
@@ -229,7 +214,7 @@ impl FileSystem for PowerCutFs {
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
-        let names = self.names.lock().unwrap();
+        let names = self.names.lock();
         let mut found: Vec<Entry> = Vec::new();
         for (file, content) in names.iter() {
             let Ok(rest) = file.strip_prefix(path) else {
@@ -245,7 +230,7 @@ impl FileSystem for PowerCutFs {
                     size: if is_folder {
                         0
                     } else {
-                        content.bytes.lock().unwrap().len() as u64
+                        content.bytes.lock().len() as u64
                     },
                     modified: None,
                 });
@@ -270,7 +255,7 @@ impl FsFile for Handle {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let cut = self.0.power.is_cut();
         let written = if cut { &bytes[..bytes.len() / 2] } else { bytes };
-        let mut content = self.0.bytes.lock().unwrap();
+        let mut content = self.0.bytes.lock();
         content.truncate(usize::try_from(offset).unwrap());
         content.extend_from_slice(written);
         if cut {
@@ -281,7 +266,7 @@ impl FsFile for Handle {
     }
 
     fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        let content = self.0.bytes.lock().unwrap();
+        let content = self.0.bytes.lock();
         let rest = &content[usize::try_from(offset).unwrap().min(content.len())..];
         let length = rest.len().min(into.len());
         into[..length].copy_from_slice(&rest[..length]);
@@ -293,13 +278,13 @@ impl FsFile for Handle {
     }
 
     fn size(&self) -> io::Result<u64> {
-        Ok(self.0.bytes.lock().unwrap().len() as u64)
+        Ok(self.0.bytes.lock().len() as u64)
     }
 
     fn sync(&self) -> io::Result<()> {
         self.0.power.spend()?;
         let bytes = &self.0.bytes;
-        self.0.durable.lock().unwrap().clone_from(&bytes.lock().unwrap());
+        self.0.durable.lock().clone_from(&bytes.lock());
         Ok(())
     }
 

@@ -2,10 +2,11 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use parking_lot::{Mutex, MutexGuard};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
@@ -283,7 +284,7 @@ impl SightingFiles {
     /// Makes room for one more file.
     fn make_room(&self) {
         let files_max = self.files_max.load(Ordering::Relaxed);
-        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut count = self.count.lock();
         let known = count.unwrap_or_else(|| self.files().len());
         *count = Some(if known < files_max {
             known + 1
@@ -327,7 +328,7 @@ impl SightingFiles {
     fn lock(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
         let sum = checksum(path.as_os_str().as_encoded_bytes());
         let stripe = self.users.get(usize::from(sum.first().copied()?) % STRIPES)?;
-        Some(stripe.lock().unwrap_or_else(PoisonError::into_inner))
+        Some(stripe.lock())
     }
 
     #[cfg(test)]
