@@ -31,7 +31,7 @@ docker_starts() {
 # A checkout for the builder.
 copy_tree() {
   mkdir -p "$tree/config"
-  cp -r "$root"/{docker-compose.yml,.dockerignore,LICENSE-MIT,LICENSE-APACHE,Cargo.toml,Cargo.lock,src,packaging} "$tree/"
+  cp -r "$root"/{docker-compose.yml,.dockerignore,LICENSE-MIT,LICENSE-APACHE,Cargo.toml,Cargo.lock,.cargo,src,packaging} "$tree/"
   {
     printf 'default_upstream = "docker.io"\n'
     # By name, because a static program must resolve names without system libraries.
