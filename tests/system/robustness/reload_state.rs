@@ -2,9 +2,10 @@
 
 use super::connection_limits::{asks, counts, from, is_closed, patient};
 use crate::download::queue::until_queued;
-use crate::proxy::{Ask, Proxy, Setup, blob_path, manifest_path};
-use crate::registry::{Image, Seen, Upstream};
+use crate::proxy::{Ask, Proxy, Reply, Setup, blob_path, manifest_path};
+use crate::registry::{Gate, Image, Seen, Upstream};
 use serde_json::json;
+use tokio::task::JoinHandle;
 
 const TAGS: &str = "/v2/library/demo/tags/list";
 
@@ -269,70 +270,57 @@ async fn list_revoked_after_a_reload_stays_revoked_by_a_late_list() {
     }
 }
 
-#[tokio::test]
-async fn queued_download_keeps_its_turn_over_a_reload() {
+/// A cache that downloads one blob at a time, and a gate at which the upstream holds the blobs of an image.
+async fn one_at_a_time() -> (Upstream, Image, Proxy, Gate) {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "1", Image::with_layers(&["one", "two", "three"]));
-    let places =
-        |count| Setup::over(&upstream).tail(&format!("[limits]\ndownloads_per_upstream_max = {count}\n"));
-    let proxy = places(1).start().await;
+    let limits = "[limits]\ndownloads_per_upstream_max = 1\n";
+    let proxy = Setup::over(&upstream).tail(limits).start().await;
     proxy.manifest("library/demo", "1").await.is_image(&image);
     let gate = upstream.holds_bodies(|seen| seen.path.contains("/blobs/"));
-    let get = |number: usize| {
-        tokio::spawn(
-            proxy
-                .blob("library/demo", &image.layer(number).digest)
-                .into_reply(),
-        )
-    };
-    let first = get(0);
+    (upstream, image, proxy, gate)
+}
+
+fn get_layer(proxy: &Proxy, image: &Image, number: usize) -> JoinHandle<Reply> {
+    tokio::spawn(
+        proxy
+            .blob("library/demo", &image.layer(number).digest)
+            .into_reply(),
+    )
+}
+
+#[tokio::test]
+async fn queued_download_keeps_its_turn_over_a_reload() {
+    let (upstream, image, proxy, gate) = one_at_a_time().await;
+    let first = get_layer(&proxy, &image, 0);
     gate.reached().await;
-    let second = get(1);
+    let second = get_layer(&proxy, &image, 1);
     until_queued(&proxy, 1).await;
     reload(&proxy).await;
-    let third = get(2);
+    let third = get_layer(&proxy, &image, 2);
     until_queued(&proxy, 2).await;
     assert_eq!(upstream.all_blob_gets(), 1, "the reload gave no second place");
     gate.release();
     for (number, reply) in [first, second, third].into_iter().enumerate() {
         reply.await.unwrap().is_blob(image.layer(number));
     }
-    let gets: Vec<_> = upstream
-        .requests()
-        .into_iter()
-        .filter(|seen| seen.path.contains("/blobs/"))
-        .collect();
+    let seen = upstream.requests();
     let order = |number: usize| {
-        gets.iter()
+        seen.iter()
             .position(|seen| seen.path.ends_with(&image.layer(number).digest))
     };
-    assert!(order(0) < order(1) && order(1) < order(2), "{gets:#?}");
+    assert!(order(0) < order(1) && order(1) < order(2), "{seen:#?}");
 }
 
 #[tokio::test]
 async fn raised_limit_starts_queued_downloads_at_reload() {
-    let upstream = Upstream::start().await;
-    let image = upstream.push("library/demo", "1", Image::with_layers(&["one", "two", "three"]));
-    let places =
-        |count| Setup::over(&upstream).tail(&format!("[limits]\ndownloads_per_upstream_max = {count}\n"));
-    let proxy = places(1).start().await;
-    proxy.manifest("library/demo", "1").await.is_image(&image);
-    let gate = upstream.holds_bodies(|seen| seen.path.contains("/blobs/"));
-    let get = |number: usize| {
-        tokio::spawn(
-            proxy
-                .blob("library/demo", &image.layer(number).digest)
-                .into_reply(),
-        )
-    };
-    let replies = [get(0), get(1), get(2)];
+    let (_upstream, image, proxy, gate) = one_at_a_time().await;
+    let replies = [0, 1, 2].map(|number| get_layer(&proxy, &image, number));
     gate.reached().await;
     until_queued(&proxy, 2).await;
-    let toml = proxy
-        .setup()
-        .toml()
-        .replace("downloads_per_upstream_max = 1", "downloads_per_upstream_max = 3");
-    proxy.setup().file("ifnewer.toml", &toml);
+    let toml = proxy.setup().toml();
+    let raised = toml.replace("downloads_per_upstream_max = 1", "downloads_per_upstream_max = 3");
+    proxy.setup().file("ifnewer.toml", &raised);
     reload(&proxy).await;
     gate.reached_by(3).await;
     gate.release();
