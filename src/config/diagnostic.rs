@@ -168,8 +168,8 @@ impl<'a> Report<'a> {
         self.diagnostics.push(Diagnostic {
             source,
             position,
-            message: printable(&message.into()),
-            help: Some(printable(&help.into())).filter(|help| !help.is_empty()),
+            message: printable(&mask_userinfo(&message.into())),
+            help: Some(printable(&mask_userinfo(&help.into()))).filter(|help| !help.is_empty()),
         });
         Reported
     }
@@ -219,12 +219,19 @@ impl<'a> Report<'a> {
             .get(span.clone())
             .map_or(1, |text| text.chars().count().max(1));
         let text = format!("{line_start}{line_end}");
-        let text = mask_secrets(&printable(text.trim_end_matches('\r')));
+        let above = before.strip_suffix(line_start).unwrap_or_default();
+        let mut text = if is_within_string(above) {
+            "***".to_owned()
+        } else {
+            mask_secrets(&printable(text.trim_end_matches('\r')))
+        };
+        // As long as before, up to the value: its column is printed.
+        let missing = (column - 1).saturating_sub(text.chars().count());
+        text.extend(std::iter::repeat_n(' ', missing));
         Position {
             line: before.matches('\n').count() + 1,
             columns: column..column + width,
-            // As long as before, up to the value: its column is printed.
-            text: format!("{text:<0$}", column - 1),
+            text,
             start: span.start,
         }
     }
@@ -235,26 +242,53 @@ fn printable(text: &str) -> String {
     text.replace(|c: char| c.is_control() && c != '\t', "\u{fffd}")
 }
 
-/// Masks secrets of a line, because diagnostics are logged.
-fn mask_secrets(line: &str) -> String {
-    if let Some((key, _)) = line.split_once('=') {
-        let name = key.trim().trim_matches(['"', '\'']).to_lowercase();
-        let is_secret = |word: &&str| name.contains(word);
-        if ["password", "secret", "token"].iter().any(is_secret) && !name.ends_with("_file") {
-            return format!("{key}= ***");
-        }
-    }
-    mask_userinfo(line)
+/// Whether a multi-line string is open after `text`. Its lines may belong to a secret.
+fn is_within_string(text: &str) -> bool {
+    ["\"\"\"", "'''"]
+        .iter()
+        .any(|quotes| text.matches(quotes).count() % 2 == 1)
 }
 
-/// Masks the user information of URLs: `https://user:secret@host`.
-fn mask_userinfo(line: &str) -> String {
-    let Some((scheme, rest)) = line.split_once("://") else {
-        return line.to_owned();
-    };
-    let end = rest.find(['"', '\'', ' ', ',']).unwrap_or(rest.len());
-    let (authority, tail) = rest.split_at_checked(end).unwrap_or((rest, ""));
-    let host = authority.rsplit_once('@').map(|(_, host)| format!("***@{host}"));
-    let authority = host.as_deref().unwrap_or(authority);
-    format!("{scheme}://{authority}{}", mask_userinfo(tail))
+/// Masks secrets of a line, because diagnostics are logged.
+fn mask_secrets(line: &str) -> String {
+    match secret_value(line) {
+        Some(at) => format!("{}= ***", line.get(..at).unwrap_or_default()),
+        None => mask_userinfo(line),
+    }
+}
+
+/// Position of the first `=` after the name of a secret, also in an inline table.
+pub(super) fn secret_value(line: &str) -> Option<usize> {
+    let mut equals = line.match_indices('=').map(|(at, _)| at);
+    equals.find(|at| {
+        let before = line.get(..*at).unwrap_or_default();
+        let name = before.rsplit(['{', ',']).next().unwrap_or_default();
+        let name = name.trim().trim_matches(['"', '\'']).to_lowercase();
+        let is_secret = |word: &&str| name.contains(word);
+        ["password", "secret", "token"].iter().any(is_secret) && !name.ends_with("_file")
+    })
+}
+
+/// Masks the user information of URLs and addresses: `https://user:secret@host`, `user:secret@host`.
+fn mask_userinfo(text: &str) -> String {
+    let mut masked = String::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('@') {
+        masked.push_str(before.get(..user_start(before)).unwrap_or_default());
+        masked.push_str("***@");
+        rest = after;
+    }
+    masked + rest
+}
+
+/// Where the user information starts that ends `text`: within quotes it may contain anything.
+fn user_start(text: &str) -> usize {
+    let quote = ['"', '`']
+        .into_iter()
+        .filter(|quote| text.matches(*quote).count() % 2 == 1);
+    let quote = quote.filter_map(|quote| text.rfind(quote)).max();
+    let start = quote.or_else(|| text.rfind([' ', '\t', '=', '[', '(', ',', '\'', '"', '`']));
+    let start = start.map_or(0, |at| at + 1);
+    let scheme = text.get(start..).and_then(|text| text.rfind("://"));
+    scheme.map_or(start, |at| start + at + 3)
 }

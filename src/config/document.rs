@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::diagnostic::{Checked, Origin, Report, Reported, Subject};
+use super::diagnostic::{Checked, Origin, Report, Reported, Subject, secret_value};
 use super::schema::{KEYS, Section};
 use super::setting::{Entry, Table};
 use super::value::nearest;
@@ -159,7 +159,15 @@ fn report_syntax_errors(text: &str, errors: &[toml::de::Error], report: &mut Rep
         reported_lines.push(line);
         let unquoted = error.message().starts_with("string values must be quoted");
         let (message, help) = match text.get(span.clone()) {
-            Some(word) if unquoted => ("a string needs quotes", format!("write \"{word}\"")),
+            Some(word) if unquoted => {
+                let setting = before.rsplit('\n').next().unwrap_or_default();
+                let word = if secret_value(setting).is_some() {
+                    "…"
+                } else {
+                    word
+                };
+                ("a string needs quotes", format!("write \"{word}\""))
+            }
             _ => (error.message(), String::new()),
         };
         report.emit(&Subject::new(Origin::Span(span), ""), message, help);

@@ -86,6 +86,36 @@ error: a URL with a user or password is not accepted here
 }
 
 #[test]
+fn secrets_of_invalid_settings_are_not_printed() {
+    for text in [
+        "password = hunter2",
+        "[upstream]\n\"r.test\" = { password = \"hunter2\" }",
+        "[upstream.\"r.test\"]\npassword = \"\"\"\nhunter2\nx\u{1}\"\"\"",
+        "[upstream.\"r.test\"]\nredirects = [\"https://user:hunter2@minio.test/x\"]",
+        "[upstream.\"r.test\"]\nurl = \"https://user:a,b hunter2@host\"",
+        "[upstream.\"r.test\"]\nurl = \"user:hunter2@host\"",
+        "[upstream.\"r.test\"]\nproxy = \"user:hunter2@proxy:3128\"",
+        "[upstream.\"r.test\"]\nhosts = [\"user:Hunter2@h\"]",
+        "[listen]\nadmin = \"http://user:hunter2@127.0.0.1:5001\"",
+        "[tls]\nnames = [\"user:Hunter2@h\"]",
+    ] {
+        let printed = printed(text).to_lowercase();
+        assert!(printed.contains("error: "), "{text}");
+        assert!(!printed.contains("hunter2"), "{text}\n{printed}");
+    }
+}
+
+#[test]
+fn value_far_in_a_line_is_reported() {
+    let networks = "\"10.0.0.0/8\", ".repeat(6_000);
+    let text = format!("[listen]\nproxy_protocol_from = [{networks}\"bad\"]");
+    let printed = printed(&text);
+    assert!(printed.contains("bad"), "{printed:.300}");
+    let text = format!("listen = {{ proxy_protocol_from = [{networks}], plain_http = \"of\" }}");
+    assert!(Config::read(&text, Path::new("ifnewer.toml")).is_err());
+}
+
+#[test]
 fn masked_line_keeps_the_column() {
     let printed = printed("[upstream.\"ghcr.io\"]\ntoken_hosts = [\"a.io\", \"b host\"]");
     let expected = r#"
