@@ -263,6 +263,7 @@ impl Evictor {
                 }
                 Err(fault) => {
                     tracing::warn!(%fault, "eviction failed");
+                    self.state.is_short.store(true, Ordering::Relaxed);
                     *no_progress = Some(NoProgress {
                         until: now + NO_PROGRESS_PAUSE,
                         bytes: 0,

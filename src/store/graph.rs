@@ -44,6 +44,11 @@ impl Seconds {
         Self(u32::try_from(to_millis(time).div_ceil(1000)).unwrap_or(u32::MAX))
     }
 
+    /// The last full second up to `time`, for a limit that recorded uses are compared with.
+    pub(super) fn before(time: SystemTime) -> Self {
+        Self(u32::try_from(to_millis(time) / 1000).unwrap_or(u32::MAX))
+    }
+
     pub(super) fn time(self) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_secs(self.0.into())
     }

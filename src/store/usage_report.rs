@@ -185,7 +185,10 @@ impl Store {
             Ok(graph) => graph,
             Err(fault) => {
                 tracing::warn!(%fault, "failed to count the references of images");
-                return Arc::default();
+                return known
+                    .as_ref()
+                    .map(|known| Arc::clone(&known.counts))
+                    .unwrap_or_default();
             }
         };
         let counts = Arc::new(ReferenceCounts::of(&graph));

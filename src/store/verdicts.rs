@@ -528,7 +528,7 @@ fn add_loaded(of_digest: &mut Vec<Entry>, digest: &Digest, mut loaded: Entry) {
 }
 
 /// `text` without control characters and at most [`NOTE_BYTES_MAX`] long.
-fn cut(mut text: String) -> String {
+pub(crate) fn cut(mut text: String) -> String {
     text.retain(|one| !one.is_control());
     while text.len() > NOTE_BYTES_MAX {
         text.pop();

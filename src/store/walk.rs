@@ -51,7 +51,7 @@ fn shard(digest: &Digest) -> String {
     format!("{first:02x}")
 }
 
-/// The files of the folders in `tree` from the folder `first` on.
+/// The files of the folders in `tree` from the folder `first` on. Other folders are not the store's.
 fn files_from(
     fs: &dyn FileSystem,
     tree: PathBuf,
@@ -60,16 +60,18 @@ fn files_from(
     let listed = fs.list(&tree);
     let (folders, failed) = match listed {
         Ok(folders) => (folders, None),
-        Err(error) => (Vec::new(), Some(Err(error))),
+        Err(error) => (Vec::new(), Some(Err(at(&tree, &error)))),
     };
-    let folders = folders.into_iter().filter(move |folder| folder.name >= first);
+    let folders = folders
+        .into_iter()
+        .filter(move |folder| is_shard(&folder.name) && folder.name >= first);
     let files = folders.flat_map(move |folder| {
         let folder = tree.join(folder.name);
         let (files, failed) = match fs.list(&folder) {
             Ok(files) => (files, None),
             // A file that the store did not create.
             Err(error) if error.kind() == io::ErrorKind::NotADirectory => (Vec::new(), None),
-            Err(error) => (Vec::new(), Some(Err(error))),
+            Err(error) => (Vec::new(), Some(Err(at(&folder, &error)))),
         };
         let files = files
             .into_iter()
@@ -77,6 +79,19 @@ fn files_from(
         failed.into_iter().chain(files)
     });
     failed.into_iter().chain(files)
+}
+
+/// Whether the store could have created a folder of this name.
+fn is_shard(name: &str) -> bool {
+    name.len() == 2
+        && name
+            .bytes()
+            .all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+/// `error` with its folder.
+fn at(folder: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", folder.display()))
 }
 
 #[cfg(test)]

@@ -50,7 +50,7 @@ impl Plan {
 
 /// Plans removals that free `bytes`, or as much as possible. Content used after `protected_since` stays.
 pub(super) fn plan(mut graph: Graph, bytes: u64, protected_since: SystemTime) -> Plan {
-    let since = Seconds::of(protected_since);
+    let since = Seconds::before(protected_since);
     graph.keep_content_used_after(since);
     let refcounts = graph.reference_counts();
     let candidates = candidates(&mut graph, &refcounts, since);

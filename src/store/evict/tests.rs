@@ -10,6 +10,7 @@ use super::super::tests::power_cut::PowerCutFs;
 use super::super::tests::{Fixture, UPSTREAM, at, digest, key, manifest, put_blob, put_manifest, variant};
 use super::plan::Plan;
 use super::*;
+use crate::store::usage_report::Reclaimed;
 use crate::store::{Settings, Store, content_path};
 
 /// Stores an image that is old enough to evict. Returns the plan of a round.
@@ -224,6 +225,49 @@ fn evict_keeps_tag_with_damaged_file() {
         let plan = plan(store.evictor.snapshot().unwrap(), u64::MAX, at(3600));
         assert_eq!(plan.reclaimed().tags, 0);
     }
+}
+
+#[test]
+fn content_of_a_tag_with_damaged_file_is_referenced_by_the_index() {
+    for fixture in [Fixture::directory(), Fixture::memory()] {
+        let store = fixture.open();
+        drop(evictable_image(&store));
+        store.evictor.access_times.stop_tracking();
+        assert!(store.tags.reindex(&AtomicBool::new(false)));
+        fixture.overwrite(&key("1").path(), b"damaged");
+        assert_eq!(store.collect(Duration::ZERO, true).unwrap(), Reclaimed::default());
+    }
+}
+
+/// A folder that cannot be listed: a symbolic link to itself.
+fn make_unlistable(fixture: &Fixture, path: &Path) {
+    let path = fixture.folder.as_ref().unwrap().path().join("data").join(path);
+    let _absent = std::fs::remove_dir_all(&path);
+    std::os::unix::fs::symlink(&path, &path).unwrap();
+}
+
+#[test]
+fn unlistable_folder_ends_eviction_only_if_it_may_hold_references() {
+    let fixture = Fixture::directory();
+    let store = fixture.open();
+    drop(evictable_image(&store));
+    store.evictor.access_times.stop_tracking();
+    // Not the store's, and a shard of blobs, which refer to nothing.
+    make_unlistable(&fixture, Path::new("blobs/sha256/loop"));
+    make_unlistable(&fixture, Path::new("refs/loop"));
+    let shard = content_path("blobs", &digest(b"of another image"));
+    make_unlistable(&fixture, shard.parent().unwrap());
+    assert_eq!(store.collect(Duration::ZERO, true).unwrap(), Reclaimed::default());
+    let folder = key("1").path();
+    make_unlistable(&fixture, folder.parent().unwrap());
+    let fault = store.collect(Duration::ZERO, true).unwrap_err().to_string();
+    assert!(
+        fault.contains(folder.parent().unwrap().to_str().unwrap()),
+        "{fault}"
+    );
+    assert!(!store.evictor.relieve_full_disk(u64::MAX));
+    assert!(store.evictor.is_short(), "an operator sees it");
+    assert!(store.blob(&digest(&1_u32.to_be_bytes())).unwrap().is_some());
 }
 
 #[test]

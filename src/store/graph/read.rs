@@ -6,6 +6,8 @@
 //! If a folder or file cannot be read at present, there is no graph: content that only a missing tag or manifest refers
 //! to would seem unused.
 
+use std::cell::OnceCell;
+use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -43,8 +45,9 @@ impl Graph {
         let mut graph = Self::with_capacity(&sources.usage);
         sources.add_tags(&mut graph)?;
         sources.add_content(&mut graph)?;
+        let indexed = OnceCell::new();
         for tag in graph.tags() {
-            sources.add_targets(&mut graph, tag)?;
+            sources.add_targets(&mut graph, tag, &indexed)?;
         }
         for manifest in graph.manifests() {
             sources.add_children(&mut graph, manifest)?;
@@ -77,13 +80,19 @@ impl Graph {
     }
 }
 
+/// Targets of tags, by the name of the tag's file.
+type IndexedTargets = HashMap<Digest, Vec<Digest>>;
+
+/// Tags that are read from the index at a time.
+const INDEX_PAGE: usize = 1000;
+
 /// Most nodes of a kind that memory is reserved for. The expected number is only an estimate.
 const CAPACITY_MAX: usize = 4_000_000;
 
 impl Sources<'_> {
     fn add_tags(&self, graph: &mut Graph) -> Result<(), StoreError> {
         let failed = |error: io::Error| StoreError::io("list", tags::TREE, &error);
-        for file in record_files(self.fs, tags::TREE).filter(is_readable) {
+        for file in record_files(self.fs, tags::TREE) {
             let (path, entry) = file.map_err(failed)?;
             if self.is_stopped() {
                 return Ok(());
@@ -101,8 +110,13 @@ impl Sources<'_> {
     fn add_content(&self, graph: &mut Graph) -> Result<(), StoreError> {
         for tree in [manifests::TREE, blobs::TREE] {
             let failed = |error: io::Error| StoreError::io("list", tree, &error);
-            for file in content_files(self.fs, tree, None).filter(is_readable) {
-                let (digest, entry) = file.map_err(failed)?;
+            for file in content_files(self.fs, tree, None) {
+                let (digest, entry) = match file {
+                    Ok(file) => file,
+                    // Blobs refer to nothing. Those of such a folder cannot be removed either.
+                    Err(_) if tree == blobs::TREE => continue,
+                    Err(error) => return Err(failed(error)),
+                };
                 if self.is_stopped() {
                     return Ok(());
                 }
@@ -128,7 +142,13 @@ impl Sources<'_> {
         (entry.size, used_at)
     }
 
-    fn add_targets(&self, graph: &mut Graph, tag: NodeId) -> Result<(), StoreError> {
+    /// If the file of the tag is damaged, `indexed` has its targets: clients are still served by the index.
+    fn add_targets(
+        &self,
+        graph: &mut Graph,
+        tag: NodeId,
+        indexed: &OnceCell<IndexedTargets>,
+    ) -> Result<(), StoreError> {
         let name = graph.names.tags.get(tag.index());
         let found = match name {
             Some(name) if !self.is_stopped() => self.tag(&name)?,
@@ -139,10 +159,32 @@ impl Sources<'_> {
                 let targets = self.tags.digests_of(&key, &record);
                 graph.refer_from_tag(tag, &targets, self.pins.has(&Pin::Tag(key)))
             }
-            // A damaged or removed file is handled when its tag is read.
-            None => graph.refer_from_tag(tag, &[], true),
+            None => {
+                let indexed = indexed.get_or_init(|| self.indexed_targets());
+                let targets = name.and_then(|name| indexed.get(&name));
+                graph.refer_from_tag(tag, targets.map_or(&[], Vec::as_slice), true)
+            }
         };
         added.map_err(|error| StoreError::io("read", tags::TREE, &error))
+    }
+
+    /// The targets of all tags in the index. Empty while the index is unavailable.
+    fn indexed_targets(&self) -> IndexedTargets {
+        let mut targets = IndexedTargets::new();
+        let mut after = Vec::new();
+        while !self.is_stopped()
+            && let Some(page) = self.tags.list_indexed(&after, INDEX_PAGE)
+        {
+            let is_last = page.len() < INDEX_PAGE;
+            for (key, record) in page {
+                after = key.to_index();
+                targets.insert(key.name(), self.tags.digests_of(&key, &record));
+            }
+            if is_last {
+                break;
+            }
+        }
+        targets
     }
 
     fn tag(&self, name: &Digest) -> Result<Option<(TagKey, TagRecord)>, StoreError> {
@@ -178,11 +220,6 @@ impl Sources<'_> {
     fn is_stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
-}
-
-/// False for a folder on a bad sector: its files are lost.
-fn is_readable<T>(listed: &io::Result<T>) -> bool {
-    listed.as_ref().err().is_none_or(|error| !is_bad_sector(error))
 }
 
 /// Whether a file that cannot be read is lost, and with it what it refers to: removed since it was listed, foreign, or on

@@ -179,6 +179,9 @@ fn use_is_rounded_up_to_seconds() {
     let at = |millis| Seconds::of(SystemTime::UNIX_EPOCH + Duration::from_millis(millis)).0;
     assert_eq!([at(0), at(1), at(1000), at(1001)], [0, 1, 1, 2]);
     assert_eq!(at(u64::MAX / 2), u32::MAX);
+    let before = |millis| Seconds::before(SystemTime::UNIX_EPOCH + Duration::from_millis(millis)).0;
+    assert_eq!([before(0), before(999), before(1000)], [0, 0, 1]);
+    assert!(at(10_600) > before(10_500), "used after the limit");
 }
 
 #[test]
