@@ -192,16 +192,14 @@ pub(super) async fn import(
             is_public,
             now,
         };
-        Ok(import::import(
-            registry.proxy.store().blocking(),
-            &mut archive,
-            &options,
-        )?)
+        let imported = import::import(registry.proxy.store().blocking(), &mut archive, &options)?;
+        // Here, because a client that leaves ends only the task that waits.
+        for image in &imported.images {
+            tracing::info!(image = image.name, digest = %image.digest, is_public, "image imported");
+        }
+        Ok(imported)
     })
     .await?;
-    for image in &imported.images {
-        tracing::info!(image = image.name, digest = %image.digest, is_public, "image imported");
-    }
     Ok(Json(ImportResult::of(imported, is_public)))
 }
 

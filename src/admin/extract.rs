@@ -3,7 +3,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use axum::extract::rejection::{BytesRejection, FormRejection, QueryRejection};
+use axum::extract::rejection::{BytesRejection, QueryRejection};
 use axum::extract::{Form, FromRequest, FromRequestParts, Query, Request};
 use bytes::Bytes;
 use http::StatusCode;
@@ -68,16 +68,24 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for FormBody<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
-        let form = in_time(Form::from_request(request, state)).await?;
-        form.map(|Form(form)| Self(form))
-            .map_err(|rejection| match rejection {
-                FormRejection::BytesRejection(rejection) => unread(&rejection),
-                other => {
-                    let error = cause(&other);
-                    Problem::bad_request(format!("the form is invalid: {error}"))
-                }
-            })
+        let (head, body) = request.into_parts();
+        let body = Bytes::from_request(Request::from_parts(head.clone(), body), state);
+        let body = in_time(body).await?.map_err(|rejection| unread(&rejection))?;
+        check_encoding(&body)?;
+        let form = Form::from_request(Request::from_parts(head, body.into()), state).await;
+        form.map(|Form(form)| Self(form)).map_err(|rejection| {
+            let error = cause(&rejection);
+            Problem::bad_request(format!("the form is invalid: {error}"))
+        })
     }
+}
+
+/// Limits the size and the number of fields. The framework would replace invalid bytes and take an invalid escape as text.
+fn check_encoding(form: &[u8]) -> Result<(), Problem> {
+    let text = std::str::from_utf8(form).map_err(|_| Problem::bad_request("the form is not UTF-8"))?;
+    oci::Query::parse(Some(&text.replace('+', "%20")))
+        .map(drop)
+        .map_err(|error| Problem::bad_request(format!("the form is invalid: {error}")))
 }
 
 async fn in_time<T>(reading: impl Future<Output = T>) -> Result<T, Problem> {

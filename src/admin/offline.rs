@@ -60,15 +60,17 @@ impl Admin {
     /// Switches offline mode and persists it. Returns the previous state.
     pub(super) async fn switch_offline(&self, on: bool) -> Result<bool, Problem> {
         let was = self.offline.set(on);
-        let registry = self.registry.load_full();
-        if let Err(fault) =
-            blocking(move || Ok(registry.proxy.store().blocking().persist_offline(on))).await?
-        {
-            tracing::error!(%fault, offline = on, "failed to persist offline mode");
-        }
+        // Before the wait, because a client that leaves ends this task.
         if was != on {
             tracing::warn!(offline = on, "offline mode switched by the operator");
         }
-        Ok(was)
+        let registry = self.registry.load_full();
+        blocking(move || {
+            if let Err(fault) = registry.proxy.store().blocking().persist_offline(on) {
+                tracing::error!(%fault, offline = on, "failed to persist offline mode");
+            }
+            Ok(was)
+        })
+        .await
     }
 }

@@ -75,9 +75,13 @@ impl Admin {
         let registry = self.registry.load_full();
         let named = ImageRef::parse(image, &registry)?;
         let name = named.to_string();
-        let was = blocking(move || set_pin(&registry, &named, pinned)).await?;
-        tracing::info!(image = name, pinned, "pin changed on request");
-        Ok((name, was))
+        blocking(move || {
+            let was = set_pin(&registry, &named, pinned)?;
+            // Here, because a client that leaves ends only the task that waits.
+            tracing::info!(image = name, pinned, "pin changed on request");
+            Ok((name, was))
+        })
+        .await
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State as Service};
 use http::{HeaderValue, StatusCode};
 use parking_lot::Mutex;
@@ -160,8 +161,9 @@ pub(super) async fn pulls(Service(admin): Service<Admin>) -> Json<Pulls> {
 )]
 pub(super) async fn pull(
     Service(admin): Service<Admin>,
-    Path(id): Path<String>,
+    id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<PullView>, Problem> {
+    let Path(id) = id.map_err(|_| Problem::not_found("the path has no number of a pull"))?;
     let id: u64 = id
         .parse()
         .map_err(|_| Problem::not_found(format!("there is no pull `{id}`")))?;

@@ -21,7 +21,7 @@ use super::response::{Problem, blocking};
 use crate::server::ServingState;
 use crate::store::Store;
 use crate::store::verdicts::{
-    FirstVerdicts, VerdictError, VerdictKey, VerdictKind, VerdictNote, VerdictScope,
+    FirstVerdicts, VerdictError, VerdictKey, VerdictKind, VerdictNote, VerdictScope, cut,
 };
 
 /// A verdict in a list.
@@ -64,7 +64,8 @@ pub(super) struct Motive {
 
 impl Motive {
     fn note(self, at: std::time::SystemTime) -> VerdictNote {
-        let text = |text: Option<String>| text.filter(|text| !text.trim().is_empty());
+        // As stored, so that the log has no more.
+        let text = |text: Option<String>| text.map(cut).filter(|text| !text.trim().is_empty());
         VerdictNote {
             at,
             by: text(self.by).unwrap_or_else(|| "the admin API".to_owned()),

@@ -113,6 +113,14 @@ fn change_is_logged_by_the_blocking_work() {
             assert!(journal.contains(part), "{part}: {journal}");
         }
     }
+    let long = Motive {
+        by: Some("alice".to_owned()),
+        reason: Some("r".repeat(60_000)),
+    };
+    assert!(
+        long.note(SystemTime::UNIX_EPOCH).reason.unwrap().len() <= 1024,
+        "as stored"
+    );
     fs.inner.set_bytes_max(0);
     let (changed, journal) = block(true);
     assert!(changed.is_err());

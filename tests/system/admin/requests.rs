@@ -80,6 +80,7 @@ async fn wrong_admin_method_is_rejected_with_allowed_ones() {
         ("GET", "/api/v1/nothing", 404, &[]),
         ("GET", "/api/v1/pulls/none", 404, &[]),
         ("GET", "/api/v1/pulls/", 404, &[]),
+        ("GET", "/api/v1/pulls/%ff", 404, &[]),
         ("HEAD", "/nothing", 404, &[]),
     ] {
         let kind = if path.starts_with("/api/") {
@@ -198,9 +199,19 @@ async fn invalid_admin_body_or_form_is_a_problem() {
         .chunked_body(&large)
         .await;
     assert_eq!(chunked.status, 413, "{chunked:#?}");
-    let reply = form(&proxy, b"secret=a&secret=b").await;
-    assert_eq!(reply.status, 400, "{reply:#?}");
-    assert!(detail(&reply).starts_with("the form is invalid: "), "{reply:#?}");
+    let long = format!("secret=a&reason={}", "r".repeat(5_000));
+    for invalid in [
+        &b"secret=a&secret=b"[..],
+        b"secret=a&reason=x%zz",
+        b"secret=a&reason=%ff",
+        long.as_bytes(),
+    ] {
+        let reply = form(&proxy, invalid).await;
+        assert_eq!(reply.status, 400, "{reply:#?}");
+        assert!(detail(&reply).starts_with("the form is invalid: "), "{reply:#?}");
+    }
+    let reply = form(&proxy, b"secret=a&reason=\xff").await;
+    assert_eq!((reply.status, &*detail(&reply)), (400, "the form is not UTF-8"));
 }
 
 #[tokio::test]
