@@ -12,6 +12,7 @@ use quick_cache::sync::Cache;
 
 use super::{Seen, Sighting, SightingKey, Sightings, TagKey, TagRecord};
 use crate::oci::{Digest, Reference};
+use crate::store::LogLimit;
 use crate::store::cache_key::weighted_cache;
 use crate::store::checksummed_json::{RECORD_BYTES_MAX, checksum};
 use crate::store::fs::FileSystem;
@@ -162,6 +163,8 @@ pub(in crate::store) struct SightingFiles {
     users: [Mutex<()>; STRIPES],
     /// Number of files; `None` before the first one was added.
     count: Mutex<Option<usize>>,
+    /// Limits the log lines about unreadable files.
+    unreadable: LogLimit,
     files_max: AtomicUsize,
 }
 
@@ -172,6 +175,7 @@ impl SightingFiles {
             ready: weighted_cache(READY_MAX, TYPICAL, BySightings),
             users: std::array::from_fn(|_| Mutex::default()),
             count: Mutex::default(),
+            unreadable: LogLimit::default(),
             files_max: AtomicUsize::new(FILES_MAX),
         }
     }
@@ -190,7 +194,9 @@ impl SightingFiles {
         let path = key.path();
         let _using = self.lock(&path);
         self.load(key, &path, record.as_deref()).unwrap_or_else(|error| {
-            tracing::warn!(path = %path.display(), %error, "failed to read sightings");
+            if let Some(skipped) = self.unreadable.admits() {
+                tracing::warn!(path = %path.display(), %error, skipped, "failed to read sightings");
+            }
             Arc::new(Sightings {
                 is_unreadable: true,
                 ..of_record(record.as_deref())
