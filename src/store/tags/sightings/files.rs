@@ -12,14 +12,13 @@ use quick_cache::sync::Cache;
 
 use super::{Seen, Sighting, SightingKey, Sightings, TagKey, TagRecord};
 use crate::oci::{Digest, Reference};
-use crate::store::LogLimit;
 use crate::store::cache_key::weighted_cache;
 use crate::store::checksummed_json::{RECORD_BYTES_MAX, checksum};
 use crate::store::fs::FileSystem;
 use crate::store::tags::resolve::ResolvedTag;
 use crate::store::tags::{TagReader, record};
 use crate::store::walk::record_files;
-use crate::store::{AsyncStore, Store, StoreError, View, hashed_path, remove_file};
+use crate::store::{AsyncStore, LogLimit, Store, StoreError, View, hashed_path, remove_file};
 
 /// Maximum number of files. A client that requests many tags or digests of a public registry makes as many.
 const FILES_MAX: usize = 131_072;
