@@ -112,6 +112,14 @@ pub struct Permit {
     since: Instant,
 }
 
+impl Permit {
+    /// Whether a request waits that could start if this group returned its permits of this one's class. Requests at
+    /// another group's limit, or at the share of a lower class, do not count: no permit like this one serves them.
+    pub fn is_awaited(&self) -> bool {
+        self.queue.state.lock().scheduler.is_awaited(self.id)
+    }
+}
+
 impl fmt::Debug for Permit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Permit")

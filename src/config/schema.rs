@@ -286,7 +286,7 @@ sections! {
         streams_per_connection_max: Count<MANY> = "100", "Maximum concurrent requests on one HTTP/2 connection.";
         tunnels_max: Count<MANY> = "256", "Maximum concurrent CONNECT tunnels. Further requests get 503.";
         downloads_max: Count<MANY> = "256", "Maximum concurrent blob downloads from all upstreams. Further ones are queued. One upstream gets three quarters of them at most.";
-        parallel_connections: Count<16> = "4", "Connections over which one large blob is fetched, if each further one raises the throughput and no other download waits. 1 turns that off.";
+        parallel_connections: Count<16> = "4", "Connections over which one large blob is fetched, if each further one raises the throughput and no other download waits for its permit. 1 turns that off.";
         parallel_min: ParallelSize = r#""64 MiB""#, "Smaller blobs are fetched over one connection; at least \"16 MiB\".";
         downloads_per_upstream_max: Count<MANY> = "64", "Maximum concurrent requests to one upstream, and as many blob downloads. Further ones are queued.";
         handshake_timeout: Timeout = r#""10s""#, "Timeout of a TLS handshake.";

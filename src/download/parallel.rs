@@ -7,9 +7,10 @@
 //!
 //! Segments are assigned in order, and a helper fetches one after the other. A connection is added only while the last
 //! one raised the throughput, only while a client waits for the complete blob, and only if the queue has a permit that no
-//! other download waits for. A helper ends as soon as another download waits for a permit. The first stream is closed only
-//! at a segment of which bytes have arrived, because an upstream may reject every range. A helper that fails is not
-//! replaced, and another stream continues at the first missing byte.
+//! other download waits for. A helper ends as soon as another download waits that could use its permit; one at the limit
+//! of another upstream could not. The first stream is closed only at a segment of which bytes have arrived, because an
+//! upstream may reject every range. A helper that fails is not replaced, and another stream continues at the first missing
+//! byte.
 //!
 //! An interrupted transfer keeps its front as a partial download. The segments beyond the front are fetched again.
 
@@ -201,7 +202,7 @@ impl Helpers {
             plan: Arc::clone(&self.plan),
             source,
             is_silent: true,
-            _permit: permit,
+            permit,
         };
         tracing::debug!(
             upstream = &*self.transfer.upstream,
@@ -272,7 +273,7 @@ impl Helpers {
 }
 
 impl Transfer {
-    /// A permit that no other download waits for.
+    /// A permit that no other download waits for: the queue serves those that wait first.
     async fn spare_permit(&self) -> Option<Permit> {
         let demand = Demand {
             class: Class::Bulk,
@@ -551,7 +552,7 @@ enum Fetched {
     Complete,
     /// The first stream passed its start before a byte of it arrived, or the transfer ended.
     Passed,
-    /// Another download waits for a permit.
+    /// Another download waits for its permit.
     Yielded,
     Failed,
 }
@@ -562,7 +563,7 @@ struct Helper {
     plan: Arc<Mutex<Plan>>,
     source: Box<dyn RangeSource>,
     is_silent: bool,
-    _permit: Permit,
+    permit: Permit,
 }
 
 impl Helper {
@@ -578,7 +579,7 @@ impl Helper {
                 plan.has_failed |= fetched == Fetched::Failed;
                 fetched != Fetched::Failed && plan.helpers <= plan.helpers_max && !plan.ending.is_cancelled()
             };
-            if !may_go_on || self.others_wait() {
+            if !may_go_on || self.permit.is_awaited() {
                 break;
             }
         }
@@ -589,9 +590,8 @@ impl Helper {
 
     /// Fetches and writes a segment. It is cancelled between two writes only, so that no write is under way after its end.
     async fn fetch(&mut self, segment: &Segment) -> Fetched {
-        let queue = self.transfer.queue.clone();
         let opening = self.source.open(segment.start, Some(segment.end));
-        let stream = match waited(&queue, segment, opening).await {
+        let stream = match waited(&self.permit, segment, opening).await {
             Waited::Done(Some(stream)) => stream,
             Waited::Done(None) => {
                 self.plan.lock().was_denied = true;
@@ -623,7 +623,7 @@ impl Helper {
             if let Some(ended) = arriving.ended.filter(|_| position < segment.end) {
                 return ended;
             }
-            if self.others_wait() {
+            if self.permit.is_awaited() {
                 return Fetched::Yielded;
             }
         }
@@ -639,7 +639,7 @@ impl Helper {
     ) -> Option<Batch> {
         let (mut batch, began) = (Batch::default(), Instant::now());
         while batch.bytes < WRITE_BYTES && position + batch.bytes < segment.end {
-            let Some(mut chunk) = arriving.next(&self.transfer.queue, segment).await else {
+            let Some(mut chunk) = arriving.next(&self.permit, segment).await else {
                 return Some(batch);
             };
             if !segment.is_live() && !self.go_live(segment) {
@@ -659,11 +659,6 @@ impl Helper {
         Some(batch)
     }
 
-    /// Whether another download waits for a permit, of this upstream or of another.
-    fn others_wait(&self) -> bool {
-        self.transfer.queue.waiting() > 0
-    }
-
     fn go_live(&mut self, segment: &Segment) -> bool {
         let mut plan = self.plan.lock();
         plan.silent -= usize::from(std::mem::take(&mut self.is_silent));
@@ -681,11 +676,11 @@ struct Arriving {
 }
 
 impl Arriving {
-    async fn next(&mut self, queue: &Queue, segment: &Segment) -> Option<Bytes> {
+    async fn next(&mut self, permit: &Permit, segment: &Segment) -> Option<Bytes> {
         if let Some(chunk) = self.unread.take() {
             return Some(chunk);
         }
-        self.ended = Some(match waited(queue, segment, self.stream.chunk()).await {
+        self.ended = Some(match waited(permit, segment, self.stream.chunk()).await {
             Waited::Done(Some(Ok(chunk))) => return Some(chunk),
             Waited::Cancelled if !segment.is_live() => Fetched::Passed,
             Waited::OthersWait => Fetched::Yielded,
@@ -704,8 +699,8 @@ enum Waited<T> {
 }
 
 /// Waits for `work` of a helper at most [`HELPER_TIMEOUT`], until the segment is cancelled, and until another download
-/// waits for a permit: a silent upstream must not keep one that others need.
-async fn waited<T>(queue: &Queue, segment: &Segment, work: impl Future<Output = T>) -> Waited<T> {
+/// waits for its permit: a silent upstream must not keep one that others need.
+async fn waited<T>(permit: &Permit, segment: &Segment, work: impl Future<Output = T>) -> Waited<T> {
     let mut work = std::pin::pin!(work);
     let deadline = Instant::now() + HELPER_TIMEOUT;
     loop {
@@ -715,7 +710,7 @@ async fn waited<T>(queue: &Queue, segment: &Segment, work: impl Future<Output = 
             done = &mut work => return Waited::Done(done),
             () = sleep(BATCH_TIME_MAX) => {}
         }
-        if queue.waiting() > 0 {
+        if permit.is_awaited() {
             return Waited::OthersWait;
         }
         if Instant::now() >= deadline {

@@ -68,11 +68,12 @@ pub(super) struct Scheduler {
     last: u64,
 }
 
-/// Number of permits, and how many each class holds.
-#[derive(Default)]
+/// Number of permits, how many each class holds, and how many of its entries wait.
+#[derive(Clone, Default)]
 struct Usage {
     max: Option<usize>,
     in_use: [usize; CLASSES],
+    waiting: [usize; CLASSES],
 }
 
 impl Usage {
@@ -101,6 +102,21 @@ impl Usage {
         if let Some(in_use) = self.in_use.get_mut(class as usize) {
             *in_use = in_use.saturating_sub(1);
         }
+    }
+
+    /// As if so many permits of `class` were returned.
+    fn without(&self, class: Class, returned: usize) -> Self {
+        let mut usage = self.clone();
+        if let Some(in_use) = usage.in_use.get_mut(class as usize) {
+            *in_use = in_use.saturating_sub(returned);
+        }
+        usage
+    }
+
+    fn waits(&self, class: Class) -> bool {
+        self.waiting
+            .get(class as usize)
+            .is_some_and(|waiting| *waiting > 0)
     }
 }
 
@@ -143,7 +159,7 @@ impl Scheduler {
             limits,
             total: Usage {
                 max: Some(max),
-                in_use: [0; CLASSES],
+                ..Usage::default()
             },
             is_shared,
             groups: BTreeMap::new(),
@@ -195,6 +211,10 @@ impl Scheduler {
                 .get_or_default(flow)
                 .insert(entry, ticket);
         }
+        let usage = self.groups.entry(Arc::clone(group)).or_default();
+        if let Some(waiting) = usage.waiting.get_mut(class as usize) {
+            *waiting += 1;
+        }
         self.entries.insert(entry, (ticket, demand));
         self.by_peer.entry(peer).or_default().insert(entry);
         Some(entry)
@@ -218,6 +238,11 @@ impl Scheduler {
                 });
                 groups.is_empty()
             });
+        }
+        if let Some(usage) = self.groups.get_mut(group)
+            && let Some(waiting) = usage.waiting.get_mut(class as usize)
+        {
+            *waiting = waiting.saturating_sub(1);
         }
         if let Some(entries) = self.by_peer.get_mut(&peer) {
             entries.remove(&entry);
@@ -310,13 +335,44 @@ impl Scheduler {
     }
 
     fn group_fits(&self, group: &Group, class: Class) -> bool {
+        let usage = self.groups.get(group);
+        usage.is_none_or(|usage| self.usage_fits(usage, class))
+    }
+
+    /// Whether a group with this usage may have one more permit for `class`.
+    fn usage_fits(&self, usage: &Usage, class: Class) -> bool {
         let all = self.total.max.unwrap_or_default();
         let most = if self.is_shared { all - all / 4 } else { all };
-        let Some(usage) = self.groups.get(group) else {
-            return true;
-        };
         let max = usage.max.map_or(most, |max| max.min(most));
         usage.fits(class, max, share_of_group)
+    }
+
+    /// Whether an entry waits for permits like this one: it could have one if this permit's group returned those of
+    /// its class. After a limit was lowered, one alone may not suffice.
+    pub(super) fn is_awaited(&self, permit: PermitId) -> bool {
+        let Some((group, held)) = self.permit.get(&permit) else {
+            return false;
+        };
+        let usage = self.groups.get(group);
+        let returned = usage.and_then(|usage| usage.in_use.get(*held as usize));
+        let returned = returned.copied().unwrap_or_default();
+        let total = self.total.without(*held, returned);
+        let max = self.permits_max();
+        let could_start = |of: &Group, usage: &Usage, class: Class| {
+            usage.waits(class)
+                && if of == group {
+                    self.usage_fits(&usage.without(*held, returned), class)
+                } else {
+                    self.usage_fits(usage, class)
+                }
+        };
+        Class::ALL
+            .into_iter()
+            .filter(|class| total.fits(*class, max, share))
+            .any(|class| {
+                let mut groups = self.groups.iter();
+                groups.any(|(of, usage)| could_start(of, usage, class))
+            })
     }
 
     /// Releases a permit.

@@ -336,9 +336,49 @@ async fn upstream_that_denied_a_connection_is_spared_for_a_while() {
 
 /// A permit of another upstream, when it is granted.
 async fn permit_of_another_upstream(downloads: &Downloads) -> Duration {
+    permit_of("ghcr.io", downloads).await
+}
+
+async fn permit_of(upstream: &str, downloads: &Downloads) -> Duration {
     let asked = Instant::now();
-    let _permit = downloads.admit("ghcr.io", options().demand).await.unwrap();
+    let _permit = downloads.admit(upstream, options().demand).await.unwrap();
     asked.elapsed()
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_helper_yields_to_an_upstream_at_its_own_limit() {
+    let (downloads, registry) = (parallel_downloads(16), Limited::new(Segments::Right));
+    downloads.resize_upstream("ghcr.io", 1);
+    let _permit = downloads.admit("ghcr.io", options().demand).await.unwrap();
+    let took = tokio::select! {
+        biased;
+        _ = permit_of_another_upstream(&downloads) => panic!("it is at its limit"),
+        took = download(&downloads, &registry) => took,
+    };
+    assert!(took < direct() * 6 / 10, "{took:?} of {:?}", direct());
+    assert_eq!(registry.state.open_max.load(Ordering::SeqCst), 4);
+    let sent = registry.state.sent.load(Ordering::SeqCst);
+    assert!(sent <= SIZE + 2 * CHUNK_BYTES, "{} bytes twice", sent - SIZE);
+    let streams = registry.opened().len() - registry.segments_opened();
+    assert_eq!(streams, 1, "no helper left a segment unfinished");
+}
+
+#[tokio::test(start_paused = true)]
+async fn helper_yields_its_permit_to_its_own_upstream() {
+    // Large blobs have three of four permits. The limit may be lowered when the connections are open.
+    for (limit, connections, new_limit) in [(2, 2, 2), (4, 3, 4), (4, 3, 2)] {
+        let (downloads, registry) = (parallel_downloads(16), Limited::new(Segments::Right));
+        downloads.resize_upstream("docker.io", limit);
+        let mut reader = leader(&downloads, registry.digest()).start(registry.clone());
+        while registry.state.open.load(Ordering::SeqCst) < connections {
+            reader.next().await.unwrap().unwrap();
+        }
+        downloads.resize_upstream("docker.io", new_limit);
+        let reading = tokio::spawn(read_to_end(reader));
+        let waited = permit_of("docker.io", &downloads).await;
+        assert!(waited <= Duration::from_millis(150), "{new_limit}: {waited:?}");
+        reading.await.unwrap().1.unwrap();
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -267,6 +267,69 @@ fn t02_limits_are_per_client_and_total_largest_first() {
     assert_eq!(scheduler.entry_over_limit(), None);
 }
 
+/// Every order of four requests of two groups and three classes, with every small limit.
+#[test]
+fn t12_permit_is_awaited_if_its_return_starts_an_entry() {
+    let [one, other] = ["one.example", "other.example"].map(group);
+    let kinds = [Class::Interactive, Class::Bulk, Class::Background]
+        .map(|class| [(&one, class), (&other, class)])
+        .concat();
+    let (mut awaited, mut idle) = (0, 0);
+    for limits in 0..18 {
+        let (max, of_one, of_other) = (2 + limits % 3, 1 + limits / 3 % 3, 1 + limits / 9);
+        for order in 0..kinds.len().pow(4) {
+            let mut scheduler = Scheduler::new(max, true, NO_BOUNDS);
+            scheduler.resize_group(&one, of_one);
+            scheduler.resize_group(&other, of_other);
+            let mut held = Vec::new();
+            for place in 0..4 {
+                let (group, class) = kinds.get(order / kinds.len().pow(place) % kinds.len()).unwrap();
+                scheduler.enter(group, [demand(1, 0, *class)]);
+                held.extend(std::iter::from_fn(|| scheduler.next()).map(|grant| grant.permit));
+            }
+            let permit = *held.get(order % held.len()).unwrap();
+            let is_awaited = scheduler.is_awaited(permit);
+            let (group, class) = scheduler.permit.get(&permit).cloned().unwrap();
+            if is_awaited {
+                let like = scheduler.enter(&group, [demand(2, 0, class)]);
+                assert_eq!(scheduler.next(), None, "another like it is free");
+                scheduler.withdraw(like);
+            }
+            scheduler.release(permit);
+            let starts = scheduler.next().is_some();
+            assert_eq!(
+                is_awaited, starts,
+                "limits {max} {of_one} {of_other}, order {order}"
+            );
+            *if starts { &mut awaited } else { &mut idle } += 1;
+        }
+    }
+    assert!(awaited > 1000 && idle > 1000, "{awaited} {idle}");
+}
+
+#[test]
+fn t12_permits_above_a_lowered_limit_are_awaited() {
+    let mut scheduler = Scheduler::new(16, true, NO_BOUNDS);
+    let (lowered, other) = (group("lowered.example"), group("other.example"));
+    scheduler.resize_group(&other, 1);
+    for of in [&lowered, &lowered, &lowered, &other, &other] {
+        scheduler.enter(of, [demand(1, 0, Class::Bulk)]);
+    }
+    let held: Vec<_> = std::iter::from_fn(|| scheduler.next()).collect();
+    assert_eq!(held.len(), 4);
+    let of_lowered = |scheduler: &Scheduler| {
+        held.iter()
+            .filter(|grant| scheduler.permit.get(&grant.permit).unwrap().0 == lowered)
+            .map(|grant| scheduler.is_awaited(grant.permit))
+            .collect::<Vec<_>>()
+    };
+    scheduler.resize_group(&lowered, 1);
+    assert_eq!(of_lowered(&scheduler), [false; 3], "nobody waits for them");
+    scheduler.enter(&lowered, [demand(2, 0, Class::Bulk)]);
+    assert_eq!(scheduler.next(), None);
+    assert_eq!(of_lowered(&scheduler), [true; 3], "one alone does not suffice");
+}
+
 /// A small generator with a fixed seed, so that a failure is reproducible.
 struct Random(u64);
 
@@ -328,5 +391,7 @@ fn t08_random_histories_keep_all_invariants() {
         }
         assert!(scheduler.entries.is_empty() && scheduler.by_peer.is_empty());
         assert!(scheduler.class_queues.iter().all(RoundRobin::is_empty));
+        let mut usages = scheduler.groups.values();
+        assert!(usages.all(|usage| usage.waiting == [0; CLASSES]));
     }
 }
