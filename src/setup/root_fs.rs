@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 
@@ -185,18 +185,19 @@ fn check_size(bytes: u64) -> io::Result<()> {
 
 fn write_new(path: &Path, bytes: &[u8], owner: Option<Owner>) -> io::Result<()> {
     check_size(bytes.len() as u64)?;
-    // Created with restricted mode, because the file may contain credentials.
+    // Left by an interrupted write, or a symbolic link by which a container's user leads root out of --root.
+    present(fs::remove_file(path))?;
+    // O_EXCL follows no link. The mode is restricted, because the file may contain credentials.
     let mut file = OpenOptions::new()
         .write(true)
-        .create(true)
-        .truncate(true)
+        .create_new(true)
         .mode(0o600)
         .open(path)?;
     file.write_all(bytes)?;
     if let Some(owner) = owner {
         let existing = file.metadata()?;
         if (existing.uid(), existing.gid()) != (owner.uid, owner.gid) {
-            chown(path, Some(owner.uid), Some(owner.gid))?;
+            fchown(&file, Some(owner.uid), Some(owner.gid))?;
         }
     }
     file.set_permissions(Permissions::from_mode(owner.map_or(0o644, |owner| owner.mode)))?;

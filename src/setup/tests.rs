@@ -10,6 +10,7 @@ mod applied;
 mod clients;
 mod edit;
 mod endpoint;
+mod failures;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -7,36 +7,36 @@ use tempfile::TempDir;
 
 use super::*;
 
-const DAEMON: &str = "/etc/docker/daemon.json";
+pub(super) const DAEMON: &str = "/etc/docker/daemon.json";
 
 /// A root in a temporary folder.
-struct Host {
+pub(super) struct Host {
     folder: TempDir,
-    root: RootFs,
+    pub(super) root: RootFs,
 }
 
 impl Host {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let root = RootFs::open(folder.path()).unwrap();
         Self { folder, root }
     }
 
-    fn resolve(&self, path: &str) -> PathBuf {
+    pub(super) fn resolve(&self, path: &str) -> PathBuf {
         self.root.resolve(Path::new(path))
     }
 
-    fn put(&self, path: &str, bytes: &[u8]) {
+    pub(super) fn put(&self, path: &str, bytes: &[u8]) {
         let full_path = self.resolve(path);
         fs::create_dir_all(full_path.parent().unwrap()).unwrap();
         fs::write(full_path, bytes).unwrap();
     }
 
-    fn text(&self, path: &str) -> String {
+    pub(super) fn text(&self, path: &str) -> String {
         fs::read_to_string(self.resolve(path)).unwrap()
     }
 
-    fn apply(&self, endpoint: &CacheEndpoint, force: bool) -> Result<Applied, SetupError> {
+    pub(super) fn apply(&self, endpoint: &CacheEndpoint, force: bool) -> Result<Applied, SetupError> {
         let options = Options {
             force,
             ..options(Client::Docker)
@@ -44,12 +44,12 @@ impl Host {
         Job::setup(Client::Docker).apply(&self.root, force, &|files| plan_for(endpoint, &options, files))
     }
 
-    fn undo(&self, force: bool) -> Result<Applied, SetupError> {
+    pub(super) fn undo(&self, force: bool) -> Result<Applied, SetupError> {
         undo(Client::Docker, force, &self.root)
     }
 
     /// Every file and folder except the lock.
-    fn all(&self) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
+    pub(super) fn all(&self) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
         let mut found = BTreeMap::new();
         let mut folders = vec![self.folder.path().to_owned()];
         while let Some(folder) = folders.pop() {

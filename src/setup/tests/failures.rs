@@ -1,0 +1,47 @@
+//! Planted links and failed writes below a root.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+
+use super::applied::{DAEMON, Host};
+use super::*;
+
+/// The name under which a new `daemon.json` is written.
+const TEMPORARY: &str = "/etc/docker/daemon.json.ifnewer-new";
+
+#[test]
+fn planted_link_does_not_lead_out_of_root() {
+    let outside = tempfile::tempdir().unwrap();
+    let (victim, absent) = (outside.path().join("shadow"), outside.path().join("absent"));
+    fs::write(&victim, "root:x").unwrap();
+    fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).unwrap();
+    let owner = fs::metadata(&victim).unwrap().uid();
+    for target in [&victim, &absent] {
+        let host = Host::new();
+        host.put(DAEMON, b"{\"a\":1}");
+        if rustix::process::geteuid().is_root() {
+            chown(host.resolve(DAEMON), Some(1234), Some(1234)).unwrap();
+        }
+        let before = fs::metadata(host.resolve(DAEMON)).unwrap();
+        symlink(target, host.resolve(TEMPORARY)).unwrap();
+        host.apply(&local(), false).unwrap();
+        let after = fs::symlink_metadata(host.resolve(DAEMON)).unwrap();
+        assert!(after.is_file(), "the link did not replace the file");
+        assert_eq!((after.uid(), after.mode()), (before.uid(), before.mode()));
+        assert!(host.text(DAEMON).contains("registry-mirrors"));
+    }
+    assert_eq!(fs::read_to_string(&victim).unwrap(), "root:x");
+    let kept = fs::metadata(&victim).unwrap();
+    assert_eq!((kept.uid(), kept.mode() & 0o777), (owner, 0o600));
+    assert!(!absent.exists(), "no file was created outside");
+}
+
+#[test]
+fn leftover_of_an_interrupted_write_is_replaced() {
+    let host = Host::new();
+    host.put(TEMPORARY, b"half");
+    fs::set_permissions(host.resolve(TEMPORARY), fs::Permissions::from_mode(0o666)).unwrap();
+    host.apply(&local(), false).unwrap();
+    assert!(!host.resolve(TEMPORARY).exists());
+    assert!(host.text(DAEMON).starts_with('{'));
+}
