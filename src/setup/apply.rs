@@ -299,17 +299,15 @@ impl Baseline<'_> {
     }
 
     /// Writes the journal, then the files. On failure the files that were already written are restored.
-    fn write(&self, changes: &[Change]) -> Result<(), SetupError> {
+    pub(super) fn write(&self, changes: &[Change]) -> Result<(), SetupError> {
         let name = &self.job.name;
         let (interim, next) = self.journals(changes);
         interim.save(name, self.root)?;
         for (position, change) in changes.iter().enumerate() {
             if let Err(refused) = change.write(self.root) {
-                // Best effort: --undo repairs the remainder.
-                if changes.iter().take(position).all(|change| self.take_back(change)) {
-                    let _ = self.journal.save(name, self.root);
-                    self.root.remove_empty(&next.folders);
-                }
+                // A write fails after its rename if the folder cannot be synced. A conflict is found before it.
+                let is_begun = !matches!(refused, SetupError::Conflict { .. });
+                self.roll_back(changes, position + usize::from(is_begun), &next);
                 return Err(refused);
             }
         }
@@ -318,9 +316,28 @@ impl Baseline<'_> {
         Ok(())
     }
 
+    /// Restores the first `begun` files, and the former journal if all of them are as before. Otherwise the interim
+    /// journal stays, because it alone has the originals: `--undo` restores the remainder.
+    pub(super) fn roll_back(&self, changes: &[Change], begun: usize, next: &Journal) {
+        if changes.iter().take(begun).all(|change| self.take_back(change)) {
+            let _ = self.journal.save(&self.job.name, self.root);
+            self.root.remove_empty(&next.folders);
+        }
+    }
+
+    /// Whether the file is as before this command, or could be restored.
     fn take_back(&self, change: &Change) -> bool {
+        let Ok(current) = self.root.load(&change.path) else {
+            return false;
+        };
+        if current == change.now || !change.is_needed() {
+            return true;
+        }
+        // Someone else's modification is not overwritten.
+        if current.map(|current| current.bytes) != change.after {
+            return false;
+        }
         let taken_back = match &change.now {
-            _ if !change.is_needed() => Ok(()),
             Some(now) => self.root.write(&change.path, &now.bytes, Some(now.owner)),
             None => self.root.remove(&change.path),
         };

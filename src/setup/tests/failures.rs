@@ -45,3 +45,57 @@ fn leftover_of_an_interrupted_write_is_replaced() {
     assert!(!host.resolve(TEMPORARY).exists());
     assert!(host.text(DAEMON).starts_with('{'));
 }
+
+/// The bad interleaving: a file is renamed into place, and syncing its folder fails.
+#[test]
+fn failure_after_the_rename_keeps_the_original() {
+    for can_be_taken_back in [true, false] {
+        let host = Host::new();
+        host.put(DAEMON, b"{\"a\":1}");
+        let all = host.all();
+        let job = Job::setup(Client::Docker);
+        let baseline = job.baseline(&host.root).unwrap();
+        let plan = plan_for(&local(), &options(Client::Docker), &baseline).unwrap();
+        let changes = baseline.changes(Some(&plan)).unwrap();
+        let (interim, next) = baseline.journals(&changes);
+        interim.save("docker", &host.root).unwrap();
+        changes[0].write(&host.root).unwrap();
+        assert!(host.text(DAEMON).contains("registry-mirrors"));
+        if !can_be_taken_back {
+            // A folder under the temporary name makes the next write fail.
+            fs::create_dir(host.resolve(TEMPORARY)).unwrap();
+        }
+        baseline.roll_back(&changes, 1, &next);
+        if !can_be_taken_back {
+            fs::remove_dir(host.resolve(TEMPORARY)).unwrap();
+            assert!(host.text(DAEMON).contains("registry-mirrors"));
+            host.undo(false).expect("the journal still has the original");
+        }
+        assert_eq!(host.all(), all);
+        assert!(matches!(host.undo(false), Err(SetupError::NothingToUndo(_))));
+    }
+}
+
+#[test]
+fn rollback_keeps_a_modification_of_someone_else() {
+    for is_begun in [false, true] {
+        let host = Host::new();
+        host.put(DAEMON, b"{\"a\":1}");
+        let job = Job::setup(Client::Docker);
+        let baseline = job.baseline(&host.root).unwrap();
+        let plan = plan_for(&local(), &options(Client::Docker), &baseline).unwrap();
+        let changes = baseline.changes(Some(&plan)).unwrap();
+        host.put(DAEMON, b"{\"a\":2}");
+        if is_begun {
+            let (interim, next) = baseline.journals(&changes);
+            interim.save("docker", &host.root).unwrap();
+            baseline.roll_back(&changes, 1, &next);
+            assert!(matches!(host.undo(false), Err(SetupError::Changed { .. })));
+        } else {
+            let refused = baseline.write(&changes).unwrap_err();
+            assert!(conflict(&refused).contains("was modified during this command"));
+            assert!(matches!(host.undo(false), Err(SetupError::NothingToUndo(_))));
+        }
+        assert_eq!(host.text(DAEMON), "{\"a\":2}");
+    }
+}
