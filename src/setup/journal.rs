@@ -6,7 +6,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
-use std::fs::{DirBuilder, File};
+use std::fs::{self, DirBuilder, File};
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -148,7 +149,12 @@ fn path_of(job: &str) -> PathBuf {
 /// Takes the lock of all jobs, which is released when dropped.
 pub(super) fn lock(root: &RootFs) -> Result<File, SetupError> {
     let path = root.target(Path::new(FOLDER))?;
-    let created = DirBuilder::new().recursive(true).mode(0o700).create(&path);
+    // Only the last folder is restricted: other programs need /var/lib.
+    let parents = fs::create_dir_all(path.parent().unwrap_or(&path));
+    let created = parents.and_then(|()| match DirBuilder::new().mode(0o700).create(&path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        created => created,
+    });
     created.map_err(SetupError::file("failed to create the folder", &path))?;
     let folder = File::open(&path).map_err(SetupError::file("failed to open", &path))?;
     match flock(&folder, FlockOperation::NonBlockingLockExclusive) {

@@ -1,4 +1,4 @@
-//! Planted links and failed writes below a root.
+//! Planted links, failed writes and modes of folders below a root.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
@@ -98,4 +98,14 @@ fn rollback_keeps_a_modification_of_someone_else() {
         }
         assert_eq!(host.text(DAEMON), "{\"a\":2}");
     }
+}
+
+#[test]
+fn only_the_journal_folder_is_restricted() {
+    let host = Host::new();
+    host.put(DAEMON, b"{}");
+    let mode = |path: &str| fs::metadata(host.resolve(path)).unwrap().mode() & 0o777;
+    host.apply(&local(), false).unwrap();
+    assert_eq!((mode("/var"), mode("/var/lib")), (mode("/etc"), mode("/etc")));
+    assert_eq!(mode("/var/lib/ifnewer-setup"), 0o700);
 }
