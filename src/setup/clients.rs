@@ -8,9 +8,9 @@ pub(super) mod k3s;
 pub(super) mod podman;
 pub(super) mod proxy;
 
-use super::edit::Text;
 use super::edit::json::Object;
 use super::edit::toml::{self as edit_toml, Place};
+use super::edit::{Text, without_userinfo};
 use super::endpoint::{CacheEndpoint, Registry, Scheme};
 use super::plan::{Context, FileSource, Plan};
 use super::{Client, SetupError};

@@ -91,8 +91,32 @@ impl Text {
     /// The error for a file that names other mirrors.
     pub(super) fn other_mirrors(&self, subject: &str, names: &[&str], url: &str) -> SetupError {
         self.conflict(
-            format!("{subject}already names {}", names.join(", ")),
+            format!("{subject}already names {}", without_userinfo(&names.join(", "))),
             format!("Use --force to put {url} before it; it is then tried next."),
         )
     }
+}
+
+/// Hides user and password in a line of a client's file, with or without a scheme: in each word, what is between the
+/// first `=` or `//` and the last `@`.
+pub(super) fn without_userinfo(line: &str) -> String {
+    let mut before = '\0';
+    let is_end = |letter: char| {
+        // An escaped quote belongs to the word.
+        let is_quote = matches!(letter, '"' | '\'') && before != '\\';
+        before = letter;
+        is_quote || letter.is_whitespace()
+    };
+    let words = line.split_inclusive(is_end);
+    words
+        .map(|word| hidden(word).unwrap_or_else(|| word.to_owned()))
+        .collect()
+}
+
+fn hidden(word: &str) -> Option<String> {
+    let (credentials, host) = word.rsplit_once('@')?;
+    let starts = ["=", "//"].map(|start| credentials.find(start).map(|at| at + start.len()));
+    let start = starts.into_iter().flatten().min().unwrap_or_default();
+    let (head, userinfo) = credentials.split_at_checked(start)?;
+    (!userinfo.is_empty()).then(|| format!("{head}…@{host}"))
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use similar::TextDiff;
 
 use super::SetupError;
-use super::edit::Text;
+use super::edit::{Text, without_userinfo};
 use super::endpoint::CacheEndpoint;
 
 /// A source of files; by default a host without any. Paths are absolute, as the client sees them.
@@ -118,9 +118,17 @@ pub(super) fn render(plan: &Plan, files: &dyn FileSource) -> (String, Option<Set
     (text, unreadable)
 }
 
-/// A unified diff.
+/// A unified diff without the credentials of its lines.
 pub(super) fn difference(before: &[u8], after: &[u8]) -> String {
     let (before, after) = (String::from_utf8_lossy(before), String::from_utf8_lossy(after));
     let difference = TextDiff::from_lines(&*before, &*after);
-    difference.unified_diff().context_radius(2).to_string()
+    let difference = difference.unified_diff().context_radius(2).to_string();
+    // The first character is that of the diff; `@` begins a header.
+    let lines = difference
+        .split_inclusive('\n')
+        .map(|line| match line.split_at_checked(1) {
+            Some((kind @ (" " | "+" | "-"), text)) => format!("{kind}{}", without_userinfo(text)),
+            _ => line.to_owned(),
+        });
+    lines.collect()
 }

@@ -11,6 +11,7 @@ mod clients;
 mod edit;
 mod endpoint;
 mod failures;
+mod secrets;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -2,7 +2,7 @@
 
 use toml::Value;
 
-use super::{Context, Place, Plan, Scheme, SetupError, Text, edit_toml};
+use super::{Context, Place, Plan, Scheme, SetupError, Text, edit_toml, without_userinfo};
 
 const CONFIG: &str = "/etc/buildkit/buildkitd.toml";
 const AUTHORITY: &str = "/etc/buildkit/ifnewer-ca.crt";
@@ -43,7 +43,10 @@ fn with(text: &Text, name: &str, key: &str, value: Value) -> Result<Text, SetupE
     match current {
         Some(_) if is_set => Ok(text.clone()),
         Some(current) => Err(text.conflict(
-            format!("[registry.\"{name}\"] already has {key} = {current}"),
+            format!(
+                "[registry.\"{name}\"] already has {key} = {}",
+                without_userinfo(&current.to_string())
+            ),
             edit_toml::by_hand(&section, &settings),
         )),
         None => edit_toml::set(text, &section, &settings, Place::Last),

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{CacheEndpoint, Context, Object, Plan, SetupError, Text};
+use super::{CacheEndpoint, Context, Object, Plan, SetupError, Text, without_userinfo};
 
 /// Configuration that dockerd reloads on SIGHUP.
 pub(in crate::setup) const DAEMON: &str = "/etc/docker/daemon.json";
@@ -83,6 +83,7 @@ fn with_mirror(text: &Text, object: &Object<'_>, url: &str, force: bool) -> Resu
         .as_array()
         .and_then(|list| list.iter().map(Value::as_str).collect());
     let Some(mirrors) = mirrors else {
+        let current = without_userinfo(&current.to_string());
         let what = format!("\"{MIRRORS}\" is {current}, not a list of URLs");
         return Err(text.conflict(what, "Correct the file first."));
     };

@@ -52,11 +52,16 @@ fn check_drop_ins(folder: &Path, ours: &Path, context: Context<'_>) -> Result<()
         .filter(|path| path != ours)
     {
         let text = context.text(path)?;
-        for line in text.body.lines().map(str::trim) {
-            let sets = line.starts_with("Environment") && line.to_ascii_uppercase().contains("HTTPS_PROXY=");
-            if sets || line.starts_with("EnvironmentFile") {
-                return Err(other_proxy(&text, &format!("sets {}", without_password(line))));
-            }
+        // The line itself is not printed, because it may contain credentials.
+        for (number, line) in (1..).zip(text.body.lines().map(str::trim)) {
+            let what = if line.starts_with("EnvironmentFile") {
+                "sets EnvironmentFile, which can set HTTPS_PROXY"
+            } else if line.starts_with("Environment") && line.to_ascii_uppercase().contains("HTTPS_PROXY=") {
+                "sets HTTPS_PROXY"
+            } else {
+                continue;
+            };
+            return Err(other_proxy(&text, &format!("line {number} {what}")));
         }
     }
     Ok(())
@@ -78,16 +83,5 @@ fn other_proxy(text: &Text, what: &str) -> SetupError {
         what,
         "If this network needs that proxy, set it in ifnewer (`proxy` of the upstreams) and remove it here. Use \
          --force to add ours nevertheless.",
-    )
-}
-
-/// Hides `user:password@` of a proxy URL.
-fn without_password(line: &str) -> String {
-    let credentials = line
-        .split_once("://")
-        .and_then(|(scheme, rest)| Some((scheme, rest.rsplit_once('@')?.1)));
-    credentials.map_or_else(
-        || line.to_owned(),
-        |(scheme, host)| format!("{scheme}://…@{host}"),
     )
 }

@@ -555,15 +555,17 @@ fn a_proxy_is_a_drop_in_of_the_unit() {
 #[test]
 fn conflicting_proxy_is_reported_without_password() {
     let path = "/etc/systemd/system/docker.service.d/http-proxy.conf";
-    let held = MemoryFs::with(
-        path,
-        "[Service]\nEnvironment=\"HTTPS_PROXY=http://ann:hush@proxy:3128\"\n",
-    );
-    let told = by_proxy(Client::Docker, &held).unwrap_err().to_string();
-    assert!(
-        told.contains("http-proxy.conf") && !told.contains("hush"),
-        "{told}"
-    );
+    for line in [
+        "Environment=\"HTTPS_PROXY=http://ann:s3cret@proxy:3128\"",
+        "Environment=HTTPS_PROXY=ann:s3cret@proxy:3128",
+        "Environment=\"TOKEN=s3cret\" \"HTTPS_PROXY=http://proxy:3128\"",
+        "EnvironmentFile=/etc/s3cret",
+    ] {
+        let held = MemoryFs::with(path, &format!("[Service]\n{line}\n"));
+        let told = by_proxy(Client::Docker, &held).unwrap_err().to_string();
+        assert!(told.contains("http-proxy.conf: line 2 sets "), "{told}");
+        assert!(told.contains("HTTPS_PROXY") && !told.contains("s3cret"), "{told}");
+    }
     let held = MemoryFs::with(
         "/etc/docker/daemon.json",
         r#"{"proxies":{"https-proxy":"http://p"}}"#,
