@@ -1,7 +1,8 @@
-//! Planted links, failed writes and modes of folders below a root.
+//! Planted links, failed writes, modes of folders, and originals taken from a journal by hand.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::process::Command;
 
 use super::applied::{DAEMON, Host};
 use super::*;
@@ -108,4 +109,28 @@ fn only_the_journal_folder_is_restricted() {
     host.apply(&local(), false).unwrap();
     assert_eq!((mode("/var"), mode("/var/lib")), (mode("/etc"), mode("/etc")));
     assert_eq!(mode("/var/lib/ifnewer-setup"), 0o700);
+}
+
+#[test]
+fn documented_command_prints_the_original_bytes() {
+    let journal = "/var/lib/ifnewer-setup/docker.json";
+    let document = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/clients.md")).unwrap();
+    let mut quoted = document.split('`');
+    let command = quoted.find(|text| text.starts_with("jq ")).expect("the command");
+    assert!(
+        command.contains(journal) && command.ends_with("| base64 -d"),
+        "{command}"
+    );
+    if Command::new("jq").arg("--version").output().is_err() {
+        return;
+    }
+    let host = Host::new();
+    host.put(DAEMON, b"{\"a\":1}");
+    host.apply(&local(), false).unwrap();
+    // Not UTF-8, without a newline at the end.
+    let altered = host.text(journal).replace("eyJhIjoxfQ==", "AP8NCg3/");
+    host.put(journal, altered.as_bytes());
+    let command = command.replace(journal, &host.resolve(journal).display().to_string());
+    let printed = Command::new("sh").args(["-c", &command]).output().unwrap();
+    assert_eq!(printed.stdout, b"\x00\xff\r\n\r\xff", "{printed:?}");
 }
