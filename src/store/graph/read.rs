@@ -154,16 +154,13 @@ impl Sources<'_> {
             Some(name) if !self.is_stopped() => self.tag(&name)?,
             _ => None,
         };
-        let added = match found {
-            Some((key, record)) => {
-                let targets = self.tags.digests_of(&key, &record);
-                graph.refer_from_tag(tag, &targets, self.pins.has(&Pin::Tag(key)))
-            }
-            None => {
-                let indexed = indexed.get_or_init(|| self.indexed_targets());
-                let targets = name.and_then(|name| indexed.get(&name));
-                graph.refer_from_tag(tag, targets.map_or(&[], Vec::as_slice), true)
-            }
+        let added = if let Some((key, record)) = found {
+            let targets = self.tags.digests_of(&key, &record);
+            graph.refer_from_tag(tag, &targets, self.pins.has(&Pin::Tag(key)))
+        } else {
+            let indexed = indexed.get_or_init(|| self.indexed_targets());
+            let targets = name.and_then(|name| indexed.get(&name));
+            graph.refer_from_tag(tag, targets.map_or(&[], Vec::as_slice), true)
         };
         added.map_err(|error| StoreError::io("read", tags::TREE, &error))
     }
