@@ -24,7 +24,7 @@ use crate::policy::{AgeFacts, CacheState, Completeness, OlderDigest, Presence, R
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::sightings::{Seen, SightingKey, Sightings};
 use crate::store::tags::{TagKey, TagReader};
-use crate::upstream::{ResponseKind, UpstreamResponse};
+use crate::upstream::{Caller, ResponseKind, UpstreamResponse};
 
 /// Check of this host's clock by the `Date` of one registry's responses, and the time that has passed since. Each
 /// registry has its own, so that a `Date` in the future concerns the images of its sender alone.
@@ -108,11 +108,35 @@ impl Default for CooledTags {
     }
 }
 
+/// Client for which the image of a tag is chosen. A registry's response depends on both.
+#[derive(Clone)]
+pub(super) struct TagClient {
+    accept: Accept,
+    principal: [u8; 32],
+}
+
+impl TagClient {
+    pub(super) fn new(accept: &Accept, caller: &Caller) -> Self {
+        Self {
+            accept: accept.clone(),
+            principal: caller.principal,
+        }
+    }
+
+    fn reader(client: Option<&Self>) -> TagReader<'_> {
+        client.map_or(TagReader::Operator, |client| TagReader::Client(&client.accept))
+    }
+}
+
 /// Time for which a 404 for an older digest is remembered, so that each pull does not request it again.
 const GONE_TTL: Duration = Duration::from_secs(300);
 
-/// Older digests that the registry has deleted, with the time of its 404.
-pub(super) struct GoneDigests(Cache<ContentKey, Instant>);
+/// Older digests for which the registry responded 404 to a client, with the time of that response. Another client may get
+/// the manifest: some registries respond 404 to a client that does not list its media type, or lacks the permission.
+pub(super) struct GoneDigests(Cache<GoneKey, Instant>);
+
+/// Manifest, `Accept` ([`Accept::key`]) and principal.
+type GoneKey = (ContentKey, u64, [u8; 32]);
 
 impl Default for GoneDigests {
     fn default() -> Self {
@@ -121,19 +145,23 @@ impl Default for GoneDigests {
 }
 
 impl GoneDigests {
-    pub(super) fn insert(&self, registry: &UpstreamRegistry, repository: &Repository, digest: Digest) {
-        let key = (registry.name().into(), repository.clone(), digest);
-        self.0.insert(key, Instant::now());
+    fn key(content: (&UpstreamRegistry, &Repository, Digest), client: &TagClient) -> GoneKey {
+        let (registry, repository, digest) = content;
+        let content = (registry.name().into(), repository.clone(), digest);
+        (content, client.accept.key(), client.principal)
+    }
+
+    pub(super) fn insert(&self, content: (&UpstreamRegistry, &Repository, Digest), client: &TagClient) {
+        self.0.insert(Self::key(content, client), Instant::now());
     }
 
     pub(super) fn contains(
         &self,
-        registry: &UpstreamRegistry,
-        repository: &Repository,
-        digest: Digest,
+        content: (&UpstreamRegistry, &Repository, Digest),
+        client: &TagClient,
     ) -> bool {
-        let key = (registry.name().into(), repository.clone(), digest);
-        self.0.get(&key).is_some_and(|at| at.elapsed() < GONE_TTL)
+        let found = self.0.get(&Self::key(content, client));
+        found.is_some_and(|at| at.elapsed() < GONE_TTL)
     }
 }
 
@@ -141,13 +169,12 @@ impl GoneDigests {
 pub(super) type TagFacts = (Option<Candidates>, Option<AgeFacts>);
 
 impl ProxyService {
-    /// Candidates for a tag and a client with this `Accept`, or for the operator (`None`). If a minimum age applies,
-    /// they begin with the newest manifest that is old enough, or with one that is too young if there is no other.
+    /// Candidates for a tag and this client, or for the operator (`None`). If a minimum age applies, they begin with the newest manifest that is old enough, or with one that is too young if there is no other.
     pub(super) async fn tag_facts(
         self: &Arc<Self>,
         registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
-        (tag, accept): (&Tag, Option<&Accept>),
+        (tag, client): (&Tag, Option<TagClient>),
         rule: &EffectivePolicy,
         now: SystemTime,
     ) -> TagFacts {
@@ -156,16 +183,12 @@ impl ProxyService {
             repository: repository.clone(),
             tag: tag.clone(),
         };
-        let (limit, now, accept) = (
-            rule.age_limit,
-            registry.checked_time().bound(now),
-            accept.cloned(),
-        );
+        let (limit, now) = (rule.age_limit, registry.checked_time().bound(now));
         self.read_cache(registry, repository, move |cached| {
-            let reader = accept.as_ref().map_or(TagReader::Operator, TagReader::Client);
             if limit.is_on() {
-                cached.mature_candidates(&key, reader, &limit, now)
+                cached.mature_candidates(&key, client.as_ref(), &limit, now)
             } else {
+                let reader = TagClient::reader(client.as_ref());
                 (cached.candidates_for_tag(&key, reader), None)
             }
         })
@@ -203,7 +226,8 @@ impl ProxyService {
             let facts = AgeFacts::of_digest(judged.await);
             return (state.with_cooling(Some(facts)), candidates);
         };
-        let what = (tag, Some(&request.accept));
+        let client = TagClient::new(&request.accept, &upstream_request.caller);
+        let what = (tag, Some(client));
         let (candidates, cooling) = self.tag_facts(registry, repository, what, rule, now).await;
         let response = revalidated.response.as_deref();
         let is_blocked = matches!(revalidated.revalidation, Revalidation::Blocked(_));
@@ -517,10 +541,11 @@ impl CacheView<'_> {
     fn mature_candidates(
         &self,
         key: &TagKey,
-        reader: TagReader<'_>,
+        client: Option<&TagClient>,
         limit: &AgeLimit,
         now: SystemTime,
     ) -> TagFacts {
+        let reader = TagClient::reader(client);
         let image = format_args!("{}:{}", self.repository, key.tag);
         let record = self.proxy.cached(self.registry, &image, self.view.tag(key));
         let sightings = self.view.sightings(&SightingKey::from(key));
@@ -532,8 +557,8 @@ impl CacheView<'_> {
                 .newest_seen(&sightings, record.as_deref(), reader, is_eligible)
         };
         let is_gone = |digest: &Digest| {
-            let gone = &self.proxy.gone_digests;
-            gone.contains(self.registry, self.repository, *digest)
+            let content = (self.registry, self.repository, *digest);
+            client.is_some_and(|client| self.proxy.gone_digests.contains(content, client))
                 && self.presence_of(digest) != Presence::Complete
         };
         let older =

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio::time::{Instant, timeout_at};
 
 use super::candidates::{CachedManifest, Candidates};
+use super::cooling::TagClient;
 use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::Revalidated;
 use super::{AuthContext, ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, denied, passthrough};
@@ -71,7 +72,8 @@ impl ProxyService {
             return Box::pin(self.referrers_tag(request, repository, context, tag)).await;
         }
         let rule = request.registry.rule(repository, Some(tag));
-        let what = (tag, Some(&request.accept));
+        let client = TagClient::new(&request.accept, &context.caller);
+        let what = (tag, Some(client));
         let (candidates, cooling) = self
             .tag_facts(&request.registry, repository, what, rule, request.now)
             .await;
@@ -153,6 +155,10 @@ impl<'a> ManifestRequest<'a> {
             rule,
             deadline: Instant::now() + rule.revalidate_timeout,
         }
+    }
+
+    fn tag_client(&self) -> TagClient {
+        TagClient::new(&self.request.accept, &self.context.caller)
     }
 
     fn upstream_request(&self) -> UpstreamRequest {
@@ -442,16 +448,17 @@ impl<'a> ManifestRequest<'a> {
         let outcome = self.fetch(why, state, candidates).await;
         let (registry, repository) = (&self.request.registry, self.repository);
         let gone = &self.proxy.gone_digests;
+        let client = self.tag_client();
         let is_gone = state
             .target()
-            .is_some_and(|digest| gone.contains(registry, repository, digest));
+            .is_some_and(|digest| gone.contains((&**registry, repository, digest), &client));
         let (true, ProxyResponse::Denied(_), Some(tag), Some(ages)) =
             (is_gone, &outcome, self.request.tag(), state.cooling)
         else {
             return outcome;
         };
         let now = self.proxy.clock.now().max(self.request.now);
-        let what = (tag, Some(&self.request.accept));
+        let what = (tag, Some(client));
         let (candidates, cooling) = self
             .proxy
             .tag_facts(registry, repository, what, self.rule, now)
@@ -535,9 +542,8 @@ impl<'a> ManifestRequest<'a> {
                 if let (ResponseKind::NotFound, MissReason::Cooling(_), Some(older)) =
                     (response.kind, why, state.target())
                 {
-                    self.proxy
-                        .gone_digests
-                        .insert(&self.request.registry, self.repository, older);
+                    let content = (&*self.request.registry, self.repository, older);
+                    self.proxy.gone_digests.insert(content, &self.tag_client());
                 }
                 self.on_older_failed(state, candidates, response, why).await
             }

@@ -40,6 +40,8 @@ pub struct Cache {
     pub takes_indexes: bool,
     /// Whether clients accept the media types that the cache's own requests do, so that both see one variant of a tag.
     pub accepts_all: bool,
+    /// The whole `Accept` of clients, in place of the image type and of [`Self::takes_indexes`].
+    pub accept: Option<&'static str>,
     pub offline: Offline,
 }
 
@@ -178,6 +180,7 @@ impl Cache {
             parts,
             takes_indexes: false,
             accepts_all: false,
+            accept: None,
             offline,
         }
     }
@@ -269,7 +272,8 @@ impl Cache {
             Method::GET
         };
         let mut headers = HeaderMap::new();
-        headers.append(header::ACCEPT, HeaderValue::from_static(OCI_MANIFEST));
+        let accept = self.accept.unwrap_or(OCI_MANIFEST);
+        headers.append(header::ACCEPT, HeaderValue::from_static(accept));
         if self.takes_indexes {
             headers.append(header::ACCEPT, HeaderValue::from_static(OCI_INDEX));
         }

@@ -662,6 +662,60 @@ async fn next_older_digest_is_served_if_one_is_gone() {
     assert_eq!(gets_of(&registry, two), 2, "it may be back after five minutes");
 }
 
+/// An image that is old enough and not cached, after which the tag moved to a young one.
+async fn moved_from_uncached(registry: &Registry, cache: &Cache, first: &ClientRequest) -> Digest {
+    // Known to be young, so its config is not requested.
+    let one = push_old(registry, "one", 0);
+    assert_eq!(get(cache, first).await, Err("too-young"));
+    pass(3 * DAY).await;
+    push(registry, "two");
+    one
+}
+
+#[tokio::test(start_paused = true)]
+async fn older_digest_gone_for_one_accept_is_served_to_others() {
+    let registry = registry();
+    let mut cache = Cache::new(&registry, rules());
+    let one = moved_from_uncached(&registry, &cache, &of("1")).await;
+    registry.state().needs_listed_type.insert(one);
+    cache.accept = Some("*/*");
+    for _ in 0..2 {
+        assert_eq!(tag(&cache).await, Err("too-young"), "404 for this Accept");
+    }
+    assert_eq!(gets_of(&registry, one), 1, "the 404 is remembered");
+    cache.accept = None;
+    assert_eq!(tag(&cache).await, Ok(one));
+}
+
+#[tokio::test(start_paused = true)]
+async fn older_digest_gone_for_one_principal_is_served_to_others() {
+    let registry = registry();
+    registry.state().public.clear();
+    let [alice, bob] = ["alice", "bob"].map(|user| {
+        registry.user(user, "secret");
+        registry.lets(user, REPOSITORY);
+        ClientRequest {
+            shows: registry.bearer(user),
+            ..of("1")
+        }
+    });
+    let cache = Cache::new(&registry, rules());
+    let one = moved_from_uncached(&registry, &cache, &alice).await;
+    let manifests = |change: &dyn Fn(&mut BTreeMap<Digest, Bytes>)| {
+        change(&mut registry.state().shelves.get_mut(REPOSITORY).unwrap().manifests);
+    };
+    let bytes = registry.state().shelves[REPOSITORY].manifests[&one].clone();
+    manifests(&|manifests| _ = manifests.remove(&one));
+    assert_eq!(get(&cache, &alice).await, Err("too-young"));
+    manifests(&|manifests| _ = manifests.insert(one, bytes.clone()));
+    assert_eq!(
+        get(&cache, &alice).await,
+        Err("too-young"),
+        "its 404 is remembered"
+    );
+    assert_eq!(get(&cache, &bob).await, Ok(one));
+}
+
 #[tokio::test(start_paused = true)]
 async fn older_image_is_confirmed_by_naming_a_young_one() {
     let registry = registry();

@@ -12,7 +12,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
 use http::header::{
-    AUTHORIZATION, CONTENT_TYPE, DATE, HOST, LAST_MODIFIED, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE,
+    ACCEPT, AUTHORIZATION, CONTENT_TYPE, DATE, HOST, LAST_MODIFIED, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE,
 };
 use http::{Request, Response, StatusCode, Uri};
 use http_body_util::Full;
@@ -151,6 +151,8 @@ pub struct State {
     pub held: Vec<String>,
     /// Whether requests for manifests are redirected to another host, which sends them with their digest.
     pub redirects_manifests: bool,
+    /// Manifests for which it responds 404 to a request whose `Accept` does not list their exact media type.
+    pub needs_listed_type: BTreeSet<Digest>,
     /// Repositories for which it responds 500.
     pub broken: BTreeSet<String>,
     /// Whether it leaves out `Docker-Content-Digest`.
@@ -196,6 +198,7 @@ impl Registry {
             date: None,
             held: Vec::new(),
             redirects_manifests: false,
+            needs_listed_type: BTreeSet::new(),
             broken: BTreeSet::new(),
             states_no_digest: false,
             decided: 0,
@@ -484,6 +487,12 @@ impl State {
         let Some((digest, body)) = self.find(repository, kind, reference) else {
             return (status(StatusCode::NOT_FOUND), None);
         };
+        if digest.is_some_and(|digest| self.needs_listed_type.contains(&digest)) {
+            let listed = request.headers().get_all(ACCEPT).iter();
+            if !listed.into_iter().any(|line| line == media_type_of(&body)) {
+                return (status(StatusCode::NOT_FOUND), None);
+            }
+        }
         word.yes = true;
         word.digest = digest;
         if self.redirects_manifests && kind == "manifests" {
@@ -499,14 +508,7 @@ impl State {
         let mut builder = Response::builder().header(
             CONTENT_TYPE,
             match kind {
-                "manifests"
-                    if body
-                        .windows(OCI_INDEX.len())
-                        .any(|part| part == OCI_INDEX.as_bytes()) =>
-                {
-                    OCI_INDEX
-                }
-                "manifests" => OCI_MANIFEST,
+                "manifests" => media_type_of(&body),
                 "referrers" => OCI_INDEX,
                 "tags" => "application/json",
                 _ => "application/octet-stream",
@@ -582,6 +584,13 @@ impl State {
         let body = serde_json::json!({"token": token, "expires_in": 300}).to_string();
         Response::new(Full::new(Bytes::from(body)))
     }
+}
+
+fn media_type_of(manifest: &[u8]) -> &'static str {
+    let is_index = manifest
+        .windows(OCI_INDEX.len())
+        .any(|part| part == OCI_INDEX.as_bytes());
+    if is_index { OCI_INDEX } else { OCI_MANIFEST }
 }
 
 fn split(path: &str) -> Option<(&str, &str, &str)> {
