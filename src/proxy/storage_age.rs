@@ -14,7 +14,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::ProxyService;
 use super::manifest_fetch::UpstreamRequest;
 use crate::oci::manifest::{Descriptor, DescriptorKind, ManifestKind, MediaType, Platform};
-use crate::oci::{Digest, Endpoint, Reference};
+use crate::oci::{Accept, Digest, Endpoint, Reference};
 use crate::policy::min_age::evident_time;
 use crate::single_flight::SingleFlight;
 use crate::store::manifests::StoredManifest;
@@ -51,7 +51,7 @@ const REMEMBERED_MAX: usize = 4_096;
 /// The digest that a tag or a request by digest names, and whether `created` is read.
 type StatedKey = (SightingKey, Digest, bool);
 
-/// One requester, with one set of settings.
+/// One requester, with one set of settings. Without its `Accept`, which does not change the requests.
 type FailedKey = (StatedKey, [u8; 32], (u64, u64));
 
 /// Requests for ages of storages, and their results that are not recorded. In memory only.
@@ -144,7 +144,11 @@ impl ProxyService {
         key: FailedKey,
     ) -> Option<ConfigAge> {
         let (_, digest, trust_created) = key.0;
-        let upstream_request = upstream_request.clone().by_digest(digest);
+        // Callers with any `Accept` share the result, and a registry may lack the manifest of a type that is not listed.
+        let upstream_request = UpstreamRequest {
+            accept: Accept::manifests(),
+            ..upstream_request.clone().by_digest(digest)
+        };
         let requested = self.newest_config(&upstream_request, digest, trust_created);
         match timeout(STORAGE_AGE_TIMEOUT, requested).await {
             Ok(Some(stated)) if stated != ConfigAge::default() => Some(stated),

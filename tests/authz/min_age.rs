@@ -378,6 +378,24 @@ async fn storage_that_states_an_implausible_time_is_requested_once() {
     assert_eq!(asked, 2, "one HEAD and one GET: {log:?}");
 }
 
+#[tokio::test(start_paused = true)]
+async fn age_of_an_index_is_found_for_every_accept() {
+    let registry = registry();
+    let mut cache = Cache::new(&registry, rules());
+    let all = registry.push_index(REPOSITORY, "1", "one", &["amd64"]);
+    let [index, image] = all[..] else {
+        panic!("{all:?}")
+    };
+    registry.state().needs_listed_type.extend([index, image]);
+    stored_days_ago(&registry, config_of(&registry, image), 10);
+    cache.accept = Some(OCI_INDEX);
+    assert_eq!(tag(&cache).await, Ok(index), "a client that accepts no image");
+    cache.accept = None;
+    cache.takes_indexes = true;
+    assert_eq!(tag(&cache).await, Ok(index));
+    assert_eq!(config_heads(&registry, image), 1, "{:?}", registry.request_log());
+}
+
 fn config_heads(registry: &Registry, image: Digest) -> usize {
     let line = format!("HEAD /v2/{REPOSITORY}/blobs/{}", config_of(registry, image));
     registry.request_log().iter().filter(|one| **one == line).count()
