@@ -22,7 +22,7 @@ use crate::policy::min_age::{AgeEvidence, AgeLimit, Maturity, YoungDigest, evide
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{AgeFacts, CacheState, Completeness, OlderDigest, Presence, Revalidation};
 use crate::store::manifests::StoredManifest;
-use crate::store::tags::sightings::{Seen, SightingKey, Sightings};
+use crate::store::tags::sightings::{Seen, SightTime, SightingKey, Sightings};
 use crate::store::tags::{TagKey, TagReader};
 use crate::upstream::{Caller, ResponseKind, UpstreamResponse};
 
@@ -81,13 +81,16 @@ impl CheckedTime {
     /// `now` to record a first sight at, or the registry's time if `now` is more than [`age::AHEAD_MAX`] earlier. If this
     /// host's clock is behind and then corrected, the digest would otherwise become older at once. The last `Date`
     /// applies, so that a wrong one has an effect for one response only.
-    pub(super) fn time_of_sight(&self, now: SystemTime) -> SystemTime {
+    pub(super) fn time_of_sight(&self, now: SystemTime) -> SightTime {
         let last = self.dates().last.and_then(DateSeen::now);
         let is_later = |date: &SystemTime| {
             date.duration_since(now)
                 .is_ok_and(|behind| behind > age::AHEAD_MAX)
         };
-        last.filter(is_later).unwrap_or(now)
+        SightTime {
+            host: now,
+            at: last.filter(is_later).unwrap_or(now),
+        }
     }
 
     fn dates(&self) -> DatesSeen {
@@ -534,7 +537,7 @@ impl CacheView<'_> {
         let newest = sightings
             .newest()
             .filter(|newest| !is_mature(&newest.seen.digest));
-        remembered.max(newest.map(|newest| newest.named_at))
+        remembered.max(newest.map(|newest| newest.named_at_by_host))
     }
 
     /// Candidates that are old enough. If there are none, the newest manifest, marked as too young in [`AgeFacts`].
@@ -644,16 +647,17 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn t17_clock_behind_is_not_recorded_as_a_first_sight() {
         let time = CheckedTime::default();
-        assert_eq!(time.time_of_sight(at(0)), at(0), "nothing is known");
+        assert_eq!(time.time_of_sight(at(0)), at(0).into(), "nothing is known");
         time.learn(at(900_000));
         tokio::time::advance(Duration::from_secs(5)).await;
-        assert_eq!(time.time_of_sight(at(0)), at(900_005));
-        assert_eq!(time.time_of_sight(at(899_000)), at(899_000), "tolerated");
-        assert_eq!(time.time_of_sight(at(950_000)), at(950_000));
+        assert_eq!(time.time_of_sight(at(0)).at, at(900_005));
+        assert_eq!(time.time_of_sight(at(0)).host, at(0));
+        assert_eq!(time.time_of_sight(at(899_000)), at(899_000).into(), "tolerated");
+        assert_eq!(time.time_of_sight(at(950_000)), at(950_000).into());
         time.learn(at(7));
         assert_eq!(
             time.time_of_sight(at(10)),
-            at(10),
+            at(10).into(),
             "the wrong Date was for one response"
         );
     }

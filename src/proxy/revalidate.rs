@@ -507,7 +507,7 @@ impl ProxyService {
             media_type: media_type.clone(),
             accepts_indexes: accept.lists_indexes(),
             confirmed_at: *arrived_at,
-            first_seen_at: registry.checked_time().time_of_sight(now),
+            first_seen_at: registry.checked_time().time_of_sight(now).at,
             previous: None,
             history: Vec::new(),
         };

@@ -786,6 +786,55 @@ async fn restart_keeps_when_the_young_digest_was_named() {
     assert_eq!(tag(&cache).await, Err("stale-limit-exceeded"));
 }
 
+/// Sets the registry's time to this many days ahead of this host's.
+fn date_days_ahead(registry: &Registry, days: i64) {
+    registry.state().date = Some(now() + Duration::from_secs((days * DAY).unsigned_abs()));
+}
+
+fn stale_for_a_day() -> Rules {
+    rules_changed(PolicyOverrides {
+        stale_if_error: Some(StaleLimit::Within(Duration::from_secs(86_400))),
+        ..PolicyOverrides::default()
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn t17_host_behind_keeps_stale_if_error_after_a_restart() {
+    let registry = registry();
+    let cache = Cache::on_disk(&registry, stale_for_a_day());
+    let old = push_old(&registry, "one", 10);
+    pulled_tag(&cache).await;
+    pass(23 * HOUR).await;
+    push(&registry, "two");
+    date_days_ahead(&registry, 2);
+    assert_eq!(tag(&cache).await, Ok(old));
+    registry.set_condition(Condition::Down);
+    assert_eq!(tag(&cache).await, Ok(old), "confirmed a moment ago");
+    let cache = cache.restart(stale_for_a_day()).await;
+    pass(23 * HOUR).await;
+    assert_eq!(tag(&cache).await, Ok(old), "the young one was named 23 hours ago");
+    pass(HOUR).await;
+    assert_eq!(tag(&cache).await, Err("stale-limit-exceeded"), "and no longer");
+}
+
+#[tokio::test(start_paused = true)]
+async fn t17_host_behind_keeps_stale_if_error_after_a_reload() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules_of(0, Policy::IfNewer, OnUnknownAge::Refuse));
+    let old = push_old(&registry, "one", 10);
+    date_days_ahead(&registry, 2);
+    assert_eq!(pulled_tag(&cache).await, old);
+    pass(1).await;
+    let new = push(&registry, "two");
+    date_days_ahead(&registry, 2);
+    assert_eq!(pulled_tag(&cache).await, new);
+    registry.set_condition(Condition::Down);
+    let cache = cache.reload(stale_for_a_day(), false);
+    assert_eq!(tag(&cache).await, Ok(old), "the young one was named a moment ago");
+    pass(DAY).await;
+    assert_eq!(tag(&cache).await, Err("stale-limit-exceeded"));
+}
+
 #[tokio::test(start_paused = true)]
 async fn every_policy_that_asks_upstream_cools() {
     for policy in [Policy::Always, Policy::IfNewer, Policy::IfNotPresent] {

@@ -90,6 +90,31 @@ pub struct Seen {
     pub created_at: Option<SystemTime>,
 }
 
+/// Time of a response that names a digest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SightTime {
+    /// By this host's clock, as the times of a tag record.
+    pub host: SystemTime,
+    /// The registry's time if this host's clock is behind it, otherwise the same as `host`. Ages count from it.
+    pub at: SystemTime,
+}
+
+impl From<SystemTime> for SightTime {
+    fn from(now: SystemTime) -> Self {
+        Self { host: now, at: now }
+    }
+}
+
+impl SightTime {
+    fn to_millis(self) -> Self {
+        let rounded = |time| from_millis(to_millis(time));
+        Self {
+            host: rounded(self.host),
+            at: rounded(self.at),
+        }
+    }
+}
+
 /// A digest that a tag was seen to name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sighting {
@@ -99,6 +124,8 @@ pub struct Sighting {
     pub first_seen_at: SystemTime,
     /// When the upstream named it after it had named another one.
     pub named_at: SystemTime,
+    /// The same by this host's clock ([`SightTime::host`]).
+    pub named_at_by_host: SystemTime,
     /// When the upstream last named another digest before `first_seen_at`.
     pub other_seen_at: Option<SystemTime>,
 }
@@ -114,11 +141,12 @@ pub struct Sightings {
 }
 
 impl Sighting {
-    fn first(seen: &Seen, now: SystemTime) -> Self {
+    fn first(seen: &Seen, now: SightTime) -> Self {
         Self {
             seen: seen.clone(),
-            first_seen_at: now,
-            named_at: now,
+            first_seen_at: now.at,
+            named_at: now.at,
+            named_at_by_host: now.host,
             other_seen_at: None,
         }
     }
@@ -159,7 +187,7 @@ impl Sightings {
         now: SystemTime,
     ) -> Option<SystemTime> {
         if let Some(seen) = seen {
-            return last_other(&Sighting::first(seen, now), &self.all, record, now);
+            return last_other(&Sighting::first(seen, now.into()), &self.all, record, now);
         }
         let seen = self.all.iter().map(|other| (other.seen.digest, other.named_at));
         let variants = record.into_iter().flat_map(|record| &record.variants);
@@ -209,6 +237,7 @@ impl Sightings {
                     },
                     first_seen_at,
                     named_at,
+                    named_at_by_host: named_at,
                     other_seen_at: None,
                 });
             }
@@ -223,8 +252,8 @@ impl Sightings {
     /// These sightings after a response at `now`; `None` if it adds nothing. `record` is the tag's record, which knows
     /// when digests were last confirmed, and which are in use.
     #[must_use]
-    pub fn with(&self, seen: &Seen, record: Option<&TagRecord>, now: SystemTime) -> Option<Self> {
-        let now = from_millis(to_millis(now));
+    pub fn with(&self, seen: &Seen, record: Option<&TagRecord>, now: impl Into<SightTime>) -> Option<Self> {
+        let now = now.into().to_millis();
         let mut all = self.all.clone();
         let before = all
             .iter()
@@ -233,7 +262,7 @@ impl Sightings {
         let fresh = Sighting::first(seen, now);
         let sighting = match &before {
             None => Sighting {
-                other_seen_at: last_other(&fresh, &all, record, now),
+                other_seen_at: last_other(&fresh, &all, record, now.at),
                 ..fresh
             },
             Some(before) => before.seen_again(&fresh, &all, now),
@@ -243,8 +272,13 @@ impl Sightings {
         }
         for other in &mut all {
             // The clock was set back.
-            if other.named_at > now {
-                other.named_at = now.checked_sub(TICK).unwrap_or(NEVER_CONFIRMED);
+            for (named_at, now) in [
+                (&mut other.named_at, now.at),
+                (&mut other.named_at_by_host, now.host),
+            ] {
+                if *named_at > now {
+                    *named_at = now.checked_sub(TICK).unwrap_or(NEVER_CONFIRMED);
+                }
             }
         }
         // First among those of the same millisecond.
@@ -274,7 +308,8 @@ impl Sightings {
         })
     }
 
-    /// The sightings as the responses of a tag record, for the choice of an image. `record` has later confirmations.
+    /// The sightings as the responses of a tag record, for the choice of an image: by this host's clock, as its times are
+    /// compared with it. `record` has later confirmations.
     pub(in crate::store) fn as_record(&self, record: Option<&TagRecord>) -> TagRecord {
         let confirmed_at = |digest: &Digest| {
             let variants = record.into_iter().flat_map(|record| &record.variants);
@@ -287,7 +322,7 @@ impl Sightings {
             media_type: sighting.seen.media_type.clone(),
             accepts_indexes: sighting.seen.accepts_indexes,
             confirmed_at: confirmed_at(&sighting.seen.digest)
-                .map_or(sighting.named_at, |at| at.max(sighting.named_at)),
+                .map_or(sighting.named_at_by_host, |at| at.max(sighting.named_at_by_host)),
             first_seen_at: sighting.first_seen_at,
             previous: None,
             history: Vec::new(),
@@ -316,7 +351,7 @@ impl Sighting {
     }
 
     /// This sighting after the same digest was named again.
-    fn seen_again(&self, fresh: &Self, others: &[Self], now: SystemTime) -> Self {
+    fn seen_again(&self, fresh: &Self, others: &[Self], now: SightTime) -> Self {
         let mut again = self.clone();
         let (old, new) = (&mut again.seen, &fresh.seen);
         // A set that lists indexes shows that an image is no substitute.
@@ -325,12 +360,15 @@ impl Sighting {
         }
         old.last_modified = old.last_modified.or(new.last_modified);
         old.created_at = old.created_at.or(new.created_at);
-        if again.first_seen_at > now {
-            again.first_seen_at = now;
+        if again.first_seen_at > now.at {
+            again.first_seen_at = now.at;
         }
         let is_back = |other: &Self| other.named_at >= self.named_at && !other.is_alternative(fresh);
-        if self.named_at > now || others.iter().any(is_back) {
-            again.named_at = now;
+        if self.named_at > now.at || others.iter().any(is_back) {
+            (again.named_at, again.named_at_by_host) = (now.at, now.host);
+        }
+        if again.named_at_by_host > now.host {
+            again.named_at_by_host = now.host;
         }
         again
     }
@@ -401,6 +439,9 @@ struct SightingRecord {
     accepts_indexes: bool,
     first_seen_at_ms: u64,
     named_at_ms: u64,
+    /// If it differs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    named_at_by_host_ms: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     other_seen_at_ms: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -460,6 +501,8 @@ impl Sighting {
             accepts_indexes: self.seen.accepts_indexes,
             first_seen_at_ms: to_millis(self.first_seen_at),
             named_at_ms: to_millis(self.named_at),
+            named_at_by_host_ms: (self.named_at_by_host != self.named_at)
+                .then(|| to_millis(self.named_at_by_host)),
             other_seen_at_ms: self.other_seen_at.map(to_millis),
             last_modified_ms: self.seen.last_modified.map(to_millis),
             created_at_ms: self.seen.created_at.map(to_millis),
@@ -478,6 +521,7 @@ impl Sighting {
             },
             first_seen_at: from_millis(record.first_seen_at_ms),
             named_at: from_millis(record.named_at_ms),
+            named_at_by_host: from_millis(record.named_at_by_host_ms.unwrap_or(record.named_at_ms)),
             other_seen_at: record.other_seen_at_ms.map(from_millis),
         })
     }

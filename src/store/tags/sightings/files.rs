@@ -10,7 +10,7 @@ use parking_lot::{Mutex, MutexGuard};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
-use super::{Seen, Sighting, SightingKey, Sightings, TagKey, TagRecord};
+use super::{Seen, SightTime, Sighting, SightingKey, Sightings, TagKey, TagRecord};
 use crate::oci::{Digest, Reference};
 use crate::store::cache_key::weighted_cache;
 use crate::store::checksummed_json::{RECORD_BYTES_MAX, checksum};
@@ -68,9 +68,10 @@ impl Store {
         &self,
         key: &SightingKey,
         seen: &Seen,
-        now: SystemTime,
+        now: impl Into<SightTime>,
     ) -> Result<bool, StoreError> {
-        self.sightings.record(key, seen, now, || self.record_of(key))
+        self.sightings
+            .record(key, seen, now.into(), || self.record_of(key))
     }
 
     /// Joins what a tag was seen to say about this digest into the sightings of the digest itself, durably when this
@@ -102,13 +103,13 @@ impl AsyncStore {
         &self,
         key: SightingKey,
         seen: Seen,
-        now: SystemTime,
+        now: SightTime,
     ) -> Result<bool, StoreError> {
         let is_known = self.in_memory(|view| {
             let sightings = view.sightings(&key);
             let is_joined = |of_tag: &Sighting| {
                 let of_digest = view.sightings(&key.with_digest(seen.digest));
-                of_digest.joined(of_tag, now).is_none()
+                of_digest.joined(of_tag, now.at).is_none()
             };
             let is_by_tag = matches!(key.reference, Reference::Tag(_));
             sightings.with(&seen, None, now).is_none()
@@ -119,7 +120,7 @@ impl AsyncStore {
         }
         self.write(move |store| {
             let is_new = store.record_sighting(&key, &seen, now)?;
-            store.join_sighting(&key, &seen.digest, now)?;
+            store.join_sighting(&key, &seen.digest, now.at)?;
             Ok(is_new)
         })
         .await
@@ -230,7 +231,7 @@ impl SightingFiles {
         &self,
         key: &SightingKey,
         seen: &Seen,
-        now: SystemTime,
+        now: SightTime,
         record: impl FnOnce() -> Option<Arc<TagRecord>>,
     ) -> Result<bool, StoreError> {
         let record = record();

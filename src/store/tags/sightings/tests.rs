@@ -208,7 +208,12 @@ fn sightings_file_round_trips_and_detects_damage() {
         created_at: Some(at(2)),
         ..seen("b")
     };
+    let behind = SightTime {
+        host: at(20),
+        at: at(9_000),
+    };
     let sightings = after(&[(substitute("a"), 0), (dated, 10)]);
+    let sightings = sightings.with(&seen("c"), None, behind).unwrap();
     let file = sightings.to_file(&key);
     assert_eq!(Sightings::from_file(&file), Some((key, sightings)));
     for length in 0..file.len() {
