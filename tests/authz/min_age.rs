@@ -912,6 +912,26 @@ async fn t17_corrected_clock_makes_no_first_sight_older() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn t17_move_seen_by_a_host_behind_still_cools() {
+    let registry = registry();
+    let cache = Cache::new(&registry, rules_of(1, Policy::IfNewer, OnUnknownAge::Serve));
+    let one = push(&registry, "one");
+    pulled_tag(&cache).await;
+    pass(10 * DAY).await;
+    jump(-2 * DAY);
+    date_days_ahead(&registry, 2);
+    assert_eq!(tag(&cache).await, Ok(one));
+    let two = push(&registry, "two");
+    assert_eq!(tag(&cache).await, Ok(one), "the tag has just moved");
+    pass(5 * 60).await;
+    jump(2 * DAY);
+    registry.state().date = None;
+    assert_eq!(tag(&cache).await, Ok(one), "the tag moved five minutes ago");
+    pass(DAY).await;
+    assert_eq!(tag(&cache).await, Ok(two));
+}
+
+#[tokio::test(start_paused = true)]
 async fn t17_clock_set_back_starts_the_age_again() {
     let registry = registry();
     let cache = Cache::new(&registry, rules());

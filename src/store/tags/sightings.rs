@@ -106,6 +106,10 @@ impl From<SystemTime> for SightTime {
 }
 
 impl SightTime {
+    fn is_host_behind(self) -> bool {
+        self.at != self.host
+    }
+
     fn to_millis(self) -> Self {
         let rounded = |time| from_millis(to_millis(time));
         Self {
@@ -187,7 +191,7 @@ impl Sightings {
         now: SystemTime,
     ) -> Option<SystemTime> {
         if let Some(seen) = seen {
-            return last_other(&Sighting::first(seen, now.into()), &self.all, record, now);
+            return last_other(&Sighting::first(seen, now.into()), &self.all, record, now.into());
         }
         let seen = self.all.iter().map(|other| (other.seen.digest, other.named_at));
         let variants = record.into_iter().flat_map(|record| &record.variants);
@@ -262,7 +266,7 @@ impl Sightings {
         let fresh = Sighting::first(seen, now);
         let sighting = match &before {
             None => Sighting {
-                other_seen_at: last_other(&fresh, &all, record, now.at),
+                other_seen_at: last_other(&fresh, &all, record, now),
                 ..fresh
             },
             Some(before) => before.seen_again(&fresh, &all, now),
@@ -374,12 +378,13 @@ impl Sighting {
     }
 }
 
-/// When the tag was last seen to name another digest than `fresh`, at `now` at the latest.
+/// When the tag was last seen to name another digest than `fresh`, at `now` at the latest. If that is not known because
+/// this host's clock is behind, at `now`, so that an unknown age counts as young.
 fn last_other(
     fresh: &Sighting,
     others: &[Sighting],
     record: Option<&TagRecord>,
-    now: SystemTime,
+    now: SightTime,
 ) -> Option<SystemTime> {
     let seen = others.iter().filter(|other| !other.is_alternative(fresh));
     let variants = record.into_iter().flat_map(|record| &record.variants);
@@ -394,7 +399,15 @@ fn last_other(
     let times = seen
         .map(|other| other.named_at)
         .chain(confirmed.map(|variant| variant.confirmed_at));
-    times.max().map(|at| at.min(now))
+    // A clock that is behind dated the confirmations. Later, they would seem older than they are.
+    let is_dated = |at: SystemTime| {
+        if now.is_host_behind() {
+            now.at
+        } else {
+            at.min(now.at)
+        }
+    };
+    times.max().map(is_dated)
 }
 
 /// Removes sightings beyond [`SIGHTINGS_MAX`]: of those not in use, the one that was first seen soonest after another.
