@@ -20,12 +20,15 @@ mod http_probe;
 mod tests;
 
 use std::fmt::{self, Display, Formatter};
+use std::io;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
+use http::StatusCode;
 use serde_json::{Value, json};
 
-use crate::config::Config;
+use self::http_probe::Target;
+use crate::config::{Admin, Config};
 use crate::setup::{CacheEndpoint, Client, Options as SetupOptions, RootFs, SetupError};
 
 /// Maximum of the exit code, because larger ones are confused with signals.
@@ -168,6 +171,17 @@ struct CheckContext<'a> {
     /// The endpoint for a client on this host.
     endpoint: Result<CacheEndpoint, SetupError>,
     now: SystemTime,
+}
+
+/// Requests `/readyz` from the running cache: `ifnewer healthcheck`, for images without a shell.
+pub async fn check_ready(admin: &Admin) -> io::Result<()> {
+    let mut host = String::new();
+    let target =
+        Target::admin(admin, &mut host).ok_or_else(|| io::Error::other("the admin listener is disabled"))?;
+    match http_probe::get(target, "/readyz").await?.status {
+        StatusCode::OK => Ok(()),
+        status => Err(io::Error::other(format!("status {status}"))),
+    }
 }
 
 /// Runs all checks.

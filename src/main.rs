@@ -69,7 +69,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Command::Healthcheck => block_on(async {
-            match admin::client::check_ready(&config.listen.admin).await {
+            match doctor::check_ready(&config.listen.admin).await {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => fail(FAILED, &format!("ifnewer is not ready: {error}")),
             }

@@ -1,6 +1,5 @@
 //! HTTP client of the admin API, for the command line.
 
-use std::io;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -296,36 +295,4 @@ where
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection);
     sender.send_request(request).await
-}
-
-/// How long `ifnewer healthcheck` waits for a response.
-const HEALTHCHECK_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Requests `/readyz` from the running cache: `ifnewer healthcheck`, for images without a shell.
-pub async fn check_ready(admin: &config::Admin) -> io::Result<()> {
-    let checked = async {
-        match admin {
-            config::Admin::Off => Err(io::Error::other("the admin listener is disabled")),
-            config::Admin::Tcp(address) => request_readyz(TcpStream::connect(address).await?).await,
-            config::Admin::Unix(path) => request_readyz(UnixStream::connect(path).await?).await,
-        }
-    };
-    tokio::time::timeout(HEALTHCHECK_TIMEOUT, checked)
-        .await
-        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-}
-
-async fn request_readyz<S>(stream: S) -> io::Result<()>
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let request = Request::get("/readyz")
-        .header(HOST, "localhost")
-        .body(Full::<Bytes>::default())
-        .map_err(io::Error::other)?;
-    let response = exchange(stream, request).await.map_err(io::Error::other)?;
-    match response.status() {
-        StatusCode::OK => Ok(()),
-        status => Err(io::Error::other(format!("status {status}"))),
-    }
 }

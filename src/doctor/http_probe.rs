@@ -2,6 +2,7 @@
 //! response is from the requested address.
 
 use std::io;
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,7 +42,10 @@ impl<'a> Target<'a> {
         match admin {
             Admin::Off => None,
             Admin::Tcp(address) => {
-                *host = address.ip().to_string();
+                *host = match address.ip() {
+                    IpAddr::V4(ip) => ip.to_string(),
+                    IpAddr::V6(ip) => format!("[{ip}]"),
+                };
                 Some(Self::Plain(host, address.port()))
             }
             Admin::Unix(path) => Some(Self::Unix(path)),

@@ -171,3 +171,11 @@ fn what_the_running_cache_finds_counts_too() {
         "{check:?}"
     );
 }
+
+#[test]
+fn ipv6_admin_address_is_bracketed_in_host() {
+    let admin = Admin::Tcp("[::1]:5001".parse().unwrap());
+    let mut host = String::new();
+    let target = Target::admin(&admin, &mut host);
+    assert!(matches!(target, Some(Target::Plain("[::1]", 5001))));
+}
