@@ -28,6 +28,7 @@ pub mod header;
 pub mod manifest;
 pub mod name;
 pub mod path;
+pub mod percent;
 pub mod query;
 pub mod range;
 pub mod token_request;

@@ -8,6 +8,7 @@
 //!   tables.
 
 mod archive;
+mod changes;
 mod images;
 mod inspect;
 mod maintenance;
@@ -457,19 +458,6 @@ pub async fn run(client: &Client, command: &Command, output: &mut Output<'_>) ->
         Command::Export(args) => archive::export(client, args, output).await,
         Command::Import(args) => archive::import(client, args, output).await,
     }
-}
-
-/// Percent-encodes a query value.
-fn percent_encode(text: &str) -> String {
-    let plain = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_' | b'/' | b':');
-    let part = |c: u8| {
-        if plain(c) {
-            char::from(c).to_string()
-        } else {
-            format!("%{c:02X}")
-        }
-    };
-    text.bytes().map(part).collect()
 }
 
 /// A text field of a response; empty if absent.

@@ -5,6 +5,8 @@
 //! differently, so all of those are rejected. The path that is compared with an access list, or with the cache,
 //! is then the path that the registry reads.
 
+use percent_encoding::percent_decode;
+
 /// How often a server may decode a path before it routes the request.
 const DECODINGS: usize = 3;
 
@@ -75,7 +77,7 @@ fn check_characters(segment: &str) -> Result<(), PathError> {
 fn leads_to_v2(path: &str) -> bool {
     let mut text = path.as_bytes().to_vec();
     for _ in 0..DECODINGS {
-        text = decoded(&text);
+        text = percent_decode(&text).collect();
     }
     let mut segments: Vec<&[u8]> = Vec::new();
     for segment in text.split(|byte| matches!(byte, b'/' | b'\\')) {
@@ -88,17 +90,6 @@ fn leads_to_v2(path: &str) -> bool {
     segments
         .first()
         .is_some_and(|first| first.eq_ignore_ascii_case(b"v2"))
-}
-
-fn decoded(text: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let Some((&first, after)) = rest.split_first() {
-        let escaped = decoded_byte(after).filter(|_| first == b'%');
-        bytes.push(escaped.unwrap_or(first));
-        rest = after.get(escaped.map_or(0, |_| 2)..).unwrap_or_default();
-    }
-    bytes
 }
 
 /// The byte that the first two hex digits of `text` encode.

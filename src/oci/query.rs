@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use super::percent;
+
 /// Longest accepted query, in bytes as sent. Links to next pages contain tokens.
 pub const QUERY_BYTES_MAX: usize = 4096;
 /// Most parameters, `ns` not counted.
@@ -91,9 +93,9 @@ impl Query {
             if !text.is_empty() {
                 text.push('&');
             }
-            encode(key, &mut text);
+            text.extend(percent::query_value(key));
             text.push('=');
-            encode(value, &mut text);
+            text.extend(percent::query_value(value));
         }
         text
     }
@@ -103,7 +105,7 @@ impl Query {
         let mut text = String::new();
         if let Some(namespace) = namespace {
             text.push_str("&ns=");
-            encode(namespace, &mut text);
+            text.extend(percent::query_value(namespace));
         }
         text
     }
@@ -172,25 +174,6 @@ pub(super) fn decode(text: &str) -> Result<String, QueryError> {
         });
     }
     String::from_utf8(bytes).map_err(|_| QueryError::Encoding)
-}
-
-/// Encodes all but the unreserved characters (RFC 3986 §2.3), and `/` and `:`, which are allowed in queries.
-fn encode(text: &str, into: &mut String) {
-    let digit = |value: u8| {
-        char::from(if value < 10 {
-            b'0' + value
-        } else {
-            b'A' + value - 10
-        })
-    };
-    for byte in text.bytes() {
-        match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' | b':' => {
-                into.push(char::from(byte));
-            }
-            _ => into.extend(['%', digit(byte >> 4), digit(byte & 0x0f)]),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -1,8 +1,7 @@
 //! `Location` header: resolution against the request URL. No I/O.
 
-use std::fmt::Write as _;
-
 use http::Uri;
+use percent_encoding::{AsciiSet, CONTROLS, percent_encode};
 
 /// Resolves a `Location` (RFC 3986 §5.2). `None`: not a URL to follow.
 ///
@@ -12,7 +11,7 @@ use http::Uri;
 pub(super) fn resolve(base: &Uri, location: &[u8]) -> Option<Uri> {
     // An empty `Location` would redirect to the request itself.
     let location = location.trim_ascii().split(|byte| *byte == b'#').next();
-    let location = encoded(location.filter(|location| !location.is_empty())?);
+    let location = percent_encode(location.filter(|location| !location.is_empty())?, INVALID).to_string();
     let location = location.as_str();
     let (scheme, authority) = (base.scheme_str()?, base.authority()?);
     let text = if is_absolute(location) {
@@ -38,20 +37,18 @@ pub(super) fn resolve(base: &Uri, location: &[u8]) -> Option<Uri> {
     (web && !authority.host().is_empty() && !authority.as_str().contains('@')).then_some(uri)
 }
 
-/// Percent-encodes characters that RFC 3986 allows nowhere in a URL. A `%` stays unchanged.
-fn encoded(location: &[u8]) -> String {
-    let mut text = String::with_capacity(location.len());
-    for byte in location {
-        match byte {
-            b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{' | b'|' | b'}' | 0..=0x20 | 0x7F.. => {
-                // Writing to a `String` cannot fail.
-                let _infallible = write!(text, "%{byte:02X}");
-            }
-            byte => text.push(char::from(*byte)),
-        }
-    }
-    text
-}
+/// Characters besides controls that RFC 3986 allows nowhere in a URL. A `%` stays unchanged.
+const INVALID: &AsciiSet = &CONTROLS
+    .add(b' ')
+    .add(b'"')
+    .add(b'<')
+    .add(b'>')
+    .add(b'\\')
+    .add(b'^')
+    .add(b'`')
+    .add(b'{')
+    .add(b'|')
+    .add(b'}');
 
 fn is_absolute(text: &str) -> bool {
     text.split_once("://")

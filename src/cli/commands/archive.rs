@@ -10,11 +10,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 use tokio::task::spawn_blocking;
 
-use super::{CommandError, Export, Import, Output, Style, list, number, percent_encode, text};
+use super::{CommandError, Export, Import, Output, Style, list, number, text};
 use crate::admin::client::{Client, Download};
 use crate::admin::format::{bytes, short_digest};
 use crate::archive::layout::EntryKind;
 use crate::archive::pipe::{PipeReader, PipeWriter, pipe};
+use crate::oci::percent;
 use crate::terminal;
 
 const STANDARD: &str = "-";
@@ -25,10 +26,13 @@ pub(super) async fn export(
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
     let target = Target::of(&args.output)?;
-    let mut path = format!("/api/v1/export?image={}", percent_encode(&args.images.join(",")));
+    let mut path = format!(
+        "/api/v1/export?image={}",
+        percent::query_value(&args.images.join(","))
+    );
     if !args.platform.is_empty() {
         path.push_str("&platform=");
-        path.push_str(&percent_encode(&args.platform.join(",")));
+        path.extend(percent::query_value(&args.platform.join(",")));
     }
     let mut download = client.download(&path).await?;
     let bar = bar(
@@ -73,7 +77,7 @@ pub(super) async fn import(
     let mut path = format!("/api/v1/import?public={}", args.public);
     if let Some(name) = &args.name {
         path.push_str("&image=");
-        path.push_str(&percent_encode(name));
+        path.extend(percent::query_value(name));
     }
     let source = Source::of(&args.archive)?;
     let bar = bar(output.progress, source.bytes());

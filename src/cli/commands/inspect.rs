@@ -5,15 +5,16 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::table::Table;
-use super::{CommandError, Log, Ls, Output, Show, Sort, Style, Why, list, number, percent_encode, text};
+use super::{CommandError, Log, Ls, Output, Show, Sort, Style, Why, list, number, text};
 use crate::admin::client::Client;
 use crate::admin::format::{bytes, duration, short_digest};
+use crate::oci::percent;
 
 /// Page size of image lists.
 const PAGE: usize = 1_000;
 
 pub(super) async fn ls(client: &Client, args: &Ls, output: &mut Output<'_>) -> Result<(), CommandError> {
-    let filter = percent_encode(args.filter.as_deref().unwrap_or_default());
+    let filter = percent::query_value(args.filter.as_deref().unwrap_or_default());
     let sort = match args.sort {
         Sort::Name => "name",
         Sort::Size => "size",
@@ -93,9 +94,8 @@ fn refresh_sentence(image: &Value) -> &str {
 }
 
 pub(super) async fn show(client: &Client, args: &Show, output: &mut Output<'_>) -> Result<(), CommandError> {
-    let image = client
-        .get(&format!("/api/v1/image?image={}", percent_encode(&args.image)))
-        .await?;
+    let path = format!("/api/v1/image?image={}", percent::query_value(&args.image));
+    let image = client.get(&path).await?;
     if args.json {
         return output.json(&image);
     }
@@ -151,7 +151,26 @@ pub(super) async fn show(client: &Client, args: &Show, output: &mut Output<'_>) 
         let state = output.paint(Style::Error, "not served; see `ifnewer blocks`");
         output.line(&format!("  {:<10} {state}", "blocked"))?;
     }
-    let previous = list(&image, "variants")
+    show_earlier_digests(&image, output)?;
+    output.line("")?;
+    let mut table = Table::new(&["part", "digest", "platform", ">size", "cached", ">shared with"]);
+    for part in list(&image, "contents") {
+        let is_cached = part.get("cached").and_then(Value::as_bool).unwrap_or_default();
+        table.row(vec![
+            text(part, "role").to_owned(),
+            short_digest(text(part, "digest")),
+            text(part, "platform").to_owned(),
+            bytes(number(part, "bytes")),
+            if is_cached { "yes" } else { "no" }.to_owned(),
+            number(part, "shared_with").to_string(),
+        ]);
+    }
+    print(&table, output)
+}
+
+/// The last complete digest of the tag, and the digests that it named before.
+fn show_earlier_digests(image: &Value, output: &mut Output<'_>) -> Result<(), CommandError> {
+    let previous = list(image, "variants")
         .iter()
         .filter_map(|variant| variant.get("previous"))
         .find(|one| one.is_object());
@@ -167,7 +186,7 @@ pub(super) async fn show(client: &Client, args: &Show, output: &mut Output<'_>) 
             short_digest(digest)
         ))?;
     }
-    for past in list(&image, "history") {
+    for past in list(image, "history") {
         output.line(&format!(
             "  {:<10} {} from {} to {}",
             "history",
@@ -176,20 +195,7 @@ pub(super) async fn show(client: &Client, args: &Show, output: &mut Output<'_>) 
             text(past, "confirmed_at"),
         ))?;
     }
-    output.line("")?;
-    let mut table = Table::new(&["part", "digest", "platform", ">size", "cached", ">shared with"]);
-    for part in list(&image, "contents") {
-        let is_cached = part.get("cached").and_then(Value::as_bool).unwrap_or_default();
-        table.row(vec![
-            text(part, "role").to_owned(),
-            short_digest(text(part, "digest")),
-            text(part, "platform").to_owned(),
-            bytes(number(part, "bytes")),
-            if is_cached { "yes" } else { "no" }.to_owned(),
-            number(part, "shared_with").to_string(),
-        ]);
-    }
-    print(&table, output)
+    Ok(())
 }
 
 pub(super) async fn why(client: &Client, args: &Why, output: &mut Output<'_>) -> Result<(), CommandError> {
@@ -222,7 +228,7 @@ pub(super) async fn why(client: &Client, args: &Why, output: &mut Output<'_>) ->
 }
 
 pub(super) async fn log(client: &Client, args: &Log, output: &mut Output<'_>) -> Result<(), CommandError> {
-    let image = percent_encode(args.image.as_deref().unwrap_or_default());
+    let image = percent::query_value(args.image.as_deref().unwrap_or_default());
     let events = client
         .get(&format!("/api/v1/events?limit={}&image={image}", args.limit))
         .await?;

@@ -26,7 +26,11 @@ pub(super) async fn pull(client: &Client, args: &Pull, output: &mut Output<'_>) 
             Ok(pull) => begun.push(number(&pull, "id")),
             Err(ClientError::Refused { detail, .. }) => {
                 failed += 1;
-                output.line(&format!("{image}: {}", output.paint(Style::Error, &detail)))?;
+                if args.json {
+                    output.json_line(&json!({ "image": image, "error": detail }))?;
+                } else {
+                    output.line(&format!("{image}: {}", output.paint(Style::Error, &detail)))?;
+                }
             }
             Err(error) => return Err(error.into()),
         }

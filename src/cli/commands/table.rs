@@ -23,7 +23,7 @@ impl Table {
         // The width is that of the escaped text.
         let cells = cells.into_iter().map(|cell| match printable(&cell) {
             Cow::Borrowed(_) => cell,
-            Cow::Owned(percent_encode) => percent_encode,
+            Cow::Owned(escaped) => escaped,
         });
         self.rows.push(cells.collect());
     }

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::changes::Changes;
 use super::inspect::print;
 use super::table::Table;
 use super::{Approve, Blocks, CommandError, Output, Style, Unblock, Verdict, list, text};
@@ -13,9 +14,11 @@ pub(super) async fn block(
     args: &Verdict,
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
-    let changes = Changes::new("/api/v1/blocks", &args.images, args.json);
-    let body =
-        |image: &str| json!({ "image": image, "blocked": true, "by": user_name(), "reason": args.reason });
+    let changes = Changes::new(&args.images, args.json);
+    let request = async |image: &str| {
+        let body = json!({ "image": image, "blocked": true, "by": user_name(), "reason": args.reason });
+        client.post("/api/v1/blocks", &body).await
+    };
     let describe = |answer: &Value, output: &Output<'_>| {
         let state = if flag(answer, "was") {
             "was blocked already; the reason is updated"
@@ -31,7 +34,7 @@ pub(super) async fn block(
         let hint = output.paint(Style::Warning, hint);
         format!("{line}\n{hint}\nifnewer block {}", images.join(" "))
     };
-    let failed = changes.send(client, output, body, describe).await?;
+    let failed = changes.send(output, request, describe).await?;
     changes.finish(failed, None)
 }
 
@@ -40,8 +43,11 @@ pub(super) async fn unblock(
     args: &Unblock,
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
-    let changes = Changes::new("/api/v1/blocks", &args.images, args.json);
-    let body = |image: &str| json!({ "image": image, "blocked": false, "by": user_name() });
+    let changes = Changes::new(&args.images, args.json);
+    let request = async |image: &str| {
+        let body = json!({ "image": image, "blocked": false, "by": user_name() });
+        client.post("/api/v1/blocks", &body).await
+    };
     let mut still_blocked = 0;
     let describe = |answer: &Value, output: &Output<'_>| {
         let is_blocked = flag(answer, "still_blocked");
@@ -58,7 +64,7 @@ pub(super) async fn unblock(
         };
         format!("{} {}", text(answer, "image"), output.paint(style, state))
     };
-    let failed = changes.send(client, output, body, describe).await?;
+    let failed = changes.send(output, request, describe).await?;
     changes.finish(failed, Some((still_blocked, "are still blocked")))
 }
 
@@ -68,8 +74,11 @@ pub(super) async fn approve(
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
     let Approve { verdict, undo } = args;
-    let changes = Changes::new("/api/v1/approvals", &verdict.images, verdict.json);
-    let body = |image: &str| json!({ "image": image, "approved": !undo, "by": user_name(), "reason": verdict.reason });
+    let changes = Changes::new(&verdict.images, verdict.json);
+    let request = async |image: &str| {
+        let body = json!({ "image": image, "approved": !undo, "by": user_name(), "reason": verdict.reason });
+        client.post("/api/v1/approvals", &body).await
+    };
     let mut unmet = 0;
     let describe = |answer: &Value, output: &Output<'_>| {
         let name = text(answer, "image");
@@ -94,77 +103,13 @@ pub(super) async fn approve(
             (true, false, false) => format!("{name} was not approved"),
         }
     };
-    let failed = changes.send(client, output, body, describe).await?;
+    let failed = changes.send(output, request, describe).await?;
     let what = if *undo {
         "are still approved"
     } else {
         "are blocked; `ifnewer unblock` takes that back"
     };
     changes.finish(failed, Some((unmet, what)))
-}
-
-/// One change for each image of a command.
-struct Changes<'a> {
-    path: &'static str,
-    images: &'a [String],
-    is_json: bool,
-}
-
-impl<'a> Changes<'a> {
-    fn new(path: &'static str, images: &'a [String], is_json: bool) -> Self {
-        Self {
-            path,
-            images,
-            is_json,
-        }
-    }
-
-    /// Sends every change and prints its result. In an incident the other digests must be blocked too, so neither a
-    /// failed change nor closed output ends this early. Returns the number of failed changes; the error of a single
-    /// one is returned.
-    async fn send(
-        &self,
-        client: &Client,
-        output: &mut Output<'_>,
-        body: impl Fn(&str) -> Value,
-        mut describe: impl FnMut(&Value, &Output<'_>) -> String,
-    ) -> Result<usize, CommandError> {
-        let (mut failed, mut printed) = (0, Ok(()));
-        for image in self.images {
-            let line = match client.post(self.path, &body(image)).await {
-                Ok(answer) => {
-                    let lines = describe(&answer, output);
-                    if self.is_json { answer.to_string() } else { lines }
-                }
-                Err(error) if self.images.len() == 1 => return Err(error.into()),
-                Err(error) => {
-                    failed += 1;
-                    let error = error.to_string();
-                    if self.is_json {
-                        json!({ "image": image, "error": error }).to_string()
-                    } else {
-                        format!("{image}: {}", output.paint(Style::Error, &error))
-                    }
-                }
-            };
-            printed = printed.and(output.line(&line));
-        }
-        printed.map(|()| failed)
-    }
-
-    /// The result of the command: an error if changes failed, or if some have no effect yet.
-    fn finish(&self, failed: usize, unmet: Option<(usize, &str)>) -> Result<(), CommandError> {
-        let counts = [(failed, "failed")].into_iter().chain(unmet);
-        let counts: Vec<_> = counts
-            .filter(|(count, _)| *count > 0)
-            .map(|(count, what)| format!("{count} of {} {what}", self.images.len()))
-            .collect();
-        if counts.is_empty() {
-            Ok(())
-        } else {
-            Err(CommandError::Incomplete(counts.join("; ")))
-        }
-    }
 }
 
 pub(super) async fn blocks(

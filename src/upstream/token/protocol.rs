@@ -6,6 +6,7 @@ use http::uri::Scheme;
 use http::{HeaderValue, Uri};
 use zeroize::Zeroizing;
 
+use crate::oci::percent;
 use crate::upstream::origin::{Origin, is_loopback, is_one_of, same_host, same_site};
 
 /// Maximum size of a token, which must fit into a header line.
@@ -117,22 +118,13 @@ pub(super) fn with_query(realm: &Uri, query: &str) -> Option<Uri> {
 /// `application/x-www-form-urlencoded`. The reserved characters of scopes stay readable.
 pub(super) fn encoded(pairs: &[(&str, &str)]) -> String {
     let mut text = String::new();
-    let digit =
-        |nibble: u8| char::from_digit(nibble.into(), 16).map_or('0', |digit| digit.to_ascii_uppercase());
     for (name, value) in pairs {
         if !text.is_empty() {
             text.push('&');
         }
         text.push_str(name);
         text.push('=');
-        for byte in value.bytes() {
-            match byte {
-                b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b':' | b'/' | b',' => {
-                    text.push(char::from(byte));
-                }
-                byte => text.extend(['%', digit(byte >> 4), digit(byte & 15)]),
-            }
-        }
+        text.extend(percent::scope(value));
     }
     text
 }

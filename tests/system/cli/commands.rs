@@ -234,6 +234,31 @@ async fn a_removal_is_shown_first_and_done_with_yes() {
 }
 
 #[tokio::test]
+async fn images_after_a_failed_one_are_changed() {
+    let (_upstream, proxy, _image) = holding().await;
+    for (words, result) in [
+        (
+            &["pin", "a//b", "demo"][..],
+            "docker.io/library/demo:latest pinned",
+        ),
+        (
+            &["unpin", "a//b", "demo"],
+            "docker.io/library/demo:latest unpinned",
+        ),
+        (&["refresh", "a//b", "demo"], "unchanged at docker.io"),
+        (
+            &["rm", "--yes", "absent", "demo"],
+            "removed docker.io/library/demo:latest",
+        ),
+    ] {
+        let (code, out, err) = run(&proxy, words).await;
+        assert_eq!(code, Some(1), "{words:?}: {out}{err}");
+        assert!(out.contains(result), "{words:?}: {out}{err}");
+        assert!(err.contains("1 of 2 failed"), "{words:?}: {out}{err}");
+    }
+}
+
+#[tokio::test]
 async fn refresh_and_offline_steer_it() {
     let (upstream, proxy, _image) = holding().await;
     assert!(
