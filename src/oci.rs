@@ -39,7 +39,7 @@ pub use digest::{Algorithm, AnyDigest, Digest, DigestError, Hasher, UnsupportedD
 pub use endpoint::{Endpoint, RequestError};
 pub use error::{ErrorBody, ErrorCode};
 pub use failure::{RedirectFailure, TlsFailure, UpstreamFailure};
-pub use header::RateLimit;
+pub use header::{CacheHeaders, RateLimit};
 pub use manifest::{
     Descriptor, DescriptorKind, Manifest, ManifestError, ManifestKind, MediaType, MediaTypeError, Platform,
 };

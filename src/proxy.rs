@@ -54,7 +54,7 @@ mod storage_age;
 mod streamed_list;
 mod write_effect;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -74,7 +74,7 @@ pub use streamed_list::StreamedList;
 
 use crate::clock::Clock;
 use crate::download::{Downloads, Reader};
-use crate::oci::{Accept, Digest, Endpoint, MediaType, RangeRequest, Reference, Repository};
+use crate::oci::{Accept, CacheHeaders, Digest, Endpoint, MediaType, RangeRequest, Reference, Repository};
 use crate::policy::authz::GrantEvidence;
 use crate::policy::min_age::YoungDigest;
 use crate::policy::rules::EffectivePolicy;
@@ -154,6 +154,26 @@ pub struct Request {
     pub range: RangeRequest,
     /// Whether the client cannot detect a truncated body without a length, as in HTTP/1.0.
     pub needs_length: bool,
+    /// What caches between the registry and this one say about the response, as far as it is known.
+    pub upstream_caches: UpstreamCaches,
+}
+
+/// `Cache-Status` and age of the upstream's response to a request, if the upstream is a cache itself. The first response
+/// counts: the one that named the digest. Clones share the value.
+#[derive(Clone, Debug, Default)]
+pub struct UpstreamCaches(Arc<OnceLock<CacheHeaders>>);
+
+impl UpstreamCaches {
+    fn record(&self, caches: Option<&CacheHeaders>) {
+        if let Some(caches) = caches {
+            self.0.get_or_init(|| caches.clone());
+        }
+    }
+
+    /// What the upstream said, if it has responded.
+    pub fn get(&self) -> Option<&CacheHeaders> {
+        self.0.get()
+    }
 }
 
 /// Response of the proxy before its HTTP encoding.

@@ -27,7 +27,7 @@ use super::response::Problem;
 use crate::clock::Clock;
 use crate::download::Downloads;
 use crate::oci::{Accept, Digest, Endpoint, RangeRequest};
-use crate::proxy::{ProxyService, Request};
+use crate::proxy::{ProxyService, Request, UpstreamCaches};
 use crate::queue::Peer;
 use crate::trace_context::TraceContext;
 
@@ -372,5 +372,6 @@ pub(super) fn request(spec: &PullSpec, endpoint: Endpoint, clock: Clock) -> Requ
         peer: Peer::Local,
         range: RangeRequest::None,
         needs_length: false,
+        upstream_caches: UpstreamCaches::default(),
     }
 }

@@ -1,7 +1,7 @@
 //! Header names that the `http` crate lacks, and parsers of small headers.
 
-use http::header::LINK;
-use http::{HeaderMap, HeaderName};
+use http::header::{AGE, LINK, WARNING};
+use http::{HeaderMap, HeaderName, HeaderValue};
 
 /// Digest of the response's content.
 pub const DOCKER_CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
@@ -31,6 +31,77 @@ pub const DOCKER_RATELIMIT_SOURCE: HeaderName = HeaderName::from_static("docker-
 pub const LINK_BYTES_MAX: usize = 4096;
 /// Longest rate-limit source read, in bytes.
 pub const RATE_SOURCE_BYTES_MAX: usize = 128;
+
+/// Longest `Cache-Status` of an upstream that is forwarded, in bytes, and longest `Warning`.
+pub const CACHE_HEADER_BYTES_MAX: usize = 1024;
+
+/// What the caches before this one say about a response. Read only if it has a `Cache-Status`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CacheHeaders {
+    /// `Cache-Status` (RFC 9211): a member for each cache, the one closest to the registry first.
+    pub status: HeaderValue,
+    /// `Age` in seconds.
+    pub age_s: Option<u64>,
+    /// `Warning` (RFC 7234 §5.5): the content may be stale.
+    pub warning: Option<HeaderValue>,
+}
+
+impl CacheHeaders {
+    /// Reads a response's headers. `None` if no cache describes itself, or the description cannot be continued.
+    pub fn read(headers: &HeaderMap) -> Option<Self> {
+        let read = |name| joined_lines(headers, name, CACHE_HEADER_BYTES_MAX).ok().flatten();
+        let age = headers.get(AGE).and_then(|age| age.to_str().ok());
+        Some(Self {
+            status: read(&CACHE_STATUS).filter(is_complete_list)?,
+            age_s: age.and_then(|age| age.trim().parse().ok()),
+            warning: read(&WARNING).filter(is_complete_list),
+        })
+    }
+}
+
+/// The lines of a list header joined by commas (RFC 9110 §5.3). `None` without any.
+///
+/// # Errors
+///
+/// They have more than `bytes_max` bytes.
+pub fn joined_lines(
+    headers: &HeaderMap,
+    name: &HeaderName,
+    bytes_max: usize,
+) -> Result<Option<HeaderValue>, TooLong> {
+    let mut joined = Vec::new();
+    for line in headers.get_all(name) {
+        if !joined.is_empty() {
+            joined.extend_from_slice(b", ");
+        }
+        joined.extend_from_slice(line.as_bytes());
+        if joined.len() > bytes_max {
+            return Err(TooLong);
+        }
+    }
+    Ok(HeaderValue::from_bytes(&joined)
+        .ok()
+        .filter(|joined| !joined.is_empty()))
+}
+
+/// The lines of a header exceed their limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooLong;
+
+/// Whether a member can be appended: the list is visible ASCII and ends outside of a quoted string.
+fn is_complete_list(list: &HeaderValue) -> bool {
+    let Ok(text) = list.to_str() else { return false };
+    let (mut in_quotes, mut is_escaped) = (false, false);
+    for c in text.chars() {
+        match c {
+            _ if is_escaped => is_escaped = false,
+            '\\' if in_quotes => is_escaped = true,
+            '"' => in_quotes = !in_quotes,
+            _ => {}
+        }
+    }
+    !in_quotes
+}
 
 /// Pull quota of an upstream, as far as it states one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

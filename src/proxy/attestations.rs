@@ -10,7 +10,7 @@ use quick_cache::sync::Cache;
 
 use super::manifest_fetch::UpstreamRequest;
 use super::prefetch::ContentKey;
-use super::{ProxyResponse, ProxyService, Request, UpstreamRegistry};
+use super::{ProxyResponse, ProxyService, Request, UpstreamCaches, UpstreamRegistry};
 use crate::oci::manifest::{Descriptor, DescriptorKind, ManifestKind};
 use crate::oci::{Accept, AnyDigest, Digest, Endpoint, Manifest, Query, RangeRequest, Reference, Repository};
 use crate::policy::DenyReason;
@@ -207,6 +207,7 @@ impl ProxyService {
             peer: Peer::Background,
             range: RangeRequest::None,
             needs_length: false,
+            upstream_caches: UpstreamCaches::default(),
         };
         Box::pin(self.dispatch(&request)).await
     }

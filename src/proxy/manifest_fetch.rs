@@ -10,12 +10,12 @@ use tokio::time::Instant;
 
 use super::concurrency::detached;
 use super::invalidation::WriteSnapshot;
-use super::{ProxyService, Request, UpstreamRegistry};
+use super::{ProxyService, Request, UpstreamCaches, UpstreamRegistry};
 use crate::download::Requester;
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{
-    Accept, Algorithm, AnyDigest, Digest, Endpoint, Manifest, MediaType, Reference, Repository, Tag,
-    UpstreamFailure,
+    Accept, Algorithm, AnyDigest, CacheHeaders, Digest, Endpoint, Manifest, MediaType, Reference, Repository,
+    Tag, UpstreamFailure,
 };
 use crate::policy::{Authorization, Revalidation};
 use crate::store::manifests::StoredManifest;
@@ -41,6 +41,8 @@ pub(super) struct UpstreamRequest {
     pub(super) named: Option<Digest>,
     /// Whether the caller has no grant in the repository, so that cached content must not influence the request.
     pub(super) has_no_grant: bool,
+    /// As in the client's [`Request`].
+    pub(super) upstream_caches: UpstreamCaches,
 }
 
 impl UpstreamRequest {
@@ -56,6 +58,7 @@ impl UpstreamRequest {
             for_push: request.for_push,
             named: None,
             has_no_grant: false,
+            upstream_caches: request.upstream_caches.clone(),
         }
     }
 
@@ -182,6 +185,8 @@ impl ProxyService {
                     Ok(fetched) => {
                         let is_from_registry = !fetched.is_redirect_target;
                         let date = fetched.date();
+                        let caches = CacheHeaders::read(&fetched.headers);
+                        upstream_request.upstream_caches.record(caches.as_ref());
                         let received = proxy.read_and_verify(&upstream_request, fetched).await;
                         let received = match received {
                             Ok(manifest) => {

@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 use super::manifest_fetch::UpstreamRequest;
 use super::source::UpstreamSource;
-use super::{ProxyService, RATE_LIMIT_WAIT_MAX, Request};
+use super::{ProxyService, RATE_LIMIT_WAIT_MAX, Request, UpstreamCaches};
 use crate::download::{DownloadError, JoinOptions, Joined};
 use crate::oci::manifest::DescriptorKind;
 use crate::oci::{AnyDigest, Digest, Endpoint, Repository, UpstreamFailure};
@@ -288,6 +288,8 @@ impl ProxyService {
         };
         let mut upstream_request = UpstreamRequest {
             endpoint,
+            // Not a response to the client's request.
+            upstream_caches: UpstreamCaches::default(),
             ..upstream_request
         };
         upstream_request.caller.wait_deadline = Some(Instant::now() + RATE_LIMIT_WAIT_MAX);

@@ -105,6 +105,7 @@ impl ProxyService {
         };
         match response {
             Some(response) => {
+                request.upstream_caches.record(response.caches.as_ref());
                 let revalidation = self
                     .classify_for(&upstream_request, &response, state.authorization)
                     .await;

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::ProxyService;
 use super::manifest_fetch::UpstreamRequest;
 use crate::download::{self, ByteStream, DownloadError, Leader, RangeSource, Source, Stream};
-use crate::oci::{Digest, UpstreamFailure};
+use crate::oci::{CacheHeaders, Digest, UpstreamFailure};
 use crate::queue::{Class, Demand, Waiters};
 use crate::telemetry::{self, SpanKind};
 use crate::upstream::{Credential, RangeSpec, ResponseKind, ResponseStream, UpstreamResponse, UrlIndex};
@@ -151,6 +151,8 @@ impl Source for UpstreamSource {
         match response {
             Ok(fetched) => {
                 self.last_url = Some(fetched.url);
+                let caches = CacheHeaders::read(&fetched.headers);
+                self.upstream_request.upstream_caches.record(caches.as_ref());
                 if first {
                     self.proxy
                         .active_downloads

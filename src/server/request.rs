@@ -17,7 +17,7 @@ use crate::oci::path;
 use crate::oci::query::Query;
 use crate::oci::{Accept, Endpoint, RangeRequest, Repository, RequestError};
 use crate::proxy::invalidation::{WriteEffect, WriteSnapshot};
-use crate::proxy::{Request, UpstreamRegistry, is_local_token};
+use crate::proxy::{Request, UpstreamCaches, UpstreamRegistry, is_local_token};
 use crate::queue;
 use crate::trace_context::TraceContext;
 use crate::upstream::origin::Origin;
@@ -169,6 +169,7 @@ fn request(
         peer: queue::Peer::of(peer.address),
         range: RangeRequest::read(head.headers.get(RANGE)),
         needs_length: head.version <= Version::HTTP_10,
+        upstream_caches: UpstreamCaches::default(),
     })
 }
 

@@ -94,7 +94,7 @@ pub(super) fn build(
             let mut response = with_status(status, Body::empty());
             let headers = response.headers_mut();
             set_digest_headers(headers, &digest, &etag);
-            set_header(headers, CACHE_STATUS, "ifnewer; fwd=miss; detail=head");
+            cache_status::set_cache_status(headers, "ifnewer; fwd=miss; detail=head", context);
             if !is_known {
                 set_header(headers, CONTENT_TYPE, media_type.as_str());
                 headers.insert(CONTENT_LENGTH, size.into());

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use crate::oci::digest::Digest;
 use crate::oci::endpoint::Endpoint;
 use crate::oci::failure::UpstreamFailure;
-use crate::oci::header::{DOCKER_CONTENT_DIGEST, RateLimit};
+use crate::oci::header::{CacheHeaders, DOCKER_CONTENT_DIGEST, RateLimit};
 use crate::oci::manifest::MediaType;
 use crate::queue::AcquireError;
 
@@ -44,6 +44,8 @@ pub struct UpstreamResponse {
     pub last_modified: Option<SystemTime>,
     /// When the response was made: its `Date`, plus its `Age` in a cache on the way.
     pub date: Option<SystemTime>,
+    /// What caches before this one say about a success.
+    pub caches: Option<CacheHeaders>,
     /// The rate-limit headers.
     pub rate_limit: RateLimit,
     /// The registry's error code, cleaned, from the body of a failed GET.
@@ -118,6 +120,7 @@ impl UpstreamResponse {
             length: None,
             last_modified: None,
             date: None,
+            caches: None,
             rate_limit: RateLimit::default(),
             code: None,
             message: None,
@@ -238,6 +241,7 @@ impl UpstreamResponse {
             },
             last_modified: http_date(headers, LAST_MODIFIED).filter(|_| status.is_success()),
             date: response_date(headers),
+            caches: CacheHeaders::read(headers).filter(|_| status.is_success()),
             rate_limit: RateLimit::read(headers),
             code: None,
             message: None,

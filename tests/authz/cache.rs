@@ -11,7 +11,7 @@ use ifnewer::oci::{Accept, Digest, Endpoint, RangeRequest, TokenRequest, Upstrea
 use ifnewer::policy::rules::Rules;
 use ifnewer::proxy::{
     Access, BlobBody, ProxyResponse, ProxyService, RegistryStates, Request, ServeReason, TokenOutcome,
-    UpstreamRegistry,
+    UpstreamCaches, UpstreamRegistry,
 };
 use ifnewer::queue::Peer;
 use ifnewer::store::file_read::BufferPool;
@@ -305,6 +305,7 @@ impl Cache {
             peer: Peer::Local,
             range: RangeRequest::None,
             needs_length: false,
+            upstream_caches: UpstreamCaches::default(),
         };
         let outcome = self.proxy.handle(request).await;
         let cause = match &outcome {

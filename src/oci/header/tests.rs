@@ -116,3 +116,41 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn cache_status_is_kept_only_if_it_can_be_continued() {
+    let read = |lines: &[(HeaderName, &str)]| {
+        let lines = lines
+            .iter()
+            .map(|(name, value)| (name.clone(), value.parse().unwrap()));
+        CacheHeaders::read(&lines.collect())
+    };
+    let status = |line| read(&[(CACHE_STATUS, line)]).map(|caches| caches.status);
+    assert_eq!(status("a; hit").unwrap(), "a; hit");
+    assert_eq!(
+        status("a; detail=\"x, \\\" y\"").unwrap(),
+        "a; detail=\"x, \\\" y\""
+    );
+    for incomplete in ["", "a; detail=\"x", "a; detail=\"x\\\"", "a; detail=\u{fc}"] {
+        assert_eq!(status(incomplete), None, "{incomplete}");
+    }
+    let both = read(&[
+        (CACHE_STATUS, "a; hit"),
+        (CACHE_STATUS, "b; fwd=miss"),
+        (AGE, "60"),
+        (WARNING, "299 a \"stale\""),
+    ]);
+    let both = both.unwrap();
+    assert_eq!(both.status, "a; hit, b; fwd=miss");
+    assert_eq!(
+        (both.age_s, both.warning.unwrap()),
+        (Some(60), "299 a \"stale\"".parse().unwrap())
+    );
+    let long = "x".repeat(CACHE_HEADER_BYTES_MAX + 1);
+    assert_eq!(read(&[(CACHE_STATUS, &long)]), None);
+    assert_eq!(
+        read(&[(AGE, "60"), (WARNING, "299 - \"stale\"")]),
+        None,
+        "no cache describes itself"
+    );
+}

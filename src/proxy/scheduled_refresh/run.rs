@@ -7,6 +7,7 @@ use super::{Failing, LaneRun, ProxyService, RefreshResult, UpstreamRegistry, Ups
 use crate::oci::{Accept, Algorithm, Digest, Endpoint, Reference, Repository, UpstreamFailure};
 use crate::policy::refresh::{Failures, Phase, RefreshPolicy, TagFacts};
 use crate::policy::{Authorization, Completeness, Revalidation};
+use crate::proxy::UpstreamCaches;
 use crate::proxy::candidates::Candidates;
 use crate::proxy::manifest_fetch::UpstreamRequest;
 use crate::store::View;
@@ -144,6 +145,7 @@ impl ProxyService {
             for_push: false,
             named: None,
             has_no_grant: false,
+            upstream_caches: UpstreamCaches::default(),
         }
     }
 

@@ -2,14 +2,39 @@
 
 use std::time::Duration;
 
-use http::HeaderMap;
 use http::header::{AGE, WARNING};
+use http::{HeaderMap, HeaderValue};
 
 use super::{ResponseContext, set_header};
 use crate::oci::header::{CACHE_STATUS, COOLING_UNTIL};
 use crate::policy::{HitReason, MissReason};
 use crate::proxy::{ServeInfo, ServeReason};
 use crate::store::tags::NEVER_CONFIRMED;
+
+/// Sets `Cache-Status`: the members of the caches before this one, then `own` (RFC 9211 §2). `Age` and `Warning` of
+/// those caches are kept, because this cache does not see the registry behind them.
+pub(super) fn set_cache_status(headers: &mut HeaderMap, own: &str, context: &ResponseContext) {
+    let Some(before) = context.upstream_caches.get() else {
+        set_header(headers, CACHE_STATUS, own);
+        return;
+    };
+    let status = [before.status.as_bytes(), b", ", own.as_bytes()].concat();
+    if let Ok(status) = HeaderValue::from_bytes(&status) {
+        headers.insert(CACHE_STATUS, status);
+    }
+    if let Some(age) = before.age_s {
+        headers.insert(AGE, age.into());
+    }
+    if let Some(warning) = &before.warning {
+        headers.insert(WARNING, warning.clone());
+    }
+}
+
+/// `Age` of the upstream's response, if a cache sent it.
+fn upstream_age_s(context: &ResponseContext) -> u64 {
+    let before = context.upstream_caches.get();
+    before.and_then(|before| before.age_s).unwrap_or(0)
+}
 
 /// Sets `Cache-Status` and `Age`, and `Warning` if the content may be stale.
 pub(super) fn set_cache_headers(headers: &mut HeaderMap, info: ServeInfo, context: &ResponseContext) {
@@ -23,7 +48,7 @@ pub(super) fn set_cache_headers(headers: &mut HeaderMap, info: ServeInfo, contex
         ServeReason::Collapsed => "ifnewer; fwd=miss; collapsed; detail=collapsed".to_owned(),
         ServeReason::Passthrough => "ifnewer; fwd=bypass; detail=passthrough".to_owned(),
     };
-    set_header(headers, CACHE_STATUS, &status);
+    set_cache_status(headers, &status, context);
     if let Some(until) = info.reason.youth().and_then(|youth| youth.served_from) {
         set_header(headers, COOLING_UNTIL, &httpdate::fmt_http_date(until));
     }
@@ -34,10 +59,13 @@ pub(super) fn set_cache_headers(headers: &mut HeaderMap, info: ServeInfo, contex
         .then(|| context.now.duration_since(confirmed_at).unwrap_or_default());
     if let ServeReason::Cached(served) = info.reason {
         if let Some(age) = age {
-            headers.insert(AGE, age.as_secs().into());
+            headers.insert(AGE, age.as_secs().saturating_add(upstream_age_s(context)).into());
         }
         if served.may_be_outdated() {
-            set_header(headers, WARNING, &warning(served, context.upstream(), age));
+            let own = HeaderValue::from_str(&warning(served, context.upstream(), age));
+            if let Ok(own) = own {
+                headers.append(WARNING, own);
+            }
         }
     }
 }

@@ -10,7 +10,7 @@ use http::{HeaderValue, Version};
 use crate::oci::query::Query;
 use crate::oci::range::{ByteRange, ResolvedRange};
 use crate::oci::{Endpoint, ErrorCode, RangeRequest, Reference};
-use crate::proxy::{Request, UpstreamRegistry};
+use crate::proxy::{Request, UpstreamCaches, UpstreamRegistry};
 use crate::server::routing::ConnectionInfo;
 use crate::server::sendfile::SendfileQueue;
 use crate::upstream::UpstreamResponse;
@@ -28,6 +28,8 @@ pub(in crate::server) struct ResponseContext {
     if_range: Option<HeaderValue>,
     range: RangeRequest,
     pub(super) now: SystemTime,
+    /// What caches before this one say about the response.
+    pub(super) upstream_caches: UpstreamCaches,
     /// Sends file ranges without copying them. `None` if the connection cannot, or for HTTP/2, which puts every frame
     /// of a body behind a header of its own.
     pub(super) sendfile: Option<SendfileQueue>,
@@ -54,6 +56,7 @@ impl ResponseContext {
             if_range: head.headers.get(IF_RANGE).cloned(),
             range: RangeRequest::read(head.headers.get(RANGE)),
             now: request.now,
+            upstream_caches: request.upstream_caches.clone(),
             sendfile: peer.sendfile.clone().filter(|_| !copies),
         }
     }
