@@ -13,12 +13,13 @@
 //! * [`challenge`]: `WWW-Authenticate` challenges.
 //! * [`token_request`]: requests to a token service.
 //! * [`error`]: error codes and bodies; [`failure`]: why a registry gave no usable response.
-//! * [`header`]: header names and small headers.
+//! * [`header`]: header names and small headers; [`cdn_loop`]: loop detection between caches.
 //!
 //! Clauses are those of the OCI distribution specification 1.1 ("spec") and image specification 1.1
 //! ("image-spec").
 
 pub mod accept;
+pub mod cdn_loop;
 pub mod challenge;
 pub mod digest;
 pub mod endpoint;

@@ -2,13 +2,15 @@
 //!
 //! A request continues the trace in the client's `traceparent`, or begins one. The upstream requests that it causes
 //! carry the same trace id, each with its own span id. `tracestate` is forwarded unparsed, or dropped if it exceeds a
-//! limit.
+//! limit. The caches that the request has passed ([`CdnLoop`]) go with it.
 
 use std::fmt;
 use std::hash::{BuildHasher as _, RandomState};
 use std::num::NonZeroU64;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
+
+use crate::oci::cdn_loop::CdnLoop;
 
 /// Header with trace id, parent span id and flags.
 pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
@@ -55,6 +57,7 @@ pub struct TraceContext {
     parent_span_id: Option<NonZeroU64>,
     flags: u8,
     state: Option<HeaderValue>,
+    passed: CdnLoop,
 }
 
 impl TraceContext {
@@ -67,6 +70,7 @@ impl TraceContext {
             parent_span_id: None,
             flags: 0,
             state: None,
+            passed: CdnLoop::default(),
         }
     }
 
@@ -83,9 +87,11 @@ impl TraceContext {
                 parent_span_id: Some(parent),
                 flags,
                 state: state(headers),
+                passed: CdnLoop::read(headers),
             },
             _ => Self {
                 flags: if recorded { SAMPLED } else { 0 },
+                passed: CdnLoop::read(headers),
                 ..Self::new_root()
             },
         }
@@ -125,6 +131,7 @@ impl TraceContext {
     pub fn inject(&self, headers: &mut HeaderMap) {
         let parent = format!("00-{}-{:016x}-{:02x}", self.id, self.span_id, self.flags);
         headers.remove(TRACESTATE);
+        self.passed.inject(headers);
         if let Ok(parent) = HeaderValue::try_from(parent) {
             headers.insert(TRACEPARENT, parent);
             headers.extend(self.state.clone().map(|state| (TRACESTATE, state)));

@@ -30,6 +30,8 @@ pub enum UpstreamFailure {
     RateLimited,
     /// It responded with a status that does not concern the image, mostly a 5xx.
     Status(u16),
+    /// It sent the request back to this cache (508).
+    Loop,
     /// Its token service issued no token.
     TokenService,
     /// Its challenge names a token service at an `http://` URL, where no credential is sent.
@@ -75,6 +77,7 @@ impl UpstreamFailure {
             Self::BreakerOpen => "breaker-open",
             Self::RateLimited => "rate-limited",
             Self::Status(_) => "http-status",
+            Self::Loop => "loop",
             Self::TokenService => "token-service",
             Self::InsecureRealm => "insecure-realm",
             Self::CacheCredential => "cache-credential",
@@ -98,7 +101,7 @@ impl UpstreamFailure {
             Self::ConnectTimeout => Some("connect_timeout"),
             Self::Tls(TlsFailure::UnknownIssuer | TlsFailure::SelfSigned) => Some("ca_file"),
             Self::Tls(TlsFailure::ClientCertificate) => Some("client_certificate"),
-            Self::Tls(TlsFailure::NotTls) => Some("url"),
+            Self::Tls(TlsFailure::NotTls) | Self::Loop => Some("url"),
             Self::Redirects(RedirectFailure::Downgrade | RedirectFailure::NarrowerScope) => Some("redirects"),
             _ => None,
         }
@@ -190,6 +193,7 @@ impl fmt::Display for UpstreamFailure {
             Self::BreakerOpen => "failed repeatedly, so its circuit breaker is open",
             Self::RateLimited => "limits the rate of requests",
             Self::Status(status) => return write!(f, "responded with status {status}"),
+            Self::Loop => "leads back to this cache, directly or through other caches",
             Self::TokenService => "has a token service that issued no token",
             Self::InsecureRealm => {
                 "has a token service at an http:// URL, where no credential is sent (its external URL should be https)"

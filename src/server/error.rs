@@ -28,6 +28,12 @@ pub(super) enum Rejection {
     /// smuggling.
     #[error("requests with Transfer-Encoding are not accepted: reads need no body")]
     Framing,
+    /// The request has passed this cache before (RFC 8586).
+    #[error(
+        "request loop: this request has passed this cache before, or too many caches; correct the `url` of the upstream that \
+         leads here"
+    )]
+    Loop,
     /// A large body on a request that needs none.
     #[error("the body of a {0} request may not exceed 64 KiB")]
     BodyTooLarge(Method),
@@ -125,6 +131,7 @@ impl Rejection {
             | Self::Framing
             | Self::NsNotAHost(_)
             | Self::ConflictingUpstreams { .. } => StatusCode::BAD_REQUEST,
+            Self::Loop => StatusCode::LOOP_DETECTED,
             Self::Misdirected => StatusCode::MISDIRECTED_REQUEST,
             Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Unauthenticated | Self::PasswordTooLong { to_proxy: false } => StatusCode::UNAUTHORIZED,
@@ -164,7 +171,7 @@ impl Rejection {
             | Self::TunnelNotAllowed(_)
             | Self::NoCertificate(_)
             | Self::TunnelFailed(_, UpstreamFailure::Redirects(_)) => ErrorCode::Denied,
-            Self::TooManyTunnels | Self::TooManyPasswordChecks | Self::TunnelFailed(..) => {
+            Self::TooManyTunnels | Self::TooManyPasswordChecks | Self::TunnelFailed(..) | Self::Loop => {
                 ErrorCode::Unavailable
             }
             Self::UnknownUpstream(_) => ErrorCode::NameUnknown,
@@ -188,6 +195,7 @@ impl Rejection {
             Self::InvalidHost => "bad-host",
             Self::Misdirected => "misdirected",
             Self::Framing => "bad-framing",
+            Self::Loop => "loop",
             Self::BodyTooLarge(_) => "body-too-large",
             Self::PlainHttp => "plain-http",
             Self::TunnelNotAllowed(_) => "tunnel-not-allowed",

@@ -13,6 +13,7 @@ use http::{HeaderMap, HeaderValue, Method, Version};
 
 use super::error::Rejection;
 use super::routing::{ConnectionInfo, RouteKind, Router, canonical_host, is_absolute, with_full_name};
+use crate::oci::cdn_loop;
 use crate::oci::path;
 use crate::oci::query::Query;
 use crate::oci::{Accept, Endpoint, RangeRequest, Repository, RequestError};
@@ -81,6 +82,9 @@ pub(super) fn parse(
     router: &Router,
     (now, trace): (SystemTime, &TraceContext),
 ) -> Result<ParsedRequest, Rejection> {
+    if cdn_loop::is_loop(&head.headers) {
+        return Err(Rejection::Loop);
+    }
     let host = host(head, peer.is_tls)?;
     let intercepted = router.intercept_target(host.as_ref(), is_absolute(head), peer)?;
     let is_forwarded = intercepted.is_some() && is_write(&head.method);

@@ -110,6 +110,7 @@ impl RequestOutcome {
             // The outbound proxy requires a credential.
             | UpstreamFailure::Status(407) => Self::NoConnection(cause),
             UpstreamFailure::Timeout | UpstreamFailure::ConnectionReset => Self::NoResponse(cause),
+            UpstreamFailure::Loop => Self::ServerError(cause),
             UpstreamFailure::Status(status) if status >= 500 || status == 408 => Self::ServerError(cause),
             // Storage behind the registry rejected one object.
             UpstreamFailure::Status(_)

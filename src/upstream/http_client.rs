@@ -27,6 +27,7 @@ use super::location::resolve;
 use super::origin::same_origin;
 use super::redirect_rules::allow_entry;
 use super::tls::{self, io_cause};
+use crate::oci::cdn_loop::CDN_LOOP;
 use crate::oci::failure::{RedirectFailure, TlsFailure, UpstreamFailure};
 use crate::trace_context::{TRACEPARENT, TRACESTATE};
 
@@ -120,7 +121,7 @@ impl HttpFailure {
 /// Which redirects to follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Follow {
-    /// To any origin. `Authorization` and the trace headers are dropped when the first origin is left.
+    /// To any origin. `Authorization`, the trace headers and `CDN-Loop` are dropped when the first origin is left.
     Anywhere,
     /// Only within the origin: a token service has no reason to redirect elsewhere.
     SameOrigin,
@@ -192,7 +193,7 @@ impl HttpClient {
                 }
                 from_other_origin = true;
                 at = Some(target.clone());
-                for name in [AUTHORIZATION, TRACEPARENT, TRACESTATE] {
+                for name in [AUTHORIZATION, TRACEPARENT, TRACESTATE, CDN_LOOP] {
                     request.headers.remove(name);
                 }
                 let other = request.other_origin.as_ref();

@@ -219,6 +219,7 @@ impl UpstreamResponse {
             404 | 410 => ResponseKind::NotFound,
             // A proxy on the way sends 407 and 408, so they are not the registry's response. A 3xx that could not be
             // followed is malformed.
+            508 => ResponseKind::Unavailable(UpstreamFailure::Loop),
             407 | 408 | 500..=599 => ResponseKind::Unavailable(UpstreamFailure::Status(status.as_u16())),
             400..=499 => ResponseKind::Other(status),
             _ => ResponseKind::Unavailable(UpstreamFailure::Malformed),

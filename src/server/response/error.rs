@@ -267,6 +267,8 @@ fn failure_status(cause: UpstreamFailure) -> (StatusCode, ErrorCode) {
         UpstreamFailure::Timeout | UpstreamFailure::ConnectTimeout | UpstreamFailure::RevalidateTimeout => {
             (StatusCode::GATEWAY_TIMEOUT, ErrorCode::Unavailable)
         }
+        // So that the cache that sent the request reports the loop too.
+        UpstreamFailure::Loop => (StatusCode::LOOP_DETECTED, ErrorCode::Unavailable),
         UpstreamFailure::ClientQueueFull | UpstreamFailure::QueueFull => {
             (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::TooManyRequests)
         }

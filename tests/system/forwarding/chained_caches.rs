@@ -1,4 +1,4 @@
-//! Caches whose upstream is another cache: what the client learns about both.
+//! Caches whose upstream is another cache: what the client learns about both, and request loops.
 
 use crate::proxy::{Proxy, Setup, manifest_path};
 use crate::registry::{Image, Upstream};
@@ -59,4 +59,70 @@ async fn stale_copy_of_another_cache_is_marked_as_stale() {
         reply.cache_status(),
         "ifnewer; hit; detail=stale-if-error-connection-refused, ifnewer; hit; detail=revalidated"
     );
+}
+
+#[tokio::test]
+async fn upstream_requests_name_the_caches_they_passed() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push(REPOSITORY, "latest", Image::with_layers(&["one"]));
+    let (_regional, sidecar) = pair(&upstream).await;
+    let edge = "edge.example; trace=\"a, b\"";
+    let ask = sidecar.manifest(REPOSITORY, "latest").header("cdn-loop", edge);
+    ask.await.is_image(&image);
+    let requests = upstream.requests();
+    let list = requests[0].header("cdn-loop").unwrap();
+    let added = list.strip_prefix(edge).unwrap_or_else(|| panic!("{list}"));
+    let ids: Vec<_> = added.split(", ").skip(1).collect();
+    assert!(ids.len() == 2 && ids[0] != ids[1], "{list}");
+    assert!(ids.iter().all(|id| id.starts_with("ifnewer-")), "{list}");
+}
+
+#[tokio::test]
+async fn upstream_that_is_the_cache_itself_is_a_loop() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push(REPOSITORY, "latest", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull(REPOSITORY, "latest", &image).await;
+    let looping = proxy.setup().clone().with_upstreams_of(&leading_to(&proxy));
+    proxy.setup().file("ifnewer.toml", &looping.toml());
+    proxy.program().reload();
+    let ask = |proxy: &Proxy| proxy.manifest(REPOSITORY, "latest");
+    let reply = proxy
+        .until("the loop", ask, |reply| reply.cache_status().contains("loop"))
+        .await;
+    reply.is_image(&image).is_stale();
+    is_refused_as_loop(&proxy).await;
+}
+
+#[tokio::test]
+async fn loop_through_another_cache_is_refused() {
+    let upstream = Upstream::start().await;
+    let first = Proxy::over(&upstream).await;
+    let second = leading_to(&first).start().await;
+    let looping = first.setup().clone().with_upstreams_of(&leading_to(&second));
+    first.setup().file("ifnewer.toml", &looping.toml());
+    first.program().reload();
+    let ask = |proxy: &Proxy| proxy.manifest(REPOSITORY, "unknown");
+    first.until("the loop", ask, |reply| reply.status == 508).await;
+    is_refused_as_loop(&first).await;
+    is_refused_as_loop(&second).await;
+}
+
+async fn is_refused_as_loop(proxy: &Proxy) {
+    let reply = proxy.manifest(REPOSITORY, "unknown").await;
+    reply.is_refused(508);
+    assert!(reply.message().contains("leads back to this cache"), "{reply:#?}");
+}
+
+#[tokio::test]
+async fn overlong_list_of_caches_is_refused() {
+    let upstream = Upstream::start().await;
+    upstream.push(REPOSITORY, "latest", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    let ids = vec!["other-cache.example"; 60].join(", ");
+    let ask = proxy.manifest(REPOSITORY, "latest").header("cdn-loop", &ids);
+    let reply = ask.await;
+    reply.is_refused(508);
+    assert!(reply.message().contains("request loop"), "{reply:#?}");
+    assert_eq!(upstream.requests().len(), 0);
 }
