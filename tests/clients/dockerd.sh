@@ -9,23 +9,24 @@ all_of_dockerd() {
 
 dockerd_scenarios() {
   transport=$1
-  scenario "dockerd, $transport: a fresh cache and a fresh daemon start" everything_is_fresh
-  scenario "dockerd, $transport: cold pull, and it runs" cold_pull
-  scenario "dockerd, $transport: unchanged pull is one HEAD and no bytes" unchanged_pull
-  scenario "dockerd, $transport: moved tag downloads the new bytes" moved_tag
-  scenario "dockerd, $transport: fourteen layers" many_layers
-  scenario "dockerd, $transport: multi-arch index, this machine's image" multi_arch
-  scenario "dockerd, $transport: multi-arch index, the other image" multi_arch_other
-  scenario "dockerd, $transport: by digest" by_digest
-  scenario "dockerd, $transport: 300 MiB" big_image
-  scenario "dockerd, $transport: 300 MiB again costs the upstream nothing" big_image_again
-  scenario "dockerd, $transport: a tag that does not exist is 404" absent_tag
+  local at="dockerd, $transport${chained:+, two caches}"
+  scenario "$at: a fresh cache and a fresh daemon start" everything_is_fresh
+  scenario "$at: cold pull, and it runs" cold_pull
+  scenario "$at: unchanged pull is one HEAD and no bytes" unchanged_pull
+  scenario "$at: moved tag downloads the new bytes" moved_tag
+  scenario "$at: fourteen layers" many_layers
+  scenario "$at: multi-arch index, this machine's image" multi_arch
+  scenario "$at: multi-arch index, the other image" multi_arch_other
+  scenario "$at: by digest" by_digest
+  scenario "$at: 300 MiB" big_image
+  scenario "$at: 300 MiB again costs the upstream nothing" big_image_again
+  scenario "$at: a tag that does not exist is 404" absent_tag
   [[ -z ${DIRECT:-} ]] || return 0
-  scenario "dockerd, $transport: upstream cut off every $cut_bytes bytes" cut_again_and_again
-  scenario "dockerd, $transport: upstream killed, pulled images still pull" upstream_killed
-  scenario "dockerd, $transport: upstream killed, the error of an uncached image names the cause" never_seen
-  scenario "dockerd, $transport: ifnewer restarted without upstream, pulled images still pull" restarted_without_upstream
-  scenario "dockerd, $transport: upstream back, the newer tag arrives" upstream_back
+  scenario "$at: upstream cut off every $cut_bytes bytes" cut_again_and_again
+  scenario "$at: upstream killed, pulled images still pull" upstream_killed
+  scenario "$at: upstream killed, the error of an uncached image names the cause" never_seen
+  scenario "$at: ifnewer restarted without upstream, pulled images still pull" restarted_without_upstream
+  scenario "$at: upstream back, the newer tag arrives" upstream_back
 }
 
 everything_is_fresh() {

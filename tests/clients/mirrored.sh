@@ -20,7 +20,7 @@ mirrored() {
 }
 
 mirrored_scenarios() {
-  local at="$client, $transport"
+  local at="$client, $transport${chained:+, two caches}"
   scenario "$at: a fresh cache and a fresh client start" fresh_cache_and_client
   scenario "$at: cold pull, and it runs" cold
   scenario "$at: unchanged pull is one HEAD and no bytes" unchanged

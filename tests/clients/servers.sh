@@ -171,7 +171,7 @@ folder = "$scratch/ifnewer/certs"
 $(cat "$state/hub.toml" 2>/dev/null || echo "url = \"http://$(upstream_address)\"")
 
 [upstream."cut.example"]
-url = "http://$(<"$state/cutting.address")"
+$(cat "$state/cut.toml" 2>/dev/null || echo "url = \"http://$(<"$state/cutting.address")\"")
 
 $(cat "$state/upstreams.toml" 2>/dev/null || true)
 EOF

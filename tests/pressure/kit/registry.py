@@ -50,7 +50,7 @@ class State:
 
     def __init__(self):
         self.manifests, self.tags, self.blobs, self.rules, self.seen = {}, {}, {}, [], []
-        self.allowed, self.needs_token = {}, False
+        self.allowed, self.needs_token, self.token_readers, self.token_host = {}, False, {}, ""
         self.blob_bytes_sent, self.in_progress, self.in_progress_max = 0, 0, 0
         self.connections, self.server, self.port, self.fillers = set(), None, 0, []
 
@@ -80,6 +80,16 @@ class State:
     def need_token(self):
         """Requires a token of this registry. Other requests get a challenge."""
         self.needs_token = True
+
+    def allow_by_token(self, repository, credentials, host="localhost"):
+        """Restricts reads to tokens that the token service at this host issues to these values of Authorization."""
+        self.token_readers[repository] = frozenset(credentials)
+        self.token_host = host
+
+    def credentials(self, pattern):
+        """The different values of Authorization in requests "METHOD path"."""
+        matches = re.compile(pattern).search
+        return {seen.authorization for seen in self.seen if matches(f"{seen.method} {seen.path}")}
 
     def requests(self, pattern, since=0.0):
         """Number of requests "METHOD path"."""
@@ -131,7 +141,8 @@ class State:
         """(status, headers, body) of a registry without faults."""
         path = path.partition("?")[0]
         if path == "/token":
-            return 200, {"Content-Type": "application/json"}, b'{"token":"good","expires_in":3600}'
+            token = token_of(authorization) if self.token_readers else "good"
+            return 200, {"Content-Type": "application/json"}, json.dumps({"token": token, "expires_in": 3600}).encode()
         if self.needs_token and authorization != "Bearer good":
             realm = f'Bearer realm="http://127.0.0.1:{self.port}/token",service="registry",scope="repository:x:pull"'
             return 401, {"WWW-Authenticate": realm, "Content-Type": "application/json"}, error("UNAUTHORIZED")
@@ -144,6 +155,11 @@ class State:
         if repository in self.allowed and authorization not in self.allowed[repository]:
             challenge = {"WWW-Authenticate": 'Basic realm="pressure"', "Content-Type": "application/json"}
             return 401, challenge, error("UNAUTHORIZED")
+        readers = {f"Bearer {token_of(reader)}" for reader in self.token_readers.get(repository, ())}
+        if repository in self.token_readers and authorization not in readers:
+            scope = f'service="registry",scope="repository:{repository}:pull"'
+            realm = f'Bearer realm="http://{self.token_host}:{self.port}/token",{scope}'
+            return 401, {"WWW-Authenticate": realm, "Content-Type": "application/json"}, error("UNAUTHORIZED")
         if kind == "tags":
             body = json.dumps({"name": repository, "tags": sorted(set(self.tags.get(repository, [])))}).encode()
             return 200, {"Content-Type": "application/json"}, body
@@ -156,6 +172,11 @@ class State:
         if blob is None:
             return 404, {"Content-Type": "application/json"}, error("BLOB_UNKNOWN")
         return 200, {"Content-Type": "application/octet-stream", "Docker-Content-Digest": reference}, noise(*blob)
+
+
+def token_of(credential):
+    """The token that the token service issues to this value of Authorization."""
+    return f"token-{digest_of(credential.encode())[7:23]}"
 
 
 def error(code):
