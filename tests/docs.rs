@@ -22,7 +22,7 @@ mod text;
 use std::path::Path;
 
 use ifnewer::config::{Config, KEYS};
-use text::{blocks, documents, links};
+use text::{blocks, documents, links, read};
 
 /// Sections of client configuration files in the documentation.
 const OF_CLIENTS: [&str; 7] = [
@@ -62,9 +62,44 @@ fn every_toml_is_a_valid_configuration() {
 fn with_its_files(text: &str, folder: &Path) -> String {
     let text = text.replace("/etc/ifnewer/", &format!("{}/", folder.display()));
     for path in text.split('"').filter(|word| Path::new(word).starts_with(folder)) {
-        std::fs::write(path, "a".repeat(64)).unwrap();
+        let is_certificate = Path::new(path)
+            .extension()
+            .is_some_and(|extension| extension == "pem");
+        let content = if is_certificate {
+            let certified = rcgen::generate_simple_self_signed(["regional.example.org".to_owned()]);
+            certified.unwrap().cert.pem()
+        } else {
+            "a".repeat(64)
+        };
+        std::fs::write(path, content).unwrap();
     }
     text
+}
+
+/// A line that is only a link to a file is followed by its text.
+#[test]
+fn every_quoted_file_is_verbatim() {
+    let mut checked = 0;
+    for document in documents() {
+        let text = read(&document);
+        for (at, _) in text.match_indices("):\n\n```") {
+            let (before, after) = (&text[..at], &text[at..]);
+            let line = before.rsplit('\n').next().unwrap();
+            let Some((_, target)) = line.split_once("](").filter(|_| line.starts_with("[`")) else {
+                continue;
+            };
+            let file = std::fs::read_to_string(document.parent().unwrap().join(target)).unwrap();
+            let (_, block) = after.split_once("```").unwrap();
+            let (_, block) = block.split_once('\n').unwrap();
+            assert!(
+                block.starts_with(&format!("{file}```\n")),
+                "{}: {target}",
+                document.display()
+            );
+            checked += 1;
+        }
+    }
+    assert!(checked > 5, "hardly any file was found: {checked}");
 }
 
 #[test]
