@@ -165,7 +165,12 @@ impl Setup {
         );
         for key in ["registry = [\"127.0.0.1:0\"]", "admin = \"127.0.0.1:0\""] {
             let name = key.split(' ').next().unwrap();
-            if !self.listen.lines().any(|line| line.starts_with(name)) {
+            // `admin_token_file` is not `admin`, whose default is a fixed port.
+            if !self
+                .listen
+                .lines()
+                .any(|line| line.split([' ', '=']).next() == Some(name))
+            {
                 writeln!(text, "{key}").unwrap();
             }
         }
