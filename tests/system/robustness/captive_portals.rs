@@ -3,8 +3,12 @@
 
 use crate::proxy::{Ask, Proxy, Reply, Setup, blob_path, manifest_path};
 use crate::registry::{Front, Image, OCI_MANIFEST, Seen, Upstream, noise, sha256};
+use tokio::task::JoinSet;
 
 const ABSENT: &str = "nobody has this";
+
+/// Fronts that respond one after the other to the same cache.
+const FRONTS_OF_A_CACHE: usize = 9;
 
 /// Alice may read `acme/app`, bob `bob/own`, and all clients `library/open`.
 async fn private() -> (Upstream, Image) {
@@ -115,20 +119,30 @@ async fn is_closed(proxy: &Proxy, repository: &str, image: &Image, front: &str) 
     }
 }
 
-/// `fronts` respond to all clients but alice. Then the registry responds again, then it is unavailable.
-async fn opens_nothing(fronts: Vec<Front>, elsewhere: Option<&Upstream>) {
+/// `fronts` respond to all clients but alice. Most of the time is spent in retries, so several caches are asked at a
+/// time, each with some of the fronts.
+async fn opens_nothing(fronts: Vec<Front>, is_abroad: bool) {
+    let mut running = JoinSet::new();
+    for some in fronts.chunks(FRONTS_OF_A_CACHE) {
+        running.spawn(opens_nothing_one_by_one(some.to_vec(), is_abroad));
+    }
+    running.join_all().await;
+}
+
+/// `fronts` respond one after the other. Then the registry responds again, then it is unavailable.
+async fn opens_nothing_one_by_one(fronts: Vec<Front>, is_abroad: bool) {
     let (upstream, image) = private().await;
+    let elsewhere = Upstream::start().await;
     let proxy = Proxy::over(&upstream).await;
     proxy.pull_with("acme/app", "1", &image, alice).await;
     proxy.manifest("bob/own", "1").basic("bob", "b-secret").await;
     for front in &fronts {
-        match elsewhere {
-            None => upstream.is_fronted(|seen| !is_alices(seen), front),
-            Some(elsewhere) => {
-                let login = Front::redirect(302, &format!("{}/login/{{reference}}", elsewhere.url()));
-                upstream.is_fronted(|seen| !is_alices(seen), &login);
-                elsewhere.is_fronted(|_| true, front);
-            }
+        if is_abroad {
+            let login = Front::redirect(302, &format!("{}/login/{{reference}}", elsewhere.url()));
+            upstream.is_fronted(|seen| !is_alices(seen), &login);
+            elsewhere.is_fronted(|_| true, front);
+        } else {
+            upstream.is_fronted(|seen| !is_alices(seen), front);
         }
         is_closed(&proxy, "acme/app", &image, &front.name).await;
         is_closed(&proxy, "bob/own", &image, &front.name).await;
@@ -146,15 +160,14 @@ async fn opens_nothing(fronts: Vec<Front>, elsewhere: Option<&Upstream>) {
 
 #[tokio::test]
 async fn r01_a_page_in_place_of_a_registry_opens_nothing() {
-    opens_nothing(answers("private bytes".len()), None).await;
+    opens_nothing(answers("private bytes".len()), false).await;
 }
 
 #[tokio::test]
 async fn r01_a_redirect_to_a_login_page_opens_nothing() {
-    let elsewhere = Upstream::start().await;
     let mut fronts = answers("private bytes".len());
     fronts.extend([401, 403, 404, 405].map(|status| Front::new(status, "application/json", b"{}")));
-    opens_nothing(fronts, Some(&elsewhere)).await;
+    opens_nothing(fronts, true).await;
 }
 
 /// A manifest without references, and one with references to missing content.
@@ -180,34 +193,44 @@ async fn asks_for_the_page(proxy: &Proxy, body: &[u8]) {
 
 #[tokio::test]
 async fn r01_the_digest_of_a_page_itself_opens_nothing() {
-    let elsewhere = Upstream::start().await;
-    let other = Image::with_layers(&["another registry's"]);
     let sentence = b"Welcome to the portal of this network. Please log in before you go on from here.";
-    let bodies: [&[u8]; 5] = [b"", b"{}", sentence, PLACEHOLDER, &other.manifest];
-    for (body, is_abroad) in bodies.into_iter().flat_map(|body| [(body, false), (body, true)]) {
-        // A server that serves a complete image in the registry's place counts as the registry.
-        if !is_abroad && body == other.manifest.as_ref() {
-            continue;
-        }
-        for media_type in ["", "application/json", "application/octet-stream", OCI_MANIFEST] {
-            let (upstream, image) = private().await;
-            let proxy = Proxy::over(&upstream).await;
-            proxy.pull_with("acme/app", "1", &image, alice).await;
-            let page = Front::new(200, media_type, body);
-            if is_abroad {
-                let away = Front::redirect(307, &format!("{}/login", elsewhere.url()));
-                upstream.is_fronted(|seen| !is_alices(seen), &away);
-                elsewhere.is_fronted(|_| true, &page);
-            } else {
-                upstream.is_fronted(|seen| !is_alices(seen), &page);
+    let other = Image::with_layers(&["another registry's"]).manifest;
+    let bodies: [&[u8]; 5] = [b"", b"{}", sentence, PLACEHOLDER, &other];
+    for body in bodies {
+        // Most of the time is spent in retries.
+        let mut running = JoinSet::new();
+        for is_abroad in [false, true] {
+            // A server that serves a complete image in the registry's place counts as the registry.
+            if !is_abroad && body == other.as_ref() {
+                continue;
             }
-            let name = format!("{}, elsewhere: {is_abroad}", page.name);
-            asks_for_the_page(&proxy, body).await;
-            is_closed(&proxy, "acme/app", &image, &name).await;
-            upstream.refuses();
-            is_closed(&proxy, "acme/app", &image, &format!("{name}, then dead")).await;
+            for media_type in ["", "application/json", "application/octet-stream", OCI_MANIFEST] {
+                running.spawn(own_digest_opens_nothing(body.to_vec(), media_type, is_abroad));
+            }
         }
+        running.join_all().await;
     }
+}
+
+/// A page of this type is served in the registry's place, or where the registry redirects to.
+async fn own_digest_opens_nothing(body: Vec<u8>, media_type: &'static str, is_abroad: bool) {
+    let elsewhere = Upstream::start().await;
+    let (upstream, image) = private().await;
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull_with("acme/app", "1", &image, alice).await;
+    let page = Front::new(200, media_type, &body);
+    if is_abroad {
+        let away = Front::redirect(307, &format!("{}/login", elsewhere.url()));
+        upstream.is_fronted(|seen| !is_alices(seen), &away);
+        elsewhere.is_fronted(|_| true, &page);
+    } else {
+        upstream.is_fronted(|seen| !is_alices(seen), &page);
+    }
+    let name = format!("{}, elsewhere: {is_abroad}", page.name);
+    asks_for_the_page(&proxy, &body).await;
+    is_closed(&proxy, "acme/app", &image, &name).await;
+    upstream.refuses();
+    is_closed(&proxy, "acme/app", &image, &format!("{name}, then dead")).await;
 }
 
 #[tokio::test]
