@@ -100,6 +100,19 @@ impl CacheState {
         }
     }
 
+    /// Whether the cached copy would be served if the upstream did not respond.
+    pub fn has_fallback(&self) -> bool {
+        let unavailable = Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout);
+        matches!(decide(&self.with_revalidation(unavailable)), Decision::Serve(_))
+    }
+
+    /// Whether the decision depends on how much of `digest` is in the store, if the upstream names it. It does not if the
+    /// tag is unchanged, or if the request is by digest.
+    pub fn needs_presence(&self, digest: &Digest) -> bool {
+        let is_cached = self.cached.is_some_and(|cached| cached.digest == *digest);
+        self.kind == ContentKind::Tag && !(is_cached && self.cooling.is_none())
+    }
+
     /// Returns the same state with a revalidation result.
     #[must_use]
     pub fn with_revalidation(self, revalidation: Revalidation) -> Self {
@@ -328,7 +341,7 @@ pub enum Revalidation {
     Digest {
         /// The digest.
         digest: Digest,
-        /// How much of that image is in the store.
+        /// How much of that image is in the store, if [`CacheState::needs_presence`].
         presence: Presence,
     },
     /// 2xx with the digest that the reference names now, which the operator blocked.

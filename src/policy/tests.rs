@@ -229,6 +229,21 @@ fn uncached_content_is_never_a_hit() {
 }
 
 #[test]
+fn presence_counts_only_where_it_is_looked_up() {
+    law(
+        "a presence that is not looked up changes nothing",
+        |s| matches!(s.revalidation, Revalidation::Digest { digest, .. } if !s.needs_presence(&digest)),
+        |s, v| {
+            let Revalidation::Digest { digest, .. } = s.revalidation else {
+                return false;
+            };
+            let unknown = digest_result(digest, Presence::None);
+            decide(&s.with_revalidation(unknown)) == v
+        },
+    );
+}
+
+#[test]
 fn client_denial_is_never_served_from_the_cache() {
     law(
         "401/403 is final",

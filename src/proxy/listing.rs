@@ -15,7 +15,7 @@ use super::{ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, Stream
 use crate::oci::header::next_link;
 use crate::oci::{Endpoint, MediaType, Repository, UpstreamFailure};
 use crate::policy::{
-    CacheState, CachedEntry, Completeness, ContentKind, Decision, Policy, Revalidation, decide,
+    CachedEntry, Completeness, ContentKind, Decision, Policy, Revalidation, decide,
 };
 use crate::store::listings::{ListingKey, StoredListing};
 use crate::upstream::{ResponseStream, UpstreamResponse};
@@ -109,13 +109,8 @@ impl ProxyService {
         if stored.is_some() {
             upstream_request.caller.wait_deadline = None;
         }
-        let has_fallback = |state: &CacheState| {
-            let unavailable =
-                state.with_revalidation(Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout));
-            matches!(decide(&unavailable), Decision::Serve(_))
-        };
         let revalidation = match wait {
-            Err(cause) if has_fallback(&state) => Err((Revalidation::Unavailable(cause), None)),
+            Err(cause) if state.has_fallback() => Err((Revalidation::Unavailable(cause), None)),
             wait => {
                 let wait = wait.unwrap_or(rule.revalidate_timeout);
                 let listing = self.coalesced_tags(&upstream_request, (!has_no_grant).then(|| key.clone()));
@@ -128,7 +123,7 @@ impl ProxyService {
                         stored = self.cached_page(request, repository, (&key, true)).await;
                         state = state_with(stored.as_ref());
                     }
-                    if has_fallback(&state) {
+                    if state.has_fallback() {
                         // The request continues, and the next caller uses its result.
                         Err((
                             Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout),

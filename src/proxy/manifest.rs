@@ -490,10 +490,7 @@ impl<'a> ManifestRequest<'a> {
         state: &CacheState,
         candidates: Option<Candidates>,
     ) -> ProxyResponse {
-        let has_fallback = matches!(
-            decide(&state.with_revalidation(Revalidation::FetchFailed(UpstreamFailure::RevalidateTimeout))),
-            Decision::Serve(_)
-        );
+        let has_fallback = state.has_fallback();
         let mut upstream_request = self.upstream_request().naming(state.revalidation);
         // By tag, the upstream could send a digest that is younger than the one that was judged.
         if let (Some(target), Some(_)) = (state.target(), state.cooling) {

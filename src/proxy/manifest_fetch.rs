@@ -39,6 +39,8 @@ pub(super) struct UpstreamRequest {
     /// The digest that the upstream named: by a `HEAD`, for a fetch of a moved tag, or in a verified manifest. A request
     /// for that digest is not fabricated by the client.
     pub(super) named: Option<Digest>,
+    /// Digest of the manifest that is cached for this request, if that was looked up.
+    pub(super) cached: Option<Digest>,
     /// Whether the caller has no grant in the repository, so that cached content must not influence the request.
     pub(super) has_no_grant: bool,
     /// As in the client's [`Request`].
@@ -57,6 +59,7 @@ impl UpstreamRequest {
             writes: request.writes,
             for_push: request.for_push,
             named: None,
+            cached: None,
             has_no_grant: false,
             upstream_caches: request.upstream_caches.clone(),
         }

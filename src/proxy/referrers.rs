@@ -190,7 +190,7 @@ impl ProxyService {
         }
         let unheld = context.state(rule, ContentKind::Tag, None, true, request.now);
         let fetching = self.execute_referrers_tag(request, repository, context, &unheld, None);
-        let outcome = if referrers_request.has_fallback() {
+        let outcome = if referrers_request.state.has_fallback() {
             if let Ok(outcome) = timeout(wait, fetching).await {
                 outcome
             } else {
@@ -212,7 +212,7 @@ impl ProxyService {
                         .respond_without_list(Revalidation::NotFound, denied.response)
                         .await
                 }
-                DenyReason::UpstreamUnavailable(cause) if referrers_request.has_fallback() => {
+                DenyReason::UpstreamUnavailable(cause) if referrers_request.state.has_fallback() => {
                     referrers_request
                         .respond_without_list(Revalidation::Unavailable(cause), denied.response)
                         .await
@@ -352,7 +352,7 @@ impl<'a> ReferrersRequest<'a> {
             }
             _ => {}
         }
-        if !self.has_fallback() {
+        if !self.state.has_fallback() {
             return Precheck::Request(self.rule.revalidate_timeout);
         }
         let (upstream, upstream_request) = (
@@ -371,13 +371,6 @@ impl<'a> ReferrersRequest<'a> {
         upstream.record_timeout(&context.caller, &self.request.endpoint, waited);
     }
 
-    fn has_fallback(&self) -> bool {
-        let unavailable = self
-            .state
-            .with_revalidation(Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout));
-        matches!(decide(&unavailable), Decision::Serve(_))
-    }
-
     /// Fetches the list. With a fallback, waits at most `wait`; the fetch continues.
     async fn fetch_list(&self, context: &AuthContext, wait: Duration) -> super::listing::ListResult {
         let upstream_request = UpstreamRequest::of(self.request, self.repository, &context.caller);
@@ -388,7 +381,7 @@ impl<'a> ReferrersRequest<'a> {
             async move { proxy.fetch_list(&upstream_request, key).await }
         });
         let unavailable = |cause| Err((Revalidation::Unavailable(cause), None));
-        if !self.has_fallback() {
+        if !self.state.has_fallback() {
             return call
                 .wait()
                 .await

@@ -8,7 +8,7 @@ use super::revalidate::Revalidated;
 use super::{ProxyService, Request};
 use crate::oci::{Digest, Endpoint, UpstreamFailure};
 use crate::policy::min_age::{Maturity, YoungDigest};
-use crate::policy::{Authorization, Revalidation};
+use crate::policy::Revalidation;
 use crate::store::manifests::StoredManifest;
 
 /// Result of a refresh.
@@ -50,9 +50,7 @@ impl ProxyService {
             return Refreshed::Unavailable(UpstreamFailure::Abandoned);
         };
         // The result goes to the operator, who is authorized for all cached content.
-        let revalidation = self
-            .classify_for(&upstream_request, &response, Authorization::Granted)
-            .await;
+        let revalidation = self.classify_for(&upstream_request, &response, None).await;
         let revalidated = Revalidated {
             revalidation,
             response: Some(response),

@@ -9,10 +9,8 @@ use super::cache_view::log_store_error;
 use super::local_tokens::is_local_token;
 use super::manifest_fetch::{CoalesceKey, UpstreamRequest};
 use super::{AuthContext, ProxyService, Request, UpstreamRegistry};
-use crate::oci::{Accept, AnyDigest, Digest, Endpoint, MediaType, Reference, Repository, UpstreamFailure};
-use crate::policy::{
-    Authorization, CacheState, ContentKind, CredentialOwner, Decision, Revalidation, decide,
-};
+use crate::oci::{AnyDigest, Digest, Endpoint, MediaType, Reference, Repository, UpstreamFailure};
+use crate::policy::{Authorization, CacheState, ContentKind, CredentialOwner, Presence, Revalidation};
 use crate::queue::{Class, Demand};
 use crate::single_flight::SharedCall;
 use crate::store::membership::MembershipUpdate;
@@ -53,12 +51,12 @@ impl ProxyService {
         state: &CacheState,
         timeout: Duration,
     ) -> Revalidated {
-        let silence = state.with_revalidation(Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout));
-        let has_fallback = matches!(decide(&silence), Decision::Serve(_));
+        let has_fallback = state.has_fallback();
         let upstream = request.registry.upstream();
         let mut upstream_request = UpstreamRequest::of(request, repository, &context.caller);
         let rule = request.registry.rule(repository, request.tag());
         upstream_request.has_no_grant = context.has_no_grant(rule, request.now);
+        upstream_request.cached = state.cached.map(|cached| cached.digest);
         let wait = if has_fallback {
             upstream.wait_limit(
                 &upstream_request.caller,
@@ -107,7 +105,7 @@ impl ProxyService {
             Some(response) => {
                 request.upstream_caches.record(response.caches.as_ref());
                 let revalidation = self
-                    .classify_for(&upstream_request, &response, state.authorization)
+                    .classify_for(&upstream_request, &response, Some(state))
                     .await;
                 // A request with a local token is sent without a credential. If the upstream denies it while the
                 // token service is unavailable, report the outage. Otherwise report the 401, so that the client gets a
@@ -245,10 +243,7 @@ impl ProxyService {
                         (Endpoint::Manifest { reference, .. }, ResponseKind::Digest(digest))
                             if is_trusted =>
                         {
-                            if proxy
-                                .may_update_tag(registry, repository, reference, accept, &digest)
-                                .await
-                            {
+                            if proxy.may_update_tag(&upstream_request, reference, &digest).await {
                                 let media_type = response.media_type.as_ref();
                                 proxy
                                     .record_tag_if_current(&upstream_request, reference, digest, media_type)
@@ -262,9 +257,7 @@ impl ProxyService {
                         (Endpoint::Manifest { reference, .. }, ResponseKind::UnprovenDigest(digest))
                             if proxy.is_member(registry, repository, digest).await
                                 && proxy.is_authorized(&upstream_request).await
-                                && proxy
-                                    .may_update_tag(registry, repository, reference, accept, &digest)
-                                    .await =>
+                                && proxy.may_update_tag(&upstream_request, reference, &digest).await =>
                         {
                             let media_type = response.media_type.as_ref();
                             proxy
@@ -395,26 +388,28 @@ impl ProxyService {
         state.authorization
     }
 
-    /// Classification of `response` for a caller with this authorization. With a current grant, an unproven success for
-    /// a manifest counts as its digest, because the bytes are verified against it.
+    /// Classification of `response` for a client with this state, or for the cache itself (`None`), which is authorized.
+    /// With a current grant, an unproven success for a manifest counts as its digest, because the bytes are verified
+    /// against it.
     pub(super) async fn classify_for(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
         response: &UpstreamResponse,
-        authorization: Authorization,
+        state: Option<&CacheState>,
     ) -> Revalidation {
         let UpstreamRequest {
             registry, repository, ..
         } = upstream_request;
         let is_manifest = matches!(upstream_request.endpoint, Endpoint::Manifest { .. });
-        match response.kind {
-            ResponseKind::UnprovenDigest(digest)
-                if is_manifest && authorization == Authorization::Granted =>
-            {
-                self.classify_digest(registry, repository, digest).await
-            }
-            _ => self.classify(registry, repository, response).await,
-        }
+        let is_granted = state.is_none_or(|state| state.authorization == Authorization::Granted);
+        let digest = match response.kind {
+            ResponseKind::Digest(digest) => digest,
+            ResponseKind::UnprovenDigest(digest) if is_manifest && is_granted => digest,
+            _ => return self.classify(registry, repository, response).await,
+        };
+        let needs_presence = state.is_none_or(|state| state.needs_presence(&digest));
+        self.classify_digest(registry, repository, digest, needs_presence)
+            .await
     }
 
     /// Classification of `response` for this repository.
@@ -428,7 +423,7 @@ impl ProxyService {
             ResponseKind::UnprovenDigest(_) | ResponseKind::NoDigest => {
                 Revalidation::Unavailable(UpstreamFailure::NotRegistry)
             }
-            ResponseKind::Digest(digest) => self.classify_digest(registry, repository, digest).await,
+            ResponseKind::Digest(digest) => self.classify_digest(registry, repository, digest, true).await,
             ResponseKind::NotFound => Revalidation::NotFound,
             // Any other 4xx (451, 423, …) is a denial too. A cached entry must never hide a denial.
             ResponseKind::Denied | ResponseKind::Other(_) if registry.has_proxy_credential() => {
@@ -445,29 +440,39 @@ impl ProxyService {
         registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         digest: Digest,
+        needs_presence: bool,
     ) -> Revalidation {
         if self.is_blocked(registry, repository, &digest) {
             return Revalidation::Blocked(digest);
         }
-        Revalidation::Digest {
-            digest,
-            presence: self.presence_of(registry, repository, &digest).await,
-        }
+        let presence = if needs_presence {
+            self.presence_of(registry, repository, &digest).await
+        } else {
+            Presence::None
+        };
+        Revalidation::Digest { digest, presence }
     }
 
     /// Whether the tag record may be set to `digest`. If the new manifest is not cached and another candidate is, the
     /// record stays: if the fetch failed, the cached manifest could no longer be found by its tag.
     async fn may_update_tag(
         self: &Arc<Self>,
-        registry: &Arc<UpstreamRegistry>,
-        repository: &Repository,
+        upstream_request: &UpstreamRequest,
         reference: &Reference,
-        accept: &Accept,
         digest: &Digest,
     ) -> bool {
         let Reference::Tag(tag) = reference else {
             return true;
         };
+        if upstream_request.cached == Some(*digest) {
+            return true;
+        }
+        let UpstreamRequest {
+            registry,
+            repository,
+            accept,
+            ..
+        } = upstream_request;
         self.cached_manifest(registry, repository, digest).await.is_some()
             || self
                 .candidates_for_tag(registry, repository, tag, Some(accept))

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use super::{Failing, LaneRun, ProxyService, RefreshResult, UpstreamRegistry, UpstreamRuns};
 use crate::oci::{Accept, Algorithm, Digest, Endpoint, Reference, Repository, UpstreamFailure};
 use crate::policy::refresh::{Failures, Phase, RefreshPolicy, TagFacts};
-use crate::policy::{Authorization, Completeness, Revalidation};
+use crate::policy::{Completeness, Revalidation};
 use crate::proxy::UpstreamCaches;
 use crate::proxy::candidates::Candidates;
 use crate::proxy::manifest_fetch::UpstreamRequest;
@@ -144,6 +144,7 @@ impl ProxyService {
             writes: registry.writes(&key.repository),
             for_push: false,
             named: None,
+            cached: None,
             has_no_grant: false,
             upstream_caches: UpstreamCaches::default(),
         }
@@ -206,10 +207,8 @@ impl ProxyService {
         let Some(response) = self.coalesced_head(request).wait().await else {
             return Err(unavailable(UpstreamFailure::Abandoned));
         };
-        // `Granted`, because an unproven digest is verified by the bytes that are fetched for it.
-        let heard = self
-            .classify_for(request, &response, Authorization::Granted)
-            .await;
+        // An unproven digest is verified by the bytes that are fetched for it.
+        let heard = self.classify_for(request, &response, None).await;
         let brought = self.take_unused_body(request, &response, used_at).await;
         match (heard, brought) {
             (Revalidation::Blocked(_), _) => Err(Outcome::of(RefreshResult::Blocked)),
