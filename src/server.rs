@@ -4,8 +4,7 @@
 //!   them, `idle_timeout` closes those that make no progress.
 //! * TLS: `tls` holds the CA, the server certificate and the leaf certificates for upstream hosts.
 //! * Requests: `request` parses and validates, `routing` chooses the upstream, `auth` authenticates the client,
-//!   `connect` handles `CONNECT`, `request_body` tracks whether a body was read to its end, `error` lists every
-//!   rejection.
+//!   `connect` handles `CONNECT`, `error` lists every rejection.
 //! * Dispatch: a read becomes a [`crate::proxy::Request`]. `forward` sends writes to the registry, `token_endpoint`
 //!   serves token requests (`local_tokens`).
 //! * Responses: `response` is the only module that builds one, except for responses that `forward` copies. `egress`
@@ -23,7 +22,6 @@ mod idle_timeout;
 pub mod listener;
 mod proxy_protocol;
 mod request;
-mod request_body;
 mod response;
 mod routing;
 mod sendfile;
@@ -47,7 +45,7 @@ use error::Rejection;
 pub use idle_timeout::IdlePause;
 pub(crate) use idle_timeout::{IdlePauseGuard, IdleTimeoutStream};
 pub(crate) use listener::host_network;
-use request::{ForwardTarget, ParsedRequest};
+use request::{ForwardTarget, ParsedRequest, RequestBody, RoutedRead};
 pub use response::{Body, VerifiedBlobs};
 pub use routing::{ConnectionInfo, RouteKind, Router};
 
@@ -57,7 +55,6 @@ use crate::store::file_read::BufferPool;
 use crate::telemetry::{ResourceKind, Telemetry};
 use crate::trace_context::TraceContext;
 use access_log::AccessLogFields;
-use request_body::RequestBody;
 
 /// The state that serves requests. A reload replaces it as a unit.
 pub struct ServingState {
@@ -155,18 +152,16 @@ impl RegistryService {
         record.set_route(Some(upstream_registry), route);
         let by_path = |kind| (kind, access_log::printable_path(&head.uri));
         match parsed {
-            ParsedRequest::Read(request, _) => {
+            ParsedRequest::Read(RoutedRead { request, context, .. }) => {
                 record.set_subject(access_log::subject(&request.endpoint));
-                let context = response::ResponseContext::new(head, &request, info.peer);
                 let idle_paused = info.peer.idle_pause.pause();
                 let outcome = proxy.handle(request).await;
                 drop(idle_paused);
                 let fields = AccessLogFields::of(&outcome);
                 (response::build(outcome, &context, self, proxy.store()), fields)
             }
-            ParsedRequest::ApiCheck(request, _) => {
+            ParsedRequest::ApiCheck(RoutedRead { request, context, .. }) => {
                 record.set_subject(by_path(ResourceKind::Ping));
-                let context = response::ResponseContext::new(head, &request, info.peer);
                 let outcome = proxy.api_challenge(&request).await;
                 let fields = AccessLogFields::of(&outcome);
                 (response::build(outcome, &context, self, proxy.store()), fields)
@@ -214,10 +209,10 @@ async fn authenticate(
     if let ParsedRequest::Forward(target) = &parsed {
         check_forward(auth, who.name(), target, info.head)?;
     }
-    if let (ParsedRequest::Read(request, _), CredentialHeader::Authorization) = (&mut parsed, header)
+    if let (ParsedRequest::Read(read), CredentialHeader::Authorization) = (&mut parsed, header)
         && auth.has_passwords()
     {
-        request.authorization = None;
+        read.request.authorization = None;
     }
     Ok(parsed)
 }

@@ -101,6 +101,23 @@ impl Endpoint {
         }
     }
 
+    /// The requested image, for messages: `repository:tag` or `repository@digest`. Empty for [`Endpoint::Ping`].
+    pub fn image(&self) -> String {
+        match self {
+            Self::Ping => String::new(),
+            Self::Manifest {
+                repository,
+                reference: Reference::Tag(tag),
+            } => format!("{repository}:{tag}"),
+            Self::Manifest {
+                repository,
+                reference: Reference::Digest(digest),
+            }
+            | Self::Blob { repository, digest } => format!("{repository}@{digest}"),
+            Self::Tags { repository, .. } | Self::Referrers { repository, .. } => repository.to_string(),
+        }
+    }
+
     /// Its repository, or `None` for [`Endpoint::Ping`].
     pub const fn repository(&self) -> Option<&Repository> {
         match self {

@@ -283,23 +283,19 @@ impl AccessLogFields {
     }
 }
 
-/// Kind and name of the requested resource: `repository:tag` or `repository@digest`.
+/// Kind and name of the requested resource.
 pub(super) fn subject(endpoint: &Endpoint) -> (ResourceKind, String) {
-    match endpoint {
-        Endpoint::Ping => (ResourceKind::Ping, "/v2/".to_owned()),
+    let kind = match endpoint {
+        Endpoint::Ping => return (ResourceKind::Ping, "/v2/".to_owned()),
         Endpoint::Manifest {
-            repository,
-            reference: Reference::Tag(tag),
-        } => (ResourceKind::Tag, format!("{repository}:{tag}")),
-        Endpoint::Manifest {
-            repository,
-            reference: Reference::Digest(digest),
-        } => (ResourceKind::Manifest, format!("{repository}@{digest}")),
-        Endpoint::Blob { repository, digest } => (ResourceKind::Blob, format!("{repository}@{digest}")),
-        Endpoint::Tags { repository, .. } | Endpoint::Referrers { repository, .. } => {
-            (ResourceKind::Listing, repository.to_string())
-        }
-    }
+            reference: Reference::Tag(_),
+            ..
+        } => ResourceKind::Tag,
+        Endpoint::Manifest { .. } => ResourceKind::Manifest,
+        Endpoint::Blob { .. } => ResourceKind::Blob,
+        Endpoint::Tags { .. } | Endpoint::Referrers { .. } => ResourceKind::Listing,
+    };
+    (kind, endpoint.image())
 }
 
 /// Longest logged path.

@@ -4,8 +4,7 @@ use http::header::AUTHORIZATION;
 use http::{HeaderName, Response, StatusCode};
 use http_body_util::BodyExt as _;
 
-use super::request::ForwardTarget;
-use super::request_body::RequestBody;
+use super::request::{ForwardTarget, RequestBody};
 use super::{Body, RegistryService, RequestInfo};
 use crate::oci::UpstreamFailure;
 use crate::proxy::invalidation::WriteOutcome;

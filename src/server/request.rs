@@ -3,15 +3,22 @@
 //! hyper parses HTTP. This module rejects what hyper accepts but a cache must not: two framings of one body, several
 //! hosts, or a host that differs from the connection's. Later code relies on each request having one meaning.
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
 use std::time::SystemTime;
 
+use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, RANGE, TRANSFER_ENCODING};
 use http::request::Parts;
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Method, Version};
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
 
 use super::error::Rejection;
+use super::response::ResponseContext;
 use super::routing::{ConnectionInfo, RouteKind, Router, canonical_host, is_absolute, with_full_name};
 use crate::oci::cdn_loop;
 use crate::oci::path;
@@ -32,9 +39,9 @@ const EMPTY_BASIC_CREDENTIAL: &str = "Og==";
 /// A valid request, by the way it is handled.
 pub(super) enum ParsedRequest {
     /// A read, served by the cache.
-    Read(Request, RouteKind),
+    Read(RoutedRead),
     /// `GET /v2/` under an upstream's host, which asks for the registry's own challenge.
-    ApiCheck(Request, RouteKind),
+    ApiCheck(RoutedRead),
     /// A request that only the registry can answer, under the registry's host name.
     Forward(ForwardTarget),
     /// A request to the token service at this address.
@@ -45,7 +52,8 @@ impl ParsedRequest {
     /// Upstream, repository and route.
     pub(super) fn subject(&self) -> (&Arc<UpstreamRegistry>, Option<&Repository>, RouteKind) {
         match self {
-            Self::Read(request, route) | Self::ApiCheck(request, route) => {
+            Self::Read(RoutedRead { request, route, .. })
+            | Self::ApiCheck(RoutedRead { request, route, .. }) => {
                 (&request.registry, request.endpoint.repository(), *route)
             }
             Self::Forward(target) | Self::Token(target, _) => (
@@ -55,6 +63,15 @@ impl ParsedRequest {
             ),
         }
     }
+}
+
+/// A read, parsed and routed.
+pub(super) struct RoutedRead {
+    /// What the proxy handles.
+    pub(super) request: Request,
+    pub(super) route: RouteKind,
+    /// What the response takes from the request.
+    pub(super) context: ResponseContext,
 }
 
 /// A request that is forwarded to the registry.
@@ -95,10 +112,7 @@ pub(super) fn parse(
     path::check(head.uri.path()).map_err(RequestError::from)?;
     let Some((upstream_registry, route)) = intercepted else {
         let (upstream_registry, endpoint, route) = router.route(head)?;
-        return Ok(ParsedRequest::Read(
-            request(head, upstream_registry, endpoint, (now, trace, peer))?,
-            route,
-        ));
+        return read(head, (upstream_registry, endpoint, route), (now, trace, peer)).map(ParsedRequest::Read);
     };
     // Under the registry's own host, the first path component is part of the repository name.
     let upstream_registry = Arc::clone(upstream_registry);
@@ -136,31 +150,28 @@ pub(super) fn parse(
             return forward_target(head, upstream_registry, route, host.as_ref(), peer)
                 .map(ParsedRequest::Forward);
         }
-        return Ok(ParsedRequest::ApiCheck(
-            request(head, upstream_registry, endpoint, (now, trace, peer))?,
-            route,
-        ));
+        return read(head, (upstream_registry, endpoint, route), (now, trace, peer))
+            .map(ParsedRequest::ApiCheck);
     }
     router.check_ns(&upstream_registry, head.uri.query())?;
     let endpoint = with_full_name(&upstream_registry, endpoint)?;
-    let mut request = request(head, upstream_registry, endpoint, (now, trace, peer))?;
+    let mut read = read(head, (upstream_registry, endpoint, route), (now, trace, peer))?;
     // A client that pushes checks by HEAD which layers the registry has. A pull does not use HEAD on blobs.
-    request.for_push = request.head && matches!(request.endpoint, Endpoint::Blob { .. });
-    Ok(ParsedRequest::Read(request, route))
+    read.request.for_push = read.request.head && matches!(read.request.endpoint, Endpoint::Blob { .. });
+    Ok(ParsedRequest::Read(read))
 }
 
-fn request(
+fn read(
     head: &Parts,
-    upstream_registry: Arc<UpstreamRegistry>,
-    endpoint: Endpoint,
+    (upstream_registry, endpoint, route): (Arc<UpstreamRegistry>, Endpoint, RouteKind),
     (now, trace, peer): (SystemTime, &TraceContext, &ConnectionInfo),
-) -> Result<Request, Rejection> {
+) -> Result<RoutedRead, Rejection> {
     let writes = endpoint
         .repository()
         .map_or_else(WriteSnapshot::default, |repository| {
             upstream_registry.writes(repository)
         });
-    Ok(Request {
+    let request = Request {
         registry: upstream_registry,
         endpoint,
         head: head.method == Method::HEAD,
@@ -174,6 +185,12 @@ fn request(
         range: RangeRequest::read(head.headers.get(RANGE)),
         needs_length: head.version <= Version::HTTP_10,
         upstream_caches: UpstreamCaches::default(),
+    };
+    let context = ResponseContext::new(head, &request, peer);
+    Ok(RoutedRead {
+        request,
+        route,
+        context,
     })
 }
 
@@ -340,4 +357,56 @@ fn authorization(headers: &HeaderMap) -> Option<HeaderValue> {
     let mut value = value.clone();
     value.set_sensitive(true);
     Some(value)
+}
+
+/// The body of a request, which records whether it was read to its end. On HTTP/1 the next request cannot be found
+/// behind an unread body, so the connection closes with the response (RFC 9112 §9.3 and §9.6).
+pub(super) struct RequestBody {
+    body: Incoming,
+    ended: Ended,
+}
+
+/// Whether a body was read to its end.
+#[derive(Clone)]
+pub(super) struct Ended(Arc<AtomicBool>);
+
+impl Ended {
+    pub(super) fn is_true(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+impl RequestBody {
+    pub(super) fn new(body: Incoming) -> (Self, Ended) {
+        let ended = Ended(Arc::new(AtomicBool::new(body.is_end_stream())));
+        let received = Self {
+            body,
+            ended: ended.clone(),
+        };
+        (received, ended)
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+        if frame.is_none() || self.body.is_end_stream() {
+            self.ended.0.store(true, Ordering::Release);
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }

@@ -10,9 +10,9 @@ use http_body_util::{BodyExt as _, Full};
 use zeroize::Zeroizing;
 
 use super::access_log::AccessLogFields;
-use super::request_body::RequestBody;
+use super::error::Rejection;
+use super::request::{ForwardTarget, RequestBody};
 use super::{Body, RegistryService, RequestInfo, response};
-use super::{error::Rejection, request::ForwardTarget};
 use crate::oci::TokenRequest;
 use crate::proxy::{ProxyService, TokenOutcome};
 use crate::upstream::forward::ForwardRequest;

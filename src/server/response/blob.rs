@@ -176,7 +176,7 @@ impl BlobResponse<'_> {
         let message = format!(
             "{}/{} has {size} bytes, so the requested range is not satisfiable",
             self.context.upstream(),
-            self.context.image()
+            self.context.endpoint.image()
         );
         let mut response = error_response(
             StatusCode::RANGE_NOT_SATISFIABLE,

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use http::header::{IF_NONE_MATCH, IF_RANGE, RANGE};
+use http::header::{IF_NONE_MATCH, IF_RANGE};
 use http::request::Parts;
 use http::{HeaderValue, Version};
 
 use crate::oci::query::Query;
 use crate::oci::range::{ByteRange, ResolvedRange};
-use crate::oci::{Endpoint, ErrorCode, RangeRequest, Reference};
+use crate::oci::{Endpoint, ErrorCode, RangeRequest};
 use crate::proxy::{Request, UpstreamCaches, UpstreamRegistry};
 use crate::server::routing::ConnectionInfo;
 use crate::server::sendfile::SendfileQueue;
@@ -54,7 +54,7 @@ impl ResponseContext {
             head: request.head,
             if_none_match: head.headers.get(IF_NONE_MATCH).cloned(),
             if_range: head.headers.get(IF_RANGE).cloned(),
-            range: RangeRequest::read(head.headers.get(RANGE)),
+            range: request.range.clone(),
             now: request.now,
             upstream_caches: request.upstream_caches.clone(),
             sendfile: peer.sendfile.clone().filter(|_| !copies),
@@ -75,25 +75,6 @@ impl ResponseContext {
         }
         let namespace = Query::ns_suffix(self.namespace.as_deref());
         Some(format!("{}{}{namespace}", self.path, query))
-    }
-
-    /// The requested image, for error messages.
-    pub(super) fn image(&self) -> String {
-        match &self.endpoint {
-            Endpoint::Ping => String::new(),
-            Endpoint::Manifest {
-                repository,
-                reference: Reference::Tag(tag),
-            } => format!("{repository}:{tag}"),
-            Endpoint::Manifest {
-                repository,
-                reference: Reference::Digest(digest),
-            }
-            | Endpoint::Blob { repository, digest } => format!("{repository}@{digest}"),
-            Endpoint::Tags { repository, .. } | Endpoint::Referrers { repository, .. } => {
-                repository.to_string()
-            }
-        }
     }
 
     /// The error code for missing content.

@@ -121,7 +121,7 @@ pub(in crate::server) fn forward_failed(
 fn describe(refused: &Denied, context: &ResponseContext) -> (StatusCode, ErrorCode, String) {
     let answer = refused.response.as_deref();
     let unknown = context.not_found_code(answer);
-    let (upstream, image) = (context.upstream(), context.image());
+    let (upstream, image) = (context.upstream(), context.endpoint.image());
     match refused.reason {
         // The same message for missing and unauthorized content, so that a client without a grant learns nothing.
         DenyReason::NotCached | DenyReason::NotAuthorized => (
@@ -217,7 +217,7 @@ fn describe(refused: &Denied, context: &ResponseContext) -> (StatusCode, ErrorCo
 
 /// The message for a digest below `min_age`.
 fn too_young(youth: &YoungDigest, context: &ResponseContext) -> String {
-    let (upstream, image) = (context.upstream(), context.image());
+    let (upstream, image) = (context.upstream(), context.endpoint.image());
     let Some(digest) = youth.digest else {
         let is_by_digest = matches!(
             &context.endpoint,
@@ -248,7 +248,7 @@ fn too_young(youth: &YoungDigest, context: &ResponseContext) -> String {
 
 /// Who blocked the digest, when and why, and how to take the block back.
 fn blocked_message(digest: &Digest, block: Option<&VerdictNote>, context: &ResponseContext) -> String {
-    let (upstream, image) = (context.upstream(), context.image());
+    let (upstream, image) = (context.upstream(), context.endpoint.image());
     let by = block.map_or_else(String::new, |note| {
         let at = humantime::format_rfc3339_seconds(note.at);
         let reason = note.reason.as_deref();
