@@ -3,19 +3,17 @@
 //! Every function here works on one repository of one upstream. Routing has already chosen the upstream, and the
 //! server later turns the [`ProxyResponse`] into HTTP. This module collects evidence; `policy` evaluates it.
 //!
-//! * `manifest`, `blob`, `listing`, `referrers`: one pipeline for each kind of resource.
+//! * `pipeline`: the steps of a read. `manifest`, `blob`, `listing`, `referrers`: those of each kind of resource.
 //! * `revalidate`: the coalesced `HEAD` to the upstream and the state recorded from its response.
 //! * `cooling`: ages of a tag's digests, and older images, for `min_age`. `storage_age`: their age by `Last-Modified`.
 //!   `digest_age`: age of a manifest requested by digest.
-//! * `candidates`: cached manifests that may answer a tag. `cache_view`: store reads; a read error is logged and
-//!   counts as a miss.
+//! * `evidence`: cached manifests that may be served; a read error is logged and counts as a miss.
 //! * `manifest_fetch`: manifest `GET`, verification and storage. `source`: the upstream as a download source.
 //!   `layer_probe`: availability of missing layers.
 //! * `grants`: grants and denials from upstream responses. `possession`: proof by bytes where a `HEAD` proves
 //!   nothing. `local_tokens`: tokens issued while the token service is unavailable.
 //! * `api_challenge`: the registry's `/v2/` challenge. `challenge_template`: the 401 returned in an outage.
 //! * `write_effect`, `invalidation`: cached content that a push or a deletion changes.
-//! * `blocks`: refuses digests that the operator blocked, whatever the way they were obtained.
 //! * `prefetch`, `attestations`: downloads started before a client requests them. `refresh`: revalidation requested
 //!   by the operator; `scheduled_refresh`: revalidation in the background.
 //! * `passthrough`: responses that are never stored. `streamed_list`, `list_page`, `list_name`: long, derived and
@@ -25,13 +23,11 @@
 mod api_challenge;
 mod attestations;
 mod blob;
-mod blocks;
-mod cache_view;
-mod candidates;
 mod challenge_template;
 mod concurrency;
 mod cooling;
 mod digest_age;
+mod evidence;
 mod grants;
 pub mod invalidation;
 mod layer_probe;
@@ -42,6 +38,7 @@ mod local_tokens;
 mod manifest;
 mod manifest_fetch;
 pub mod passthrough;
+mod pipeline;
 mod possession;
 mod prefetch;
 mod referrers;
@@ -59,7 +56,6 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::HeaderValue;
-use tokio::time::Instant;
 
 pub use listing::Listing;
 pub use local_tokens::{TokenOutcome, is_local_token};
@@ -74,22 +70,19 @@ pub use streamed_list::StreamedList;
 
 use crate::clock::Clock;
 use crate::download::{Downloads, Reader};
-use crate::oci::{Accept, CacheHeaders, Digest, Endpoint, MediaType, RangeRequest, Reference, Repository};
-use crate::policy::authz::GrantEvidence;
+use crate::oci::{Accept, CacheHeaders, Digest, Endpoint, MediaType, RangeRequest, Reference, Tag};
 use crate::policy::min_age::YoungDigest;
-use crate::policy::rules::EffectivePolicy;
-use crate::policy::{CacheState, Decision, DenyReason, HitReason, MissReason, decide};
+use crate::policy::{DenyReason, HitReason, MissReason};
 use crate::queue::Peer;
 use crate::single_flight::SingleFlight;
-use crate::store::access_times::ContentId;
 use crate::store::blobs::BlobHandle;
 use crate::store::challenges::StoredChallenge;
 use crate::store::manifests::StoredManifest;
 use crate::store::verdicts::VerdictNote;
-use crate::store::{AsyncStore, LogLimit, Store};
+use crate::store::{AsyncStore, LogLimit, Store, StoreError};
 use crate::telemetry::Telemetry;
 use crate::trace_context::TraceContext;
-use crate::upstream::{Caller, UpstreamResponse};
+use crate::upstream::UpstreamResponse;
 
 /// Longest wait for a rate limit to reset, for a client that has no cached fallback. Dockerd and containerd give up
 /// on a response after 30 s, and the request after the wait needs part of that time.
@@ -173,6 +166,19 @@ impl UpstreamCaches {
     /// What the upstream said, if it has responded.
     pub fn get(&self) -> Option<&CacheHeaders> {
         self.0.get()
+    }
+}
+
+impl Request {
+    /// The requested tag, if the request is by tag.
+    pub(super) fn tag(&self) -> Option<&Tag> {
+        match &self.endpoint {
+            Endpoint::Manifest {
+                reference: Reference::Tag(tag),
+                ..
+            } => Some(tag),
+            _ => None,
+        }
     }
 }
 
@@ -317,98 +323,6 @@ impl ProxyService {
         }
     }
 
-    /// Handles a request. Every failure becomes a [`Denied`] with its reason.
-    pub async fn handle(self: &Arc<Self>, mut request: Request) -> ProxyResponse {
-        let now = request.now;
-        request
-            .authorization
-            .take_if(|shown| self.is_expired_local_token(&request.registry, shown));
-        let outcome = self.dispatch(&request).await;
-        let outcome = self.refuse_blocked(&request, outcome);
-        self.record_served_from(&request, &outcome);
-        match &outcome {
-            ProxyResponse::Manifest(manifest, _) => {
-                self.store.touch(ContentId::Manifest(manifest.digest), now);
-                self.on_manifest_served(&request, manifest).await;
-            }
-            ProxyResponse::Blob { digest, .. } => {
-                self.store.touch(ContentId::Blob(*digest), now);
-                self.on_blob_served(&request, *digest);
-            }
-            _ => {}
-        }
-        self.challenge_instead_of_error(&request, outcome).await
-    }
-
-    async fn dispatch(self: &Arc<Self>, request: &Request) -> ProxyResponse {
-        match request.endpoint.clone() {
-            Endpoint::Ping => ProxyResponse::Ping,
-            Endpoint::Manifest {
-                repository,
-                reference,
-            } => self.manifest(request, &repository, reference).await,
-            Endpoint::Blob { repository, digest } => self.blob(request, &repository, digest).await,
-            Endpoint::Tags { repository, .. } => self.listing(request, &repository).await,
-            Endpoint::Referrers {
-                repository,
-                digest,
-                query,
-            } => Box::pin(self.referrers(request, &repository, &digest, &query)).await,
-        }
-    }
-
-    /// The decision that a client with this `Authorization` would get now, without any upstream request (`ifnewer
-    /// why`), and whether the cached image is complete.
-    pub async fn explain(
-        self: &Arc<Self>,
-        registry: &Arc<UpstreamRegistry>,
-        repository: &Repository,
-        reference: &Reference,
-        authorization: Option<&HeaderValue>,
-        now: SystemTime,
-    ) -> (CacheState, Decision, Arc<str>, bool) {
-        let tag = match reference {
-            Reference::Tag(tag) => Some(tag),
-            Reference::Digest(_) => None,
-        };
-        let rule = registry.rule(repository, tag);
-        let reason = (Peer::Local, &TraceContext::new_root());
-        let context = self.context_of(registry, repository, authorization, reason).await;
-        let (state, is_complete) = match reference {
-            Reference::Tag(tag) => {
-                let what = (tag, None);
-                let (candidates, cooling) = self.tag_facts(registry, repository, what, rule, now).await;
-                let cooling = match cooling {
-                    Some(cooling) => Some(crate::policy::AgeFacts {
-                        named: self.last_named(registry, repository, tag, rule, now).await,
-                        ..cooling
-                    }),
-                    None => None,
-                };
-                let entry = candidates.as_ref().map(candidates::Candidates::entry);
-                let is_complete = match &candidates {
-                    // It counts as incomplete in the decision, so that it is not served.
-                    Some(found) if found.is_blocked => {
-                        self.is_complete(registry, repository, &found.newest.manifest)
-                            .await
-                    }
-                    _ => entry.is_some_and(|entry| entry.is_complete()),
-                };
-                let state = context
-                    .state(rule, crate::policy::ContentKind::Tag, entry, true, now)
-                    .with_blocked(candidates.and_then(|candidates| candidates.blocked()))
-                    .with_cooling(cooling);
-                (state, is_complete)
-            }
-            Reference::Digest(digest) => {
-                let what = (&context, rule);
-                let state = self.digest_state(registry, what, repository, digest, now).await;
-                (state, state.cached.is_some_and(|entry| entry.is_complete()))
-            }
-        };
-        (state, decide(&state), Arc::clone(&rule.name), is_complete)
-    }
-
     /// The store, for callers outside the request path.
     pub fn store(&self) -> &AsyncStore {
         &self.store
@@ -418,108 +332,11 @@ impl ProxyService {
     pub fn downloads(&self) -> &Downloads {
         &self.downloads
     }
-
-    /// Caller of the request and the evidence of its authorization in the repository.
-    async fn context(self: &Arc<Self>, request: &Request, repository: &Repository) -> AuthContext {
-        self.context_of(
-            &request.registry,
-            repository,
-            request.authorization.as_ref(),
-            (request.peer, &request.trace),
-        )
-        .await
-    }
-
-    async fn context_of(
-        self: &Arc<Self>,
-        registry: &Arc<UpstreamRegistry>,
-        repository: &Repository,
-        authorization: Option<&HeaderValue>,
-        reason: (Peer, &TraceContext),
-    ) -> AuthContext {
-        let caller = self.caller_of(registry, authorization, reason);
-        let account = self.account(registry, repository, authorization);
-        let evidence = self
-            .evidence(registry, repository, caller.principal, account)
-            .await;
-        AuthContext { caller, evidence }
-    }
-
-    /// Caller of the request.
-    fn caller(&self, request: &Request) -> Caller {
-        let reason = (request.peer, &request.trace);
-        self.caller_of(&request.registry, request.authorization.as_ref(), reason)
-    }
-
-    fn caller_of(
-        &self,
-        registry: &UpstreamRegistry,
-        authorization: Option<&HeaderValue>,
-        reason: (Peer, &TraceContext),
-    ) -> Caller {
-        let mut caller = registry.caller(&self.principals, authorization, reason);
-        caller.wait_deadline = Some(Instant::now() + RATE_LIMIT_WAIT_MAX);
-        caller
-    }
 }
 
-/// A caller and the evidence of its authorization in one repository.
-struct AuthContext {
-    caller: Caller,
-    evidence: GrantEvidence,
-}
-
-impl AuthContext {
-    /// True if the caller has no grant in the repository, not even an expired one. For such a caller a digest is
-    /// looked up only after the upstream authorizes it, and the upstream request is the same whether or not the
-    /// content is cached. So neither the time of a denial nor the upstream traffic reveals what is cached.
-    fn has_no_grant(&self, rule: &EffectivePolicy, now: SystemTime) -> bool {
-        let subject = crate::policy::ContentKind::Manifest;
-        let state = self.state(rule, subject, None, true, now);
-        state.authorization == crate::policy::Authorization::Unknown
+/// Logs a failed store write. The request continues, because a lost write costs only a later upstream request.
+fn log_store_error<T>(done: Result<T, StoreError>, action: &str) {
+    if let Err(fault) = done {
+        tracing::warn!(%fault, "failed to {action}");
     }
-
-    fn state(
-        &self,
-        rule: &EffectivePolicy,
-        subject: crate::policy::ContentKind,
-        entry: Option<crate::policy::CachedEntry>,
-        is_in_repository: bool,
-        now: SystemTime,
-    ) -> CacheState {
-        let lifetimes = crate::policy::authz::GrantTtls {
-            grant_ttl: rule.grant_ttl,
-            grant_ttl_offline: rule.grant_ttl_offline,
-        };
-        let evidence = GrantEvidence {
-            is_in_repository,
-            ..self.evidence
-        };
-        CacheState {
-            policy: rule.policy,
-            kind: subject,
-            cached: entry,
-            blocked: None,
-            authorization: crate::policy::authz::authorize(&evidence, &lifetimes, now),
-            revalidation: crate::policy::Revalidation::NotDone,
-            on_not_found: rule.on_not_found,
-            max_age: rule.max_age,
-            stale_if_error: rule.stale_if_error,
-            cooling: None,
-            now,
-        }
-    }
-}
-
-fn denied(
-    refusal: DenyReason,
-    response: Option<Arc<UpstreamResponse>>,
-    proxy_credential: bool,
-) -> ProxyResponse {
-    ProxyResponse::Denied(Denied {
-        reason: refusal,
-        response,
-        proxy_credential,
-        block: None,
-    })
 }

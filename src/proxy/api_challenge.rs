@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, Uri, header};
 
-use super::denied;
+use super::pipeline::denied;
 use super::{ProxyResponse, ProxyService, Request, UpstreamRegistry};
 use crate::age;
 use crate::oci::challenge::Challenge;
@@ -163,7 +163,7 @@ impl ProxyService {
             .store
             .write(move |store| store.put_challenge(registry.name(), challenge))
             .await;
-        super::cache_view::log_store_error(done, "store API challenge");
+        super::log_store_error(done, "store API challenge");
         Ok(Arc::new(stored))
     }
 }

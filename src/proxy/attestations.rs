@@ -9,6 +9,7 @@ use http::HeaderValue;
 use quick_cache::sync::Cache;
 
 use super::manifest_fetch::UpstreamRequest;
+use super::pipeline::ReadContext;
 use super::prefetch::ContentKey;
 use super::{ProxyResponse, ProxyService, Request, UpstreamCaches, UpstreamRegistry};
 use crate::oci::manifest::{Descriptor, DescriptorKind, ManifestKind};
@@ -209,6 +210,11 @@ impl ProxyService {
             needs_length: false,
             upstream_caches: UpstreamCaches::default(),
         };
-        Box::pin(self.dispatch(&request)).await
+        // Boxed, because the request for which it is made is one too.
+        Box::pin(async {
+            let read = ReadContext::new(self, &request, &upstream_request.repository).await;
+            read.dispatch().await
+        })
+        .await
     }
 }

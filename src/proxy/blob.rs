@@ -1,25 +1,23 @@
 //! Blob requests: serve from the store, follow a running download, or lead a new one.
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::cache_view::CacheView;
-use super::denied;
+use super::evidence::CacheView;
 use super::manifest_fetch::UpstreamRequest;
+use super::pipeline::{ReadContext, denied, denied_after};
 use super::possession::Sample;
 use super::revalidate::Revalidated;
 use super::source::UpstreamSource;
-use super::{
-    AuthContext, BlobBody, ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, passthrough,
-};
+use super::{BlobBody, ProxyResponse, Request, ServeInfo, ServeReason, passthrough};
 use crate::download::{AHEAD_BYTES_MAX, DownloadError, JoinOptions, Joined, Reader, WITHHELD_BYTES};
-use crate::oci::{AnyDigest, Digest, MediaType, RangeRequest, Repository, UpstreamFailure};
-use crate::policy::rules::EffectivePolicy;
+use crate::oci::{AnyDigest, Digest, MediaType, RangeRequest, UpstreamFailure};
 use crate::policy::{
-    Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision, DenyReason,
-    HitReason, MissReason, Revalidation, decide,
+    Authorization, CacheState, CachedEntry, Completeness, ContentKind, Decision, DenyReason, HitReason,
+    MissReason, Revalidation, decide,
 };
 use crate::queue::{AcquireError, Class, Demand};
 use crate::upstream::UpstreamResponse;
@@ -47,37 +45,20 @@ const SIZE_WAIT_BYTES_MAX: u64 = 32 * 1024 * 1024;
 /// Longest wait to learn the size of a large blob.
 const LARGE_SIZE_WAIT_MAX: Duration = Duration::from_secs(1);
 
-impl ProxyService {
-    pub(super) async fn blob(
-        self: &Arc<Self>,
-        request: &Request,
-        repository: &Repository,
-        digest: AnyDigest,
-    ) -> ProxyResponse {
-        let context = self.context(request, repository).await;
+impl ReadContext<'_> {
+    pub(super) async fn blob(&self, digest: &AnyDigest) -> ProxyResponse {
         let digest = match digest {
-            AnyDigest::Supported(digest) => digest,
-            AnyDigest::Unsupported(_) => {
-                return passthrough::fetch_uncached(self, request, repository, &context.caller, u64::MAX)
-                    .await;
-            }
+            AnyDigest::Supported(digest) => *digest,
+            AnyDigest::Unsupported(_) => return self.fetch_uncached(u64::MAX).await,
         };
-        let rule = request.registry.rule(repository, None);
-        let blob_request = BlobRequest {
-            proxy: self,
-            request,
-            repository,
-            context: &context,
-            rule,
-            digest,
-        };
-        if context.has_no_grant(rule, request.now) {
+        let blob_request = BlobRequest { read: self, digest };
+        if self.has_no_grant() {
             return Box::pin(blob_request.authorize_first()).await;
         }
-        let (cached, is_in_repository) = self.cached_content(request, repository, digest).await;
+        let (cached, is_in_repository) = blob_request.cached_content().await;
         let state = blob_request.state(cached.is_some(), is_in_repository);
         match (decide(&state), cached) {
-            (Decision::Serve(served), Some((_, size))) if request.for_push => {
+            (Decision::Serve(served), Some((_, size))) if self.request.for_push => {
                 blob_request.head_for_push(&state, size, served).await
             }
             (Decision::Serve(served), Some((bytes, size))) => blob_request.serve(bytes, size, served),
@@ -90,20 +71,6 @@ impl ProxyService {
                 Box::pin(blob_request.fetch(&state)).await
             }
         }
-    }
-
-    /// Cached content of a blob with its size, and whether the blob belongs to the repository.
-    async fn cached_content(
-        self: &Arc<Self>,
-        request: &Request,
-        repository: &Repository,
-        digest: Digest,
-    ) -> (Option<(BlobBody, u64)>, bool) {
-        let head = request.head;
-        self.read_cache(&request.registry, repository, move |cached| {
-            (cached.content(&digest, head), cached.is_member(&digest))
-        })
-        .await
     }
 }
 
@@ -125,46 +92,50 @@ impl CacheView<'_> {
     }
 }
 
+/// One request for a blob.
 struct BlobRequest<'a> {
-    proxy: &'a Arc<ProxyService>,
-    request: &'a Request,
-    repository: &'a Repository,
-    context: &'a AuthContext,
-    rule: &'a EffectivePolicy,
+    read: &'a ReadContext<'a>,
     digest: Digest,
 }
 
+impl<'a> Deref for BlobRequest<'a> {
+    type Target = ReadContext<'a>;
+
+    fn deref(&self) -> &Self::Target {
+        self.read
+    }
+}
+
 impl BlobRequest<'_> {
+    /// Cached content of the blob with its size, and whether the blob belongs to the repository.
+    async fn cached_content(&self) -> (Option<(BlobBody, u64)>, bool) {
+        let (digest, head) = (self.digest, self.request.head);
+        self.proxy
+            .read_cache(&self.request.registry, self.repository, move |cached| {
+                (cached.content(&digest, head), cached.is_member(&digest))
+            })
+            .await
+    }
+
     fn state(&self, is_cached: bool, is_in_repository: bool) -> CacheState {
-        let cached = is_cached.then_some(CachedEntry {
-            digest: self.digest,
+        let (registry, digest) = (&self.request.registry, self.digest);
+        let cached = is_cached.then(|| CachedEntry {
+            digest,
             confirmed_at: self.request.now,
             is_moved: false,
             completeness: Completeness::Complete,
-            is_invalidated: self.proxy.is_invalidated(
-                &self.request.registry,
-                self.repository,
-                self.digest.into(),
-            ),
+            is_invalidated: self
+                .proxy
+                .is_invalidated(registry, self.repository, digest.into()),
         });
-        self.context
-            .state(
-                self.rule,
-                ContentKind::Blob,
-                cached,
-                is_in_repository,
-                self.request.now,
-            )
-            .with_blocked(
-                self.proxy
-                    .blocked(&self.request.registry, self.repository, self.digest),
-            )
+        self.read
+            .state(ContentKind::Blob, cached, is_in_repository)
+            .with_blocked(self.blocked(digest))
     }
 
-    /// For a caller without a grant: see [`AuthContext::has_no_grant`].
+    /// For a caller without a grant: see [`ReadContext::has_no_grant`].
     async fn authorize_first(&self) -> ProxyResponse {
-        let now = self.request.now;
-        let unseen = self.context.state(self.rule, ContentKind::Blob, None, false, now);
+        let unseen = self.read.state(ContentKind::Blob, None, false);
         if let Decision::Deny(refusal) = decide(&unseen) {
             return denied(refusal, None, false);
         }
@@ -177,20 +148,11 @@ impl BlobRequest<'_> {
                 self.pass_through(&unseen).await
             };
         }
-        if !matches!(
-            revalidated.revalidation,
-            Revalidation::Digest { .. } | Revalidation::NoDigest
-        ) {
-            return deny_uncached(&unseen, revalidated.revalidation, revalidated.response);
+        if !revalidated.is_success() {
+            return deny_uncached(&unseen, revalidated);
         }
-        let (cached, _) = self
-            .proxy
-            .cached_content(self.request, self.repository, self.digest)
-            .await;
+        let (cached, _) = self.cached_content().await;
         match cached {
-            Some((_, size)) if self.request.for_push => {
-                self.serve(BlobBody::Head, size, HitReason::Immutable)
-            }
             Some((content, size)) => self.serve(content, size, HitReason::Immutable),
             None if self.request.head => self.respond_to_head(&unseen, revalidated),
             None => {
@@ -223,11 +185,7 @@ impl BlobRequest<'_> {
             content,
         ) {
             (Decision::Serve(served), Some((content, size))) => self.serve(content, size, served),
-            (Decision::Deny(refusal), _) => denied(
-                refusal,
-                revalidated.response,
-                is_proxy_credential_denied(revalidated.revalidation),
-            ),
+            (Decision::Deny(refusal), _) => denied_after(refusal, revalidated),
             // The blob was evicted during the revalidation.
             _ => self.fetch(state).await,
         }
@@ -246,31 +204,13 @@ impl BlobRequest<'_> {
                     .store
                     .write(move |store| store.remove_member(own.name(), &repository, &digest))
                     .await;
-                super::cache_view::log_store_error(gone, "remove membership of deleted blob");
+                super::log_store_error(gone, "remove membership of deleted blob");
                 denied(DenyReason::NotFound, revalidated.response, false)
             }
-            Revalidation::Denied(_) => denied(
-                DenyReason::Forbidden,
-                revalidated.response,
-                is_proxy_credential_denied(revalidated.revalidation),
-            ),
+            Revalidation::Denied(_) => denied_after(DenyReason::Forbidden, revalidated),
             Revalidation::Blocked(digest) => denied(DenyReason::Blocked(digest), revalidated.response, false),
             _ => self.serve(BlobBody::Head, size, served),
         }
-    }
-
-    /// Revalidates whether this principal may read the blob here. A success also proves that the upstream has it in
-    /// this repository.
-    async fn revalidate(&self, state: &CacheState) -> Revalidated {
-        self.proxy
-            .revalidate(
-                self.request,
-                self.repository,
-                self.context,
-                state,
-                self.rule.revalidate_timeout,
-            )
-            .await
     }
 
     fn serve(&self, content: BlobBody, size: u64, served: HitReason) -> ProxyResponse {
@@ -331,7 +271,7 @@ impl BlobRequest<'_> {
             }
             // Forwarded unproven; nothing is recorded from it.
             (_, Some(response)) if revalidated.is_unproven() => self.head_response(response.length),
-            (revalidation, _) => deny_uncached(state, revalidation, revalidated.response),
+            _ => deny_uncached(state, revalidated),
         }
     }
 
@@ -342,15 +282,11 @@ impl BlobRequest<'_> {
     /// Result of the revalidation after the sample was requested from the upstream.
     async fn prove_possession(&self, sample: Option<Sample>) -> Revalidated {
         let Some(sample) = sample else {
-            return Revalidated {
-                revalidation: Revalidation::Unavailable(UpstreamFailure::NotRegistry),
-                response: None,
-            };
+            return Revalidated::unavailable(UpstreamFailure::NotRegistry);
         };
-        let upstream_request = self.upstream_request();
         match self
             .proxy
-            .request_sample(&upstream_request, self.digest, &sample)
+            .request_sample(&self.upstream_request(), self.digest, &sample)
             .await
         {
             Ok(()) => Revalidated {
@@ -358,17 +294,10 @@ impl BlobRequest<'_> {
                 response: None,
             },
             Err(response) => Revalidated {
-                revalidation: self
-                    .proxy
-                    .classify(&upstream_request.registry, self.repository, &response)
-                    .await,
+                revalidation: self.classify(&response).await,
                 response: Some(Arc::new(response)),
             },
         }
-    }
-
-    fn upstream_request(&self) -> UpstreamRequest {
-        UpstreamRequest::of(self.request, self.repository, &self.context.caller)
     }
 
     async fn join(&self, state: &CacheState) -> Result<ProxyResponse, Arc<DownloadError>> {
@@ -419,7 +348,7 @@ impl BlobRequest<'_> {
         JoinOptions {
             demand: Demand {
                 class,
-                ..self.context.caller.demand(&self.request.endpoint)
+                ..self.caller.demand(&self.request.endpoint)
             },
             wants_complete: bytes.is_none_or(|bytes| bytes > AHEAD_BYTES_MAX),
         }
@@ -461,10 +390,7 @@ impl BlobRequest<'_> {
         if revalidated.is_unproven() {
             revalidated = self.prove_possession(sample.await).await;
         }
-        match revalidated.revalidation {
-            Revalidation::Digest { .. } | Revalidation::NoDigest => None,
-            revalidation => Some(deny_uncached(state, revalidation, revalidated.response)),
-        }
+        (!revalidated.is_success()).then(|| deny_uncached(state, revalidated))
     }
 
     /// Whether the running download belongs to this repository and the principal is authorized there.
@@ -475,9 +401,7 @@ impl BlobRequest<'_> {
 
     /// Whether this principal has a current grant in this repository.
     fn is_authorized_here(&self) -> bool {
-        let now = self.request.now;
-        let here = self.context.state(self.rule, ContentKind::Blob, None, true, now);
-        here.authorization == Authorization::Granted
+        self.authorization() == Authorization::Granted
     }
 
     async fn read(
@@ -506,10 +430,11 @@ impl BlobRequest<'_> {
         };
         match failure.as_ref() {
             DownloadError::NotStarted(response) if leads => {
-                let registry = &self.request.registry;
-                let revalidation = self.proxy.classify(registry, self.repository, response).await;
-                let response = Arc::new(response.as_ref().clone());
-                Ok(deny_uncached(state, revalidation, Some(response)))
+                let revalidated = Revalidated {
+                    revalidation: self.classify(response).await,
+                    response: Some(Arc::new(response.as_ref().clone())),
+                };
+                Ok(deny_uncached(state, revalidated))
             }
             DownloadError::NotStarted(_) | DownloadError::Abandoned => Err(failure),
             DownloadError::Unstorable(fault) => {
@@ -550,7 +475,7 @@ impl BlobRequest<'_> {
         let sent_at = Instant::now();
         let fetched = registry
             .upstream()
-            .get(&self.context.caller, endpoint, accept, None)
+            .get(&self.caller, endpoint, accept, None)
             .await;
         let fetched = match fetched {
             Ok(fetched) => fetched.holding(permit),
@@ -558,8 +483,11 @@ impl BlobRequest<'_> {
                 self.proxy
                     .record_response(&self.upstream_request(), &response, sent_at)
                     .await;
-                let revalidation = self.proxy.classify(registry, self.repository, &response).await;
-                return deny_uncached(state, revalidation, Some(Arc::new(response)));
+                let revalidated = Revalidated {
+                    revalidation: self.classify(&response).await,
+                    response: Some(Arc::new(response)),
+                };
+                return deny_uncached(state, revalidated);
             }
         };
         let is_page = fetched.media_type.as_ref().is_some_and(MediaType::is_page);
@@ -575,17 +503,16 @@ impl BlobRequest<'_> {
         let content = if is_page || size.is_some_and(|size| size <= WITHHELD_BYTES) {
             match passing.next().await.transpose() {
                 Ok(bytes) if passing.is_over() => BlobBody::Memory(bytes.unwrap_or_default()),
-                Ok(_) | Err(UpstreamFailure::DigestMismatch) if is_page => {
-                    return deny_uncached(
-                        state,
-                        Revalidation::Unavailable(UpstreamFailure::NotRegistry),
-                        None,
-                    );
+                failed => {
+                    let cause = match failed {
+                        Ok(_) | Err(UpstreamFailure::DigestMismatch) if is_page => {
+                            UpstreamFailure::NotRegistry
+                        }
+                        Ok(_) => UpstreamFailure::Malformed,
+                        Err(cause) => cause,
+                    };
+                    return deny_uncached(state, Revalidated::unavailable(cause));
                 }
-                Ok(_) => {
-                    return deny_uncached(state, Revalidation::Unavailable(UpstreamFailure::Malformed), None);
-                }
-                Err(cause) => return deny_uncached(state, Revalidation::Unavailable(cause), None),
             }
         } else {
             BlobBody::Passthrough(Box::new(passing))
@@ -640,27 +567,19 @@ async fn wait_for_first_byte(reader: &mut Reader) -> Result<(), Arc<DownloadErro
         .unwrap_or(Ok(()))
 }
 
-fn deny_uncached(
-    state: &CacheState,
-    revalidation: Revalidation,
-    response: Option<Arc<UpstreamResponse>>,
-) -> ProxyResponse {
+fn deny_uncached(state: &CacheState, revalidated: Revalidated) -> ProxyResponse {
     let state = CacheState {
         cached: None,
+        revalidation: revalidated.revalidation,
         ..*state
-    }
-    .with_revalidation(revalidation);
+    };
     match decide(&state) {
-        Decision::Deny(refusal) => denied(refusal, response, is_proxy_credential_denied(revalidation)),
+        Decision::Deny(refusal) => denied_after(refusal, revalidated),
         // Success where a denial was expected: the upstream contradicts itself.
         _ => denied(
             DenyReason::UpstreamUnavailable(UpstreamFailure::Malformed),
-            response,
+            revalidated.response,
             false,
         ),
     }
-}
-
-fn is_proxy_credential_denied(revalidation: Revalidation) -> bool {
-    revalidation == Revalidation::Denied(CredentialOwner::Proxy)
 }

@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use http::HeaderValue;
 
-use super::{Denied, ProxyResponse, ProxyService, Request, UpstreamRegistry};
+use super::pipeline::ReadContext;
+use super::{Denied, ProxyResponse, ProxyService, UpstreamRegistry};
 use crate::oci::{Repository, UpstreamFailure};
 use crate::policy::DenyReason;
 use crate::store::challenges::StoredChallenge;
@@ -44,20 +45,19 @@ impl ProxyService {
             .store
             .write(move |store| store.put_challenge(&key, stored))
             .await;
-        super::cache_view::log_store_error(done, "store challenge template");
+        super::log_store_error(done, "store challenge template");
     }
 
     /// The stored challenge of `key`.
     pub(super) async fn cached_challenge(&self, key: String) -> Option<Arc<StoredChallenge>> {
         self.store.read(move |view| view.challenge(&key)).await
     }
+}
 
+impl ReadContext<'_> {
     /// Replaces an outage error with the upstream's challenge, if the client sent no credential.
-    pub(super) async fn challenge_instead_of_error(
-        self: &Arc<Self>,
-        request: &Request,
-        outcome: ProxyResponse,
-    ) -> ProxyResponse {
+    pub(super) async fn challenge_instead_of_error(&self, outcome: ProxyResponse) -> ProxyResponse {
+        let (proxy, request, repository) = (self.proxy, self.request, self.repository);
         let ProxyResponse::Denied(Denied {
             reason: refusal,
             response,
@@ -80,16 +80,14 @@ impl ProxyService {
             | DenyReason::TooYoung(_)
             | DenyReason::Blocked(_) => false,
         };
-        let Some(repository) = request.endpoint.repository().filter(|_| is_unavailable) else {
-            return outcome;
-        };
-        if request.authorization.is_some()
+        if !is_unavailable
+            || request.authorization.is_some()
             || request.registry.is_shared()
-            || self.public_since(&request.registry, repository).await.is_some()
+            || proxy.public_since(&request.registry, repository).await.is_some()
         {
             return outcome;
         }
-        let Some(stored) = self.cached_challenge(template_key(&request.registry)).await else {
+        let Some(stored) = proxy.cached_challenge(template_key(&request.registry)).await else {
             return outcome;
         };
         let lines = stored.lines.iter().map(|line| {

@@ -10,17 +10,18 @@ use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use tokio::time::Instant;
 
-use super::cache_view::{CacheView, log_store_error};
-use super::candidates::Candidates;
+use super::evidence::{CacheView, Candidates, Evidence};
+use super::log_store_error;
 use super::manifest_fetch::UpstreamRequest;
+use super::pipeline::ReadContext;
 use super::prefetch::ContentKey;
 use super::revalidate::Revalidated;
-use super::{ProxyService, Request, UpstreamRegistry};
+use super::{ProxyService, UpstreamRegistry};
 use crate::age;
 use crate::oci::{Accept, Digest, MediaType, Reference, Repository, Tag};
 use crate::policy::min_age::{AgeEvidence, AgeLimit, Maturity, YoungDigest, evident_time};
 use crate::policy::rules::EffectivePolicy;
-use crate::policy::{AgeFacts, CacheState, Completeness, OlderDigest, Presence, Revalidation};
+use crate::policy::{AgeFacts, Completeness, OlderDigest, Presence, Revalidation};
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::sightings::{Seen, SightTime, SightingKey, Sightings};
 use crate::store::tags::{TagKey, TagReader};
@@ -171,81 +172,76 @@ impl GoneDigests {
 /// The candidates for a tag, and whether they are old enough if a minimum age applies.
 pub(super) type TagFacts = (Option<Candidates>, Option<AgeFacts>);
 
-impl ProxyService {
-    /// Candidates for a tag and this client, or for the operator (`None`). If a minimum age applies, they begin with the newest manifest that is old enough, or with one that is too young if there is no other.
-    pub(super) async fn tag_facts(
-        self: &Arc<Self>,
-        registry: &Arc<UpstreamRegistry>,
-        repository: &Repository,
-        (tag, client): (&Tag, Option<TagClient>),
-        rule: &EffectivePolicy,
-        now: SystemTime,
-    ) -> TagFacts {
+impl ReadContext<'_> {
+    /// Candidates for a tag and this client, or for the operator (`None`). If a minimum age applies, they begin with the
+    /// newest manifest that is old enough, or with one that is too young if there is no other.
+    pub(super) async fn tag_facts(&self, tag: &Tag, client: Option<TagClient>, now: SystemTime) -> TagFacts {
+        let registry = &self.request.registry;
         let key = TagKey {
             upstream: registry.name().into(),
-            repository: repository.clone(),
+            repository: self.repository.clone(),
             tag: tag.clone(),
         };
-        let (limit, now) = (rule.age_limit, registry.checked_time().bound(now));
-        self.read_cache(registry, repository, move |cached| {
-            if limit.is_on() {
-                cached.mature_candidates(&key, client.as_ref(), &limit, now)
-            } else {
-                let reader = TagClient::reader(client.as_ref());
-                (cached.candidates_for_tag(&key, reader), None)
-            }
-        })
-        .await
+        let (limit, now) = (self.rule.age_limit, registry.checked_time().bound(now));
+        self.proxy
+            .read_cache(registry, self.repository, move |cached| {
+                if limit.is_on() {
+                    cached.mature_candidates(&key, client.as_ref(), &limit, now)
+                } else {
+                    let reader = TagClient::reader(client.as_ref());
+                    (cached.candidates_for_tag(&key, reader), None)
+                }
+            })
+            .await
     }
 
-    /// `state` after a revalidation, with the maturity of the digest that the upstream named. The candidates are chosen
-    /// again, because the response may have recorded a sighting and a `Date`. If an older image can be served at once,
-    /// `deadline` bounds the wait for the age of a digest whose age is unknown.
+    /// The evidence after a revalidation, with the maturity of the digest that the upstream named. The candidates are
+    /// chosen again, because the response may have recorded a sighting and a `Date`. If an older image can be served at
+    /// once, `deadline` bounds the wait for the age of a digest whose age is unknown.
     pub(super) async fn with_ages(
-        self: &Arc<Self>,
-        (request, upstream_request, deadline): (&Request, &UpstreamRequest, Instant),
-        rule: &EffectivePolicy,
-        (state, candidates): (CacheState, Option<Candidates>),
+        &self,
+        upstream_request: &UpstreamRequest,
+        deadline: Instant,
+        evidence: Evidence,
         revalidated: &Revalidated,
-    ) -> (CacheState, Option<Candidates>) {
-        if state.cooling.is_none() {
-            return (state, candidates);
-        }
-        let (registry, limit) = (&request.registry, rule.age_limit);
-        let repository = &upstream_request.repository;
+    ) -> Evidence {
+        let (proxy, state, limit) = (self.proxy, evidence.state, self.rule.age_limit);
         // The sighting that this response recorded is later than the request.
-        let now = self.clock.now().max(request.now);
-        let Some(tag) = request.tag() else {
+        let now = proxy.clock.now().max(self.request.now);
+        let response = revalidated.response.as_deref();
+        let Some(tag) = self.request.tag() else {
             // Otherwise the age is known already, or the caller is not authorized: then nothing is looked up.
             if !matches!(
                 revalidated.revalidation,
                 Revalidation::Digest { .. } | Revalidation::Blocked(_) | Revalidation::NoDigest
             ) {
-                return (state, candidates);
+                return evidence;
             }
-            let shown = (revalidated.response.as_deref(), now);
             let is_blocked = state.blocked.is_some();
-            let judged = self.judge_confirmed_digest(upstream_request, &limit, shown, is_blocked);
+            let judged = proxy.judge_confirmed_digest(upstream_request, &limit, (response, now), is_blocked);
             let facts = AgeFacts::of_digest(judged.await);
-            return (state.with_cooling(Some(facts)), candidates);
+            return Evidence {
+                state: state.with_cooling(Some(facts)),
+                ..evidence
+            };
         };
-        let client = TagClient::new(&request.accept, &upstream_request.caller);
-        let what = (tag, Some(client));
-        let (candidates, cooling) = self.tag_facts(registry, repository, what, rule, now).await;
-        let response = revalidated.response.as_deref();
+        let (candidates, cooling) = self.tag_facts(tag, Some(self.tag_client()), now).await;
         let is_blocked = matches!(revalidated.revalidation, Revalidation::Blocked(_));
         let named = match revalidated.revalidation {
             Revalidation::Digest { digest, .. } | Revalidation::Blocked(digest) => {
                 let what = (tag, digest);
                 let shown = (response.map(|response| (upstream_request, response)), now);
-                let judged = self.judge(registry, repository, what, &limit, shown).await;
+                let judged = proxy
+                    .judge(&self.request.registry, self.repository, what, &limit, shown)
+                    .await;
                 match (judged, response) {
                     (Maturity::Young(youth), Some(response)) if youth.may_be_older && !is_blocked => {
                         let deadline = cooling
                             .is_some_and(|cooling| has_complete_older(candidates.as_ref(), &cooling))
                             .then_some(deadline);
                         let shown = (response, now);
-                        self.judge_by_storage(upstream_request, what, &limit, shown, deadline)
+                        proxy
+                            .judge_by_storage(upstream_request, what, &limit, shown, deadline)
                             .await
                     }
                     (judged, _) => judged,
@@ -254,15 +250,12 @@ impl ProxyService {
             Revalidation::NoDigest => limit.judge_unnamed(),
             _ => Maturity::Mature,
         };
-        let state = CacheState {
-            cached: candidates.as_ref().map(Candidates::entry),
-            blocked: candidates.as_ref().and_then(Candidates::blocked),
-            ..state
-        }
-        .with_cooling(cooling.map(|cooling| AgeFacts { named, ..cooling }));
-        (state, candidates)
+        let cooling = cooling.map(|cooling| AgeFacts { named, ..cooling });
+        Evidence::of_tag(&state, (candidates, cooling))
     }
+}
 
+impl ProxyService {
     /// Maturity of a digest that the tag names, by the recorded evidence and by the response that named it. A response
     /// that is not proven to be the registry's is no sighting, but shows that the tag no longer names another digest.
     pub(super) async fn judge(

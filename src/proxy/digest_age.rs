@@ -9,16 +9,16 @@ use std::time::SystemTime;
 
 use quick_cache::sync::Cache;
 
-use super::cache_view::CacheView;
 use super::cooling::proven_last_modified;
+use super::evidence::CacheView;
 use super::manifest_fetch::UpstreamRequest;
+use super::pipeline::ReadContext;
 use super::prefetch::ContentKey;
-use super::{ProxyResponse, ProxyService, Request, UpstreamRegistry};
+use super::{ProxyResponse, ProxyService, UpstreamRegistry};
 use crate::oci::manifest::{DescriptorKind, ManifestKind};
 use crate::oci::{AnyDigest, Digest, Endpoint, Reference, Repository};
 use crate::policy::AgeFacts;
 use crate::policy::min_age::{AgeEvidence, AgeLimit, Maturity};
-use crate::policy::rules::EffectivePolicy;
 use crate::store::tags::sightings::{Seen, SightingKey};
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
@@ -48,26 +48,23 @@ impl ServedFrom {
     }
 }
 
-impl ProxyService {
+impl ReadContext<'_> {
     /// Remembers the tag of a served manifest, and the index of the images that it lists.
-    pub(super) fn record_served_from(&self, request: &Request, outcome: &ProxyResponse) {
-        let Endpoint::Manifest { repository, .. } = &request.endpoint else {
-            return;
-        };
-        let registry = &request.registry;
-        if !registry.rule(repository, None).age_limit.is_on_by_digest() {
-            return;
-        }
+    pub(super) fn record_served_from(&self, outcome: &ProxyResponse) {
+        let (registry, repository) = (&self.request.registry, self.repository);
         let (digest, manifest) = match outcome {
             ProxyResponse::Manifest(manifest, _) => (manifest.digest, Some(manifest)),
             ProxyResponse::ManifestHead { digest, .. } => (*digest, None),
             _ => return,
         };
+        if !registry.rule(repository, None).age_limit.is_on_by_digest() {
+            return;
+        }
         let upstream: Arc<str> = registry.name().into();
         let key = |digest| (Arc::clone(&upstream), repository.clone(), digest);
         // Any client can pull a referrers tag at once, so it says nothing about the age of what it lists.
-        if let Some(tag) = request.tag().filter(|tag| !tag.is_referrers_tag()) {
-            self.served_from.insert(key(digest), tag.clone().into());
+        if let Some(tag) = self.request.tag().filter(|tag| !tag.is_referrers_tag()) {
+            self.proxy.served_from.insert(key(digest), tag.clone().into());
         }
         let Some(index) = manifest.filter(|manifest| manifest.manifest.kind == ManifestKind::Index) else {
             return;
@@ -78,35 +75,37 @@ impl ProxyService {
             .take(CHILDREN_MAX)
         {
             if let AnyDigest::Supported(child) = child.digest {
-                self.served_from.insert(key(child), digest.into());
+                self.proxy.served_from.insert(key(child), digest.into());
             }
         }
     }
 
     /// The age of a manifest that is requested by digest, if a minimum age applies.
-    pub(super) async fn digest_facts(
-        self: &Arc<Self>,
-        registry: &Arc<UpstreamRegistry>,
-        repository: &Repository,
-        digest: &AnyDigest,
-        rule: &EffectivePolicy,
-        now: SystemTime,
-    ) -> Option<AgeFacts> {
-        let limit = rule.age_limit;
+    pub(super) async fn digest_facts(&self, digest: &AnyDigest) -> Option<AgeFacts> {
+        let limit = self.rule.age_limit;
         if !limit.is_on_by_digest() {
             return None;
         }
         let maturity = match digest {
             AnyDigest::Supported(digest) => {
+                let judging = self.proxy.judge_digest(
+                    &self.request.registry,
+                    self.repository,
+                    (*digest, None),
+                    &limit,
+                    self.request.now,
+                );
                 // Boxed, so that the future of all other requests stays small.
-                Box::pin(self.judge_digest(registry, repository, (*digest, None), &limit, now)).await
+                Box::pin(judging).await
             }
             // It is never stored, so nothing shows its age.
             AnyDigest::Unsupported(_) => limit.judge_unnamed(),
         };
         Some(AgeFacts::of_digest(maturity))
     }
+}
 
+impl ProxyService {
     /// Maturity of the requested digest after a success of the registry. The first one is recorded. `is_blocked`: whether
     /// the operator blocked the digest, so that its storage is not requested.
     pub(super) async fn judge_confirmed_digest(

@@ -65,7 +65,7 @@ impl Default for RecentDenials {
 
 impl ProxyService {
     /// Evidence for a principal, and for its account, in a repository.
-    pub(super) async fn evidence(
+    pub(super) async fn grants_of(
         self: &Arc<Self>,
         registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
@@ -92,11 +92,11 @@ impl ProxyService {
         match in_memory() {
             Some(evidence) => evidence,
             // Boxed: needed once per principal.
-            None => Box::pin(self.read_evidence(registry, repository, principal, account)).await,
+            None => Box::pin(self.read_grants(registry, repository, principal, account)).await,
         }
     }
 
-    async fn read_evidence(
+    async fn read_grants(
         self: &Arc<Self>,
         registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
@@ -389,7 +389,7 @@ impl ProxyService {
             store.set_public(registry.name(), &repository, since)
         });
         let noted = noted.await;
-        super::cache_view::log_store_error(noted, "store public mark");
+        super::log_store_error(noted, "store public mark");
     }
 }
 

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use super::cache_view::log_store_error;
+use super::log_store_error;
 use super::manifest_fetch::UpstreamRequest;
 pub use super::write_effect::WriteEffect;
 use super::{ProxyService, UpstreamRegistry};

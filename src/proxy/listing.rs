@@ -8,15 +8,13 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use tokio::time::{Instant, timeout};
 
-use super::denied;
 use super::list_name::renamed;
 use super::manifest_fetch::{CoalesceKey, UpstreamRequest};
-use super::{ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, StreamedList, list_page};
+use super::pipeline::{ReadContext, denied};
+use super::{ProxyResponse, ProxyService, ServeInfo, ServeReason, StreamedList, list_page};
 use crate::oci::header::next_link;
-use crate::oci::{Endpoint, MediaType, Repository, UpstreamFailure};
-use crate::policy::{
-    CachedEntry, Completeness, ContentKind, Decision, Policy, Revalidation, decide,
-};
+use crate::oci::{Endpoint, MediaType, UpstreamFailure};
+use crate::policy::{CachedEntry, Completeness, ContentKind, Decision, Policy, Revalidation, decide};
 use crate::store::listings::{ListingKey, StoredListing};
 use crate::upstream::{ResponseStream, UpstreamResponse};
 
@@ -53,14 +51,9 @@ pub(super) enum SharedList {
     Failed(ListError),
 }
 
-impl ProxyService {
-    pub(super) async fn listing(
-        self: &Arc<Self>,
-        request: &Request,
-        repository: &Repository,
-    ) -> ProxyResponse {
-        let context = self.context(request, repository).await;
-        let rule = request.registry.rule(repository, None);
+impl ReadContext<'_> {
+    pub(super) async fn listing(&self) -> ProxyResponse {
+        let (request, rule) = (self.request, self.rule);
         let key = ListingKey {
             upstream: request.registry.name().into(),
             path: request.endpoint.path_and_query(),
@@ -70,12 +63,10 @@ impl ProxyService {
         let never_revalidates = rule.policy == Policy::Never;
         // A registry may return an empty list to a caller without a grant, or a proxy may respond in its place. So
         // that response is forwarded and not stored, and a cached list does not influence it.
-        let has_no_grant = context.has_no_grant(rule, request.now);
+        let has_no_grant = self.has_no_grant();
         let mut stored = None;
         if !has_no_grant {
-            stored = self
-                .cached_page(request, repository, (&key, never_revalidates))
-                .await;
+            stored = self.cached_page(&key, never_revalidates).await;
         }
         let state_with = |stored: Option<&CachedPage>| {
             let entry = stored.map(|(_, source)| CachedEntry {
@@ -85,7 +76,7 @@ impl ProxyService {
                 completeness: Completeness::Complete,
                 is_invalidated: false,
             });
-            context.state(rule, ContentKind::Tag, entry, true, request.now)
+            self.state(ContentKind::Tag, entry, true)
         };
         let mut state = state_with(stored.as_ref());
         match decide(&state) {
@@ -95,7 +86,7 @@ impl ProxyService {
             }
             _ => {}
         }
-        let mut upstream_request = UpstreamRequest::of(request, repository, &context.caller);
+        let mut upstream_request = self.upstream_request();
         let upstream = request.registry.upstream();
         let wait = upstream.wait_limit(
             &upstream_request.caller,
@@ -103,7 +94,7 @@ impl ProxyService {
             rule.revalidate_timeout,
         );
         if !has_no_grant && stored.is_none() && wait != Ok(rule.revalidate_timeout) {
-            stored = self.cached_page(request, repository, (&key, true)).await;
+            stored = self.cached_page(&key, true).await;
             state = state_with(stored.as_ref());
         }
         if stored.is_some() {
@@ -113,14 +104,15 @@ impl ProxyService {
             Err(cause) if state.has_fallback() => Err((Revalidation::Unavailable(cause), None)),
             wait => {
                 let wait = wait.unwrap_or(rule.revalidate_timeout);
-                let listing = self.coalesced_tags(&upstream_request, (!has_no_grant).then(|| key.clone()));
+                let store_as = (!has_no_grant).then(|| key.clone());
+                let listing = self.proxy.coalesced_tags(&upstream_request, store_as);
                 tokio::pin!(listing);
                 if let Ok(revalidation) = timeout(wait, listing.as_mut()).await {
                     revalidation
                 } else {
                     upstream.record_timeout(&upstream_request.caller, &upstream_request.endpoint, wait);
                     if !has_no_grant && stored.is_none() {
-                        stored = self.cached_page(request, repository, (&key, true)).await;
+                        stored = self.cached_page(&key, true).await;
                         state = state_with(stored.as_ref());
                     }
                     if state.has_fallback() {
@@ -137,7 +129,7 @@ impl ProxyService {
         };
         if !has_no_grant && stored.is_none() && matches!(revalidation, Err((Revalidation::Unavailable(_), _)))
         {
-            stored = self.cached_page(request, repository, (&key, true)).await;
+            stored = self.cached_page(&key, true).await;
             state = state_with(stored.as_ref());
         }
         let info = ServeInfo {
@@ -161,32 +153,31 @@ impl ProxyService {
 
     /// The cached page, or with `derived` a page derived from the cached list, and the cached page that states its
     /// age.
-    async fn cached_page(
-        self: &Arc<Self>,
-        request: &Request,
-        repository: &Repository,
-        (key, derived): (&ListingKey, bool),
-    ) -> Option<CachedPage> {
+    async fn cached_page(&self, key: &ListingKey, derived: bool) -> Option<CachedPage> {
         let key = key.clone();
-        let query = match &request.endpoint {
+        let query = match &self.request.endpoint {
             Endpoint::Tags { query, .. } if derived => Some(query.clone()),
             _ => None,
         };
-        self.read_cache(&request.registry, repository, move |cached| {
-            let (proxy, registry, repository) = (cached.proxy, cached.registry, cached.repository);
-            if let Some(stored) = proxy.cached(registry, repository, cached.view.listing(&key)) {
-                return Some((page_of(&stored), stored));
-            }
-            let find_page = |path: &str| {
-                let upstream = Arc::clone(&key.upstream);
-                let path = path.to_owned();
-                cached.view.listing(&ListingKey { upstream, path }).ok().flatten()
-            };
-            list_page::derive_page(repository, query.as_ref()?, find_page)
-        })
-        .await
+        let (registry, repository) = (&self.request.registry, self.repository);
+        self.proxy
+            .read_cache(registry, repository, move |cached| {
+                let (proxy, registry, repository) = (cached.proxy, cached.registry, cached.repository);
+                if let Some(stored) = proxy.cached(registry, repository, cached.view.listing(&key)) {
+                    return Some((page_of(&stored), stored));
+                }
+                let find_page = |path: &str| {
+                    let upstream = Arc::clone(&key.upstream);
+                    let path = path.to_owned();
+                    cached.view.listing(&ListingKey { upstream, path }).ok().flatten()
+                };
+                list_page::derive_page(repository, query.as_ref()?, find_page)
+            })
+            .await
     }
+}
 
+impl ProxyService {
     /// A coalesced tag list request, stored under `key` if given. The request continues if its client leaves.
     pub(super) async fn coalesced_tags(
         self: &Arc<Self>,
@@ -305,7 +296,7 @@ impl ProxyService {
             } = page;
             store.put_listing(&key, StoredListing::new(bytes, media_type, next, filters, now))
         });
-        super::cache_view::log_store_error(stored.await, "store list");
+        super::log_store_error(stored.await, "store list");
         Ok(listing)
     }
 }

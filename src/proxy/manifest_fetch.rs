@@ -18,6 +18,7 @@ use crate::oci::{
     Tag, UpstreamFailure,
 };
 use crate::policy::{Authorization, Revalidation};
+use crate::queue::{Class, Demand};
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::TagKey;
 use crate::upstream::{Caller, Credential, ResponseKind, ResponseStream, UpstreamResponse};
@@ -102,6 +103,16 @@ impl UpstreamRequest {
         self.tag().is_some_and(Tag::is_referrers_tag)
     }
 
+    /// Demand on the queue. A digest that the client may have fabricated comes last.
+    pub(super) fn demand(&self, is_fabricated: bool) -> Demand {
+        let demand = self.caller.demand(&self.endpoint);
+        let is_last = is_fabricated && demand.class == Class::Interactive;
+        Demand {
+            class: if is_last { Class::Bulk } else { demand.class },
+            ..demand
+        }
+    }
+
     /// The client's credential as forwarded upstream.
     pub(super) fn client_credential(&self) -> Option<&HeaderValue> {
         match &self.caller.credential {
@@ -160,10 +171,8 @@ impl ProxyService {
         upstream_request: UpstreamRequest,
     ) -> Result<Arc<StoredManifest>, Arc<UpstreamResponse>> {
         let key = CoalesceKey::new(self, &upstream_request);
-        let (demand, is_fabricated) = (
-            self.demand(&upstream_request),
-            self.may_be_fabricated(&upstream_request),
-        );
+        let is_fabricated = self.may_be_fabricated(&upstream_request);
+        let demand = upstream_request.demand(is_fabricated);
         let call = self.manifests.share_for(key, demand, |waiters| {
             if !is_fabricated {
                 waiters.detach();
@@ -357,7 +366,7 @@ impl ProxyService {
             Ok(stored) => Arc::clone(stored),
             Err(_) => manifest,
         };
-        super::cache_view::log_store_error(stored, "store manifest");
+        super::log_store_error(stored, "store manifest");
         // As for a list of the referrers API: a registry may also respond to clients that may not read the
         // repository.
         let is_trusted = !upstream_request.is_for_referrers_tag()

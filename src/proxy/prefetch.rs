@@ -19,8 +19,9 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::time::Instant;
 
 use super::manifest_fetch::UpstreamRequest;
+use super::pipeline::ReadContext;
 use super::source::UpstreamSource;
-use super::{ProxyService, RATE_LIMIT_WAIT_MAX, Request, UpstreamCaches};
+use super::{ProxyService, RATE_LIMIT_WAIT_MAX, UpstreamCaches};
 use crate::download::{DownloadError, JoinOptions, Joined};
 use crate::oci::manifest::DescriptorKind;
 use crate::oci::{AnyDigest, Digest, Endpoint, Repository, UpstreamFailure};
@@ -91,6 +92,78 @@ impl Prefetching {
     }
 }
 
+impl ReadContext<'_> {
+    /// After a manifest was served: prefetches its config and remembers its layers.
+    pub(super) async fn on_manifest_served(&self, manifest: &Arc<StoredManifest>) {
+        if self.request.head {
+            return;
+        }
+        let (proxy, registry, repository) = (self.proxy, &self.request.registry, self.repository);
+        proxy.attestations.record(registry, repository, manifest);
+        if !self.rule.prefetch {
+            return;
+        }
+        // Asked after the wait for the upstream: content may have been removed since.
+        let misses_blobs = !proxy.is_complete(registry, repository, manifest).await;
+        if !misses_blobs
+            && !proxy
+                .attestations
+                .has_pending(registry, repository, &manifest.digest)
+        {
+            return;
+        }
+        let upstream_request = self.upstream_request();
+        let upstream: Arc<str> = registry.name().into();
+        for child in manifest
+            .manifest
+            .descriptors
+            .iter()
+            .filter(|child| child.kind == DescriptorKind::Layer)
+        {
+            if let AnyDigest::Supported(layer) = child.digest {
+                let key = (Arc::clone(&upstream), repository.clone(), layer);
+                proxy.prefetching.record_incomplete(key, manifest.digest);
+            }
+        }
+        let missing = proxy.missing_blobs_of(&upstream_request, manifest).await;
+        if let Some((config, _)) = missing
+            .into_iter()
+            .find(|(_, role)| *role == DescriptorKind::Config)
+            && let Ok(permit) = Arc::clone(&proxy.prefetching.images).try_acquire_owned()
+        {
+            let proxy = Arc::clone(proxy);
+            tokio::spawn(async move {
+                proxy.prefetch_blob(upstream_request, config, None).await;
+                drop(permit);
+            });
+        }
+    }
+
+    /// After a blob was served: prefetches the rest of its image if the blob is a layer of exactly one incomplete
+    /// image.
+    pub(super) fn on_blob_served(&self, digest: Digest) {
+        let (proxy, request) = (self.proxy, self.request);
+        if request.head {
+            return;
+        }
+        let layer: ContentKey = (request.registry.name().into(), self.repository.clone(), digest);
+        let Some(Parent::One(image)) = proxy.prefetching.incomplete.get(&layer) else {
+            return;
+        };
+        let upstream_request = UpstreamRequest::of(request, self.repository, &proxy.caller(request));
+        let proxy = Arc::clone(proxy);
+        proxy.prefetching.incomplete.remove(&layer);
+        tokio::spawn(async move {
+            if let Some(manifest) = proxy
+                .cached_manifest(&upstream_request.registry, &upstream_request.repository, &image)
+                .await
+            {
+                proxy.prefetch(upstream_request, &manifest).await;
+            }
+        });
+    }
+}
+
 impl ProxyService {
     /// Missing blobs of `manifest`, with their role. Blocked ones are left out.
     pub(super) async fn missing_blobs_of(
@@ -116,78 +189,6 @@ impl ProxyService {
             },
         )
         .await
-    }
-
-    /// After a manifest was served: prefetches its config and remembers its layers.
-    pub(super) async fn on_manifest_served(
-        self: &Arc<Self>,
-        request: &Request,
-        manifest: &Arc<StoredManifest>,
-    ) {
-        let Some(repository) = request.endpoint.repository().filter(|_| !request.head) else {
-            return;
-        };
-        let registry = &request.registry;
-        self.attestations.record(registry, repository, manifest);
-        if !registry.rule(repository, request.tag()).prefetch {
-            return;
-        }
-        let misses_blobs = !self.is_complete(registry, repository, manifest).await;
-        if !misses_blobs
-            && !self
-                .attestations
-                .has_pending(registry, repository, &manifest.digest)
-        {
-            return;
-        }
-        let upstream_request = UpstreamRequest::of(request, repository, &self.caller(request));
-        let upstream: Arc<str> = registry.name().into();
-        for child in manifest
-            .manifest
-            .descriptors
-            .iter()
-            .filter(|child| child.kind == DescriptorKind::Layer)
-        {
-            if let AnyDigest::Supported(layer) = child.digest {
-                let key = (Arc::clone(&upstream), repository.clone(), layer);
-                self.prefetching.record_incomplete(key, manifest.digest);
-            }
-        }
-        let missing = self.missing_blobs_of(&upstream_request, manifest).await;
-        if let Some((config, _)) = missing
-            .into_iter()
-            .find(|(_, role)| *role == DescriptorKind::Config)
-            && let Ok(permit) = Arc::clone(&self.prefetching.images).try_acquire_owned()
-        {
-            let proxy = Arc::clone(self);
-            tokio::spawn(async move {
-                proxy.prefetch_blob(upstream_request, config, None).await;
-                drop(permit);
-            });
-        }
-    }
-
-    /// After a blob was served: prefetches the rest of its image if the blob is a layer of exactly one incomplete
-    /// image.
-    pub(super) fn on_blob_served(self: &Arc<Self>, request: &Request, digest: Digest) {
-        let Some(repository) = request.endpoint.repository().filter(|_| !request.head) else {
-            return;
-        };
-        let layer: ContentKey = (request.registry.name().into(), repository.clone(), digest);
-        let Some(Parent::One(image)) = self.prefetching.incomplete.get(&layer) else {
-            return;
-        };
-        let upstream_request = UpstreamRequest::of(request, repository, &self.caller(request));
-        let proxy = Arc::clone(self);
-        self.prefetching.incomplete.remove(&layer);
-        tokio::spawn(async move {
-            if let Some(manifest) = proxy
-                .cached_manifest(&upstream_request.registry, &upstream_request.repository, &image)
-                .await
-            {
-                proxy.prefetch(upstream_request, &manifest).await;
-            }
-        });
     }
 
     /// Prefetches the missing blobs of the image `manifest` in a detached task.

@@ -16,18 +16,16 @@ use http::StatusCode;
 use quick_cache::sync::Cache;
 use tokio::time::timeout;
 
-use super::cache_view::CacheView;
-use super::candidates::Candidates;
-use super::denied;
+use super::evidence::{CacheView, Candidates, Evidence};
 use super::listing::cached_list_response;
 use super::manifest_fetch::CoalesceKey;
-use super::manifest_fetch::UpstreamRequest;
-use super::{AuthContext, ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, UpstreamRegistry};
-use crate::oci::{Algorithm, AnyDigest, Digest, Endpoint, Query, Repository, Tag, UpstreamFailure};
-use crate::policy::rules::EffectivePolicy;
+use super::pipeline::{ReadContext, denied, denied_after};
+use super::revalidate::Revalidated;
+use super::{ProxyResponse, ServeInfo, ServeReason};
+use crate::oci::{Algorithm, AnyDigest, Digest, Endpoint, Query, Tag, UpstreamFailure};
 use crate::policy::{
-    Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision, DenyReason,
-    HitReason, MissReason, Policy, Revalidation, decide,
+    Authorization, CacheState, CachedEntry, Completeness, ContentKind, Decision, DenyReason, HitReason,
+    MissReason, Policy, Revalidation, decide,
 };
 use crate::store::listings::{ListingKey, StoredListResponse, StoredNotFound};
 use crate::upstream::{ResponseKind, UpstreamResponse};
@@ -71,10 +69,7 @@ enum Precheck {
 
 /// Context of one referrers request.
 struct ReferrersRequest<'a> {
-    proxy: &'a Arc<ProxyService>,
-    request: &'a Request,
-    repository: &'a Repository,
-    rule: &'a EffectivePolicy,
+    read: &'a ReadContext<'a>,
     key: ListingKey,
     fallback: Option<Fallback>,
     /// State before any upstream request.
@@ -83,34 +78,25 @@ struct ReferrersRequest<'a> {
     is_fresh: bool,
 }
 
-impl ProxyService {
+impl ReadContext<'_> {
     /// `GET /v2/<name>/referrers/<digest>`.
-    pub(super) async fn referrers(
-        self: &Arc<Self>,
-        request: &Request,
-        repository: &Repository,
-        subject: &AnyDigest,
-        query: &Query,
-    ) -> ProxyResponse {
-        let context = self.context(request, repository).await;
-        let rule = request.registry.rule(repository, None);
+    pub(super) async fn referrers(&self, subject: &AnyDigest, query: &Query) -> ProxyResponse {
         let subject = match subject {
             AnyDigest::Supported(digest) => Some(*digest),
             AnyDigest::Unsupported(_) => None,
         };
-        let referrers_request =
-            ReferrersRequest::new(self, request, repository, (&context, rule), subject, query).await;
-        let revalidation = match referrers_request.precheck(&context, false) {
+        let referrers_request = ReferrersRequest::new(self, subject, query).await;
+        let revalidation = match referrers_request.precheck(false) {
             Precheck::Respond(outcome) => return *outcome,
             Precheck::Unavailable(cause) => Err((Revalidation::Unavailable(cause), None)),
-            Precheck::Request(wait) => referrers_request.fetch_list(&context, wait).await,
+            Precheck::Request(wait) => referrers_request.fetch_list(wait).await,
         };
         match revalidation {
             Ok(listing) => {
                 referrers_request.mark_confirmed();
                 let info = ServeInfo {
                     reason: ServeReason::Fetched(MissReason::NoDigest),
-                    confirmed_at: Some(request.now),
+                    confirmed_at: Some(self.request.now),
                 };
                 ProxyResponse::Listing(listing, info)
             }
@@ -123,43 +109,24 @@ impl ProxyService {
     }
 
     /// `GET` or `HEAD` of a manifest by a referrers tag.
-    pub(super) async fn referrers_tag(
-        self: &Arc<Self>,
-        request: &Request,
-        repository: &Repository,
-        context: &AuthContext,
-        tag: &Tag,
-    ) -> ProxyResponse {
-        let rule = request.registry.rule(repository, Some(tag));
+    pub(super) async fn referrers_tag(&self, tag: &Tag) -> ProxyResponse {
         let subject = tag.subject();
-        let accept = Some(&request.accept);
+        let (registry, accept) = (&self.request.registry, Some(&self.request.accept));
         let candidates = self
-            .candidates_for_tag(&request.registry, repository, tag, accept)
+            .proxy
+            .candidates_for_tag(registry, self.repository, tag, accept)
             .await;
         if let Some(candidates) = candidates.map(Candidates::without_children) {
-            let entry = Some(candidates.entry());
-            let mut state = context.state(rule, ContentKind::Tag, entry, true, request.now);
-            if self
-                .is_subject_cached(&request.registry, repository, subject)
-                .await
-            {
-                state.max_age = state.max_age.max(rule.grant_ttl);
+            let mut state = self.state(ContentKind::Tag, Some(candidates.entry()), true);
+            if self.is_subject_cached(subject).await {
+                state.max_age = state.max_age.max(self.rule.grant_ttl);
             }
-            return self
-                .execute_referrers_tag(request, repository, context, &state, Some(candidates))
-                .await;
+            let candidates = Some(candidates);
+            return self.execute_manifest(Evidence { state, candidates }).await;
         }
-        let referrers_request = ReferrersRequest::new(
-            self,
-            request,
-            repository,
-            (context, rule),
-            subject,
-            &Query::default(),
-        )
-        .await;
+        let referrers_request = ReferrersRequest::new(self, subject, &Query::default()).await;
         let is_kept = matches!(referrers_request.fallback, Some(Fallback::Cached(_)));
-        let wait = match referrers_request.precheck(context, is_kept) {
+        let wait = match referrers_request.precheck(is_kept) {
             Precheck::Respond(outcome) => return *outcome,
             Precheck::Unavailable(cause) => {
                 return referrers_request
@@ -170,31 +137,22 @@ impl ProxyService {
         };
         // The cached 404 came from a `GET`, so a `HEAD` is enough to confirm it.
         if is_kept {
-            let revalidated = self
-                .revalidate(
-                    request,
-                    repository,
-                    context,
-                    &referrers_request.state,
-                    rule.revalidate_timeout,
-                )
-                .await;
-            if !matches!(
-                revalidated.revalidation,
-                Revalidation::Digest { .. } | Revalidation::NoDigest
-            ) {
+            let revalidated = self.revalidate(&referrers_request.state).await;
+            if !revalidated.is_success() {
                 return referrers_request
                     .respond_without_list(revalidated.revalidation, revalidated.response)
                     .await;
             }
         }
-        let unheld = context.state(rule, ContentKind::Tag, None, true, request.now);
-        let fetching = self.execute_referrers_tag(request, repository, context, &unheld, None);
+        let fetching = self.execute_manifest(Evidence {
+            state: self.state(ContentKind::Tag, None, true),
+            candidates: None,
+        });
         let outcome = if referrers_request.state.has_fallback() {
             if let Ok(outcome) = timeout(wait, fetching).await {
                 outcome
             } else {
-                referrers_request.report_timeout(context, wait);
+                referrers_request.report_timeout(wait);
                 return referrers_request
                     .respond_without_list(
                         Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout),
@@ -224,14 +182,12 @@ impl ProxyService {
     }
 
     /// Whether this manifest is cached and belongs to this repository.
-    async fn is_subject_cached(
-        self: &Arc<Self>,
-        registry: &Arc<UpstreamRegistry>,
-        repository: &Repository,
-        subject: Option<Digest>,
-    ) -> bool {
+    async fn is_subject_cached(&self, subject: Option<Digest>) -> bool {
         let Some(subject) = subject else { return false };
-        self.read_cache(registry, repository, move |cached| cached.has_subject(&subject))
+        self.proxy
+            .read_cache(&self.request.registry, self.repository, move |cached| {
+                cached.has_subject(&subject)
+            })
             .await
     }
 }
@@ -258,14 +214,8 @@ struct CachedReferrers {
 }
 
 impl<'a> ReferrersRequest<'a> {
-    async fn new(
-        proxy: &'a Arc<ProxyService>,
-        request: &'a Request,
-        repository: &'a Repository,
-        (context, rule): (&'a AuthContext, &'a EffectivePolicy),
-        subject: Option<Digest>,
-        query: &Query,
-    ) -> Self {
+    async fn new(read: &'a ReadContext<'a>, subject: Option<Digest>, query: &Query) -> Self {
+        let (proxy, request, repository) = (read.proxy, read.request, read.repository);
         let registry = &request.registry;
         let key = ListingKey {
             upstream: registry.name().into(),
@@ -307,7 +257,7 @@ impl<'a> ReferrersRequest<'a> {
                 && request
                     .now
                     .duration_since(at)
-                    .is_ok_and(|age| age < rule.grant_ttl);
+                    .is_ok_and(|age| age < read.rule.grant_ttl);
             is_fresh.then_some(at)
         };
         let exact = found.exact.map(|response| (response, confirmed(&key)));
@@ -319,7 +269,7 @@ impl<'a> ReferrersRequest<'a> {
         });
         // For a caller without a grant, cached and uncached must look the same.
         let (fallback, fresh_since) = match found {
-            _ if context.has_no_grant(rule, request.now) => (None, None),
+            _ if read.has_no_grant() => (None, None),
             Some((response, fresh_since)) => (Some(Fallback::Cached(response)), fresh_since),
             None if is_cached => (Some(Fallback::Assumed), None),
             None => (None, None),
@@ -327,15 +277,12 @@ impl<'a> ReferrersRequest<'a> {
         let entry = fallback
             .as_ref()
             .map(|fallback| fallback.entry(fresh_since, request.now));
-        let mut state = context.state(rule, ContentKind::Tag, entry, true, request.now);
-        state.max_age = fresh_since.map_or(Duration::ZERO, |_| rule.grant_ttl);
+        let mut state = read.state(ContentKind::Tag, entry, true);
+        state.max_age = fresh_since.map_or(Duration::ZERO, |_| read.rule.grant_ttl);
         // The subject is served by digest for the whole outage, so its referrers are too.
         state.stale_if_error = None;
         Self {
-            proxy,
-            request,
-            repository,
-            rule,
+            read,
             key,
             fallback,
             state,
@@ -344,40 +291,47 @@ impl<'a> ReferrersRequest<'a> {
     }
 
     /// `by_head`: whether a `HEAD` is sent first.
-    fn precheck(&self, context: &AuthContext, by_head: bool) -> Precheck {
+    fn precheck(&self, by_head: bool) -> Precheck {
         match decide(&self.state) {
             Decision::Deny(refusal) => return Precheck::Respond(Box::new(denied(refusal, None, false))),
-            Decision::Serve(served) if self.is_fresh || self.rule.policy == Policy::Never => {
+            Decision::Serve(served) if self.is_fresh || self.read.rule.policy == Policy::Never => {
                 return Precheck::Respond(Box::new(self.serve_fallback(served)));
             }
             _ => {}
         }
         if !self.state.has_fallback() {
-            return Precheck::Request(self.rule.revalidate_timeout);
+            return Precheck::Request(self.read.rule.revalidate_timeout);
         }
         let (upstream, upstream_request) = (
-            self.request.registry.upstream(),
-            (&self.request.endpoint, by_head),
+            self.read.request.registry.upstream(),
+            (&self.read.request.endpoint, by_head),
         );
-        match upstream.wait_limit(&context.caller, upstream_request, self.rule.revalidate_timeout) {
+        match upstream.wait_limit(
+            &self.read.caller,
+            upstream_request,
+            self.read.rule.revalidate_timeout,
+        ) {
             Ok(wait) => Precheck::Request(wait),
             Err(cause) => Precheck::Unavailable(cause),
         }
     }
 
     /// Reports a timeout of the upstream.
-    fn report_timeout(&self, context: &AuthContext, waited: Duration) {
-        let upstream = self.request.registry.upstream();
-        upstream.record_timeout(&context.caller, &self.request.endpoint, waited);
+    fn report_timeout(&self, waited: Duration) {
+        let upstream = self.read.request.registry.upstream();
+        upstream.record_timeout(&self.read.caller, &self.read.request.endpoint, waited);
     }
 
     /// Fetches the list. With a fallback, waits at most `wait`; the fetch continues.
-    async fn fetch_list(&self, context: &AuthContext, wait: Duration) -> super::listing::ListResult {
-        let upstream_request = UpstreamRequest::of(self.request, self.repository, &context.caller);
-        let shared = (CoalesceKey::new(self.proxy, &upstream_request), self.may_store());
-        let call = self.proxy.lists.share(shared, || {
+    async fn fetch_list(&self, wait: Duration) -> super::listing::ListResult {
+        let upstream_request = self.read.upstream_request();
+        let shared = (
+            CoalesceKey::new(self.read.proxy, &upstream_request),
+            self.may_store(),
+        );
+        let call = self.read.proxy.lists.share(shared, || {
             let key = self.may_store().then(|| self.key.clone());
-            let proxy = Arc::clone(self.proxy);
+            let proxy = Arc::clone(self.read.proxy);
             async move { proxy.fetch_list(&upstream_request, key).await }
         });
         let unavailable = |cause| Err((Revalidation::Unavailable(cause), None));
@@ -390,7 +344,7 @@ impl<'a> ReferrersRequest<'a> {
         if let Ok(listed) = timeout(wait, call.wait()).await {
             listed.unwrap_or_else(|| unavailable(UpstreamFailure::Abandoned))
         } else {
-            self.report_timeout(context, wait);
+            self.report_timeout(wait);
             unavailable(UpstreamFailure::RevalidateTimeout)
         }
     }
@@ -414,10 +368,12 @@ impl<'a> ReferrersRequest<'a> {
                 if is_absent {
                     self.store_not_found(response.as_deref()).await;
                 }
-                denied(
+                denied_after(
                     refusal,
-                    response,
-                    revalidation == Revalidation::Denied(CredentialOwner::Proxy),
+                    Revalidated {
+                        revalidation,
+                        response,
+                    },
                 )
             }
             // Invariants of `decide`: no second revalidation, no fetch.
@@ -455,22 +411,24 @@ impl<'a> ReferrersRequest<'a> {
         let code = response.and_then(|response| response.code.clone());
         let absence = StoredNotFound {
             code: code.filter(|code| code.len() <= CODE_BYTES_MAX),
-            received_at: self.proxy.clock.now(),
+            received_at: self.read.proxy.clock.now(),
         };
         let key = self.key.clone();
         let stored = self
+            .read
             .proxy
             .store
             .write(move |store| store.put_listing_not_found(&key, absence))
             .await;
-        super::cache_view::log_store_error(stored, "store absence of list");
+        super::log_store_error(stored, "store absence of list");
         self.mark_confirmed();
     }
 
     fn mark_confirmed(&self) {
         if self.may_store() && self.has_no_write_since() {
-            let confirmed = (self.request.now, self.request.writes.ended());
-            self.proxy
+            let confirmed = (self.read.request.now, self.read.request.writes.ended());
+            self.read
+                .proxy
                 .confirmed_referrers
                 .0
                 .insert(self.key.clone(), confirmed);
@@ -478,7 +436,7 @@ impl<'a> ReferrersRequest<'a> {
     }
 
     fn has_no_write_since(&self) -> bool {
-        self.request.registry.writes(self.repository).ended() == self.request.writes.ended()
+        self.read.request.registry.writes(self.read.repository).ended() == self.read.request.writes.ended()
     }
 }
 

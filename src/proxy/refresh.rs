@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use super::candidates::Candidates;
+use super::evidence::Candidates;
 use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::Revalidated;
 use super::{ProxyService, Request};
 use crate::oci::{Digest, Endpoint, UpstreamFailure};
-use crate::policy::min_age::{Maturity, YoungDigest};
 use crate::policy::Revalidation;
+use crate::policy::min_age::{Maturity, YoungDigest};
 use crate::store::manifests::StoredManifest;
 
 /// Result of a refresh.
@@ -39,13 +39,12 @@ impl ProxyService {
         let (Some(tag), Endpoint::Manifest { repository, .. }) = (request.tag(), &request.endpoint) else {
             return Refreshed::Unavailable(UpstreamFailure::Malformed);
         };
-        let context = self.context(request, repository).await;
         let accept = Some(&request.accept);
         let candidates = self
             .candidates_for_tag(&request.registry, repository, tag, accept)
             .await;
         let entry = candidates.as_ref().map(Candidates::entry);
-        let upstream_request = UpstreamRequest::of(request, repository, &context.caller);
+        let upstream_request = UpstreamRequest::of(request, repository, &self.caller(request));
         let Some(response) = self.coalesced_head(&upstream_request).wait().await else {
             return Refreshed::Unavailable(UpstreamFailure::Abandoned);
         };

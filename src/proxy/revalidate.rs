@@ -1,17 +1,17 @@
 //! Revalidation: a coalesced `HEAD` to the upstream, and the grants, tags and membership recorded from its response.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::cache_view::log_store_error;
 use super::local_tokens::is_local_token;
+use super::log_store_error;
 use super::manifest_fetch::{CoalesceKey, UpstreamRequest};
-use super::{AuthContext, ProxyService, Request, UpstreamRegistry};
+use super::pipeline::{ReadContext, authorize_by};
+use super::{ProxyService, UpstreamRegistry};
 use crate::oci::{AnyDigest, Digest, Endpoint, MediaType, Reference, Repository, UpstreamFailure};
-use crate::policy::{Authorization, CacheState, ContentKind, CredentialOwner, Presence, Revalidation};
-use crate::queue::{Class, Demand};
+use crate::policy::{Authorization, CacheState, CredentialOwner, Presence, Revalidation};
+use crate::queue::Class;
 use crate::single_flight::SharedCall;
 use crate::store::membership::MembershipUpdate;
 use crate::store::tags::{TagKey, Variant};
@@ -30,6 +30,22 @@ pub struct Revalidated {
 }
 
 impl Revalidated {
+    /// Without a response.
+    pub(super) fn unavailable(cause: UpstreamFailure) -> Self {
+        Self {
+            revalidation: Revalidation::Unavailable(cause),
+            response: None,
+        }
+    }
+
+    /// Whether the upstream has the content and gives it to this caller.
+    pub(super) fn is_success(&self) -> bool {
+        matches!(
+            self.revalidation,
+            Revalidation::Digest { .. } | Revalidation::NoDigest
+        )
+    }
+
     /// Whether the response is a success without proof that the registry itself sent it.
     pub(super) fn is_unproven(&self) -> bool {
         let response = self.response.as_ref();
@@ -40,96 +56,65 @@ impl Revalidated {
     }
 }
 
-impl ProxyService {
+impl ReadContext<'_> {
     /// Revalidates with the upstream. If the cached entry could be served without a response, the wait is at most
-    /// `timeout`, and shorter or zero while the upstream is known to be unavailable.
-    pub(super) async fn revalidate(
-        self: &Arc<Self>,
-        request: &Request,
-        repository: &Repository,
-        context: &AuthContext,
-        state: &CacheState,
-        timeout: Duration,
-    ) -> Revalidated {
-        let has_fallback = state.has_fallback();
-        let upstream = request.registry.upstream();
-        let mut upstream_request = UpstreamRequest::of(request, repository, &context.caller);
-        let rule = request.registry.rule(repository, request.tag());
-        upstream_request.has_no_grant = context.has_no_grant(rule, request.now);
+    /// `revalidate_timeout`, and shorter or zero while the upstream is known to be unavailable.
+    pub(super) async fn revalidate(&self, state: &CacheState) -> Revalidated {
+        let (proxy, upstream) = (self.proxy, self.request.registry.upstream());
+        let mut upstream_request = self.upstream_request();
+        upstream_request.has_no_grant = self.has_no_grant();
         upstream_request.cached = state.cached.map(|cached| cached.digest);
-        let wait = if has_fallback {
-            upstream.wait_limit(
-                &upstream_request.caller,
-                (&upstream_request.endpoint, true),
-                timeout,
-            )
-        } else {
-            Ok(timeout)
-        };
-        let wait = match wait {
-            Ok(wait) => wait,
-            Err(cause) => {
-                return Revalidated {
-                    revalidation: Revalidation::Unavailable(cause),
-                    response: None,
-                };
+        let mut wait = None;
+        if state.has_fallback() {
+            let (caller, endpoint) = (&upstream_request.caller, (&upstream_request.endpoint, true));
+            match upstream.wait_limit(caller, endpoint, self.rule.revalidate_timeout) {
+                Ok(limit) => wait = Some(limit),
+                Err(cause) => return Revalidated::unavailable(cause),
             }
-        };
-        if has_fallback {
             // Serve the cached entry instead of waiting for a rate limit.
             upstream_request.caller.wait_deadline = None;
             upstream_request.caller.class = Class::Revalidation;
         }
-        let call = self.coalesced_head(&upstream_request);
+        let call = proxy.coalesced_head(&upstream_request);
         let waiters = call.waiters().clone();
-        let asking = self.head_or_get(call, &upstream_request, state.authorization);
-        let response = if has_fallback {
-            if let Ok(response) = tokio::time::timeout(wait, asking).await {
-                response
-            } else {
-                // A request that is still queued here says nothing about the upstream's health.
-                if !waiters.is_queued() {
-                    upstream.record_timeout(&upstream_request.caller, &upstream_request.endpoint, wait);
+        let asking = proxy.head_or_get(call, &upstream_request, state.authorization);
+        let response = match wait {
+            None => asking.await,
+            Some(wait) => {
+                if let Ok(response) = tokio::time::timeout(wait, asking).await {
+                    response
+                } else {
+                    // A request that is still queued here says nothing about the upstream's health.
+                    if !waiters.is_queued() {
+                        upstream.record_timeout(&upstream_request.caller, &upstream_request.endpoint, wait);
+                    }
+                    // The response is still recorded when it arrives late.
+                    waiters.detach();
+                    return Revalidated::unavailable(UpstreamFailure::RevalidateTimeout);
                 }
-                // The response is still recorded when it arrives late.
-                waiters.detach();
-                return Revalidated {
-                    revalidation: Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout),
-                    response: None,
-                };
             }
-        } else {
-            asking.await
         };
-        match response {
-            Some(response) => {
-                request.upstream_caches.record(response.caches.as_ref());
-                let revalidation = self
-                    .classify_for(&upstream_request, &response, Some(state))
-                    .await;
-                // A request with a local token is sent without a credential. If the upstream denies it while the
-                // token service is unavailable, report the outage. Otherwise report the 401, so that the client gets a
-                // real token.
-                let is_local = request.authorization.as_ref().is_some_and(is_local_token);
-                if is_local && matches!(revalidation, Revalidation::Denied(_)) && upstream.has_failed_realm()
-                {
-                    return Revalidated {
-                        revalidation: Revalidation::Unavailable(UpstreamFailure::TokenService),
-                        response: None,
-                    };
-                }
-                Revalidated {
-                    revalidation,
-                    response: Some(response),
-                }
-            }
-            None => Revalidated {
-                revalidation: Revalidation::Unavailable(UpstreamFailure::Abandoned),
-                response: None,
-            },
+        let Some(response) = response else {
+            return Revalidated::unavailable(UpstreamFailure::Abandoned);
+        };
+        self.request.upstream_caches.record(response.caches.as_ref());
+        let revalidation = proxy
+            .classify_for(&upstream_request, &response, Some(state))
+            .await;
+        // A request with a local token is sent without a credential. If the upstream denies it while the token service
+        // is unavailable, report the outage. Otherwise report the 401, so that the client gets a real token.
+        let is_local = self.request.authorization.as_ref().is_some_and(is_local_token);
+        if is_local && matches!(revalidation, Revalidation::Denied(_)) && upstream.has_failed_realm() {
+            return Revalidated::unavailable(UpstreamFailure::TokenService);
+        }
+        Revalidated {
+            revalidation,
+            response: Some(response),
         }
     }
+}
 
+impl ProxyService {
     /// Response to the `HEAD`. If its success is not proven to be the registry's and the caller has no current grant, a
     /// manifest is requested by `GET`, because its bytes prove the content. A blob is not fetched for this.
     async fn head_or_get(
@@ -139,14 +124,11 @@ impl ProxyService {
         authorization: Authorization,
     ) -> Option<Arc<UpstreamResponse>> {
         let response = call.wait().await?;
-        let is_manifest = matches!(upstream_request.endpoint, Endpoint::Manifest { .. });
-        if !is_manifest
-            || authorization == Authorization::Granted
-            || !matches!(response.kind, ResponseKind::UnprovenDigest(_))
-        {
-            return Some(response);
-        }
-        if response.body.is_some() {
+        let needs_bytes = matches!(upstream_request.endpoint, Endpoint::Manifest { .. })
+            && authorization != Authorization::Granted
+            && matches!(response.kind, ResponseKind::UnprovenDigest(_))
+            && response.body.is_none();
+        if !needs_bytes {
             return Some(response);
         }
         Some(match self.fetch_manifest(upstream_request.clone()).await {
@@ -181,16 +163,6 @@ impl ProxyService {
         )
     }
 
-    /// Queue demand of this request.
-    pub(super) fn demand(&self, upstream_request: &UpstreamRequest) -> Demand {
-        let demand = upstream_request.caller.demand(&upstream_request.endpoint);
-        let is_last = demand.class == Class::Interactive && self.may_be_fabricated(upstream_request);
-        Demand {
-            class: if is_last { Class::Bulk } else { demand.class },
-            ..demand
-        }
-    }
-
     /// One coalesced `HEAD` for all callers with the same key. Its response is recorded even if it arrives late.
     pub(super) fn coalesced_head(
         self: &Arc<Self>,
@@ -199,7 +171,7 @@ impl ProxyService {
         let key = CoalesceKey::new(self, upstream_request);
         let is_fabricated = self.may_be_fabricated(upstream_request);
         self.revalidations
-            .share_for(key, self.demand(upstream_request), |waiters| {
+            .share_for(key, upstream_request.demand(is_fabricated), |waiters| {
                 if !is_fabricated {
                     waiters.detach();
                 }
@@ -368,24 +340,12 @@ impl ProxyService {
             caller,
             ..
         } = upstream_request;
-        let tag = match &upstream_request.endpoint {
-            Endpoint::Manifest {
-                reference: Reference::Tag(tag),
-                ..
-            } => Some(tag),
-            _ => None,
-        };
-        let rule = registry.rule(repository, tag);
-        let context = self
-            .context_of(
-                registry,
-                repository,
-                upstream_request.client_credential(),
-                (caller.peer, &caller.trace),
-            )
+        let account = self.account(registry, repository, upstream_request.client_credential());
+        let grants = self
+            .grants_of(registry, repository, caller.principal, account)
             .await;
-        let state = context.state(rule, ContentKind::Tag, None, true, self.clock.now());
-        state.authorization
+        let rule = registry.rule(repository, upstream_request.tag());
+        authorize_by(rule, &grants, true, self.clock.now())
     }
 
     /// Classification of `response` for a client with this state, or for the cache itself (`None`), which is authorized.

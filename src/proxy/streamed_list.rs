@@ -121,7 +121,7 @@ impl CacheCopy {
                     Ok(())
                 }
             });
-            super::cache_view::log_store_error(stored.await, "store long list");
+            super::log_store_error(stored.await, "store long list");
         });
     }
 }

@@ -9,7 +9,7 @@ use super::run::Outcome;
 use super::{ProxyService, RefreshResult};
 use crate::oci::manifest::{DescriptorKind, ManifestKind};
 use crate::oci::{Digest, UpstreamFailure};
-use crate::proxy::candidates::Candidates;
+use crate::proxy::evidence::Candidates;
 use crate::proxy::manifest_fetch::UpstreamRequest;
 use crate::store::View;
 use crate::store::manifests::StoredManifest;

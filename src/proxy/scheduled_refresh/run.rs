@@ -8,7 +8,7 @@ use crate::oci::{Accept, Algorithm, Digest, Endpoint, Reference, Repository, Ups
 use crate::policy::refresh::{Failures, Phase, RefreshPolicy, TagFacts};
 use crate::policy::{Completeness, Revalidation};
 use crate::proxy::UpstreamCaches;
-use crate::proxy::candidates::Candidates;
+use crate::proxy::evidence::Candidates;
 use crate::proxy::manifest_fetch::UpstreamRequest;
 use crate::store::View;
 use crate::store::manifests::StoredManifest;

@@ -1,15 +1,159 @@
-//! Candidates: cached manifests that may be served for a tag or a digest.
+//! Evidence for the decision about a manifest: the cached manifests that may be served, read from the store.
+//!
+//! A read error is logged and counts as a miss.
 
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::cache_view::CacheView;
-use super::{AuthContext, ProxyService, Request, UpstreamRegistry};
+use super::cooling::{TagClient, TagFacts};
+use super::pipeline::ReadContext;
+use super::{ProxyService, UpstreamRegistry};
 use crate::oci::{Accept, AnyDigest, Digest, Repository, Tag};
-use crate::policy::rules::EffectivePolicy;
 use crate::policy::{CacheState, CachedEntry, Completeness, ContentKind, Presence};
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::{ResolvedTag, TagKey, TagReader};
+use crate::store::{StoreError, View};
+
+/// The state of a request for a manifest, and the cached manifests that it describes.
+pub(super) struct Evidence {
+    pub(super) state: CacheState,
+    pub(super) candidates: Option<Candidates>,
+}
+
+impl Evidence {
+    /// `state` with these candidates for its tag.
+    pub(super) fn of_tag(state: &CacheState, (candidates, cooling): TagFacts) -> Self {
+        let state = CacheState {
+            cached: candidates.as_ref().map(Candidates::entry),
+            blocked: candidates.as_ref().and_then(Candidates::blocked),
+            cooling,
+            ..*state
+        };
+        Self { state, candidates }
+    }
+}
+
+impl ReadContext<'_> {
+    /// Evidence for a tag and this client, or for the operator (`None`).
+    pub(super) async fn tag_evidence(&self, tag: &Tag, client: Option<TagClient>) -> Evidence {
+        let facts = self.tag_facts(tag, client, self.request.now).await;
+        Evidence::of_tag(&self.state(ContentKind::Tag, None, true), facts)
+    }
+
+    /// Evidence for the manifest of this digest.
+    pub(super) async fn digest_evidence(&self, digest: &AnyDigest) -> Evidence {
+        let (candidates, is_in_repository) = match digest {
+            AnyDigest::Supported(digest) => self.candidate_for_digest(*digest).await,
+            AnyDigest::Unsupported(_) => (None, false),
+        };
+        let entry = candidates.as_ref().map(Candidates::entry);
+        let blocked = match digest {
+            AnyDigest::Supported(digest) => self.blocked(*digest),
+            AnyDigest::Unsupported(_) => None,
+        };
+        let state = self
+            .state(ContentKind::Manifest, entry, is_in_repository)
+            .with_blocked(blocked)
+            .with_cooling(self.digest_facts(digest).await);
+        Evidence { state, candidates }
+    }
+
+    /// Candidate for a manifest digest, and whether the digest belongs to the repository.
+    pub(super) async fn candidate_for_digest(&self, digest: Digest) -> (Option<Candidates>, bool) {
+        let now = self.request.now;
+        self.proxy
+            .read_cache(&self.request.registry, self.repository, move |cached| {
+                (
+                    cached.candidate_for_digest(&digest, now),
+                    cached.is_member(&digest),
+                )
+            })
+            .await
+    }
+}
+
+/// Cached content of one repository in one view of the store.
+pub(super) struct CacheView<'a> {
+    pub(super) proxy: &'a ProxyService,
+    pub(super) view: &'a View<'a>,
+    pub(super) registry: &'a UpstreamRegistry,
+    pub(super) repository: &'a Repository,
+}
+
+impl CacheView<'_> {
+    pub(super) fn manifest(&self, digest: &Digest) -> Option<Arc<StoredManifest>> {
+        let image = format_args!("{}@{digest}", self.repository);
+        self.proxy
+            .cached(self.registry, &image, self.view.manifest(digest))
+    }
+
+    /// Whether the upstream is known to have `digest` in this repository.
+    pub(super) fn is_member(&self, digest: &Digest) -> bool {
+        self.view.is_member(self.registry.name(), self.repository, digest)
+    }
+}
+
+impl ProxyService {
+    /// The value read for `image`; `None` after an error, which is logged. The store counts the error.
+    pub(super) fn cached<T>(
+        &self,
+        registry: &UpstreamRegistry,
+        image: &dyn Display,
+        read: Result<Option<T>, StoreError>,
+    ) -> Option<T> {
+        read.unwrap_or_else(|fault| {
+            if let Some(skipped) = self.unreadable.admits() {
+                tracing::warn!(upstream = registry.name(), %image, %fault, skipped,
+                    "failed to read store, treating request as a miss");
+            }
+            None
+        })
+    }
+
+    /// Runs `read` on this repository: from memory if possible, else on a blocking thread. `read` must have no side
+    /// effects, because it may run twice.
+    pub(super) async fn read_cache<T: Send + 'static>(
+        self: &Arc<Self>,
+        registry: &Arc<UpstreamRegistry>,
+        repository: &Repository,
+        read: impl Fn(&CacheView<'_>) -> T + Send + 'static,
+    ) -> T {
+        let found = self.store.in_memory(|view| {
+            read(&CacheView {
+                proxy: self,
+                view,
+                registry,
+                repository,
+            })
+        });
+        if let Some(found) = found {
+            return found;
+        }
+        let (proxy, registry, repository) = (Arc::clone(self), Arc::clone(registry), repository.clone());
+        let on_disk = self.store.on_disk(move |view| {
+            read(&CacheView {
+                proxy: &proxy,
+                view,
+                registry: &registry,
+                repository: &repository,
+            })
+        });
+        // Boxed, so that the future of a request served from memory stays small.
+        Box::pin(on_disk).await
+    }
+
+    pub(super) async fn cached_manifest(
+        self: &Arc<Self>,
+        registry: &Arc<UpstreamRegistry>,
+        repository: &Repository,
+        digest: &Digest,
+    ) -> Option<Arc<StoredManifest>> {
+        let digest = *digest;
+        self.read_cache(registry, repository, move |cached| cached.manifest(&digest))
+            .await
+    }
+}
 
 /// A cached manifest, and when the upstream last confirmed it for the tag.
 #[derive(Clone)]
@@ -68,6 +212,16 @@ impl Candidates {
 }
 
 impl ProxyService {
+    /// Whether the operator blocked this digest in this repository. Reads memory only.
+    pub(super) fn is_blocked(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        digest: &Digest,
+    ) -> bool {
+        self.store.block_of(registry.name(), repository, digest).is_some()
+    }
+
     /// Candidates for a tag and a client with this `Accept`, or for the operator (`None`).
     pub(super) async fn candidates_for_tag(
         self: &Arc<Self>,
@@ -87,50 +241,6 @@ impl ProxyService {
             cached.candidates_for_tag(&key, reader)
         })
         .await
-    }
-
-    /// Candidate for a manifest digest, and whether the digest belongs to the repository.
-    pub(super) async fn candidate_for_digest(
-        self: &Arc<Self>,
-        registry: &Arc<UpstreamRegistry>,
-        repository: &Repository,
-        digest: &Digest,
-        now: SystemTime,
-    ) -> (Option<Candidates>, bool) {
-        let digest = *digest;
-        self.read_cache(registry, repository, move |cached| {
-            (
-                cached.candidate_for_digest(&digest, now),
-                cached.is_member(&digest),
-            )
-        })
-        .await
-    }
-
-    pub(super) async fn digest_state(
-        self: &Arc<Self>,
-        registry: &Arc<UpstreamRegistry>,
-        (context, rule): (&AuthContext, &EffectivePolicy),
-        repository: &Repository,
-        digest: &AnyDigest,
-        now: SystemTime,
-    ) -> CacheState {
-        let (candidates, is_in_repository) = match digest {
-            AnyDigest::Supported(digest) => {
-                self.candidate_for_digest(registry, repository, digest, now).await
-            }
-            AnyDigest::Unsupported(_) => (None, false),
-        };
-        let entry = candidates.as_ref().map(Candidates::entry);
-        let cooling = self.digest_facts(registry, repository, digest, rule, now).await;
-        let blocked = match digest {
-            AnyDigest::Supported(digest) => self.blocked(registry, repository, *digest),
-            AnyDigest::Unsupported(_) => None,
-        };
-        context
-            .state(rule, ContentKind::Manifest, entry, is_in_repository, now)
-            .with_blocked(blocked)
-            .with_cooling(cooling)
     }
 
     /// How much of a manifest's content is cached.
@@ -275,19 +385,5 @@ impl CacheView<'_> {
         let arriving = |digest: &Digest| self.is_arriving(digest);
         self.view
             .is_image_complete(self.registry.name(), self.repository, manifest, &arriving)
-    }
-}
-
-impl Request {
-    /// The requested tag, if the request is by tag.
-    pub(super) fn tag(&self) -> Option<&Tag> {
-        use crate::oci::{Endpoint, Reference};
-        match &self.endpoint {
-            Endpoint::Manifest {
-                reference: Reference::Tag(tag),
-                ..
-            } => Some(tag),
-            _ => None,
-        }
     }
 }
