@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use globset::{Candidate, Glob, GlobBuilder, GlobMatcher, GlobSet, GlobSetBuilder};
 
+use super::authz::GrantTtls;
 use super::min_age::{AgeLimit, AgeOverrides};
 use super::refresh::{RefreshOverrides, RefreshPolicy};
 use super::{OnNotFound, Policy};
@@ -108,6 +109,14 @@ impl StaleLimit {
 }
 
 impl EffectivePolicy {
+    /// Lifetimes of a grant.
+    pub fn grant_ttls(&self) -> GrantTtls {
+        GrantTtls {
+            grant_ttl: self.grant_ttl,
+            grant_ttl_offline: self.grant_ttl_offline,
+        }
+    }
+
     /// Returns this policy with `changes`, under another name.
     #[must_use]
     pub fn with_overrides(&self, name: Arc<str>, changes: &PolicyOverrides) -> Self {

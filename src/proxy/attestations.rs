@@ -69,7 +69,7 @@ impl Attestations {
     }
 
     /// The attestation of this image, if it was not fetched yet.
-    fn pending(
+    pub(super) fn pending(
         &self,
         registry: &UpstreamRegistry,
         repository: &Repository,
@@ -78,16 +78,6 @@ impl Attestations {
         let key = (registry.name().into(), repository.clone(), *image);
         let attestation = self.by_image.get(&key)?;
         self.fetched.get(&key).is_none().then_some((key, attestation))
-    }
-
-    /// Whether the image has an attestation that was not fetched yet.
-    pub(super) fn has_pending(
-        &self,
-        registry: &UpstreamRegistry,
-        repository: &Repository,
-        image: &Digest,
-    ) -> bool {
-        self.pending(registry, repository, image).is_some()
     }
 }
 

@@ -401,7 +401,7 @@ impl BlobRequest<'_> {
 
     /// Whether this principal has a current grant in this repository.
     fn is_authorized_here(&self) -> bool {
-        self.authorization() == Authorization::Granted
+        self.authorization(true) == Authorization::Granted
     }
 
     async fn read(

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use http::HeaderValue;
 
 use super::pipeline::ReadContext;
-use super::{Denied, ProxyResponse, ProxyService, UpstreamRegistry};
+use super::{Denied, ProxyService, UpstreamRegistry};
 use crate::oci::{Repository, UpstreamFailure};
 use crate::policy::DenyReason;
 use crate::store::challenges::StoredChallenge;
@@ -55,21 +55,14 @@ impl ProxyService {
 }
 
 impl ReadContext<'_> {
-    /// Replaces an outage error with the upstream's challenge, if the client sent no credential.
-    pub(super) async fn challenge_instead_of_error(&self, outcome: ProxyResponse) -> ProxyResponse {
+    /// The upstream's challenge in place of an outage error, if the client sent no credential.
+    pub(super) async fn challenge_instead_of_error(&self, refused: &Denied) -> Option<Denied> {
         let (proxy, request, repository) = (self.proxy, self.request, self.repository);
-        let ProxyResponse::Denied(Denied {
-            reason: refusal,
-            response,
-            ..
-        }) = &outcome
-        else {
-            return outcome;
-        };
-        let answered = response
+        let answered = refused
+            .response
             .as_ref()
             .is_some_and(|response| response.failure().is_none());
-        let is_unavailable = match refusal {
+        let is_unavailable = match refused.reason {
             DenyReason::UpstreamUnavailable(_)
             | DenyReason::StaleLimitExceeded(_)
             | DenyReason::Incomplete(_) => !answered,
@@ -85,11 +78,9 @@ impl ReadContext<'_> {
             || request.registry.is_shared()
             || proxy.public_since(&request.registry, repository).await.is_some()
         {
-            return outcome;
+            return None;
         }
-        let Some(stored) = proxy.cached_challenge(template_key(&request.registry)).await else {
-            return outcome;
-        };
+        let stored = proxy.cached_challenge(template_key(&request.registry)).await?;
         let lines = stored.lines.iter().map(|line| {
             substitute_repository(&request.registry, line, (REPOSITORY_SLOT, repository.as_str()))
         });
@@ -100,7 +91,7 @@ impl ReadContext<'_> {
                 .collect(),
             ..UpstreamResponse::unavailable(UpstreamFailure::Offline)
         };
-        ProxyResponse::Denied(Denied {
+        Some(Denied {
             reason: DenyReason::AuthRequired,
             response: Some(Arc::new(response)),
             proxy_credential: false,

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use tokio::time::Instant;
 
-use super::evidence::{CacheView, Candidates, Evidence};
+use super::evidence::{CacheView, Candidates, Evidence, TagClient, TagFacts};
 use super::log_store_error;
 use super::manifest_fetch::UpstreamRequest;
 use super::pipeline::ReadContext;
@@ -18,14 +18,14 @@ use super::prefetch::ContentKey;
 use super::revalidate::Revalidated;
 use super::{ProxyService, UpstreamRegistry};
 use crate::age;
-use crate::oci::{Accept, Digest, MediaType, Reference, Repository, Tag};
+use crate::oci::{Digest, MediaType, Reference, Repository, Tag};
 use crate::policy::min_age::{AgeEvidence, AgeLimit, Maturity, YoungDigest, evident_time};
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{AgeFacts, Completeness, OlderDigest, Presence, Revalidation};
 use crate::store::manifests::StoredManifest;
+use crate::store::tags::TagKey;
 use crate::store::tags::sightings::{Seen, SightTime, SightingKey, Sightings};
-use crate::store::tags::{TagKey, TagReader};
-use crate::upstream::{Caller, ResponseKind, UpstreamResponse};
+use crate::upstream::{ResponseKind, UpstreamResponse};
 
 /// Check of this host's clock by the `Date` of one registry's responses, and the time that has passed since. Each
 /// registry has its own, so that a `Date` in the future concerns the images of its sender alone.
@@ -112,26 +112,6 @@ impl Default for CooledTags {
     }
 }
 
-/// Client for which the image of a tag is chosen. A registry's response depends on both.
-#[derive(Clone)]
-pub(super) struct TagClient {
-    accept: Accept,
-    principal: [u8; 32],
-}
-
-impl TagClient {
-    pub(super) fn new(accept: &Accept, caller: &Caller) -> Self {
-        Self {
-            accept: accept.clone(),
-            principal: caller.principal,
-        }
-    }
-
-    fn reader(client: Option<&Self>) -> TagReader<'_> {
-        client.map_or(TagReader::Operator, |client| TagReader::Client(&client.accept))
-    }
-}
-
 /// Time for which a 404 for an older digest is remembered, so that each pull does not request it again.
 const GONE_TTL: Duration = Duration::from_secs(300);
 
@@ -169,32 +149,7 @@ impl GoneDigests {
     }
 }
 
-/// The candidates for a tag, and whether they are old enough if a minimum age applies.
-pub(super) type TagFacts = (Option<Candidates>, Option<AgeFacts>);
-
 impl ReadContext<'_> {
-    /// Candidates for a tag and this client, or for the operator (`None`). If a minimum age applies, they begin with the
-    /// newest manifest that is old enough, or with one that is too young if there is no other.
-    pub(super) async fn tag_facts(&self, tag: &Tag, client: Option<TagClient>, now: SystemTime) -> TagFacts {
-        let registry = &self.request.registry;
-        let key = TagKey {
-            upstream: registry.name().into(),
-            repository: self.repository.clone(),
-            tag: tag.clone(),
-        };
-        let (limit, now) = (self.rule.age_limit, registry.checked_time().bound(now));
-        self.proxy
-            .read_cache(registry, self.repository, move |cached| {
-                if limit.is_on() {
-                    cached.mature_candidates(&key, client.as_ref(), &limit, now)
-                } else {
-                    let reader = TagClient::reader(client.as_ref());
-                    (cached.candidates_for_tag(&key, reader), None)
-                }
-            })
-            .await
-    }
-
     /// The evidence after a revalidation, with the maturity of the digest that the upstream named. The candidates are
     /// chosen again, because the response may have recorded a sighting and a `Date`. If an older image can be served at
     /// once, `deadline` bounds the wait for the age of a digest whose age is unknown.
@@ -534,7 +489,7 @@ impl CacheView<'_> {
     }
 
     /// Candidates that are old enough. If there are none, the newest manifest, marked as too young in [`AgeFacts`].
-    fn mature_candidates(
+    pub(super) fn mature_candidates(
         &self,
         key: &TagKey,
         client: Option<&TagClient>,

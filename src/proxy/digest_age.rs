@@ -57,9 +57,6 @@ impl ReadContext<'_> {
             ProxyResponse::ManifestHead { digest, .. } => (*digest, None),
             _ => return,
         };
-        if !registry.rule(repository, None).age_limit.is_on_by_digest() {
-            return;
-        }
         let upstream: Arc<str> = registry.name().into();
         let key = |digest| (Arc::clone(&upstream), repository.clone(), digest);
         // Any client can pull a referrers tag at once, so it says nothing about the age of what it lists.

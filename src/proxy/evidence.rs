@@ -6,11 +6,10 @@ use std::fmt::Display;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::cooling::{TagClient, TagFacts};
 use super::pipeline::ReadContext;
 use super::{ProxyService, UpstreamRegistry};
 use crate::oci::{Accept, AnyDigest, Digest, Repository, Tag};
-use crate::policy::{CacheState, CachedEntry, Completeness, ContentKind, Presence};
+use crate::policy::{AgeFacts, CacheState, CachedEntry, Completeness, ContentKind, Presence};
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::{ResolvedTag, TagKey, TagReader};
 use crate::store::{StoreError, View};
@@ -34,11 +33,57 @@ impl Evidence {
     }
 }
 
+/// Client for which the image of a tag is chosen. A registry's response depends on both.
+#[derive(Clone)]
+pub(super) struct TagClient {
+    pub(super) accept: Accept,
+    pub(super) principal: [u8; 32],
+}
+
+impl TagClient {
+    pub(super) fn reader(client: Option<&Self>) -> TagReader<'_> {
+        client.map_or(TagReader::Operator, |client| TagReader::Client(&client.accept))
+    }
+}
+
+/// The candidates for a tag, and whether they are old enough if a minimum age applies.
+pub(super) type TagFacts = (Option<Candidates>, Option<AgeFacts>);
+
 impl ReadContext<'_> {
     /// Evidence for a tag and this client, or for the operator (`None`).
     pub(super) async fn tag_evidence(&self, tag: &Tag, client: Option<TagClient>) -> Evidence {
         let facts = self.tag_facts(tag, client, self.request.now).await;
         Evidence::of_tag(&self.state(ContentKind::Tag, None, true), facts)
+    }
+
+    /// Candidates for a tag and this client, or for the operator (`None`). If a minimum age applies, they begin with the
+    /// newest manifest that is old enough, or with one that is too young if there is no other.
+    pub(super) async fn tag_facts(&self, tag: &Tag, client: Option<TagClient>, now: SystemTime) -> TagFacts {
+        let registry = &self.request.registry;
+        let key = TagKey {
+            upstream: registry.name().into(),
+            repository: self.repository.clone(),
+            tag: tag.clone(),
+        };
+        let (limit, now) = (self.rule.age_limit, registry.checked_time().bound(now));
+        self.proxy
+            .read_cache(registry, self.repository, move |cached| {
+                if limit.is_on() {
+                    cached.mature_candidates(&key, client.as_ref(), &limit, now)
+                } else {
+                    let reader = TagClient::reader(client.as_ref());
+                    (cached.candidates_for_tag(&key, reader), None)
+                }
+            })
+            .await
+    }
+
+    /// The client for which the image of a tag is chosen.
+    pub(super) fn tag_client(&self) -> TagClient {
+        TagClient {
+            accept: self.request.accept.clone(),
+            principal: self.caller.principal,
+        }
     }
 
     /// Evidence for the manifest of this digest.

@@ -283,18 +283,13 @@ impl ProxyService {
         .await;
     }
 
-    /// Whether a write was in progress at any time since the request arrived.
-    fn overlaps_write(upstream_request: &UpstreamRequest) -> bool {
+    /// Marks a tag as invalidated if a write was in progress at any time since the request arrived.
+    async fn invalidate_if_concurrent(&self, upstream_request: &UpstreamRequest, reference: &Reference) {
         let begun = upstream_request
             .registry
             .write_generations()
             .begun(&upstream_request.repository);
-        upstream_request.writes.begun != Some(begun)
-    }
-
-    /// Marks a tag as invalidated if its response overlapped a write.
-    async fn invalidate_if_concurrent(&self, upstream_request: &UpstreamRequest, reference: &Reference) {
-        if !Self::overlaps_write(upstream_request) || !matches!(reference, Reference::Tag(_)) {
+        if upstream_request.writes.begun == Some(begun) || !matches!(reference, Reference::Tag(_)) {
             return;
         }
         let key = InvalidationKey {

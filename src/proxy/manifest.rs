@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use tokio::time::{Instant, timeout_at};
 
-use super::cooling::TagClient;
 use super::evidence::{CachedManifest, Candidates, Evidence};
 use super::manifest_fetch::UpstreamRequest;
 use super::pipeline::{ReadContext, denied, denied_after};
@@ -47,22 +46,12 @@ impl ReadContext<'_> {
                 evidence
             }
         };
-        self.execute_manifest(evidence).await
-    }
-
-    /// Executes the decision about a manifest.
-    pub(super) async fn execute_manifest(&self, evidence: Evidence) -> ProxyResponse {
         ManifestRequest::new(self).execute(evidence).await
-    }
-
-    /// The client for which the image of a tag is chosen.
-    pub(super) fn tag_client(&self) -> TagClient {
-        TagClient::new(&self.request.accept, &self.caller)
     }
 }
 
 /// One request for a manifest.
-struct ManifestRequest<'a> {
+pub(super) struct ManifestRequest<'a> {
     read: &'a ReadContext<'a>,
     /// If there is a cached fallback, the time at which it is served instead of a response of the upstream.
     deadline: Instant,
@@ -77,7 +66,7 @@ impl<'a> Deref for ManifestRequest<'a> {
 }
 
 impl<'a> ManifestRequest<'a> {
-    fn new(read: &'a ReadContext<'a>) -> Self {
+    pub(super) fn new(read: &'a ReadContext<'a>) -> Self {
         let deadline = Instant::now() + read.rule.revalidate_timeout;
         Self { read, deadline }
     }
@@ -91,7 +80,7 @@ impl<'a> ManifestRequest<'a> {
 
     /// Executes the decision: revalidates and decides again, then fetches or probes layers. If that fails, a last
     /// decision chooses the fallback.
-    async fn execute(&self, evidence: Evidence) -> ProxyResponse {
+    pub(super) async fn execute(&self, evidence: Evidence) -> ProxyResponse {
         match decide(&evidence.state) {
             Decision::Revalidate => {
                 let revalidated = self.revalidate(&evidence.state).await;

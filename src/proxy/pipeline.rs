@@ -17,7 +17,7 @@ use super::{
     invalidation,
 };
 use crate::oci::{Accept, Digest, Endpoint, RangeRequest, Reference, Repository};
-use crate::policy::authz::{GrantEvidence, GrantTtls, authorize};
+use crate::policy::authz::{GrantEvidence, authorize};
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{
     AgeFacts, Authorization, CacheState, CachedEntry, ContentKind, CredentialOwner, Decision, DenyReason,
@@ -151,7 +151,10 @@ impl<'a> ReadContext<'a> {
     /// Checks the response by what it gives out, and records its use.
     async fn finish(&self, outcome: ProxyResponse) -> ProxyResponse {
         let outcome = self.refuse_blocked(outcome);
-        self.record_served_from(&outcome);
+        let by_digest = self.request.registry.rule(self.repository, None);
+        if by_digest.age_limit.is_on_by_digest() {
+            self.record_served_from(&outcome);
+        }
         match &outcome {
             ProxyResponse::Manifest(manifest, _) => {
                 let content = ContentId::Manifest(manifest.digest);
@@ -162,9 +165,13 @@ impl<'a> ReadContext<'a> {
                 self.proxy.store.touch(ContentId::Blob(*digest), self.request.now);
                 self.on_blob_served(*digest);
             }
+            ProxyResponse::Denied(refused) => {
+                let challenge = self.challenge_instead_of_error(refused).await;
+                return challenge.map_or(outcome, ProxyResponse::Denied);
+            }
             _ => {}
         }
-        self.challenge_instead_of_error(outcome).await
+        outcome
     }
 
     /// Replaces a response that would give out a blocked digest, and adds to the denial who blocked it. A tag's digest may
@@ -203,7 +210,7 @@ impl<'a> ReadContext<'a> {
             kind,
             cached,
             blocked: None,
-            authorization: authorize_by(rule, &self.grants, is_in_repository, self.request.now),
+            authorization: self.authorization(is_in_repository),
             revalidation: Revalidation::NotDone,
             on_not_found: rule.on_not_found,
             max_age: rule.max_age,
@@ -213,16 +220,20 @@ impl<'a> ReadContext<'a> {
         }
     }
 
-    /// Authorization of the caller for content of this repository.
-    pub(super) fn authorization(&self) -> Authorization {
-        authorize_by(self.rule, &self.grants, true, self.request.now)
+    /// Authorization of the caller. `is_in_repository`: whether the content was seen here.
+    pub(super) fn authorization(&self, is_in_repository: bool) -> Authorization {
+        let evidence = GrantEvidence {
+            is_in_repository,
+            ..self.grants
+        };
+        authorize(&evidence, &self.rule.grant_ttls(), self.request.now)
     }
 
     /// True if the caller has no grant in the repository, not even an expired one. For such a caller a digest is
     /// looked up only after the upstream authorizes it, and the upstream request is the same whether or not the
     /// content is cached. So neither the time of a denial nor the upstream traffic reveals what is cached.
     pub(super) fn has_no_grant(&self) -> bool {
-        self.authorization() == Authorization::Unknown
+        self.authorization(true) == Authorization::Unknown
     }
 
     /// The digest, if the operator blocked it here: input of the decision.
@@ -247,24 +258,6 @@ impl<'a> ReadContext<'a> {
             .classify(&self.request.registry, self.repository, response)
             .await
     }
-}
-
-/// Authorization by these grants under this policy.
-pub(super) fn authorize_by(
-    rule: &EffectivePolicy,
-    grants: &GrantEvidence,
-    is_in_repository: bool,
-    now: SystemTime,
-) -> Authorization {
-    let ttls = GrantTtls {
-        grant_ttl: rule.grant_ttl,
-        grant_ttl_offline: rule.grant_ttl_offline,
-    };
-    let evidence = GrantEvidence {
-        is_in_repository,
-        ..*grants
-    };
-    authorize(&evidence, &ttls, now)
 }
 
 pub(super) fn denied(

@@ -106,9 +106,10 @@ impl ReadContext<'_> {
         // Asked after the wait for the upstream: content may have been removed since.
         let misses_blobs = !proxy.is_complete(registry, repository, manifest).await;
         if !misses_blobs
-            && !proxy
+            && proxy
                 .attestations
-                .has_pending(registry, repository, &manifest.digest)
+                .pending(registry, repository, &manifest.digest)
+                .is_none()
         {
             return;
         }
@@ -212,11 +213,14 @@ impl ProxyService {
             upstream_request.repository.clone(),
             manifest.digest,
         );
-        let misses_attestation = self.attestations.has_pending(
-            &upstream_request.registry,
-            &upstream_request.repository,
-            &manifest.digest,
-        );
+        let misses_attestation = self
+            .attestations
+            .pending(
+                &upstream_request.registry,
+                &upstream_request.repository,
+                &manifest.digest,
+            )
+            .is_some();
         if missing.is_empty() && !misses_attestation {
             return StartedDownloads::default();
         }

@@ -18,6 +18,7 @@ use tokio::time::timeout;
 
 use super::evidence::{CacheView, Candidates, Evidence};
 use super::listing::cached_list_response;
+use super::manifest::ManifestRequest;
 use super::manifest_fetch::CoalesceKey;
 use super::pipeline::{ReadContext, denied, denied_after};
 use super::revalidate::Revalidated;
@@ -122,7 +123,8 @@ impl ReadContext<'_> {
                 state.max_age = state.max_age.max(self.rule.grant_ttl);
             }
             let candidates = Some(candidates);
-            return self.execute_manifest(Evidence { state, candidates }).await;
+            let evidence = Evidence { state, candidates };
+            return ManifestRequest::new(self).execute(evidence).await;
         }
         let referrers_request = ReferrersRequest::new(self, subject, &Query::default()).await;
         let is_kept = matches!(referrers_request.fallback, Some(Fallback::Cached(_)));
@@ -144,7 +146,8 @@ impl ReadContext<'_> {
                     .await;
             }
         }
-        let fetching = self.execute_manifest(Evidence {
+        let manifest_request = ManifestRequest::new(self);
+        let fetching = manifest_request.execute(Evidence {
             state: self.state(ContentKind::Tag, None, true),
             candidates: None,
         });

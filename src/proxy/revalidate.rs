@@ -7,9 +7,10 @@ use tokio::time::Instant;
 use super::local_tokens::is_local_token;
 use super::log_store_error;
 use super::manifest_fetch::{CoalesceKey, UpstreamRequest};
-use super::pipeline::{ReadContext, authorize_by};
+use super::pipeline::ReadContext;
 use super::{ProxyService, UpstreamRegistry};
 use crate::oci::{AnyDigest, Digest, Endpoint, MediaType, Reference, Repository, UpstreamFailure};
+use crate::policy::authz::{GrantEvidence, authorize};
 use crate::policy::{Authorization, CacheState, CredentialOwner, Presence, Revalidation};
 use crate::queue::Class;
 use crate::single_flight::SharedCall;
@@ -344,8 +345,12 @@ impl ProxyService {
         let grants = self
             .grants_of(registry, repository, caller.principal, account)
             .await;
+        let evidence = GrantEvidence {
+            is_in_repository: true,
+            ..grants
+        };
         let rule = registry.rule(repository, upstream_request.tag());
-        authorize_by(rule, &grants, true, self.clock.now())
+        authorize(&evidence, &rule.grant_ttls(), self.clock.now())
     }
 
     /// Classification of `response` for a client with this state, or for the cache itself (`None`), which is authorized.
