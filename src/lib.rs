@@ -10,7 +10,7 @@
 //! 1. [`oci`]: values and grammar of the protocol; [`trace_context`]: W3C Trace Context; [`clock`]. Pure. And
 //!    [`terminal`]: the only writer to standard output and standard error.
 //! 2. [`policy`]: the decision, and [`policy::authz`]: authorization. Pure, without a clock.
-//! 3. [`store`] (disk), [`upstream`] (network to registries), [`telemetry`] (logs, metrics, decision log),
+//! 3. [`store`] (disk), [`upstream`] (network to registries), [`bucket`] (object storage), [`telemetry`] (logs, metrics, decision log),
 //!    [`queue`] (admission), [`single_flight`] (request coalescing).
 //! 4. [`download`]: one transfer per blob with many readers; [`archive`]: export and import of images as files.
 //! 5. [`proxy`]: the pull-through request pipeline.
@@ -24,6 +24,7 @@
 pub mod admin;
 pub mod age;
 pub mod archive;
+pub mod bucket;
 pub mod ca;
 pub mod cli;
 pub mod clock;

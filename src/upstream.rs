@@ -17,7 +17,7 @@
 //!   `probe`, `rate_limit`, `retry_after` and `quirks`.
 //! * Rules about addresses: `origin`, `ip_scope`, `redirect_rules`, `proxy_rules`, `no_proxy` and `location`.
 //! * Forwarding of clients' requests: `forward` (to the registry), `token_forward` (to its token service)
-//!   and `tunnel` (CONNECT).
+//!   and `tunnel` (CONNECT). `plain_client` is for services that are no registries.
 
 use std::fmt;
 use std::sync::Arc;
@@ -46,6 +46,7 @@ mod location;
 mod no_proxy;
 mod observer;
 pub mod origin;
+mod plain_client;
 mod probe;
 mod proof;
 mod proxy_rules;
@@ -74,6 +75,7 @@ pub use failover::ServedStore;
 pub use health::{FailureScope, RequestKind, WaitLimit};
 pub use observer::{ObservedRequest, Observer};
 pub use origin::{Origin, OriginError};
+pub use plain_client::{PlainBody, PlainClient, PlainFailure, PlainSettings};
 pub use proxy_rules::{ProxyChoice, ProxyError};
 pub use quirks::Quirk;
 pub use rate_limit::{Pause, PullQuota, QuotaOwner};

@@ -45,10 +45,12 @@ const MODULES: &[Module] = &[
     module("terminal", 1, &[], &[]),
     // Decisions. Time is an argument.
     module("policy", 2, &[], &["clock"]),
-    // Resources. They use neither each other nor decisions. All may wait in a queue.
+    // Resources. They use neither decisions nor each other, except that all may wait in a queue and that a bucket is
+    // requested by the HTTP client for upstreams.
     module("store", 3, &[], &["policy", "clock"]),
     module("queue", 3, &[], &["oci", "clock", "trace_context", "policy"]),
     module("upstream", 3, &["queue"], &["policy", "clock"]),
+    module("bucket", 3, &["upstream"], &["policy", "clock"]),
     module("telemetry", 3, &[], &["clock"]),
     module("single_flight", 3, &["queue"], &["oci", "clock", "policy"]),
     // Shared downloads. Uses upstream responses and takes no decision.
@@ -126,6 +128,7 @@ const VENDORS: &[(&str, &[&str])] = &[
         &["server/tls.rs", "server/tls/", "server/tls/leaf_issuer.rs"],
     ),
     ("x509_parser", &["server/tls/client_cert.rs", "upstream/tls/"]),
+    ("object_store", &["bucket/s3.rs", "bucket/connector.rs"]),
     ("opentelemetry", &["otlp.rs"]),
     ("opentelemetry_otlp", &["otlp.rs"]),
     ("opentelemetry_sdk", &["otlp.rs"]),
@@ -142,7 +145,7 @@ const TLS: &[&str] = &[
     "doctor/http_probe.rs",
 ];
 
-/// Five files of `upstream` use it: the client, forwarding, the connector, the resolver, and the proxy rules, which
+/// Six files of `upstream` use it: both clients, forwarding, the connector, the resolver, and the proxy rules, which
 /// hyper-util reads from the environment.
 const HTTP: &[&str] = &[
     "server.rs",
@@ -153,6 +156,7 @@ const HTTP: &[&str] = &[
     "upstream/http_client.rs",
     "upstream/connector.rs",
     "upstream/forward.rs",
+    "upstream/plain_client.rs",
     "upstream/tcp.rs",
     "upstream/proxy_rules.rs",
     "doctor/http_probe.rs",

@@ -161,14 +161,22 @@ impl HttpClient {
             .unwrap_or_else(|_| Err(UpstreamFailure::Timeout.into()))
     }
 
+    /// Sends a request and returns its response, even if it is a redirect.
+    pub(super) async fn send_unfollowed(
+        &self,
+        mut request: HttpRequest,
+    ) -> Result<http::Response<Incoming>, HttpFailure> {
+        add_own_headers(&mut request.headers);
+        let within = request.timeout;
+        let response = timeout(within, self.send_once(&request))
+            .await
+            .unwrap_or_else(|_| Err(UpstreamFailure::Timeout.into()))?;
+        check(response.headers())?;
+        Ok(response)
+    }
+
     async fn follow(&self, mut request: HttpRequest) -> Result<HttpResponse, HttpFailure> {
-        request
-            .headers
-            .insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        request.headers.insert(
-            USER_AGENT,
-            HeaderValue::from_static(concat!("ifnewer/", env!("CARGO_PKG_VERSION"))),
-        );
+        add_own_headers(&mut request.headers);
         let (mut from_other_origin, mut at) = (false, None);
         for _ in 0..=REDIRECTS_MAX {
             let sent = self.send_once(&request).await;
@@ -299,6 +307,13 @@ where
         .http2_keep_alive_interval(PING_INTERVAL)
         .http2_keep_alive_timeout(PING_TIMEOUT)
         .build(connector)
+}
+
+/// Adds the headers that every request has.
+fn add_own_headers(headers: &mut HeaderMap) {
+    headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    let agent = concat!("ifnewer/", env!("CARGO_PKG_VERSION"));
+    headers.insert(USER_AGENT, HeaderValue::from_static(agent));
 }
 
 /// Rejects a content coding that was not requested, because stored bytes would not match the digest, and oversized
