@@ -378,6 +378,12 @@ fn with_sources_from<T>(
                 })?;
                 variables.push((name.to_owned(), text));
             }
+            // The credential of a bucket.
+            name if name.starts_with("AWS_") => {
+                if let Ok(text) = value.into_string() {
+                    variables.push((name.to_owned(), text));
+                }
+            }
             _ => {}
         }
     }

@@ -11,6 +11,7 @@
 //! * `load`: sections, and checks across sections. * `limits`: the section `[limits]`. * `policy`: `[default]`, `[[rule]]`.
 //! * `upstream`: upstreams, and those that exist by default. * `upstreams`: the sections `[upstream."name"]`.
 //! * `validate`: unique host names, no request loop.
+//! * `shared`: the section `[shared]`.
 //! * `access`: the sections `[access]` and `[[allow]]`. * `files`: files that settings name.
 //! * `diagnostic`: errors with locations. * `summary`: output of `ifnewer check`. * `show`: output of `ifnewer config`.
 
@@ -27,6 +28,7 @@ mod parsers;
 mod policy;
 mod schema;
 mod setting;
+mod shared;
 mod show;
 mod summary;
 #[cfg(test)]
@@ -50,6 +52,7 @@ pub use diagnostic::Diagnostics;
 pub use env::Flag;
 pub use network::{Network, TunnelRule};
 pub use schema::{KEYS, Key, Section};
+pub use shared::SharedConfig;
 pub use show::{reference, show};
 pub use summary::Summary;
 pub use upstream::{AuthMode, Credential, Proxy, UpstreamConfig, WELL_KNOWN};
@@ -81,6 +84,8 @@ pub struct Config {
     pub tunnels: Vec<TunnelRule>,
     /// Size limits of the store.
     pub store: StoreLimits,
+    /// Storage that several caches share; `None`: there is none.
+    pub shared: Option<SharedConfig>,
     /// Configured registries. Their names and hosts are unique.
     pub upstreams: Vec<UpstreamConfig>,
     /// Effective policy by image.
@@ -264,7 +269,8 @@ pub struct Sources<'a> {
     /// Path of the file, for diagnostics and relative paths. Without a file it is empty, and relative paths start at the
     /// working directory.
     pub origin: &'a Path,
-    /// Environment variables; those without the prefix `IFNEWER_` are ignored.
+    /// Environment variables; those without the prefix `IFNEWER_` are ignored, except for the credential of a bucket
+    /// (`AWS_…`).
     pub variables: Vec<(String, String)>,
     /// Flags of the command line.
     pub flags: Vec<Flag>,

@@ -178,6 +178,11 @@ pub trait Source: Send + 'static {
         std::future::ready(())
     }
 
+    /// Called if the bytes do not match the digest. Returns whether other bytes may come if the blob is opened again.
+    fn rejected(&mut self) -> bool {
+        false
+    }
+
     /// Called at the end of the transfer, with the failure if there was one.
     fn ended(&self, _failure: Option<&DownloadError>) {}
 }

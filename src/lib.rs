@@ -12,7 +12,7 @@
 //! 2. [`policy`]: the decision, and [`policy::authz`]: authorization. Pure, without a clock.
 //! 3. [`store`] (disk), [`upstream`] (network to registries), [`bucket`] (object storage), [`telemetry`] (logs, metrics, decision log),
 //!    [`queue`] (admission), [`single_flight`] (request coalescing).
-//! 4. [`download`]: one transfer per blob with many readers; [`archive`]: export and import of images as files.
+//! 4. [`download`]: one transfer per blob with many readers; [`shared`]: storage that several caches share; [`archive`]: export and import of images as files.
 //! 5. [`proxy`]: the pull-through request pipeline.
 //! 6. [`server`] and [`admin`] (network to clients), [`config`], [`cli`] (with the commands that use the admin
 //!    API), [`demo`], [`process`]; [`setup`] (client configuration), [`ca`] (trust stores), [`doctor`] (whether
@@ -41,6 +41,7 @@ pub mod proxy;
 pub mod queue;
 pub mod server;
 pub mod setup;
+pub mod shared;
 pub mod single_flight;
 pub mod store;
 pub mod telemetry;

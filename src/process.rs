@@ -12,10 +12,12 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tokio::task::{JoinSet, block_in_place};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
 use crate::admin::{self, Admin, AdminAuth, AdminDeps, TokenError};
+use crate::bucket::BucketSettingsError;
 use crate::clock::Clock;
 use crate::config::{self, Config, Diagnostics, Limits};
 use crate::download::{Downloads, ParallelLimits};
@@ -24,6 +26,7 @@ use crate::server::acceptor::Acceptor;
 use crate::server::listener::{InheritedSockets, Listener, SocketFile, bind, bind_unix, listeners};
 use crate::server::tls::{ServerTls, TlsError};
 use crate::server::{Egress, RegistryService, VerifiedBlobs};
+use crate::shared::SharedStorage;
 use crate::store::file_read::BufferPool;
 use crate::store::fs::DirectoryFs;
 use crate::store::{Limits as StoreLimits, OpenError, Settings as StoreSettings, Store};
@@ -31,7 +34,7 @@ use crate::telemetry::Telemetry;
 use crate::terminal;
 use crate::upstream::{Offline, OriginError, SettingsError};
 pub use registry::upstream;
-use registry::{ServedRepositories, SharedState, UpstreamContext, registry};
+use registry::{ServedRepositories, SharedState, UpstreamContext, registry, shared_storage};
 use signals::{Signal, Signals};
 
 /// How long shutdown waits for downloads that have no readers.
@@ -61,6 +64,9 @@ pub enum RunError {
         /// The reason.
         error: SettingsError,
     },
+    /// The shared storage cannot be set up.
+    #[error("[shared]: {0}")]
+    Shared(#[from] BucketSettingsError),
     /// A URL of an upstream is invalid.
     #[error("upstream {name}: {error}")]
     Url {
@@ -118,6 +124,9 @@ pub async fn serve(
     let shared = SharedState::new(&store, &downloads, &context);
     let build = |config: &Config| registry(config, &shared, &context);
     let registry = build(&config)?;
+    let storage = Arc::clone(shared.proxy.shared());
+    storage.configure(shared_storage(&config, &shared)?);
+    let mut is_shared = config.shared.clone();
     registry.activate();
     let registry = Arc::new(ArcSwap::from_pointee(registry));
     let front = RegistryService {
@@ -184,8 +193,15 @@ pub async fn serve(
         let Some(new) = log_config_error(reload()) else {
             continue;
         };
-        match (build(&new), load_certificates(&new)) {
-            (Ok(serving), Ok(certificate)) => {
+        let opened = shared_storage(&new, &shared);
+        let serving = build(&new).and_then(|serving| Ok((serving, opened?)));
+        match (serving, load_certificates(&new)) {
+            (Ok((serving, opened)), Ok(certificate)) => {
+                // Unchanged settings keep what was learned of the bucket, and its uploads.
+                if new.shared != is_shared {
+                    storage.configure(opened);
+                    is_shared.clone_from(&new.shared);
+                }
                 serving.activate();
                 registry.store(Arc::new(serving));
                 tls.store(Arc::new(certificate));
@@ -205,13 +221,21 @@ pub async fn serve(
     systemd::stopping();
     watchdog.abort();
     shutdown.cancel();
-    drain(tasks, &mut signals, &downloads, store).await;
+    let ends = Instant::now() + config.limits.drain;
+    drain(tasks, &mut signals, &downloads, (&storage, ends)).await;
+    // Flushing the index blocks. No other task runs at this point.
+    let _ = tokio::task::spawn_blocking(move || store.close()).await;
     tracing::info!("shutdown complete");
     Ok(())
 }
 
-/// Waits for running requests and downloads within limits, and closes the store.
-async fn drain(mut tasks: JoinSet<()>, signals: &mut Signals, downloads: &Downloads, store: Arc<Store>) {
+/// Waits for running requests, downloads and uploads within limits. Uploads have until `ends`.
+async fn drain(
+    mut tasks: JoinSet<()>,
+    signals: &mut Signals,
+    downloads: &Downloads,
+    (storage, ends): (&SharedStorage, Instant),
+) {
     tokio::select! {
         () = async { while tasks.join_next().await.is_some() {} } => {}
         () = signals.wait_for_shutdown() => tracing::warn!("second signal received, terminating now"),
@@ -223,8 +247,12 @@ async fn drain(mut tasks: JoinSet<()>, signals: &mut Signals, downloads: &Downlo
     {
         tracing::info!("aborting downloads without readers");
     }
-    // Flushing the index blocks. No other task runs at this point.
-    let _ = tokio::task::spawn_blocking(move || store.close()).await;
+    tokio::select! {
+        drained = tokio::time::timeout_at(ends, storage.drain()) => if drained.is_err() {
+            tracing::info!("aborting uploads to the shared storage");
+        },
+        () = signals.wait_for_shutdown() => tracing::warn!("second signal received, terminating now"),
+    }
 }
 
 fn certificates(config: &Config, addresses: &[IpAddr], clock: Clock) -> Result<ServerTls, TlsError> {

@@ -10,6 +10,7 @@
 //! * `evidence`: cached manifests that may be served; a read error is logged and counts as a miss.
 //! * `manifest_fetch`: manifest `GET`, verification and storage. `source`: the upstream as a download source.
 //!   `layer_probe`: availability of missing layers.
+//! * `shared_read`: which requests may read the shared storage.
 //! * `grants`: grants and denials from upstream responses. `possession`: proof by bytes where a `HEAD` proves
 //!   nothing. `local_tokens`: tokens issued while the token service is unavailable.
 //! * `api_challenge`: the registry's `/v2/` challenge. `challenge_template`: the 401 returned in an outage.
@@ -46,6 +47,7 @@ mod refresh;
 mod registry;
 mod revalidate;
 mod scheduled_refresh;
+mod shared_read;
 mod source;
 mod storage_age;
 mod streamed_list;
@@ -74,6 +76,7 @@ use crate::oci::{Accept, CacheHeaders, Digest, Endpoint, MediaType, RangeRequest
 use crate::policy::min_age::YoungDigest;
 use crate::policy::{DenyReason, HitReason, MissReason};
 use crate::queue::Peer;
+use crate::shared::SharedStorage;
 use crate::single_flight::SingleFlight;
 use crate::store::blobs::BlobHandle;
 use crate::store::challenges::StoredChallenge;
@@ -93,6 +96,7 @@ const RATE_LIMIT_WAIT_MAX: Duration = Duration::from_secs(20);
 pub struct ProxyService {
     store: AsyncStore,
     downloads: Downloads,
+    shared: Arc<SharedStorage>,
     clock: Clock,
     telemetry: Telemetry,
     principals: registry::Principals,
@@ -250,6 +254,8 @@ pub enum ServeReason {
     Cached(HitReason),
     /// Fetched from the upstream for this client.
     Fetched(MissReason),
+    /// Read from the shared storage for this client.
+    Shared,
     /// Joined a download that another client started.
     Collapsed,
     /// Forwarded from the upstream and not stored.
@@ -262,6 +268,7 @@ impl ServeReason {
         match self {
             Self::Cached(served) => served.name(),
             Self::Fetched(why) => why.name(),
+            Self::Shared => "shared",
             Self::Collapsed => "collapsed",
             Self::Passthrough => "passthrough",
         }
@@ -272,7 +279,7 @@ impl ServeReason {
         match self {
             Self::Cached(served) => served.youth(),
             Self::Fetched(why) => why.youth(),
-            Self::Collapsed | Self::Passthrough => None,
+            Self::Shared | Self::Collapsed | Self::Passthrough => None,
         }
     }
 }
@@ -294,8 +301,10 @@ impl ProxyService {
     /// A service over `store`, whose install secret keys the principals.
     pub fn new(store: Arc<Store>, downloads: Downloads, (clock, telemetry): (Clock, Telemetry)) -> Self {
         let principals = registry::Principals::new(*store.install_secret());
+        let store = AsyncStore::new(store);
         Self {
-            store: AsyncStore::new(store),
+            shared: Arc::new(SharedStorage::new(store.clone(), telemetry.clone())),
+            store,
             downloads,
             clock,
             telemetry,

@@ -12,6 +12,7 @@
 //! * `prometheus_text`: the Prometheus text format 0.0.4.
 //! * `connections`: counts of the listeners' connections.
 //! * `decision_log`: recent decisions. * `clients`: recent clients. * `history`: totals per minute for a day.
+//! * `shared`: metrics of the shared storage.
 //! * `spans`: trace spans for an exporter.
 
 mod clients;
@@ -21,6 +22,7 @@ mod gauges;
 mod history;
 mod metrics;
 mod prometheus_text;
+mod shared;
 mod spans;
 
 use std::net::IpAddr;
@@ -36,6 +38,7 @@ pub use decision_log::DecisionRecord;
 pub use gauges::{Gauges, QueueGauges, QuotaGauge};
 pub use history::Totals;
 pub use metrics::TunnelCounter;
+pub use shared::SharedMetrics;
 pub use spans::{SPANS_WAITING_MAX, Span, SpanKind};
 
 use crate::oci::{Digest, UpstreamFailure};
@@ -335,6 +338,11 @@ impl Telemetry {
     /// Counts a tunnel as open until the returned counter is dropped.
     pub fn count_tunnel(&self) -> TunnelCounter {
         self.metrics.tunnel()
+    }
+
+    /// Metrics of the shared storage.
+    pub fn shared(&self) -> &SharedMetrics {
+        &self.metrics.shared
     }
 
     /// Records a request to an upstream.

@@ -55,6 +55,8 @@ const MODULES: &[Module] = &[
     module("single_flight", 3, &["queue"], &["oci", "clock", "policy"]),
     // Shared downloads. Uses upstream responses and takes no decision.
     module("download", 4, &[], &["policy", "clock"]),
+    // Reads and writes of the bucket behind the store.
+    module("shared", 4, &[], &["policy", "clock", "upstream", "download"]),
     module("archive", 4, &[], &["policy", "clock", "upstream"]),
     // The request pipeline.
     module("proxy", 5, &[], &[]),

@@ -106,6 +106,7 @@ fn describe_complete(decision: &DecisionRecord) -> String {
         }
         (CacheResult::Miss, "no-digest") => format!("{upstream} returns no digest: fetched"),
         (CacheResult::Miss, "head") => format!("HEAD forwarded to {upstream}"),
+        (_, "shared") => "read from the shared storage".to_owned(),
         (_, "collapsed") => "joined a running download".to_owned(),
         (_, "passthrough") => "passed through, not stored".to_owned(),
         (_, "local-token") => with_cause("issued a local token"),

@@ -10,7 +10,7 @@ use super::schema::{self, Top};
 use super::setting::both;
 use super::upstreams::{self, ParsedUpstream};
 use super::{Admin, Config, Listen, Log, ServerCertificate, Sources, StoreLimits, Tls};
-use super::{access, limits, policy, validate};
+use super::{access, limits, policy, shared, validate};
 
 /// Default name of the certificate directory.
 const CERTIFICATES: &str = "certs";
@@ -28,6 +28,7 @@ pub(super) fn load(
     let listen = listen(document, report);
     let tls = tls(document, sources, data.as_ref().ok(), report);
     let store = store(document, report);
+    let shared = shared::read(document, sources, report);
     let log = log(document, report);
     let limits = limits::read(document, report);
     let tunnels = schema::Connect::of(document, report).tunnel.get();
@@ -49,6 +50,7 @@ pub(super) fn load(
         tls: tls?,
         tunnels: tunnels?.values(),
         store: store?,
+        shared: shared?,
         upstreams: configured
             .into_iter()
             .filter_map(|upstream| upstream.config)

@@ -11,6 +11,7 @@ use serde::de::{Deserialize, Deserializer, Error as _};
 
 use super::address::{address, host, proxy_url, url};
 use super::network::{Network, TunnelRule, network, redirect, tunnel};
+use super::shared::{BucketUrl, bucket_url, endpoint_url};
 use super::value::{Text, ValueError, Written, invalid, text};
 use super::{Admin, Proxy};
 use crate::oci::Repository;
@@ -216,6 +217,25 @@ text! {
         invalid(message, r#"write the realm in full, as in "https://auth.example.org/token""#)
     }
 }
+
+text! { BucketUrl, "a bucket", r#""s3://acme-images/team-a""#, bucket_url }
+
+text! { struct EndpointUrl(String), "a URL", r#""https://s3.example.org""#, endpoint_url }
+
+text! { struct Region(String), "a region", r#""eu-central-1""#, |text| {
+    let is_plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    if text.is_empty() || text.len() > 63 || !text.bytes().all(is_plain) {
+        return invalid(format!("`{text}` is not a region"), r#"write it as in "eu-central-1""#);
+    }
+    Ok(text.to_owned())
+} }
+
+text! { struct KmsKey(String), "the ARN or id of a key", r#""arn:aws:kms:eu-central-1:123456789012:key/1""#, |text| {
+    if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return invalid("not the ARN or id of a key", "remove the key to use the default of the bucket");
+    }
+    Ok(text.to_owned())
+} }
 
 text! { Proxy, "\"environment\", \"none\" or a URL", r#""http://proxy.example.org:3128""#, |text| match text {
     "environment" => Ok(Proxy::Environment),

@@ -9,10 +9,12 @@ use super::diagnostic::Report;
 use super::document::Document;
 use super::network::{Network, TunnelRule};
 use super::parsers::{
-    Address, CertificateName, Count, FilePath, HostName, Lifetime, LogLevel, MANY, MinAge, ParallelSize,
-    Rate, RepositoryPrefix, Size, StoreSize, Timeout, TokenServiceUrl, UpstreamUrl, UserName, UserPattern,
+    Address, CertificateName, Count, EndpointUrl, FilePath, HostName, KmsKey, Lifetime, LogLevel, MANY,
+    MinAge, ParallelSize, Rate, Region, RepositoryPrefix, Size, StoreSize, Timeout, TokenServiceUrl,
+    UpstreamUrl, UserName, UserPattern,
 };
 use super::setting::{Field, List, OneOrMany, Table};
+use super::shared::{BucketUrl, CredentialChoice, EncryptionChoice};
 use super::{Admin, AuthMode, LogFormat, PlainHttp, Proxy};
 use crate::policy::min_age::OnUnknownAge;
 use crate::policy::refresh::{QuotaFloor, RefreshInterval};
@@ -216,6 +218,23 @@ sections! {
         size: StoreSize = r#""50 GiB""#, "Maximum size of the cache. Least recently used images are evicted first.";
         free: Size = r#""5 GiB""#, "Minimum free space on the disk.";
         scrub: Rate = r#""20 MiB/s""#, "Read rate of the weekly scrub that verifies all cached content; or \"off\".";
+    }
+    /// `[shared]`
+    Shared "shared": Shared {
+        bucket: Option<BucketUrl>, "Bucket that several caches share, with an optional prefix: \"s3://name/prefix\". A blob or a manifest that this cache lacks is read from there before it is fetched from the upstream, and written there after it was fetched. Unset: no shared storage.";
+        endpoint: Option<EndpointUrl>, "URL of the storage. Default: that of AWS in `region`. Requests are path-style.";
+        region: Option<Region>, "Region of the bucket. Default: the variable AWS_REGION, else \"us-east-1\".";
+        credentials: CredentialChoice = r#""environment""#, "Source of the credential: \"environment\" (the standard variables AWS_*: access key, web identity, container credentials), or \"instance\" (the metadata service of the virtual machine).";
+        credentials_file: Option<FilePath>, "File with the id of the access key and the secret key, a line each; instead of `credentials`. Read again on SIGHUP.";
+        write: bool = "true", "Whether this cache writes to the bucket.";
+        keep: Lifetime = r#""28d""#, "Age at which the bucket's lifecycle rule deletes objects. One that is read at more than half of it is written again.";
+        first_byte_timeout: Timeout = r#""1s""#, "Time that a request for missing content waits for the bucket before it goes on to the upstream.";
+        uploads_max: Count<64> = "3", "Maximum concurrent uploads. Each has a part of 8 MiB in memory.";
+        encryption: EncryptionChoice = r#""bucket""#, "Encryption at rest: \"bucket\" (the default of the bucket), \"sse-s3\", or \"sse-kms\" with `kms_key`.";
+        kms_key: Option<KmsKey>, "ARN or id of the key for \"sse-kms\".";
+        ca_file: Option<FilePath>, "PEM certificates to trust for the storage in addition to the system's.";
+        insecure: bool = "false", "Whether an `http://` endpoint may be outside of the private network.";
+        proxy: Proxy = r#""environment""#, "Proxy for requests to the storage: \"environment\" (HTTPS_PROXY, NO_PROXY), \"none\" or a URL.";
     }
     /// `[default]`
     Default "default": PolicyKeys {

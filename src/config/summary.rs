@@ -60,6 +60,21 @@ impl Display for Summary<'_> {
             ByteSize(config.store.free_bytes_min),
         );
         writeln!(f, "store     {size}, {free} kept free")?;
+        if let Some(shared) = &config.shared {
+            let bucket = &shared.bucket;
+            let use_of = if shared.write {
+                "read and written"
+            } else {
+                "read only"
+            };
+            writeln!(
+                f,
+                "shared    {} at {}, {use_of}, {}",
+                bucket.name(),
+                bucket.endpoint,
+                bucket.credential.source()
+            )?;
+        }
         let format = match config.log.format {
             LogFormat::Human => "human",
             LogFormat::Json => "json",

@@ -11,6 +11,7 @@ mod invalid;
 mod network;
 mod overlay;
 mod rendering;
+mod shared;
 mod show;
 
 use std::fmt::Write as _;

@@ -1,5 +1,5 @@
 //! Lifecycle of a transfer: opens the source or resumes a partial download, fetches, verifies and commits. A
-//! resumed download with a digest mismatch restarts once from the first byte.
+//! resumed download with a digest mismatch restarts once from the first byte, as does one whose source may send other bytes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,18 +42,24 @@ async fn fill<S: Source>(guard: &DownloadGuard, source: &mut S) -> Result<(), Do
     let opened = begin(guard, source).await?;
     let total = opened.total;
     let (ended, resumed_midway) = transfer(guard, source, opened, true).await;
+    let may_differ = match ended {
+        Err(DownloadError::DigestMismatch(_)) => source.rejected() || resumed_midway,
+        _ => false,
+    };
     let (ingest, verified) = match ended {
-        Err(DownloadError::DigestMismatch(mismatch)) if resumed_midway => {
-            tracing::warn!(digest = %guard.download.digest, %mismatch, "digest mismatch in a resumed download, restarting from the first byte");
+        Err(DownloadError::DigestMismatch(mismatch)) if may_differ => {
+            tracing::warn!(digest = %guard.download.digest, %mismatch, "digest mismatch, restarting the download from the first byte");
             // If the restart fails as well, the first failure is reported.
             let Ok(opened) = restart(guard, source, total).await else {
                 return Err(DownloadError::DigestMismatch(mismatch));
             };
             let restarted = transfer(guard, source, opened, false).await.0?;
-            // The blob is right at the registry, so the parts were wrong.
-            guard
-                .shared
-                .use_one_connection(&requester.upstream, parallel::WRONG_RANGE_PERIOD);
+            if resumed_midway {
+                // The blob is right at the registry, so the parts were wrong.
+                guard
+                    .shared
+                    .use_one_connection(&requester.upstream, parallel::WRONG_RANGE_PERIOD);
+            }
             restarted
         }
         ended => ended?,
@@ -134,7 +140,7 @@ async fn restart<S: Source>(
     total: Option<u64>,
 ) -> Result<OpenedTransfer, DownloadError> {
     let stream = source.open(0).await.map_err(not_started)?;
-    if stream.total != total {
+    if total.is_some() && stream.total != total {
         // The responses to clients have begun, with the first `Content-Length`.
         return Err(DownloadError::Interrupted(UpstreamFailure::Malformed));
     }

@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
+use crate::bucket;
 use crate::clock::Clock;
 use crate::config::{AuthMode, Config, Credential, Proxy, UpstreamConfig};
 use crate::download::Downloads;
 use crate::policy::rules::Rules;
 use crate::proxy::{self, ProxyService, RegistryStates, UpstreamRegistry};
 use crate::server::{Authenticator, PasswordCache, Router, ServingState, TunnelRules};
+use crate::shared::SharedSettings;
 use crate::store::Store;
 use crate::telemetry::{Telemetry, UpstreamRecord};
 use crate::upstream::TunnelDialer;
@@ -67,6 +69,24 @@ impl SharedState {
             connector: Transport::system(),
         }
     }
+}
+
+/// Opens the bucket of the shared storage. Sends no request.
+pub(super) fn shared_storage(
+    config: &Config,
+    shared: &SharedState,
+) -> Result<Option<SharedSettings>, RunError> {
+    let Some(configured) = &config.shared else {
+        return Ok(None);
+    };
+    let bucket = &configured.bucket;
+    Ok(Some(SharedSettings {
+        bucket: bucket::open(bucket, &shared.connector)?,
+        name: bucket.name().into(),
+        write: configured.write,
+        keep: configured.keep,
+        uploads_max: configured.uploads_max,
+    }))
 }
 
 /// Builds the registry from the configuration.

@@ -2,6 +2,7 @@
 
 use std::ops::Deref;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -20,6 +21,7 @@ use crate::policy::{
     MissReason, Revalidation, decide,
 };
 use crate::queue::{AcquireError, Class, Demand};
+use crate::shared::SharedContent;
 use crate::upstream::UpstreamResponse;
 
 /// Joins after a leader failed on its own authorization. Each retry may become the leader.
@@ -310,11 +312,19 @@ impl BlobRequest<'_> {
             .await
         {
             Joined::Leader(leader) => {
-                let source =
-                    UpstreamSource::new(self.proxy, upstream_request, self.digest).for_leader(&leader);
+                let content = SharedContent::Blob(self.digest);
+                let may_be_shared = Box::pin(self.proxy.may_read_shared(&upstream_request, content)).await;
+                let source = UpstreamSource::new(self.proxy, upstream_request, self.digest);
+                let (source, is_shared) = source.for_leader(&leader).with_shared(may_be_shared);
                 let reader = leader.start(source);
-                self.read(reader, ServeReason::Fetched(MissReason::NotCached), state, true)
-                    .await
+                let reason = ServeReason::Fetched(MissReason::NotCached);
+                let mut outcome = self.read(reader, reason, state, true).await;
+                if let Ok(ProxyResponse::Blob { info, .. }) = &mut outcome
+                    && is_shared.load(Ordering::Relaxed)
+                {
+                    info.reason = ServeReason::Shared;
+                }
+                outcome
             }
             Joined::Follower {
                 reader,

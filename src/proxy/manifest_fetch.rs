@@ -19,6 +19,7 @@ use crate::oci::{
 };
 use crate::policy::{Authorization, Revalidation};
 use crate::queue::{Class, Demand};
+use crate::shared::SharedContent;
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::TagKey;
 use crate::upstream::{Caller, Credential, ResponseKind, ResponseStream, UpstreamResponse};
@@ -186,6 +187,9 @@ impl ProxyService {
                     caller,
                     ..
                 } = &upstream_request;
+                if let Some(manifest) = proxy.read_shared_manifest(&upstream_request).await {
+                    return Some(proxy.store_manifest(&upstream_request, Ok(manifest)).await);
+                }
                 let sent_at = Instant::now();
                 let caller = Caller {
                     waiters: Some(waiters.clone()),
@@ -216,7 +220,11 @@ impl ProxyService {
                             }
                             proxy.record_grant(&upstream_request, sent_at).await;
                         }
-                        proxy.store_manifest(&upstream_request, received).await
+                        let stored = proxy.store_manifest(&upstream_request, received).await;
+                        if let Ok(manifest) = &stored {
+                            proxy.shared.offer(SharedContent::Manifest(manifest.digest));
+                        }
+                        stored
                     }
                     Err(response) => {
                         proxy.record_response(&upstream_request, &response, sent_at).await;
@@ -426,7 +434,7 @@ fn by_tag(endpoint: &Endpoint) -> bool {
     )
 }
 
-fn verify(
+pub(super) fn verify(
     bytes: Bytes,
     header: Option<Digest>,
     media_type: Option<&MediaType>,

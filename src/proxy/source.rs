@@ -1,6 +1,8 @@
-//! Download source: one blob from its upstream, from a given offset, or in ranges over further connections.
+//! Download source: one blob from the shared storage or its upstream, from a given offset, or from the upstream in ranges
+//! over further connections.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use http::StatusCode;
@@ -8,9 +10,11 @@ use tokio::time::Instant;
 
 use super::ProxyService;
 use super::manifest_fetch::UpstreamRequest;
+use crate::bucket::BucketError;
 use crate::download::{self, ByteStream, DownloadError, Leader, RangeSource, Source, Stream};
 use crate::oci::{CacheHeaders, Digest, UpstreamFailure};
 use crate::queue::{Class, Demand, Waiters};
+use crate::shared::{SharedContent, SharedObject};
 use crate::telemetry::{self, SpanKind};
 use crate::upstream::{Credential, RangeSpec, ResponseKind, ResponseStream, UpstreamResponse, UrlIndex};
 
@@ -32,6 +36,26 @@ pub(super) struct UpstreamSource {
     waiters: Option<Waiters>,
     /// Set in a source of ranges only: the size that the blob must have.
     total: Option<u64>,
+    /// Set if the blob may be read from the shared storage.
+    shared: Option<SharedReading>,
+}
+
+/// Times that a blob is opened in the shared storage. After that the upstream continues it.
+const SHARED_OPENS_MAX: u32 = 2;
+
+/// The part of a download that is read from the shared storage.
+#[derive(Default)]
+struct SharedReading {
+    opens: u32,
+    /// Age of the object, if it was read and the storage states it.
+    age: Option<Duration>,
+    is_used: Arc<AtomicBool>,
+}
+
+impl SharedReading {
+    fn is_used(&self) -> bool {
+        self.is_used.load(Ordering::Relaxed)
+    }
 }
 
 impl UpstreamSource {
@@ -50,7 +74,49 @@ impl UpstreamSource {
             started_at: Instant::now(),
             waiters: None,
             total: None,
+            shared: None,
         }
+    }
+
+    /// Reads the blob from the shared storage if it is there and `may_be_shared`. Also returns the flag that says whether
+    /// the shared storage has begun to send it.
+    pub(super) fn with_shared(self, may_be_shared: bool) -> (Self, Arc<AtomicBool>) {
+        let reading = SharedReading::default();
+        let is_used = Arc::clone(&reading.is_used);
+        let shared = may_be_shared.then_some(reading);
+        (Self { shared, ..self }, is_used)
+    }
+
+    /// Opens the blob in the shared storage. `None` if the upstream must send it, or the rest of it.
+    async fn open_shared(&mut self, from: u64) -> Option<Stream> {
+        let stated = Source::stated_size(self);
+        let reading = self.shared.as_mut()?;
+        reading.opens += 1;
+        let content = SharedContent::Blob(self.digest);
+        let opened = match reading.opens {
+            ..=SHARED_OPENS_MAX => self.proxy.shared.open(content, from).await,
+            _ => None,
+        };
+        // An object of another size than stated is damaged, unless the manifest is wrong.
+        let opened = opened.filter(|object| stated.is_none_or(|stated| stated == object.info.size));
+        let Some(object) = opened else {
+            reading.opens = SHARED_OPENS_MAX;
+            return None;
+        };
+        reading.age = object.info.age;
+        reading.is_used.store(true, Ordering::Relaxed);
+        let UpstreamRequest {
+            registry, repository, ..
+        } = &self.upstream_request;
+        self.proxy
+            .active_downloads
+            .insert(registry, repository, self.digest);
+        Some(Stream {
+            start: from,
+            // Promised to clients only if two sources agree on it.
+            total: stated,
+            body: Box::new(SharedBody(object)),
+        })
     }
 
     /// The source of this leader's download.
@@ -119,6 +185,9 @@ impl UpstreamSource {
 
 impl Source for UpstreamSource {
     async fn open(&mut self, from: u64) -> Result<Stream, UpstreamResponse> {
+        if let Some(stream) = self.open_shared(from).await {
+            return Ok(stream);
+        }
         let part = RangeSpec {
             from,
             until: None,
@@ -185,6 +254,8 @@ impl Source for UpstreamSource {
     }
 
     fn segments(&self, total: u64) -> Option<Box<dyn RangeSource>> {
+        // Otherwise the shared storage sends the blob.
+        self.sent_at?;
         let mut request = self.upstream_request.clone();
         // A rate limit is not waited out: the download goes on without this connection.
         request.caller.wait_deadline = Some(Instant::now());
@@ -202,7 +273,23 @@ impl Source for UpstreamSource {
         }
     }
 
+    fn rejected(&mut self) -> bool {
+        let is_used = self.shared.take().is_some_and(|reading| reading.is_used());
+        if is_used {
+            self.proxy.shared.report_wrong(SharedContent::Blob(self.digest));
+        }
+        is_used
+    }
+
     fn ended(&self, failure: Option<&DownloadError>) {
+        let content = SharedContent::Blob(self.digest);
+        match &self.shared {
+            _ if failure.is_some() => {}
+            Some(reading) if reading.is_used() && self.sent_at.is_none() => {
+                self.proxy.shared.offer_renewal(content, reading.age);
+            }
+            _ => self.proxy.shared.offer(content),
+        }
         let UpstreamRequest {
             registry,
             repository,
@@ -226,6 +313,21 @@ impl Source for UpstreamSource {
                 ],
                 error: failure.map(ToString::to_string),
             });
+    }
+}
+
+/// Bytes of a blob in the shared storage.
+struct SharedBody(SharedObject);
+
+impl ByteStream for SharedBody {
+    fn chunk(&mut self) -> download::ChunkFuture<'_> {
+        Box::pin(async move {
+            let chunk = self.0.chunk().await?;
+            Some(chunk.map_err(|error| match error {
+                BucketError::Silent(cause) => cause,
+                _ => UpstreamFailure::ConnectionReset,
+            }))
+        })
     }
 }
 

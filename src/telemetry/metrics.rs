@@ -15,6 +15,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 use super::connections::Connections;
+use super::shared::SharedMetrics;
 use super::{
     AccessRecord, BodyEnd, ByteSource, CacheResult, Client, Gauges, ResourceKind, Totals, UpstreamRecord,
 };
@@ -201,6 +202,7 @@ pub(super) struct Metrics {
     spans_dropped: Counter,
     connections_refused: Counter,
     pub(super) connections: Connections,
+    pub(super) shared: SharedMetrics,
     longest_idle: Gauge<f64, AtomicU64>,
     certificates: Family<CertificateLabels, IntGauge>,
     totals: Counts,
@@ -270,6 +272,7 @@ impl Default for Metrics {
             spans_dropped: Counter::default(),
             connections_refused: Counter::default(),
             connections: Connections::default(),
+            shared: SharedMetrics::default(),
             longest_idle: Gauge::default(),
             certificates: Family::default(),
             totals: Counts::default(),
@@ -284,6 +287,7 @@ impl Default for Metrics {
         metrics.register_front(bytes);
         metrics.register_upstreams();
         metrics.register_store();
+        metrics.shared.register(&mut metrics.registry);
         metrics
     }
 }

@@ -30,4 +30,6 @@ mod download;
 mod forwarding;
 mod outage;
 mod robustness;
+#[cfg(feature = "shared")]
+mod shared;
 mod tls;

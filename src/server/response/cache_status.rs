@@ -45,6 +45,7 @@ pub(super) fn set_cache_headers(headers: &mut HeaderMap, info: ServeInfo, contex
         },
         ServeReason::Fetched(MissReason::NewDigest) => "ifnewer; fwd=stale; detail=new-digest".to_owned(),
         ServeReason::Fetched(why) => format!("ifnewer; fwd=miss; detail={}", why.name()),
+        ServeReason::Shared => "ifnewer; hit; detail=shared".to_owned(),
         ServeReason::Collapsed => "ifnewer; fwd=miss; collapsed; detail=collapsed".to_owned(),
         ServeReason::Passthrough => "ifnewer; fwd=bypass; detail=passthrough".to_owned(),
     };

@@ -1,0 +1,220 @@
+//! The section `[shared]`.
+
+use super::{gather, read};
+use crate::bucket::BucketCredential;
+
+const KEY: [(&str, &str); 2] = [("AWS_ACCESS_KEY_ID", "AKIA"), ("AWS_SECRET_ACCESS_KEY", "s3cret")];
+
+#[test]
+fn no_section_means_no_shared_storage() {
+    assert!(read("").shared.is_none());
+    assert!(read("[shared]").shared.is_none());
+}
+
+#[cfg(not(feature = "shared"))]
+#[test]
+fn build_without_the_feature_says_so_at_the_key() {
+    let faults = gather("[shared]\nbucket = \"s3://images\"", &KEY, &[])
+        .unwrap_err()
+        .to_string();
+    assert!(
+        faults.contains("2:10") && faults.contains("without the feature `shared`"),
+        "{faults}"
+    );
+}
+
+#[cfg(feature = "shared")]
+mod with_feature {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::bucket::Encryption;
+    use crate::config::SharedConfig;
+
+    fn shared(keys: &str, variables: &[(&str, &str)]) -> SharedConfig {
+        let text = format!("[shared]\nbucket = \"s3://images/team-a/\"\n{keys}");
+        let config = gather(&text, variables, &[]).unwrap_or_else(|faults| panic!("{faults}"));
+        config.shared.unwrap()
+    }
+
+    fn told(keys: &str, variables: &[(&str, &str)]) -> String {
+        let text = format!("[shared]\n{keys}");
+        gather(&text, variables, &[]).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn bucket_alone_has_the_documented_defaults() {
+        let config = shared("", &[&KEY[..], &[("AWS_REGION", "eu-central-1")]].concat());
+        assert_eq!(
+            (config.bucket.bucket.as_str(), config.bucket.prefix.as_str()),
+            ("images", "team-a")
+        );
+        let endpoint = config.bucket.endpoint.to_string();
+        assert_eq!(endpoint, "https://s3.eu-central-1.amazonaws.com");
+        assert_eq!(config.bucket.timeout, Duration::from_secs(1));
+        assert_eq!((config.write, config.uploads_max), (true, 3));
+        assert_eq!(config.bucket.encryption, Encryption::Bucket);
+        assert!(!format!("{config:?}").contains("s3cret"));
+    }
+
+    #[test]
+    fn credential_is_chosen_as_by_the_sdks() {
+        let region = "region = \"eu-central-1\"";
+        let web = [("AWS_WEB_IDENTITY_TOKEN_FILE", "/t"), ("AWS_ROLE_ARN", "arn:r")];
+        let container = [("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "/v2/c")];
+        let pod = [
+            (
+                "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+                "http://169.254.170.23/v1/credentials",
+            ),
+            ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "/t"),
+        ];
+        for (variables, source) in [
+            ([&KEY[..], &web[..]].concat(), "access key"),
+            ([&web[..], &container[..]].concat(), "web identity"),
+            ([&container[..], &pod[..]].concat(), "container credentials"),
+            (pod.to_vec(), "pod identity"),
+        ] {
+            assert_eq!(shared(region, &variables).bucket.credential.source(), source);
+        }
+        let missing = shared(region, &[]).bucket.credential;
+        assert_eq!(missing, BucketCredential::Missing, "only `serve` needs it");
+        let instance = shared(&format!("{region}\ncredentials = \"instance\""), &KEY);
+        assert_eq!(
+            instance.bucket.credential,
+            BucketCredential::Instance,
+            "only if it is named"
+        );
+        let BucketCredential::WebIdentity { sts, .. } = shared(region, &web).bucket.credential else {
+            panic!("not by web identity")
+        };
+        assert_eq!(sts.to_string(), "https://sts.eu-central-1.amazonaws.com");
+    }
+
+    #[test]
+    fn contradictory_keys_are_rejected_at_their_place() {
+        let bucket = "bucket = \"s3://images\"\nregion = \"eu-central-1\"\n";
+        let whole = |keys: &str| format!("{bucket}{keys}");
+        for (keys, variables, place, message) in [
+            (
+                "write = false".to_owned(),
+                &KEY[..],
+                "2:",
+                "`[shared]` without `bucket`",
+            ),
+            (
+                "bucket = \"images\"".to_owned(),
+                &KEY,
+                "2:10",
+                "a bucket begins with s3://",
+            ),
+            (
+                "bucket = \"s3://im/..\"".to_owned(),
+                &KEY,
+                "2:10",
+                "not the name of a bucket",
+            ),
+            (
+                "bucket = \"s3://images/a/../b\"".to_owned(),
+                &KEY,
+                "2:10",
+                "not a prefix",
+            ),
+            (
+                "bucket = \"s3://images--x-s3\"".to_owned(),
+                &KEY,
+                "2:10",
+                "S3 Express One Zone",
+            ),
+            (
+                "bucket = \"s3://images\"".to_owned(),
+                &KEY,
+                "2:10",
+                "neither `region` nor `endpoint`",
+            ),
+            (whole(""), &KEY[..1], "2:10", "without AWS_SECRET_ACCESS_KEY"),
+            (whole("keep = \"1d\""), &KEY, "4:8", "too short"),
+            (
+                whole("first_byte_timeout = \"0s\""),
+                &KEY,
+                "4:22",
+                "a timeout of zero",
+            ),
+            (
+                whole("endpoint = \"http://s3.example.org\""),
+                &KEY,
+                "4:12",
+                "plain HTTP",
+            ),
+            (
+                whole("endpoint = \"https://u:p@s3.example.org\""),
+                &KEY,
+                "4:12",
+                "user or password",
+            ),
+            (
+                whole("insecure = true"),
+                &KEY,
+                "4:12",
+                "`insecure` with an endpoint",
+            ),
+            (
+                whole("encryption = \"sse-kms\""),
+                &KEY,
+                "4:14",
+                "without `kms_key`",
+            ),
+            (whole("kms_key = \"k\""), &KEY, "4:11", "`kms_key` without"),
+            (
+                whole("write = false\nuploads_max = 2"),
+                &KEY,
+                "5:15",
+                "uploads nothing",
+            ),
+            (
+                whole("credentials = \"instance\"\ncredentials_file = \"k\""),
+                &KEY,
+                "4:15",
+                "two sources of one credential",
+            ),
+        ] {
+            let faults = told(&keys, variables);
+            assert!(
+                faults.contains(message) && faults.contains(place),
+                "{keys}\n{faults}"
+            );
+        }
+    }
+
+    #[test]
+    fn plain_http_is_for_the_private_network() {
+        for endpoint in [
+            "http://seaweedfs:8333",
+            "http://10.1.2.3:8333",
+            "http://127.0.0.1:1",
+            "http://s3.internal",
+        ] {
+            shared(&format!("endpoint = \"{endpoint}\""), &KEY);
+        }
+        shared("endpoint = \"http://s3.example.org\"\ninsecure = true", &KEY);
+    }
+
+    #[test]
+    fn credentials_file_has_two_lines() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let keys = format!("region = \"x\"\ncredentials_file = \"{}\"", file.path().display());
+        std::fs::write(file.path(), "AKIA\ns3cret\n").unwrap();
+        assert_eq!(shared(&keys, &[]).bucket.credential.source(), "access key");
+        for text in ["", "AKIA\n", "AKIA\ns3cret\nmore\n"] {
+            std::fs::write(file.path(), text).unwrap();
+            let faults = told(&format!("bucket = \"s3://images\"\n{keys}"), &[]);
+            assert!(
+                faults.contains("two lines") && !faults.contains("s3cret"),
+                "{faults}"
+            );
+        }
+        std::fs::write(file.path(), "AKIA\ns3\u{e9}cret\n").unwrap();
+        let faults = told(&format!("bucket = \"s3://images\"\n{keys}"), &[]);
+        assert!(faults.contains("no access key has"), "{faults}");
+    }
+}

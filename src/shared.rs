@@ -1,0 +1,450 @@
+//! Shared storage: a bucket behind the store, from which several caches read and to which they write.
+//!
+//! The bucket is an economy and never a condition. A read that fails, takes too long or brings wrong bytes is a miss, and
+//! the upstream is asked instead. An upload that fails is dropped. The caller verifies every byte, as those of an
+//! upstream, and has established the client's right before it looks anything up here.
+//!
+//! * `conditions`: the probe of conditional writes.
+//! * `breaker`: when the bucket is not asked. `rate`: the cap of requests. `upload`: the queue of uploads.
+
+mod breaker;
+mod conditions;
+mod rate;
+mod upload;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use bytes::Bytes;
+use parking_lot::Mutex;
+use quick_cache::sync::Cache;
+use tokio::sync::OnceCell;
+use tokio::time::{Instant, sleep_until, timeout};
+
+pub use self::conditions::{Conditions, probe};
+
+use self::breaker::{Breaker, Outcome, Transition};
+use self::rate::Rate;
+use self::upload::{Item, Mode, Uploads};
+use crate::bucket::{BucketError, Object, ObjectInfo, ObjectKey, ObjectStorage};
+use crate::oci::Digest;
+use crate::store::AsyncStore;
+use crate::telemetry::Telemetry;
+
+/// How long an object is not read after it had wrong bytes.
+const WRONG_PERIOD: Duration = Duration::from_secs(60 * 60);
+
+/// Longest time for a complete read, of which the first byte is a part.
+const READ_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Objects with wrong bytes that are remembered.
+const WRONG_MAX: usize = 1024;
+
+/// Settings of the shared storage.
+#[derive(Clone)]
+pub struct SharedSettings {
+    /// The bucket.
+    pub bucket: Arc<dyn ObjectStorage>,
+    /// Its name, for the operator.
+    pub name: Arc<str>,
+    /// Whether this cache writes to it.
+    pub write: bool,
+    /// Age at which the bucket deletes objects.
+    pub keep: Duration,
+    /// Concurrent uploads.
+    pub uploads_max: usize,
+}
+
+/// Content in the shared storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SharedContent {
+    /// A blob.
+    Blob(Digest),
+    /// A manifest.
+    Manifest(Digest),
+}
+
+impl SharedContent {
+    fn key(self) -> ObjectKey {
+        match self {
+            Self::Blob(digest) => ObjectKey::blob(&digest),
+            Self::Manifest(digest) => ObjectKey::manifest(&digest),
+        }
+    }
+
+    /// Its digest.
+    pub fn digest(self) -> Digest {
+        match self {
+            Self::Blob(digest) | Self::Manifest(digest) => digest,
+        }
+    }
+}
+
+/// State of the shared storage, for the operator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharedStatus {
+    /// Name of the bucket.
+    pub name: Arc<str>,
+    /// How long reads have been stopped, and the last failure.
+    pub reads_stopped: Option<(Duration, Arc<str>)>,
+    /// How long writes have been stopped, and the last failure.
+    pub writes_stopped: Option<(Duration, Arc<str>)>,
+    /// Uploads that are queued or running.
+    pub uploads_waiting: usize,
+}
+
+/// The shared storage of the process. Without settings it is off, and every read is a miss.
+pub struct SharedStorage {
+    active: ArcSwapOption<Active>,
+    store: AsyncStore,
+    telemetry: Telemetry,
+}
+
+/// The state of one bucket. A reload that changes the settings replaces it; what runs over the old one ends there.
+struct Active {
+    settings: SharedSettings,
+    reads: Mutex<Guarded>,
+    writes: Mutex<Guarded>,
+    rate: Mutex<Rate>,
+    /// Objects with wrong bytes, and when they were read.
+    wrong: Cache<ObjectKey, Instant>,
+    uploads: Uploads,
+    /// Whether the storage keeps conditions, by the probe before the first upload.
+    conditions: OnceCell<bool>,
+    telemetry: Telemetry,
+}
+
+/// A breaker and the last failure.
+#[derive(Default)]
+struct Guarded {
+    breaker: Breaker,
+    failure: Option<Arc<str>>,
+}
+
+/// An object that is being read.
+pub struct SharedObject {
+    /// What is known of it.
+    pub info: ObjectInfo,
+    content: SharedContent,
+    object: Object,
+    active: Arc<Active>,
+}
+
+impl SharedObject {
+    /// The next bytes, or `None` at the end.
+    pub async fn chunk(&mut self) -> Option<Result<Bytes, BucketError>> {
+        let chunk = self.object.body.chunk().await?;
+        match &chunk {
+            Ok(bytes) => self
+                .active
+                .telemetry
+                .shared()
+                .add_bytes("received", bytes.len() as u64),
+            Err(error) => {
+                tracing::debug!(object = %self.content.key(), %error, "an object of the shared storage broke off");
+                self.active
+                    .record_read("body", &Err::<(), _>(error.clone()), Duration::ZERO);
+            }
+        }
+        Some(chunk)
+    }
+}
+
+impl SharedStorage {
+    /// Shared storage that is off.
+    pub fn new(store: AsyncStore, telemetry: Telemetry) -> Self {
+        Self {
+            active: ArcSwapOption::empty(),
+            store,
+            telemetry,
+        }
+    }
+
+    /// Sets the bucket, or switches the shared storage off. Uploads to the previous bucket continue.
+    pub fn configure(&self, settings: Option<SharedSettings>) {
+        let metrics = self.telemetry.shared();
+        metrics.clear_up();
+        if let Some(settings) = &settings {
+            metrics.set_up(&settings.name, true);
+        }
+        let active = settings.map(|settings| {
+            Arc::new(Active {
+                reads: Mutex::default(),
+                writes: Mutex::default(),
+                rate: Mutex::new(Rate::new(Instant::now())),
+                wrong: Cache::new(WRONG_MAX),
+                uploads: Uploads::default(),
+                conditions: OnceCell::new(),
+                telemetry: self.telemetry.clone(),
+                settings,
+            })
+        });
+        if let Some(active) = active.as_ref().filter(|active| active.settings.write) {
+            for _ in 0..active.settings.uploads_max {
+                tokio::spawn(upload::work(Arc::clone(active), self.store.clone()));
+            }
+        }
+        if let Some(previous) = self.active.swap(active) {
+            previous.uploads.close();
+        }
+    }
+
+    /// Whether there is a bucket that can be read now.
+    pub fn is_readable(&self) -> bool {
+        self.readable().is_some()
+    }
+
+    fn readable(&self) -> Option<Arc<Active>> {
+        let active = self.active.load_full()?;
+        let is_open = active.reads.lock().breaker.open_since().is_some();
+        (!is_open).then_some(active)
+    }
+
+    /// Whether the bucket has this content. `false` if it cannot be read now.
+    pub async fn has(&self, content: SharedContent) -> bool {
+        let Some(active) = self.readable() else {
+            return false;
+        };
+        let key = content.key();
+        if !active.may_read(&key) {
+            return false;
+        }
+        let began = Instant::now();
+        let found = active.settings.bucket.head(&key).await;
+        active.record_read("head", &found, began.elapsed());
+        found.is_ok()
+    }
+
+    /// Opens this content at the byte `from`. `None` if the bucket lacks it or cannot be read now.
+    pub async fn open(&self, content: SharedContent, from: u64) -> Option<SharedObject> {
+        let active = self.readable()?;
+        let key = content.key();
+        if !active.may_read(&key) {
+            return None;
+        }
+        let began = Instant::now();
+        let opened = active.settings.bucket.get(&key, from).await;
+        active.record_read("get", &opened, began.elapsed());
+        let object = opened.ok()?;
+        Some(SharedObject {
+            info: object.info.clone(),
+            content,
+            object,
+            active,
+        })
+    }
+
+    /// Reads this content completely, if it has at most `bytes_max` bytes. Also returns its `Content-Type`.
+    pub async fn read(&self, content: SharedContent, bytes_max: usize) -> Option<(Bytes, SharedObject)> {
+        let mut object = self.open(content, 0).await?;
+        let size = usize::try_from(object.info.size)
+            .ok()
+            .filter(|size| *size <= bytes_max)?;
+        let mut bytes = Vec::with_capacity(size);
+        let reading = async {
+            while let Some(chunk) = object.chunk().await {
+                bytes.extend_from_slice(&chunk.ok()?);
+            }
+            Some(())
+        };
+        timeout(READ_TIMEOUT, reading).await.ok()??;
+        Some((bytes.into(), object))
+    }
+
+    /// Reports that an object had wrong bytes. It is not read for an hour, and is replaced when the right bytes are
+    /// offered.
+    pub fn report_wrong(&self, content: SharedContent) {
+        let Some(active) = self.active.load_full() else {
+            return;
+        };
+        let key = content.key();
+        tracing::error!(bucket = %active.settings.name, object = %key,
+            "an object of the shared storage does not match its digest, it is not used");
+        self.telemetry.shared().record_wrong();
+        active.wrong.insert(key, Instant::now());
+    }
+
+    /// Offers content that was fetched and stored. It is uploaded in the background unless the bucket has it.
+    pub fn offer(&self, content: SharedContent) {
+        self.enqueue(content, Mode::Create);
+    }
+
+    /// Offers content that was read from the bucket and is stored now. If its object is old, it is written again, so that
+    /// the lifecycle rule of the bucket deletes only what nobody reads.
+    pub fn offer_renewal(&self, content: SharedContent, age: Option<Duration>) {
+        let keep = self.active.load().as_ref().map(|active| active.settings.keep);
+        if age.zip(keep).is_some_and(|(age, keep)| age > keep / 2) {
+            self.enqueue(content, Mode::Renew);
+        }
+    }
+
+    fn enqueue(&self, content: SharedContent, mode: Mode) {
+        let Some(active) = self.active.load_full().filter(|active| active.settings.write) else {
+            return;
+        };
+        let is_wrong = active.wrong.get(&content.key()).is_some();
+        let mode = if is_wrong { Mode::Replace } else { mode };
+        let dropped = active.uploads.push(Item::new(content, mode));
+        if dropped {
+            self.telemetry.shared().record_upload("dropped");
+        }
+        self.telemetry
+            .shared()
+            .set_uploads_waiting(active.uploads.waiting() as u64);
+    }
+
+    /// Waits until no upload is queued or running, or until the bucket does not accept them.
+    pub async fn drain(&self) {
+        if let Some(active) = self.active.load_full() {
+            active
+                .uploads
+                .drained(|| active.writes_open_since().is_some())
+                .await;
+        }
+    }
+
+    /// State for the operator. `None`: off.
+    pub fn status(&self) -> Option<SharedStatus> {
+        let active = self.active.load_full()?;
+        let now = Instant::now();
+        let stopped = |guarded: &Guarded| {
+            let since = guarded.breaker.open_since()?;
+            let failure = guarded.failure.clone().unwrap_or_default();
+            Some((now.saturating_duration_since(since), failure))
+        };
+        let (reads_stopped, writes_stopped) = (stopped(&active.reads.lock()), stopped(&active.writes.lock()));
+        Some(SharedStatus {
+            name: Arc::clone(&active.settings.name),
+            reads_stopped,
+            writes_stopped,
+            uploads_waiting: active.uploads.waiting(),
+        })
+    }
+}
+
+impl Active {
+    /// Whether a request for this object may be sent: the cap is not reached, and its bytes were not wrong lately.
+    fn may_read(&self, key: &ObjectKey) -> bool {
+        let now = Instant::now();
+        let is_wrong = |at: Instant| now.saturating_duration_since(at) < WRONG_PERIOD;
+        if self.wrong.get(key).is_some_and(is_wrong) {
+            return false;
+        }
+        let may = self.rate.lock().take(now);
+        if !may {
+            self.telemetry
+                .shared()
+                .record_request("get", "capped", Duration::ZERO);
+        }
+        may
+    }
+
+    /// Records the result of a read, and starts the probes if the breaker opens.
+    fn record_read<T>(
+        self: &Arc<Self>,
+        operation: &'static str,
+        result: &Result<T, BucketError>,
+        took: Duration,
+    ) {
+        self.record_request(operation, result, took);
+        let transition = note(&self.reads, result);
+        match (transition, result) {
+            (Transition::Opened, Err(error)) => {
+                tracing::warn!(bucket = %self.settings.name, %error,
+                    "shared storage unavailable, content is fetched from the upstreams");
+                self.set_up(false);
+                tokio::spawn(probe_reads(Arc::clone(self)));
+            }
+            (Transition::Closed(after), _) => {
+                tracing::info!(bucket = %self.settings.name, seconds = after.as_secs(), "shared storage available again");
+                self.set_up(true);
+            }
+            _ => {}
+        }
+    }
+
+    fn set_up(&self, is_up: bool) {
+        // Otherwise the settings were replaced.
+        if !self.uploads.is_closed() {
+            self.telemetry.shared().set_up(&self.settings.name, is_up);
+        }
+    }
+
+    /// Records the result of a write.
+    fn record_write<T>(&self, operation: &'static str, result: &Result<T, BucketError>, took: Duration) {
+        self.record_request(operation, result, took);
+        match (note(&self.writes, result), result) {
+            (Transition::Opened, Err(error)) => {
+                tracing::warn!(bucket = %self.settings.name, %error, "shared storage accepts no uploads, they wait");
+            }
+            (Transition::Closed(after), _) => {
+                tracing::info!(bucket = %self.settings.name, seconds = after.as_secs(),
+                    "shared storage accepts uploads again");
+            }
+            _ => {}
+        }
+    }
+
+    fn record_request<T>(&self, operation: &'static str, result: &Result<T, BucketError>, took: Duration) {
+        let result = result.as_ref().err().map_or("ok", BucketError::name);
+        self.telemetry.shared().record_request(operation, result, took);
+    }
+
+    /// Whether the storage keeps conditions. Otherwise an upload checks first whether the object exists, which two caches
+    /// may do at once: both then write the same bytes.
+    async fn keeps_conditions(&self) -> bool {
+        let probed = self.conditions.get_or_try_init(|| async {
+            let began = Instant::now();
+            let probed = probe(&self.settings.bucket).await;
+            self.record_write("probe", &probed, began.elapsed());
+            let found = probed?;
+            if !found.are_kept() {
+                tracing::warn!(bucket = %self.settings.name, creates_won = found.creates_won,
+                    updates_won = found.updates_won,
+                    "the bucket ignores conditions of simultaneous writes, objects may be uploaded twice");
+            }
+            self.telemetry
+                .shared()
+                .set_conditions(&self.settings.name, found.are_kept());
+            Ok::<_, BucketError>(found.are_kept())
+        });
+        probed.await.copied().unwrap_or(false)
+    }
+
+    /// When the next upload may be tried. `None`: at once.
+    fn next_write(&self) -> Option<Instant> {
+        self.writes.lock().breaker.next_probe()
+    }
+
+    fn writes_open_since(&self) -> Option<Instant> {
+        self.writes.lock().breaker.open_since()
+    }
+}
+
+fn note<T>(guarded: &Mutex<Guarded>, result: &Result<T, BucketError>) -> Transition {
+    let mut guarded = guarded.lock();
+    if let Err(error) = result
+        && Outcome::of(result) != Outcome::Answered
+    {
+        guarded.failure = Some(error.to_string().into());
+    }
+    guarded.breaker.record(Outcome::of(result), Instant::now())
+}
+
+/// Probes the bucket while the breaker is open. No client waits for it.
+async fn probe_reads(active: Arc<Active>) {
+    let key = ObjectKey::probe(&[0; 16]);
+    loop {
+        let due = active.reads.lock().breaker.next_probe();
+        let Some(due) = due else { return };
+        sleep_until(due).await;
+        if active.uploads.is_closed() {
+            // The settings were replaced.
+            return;
+        }
+        let began = Instant::now();
+        let probed = active.settings.bucket.head(&key).await;
+        active.record_read("probe", &probed, began.elapsed());
+    }
+}

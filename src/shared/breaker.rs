@@ -1,0 +1,193 @@
+//! Circuit breaker of the bucket: three silences within 30 s stop all requests until a probe is answered. Pure; time is
+//! an argument.
+//!
+//! A client waits for the bucket only where nothing is cached, and then at most for `first_byte_timeout`. So a bucket
+//! that hangs costs clients three such waits, and nothing while the breaker is open: probes are sent in the background.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::bucket::{BucketError, Fault};
+
+/// Silences that open the breaker.
+const SILENCES_MAX: usize = 3;
+/// Time within which they count.
+const WINDOW: Duration = Duration::from_secs(30);
+/// Pause before the first probe. It doubles with each probe without an answer, up to [`PAUSE_MAX`].
+const PAUSE: Duration = Duration::from_secs(1);
+/// Longest pause before a probe.
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+
+/// Circuit breaker of one kind of requests.
+#[derive(Debug, Default)]
+pub(super) struct Breaker {
+    silences: VecDeque<Instant>,
+    open: Option<Open>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    since: Instant,
+    next_probe: Instant,
+    pause: Duration,
+}
+
+/// What a response means for the bucket as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// The bucket responds.
+    Answered,
+    /// No usable response.
+    Silent,
+    /// It denies access, which the next request will not change.
+    Denied,
+}
+
+impl Outcome {
+    pub(super) fn of<T>(result: &Result<T, BucketError>) -> Outcome {
+        match result.as_ref().err().map(BucketError::fault) {
+            None | Some(Fault::None) => Outcome::Answered,
+            Some(Fault::Operator) => Outcome::Denied,
+            Some(Fault::Service) => Outcome::Silent,
+        }
+    }
+}
+
+/// Change of the state by an outcome.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Transition {
+    None,
+    Opened,
+    /// Open for this long before.
+    Closed(Duration),
+}
+
+impl Breaker {
+    /// Since when the breaker has been open.
+    pub(super) fn open_since(&self) -> Option<Instant> {
+        self.open.map(|open| open.since)
+    }
+
+    /// When the next probe is due. `None`: the breaker is closed.
+    pub(super) fn next_probe(&self) -> Option<Instant> {
+        self.open.map(|open| open.next_probe)
+    }
+
+    /// Records the outcome of a request or of a probe. A late silence of a request from before the breaker opened
+    /// delays the next probe no further.
+    pub(super) fn record(&mut self, outcome: Outcome, now: Instant) -> Transition {
+        match (outcome, &mut self.open) {
+            (Outcome::Answered, None) => {
+                // An answer outweighs one silence, so a bucket that answers less than half of the time is closed off.
+                self.silences.pop_front();
+                Transition::None
+            }
+            (Outcome::Answered, Some(open)) => {
+                let since = open.since;
+                *self = Self::default();
+                Transition::Closed(now.saturating_duration_since(since))
+            }
+            (Outcome::Silent | Outcome::Denied, Some(open)) => {
+                if now >= open.next_probe {
+                    open.pause = (open.pause * 2).min(PAUSE_MAX);
+                    open.next_probe = now + open.pause;
+                }
+                Transition::None
+            }
+            (Outcome::Silent, None) => {
+                self.silences
+                    .retain(|silence| now.saturating_duration_since(*silence) < WINDOW);
+                self.silences.push_back(now);
+                if self.silences.len() < SILENCES_MAX {
+                    return Transition::None;
+                }
+                self.open(now)
+            }
+            (Outcome::Denied, None) => self.open(now),
+        }
+    }
+
+    fn open(&mut self, now: Instant) -> Transition {
+        self.silences.clear();
+        self.open = Some(Open {
+            since: now,
+            next_probe: now + PAUSE,
+            pause: PAUSE,
+        });
+        Transition::Opened
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+
+    fn after(start: Instant, seconds: u64) -> Instant {
+        start + Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn three_silences_in_30_s_open_it() {
+        let start = Instant::now();
+        for (silences, opens) in [(&[0, 10, 29][..], true), (&[0, 10, 30], false), (&[0, 29], false)] {
+            let mut breaker = Breaker::default();
+            for at in silences {
+                breaker.record(Outcome::Silent, after(start, *at));
+            }
+            assert_eq!(breaker.open_since().is_some(), opens, "{silences:?}");
+        }
+    }
+
+    #[test]
+    fn answers_outweigh_as_many_silences() {
+        let (start, mut breaker) = (Instant::now(), Breaker::default());
+        for _ in 0..20 {
+            breaker.record(Outcome::Silent, start);
+            breaker.record(Outcome::Answered, start);
+        }
+        assert_eq!(breaker.open_since(), None);
+    }
+
+    #[test]
+    fn denial_opens_it_at_once() {
+        let (start, mut breaker) = (Instant::now(), Breaker::default());
+        assert_eq!(breaker.record(Outcome::Denied, start), Transition::Opened);
+        assert_eq!(
+            breaker.record(Outcome::Denied, start),
+            Transition::None,
+            "told once"
+        );
+    }
+
+    #[test]
+    fn probes_follow_at_growing_pauses_until_an_answer() {
+        let (start, mut breaker) = (Instant::now(), Breaker::default());
+        breaker.record(Outcome::Denied, start);
+        let mut pauses = Vec::new();
+        let mut last = start;
+        for _ in 0..7 {
+            let next = breaker.next_probe().unwrap();
+            pauses.push((next - last).as_secs());
+            breaker.record(Outcome::Silent, next);
+            last = next;
+        }
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 30, 30]);
+        let closed = breaker.record(Outcome::Answered, last);
+        assert_eq!(closed, Transition::Closed(last - start));
+        assert_eq!(breaker.next_probe(), None);
+    }
+
+    #[test]
+    fn late_silences_delay_no_probe() {
+        let (start, mut breaker) = (Instant::now(), Breaker::default());
+        breaker.record(Outcome::Denied, start);
+        let next = breaker.next_probe();
+        for _ in 0..9 {
+            breaker.record(Outcome::Silent, start);
+        }
+        assert_eq!(breaker.next_probe(), next);
+    }
+}

@@ -1,0 +1,397 @@
+//! Uploads: a bounded queue of content that was stored, and the tasks that write it to the bucket.
+//!
+//! Nothing waits for an upload. If the queue is full, the oldest entry is dropped: its content is on the disk, and another
+//! cache that fetches it offers it again.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, timeout_at};
+
+use super::{Active, SharedContent};
+use crate::bucket::{BucketError, Fault, ObjectKey, PART_BYTES, part_bytes};
+use crate::oci::{Digest, Hasher};
+use crate::store::AsyncStore;
+use crate::store::blobs::BlobHandle;
+
+/// Entries in the queue.
+const QUEUED_MAX: usize = 1024;
+
+/// Attempts of one upload.
+const ATTEMPTS_MAX: u32 = 3;
+
+/// How an object is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// Unless it exists.
+    Create,
+    /// Again, because it is old.
+    Renew,
+    /// Over one that had wrong bytes.
+    Replace,
+}
+
+/// An entry of the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Item {
+    pub(super) content: SharedContent,
+    pub(super) mode: Mode,
+    attempts: u32,
+}
+
+impl Item {
+    pub(super) fn new(content: SharedContent, mode: Mode) -> Self {
+        Self {
+            content,
+            mode,
+            attempts: 0,
+        }
+    }
+}
+
+/// The queue of uploads.
+#[derive(Default)]
+pub(super) struct Uploads {
+    state: Mutex<State>,
+    /// An entry was added, or the queue was closed.
+    added: Notify,
+    /// An upload has ended.
+    ended: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    queue: VecDeque<Item>,
+    running: Vec<SharedContent>,
+    is_closed: bool,
+}
+
+impl Uploads {
+    /// Adds an entry, unless its content is queued or running. Returns whether the oldest entry was dropped for it.
+    pub(super) fn push(&self, item: Item) -> bool {
+        let mut state = self.state.lock();
+        let is_queued = state.queue.iter().any(|queued| queued.content == item.content);
+        if state.is_closed || is_queued || state.running.contains(&item.content) {
+            return false;
+        }
+        let is_full = state.queue.len() >= QUEUED_MAX;
+        if is_full {
+            state.queue.pop_front();
+        }
+        state.queue.push_back(item);
+        drop(state);
+        self.added.notify_one();
+        is_full
+    }
+
+    /// Lets the tasks end once the queue is empty.
+    pub(super) fn close(&self) {
+        self.state.lock().is_closed = true;
+        self.added.notify_waiters();
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.state.lock().is_closed
+    }
+
+    /// Number of queued and running uploads.
+    pub(super) fn waiting(&self) -> usize {
+        let state = self.state.lock();
+        state.queue.len() + state.running.len()
+    }
+
+    /// Waits until nothing is queued or running, or until `is_stopped`.
+    pub(super) async fn drained(&self, is_stopped: impl Fn() -> bool) {
+        loop {
+            let mut ended = std::pin::pin!(self.ended.notified());
+            ended.as_mut().enable();
+            if self.waiting() == 0 || is_stopped() {
+                return;
+            }
+            ended.await;
+        }
+    }
+
+    /// Takes the next entry. `None`: the queue is closed and empty.
+    async fn next(&self) -> Option<Item> {
+        loop {
+            let mut added = std::pin::pin!(self.added.notified());
+            added.as_mut().enable();
+            {
+                let mut state = self.state.lock();
+                if let Some(item) = state.queue.pop_front() {
+                    state.running.push(item.content);
+                    return Some(item);
+                }
+                if state.is_closed {
+                    return None;
+                }
+            }
+            added.await;
+        }
+    }
+
+    /// Ends an upload, and queues it again if `again`.
+    fn end(&self, item: Item, again: bool) {
+        let mut state = self.state.lock();
+        state.running.retain(|content| *content != item.content);
+        // Closed, it is tried no more: the settings were replaced.
+        let again = again && !state.is_closed && state.queue.len() < QUEUED_MAX;
+        if again {
+            state.queue.push_front(item);
+        }
+        drop(state);
+        if again {
+            self.added.notify_one();
+        }
+        self.ended.notify_waiters();
+    }
+}
+
+/// Why an upload was not done.
+#[derive(Debug)]
+enum UploadError {
+    Bucket(BucketError),
+    /// The content is not in the store any more, or cannot be read.
+    Store,
+    /// The file does not match its digest.
+    Damaged,
+}
+
+impl From<BucketError> for UploadError {
+    fn from(error: BucketError) -> Self {
+        Self::Bucket(error)
+    }
+}
+
+/// One task that uploads, until the queue is closed and empty.
+pub(super) async fn work(active: Arc<Active>, store: AsyncStore) {
+    while let Some(mut item) = active.uploads.next().await {
+        if let Some(at) = active.next_write() {
+            // Only one task tries at that time; for the others the breaker has moved on, or is closed.
+            let _elapsed = timeout_at(at, std::future::pending::<()>()).await;
+        }
+        item.attempts += 1;
+        let result = upload(&active, &store, item).await;
+        let (name, again) = match &result {
+            Ok(()) => ("done", false),
+            Err(UploadError::Bucket(BucketError::Exists)) => ("present", false),
+            Err(UploadError::Store) => ("evicted", false),
+            Err(UploadError::Damaged) => ("damaged", false),
+            Err(UploadError::Bucket(error)) => {
+                let again = error.fault() != Fault::None && item.attempts < ATTEMPTS_MAX;
+                tracing::debug!(content = %item.content.key(), %error, again, "failed to upload to the shared storage");
+                (if again { "retried" } else { "failed" }, again)
+            }
+        };
+        active.telemetry.shared().record_upload(name);
+        if result.is_ok() {
+            // The right bytes are there now.
+            active.wrong.remove(&item.content.key());
+        }
+        active.uploads.end(item, again);
+        active
+            .telemetry
+            .shared()
+            .set_uploads_waiting(active.uploads.waiting() as u64);
+    }
+}
+
+async fn upload(active: &Active, store: &AsyncStore, item: Item) -> Result<(), UploadError> {
+    let (key, digest) = (item.content.key(), item.content.digest());
+    match item.content {
+        SharedContent::Manifest(_) => {
+            let stored = store.read(move |view| view.manifest(&digest)).await;
+            let manifest = stored.ok().flatten().ok_or(UploadError::Store)?;
+            let media_type = manifest.media_type.to_string();
+            put(
+                active,
+                (&key, item.mode),
+                manifest.bytes.clone(),
+                Some(&media_type),
+            )
+            .await
+        }
+        SharedContent::Blob(_) => {
+            let stored = store.read(move |view| view.blob(&digest)).await;
+            let blob = stored.ok().flatten().ok_or(UploadError::Store)?;
+            if blob.size > PART_BYTES as u64 {
+                return put_parts(active, (&key, item.mode), &blob, digest).await;
+            }
+            let bytes = read_part(&blob, 0, PART_BYTES).await?;
+            if Digest::of(digest.algorithm(), &bytes) != digest {
+                return Err(UploadError::Damaged);
+            }
+            put(active, (&key, item.mode), bytes, None).await
+        }
+    }
+}
+
+async fn put(
+    active: &Active,
+    (key, mode): (&ObjectKey, Mode),
+    bytes: Bytes,
+    media_type: Option<&str>,
+) -> Result<(), UploadError> {
+    let (size, bucket) = (bytes.len() as u64, &active.settings.bucket);
+    if mode == Mode::Create && !active.keeps_conditions().await {
+        check_absent(active, key, size).await?;
+    }
+    let began = Instant::now();
+    let (operation, written) = match mode {
+        Mode::Create => {
+            let created = bucket.create(key, bytes, media_type).await;
+            ("create", created.map(drop))
+        }
+        Mode::Renew | Mode::Replace => ("put", bucket.put(key, bytes, media_type).await),
+    };
+    active.record_write(operation, &written, began.elapsed());
+    if written.is_ok() {
+        active.telemetry.shared().add_bytes("sent", size);
+    }
+    Ok(written?)
+}
+
+/// Fails with [`BucketError::Exists`] if the bucket has the object. One of another size has wrong bytes.
+async fn check_absent(active: &Active, key: &ObjectKey, size: u64) -> Result<(), UploadError> {
+    let began = Instant::now();
+    let found = active.settings.bucket.head(key).await;
+    active.record_write("head", &found, began.elapsed());
+    match found {
+        Ok(found) if found.size == size => Err(BucketError::Exists.into()),
+        Ok(_) | Err(BucketError::Absent) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Uploads a large blob. Two caches may do so at once; both write the same bytes.
+async fn put_parts(
+    active: &Active,
+    (key, mode): (&ObjectKey, Mode),
+    blob: &BlobHandle,
+    digest: Digest,
+) -> Result<(), UploadError> {
+    let bucket = &active.settings.bucket;
+    if mode == Mode::Create {
+        check_absent(active, key, blob.size).await?;
+    }
+    let began = Instant::now();
+    let opened = bucket.upload(key).await;
+    active.record_write("upload", &opened, began.elapsed());
+    let mut upload = opened?;
+    let sent = async {
+        let (mut hasher, mut offset) = (Hasher::new(digest.algorithm()), 0);
+        let part_bytes = part_bytes(blob.size);
+        while offset < blob.size {
+            let bytes = read_part(blob, offset, part_bytes).await?;
+            let size = bytes.len() as u64;
+            hasher.update(&bytes);
+            offset += size;
+            let began = Instant::now();
+            let part = upload.part(bytes).await;
+            active.record_write("part", &part, began.elapsed());
+            part?;
+            active.telemetry.shared().add_bytes("sent", size);
+        }
+        if hasher.finish() != digest {
+            return Err(UploadError::Damaged);
+        }
+        let began = Instant::now();
+        let completed = upload.complete().await;
+        active.record_write("complete", &completed, began.elapsed());
+        Ok(completed?)
+    };
+    let sent: Result<(), UploadError> = sent.await;
+    if sent.is_err()
+        && let Err(error) = upload.abort().await
+    {
+        tracing::debug!(%key, %error, "failed to delete the parts of an upload");
+    }
+    sent
+}
+
+/// Reads up to `length` bytes of a blob at `offset`; at least one.
+async fn read_part(blob: &BlobHandle, offset: u64, length: usize) -> Result<Bytes, UploadError> {
+    let blob = blob.clone();
+    let left = usize::try_from(blob.size.saturating_sub(offset)).unwrap_or(usize::MAX);
+    let read = spawn_blocking(move || -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; length.min(left)];
+        let mut filled = 0;
+        while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            match blob.file.read_at(rest, offset + filled as u64) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(bytes)
+    });
+    match read.await {
+        Ok(Ok(bytes)) => Ok(bytes.into()),
+        _ => Err(UploadError::Store),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+    use crate::oci::Algorithm;
+
+    fn item(number: usize) -> Item {
+        let digest = Digest::of(Algorithm::Sha256, &number.to_be_bytes());
+        Item::new(SharedContent::Blob(digest), Mode::Create)
+    }
+
+    #[tokio::test]
+    async fn full_queue_drops_the_oldest() {
+        let uploads = Uploads::default();
+        for number in 0..QUEUED_MAX {
+            assert!(!uploads.push(item(number)));
+        }
+        assert!(uploads.push(item(QUEUED_MAX)));
+        assert_eq!(uploads.waiting(), QUEUED_MAX);
+        assert_eq!(uploads.next().await, Some(item(1)), "0 was dropped");
+    }
+
+    #[tokio::test]
+    async fn content_is_queued_once_even_while_it_runs() {
+        let uploads = Uploads::default();
+        uploads.push(item(1));
+        uploads.push(item(1));
+        let running = uploads.next().await.unwrap();
+        uploads.push(item(1));
+        assert_eq!(uploads.waiting(), 1);
+        uploads.end(running, false);
+        assert_eq!(uploads.waiting(), 0);
+    }
+
+    #[tokio::test]
+    async fn closed_queue_ends_its_tasks_when_empty() {
+        let uploads = Uploads::default();
+        uploads.push(item(1));
+        uploads.close();
+        let last = uploads.next().await.unwrap();
+        uploads.end(last, true);
+        assert_eq!(uploads.next().await, None, "a closed queue retries nothing");
+        assert!(!uploads.push(item(2)) && uploads.waiting() == 0);
+    }
+
+    #[tokio::test]
+    async fn drain_ends_with_the_last_upload_or_a_stop() {
+        let uploads = Arc::new(Uploads::default());
+        uploads.drained(|| false).await;
+        uploads.push(item(1));
+        uploads.drained(|| true).await;
+        let running = uploads.next().await.unwrap();
+        let drained = uploads.drained(|| false);
+        let ended = async { uploads.end(running, false) };
+        tokio::join!(drained, ended);
+    }
+}

@@ -1,0 +1,166 @@
+//! Metrics of the shared storage.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    op: &'static str,
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OperationLabels {
+    op: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DirectionLabels {
+    direction: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ResultLabels {
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BucketLabels {
+    bucket: Arc<str>,
+}
+
+fn latency() -> Histogram {
+    Histogram::new([0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0])
+}
+
+/// Metrics of the shared storage.
+pub struct SharedMetrics {
+    requests: Family<RequestLabels, Counter>,
+    seconds: Family<OperationLabels, Histogram, fn() -> Histogram>,
+    bytes: Family<DirectionLabels, Counter>,
+    uploads: Family<ResultLabels, Counter>,
+    uploads_waiting: Gauge<u64, AtomicU64>,
+    wrong: Counter,
+    up: Family<BucketLabels, Gauge<u64, AtomicU64>>,
+    conditional: Family<BucketLabels, Gauge<u64, AtomicU64>>,
+}
+
+impl Default for SharedMetrics {
+    fn default() -> Self {
+        Self {
+            requests: Family::default(),
+            seconds: Family::new_with_constructor(latency),
+            bytes: Family::default(),
+            uploads: Family::default(),
+            uploads_waiting: Gauge::default(),
+            wrong: Counter::default(),
+            up: Family::default(),
+            conditional: Family::default(),
+        }
+    }
+}
+
+impl SharedMetrics {
+    /// Counts a request to the bucket.
+    pub fn record_request(&self, op: &'static str, result: &'static str, took: Duration) {
+        self.requests.get_or_create(&RequestLabels { op, result }).inc();
+        let seconds = self.seconds.get_or_create(&OperationLabels { op });
+        seconds.observe(took.as_secs_f64());
+    }
+
+    /// Counts bytes of objects: `received` or `sent`.
+    pub fn add_bytes(&self, direction: &'static str, bytes: u64) {
+        let counter = self.bytes.get_or_create(&DirectionLabels { direction });
+        counter.inc_by(bytes);
+    }
+
+    /// Counts an upload by its result.
+    pub fn record_upload(&self, result: &'static str) {
+        self.uploads.get_or_create(&ResultLabels { result }).inc();
+    }
+
+    /// Sets the number of uploads that are queued or running.
+    pub fn set_uploads_waiting(&self, uploads: u64) {
+        self.uploads_waiting.set(uploads);
+    }
+
+    /// Counts an object with wrong bytes.
+    pub fn record_wrong(&self) {
+        self.wrong.inc();
+    }
+
+    /// Sets whether the bucket can be read.
+    pub fn set_up(&self, bucket: &Arc<str>, is_up: bool) {
+        let labels = BucketLabels {
+            bucket: Arc::clone(bucket),
+        };
+        self.up.get_or_create(&labels).set(u64::from(is_up));
+    }
+
+    /// Sets whether the storage keeps conditions of simultaneous writes.
+    pub fn set_conditions(&self, bucket: &Arc<str>, are_kept: bool) {
+        let labels = BucketLabels {
+            bucket: Arc::clone(bucket),
+        };
+        self.conditional.get_or_create(&labels).set(u64::from(are_kept));
+    }
+
+    /// There is no bucket any more, or another.
+    pub fn clear_up(&self) {
+        self.up.clear();
+        self.conditional.clear();
+    }
+
+    pub(super) fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "shared_requests",
+            "Requests to the bucket of the shared storage, by operation and result",
+            self.requests.clone(),
+        );
+        registry.register_with_unit(
+            "shared_request_duration",
+            "Time of a request to the bucket, up to its first byte",
+            Unit::Seconds,
+            self.seconds.clone(),
+        );
+        registry.register_with_unit(
+            "shared_object",
+            "Bytes of objects received from and sent to the bucket",
+            Unit::Bytes,
+            self.bytes.clone(),
+        );
+        registry.register(
+            "shared_uploads",
+            "Uploads to the bucket, by result. Dropped: the queue was full",
+            self.uploads.clone(),
+        );
+        registry.register(
+            "shared_uploads_waiting",
+            "Uploads to the bucket that are queued or running",
+            self.uploads_waiting.clone(),
+        );
+        registry.register(
+            "shared_wrong_objects",
+            "Objects of the bucket that did not match their digest",
+            self.wrong.clone(),
+        );
+        registry.register(
+            "shared_up",
+            "1 if the bucket can be read, 0 while its circuit breaker is open; absent without a bucket",
+            self.up.clone(),
+        );
+        registry.register(
+            "shared_conditional",
+            "1 if the storage lets one of simultaneous conditional writes win, 0 if not; absent before the first upload",
+            self.conditional.clone(),
+        );
+    }
+}

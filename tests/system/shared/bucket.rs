@@ -1,0 +1,342 @@
+//! A scripted bucket: S3's API over objects in memory, with faults.
+
+use std::collections::{BTreeMap, HashMap};
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt as _, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::proxy::Setup;
+use crate::registry::within;
+
+/// What the bucket does with requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// What S3 does.
+    Normal,
+    /// No response ever.
+    Silent,
+    /// This status and error code for each request.
+    Status(u16, &'static str),
+    /// Writes are denied.
+    ReadOnly,
+    /// Objects have other bytes of the same size.
+    Corrupt,
+    /// Bodies break off in the middle.
+    Truncated,
+    /// The first body breaks off in the middle, and then the object is gone.
+    Eaten,
+    /// Writes wait until the mode changes.
+    HoldsWrites,
+}
+
+/// A request as it arrived.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    pub method: String,
+    pub object: String,
+}
+
+#[derive(Default)]
+struct Objects {
+    stored: BTreeMap<String, Bytes>,
+    /// Number of writes, the version of the last one.
+    writes: u64,
+    versions: HashMap<String, u64>,
+    uploads: HashMap<String, BTreeMap<u32, Bytes>>,
+    asked: Vec<Asked>,
+}
+
+impl Objects {
+    fn etag(&self, object: &str) -> String {
+        format!("\"{}\"", self.versions.get(object).unwrap_or(&0))
+    }
+}
+
+/// A running bucket.
+#[derive(Clone)]
+pub struct Bucket {
+    address: String,
+    objects: Arc<Mutex<Objects>>,
+    mode: watch::Sender<Mode>,
+    changed: watch::Sender<u64>,
+}
+
+type Reply = Response<BoxBody<Bytes, std::io::Error>>;
+
+fn whole(bytes: impl Into<Bytes>) -> BoxBody<Bytes, std::io::Error> {
+    Full::new(bytes.into()).map_err(|never| match never {}).boxed()
+}
+
+fn status(code: u16, body: &str) -> Reply {
+    let mut reply = Response::new(whole(body.to_owned()));
+    *reply.status_mut() = StatusCode::from_u16(code).unwrap();
+    reply
+}
+
+fn error(code: u16, name: &str) -> Reply {
+    status(code, &format!("<Error><Code>{name}</Code></Error>"))
+}
+
+impl Bucket {
+    pub async fn start() -> Bucket {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let bucket = Bucket {
+            address: format!("http://{}", listener.local_addr().unwrap()),
+            objects: Arc::default(),
+            mode: watch::Sender::new(Mode::Normal),
+            changed: watch::Sender::new(0),
+        };
+        let serving = bucket.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let bucket = serving.clone();
+                let service = service_fn(move |request| {
+                    let bucket = bucket.clone();
+                    async move { Ok::<_, Infallible>(bucket.serve(request).await) }
+                });
+                let connection = hyper::server::conn::http1::Builder::new()
+                    .serve_connection(TokioIo::new(stream), service);
+                tokio::spawn(connection);
+            }
+        });
+        bucket
+    }
+
+    /// This cache with the bucket as its shared storage.
+    pub fn behind(&self, setup: Setup) -> Setup {
+        self.behind_with(setup, "")
+    }
+
+    /// The same with further keys.
+    pub fn behind_with(&self, setup: Setup, keys: &str) -> Setup {
+        setup
+            .environment("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
+            .environment("AWS_SECRET_ACCESS_KEY", "canary-secret")
+            .tail(&self.section(keys))
+    }
+
+    pub fn section(&self, keys: &str) -> String {
+        let address = &self.address;
+        format!("[shared]\nbucket = \"s3://images/team-a\"\nendpoint = \"{address}\"\n{keys}\n")
+    }
+
+    pub fn set(&self, mode: Mode) {
+        self.mode.send_replace(mode);
+    }
+
+    pub fn asked(&self) -> Vec<Asked> {
+        self.objects.lock().unwrap().asked.clone()
+    }
+
+    pub fn forget_asked(&self) {
+        self.objects.lock().unwrap().asked.clear();
+    }
+
+    /// How often an object with this digest was requested by this method.
+    pub fn count(&self, method: &str, digest: &str) -> usize {
+        let hex = digest.split(':').next_back().unwrap();
+        let asked = self.asked();
+        let of_it = asked.iter().filter(|asked| asked.object.ends_with(hex));
+        of_it.filter(|asked| asked.method == method).count()
+    }
+
+    /// The object with this digest.
+    pub fn object(&self, digest: &str) -> Option<Bytes> {
+        let hex = digest.split(':').next_back().unwrap();
+        let objects = self.objects.lock().unwrap();
+        let found = objects.stored.iter().find(|(name, _)| name.ends_with(hex));
+        found.map(|(_, bytes)| bytes.clone())
+    }
+
+    /// Changes the bytes of an object.
+    pub fn replace(&self, digest: &str, bytes: impl Into<Bytes>) {
+        let hex = digest.split(':').next_back().unwrap();
+        let mut objects = self.objects.lock().unwrap();
+        let found = objects.stored.iter_mut().find(|(name, _)| name.ends_with(hex));
+        *found.unwrap().1 = bytes.into();
+    }
+
+    /// Waits until the bucket satisfies the test.
+    pub async fn until(&self, what: &str, enough: impl Fn(&Bucket) -> bool) {
+        let mut changed = self.changed.subscribe();
+        within(what, async {
+            while !enough(self) {
+                changed.changed().await.unwrap();
+            }
+        })
+        .await;
+    }
+
+    /// Waits until these digests are objects.
+    pub async fn has<'a>(&self, digests: impl IntoIterator<Item = &'a str>) {
+        for digest in digests {
+            self.until("the upload", |bucket| bucket.object(digest).is_some())
+                .await;
+        }
+    }
+
+    async fn serve(&self, request: Request<Incoming>) -> Reply {
+        let (head, body) = request.into_parts();
+        assert!(
+            head.headers.contains_key("authorization"),
+            "every request is signed"
+        );
+        let object = head
+            .uri
+            .path()
+            .strip_prefix("/images/team-a/")
+            .unwrap()
+            .to_owned();
+        self.objects.lock().unwrap().asked.push(Asked {
+            method: head.method.to_string(),
+            object: object.clone(),
+        });
+        self.changed.send_modify(|count| *count += 1);
+        let is_write = !matches!(head.method, Method::GET | Method::HEAD);
+        let mode = *self.mode.borrow();
+        match mode {
+            Mode::Silent => std::future::pending().await,
+            Mode::Status(code, name) => return error(code, name),
+            Mode::ReadOnly if is_write => return error(403, "AccessDenied"),
+            Mode::HoldsWrites if is_write => {
+                let mut mode = self.mode.subscribe();
+                mode.wait_for(|mode| *mode != Mode::HoldsWrites).await.unwrap();
+            }
+            _ => {}
+        }
+        let Ok(body) = body.collect().await else {
+            return error(400, "IncompleteBody");
+        };
+        let reply = if is_write {
+            self.write(&head, &object, body.to_bytes())
+        } else {
+            self.read(&head.headers, &object, mode)
+        };
+        self.changed.send_modify(|count| *count += 1);
+        reply
+    }
+
+    fn read(&self, headers: &HeaderMap, object: &str, mode: Mode) -> Reply {
+        let objects = self.objects.lock().unwrap();
+        let Some(mut bytes) = objects.stored.get(object).cloned() else {
+            return error(404, "NoSuchKey");
+        };
+        let range = headers.get("range").map(|range| range.to_str().unwrap());
+        if mode == Mode::Eaten && range.is_some() {
+            return error(404, "NoSuchKey");
+        }
+        if mode == Mode::Corrupt {
+            bytes = bytes.iter().map(|byte| !byte).collect::<Vec<u8>>().into();
+        }
+        let size = bytes.len();
+        let from: usize = range.map_or(0, |range| {
+            range
+                .trim_start_matches("bytes=")
+                .trim_end_matches('-')
+                .parse()
+                .unwrap()
+        });
+        let bytes = bytes.slice(from..);
+        let length = bytes.len();
+        let body = if matches!(mode, Mode::Truncated | Mode::Eaten) && length > 1 {
+            let frames = [
+                Ok(Frame::data(bytes.slice(..length / 2))),
+                Err(std::io::Error::other("broken off")),
+            ];
+            StreamBody::new(futures_util::stream::iter(frames)).boxed()
+        } else {
+            whole(bytes)
+        };
+        let mut reply = Response::builder()
+            .header("etag", objects.etag(object))
+            .header("content-length", length)
+            .header("last-modified", "Thu, 01 Jan 1998 00:00:00 GMT")
+            .header("date", "Thu, 01 Jan 1998 00:00:01 GMT");
+        if from > 0 {
+            let range = format!("bytes {from}-{}/{size}", size - 1);
+            reply = reply.status(206).header("content-range", range);
+        }
+        reply.body(body).unwrap()
+    }
+
+    fn write(&self, head: &http::request::Parts, object: &str, body: Bytes) -> Reply {
+        let mut objects = self.objects.lock().unwrap();
+        let query = head.uri.query().unwrap_or_default();
+        let argument = |name: &str| {
+            let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
+            pairs
+                .clone()
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| value.to_owned())
+        };
+        match (&head.method, argument("uploadId")) {
+            (&Method::POST, None) => {
+                objects.uploads.insert(object.to_owned(), BTreeMap::new());
+                status(
+                    200,
+                    &format!(
+                        "<InitiateMultipartUploadResult><Bucket>images</Bucket><Key>{object}</Key>\
+                         <UploadId>u</UploadId></InitiateMultipartUploadResult>"
+                    ),
+                )
+            }
+            (&Method::PUT, Some(_)) => {
+                let number = argument("partNumber").unwrap().parse().unwrap();
+                objects.uploads.get_mut(object).unwrap().insert(number, body);
+                let mut reply = status(200, "");
+                reply.headers_mut().insert("etag", "\"part\"".parse().unwrap());
+                reply
+            }
+            (&Method::POST, Some(_)) => {
+                let parts = objects.uploads.remove(object).unwrap();
+                let bytes: Vec<u8> = parts.into_values().flatten().collect();
+                objects.stored.insert(object.to_owned(), bytes.into());
+                status(
+                    200,
+                    &format!(
+                        "<CompleteMultipartUploadResult><Bucket>images</Bucket><Key>{object}</Key>\
+                         <ETag>\"1\"</ETag></CompleteMultipartUploadResult>"
+                    ),
+                )
+            }
+            (&Method::DELETE, Some(_)) => {
+                objects.uploads.remove(object);
+                status(204, "")
+            }
+            (&Method::DELETE, None) => {
+                objects.stored.remove(object);
+                status(204, "")
+            }
+            (&Method::PUT, None) => {
+                let etag = objects.etag(object);
+                let is_create = head.headers.contains_key("if-none-match");
+                let is_stale = head
+                    .headers
+                    .get("if-match")
+                    .is_some_and(|version| *version != etag);
+                if is_stale || is_create && objects.stored.contains_key(object) {
+                    return error(412, "PreconditionFailed");
+                }
+                objects.writes += 1;
+                let version = objects.writes;
+                objects.versions.insert(object.to_owned(), version);
+                objects.stored.insert(object.to_owned(), body);
+                let mut reply = status(200, "");
+                reply
+                    .headers_mut()
+                    .insert("etag", objects.etag(object).parse().unwrap());
+                reply
+            }
+            _ => error(405, "MethodNotAllowed"),
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! Shared storage: a bucket behind two caches, that works, hangs, denies, lies and loses objects.
+
+mod bucket;
+
+use bucket::{Bucket, Mode};
+
+use crate::proxy::{Proxy, Setup};
+use crate::registry::{Image, Upstream};
+
+const DEMO: &str = "library/demo";
+const MIB: usize = 1024 * 1024;
+
+fn digests(image: &Image) -> Vec<&str> {
+    let blobs = image.blobs.iter().map(|blob| blob.digest.as_str());
+    blobs.chain([image.digest.as_str()]).collect()
+}
+
+/// An image that one cache has pulled and written to the bucket, and another cache with an empty disk.
+async fn warm_bucket(image: Image) -> (Upstream, Bucket, Image, Proxy) {
+    let (upstream, bucket) = (Upstream::start().await, Bucket::start().await);
+    let image = upstream.push(DEMO, "latest", image);
+    let first = bucket.behind(Setup::over(&upstream)).start().await;
+    first.pull(DEMO, "latest", &image).await;
+    bucket.has(digests(&image)).await;
+    let second = bucket.behind(Setup::over(&upstream)).start().await;
+    upstream.clear_log();
+    bucket.forget_asked();
+    (upstream, bucket, image, second)
+}
+
+async fn metric(proxy: &Proxy, line: &str) -> String {
+    let text = proxy.admin("/metrics").await;
+    let text = String::from_utf8(text.body.to_vec()).unwrap();
+    let found = text.lines().find_map(|found| found.strip_prefix(line));
+    found.unwrap_or_default().trim().to_owned()
+}
+
+#[tokio::test]
+async fn second_cache_reads_blobs_from_the_bucket() {
+    let image = Image::with_layers(&[vec![1; 100], vec![2; 9 * MIB]]);
+    let (upstream, bucket, image, second) = warm_bucket(image).await;
+    assert_eq!(second.manifest(DEMO, "latest").await.is_image(&image).status, 200);
+    for blob in &image.blobs {
+        let reply = second.blob(DEMO, &blob.digest).await;
+        reply.is_blob(blob);
+        assert_eq!(reply.cache_status(), "ifnewer; hit; detail=shared");
+        second.until_kept(&blob.digest).await;
+    }
+    assert_eq!(upstream.all_blob_gets(), 0, "only the rights were asked for");
+    for blob in &image.blobs {
+        let heads = upstream.requests();
+        let heads = heads.iter().filter(|seen| seen.path.ends_with(&blob.digest));
+        assert_eq!(
+            heads.map(|seen| seen.method.as_str()).collect::<Vec<_>>(),
+            ["HEAD"]
+        );
+        assert_eq!(bucket.count("GET", &blob.digest), 1);
+        assert_eq!(bucket.count("PUT", &blob.digest), 0, "it came from there");
+    }
+    // Only the first cache has written, after one probe of conditions.
+    assert!(
+        bucket
+            .asked()
+            .iter()
+            .all(|asked| asked.method != "PUT" || !asked.object.contains("blobs"))
+    );
+    let received = metric(
+        &second,
+        "ifnewer_shared_object_bytes_total{direction=\"received\"}",
+    )
+    .await;
+    let all: usize = image.blobs.iter().map(|blob| blob.bytes.len()).sum();
+    assert_eq!(received, all.to_string());
+    assert_eq!(
+        metric(&second, "ifnewer_shared_up{bucket=\"s3://images/team-a\"}").await,
+        "1"
+    );
+    second.pull(DEMO, "latest", &image).await.is_hit();
+}
+
+#[tokio::test]
+async fn manifest_by_digest_is_read_from_the_bucket() {
+    let (upstream, bucket, one, second) = warm_bucket(Image::with_layers(&["one"])).await;
+    let two = upstream.push(DEMO, "two", Image::with_layers(&["two"]));
+    second.manifest(DEMO, "two").await.is_image(&two);
+    upstream.clear_log();
+    second.manifest(DEMO, &one.digest).await.is_image(&one);
+    assert_eq!(upstream.manifest_gets(DEMO), 0);
+    assert_eq!(bucket.count("GET", &one.digest), 1);
+    // Wrong bytes are not used, and are replaced.
+    let third = bucket.behind(Setup::over(&upstream)).start().await;
+    bucket.replace(&one.digest, "{}");
+    third.manifest(DEMO, "two").await.is_image(&two);
+    third.manifest(DEMO, &one.digest).await.is_image(&one);
+    bucket
+        .until("the right bytes", |bucket| {
+            bucket.object(&one.digest).unwrap() == one.manifest
+        })
+        .await;
+}
+
+/// A client without a right learns nothing from the bucket, and the bucket is not asked for it.
+#[tokio::test]
+async fn bucket_gives_nothing_to_clients_without_a_right() {
+    let (upstream, bucket) = (Upstream::start().await, Bucket::start().await);
+    upstream.requires_token();
+    upstream.lets("alice", "a-secret", "acme/app");
+    upstream.lets("bob", "b-secret", "bob/own");
+    let image = upstream.push("acme/app", "1", Image::with_layers(&["private"]));
+    let own = upstream.push("bob/own", "1", Image::with_layers(&["own"]));
+    let first = bucket.behind(Setup::over(&upstream)).start().await;
+    let alice = |ask: crate::proxy::Ask| ask.basic("alice", "a-secret");
+    first.pull_with("acme/app", "1", &image, alice).await;
+    bucket.has(digests(&image)).await;
+    let second = bucket.behind(Setup::over(&upstream)).start().await;
+    bucket.forget_asked();
+    let bob = |ask: crate::proxy::Ask| ask.basic("bob", "b-secret");
+    for digest in digests(&image) {
+        for ask in [
+            second.blob("acme/app", digest),
+            second.manifest("acme/app", digest),
+        ] {
+            let reply = bob(ask).await;
+            assert!(reply.status >= 400, "{reply:#?}");
+        }
+        let anonymous = second.blob("acme/app", digest).await;
+        assert!(anonymous.status >= 400, "{anonymous:#?}");
+    }
+    assert!(bucket.asked().is_empty(), "{:?}", bucket.asked());
+    // With a right in his own repository, the digest is not there.
+    second.pull_with("bob/own", "1", &own, bob).await;
+    let layer = image.layer(0);
+    let reply = bob(second.blob("bob/own", &layer.digest)).await;
+    assert_eq!(reply.status, 404, "{reply:#?}");
+    assert_eq!(bucket.count("GET", &layer.digest), 0);
+    second.pull_with("acme/app", "1", &image, alice).await;
+}
+
+/// Whatever the bucket does, pulls succeed and the local cache is whole.
+#[tokio::test]
+async fn faulty_bucket_fails_no_pull() {
+    for mode in [
+        Mode::Silent,
+        Mode::Status(503, "SlowDown"),
+        Mode::Status(403, "AccessDenied"),
+        Mode::Status(404, "NoSuchBucket"),
+        Mode::Corrupt,
+        Mode::Truncated,
+        Mode::Eaten,
+        Mode::ReadOnly,
+    ] {
+        let image = Image::with_layers(&[vec![3; 60_000], vec![4; 50], vec![5; 70], vec![6; 80]]);
+        let (_upstream, bucket, image, second) = warm_bucket(image).await;
+        bucket.set(mode);
+        second.pull(DEMO, "latest", &image).await;
+        bucket.forget_asked();
+        let again = second.pull(DEMO, "latest", &image).await;
+        again.is_hit();
+        let reads = bucket.asked().into_iter().filter(|asked| asked.method == "GET");
+        assert_eq!(reads.count(), 0, "{mode:?}: what is cached needs no bucket");
+    }
+}
+
+#[tokio::test]
+async fn silent_bucket_is_asked_three_times_and_then_probed() {
+    let layers: Vec<String> = (0..8).map(|number| format!("layer {number}")).collect();
+    let (upstream, bucket, image, second) = warm_bucket(Image::with_layers(&layers)).await;
+    bucket.set(Mode::Silent);
+    second.pull(DEMO, "latest", &image).await;
+    let is_probe = |asked: &bucket::Asked| asked.object.contains("/probe/");
+    let asked = bucket.asked();
+    let reads = asked
+        .iter()
+        .filter(|asked| !is_probe(asked) && asked.method != "PUT");
+    assert_eq!(reads.count(), 3, "{asked:?}");
+    second.program().says("shared storage unavailable").await;
+    assert_eq!(
+        metric(&second, "ifnewer_shared_up{bucket=\"s3://images/team-a\"}").await,
+        "0"
+    );
+    assert_eq!(second.admin("/readyz").await.status, 200);
+    assert!(upstream.all_blob_gets() > 0);
+    bucket.set(Mode::Normal);
+    second.program().says("shared storage available again").await;
+}
+
+#[tokio::test]
+async fn wrong_bytes_reach_no_client_and_are_replaced() {
+    let (upstream, bucket, image, second) = warm_bucket(Image::with_layers(&[vec![7; 5000]])).await;
+    let layer = image.layer(0);
+    bucket.replace(&layer.digest, vec![8; 5000]);
+    second.pull(DEMO, "latest", &image).await;
+    assert_eq!(upstream.blob_gets(&layer.digest), 1);
+    bucket
+        .until("the right bytes", |bucket| {
+            bucket.object(&layer.digest).unwrap() == layer.bytes
+        })
+        .await;
+    assert_eq!(metric(&second, "ifnewer_shared_wrong_objects_total").await, "1");
+    second.program().says("does not match its digest").await;
+}
+
+/// The upstream sends only what is missing.
+#[tokio::test]
+async fn upstream_continues_where_the_bucket_broke_off() {
+    let (upstream, bucket, image, second) = warm_bucket(Image::of_noise(5, MIB)).await;
+    let layer = image.layer(0);
+    bucket.set(Mode::Eaten);
+    second.pull(DEMO, "latest", &image).await;
+    let requests = upstream.requests();
+    let gets = requests
+        .iter()
+        .filter(|seen| seen.method == "GET" && seen.path.ends_with(&layer.digest));
+    let ranges: Vec<_> = gets
+        .map(|seen| seen.header("range").unwrap_or_default().to_owned())
+        .collect();
+    assert_eq!(ranges, [format!("bytes={}-", MIB / 2)]);
+}
+
+#[tokio::test]
+async fn denied_writes_are_told_and_reads_go_on() {
+    let (upstream, bucket, _image, second) = warm_bucket(Image::with_layers(&["one"])).await;
+    bucket.set(Mode::ReadOnly);
+    let other = upstream.push(DEMO, "other", Image::with_layers(&["two"]));
+    second.pull(DEMO, "other", &other).await;
+    second.program().says("shared storage accepts no uploads").await;
+    assert_eq!(
+        metric(&second, "ifnewer_shared_up{bucket=\"s3://images/team-a\"}").await,
+        "1"
+    );
+}
+
+#[tokio::test]
+async fn read_only_cache_writes_nothing() {
+    let (upstream, bucket) = (Upstream::start().await, Bucket::start().await);
+    let image = upstream.push(DEMO, "latest", Image::with_layers(&["one"]));
+    let proxy = bucket
+        .behind_with(Setup::over(&upstream), "write = false")
+        .start()
+        .await;
+    proxy.pull(DEMO, "latest", &image).await;
+    let mut proxy = proxy;
+    proxy.terminate();
+    assert_eq!(proxy.exit().await, Some(0));
+    assert!(
+        bucket
+            .asked()
+            .iter()
+            .all(|asked| matches!(asked.method.as_str(), "GET" | "HEAD"))
+    );
+}
+
+#[tokio::test]
+async fn reload_moves_to_another_bucket() {
+    let (upstream, one, other) = (
+        Upstream::start().await,
+        Bucket::start().await,
+        Bucket::start().await,
+    );
+    let image = upstream.push(DEMO, "latest", Image::with_layers(&["one"]));
+    let setup = Setup::over(&upstream);
+    let plain = setup.clone();
+    let proxy = one.behind(setup).start().await;
+    proxy.pull(DEMO, "latest", &image).await;
+    one.has(digests(&image)).await;
+    let toml = plain.tail(&other.section("")).toml();
+    proxy.setup().file("ifnewer.toml", &toml);
+    proxy.program().reload();
+    proxy.program().says("configuration reloaded").await;
+    let next = upstream.push(DEMO, "next", Image::with_layers(&["two"]));
+    proxy.pull(DEMO, "next", &next).await;
+    other.has(digests(&next)).await;
+    assert!(one.object(&next.digest).is_none());
+}
+
+#[tokio::test]
+async fn shutdown_waits_for_running_uploads() {
+    let (upstream, bucket) = (Upstream::start().await, Bucket::start().await);
+    let image = upstream.push(DEMO, "latest", Image::with_layers(&["one"]));
+    let mut proxy = bucket.behind(Setup::over(&upstream)).start().await;
+    bucket.set(Mode::HoldsWrites);
+    proxy.pull(DEMO, "latest", &image).await;
+    bucket
+        .until("an upload", |bucket| {
+            bucket.asked().iter().any(|asked| asked.method == "PUT")
+        })
+        .await;
+    proxy.terminate();
+    proxy.program().says("shutting down").await;
+    bucket.set(Mode::Normal);
+    assert_eq!(proxy.exit().await, Some(0));
+    for digest in digests(&image) {
+        assert!(bucket.object(digest).is_some(), "{digest}");
+    }
+}
+
+#[tokio::test]
+async fn secret_key_is_printed_nowhere() {
+    let (upstream, bucket) = (Upstream::start().await, Bucket::start().await);
+    let image = upstream.push(DEMO, "latest", Image::with_layers(&["one"]));
+    let setup = bucket
+        .behind(Setup::over(&upstream))
+        .tail("[log]\nlevel = \"debug\"");
+    let proxy = setup.start().await;
+    bucket.set(Mode::Status(403, "SignatureDoesNotMatch"));
+    proxy.pull(DEMO, "latest", &image).await;
+    proxy.program().says("SignatureDoesNotMatch").await;
+    let said = proxy.program().stderr() + &proxy.program().stdout();
+    assert!(
+        !said.contains("canary-secret") && !said.contains("Signature="),
+        "{said}"
+    );
+}
