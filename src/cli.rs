@@ -1,6 +1,7 @@
 //! Command-line arguments and the environment variables that belong to them. Commands are implemented elsewhere.
 
 pub mod commands;
+pub mod shared_storage;
 #[cfg(test)]
 mod tests;
 
@@ -75,6 +76,9 @@ pub enum Command {
     /// Check whether clients use the cache: configuration, trust, disk, upstreams, and a pull through Docker that must
     /// appear in the cache's log. The exit code is the number of failed checks
     Doctor(Doctor),
+    /// Check the bucket of the shared storage, or print the rights that it needs
+    #[command(subcommand)]
+    Shared(Shared),
     /// Commands for a running cache
     #[command(flatten)]
     Remote(commands::Command),
@@ -95,6 +99,19 @@ pub enum Command {
         /// Write `ifnewer.1` and one page per command into this folder
         #[arg(long, value_name = "FOLDER")]
         out: Option<PathBuf>,
+    },
+}
+
+/// `ifnewer shared`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
+pub enum Shared {
+    /// Read from the bucket and, unless `write = false`, write to it; exit 1 if a cache cannot use it
+    Check,
+    /// Print the IAM policy of the credential and the lifecycle rule of the bucket
+    Policy {
+        /// For a cache with `write = false`
+        #[arg(long)]
+        read_only: bool,
     },
 }
 

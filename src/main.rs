@@ -9,7 +9,7 @@ use clap::Parser;
 use ifnewer::cli::commands;
 use ifnewer::cli::{Cli, Command, load};
 use ifnewer::clock::Clock;
-use ifnewer::config::{Config, Log, LogFormat};
+use ifnewer::config::{Config, Log, LogFormat, SharedConfig};
 #[cfg(feature = "otlp")]
 use ifnewer::otlp;
 use ifnewer::process::{RunError, serve};
@@ -80,6 +80,10 @@ fn main() -> ExitCode {
             Ok(root) => block_on(cmd_doctor(&config, &args, &root)),
             Err(refused) => fail(USAGE_ERROR, &refused),
         },
+        Command::Shared(command) => match &config.shared {
+            Some(shared) => block_on(cmd_shared(shared, command)),
+            None => fail(USAGE_ERROR, &"no bucket is configured; set `bucket` in [shared]"),
+        },
         Command::Demo { stay } => block_on(cmd_demo(stay)),
         Command::Completions { shell } => {
             cli::completions(shell, &mut terminal::stdout(false));
@@ -101,6 +105,22 @@ fn main() -> ExitCode {
             let inherited = inherited_sockets();
             block_on(cmd_serve(cli.options, config, inherited, descriptors))
         }
+    }
+}
+
+async fn cmd_shared(shared: &SharedConfig, command: cli::Shared) -> ExitCode {
+    let mut out = terminal::stdout(false);
+    let is_usable = match command {
+        cli::Shared::Policy { read_only } => {
+            let text = cli::shared_storage::policy(shared, read_only);
+            out.write_all(text.as_bytes()).map(|()| true)
+        }
+        cli::Shared::Check => cli::shared_storage::check(shared, &mut out).await,
+    };
+    match is_usable {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(FAILED),
+        Err(error) => fail(FAILED, &error),
     }
 }
 
