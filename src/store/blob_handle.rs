@@ -18,10 +18,21 @@ pub struct BlobHandle {
     /// The open file.
     pub file: Arc<dyn FsFile>,
     is_unreadable: Arc<AtomicBool>,
+    is_verified: bool,
 }
 
 impl BlobHandle {
-    pub(super) fn new(size: u64, file: Arc<dyn FsFile>) -> Self {
+    /// A file that was found on the disk.
+    pub(super) fn found(size: u64, file: Arc<dyn FsFile>) -> Self {
+        Self::new(size, file, false)
+    }
+
+    /// A file whose bytes were verified while they were written.
+    pub(super) fn written(size: u64, file: Arc<dyn FsFile>) -> Self {
+        Self::new(size, file, true)
+    }
+
+    fn new(size: u64, file: Arc<dyn FsFile>, is_verified: bool) -> Self {
         let is_unreadable = Arc::new(AtomicBool::new(false));
         let file = Arc::new(BlobFile {
             file,
@@ -31,7 +42,13 @@ impl BlobHandle {
             size,
             file,
             is_unreadable,
+            is_verified,
         }
+    }
+
+    /// Whether its bytes were verified since its file is open, so that reading them need not verify them again.
+    pub fn is_verified(&self) -> bool {
+        self.is_verified
     }
 
     /// The complete blob, if it has at most `bytes_max`.
@@ -143,7 +160,7 @@ mod tests {
     fn only_an_io_error_marks_a_blob_unreadable() {
         let file = MemoryFs::new().create(Path::new("file")).unwrap();
         file.write_at(b"0123456789", 0).unwrap();
-        let held = BlobHandle::new(10, Arc::new(Bad(file)));
+        let held = BlobHandle::found(10, Arc::new(Bad(file)));
         assert!(held.file.read_at_nowait(&mut [0], 7).is_err());
         assert!(held.file.read_at(&mut [0], 0).is_ok());
         assert!(!held.is_unreadable());

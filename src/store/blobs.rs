@@ -231,7 +231,7 @@ impl Blobs {
             self.quarantine(digest, "blob size differs from the verified size");
             return Ok(None);
         }
-        let blob = BlobHandle::new(size, file);
+        let blob = BlobHandle::found(size, file);
         self.open.insert(*digest, blob.clone());
         if self.removals.load(Ordering::SeqCst) != removals && size_of(self.fs.as_ref(), &path).is_none() {
             // The blob was removed meanwhile. The caller can still read it, but the cache must not keep its file
@@ -360,7 +360,7 @@ impl Blobs {
             let _ = self.remove(&digest);
             return Err(StoreError::io("fsync the folder of", &path, &error));
         }
-        let blob = BlobHandle::new(proof.size, Arc::clone(file));
+        let blob = BlobHandle::written(proof.size, Arc::clone(file));
         self.open.insert(digest, blob.clone());
         Ok(blob)
     }

@@ -81,13 +81,15 @@ impl BlobResponse<'_> {
             _ if self.context.head => Body::empty(),
             BlobBody::Head => Body::empty(),
             BlobBody::Memory(bytes) => self.memory(bytes),
-            BlobBody::File(blob) if self.service.verified.contains(&self.digest) => self.file(
-                blob.file,
-                ByteSpan {
-                    start: 0,
-                    end_exclusive: blob.size,
-                },
-            ),
+            BlobBody::File(blob) if blob.is_verified() || self.service.verified.contains(&self.digest) => {
+                self.file(
+                    blob.file,
+                    ByteSpan {
+                        start: 0,
+                        end_exclusive: blob.size,
+                    },
+                )
+            }
             BlobBody::File(blob) => Body::verified_file(
                 self.digest,
                 blob.file,

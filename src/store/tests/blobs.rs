@@ -18,6 +18,22 @@ fn committed_blob_is_stored_and_survives_reopen() {
 }
 
 #[test]
+fn blob_is_verified_again_after_its_file_was_closed() {
+    on_every_fs(|fixture| {
+        let store = fixture.open();
+        put_blob(&store, b"layer").unwrap();
+        let is_verified = |store: &Store| store.blob(&digest(b"layer")).unwrap().unwrap().is_verified();
+        assert!(is_verified(&store), "it was hashed while it was written");
+        drop(store);
+        let store = fixture.open();
+        assert!(!is_verified(&store));
+        store.quarantine_blob(&digest(b"layer"));
+        put_blob(&store, b"layer").unwrap();
+        assert!(is_verified(&store));
+    });
+}
+
+#[test]
 fn unverified_blob_is_never_visible() {
     on_every_fs(|fixture| {
         let store = fixture.open();

@@ -212,6 +212,28 @@ async fn t03_unread_h2_streams_stay_within_the_budget() {
         .await;
 }
 
+#[tokio::test]
+async fn t03_unread_downloaded_blob_is_not_in_memory() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/app", "1", Image::of_noise(2, 16_000_000));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/app", "1", &image).await;
+    let digest = &image.layer(0).digest;
+    proxy.until_kept(digest).await;
+    let request = format!("GET /v2/library/app/blobs/{digest} HTTP/1.1\r\nhost: localhost\r\n\r\n");
+    let mut connections = Vec::new();
+    for _ in 0..4 {
+        let mut stream = TcpStream::connect(proxy.registry_address()).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        // The response has begun, and the client reads no further.
+        stream.read_exact(&mut [0; 64]).await.unwrap();
+        connections.push(stream);
+    }
+    proxy.has_turned(10).await;
+    assert_eq!(outstanding(&proxy.admin("/metrics").await), 0);
+    assert_eq!(upstream.blob_gets(digest), 1);
+}
+
 /// The allocator settings of a started process.
 fn heap_settings(proxy: &Proxy) -> Vec<String> {
     let environment = std::fs::read(format!("/proc/{}/environ", proxy.program().id())).unwrap();
