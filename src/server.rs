@@ -1,7 +1,7 @@
 //! HTTP server of the registry: listeners, TLS, request parsing, authentication, responses and the access log.
 //!
 //! * Connections: `listener` and `proxy_protocol` accept them, `connections` limits them, `acceptor` serves HTTP on
-//!   them, `idle_timeout` closes those that make no progress.
+//!   them, `http_version` detects HTTP/2, `idle_timeout` closes those that make no progress.
 //! * TLS: `tls` holds the CA, the server certificate and the leaf certificates for upstream hosts.
 //! * Requests: `request` parses and validates, `routing` chooses the upstream, `auth` authenticates the client,
 //!   `connect` handles `CONNECT`, `error` lists every rejection.
@@ -18,6 +18,7 @@ pub(crate) mod connections;
 mod egress;
 mod error;
 mod forward;
+mod http_version;
 mod idle_timeout;
 pub mod listener;
 mod proxy_protocol;

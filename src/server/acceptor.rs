@@ -3,16 +3,16 @@
 use std::convert::Infallible;
 use std::error::Error;
 use std::io;
-use std::pin::pin;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use http::{Method, Request, Response};
 use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto::Builder;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -21,6 +21,7 @@ use tokio_util::task::TaskTracker;
 
 use super::auth::PeerCredentials;
 use super::connections::{Bounds, Connections, Entering, Handle, Refused, Slot, Wait};
+use super::http_version::{HttpVersion, Replayed, detect};
 use super::idle_timeout::{IdlePause, IdleTimeoutStream};
 use super::listener::{AcceptedStream, Listener, PeerAddr};
 use super::routing::ConnectionInfo;
@@ -44,7 +45,11 @@ const H2_SEND_BYTES_MAX: usize = 64 * 1024;
 /// connections of an address, and enough for 250 MB/s at 1 ms.
 const H2_RECEIVED_BYTES_MAX: u32 = 256 * 1024;
 
-pub(super) type ServeResult = Result<(), Box<dyn Error + Send + Sync>>;
+pub(super) type ServeError = Box<dyn Error + Send + Sync>;
+pub(super) type ServeResult = Result<(), ServeError>;
+
+/// HTTP on a connection, until it ends. The stages before it have been freed.
+type Serving = Pin<Box<dyn Future<Output = ServeResult> + Send>>;
 
 /// Accepts and serves the connections of a listener.
 #[derive(Clone)]
@@ -165,8 +170,8 @@ impl Acceptor {
         }
     }
 
-    /// Serves a connection until it ends. Its stages are on the heap one by one: in one future, the largest of them would
-    /// take 17 KiB for as long as the connection lasts.
+    /// Serves a connection until it ends. Its stages are on the heap one by one, and each ends before the next one begins: in
+    /// one future, the largest of them would take 17 KiB for as long as the connection lasts.
     async fn serve(self, mut accepted: AcceptedStream, slot: Slot, tasks: TaskTracker) {
         let accepted_from = accepted.peer();
         if self
@@ -197,7 +202,13 @@ impl Acceptor {
             return;
         };
         let peer = accepted.peer();
-        if let Err(error) = Box::pin(self.serve_http(accepted, is_tls, slot, tasks)).await {
+        let serving = Box::pin(self.begin_http(accepted, is_tls, slot, tasks)).await;
+        let ended = match serving {
+            Ok(Some(serving)) => serving.await,
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
             tracing::debug!(%peer, %error, "connection failed");
         }
     }
@@ -223,13 +234,14 @@ impl Acceptor {
         }
     }
 
-    async fn serve_http(
+    /// TLS handshake and detection of the HTTP version. `None` if the connection ended before them.
+    async fn begin_http(
         &self,
         accepted: AcceptedStream,
         is_tls: bool,
         slot: Slot,
         tasks: TaskTracker,
-    ) -> ServeResult {
+    ) -> Result<Option<Serving>, ServeError> {
         let limits = self.0.limits;
         let (peer, handle) = (accepted.peer(), slot.handle());
         let permit = ConnectionPermit(slot);
@@ -240,7 +252,7 @@ impl Acceptor {
         if is_tls {
             let tls = self.tls();
             let handshake = tokio::select! {
-                () = handle.closing() => return Ok(()),
+                () = handle.closing() => return Ok(None),
                 handshake = timeout(limits.handshake_timeout, Box::pin(tls.accept(accepted))) => handshake?,
             };
             if let Some(why) = handshake.as_ref().err().and_then(client_cert::rejection_reason) {
@@ -267,7 +279,7 @@ impl Acceptor {
             };
             let connection = self.connection(peer, permit, tasks);
             let stream = IdleTimeoutStream::new(stream, idle_timeout, idle_pause).of(handle);
-            Box::pin(connection.serve_http(stream)).await
+            connection.begin_http(stream).await
         } else {
             let http_allowed = match self.0.plain_http {
                 PlainHttp::Loopback => peer.is_local(),
@@ -289,7 +301,7 @@ impl Acceptor {
             let connection = self.connection(peer, permit, tasks);
             let stream = SendfileStream::new(accepted, queue);
             let stream = IdleTimeoutStream::new(stream, idle_timeout, idle_pause).of(handle);
-            Box::pin(connection.serve_http(stream)).await
+            connection.begin_http(stream).await
         }
     }
 
@@ -333,19 +345,25 @@ impl Acceptor {
     }
 }
 
-/// HTTP/1 and HTTP/2 with these limits.
-pub(super) fn protocol(limits: &Limits) -> Builder<TokioExecutor> {
-    let mut builder = Builder::new(TokioExecutor::new());
+/// HTTP/1 with these limits.
+pub(super) fn http1(limits: &Limits) -> http1::Builder {
+    let mut builder = http1::Builder::new();
     builder
-        .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header_timeout)
         // Frames are queued by reference; `sendfile` depends on it. Pipelined flushes would copy them.
         .writev(true)
         .pipeline_flush(false)
+        // The buffer may grow beyond its limit in one read, so it does not limit the header.
+        .max_header_size(HEADER_BYTES_MAX)
         .max_buf_size(HEADER_BYTES_MAX);
     builder
-        .http2()
+}
+
+/// HTTP/2 with these limits.
+fn http2(limits: &Limits) -> http2::Builder<TokioExecutor> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.streams_per_connection_max)
         .max_header_list_size(H2_HEADER_LIST_BYTES_MAX)
@@ -356,6 +374,7 @@ pub(super) fn protocol(limits: &Limits) -> Builder<TokioExecutor> {
         .keep_alive_timeout(limits.idle_timeout / 2);
     builder
 }
+
 /// Permit of a connection, shared with the TLS session inside its `CONNECT` and released when both have ended.
 pub(super) struct ConnectionPermit(#[expect(dead_code, reason = "held for its end")] Slot);
 
@@ -374,25 +393,60 @@ impl Connection {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let builder = protocol(self.acceptor.limits());
-        let (ending, handle) = (self.acceptor.ending().clone(), self.peer.connection.clone());
-        let service = service_fn(move |request| {
-            let connection = Arc::clone(&self);
-            // Boxed, so that it is freed when the response head is sent. Inline, its 8 KiB would stay with each
-            // stream until the end of the body.
-            let answer = Box::pin(connection.answer(request));
-            async move { Ok::<_, Infallible>(answer.await) }
-        });
-        let mut serving = pin!(builder.serve_connection_with_upgrades(TokioIo::new(stream), service));
-        tokio::select! {
-            ended = serving.as_mut() => return ended,
-            () = ending.cancelled() => serving.as_mut().graceful_shutdown(),
-            () = handle.closing() => {
-                serving.as_mut().graceful_shutdown();
-                return handle.ended(serving).await.unwrap_or(Ok(()));
-            }
+        let serving = self.begin_http(stream).await?;
+        match serving {
+            Some(serving) => serving.await,
+            None => Ok(()),
         }
-        serving.await
+    }
+
+    /// Detects the HTTP version. `None` if the connection is to end before its first request.
+    async fn begin_http<S>(self: Arc<Self>, stream: S) -> Result<Option<Serving>, ServeError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (version, stream) = tokio::select! {
+            () = self.acceptor.ending().cancelled() => return Ok(None),
+            () = self.peer.connection.closing() => return Ok(None),
+            detected = detect(stream) => detected?,
+        };
+        Ok(Some(match version {
+            HttpVersion::Http1 => self.serve_http1(stream),
+            HttpVersion::Http2 => self.serve_http2(stream),
+        }))
+    }
+
+    fn serve_http1<S>(self: Arc<Self>, stream: Replayed<S>) -> Serving
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (acceptor, handle) = (self.acceptor.clone(), self.peer.connection.clone());
+        let service = service_fn(move |request| Arc::clone(&self).call(request));
+        let serving = http1(acceptor.limits())
+            .serve_connection(TokioIo::new(stream), service)
+            .with_upgrades();
+        let shut_down = http1::UpgradeableConnection::graceful_shutdown;
+        Box::pin(until_ended(Box::pin(serving), shut_down, acceptor, handle))
+    }
+
+    fn serve_http2<S>(self: Arc<Self>, stream: Replayed<S>) -> Serving
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (acceptor, handle) = (self.acceptor.clone(), self.peer.connection.clone());
+        let service = service_fn(move |request| Arc::clone(&self).call(request));
+        let serving = http2(acceptor.limits()).serve_connection(TokioIo::new(stream), service);
+        let shut_down = http2::Connection::graceful_shutdown;
+        Box::pin(until_ended(Box::pin(serving), shut_down, acceptor, handle))
+    }
+
+    /// The response to a request. On the heap, so that it is freed when the response head is sent. Inline, its 8 KiB would
+    /// stay with each stream until the end of the body.
+    fn call(
+        self: Arc<Self>,
+        request: Request<Incoming>,
+    ) -> Pin<Box<impl Future<Output = Result<Response<Body>, Infallible>> + Send>> {
+        Box::pin(async move { Ok(self.answer(request).await) })
     }
 
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
@@ -402,4 +456,30 @@ impl Connection {
             self.acceptor.0.service.answer(request, &self.peer).await
         }
     }
+}
+
+/// Serves a connection until it ends. At shutdown, or if it is chosen to be closed, it accepts no further request. `serving`
+/// is boxed, because an async function would hold it twice: as an argument and as a pinned value.
+async fn until_ended<C, E>(
+    mut serving: Pin<Box<C>>,
+    shut_down: impl Fn(Pin<&mut C>),
+    acceptor: Acceptor,
+    handle: Handle,
+) -> ServeResult
+where
+    C: Future<Output = Result<(), E>>,
+    E: Into<ServeError>,
+{
+    tokio::select! {
+        ended = serving.as_mut() => return ended.map_err(Into::into),
+        () = acceptor.ending().cancelled() => shut_down(serving.as_mut()),
+        () = handle.closing() => {
+            shut_down(serving.as_mut());
+            return match handle.ended(serving).await {
+                Some(ended) => ended.map_err(Into::into),
+                None => Ok(()),
+            };
+        }
+    }
+    serving.await.map_err(Into::into)
 }

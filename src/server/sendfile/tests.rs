@@ -18,7 +18,7 @@ use tokio::net::UnixStream;
 use super::*;
 use crate::config::Config;
 use crate::server::Body;
-use crate::server::acceptor::{ServeResult, protocol};
+use crate::server::acceptor::{ServeResult, http1};
 use crate::server::idle_timeout::{IdlePause, IdleTimeoutStream};
 use crate::store::fs::{DirectoryFs, FileSystem};
 use crate::telemetry::Telemetry;
@@ -56,12 +56,8 @@ fn serve(file: Arc<dyn FsFile>) -> (UnixStream, JoinHandle<ServeResult>) {
     // As in the acceptor, because its settings decide whether hyper copies a placeholder.
     let limits = Config::read("", Path::new("ifnewer.toml")).unwrap().limits;
     let stream = IdleTimeoutStream::new(stream, limits.idle_timeout, IdlePause::default());
-    let builder = protocol(&limits);
-    let connection = tokio::spawn(async move {
-        builder
-            .serve_connection_with_upgrades(TokioIo::new(stream), service)
-            .await
-    });
+    let serving = http1(&limits).serve_connection(TokioIo::new(stream), service);
+    let connection = tokio::spawn(async move { Ok(serving.with_upgrades().await?) });
     (client, connection)
 }
 
