@@ -112,7 +112,12 @@ const VENDORS: &[(&str, &[&str])] = &[
     ("rustls", TLS),
     (
         "tokio_rustls",
-        &["server/tls.rs", "upstream/tls.rs", "doctor/http_probe.rs"],
+        &[
+            "server/tls.rs",
+            "server/tls/records.rs",
+            "upstream/tls.rs",
+            "doctor/http_probe.rs",
+        ],
     ),
     ("hyper", HTTP),
     ("hyper_util", HTTP),

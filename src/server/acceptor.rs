@@ -251,9 +251,11 @@ impl Acceptor {
         );
         if is_tls {
             let tls = self.tls();
+            let unsent = self.0.service.egress.unsent(peer.ip());
+            let handshake = Box::pin(tls.accept(accepted, unsent));
             let handshake = tokio::select! {
                 () = handle.closing() => return Ok(None),
-                handshake = timeout(limits.handshake_timeout, Box::pin(tls.accept(accepted))) => handshake?,
+                handshake = timeout(limits.handshake_timeout, handshake) => handshake?,
             };
             if let Some(why) = handshake.as_ref().err().and_then(client_cert::rejection_reason) {
                 tracing::warn!(%peer, why, "client certificate rejected");

@@ -215,7 +215,8 @@ impl Connection {
         Box::pin(async move {
             let Ok(upgraded) = upgrade.await else { return };
             let (tls, limit) = (self.acceptor.tls(), self.acceptor.limits().handshake_timeout);
-            let handshaking = tls.accept_for_host(host_part(&name), TokioIo::new(upgraded));
+            let unsent = self.acceptor.service().egress.unsent(self.peer.address);
+            let handshaking = tls.accept_for_host(host_part(&name), TokioIo::new(upgraded), unsent);
             let Handshake {
                 stream,
                 server_name,

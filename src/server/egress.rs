@@ -11,8 +11,10 @@
 //! for one address. A body beyond its address's share of [`BODIES_MAX`] waits until another one ends, and reads nothing
 //! meanwhile.
 //!
-//! Not counted, because constants limit it: content that several bodies share in memory (manifests and small blobs), and
-//! 64 KiB of TLS records for each connection.
+//! TLS records that a client has not read are counted in place of the chunk that they encrypt ([`Unsent`]). The body may
+//! then read its next one, so over TLS each may have two minimum chunks.
+//!
+//! Not counted, because a constant limits it: content that several bodies share in memory (manifests and small blobs).
 
 mod ledger;
 
@@ -70,6 +72,38 @@ impl Egress {
             admission: Admission::New,
         }
     }
+
+    /// The unsent TLS records of one connection of a client at `address`.
+    pub(super) fn unsent(&self, address: Address) -> Unsent {
+        Unsent {
+            egress: self.clone(),
+            address,
+            bytes: 0,
+        }
+    }
+}
+
+/// Encrypted bytes of one connection that the socket has not taken yet.
+pub(super) struct Unsent {
+    egress: Egress,
+    address: Address,
+    bytes: usize,
+}
+
+impl Unsent {
+    /// Counts `bytes` from now on.
+    pub(super) fn set(&mut self, bytes: usize) {
+        if bytes != self.bytes {
+            self.egress.0.lock().adjust(self.address, self.bytes, bytes);
+            self.bytes = bytes;
+        }
+    }
+}
+
+impl Drop for Unsent {
+    fn drop(&mut self) {
+        self.set(0);
+    }
 }
 
 /// The account of one body.
@@ -94,8 +128,6 @@ enum Admission {
 /// The outstanding bytes of one body, and the task that waits until they are fewer.
 #[derive(Default)]
 struct BodyBytes(Mutex<(usize, Option<Waker>)>);
-
-impl BodyBytes {}
 
 impl Account {
     /// Reserves the bytes of the next chunk. Pending until the body may read.

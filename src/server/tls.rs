@@ -7,6 +7,7 @@ mod cert_dir;
 pub(super) mod client_cert;
 mod error;
 pub(super) mod leaf_issuer;
+mod records;
 
 use std::collections::HashSet;
 use std::io;
@@ -25,14 +26,13 @@ use tokio_rustls::{LazyConfigAcceptor, TlsAcceptor};
 
 use crate::clock::Clock;
 use crate::config::Tls;
+use crate::server::egress::Unsent;
 use cert_dir::{CertDir, RENEW_BEFORE, read_chain, read_key};
 use client_cert::ClientCert;
 pub use error::TlsError;
 use error::provider;
 use leaf_issuer::{FixedCert, LeafError, LeafIssuer, SniResolver};
-
-/// Encrypted bytes buffered for the socket. rustls' default of 64 KiB would split reads of 256 KiB into four writes.
-const WRITE_BUFFER_BYTES_MAX: usize = 512 * 1024;
+use records::RecordStream;
 
 /// The CA's expiry is logged this long before, because each client must trust a new one.
 const CA_WARN_BEFORE: Duration = Duration::from_secs(180 * 86_400);
@@ -57,7 +57,7 @@ struct Inputs {
 
 /// A completed handshake.
 pub(super) struct Handshake<S> {
-    pub(super) stream: TlsStream<S>,
+    pub(super) stream: RecordStream<S>,
     /// The server name (SNI), in lower case.
     pub(super) server_name: Option<Arc<str>>,
     /// The client certificate, verified against the CAs configured at the handshake.
@@ -179,12 +179,13 @@ impl ServerTls {
         self.expiries.clone()
     }
 
-    /// Performs the TLS handshake.
+    /// Performs the TLS handshake. `unsent` is charged for the records of the connection.
     pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         &self,
         stream: S,
+        unsent: Unsent,
     ) -> io::Result<Handshake<S>> {
-        Ok(handshake(self.acceptor.accept(stream).await?))
+        Ok(handshake(self.acceptor.accept(stream).await?, unsent))
     }
 
     /// Performs the handshake inside a `CONNECT` for `host`, with or without SNI.
@@ -192,6 +193,7 @@ impl ServerTls {
         &self,
         host: &str,
         stream: S,
+        unsent: Unsent,
     ) -> io::Result<Handshake<S>> {
         let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
         let config = if start.client_hello().server_name().is_some() {
@@ -201,7 +203,7 @@ impl ServerTls {
             let config = server_config(Arc::new(FixedCert(leaf)), Arc::clone(&self.clients));
             Arc::new(config.map_err(io::Error::other)?)
         };
-        Ok(handshake(start.into_stream(config).await?))
+        Ok(handshake(start.into_stream(config).await?, unsent))
     }
 
     /// The leaf certificate for an upstream host.
@@ -226,15 +228,14 @@ fn server_config(
     Ok(config)
 }
 
-fn handshake<S>(mut stream: TlsStream<S>) -> Handshake<S> {
-    let session = stream.get_mut().1;
-    session.set_buffer_limit(Some(WRITE_BUFFER_BYTES_MAX));
+fn handshake<S>(stream: TlsStream<S>, unsent: Unsent) -> Handshake<S> {
+    let session = stream.get_ref().1;
     let server_name = session.server_name().map(|name| name.to_ascii_lowercase().into());
     let certificate = session
         .peer_certificates()
         .map(|chain| Arc::new(ClientCert::new(chain)));
     Handshake {
-        stream,
+        stream: RecordStream::new(stream, unsent),
         server_name,
         certificate,
     }
