@@ -10,7 +10,7 @@ from kit.content import Image
 from kit.lab import shown
 
 RSS_MIB_MAX = 128
-# A connection that had an HTTP/1 request takes some 24 KiB outside the budget of response bytes.
+# A connection that had an HTTP/1 request takes some 16 KiB outside the budget of response bytes.
 RSS_MIB_BOUND = 200
 RSS_AT_REST_MIB_MAX = 64
 LOOKING_MIB_MAX = 64
