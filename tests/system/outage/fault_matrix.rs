@@ -88,7 +88,7 @@ async fn held_a_fault_becomes_the_held_copy_or_the_registrys_no() {
 async fn compare(is_held: bool) {
     let mut differences = Vec::new();
     // Most of the time is spent in retries.
-    for lines in TABLE.chunks(6) {
+    for lines in TABLE.chunks(12) {
         let mut running = JoinSet::new();
         for (fault, inject, cold, held) in lines {
             let expected = if is_held { [*held, "held", "held"] } else { *cold };
