@@ -140,13 +140,6 @@ pub(super) fn read(
         report.emit(&keys.keep.subject, message, "write \"2d\" or more");
     }
     let write = keys.write.get()?;
-    if let Some(subject) = keys.uploads_max.set().filter(|_| !write) {
-        report.emit(
-            subject,
-            "`uploads_max` with write = false, which uploads nothing",
-            "remove one of the two",
-        );
-    }
     Ok(Some(SharedConfig {
         bucket: BucketSettings {
             bucket: name,
@@ -169,22 +162,15 @@ pub(super) fn read(
     }))
 }
 
-/// Without a bucket, no other key may be set.
+/// Without a bucket, no other key may have a value other than its default.
 fn without_bucket(keys: &Shared, report: &mut Report<'_>) -> Checked<Option<SharedConfig>> {
     let set = [
         keys.endpoint.set(),
         keys.region.set(),
-        keys.credentials.set(),
         keys.credentials_file.set(),
-        keys.write.set(),
-        keys.keep.set(),
-        keys.first_byte_timeout.set(),
-        keys.uploads_max.set(),
-        keys.encryption.set(),
         keys.kms_key.set(),
         keys.ca_file.set(),
-        keys.insecure.set(),
-        keys.proxy.set(),
+        keys.write.set().filter(|_| matches!(keys.write.get(), Ok(false))),
     ];
     match set.into_iter().flatten().next() {
         None => Ok(None),
@@ -265,7 +251,9 @@ fn credential<'a>(
 ) -> Checked<BucketCredential> {
     let choice = keys.credentials.get()?;
     if keys.credentials_file.is_set {
-        if let Some(subject) = keys.credentials.set() {
+        if let Some(subject) = keys.credentials.set()
+            && choice == CredentialChoice::Instance
+        {
             let message = "`credentials` and `credentials_file` are two sources of one credential";
             return Err(report.emit(subject, message, "remove one of the two"));
         }

@@ -1,7 +1,6 @@
 //! The section `[shared]`.
 
 use super::{gather, read};
-use crate::bucket::BucketCredential;
 
 const KEY: [(&str, &str); 2] = [("AWS_ACCESS_KEY_ID", "AKIA"), ("AWS_SECRET_ACCESS_KEY", "s3cret")];
 
@@ -28,7 +27,7 @@ mod with_feature {
     use std::time::Duration;
 
     use super::*;
-    use crate::bucket::Encryption;
+    use crate::bucket::{BucketCredential, Encryption};
     use crate::config::SharedConfig;
 
     fn shared(keys: &str, variables: &[(&str, &str)]) -> SharedConfig {
@@ -165,12 +164,6 @@ mod with_feature {
                 "without `kms_key`",
             ),
             (whole("kms_key = \"k\""), &KEY, "4:11", "`kms_key` without"),
-            (
-                whole("write = false\nuploads_max = 2"),
-                &KEY,
-                "5:15",
-                "uploads nothing",
-            ),
             (
                 whole("credentials = \"instance\"\ncredentials_file = \"k\""),
                 &KEY,
