@@ -125,6 +125,8 @@ impl ProxyService {
             self.write_sighting(upstream_request, &digest.into(), seen.clone())
                 .await;
         }
+        // The sighting may be later than the response.
+        let now = self.clock.now().max(now);
         let what = (digest, response);
         let judged = self.judge_digest(registry, repository, what, limit, now).await;
         match (judged, seen) {
