@@ -146,8 +146,20 @@ fn path_of(job: &str) -> PathBuf {
     Path::new(FOLDER).join(format!("{job}.json"))
 }
 
-/// Takes the lock of all jobs, which is released when dropped.
-pub(super) fn lock(root: &RootFs) -> Result<File, SetupError> {
+/// The lock of all jobs, which is released when dropped.
+#[derive(Debug)]
+pub(super) struct JobLock(File);
+
+impl Drop for JobLock {
+    /// Closing the folder is not enough: a process that is being started shares its lock until it runs its program.
+    fn drop(&mut self) {
+        // A lock that stays is released when the process ends.
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+/// Takes the lock of all jobs.
+pub(super) fn lock(root: &RootFs) -> Result<JobLock, SetupError> {
     let path = root.target(Path::new(FOLDER))?;
     // Only the last folder is restricted: other programs need /var/lib.
     let parents = fs::create_dir_all(path.parent().unwrap_or(&path));
@@ -158,7 +170,7 @@ pub(super) fn lock(root: &RootFs) -> Result<File, SetupError> {
     created.map_err(SetupError::file("failed to create the folder", &path))?;
     let folder = File::open(&path).map_err(SetupError::file("failed to open", &path))?;
     match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(folder),
+        Ok(()) => Ok(JobLock(folder)),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(SetupError::Locked(path)),
         Err(errno) => Err(SetupError::file("failed to lock", &path)(errno.into())),
     }
