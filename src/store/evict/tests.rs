@@ -228,7 +228,7 @@ fn evict_keeps_tag_with_damaged_file() {
 }
 
 #[test]
-fn content_of_a_tag_with_damaged_file_is_referenced_by_the_index() {
+fn content_of_damaged_tag_is_referenced_by_the_index() {
     for fixture in [Fixture::directory(), Fixture::memory()] {
         let store = fixture.open();
         drop(evictable_image(&store));
@@ -247,7 +247,7 @@ fn make_unlistable(fixture: &Fixture, path: &Path) {
 }
 
 #[test]
-fn unlistable_folder_ends_eviction_only_if_it_may_hold_references() {
+fn unlistable_folder_ends_eviction_if_it_may_hold_references() {
     let fixture = Fixture::directory();
     let store = fixture.open();
     drop(evictable_image(&store));
