@@ -107,6 +107,30 @@ impl TraceContext {
         }
     }
 
+    /// The caches in the client's request, if an upstream may refuse a request that names them.
+    pub fn refusable_caches(&self) -> Option<&CdnLoop> {
+        Some(&self.passed).filter(|passed| passed.may_be_refused())
+    }
+
+    /// The same span, for a request whose response other clients share: without [`Self::refusable_caches`].
+    #[must_use]
+    pub fn shared(self) -> Self {
+        if self.passed.may_be_refused() {
+            self.without_caches()
+        } else {
+            self
+        }
+    }
+
+    /// The same span without the caches in the client's request.
+    #[must_use]
+    pub fn without_caches(self) -> Self {
+        Self {
+            passed: CdnLoop::default(),
+            ..self
+        }
+    }
+
     /// Trace id.
     pub fn id(&self) -> TraceId {
         self.id

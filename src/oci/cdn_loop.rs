@@ -17,18 +17,33 @@ pub const CDN_LOOP: HeaderName = HeaderName::from_static("cdn-loop");
 /// restart.
 const LIST_BYTES_MAX: usize = 1024;
 
+/// Longest list of a request that several clients share. The next caches refuse no such list for its length: it leaves
+/// room for 20 of them.
+const SHARED_LIST_BYTES_MAX: usize = 512;
+
+/// What the pseudonym of each process begins with.
+const ID_PREFIX: &[u8] = b"ifnewer-";
+
 /// Pseudonym of this process (RFC 8586 §2). Random, because several processes may share a name and an address.
 static OWN_ID: LazyLock<String> =
     LazyLock::new(|| format!("ifnewer-{:016x}", RandomState::new().hash_one(())));
 
 /// The caches that a request has passed, as received.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct CdnLoop(Option<HeaderValue>);
 
 impl CdnLoop {
     /// The list of a client's request; empty if it exceeds the limit.
     pub fn read(headers: &HeaderMap) -> Self {
         Self(joined_lines(headers, &CDN_LOOP, LIST_BYTES_MAX).unwrap_or_default())
+    }
+
+    /// Whether an upstream may refuse the request for its list, although the request is in no loop. Such a request is not
+    /// shared with clients that sent another list. A short list of these caches alone is refused only in a loop.
+    pub fn may_be_refused(&self) -> bool {
+        let Self(Some(list)) = self else { return false };
+        let list = list.as_bytes();
+        list.len() > SHARED_LIST_BYTES_MAX || !list.split(|byte| *byte == b',').all(is_id)
     }
 
     /// Writes the list, with this process at its end, into the headers of an upstream request.
@@ -51,6 +66,12 @@ pub fn is_loop(headers: &HeaderMap) -> bool {
         Ok(Some(list)) => list.as_bytes().split(|byte| *byte == b',').any(is_own),
         Err(_) => true,
     }
+}
+
+/// Whether a member of the list is a process of this program, without parameters.
+fn is_id(member: &[u8]) -> bool {
+    let random = member.trim_ascii().strip_prefix(ID_PREFIX);
+    random.is_some_and(|random| random.len() == 16 && random.iter().all(u8::is_ascii_hexdigit))
 }
 
 /// Whether a member of the list is this process. Its parameters do not count.
@@ -89,6 +110,29 @@ mod tests {
         );
         let returned = format!("{list}; trace=7, other");
         assert!(is_loop(&headers(&[&returned])), "{returned}");
+    }
+
+    #[test]
+    fn list_of_other_caches_may_be_refused() {
+        let may_be_refused = |lines: &[&str]| CdnLoop::read(&headers(lines)).may_be_refused();
+        let id = "ifnewer-0123456789abcdef";
+        for shared in [
+            &[][..],
+            &[id],
+            &[id, "ifnewer-fedcba9876543210,ifnewer-0000000000000000"],
+        ] {
+            assert!(!may_be_refused(shared), "{shared:?}");
+        }
+        let long = [id; 20].join(", ");
+        for refused in [
+            &["cdn.example; loops=9"][..],
+            &[id, "edge"],
+            &["ifnewer-0"],
+            &["ifnewer-0123456789abcdef; a=b"],
+            &[&long],
+        ] {
+            assert!(may_be_refused(refused), "{refused:?}");
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::concurrency::detached;
 use super::invalidation::WriteSnapshot;
 use super::{ProxyService, Request, UpstreamCaches, UpstreamRegistry};
 use crate::download::Requester;
+use crate::oci::cdn_loop::CdnLoop;
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{
     Accept, Algorithm, AnyDigest, CacheHeaders, Digest, Endpoint, Manifest, MediaType, Reference, Repository,
@@ -147,6 +148,8 @@ pub(super) struct CoalesceKey {
     named: Option<Digest>,
     /// A request after a denial must not share one from before it, whose response may be an older success.
     denied_at: Option<Instant>,
+    /// The upstream may refuse a list of caches that one client sent.
+    passed: Option<CdnLoop>,
 }
 
 impl CoalesceKey {
@@ -161,6 +164,7 @@ impl CoalesceKey {
             for_push: upstream_request.for_push,
             named: upstream_request.named,
             denied_at: proxy.denied_at(upstream_request),
+            passed: upstream_request.caller.trace.refusable_caches().cloned(),
         }
     }
 }

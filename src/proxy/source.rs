@@ -64,7 +64,7 @@ impl UpstreamSource {
         mut upstream_request: UpstreamRequest,
         digest: Digest,
     ) -> Self {
-        upstream_request.caller.trace = upstream_request.caller.trace.child();
+        upstream_request.caller.trace = upstream_request.caller.trace.child().shared();
         Self {
             proxy: Arc::clone(proxy),
             upstream_request,

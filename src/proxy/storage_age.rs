@@ -117,8 +117,9 @@ impl ProxyService {
             return;
         }
         let call = self.storage_ages.running.share(key.clone(), || {
-            let (proxy, upstream_request, reference) =
+            let (proxy, mut upstream_request, reference) =
                 (Arc::clone(self), upstream_request.clone(), reference.clone());
+            upstream_request.caller.trace = upstream_request.caller.trace.shared();
             async move {
                 if let Some(stated) = proxy.storage_age(&upstream_request, key).await {
                     let seen = Seen {

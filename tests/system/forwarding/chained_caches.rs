@@ -1,9 +1,14 @@
 //! Caches whose upstream is another cache: what the client learns about both, and request loops.
 
+use std::time::Duration;
+
 use crate::proxy::{Proxy, Setup, manifest_path};
-use crate::registry::{Image, Upstream};
+use crate::registry::{Image, Seen, Upstream};
 
 const REPOSITORY: &str = "library/demo";
+
+/// By then a request that waits for another one would have been served.
+const WAIT: Duration = Duration::from_secs(10);
 
 fn leading_to(proxy: &Proxy) -> Setup {
     Setup::empty().upstream(
@@ -75,6 +80,35 @@ async fn upstream_requests_name_the_caches_they_passed() {
     let ids: Vec<_> = added.split(", ").skip(1).collect();
     assert!(ids.len() == 2 && ids[0] != ids[1], "{list}");
     assert!(ids.iter().all(|id| id.starts_with("ifnewer-")), "{list}");
+}
+
+#[tokio::test]
+async fn request_that_names_other_caches_is_not_shared() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push(REPOSITORY, "latest", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    let (list, path) = ("cdn.example; loops=9", manifest_path(REPOSITORY, "latest"));
+    let names_it = |seen: &Seen| {
+        seen.header("cdn-loop")
+            .unwrap_or_default()
+            .contains("cdn.example")
+    };
+    let gate = upstream.holds_answers(names_it);
+    let held = tokio::spawn(proxy.get(&path).header("cdn-loop", list).into_reply());
+    gate.reached().await;
+    let other = tokio::time::timeout(WAIT, proxy.manifest(REPOSITORY, "latest").into_reply());
+    other.await.expect("it is not held too").is_image(&image);
+    gate.release();
+    held.await.expect("the request ends").is_image(&image);
+    // Further clients read a download while it runs.
+    let layer = image.layer(0);
+    let blob = proxy.blob(REPOSITORY, &layer.digest).header("cdn-loop", list);
+    blob.await.is_blob(layer);
+    let is_download = |seen: &&Seen| seen.method == "GET" && seen.path.contains("/blobs/");
+    let requests = upstream.requests();
+    let mut downloads = requests.iter().filter(is_download).peekable();
+    assert!(downloads.peek().is_some());
+    assert!(downloads.all(|seen| !names_it(seen)), "{requests:#?}");
 }
 
 #[tokio::test]
