@@ -110,10 +110,11 @@ impl RequestOutcome {
             // The outbound proxy requires a credential.
             | UpstreamFailure::Status(407) => Self::NoConnection(cause),
             UpstreamFailure::Timeout | UpstreamFailure::ConnectionReset => Self::NoResponse(cause),
-            UpstreamFailure::Loop => Self::ServerError(cause),
             UpstreamFailure::Status(status) if status >= 500 || status == 408 => Self::ServerError(cause),
             // Storage behind the registry rejected one object.
             UpstreamFailure::Status(_)
+            // A cache refused the request of one client, for the caches that it had passed.
+            | UpstreamFailure::Loop
             // Recorded where the token is fetched.
             | UpstreamFailure::TokenService
             | UpstreamFailure::InsecureRealm

@@ -656,6 +656,7 @@ fn rate_limit_or_broken_object_is_a_response() {
             RequestOutcome::Response,
         ),
         (UpstreamFailure::Abandoned, RequestOutcome::Unknown),
+        (UpstreamFailure::Loop, RequestOutcome::Unknown),
         (UpstreamFailure::NotRegistry, RequestOutcome::Unknown),
         (UpstreamFailure::TokenService, RequestOutcome::Unknown),
         (
