@@ -408,6 +408,8 @@ impl Tokens {
         realms.pending.as_ref().or(realms.failed.as_ref()).cloned()
     }
 
+    /// Requests a token. The token service is not the upstream of the client's request, and several clients share the
+    /// token, so the request does not name the caches that the client's request has passed.
     async fn fetch(
         &self,
         http: &HttpClient,
@@ -416,7 +418,7 @@ impl Tokens {
         trace: &TraceContext,
     ) -> Result<Token, FetchError> {
         let mut headers = HeaderMap::new();
-        trace.inject(&mut headers);
+        trace.clone().without_caches().inject(&mut headers);
         match &credential {
             TokenCredential::Anonymous => {}
             TokenCredential::Basic(header) => {
@@ -464,7 +466,7 @@ impl Tokens {
             ]);
         }
         let mut headers = HeaderMap::new();
-        trace.inject(&mut headers);
+        trace.clone().without_caches().inject(&mut headers);
         headers.insert(
             CONTENT_TYPE,
             HeaderValue::from_static("application/x-www-form-urlencoded"),

@@ -40,6 +40,27 @@ async fn anonymous_token_is_cached() {
     assert_eq!(asked[1].authorization(), None);
 }
 
+#[tokio::test]
+async fn token_request_does_not_name_the_caches_before() {
+    let registry = Registry::start(bearer).await;
+    let upstream = upstream(&[&registry]);
+    let mut headers = HeaderMap::new();
+    headers.insert("cdn-loop", HeaderValue::from_static("edge.example"));
+    let caller = Caller {
+        trace: TraceContext::extract(&headers, false),
+        ..anonymous()
+    };
+    upstream.head(&caller, &tag(), &accept()).await;
+    let seen = registry.seen();
+    assert!(seen.iter().any(|seen| seen.path() == "/token"));
+    for seen in seen {
+        let passed = seen.header("cdn-loop").unwrap();
+        let is_named = passed.starts_with("edge.example, ifnewer-");
+        assert!(is_named || passed.starts_with("ifnewer-"), "{passed}");
+        assert_eq!(is_named, seen.path() != "/token", "{passed}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn token_without_expires_in_lives_a_minute() {
     let registry = Registry::start(bearer).await;
