@@ -27,7 +27,7 @@ use super::location::resolve;
 use super::origin::same_origin;
 use super::redirect_rules::allow_entry;
 use super::tls::{self, io_cause};
-use crate::oci::cdn_loop::CDN_LOOP;
+use crate::oci::cdn_loop::{CDN_LOOP, CdnLoop};
 use crate::oci::failure::{RedirectFailure, TlsFailure, UpstreamFailure};
 use crate::trace_context::{TRACEPARENT, TRACESTATE};
 
@@ -121,7 +121,8 @@ impl HttpFailure {
 /// Which redirects to follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Follow {
-    /// To any origin. `Authorization`, the trace headers and `CDN-Loop` are dropped when the first origin is left.
+    /// To any origin. When the first origin is left, `Authorization`, the trace headers, and the other caches in `CDN-Loop`
+    /// are dropped.
     Anywhere,
     /// Only within the origin: a token service has no reason to redirect elsewhere.
     SameOrigin,
@@ -201,8 +202,12 @@ impl HttpClient {
                 }
                 from_other_origin = true;
                 at = Some(target.clone());
-                for name in [AUTHORIZATION, TRACEPARENT, TRACESTATE, CDN_LOOP] {
+                for name in [AUTHORIZATION, TRACEPARENT, TRACESTATE] {
                     request.headers.remove(name);
+                }
+                if request.headers.contains_key(CDN_LOOP) {
+                    // The target may be this cache. Storage does not learn what other caches there are.
+                    CdnLoop::default().inject(&mut request.headers);
                 }
                 let other = request.other_origin.as_ref();
                 if let Some((_, authorization)) = other.filter(|(other, _)| same_origin(other, &target)) {

@@ -113,13 +113,23 @@ async fn trace_context_is_not_sent_to_redirect_targets() {
     let proxy = Proxy::over(&upstream).await;
     proxy.ask("GET", &manifest_path("library/demo", "latest")).await;
     let blob = &image.blobs[0];
-    proxy.blob("library/demo", &blob.digest).await.is_blob(blob);
+    let other_cache = "ifnewer-0123456789abcdef";
+    let ask = proxy.blob("library/demo", &blob.digest);
+    ask.header("cdn-loop", other_cache).await.is_blob(blob);
+    assert!(upstream.requests().iter().any(|seen| {
+        let passed = seen.header("cdn-loop").unwrap_or_default();
+        passed.starts_with(other_cache)
+    }));
     let requests = storage.requests();
     assert!(!requests.is_empty());
-    assert!(
-        requests
-            .iter()
-            .all(|seen| seen.header("traceparent").is_none() && seen.header("cdn-loop").is_none()),
-        "{requests:#?}"
-    );
+    for seen in requests {
+        assert!(seen.header("traceparent").is_none(), "{seen:#?}");
+        // A redirect to this cache itself is a loop.
+        let passed = seen.header("cdn-loop").unwrap();
+        assert!(
+            passed.starts_with("ifnewer-") && !passed.contains(','),
+            "{passed}"
+        );
+        assert_ne!(passed, other_cache);
+    }
 }

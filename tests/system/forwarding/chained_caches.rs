@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::proxy::{Proxy, Setup, manifest_path};
-use crate::registry::{Image, Seen, Upstream};
+use crate::registry::{Front, Image, Seen, Upstream};
 
 const REPOSITORY: &str = "library/demo";
 
@@ -109,6 +109,20 @@ async fn request_that_names_other_caches_is_not_shared() {
     let mut downloads = requests.iter().filter(is_download).peekable();
     assert!(downloads.peek().is_some());
     assert!(downloads.all(|seen| !names_it(seen)), "{requests:#?}");
+}
+
+#[tokio::test]
+async fn redirect_to_the_cache_itself_is_a_loop() {
+    let upstream = Upstream::start().await;
+    let proxy = Proxy::over(&upstream).await;
+    let target = format!(
+        "http://{}{}",
+        proxy.registry_address(),
+        manifest_path(REPOSITORY, "unknown")
+    );
+    let redirect = Front::redirect(301, &target);
+    upstream.is_fronted(|seen| seen.path.contains("/manifests/"), &redirect);
+    is_refused_as_loop(&proxy).await;
 }
 
 #[tokio::test]
