@@ -122,7 +122,7 @@ pub struct ProxyService {
     unreadable: LogLimit,
     challenges:
         SingleFlight<api_challenge::ChallengeKey, Result<Arc<StoredChallenge>, Arc<UpstreamResponse>>>,
-    manifests: SingleFlight<manifest_fetch::CoalesceKey, Result<Arc<StoredManifest>, Arc<UpstreamResponse>>>,
+    manifests: SingleFlight<manifest_fetch::CoalesceKey, manifest_fetch::FetchedManifest>,
 }
 
 /// A parsed read request, independent of how it was routed.

@@ -133,6 +133,12 @@ impl UpstreamRequest {
     }
 }
 
+/// Result of a coalesced `GET`: the stored manifest, and what the caches before this one said about it.
+pub(super) type FetchedManifest = (
+    Result<Arc<StoredManifest>, Arc<UpstreamResponse>>,
+    Option<CacheHeaders>,
+);
+
 /// Coalescing key: callers with equal keys share one upstream request. They agree in path, media types and principal.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct CoalesceKey {
@@ -176,6 +182,7 @@ impl ProxyService {
         upstream_request: UpstreamRequest,
     ) -> Result<Arc<StoredManifest>, Arc<UpstreamResponse>> {
         let key = CoalesceKey::new(self, &upstream_request);
+        let upstream_caches = upstream_request.upstream_caches.clone();
         let is_fabricated = self.may_be_fabricated(&upstream_request);
         let demand = upstream_request.demand(is_fabricated);
         let call = self.manifests.share_for(key, demand, |waiters| {
@@ -192,7 +199,8 @@ impl ProxyService {
                     ..
                 } = &upstream_request;
                 if let Some(manifest) = proxy.read_shared_manifest(&upstream_request).await {
-                    return Some(proxy.store_manifest(&upstream_request, Ok(manifest)).await);
+                    let stored = proxy.store_manifest(&upstream_request, Ok(manifest)).await;
+                    return Some((stored, None));
                 }
                 let sent_at = Instant::now();
                 let caller = Caller {
@@ -206,7 +214,6 @@ impl ProxyService {
                         let is_from_registry = !fetched.is_redirect_target;
                         let date = fetched.date();
                         let caches = CacheHeaders::read(&fetched.headers);
-                        upstream_request.upstream_caches.record(caches.as_ref());
                         let received = proxy.read_and_verify(&upstream_request, fetched).await;
                         let received = match received {
                             Ok(manifest) => {
@@ -228,20 +235,22 @@ impl ProxyService {
                         if let Ok(manifest) = &stored {
                             proxy.shared.offer(SharedContent::Manifest(manifest.digest));
                         }
-                        stored
+                        (stored, caches)
                     }
                     Err(response) => {
                         proxy.record_response(&upstream_request, &response, sent_at).await;
-                        Err(Arc::new(response))
+                        (Err(Arc::new(response)), None)
                     }
                 })
             }
         });
-        call.wait().await.unwrap_or_else(|| {
-            Err(Arc::new(UpstreamResponse::unavailable(
+        let Some((stored, caches)) = call.wait().await else {
+            return Err(Arc::new(UpstreamResponse::unavailable(
                 UpstreamFailure::Abandoned,
-            )))
-        })
+            )));
+        };
+        upstream_caches.record(caches.as_ref());
+        stored
     }
 
     /// Replaces a stale `GET` response. If the `GET` by tag returned a digest that the tag had before, a lagging

@@ -52,6 +52,27 @@ async fn cache_status_lists_both_caches_in_order() {
 }
 
 #[tokio::test]
+async fn cache_status_of_a_shared_request_lists_both_caches() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push(REPOSITORY, "latest", Image::with_layers(&["one"]));
+    let (_regional, sidecar) = pair(&upstream).await;
+    let gate = upstream.holds_answers(|seen| seen.path.contains("/manifests/"));
+    let path = manifest_path(REPOSITORY, "latest");
+    let ask = || tokio::spawn(sidecar.get(&path).into_reply());
+    let mut replies = vec![ask()];
+    gate.reached().await;
+    replies.extend((0..8).map(|_| ask()));
+    sidecar.ask("GET", "/v2/").await;
+    gate.release();
+    for reply in replies {
+        let reply = reply.await.expect("the request ends");
+        reply.is_image(&image);
+        let status = reply.cache_status();
+        assert_eq!(status.matches("ifnewer;").count(), 2, "{status}");
+    }
+}
+
+#[tokio::test]
 async fn stale_copy_of_another_cache_is_marked_as_stale() {
     let upstream = Upstream::start().await;
     let image = upstream.push(REPOSITORY, "latest", Image::with_layers(&["one"]));
