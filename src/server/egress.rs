@@ -151,6 +151,11 @@ impl Account {
         })
     }
 
+    /// Whether the body waits for its permit, until another body ends.
+    pub(super) fn is_queued(&self) -> bool {
+        matches!(self.admission, Admission::Queued { .. })
+    }
+
     fn poll_admission(&mut self, context: &mut Context<'_>) -> Poll<()> {
         loop {
             match &mut self.admission {

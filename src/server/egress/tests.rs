@@ -1,8 +1,19 @@
 use std::future::poll_fn;
+use std::path::Path;
 use std::task::Waker;
+use std::time::Duration;
+
+use http_body::Body as _;
+use tokio::io::{AsyncReadExt as _, duplex};
+use tokio::time::sleep;
 
 use super::ledger::Ledger;
 use super::*;
+use crate::server::Body;
+use crate::server::idle_timeout::{IdlePause, IdleTimeoutStream};
+use crate::store::file_read::BufferPool;
+use crate::store::fs::{FileSystem as _, MemoryFs};
+use crate::telemetry::Telemetry;
 
 fn reserve_now(account: &mut Account) -> Poll<Charge> {
     account.poll_reserve(&mut Context::from_waker(Waker::noop()))
@@ -73,6 +84,31 @@ async fn t03_a_dropped_waiter_hands_its_place_on() {
     assert!(reserve_now(&mut waiters[0]).is_ready());
     drop((inside, waiters));
     assert!(egress.0.lock().is_idle());
+}
+
+#[tokio::test(start_paused = true)]
+async fn queued_body_pauses_the_idle_timeout() {
+    const TIMEOUT: Duration = Duration::from_secs(60);
+    let (egress, idle_pause) = (Egress::default(), IdlePause::default());
+    let others = crowd(&egress);
+    let file = MemoryFs::new().create(Path::new("blob")).unwrap();
+    file.write_at(b"blob", 0).unwrap();
+    let mut body = Body::file(file, 0, 4, BufferPool::default(), Telemetry::default());
+    body.charge_to(egress.body(None));
+    body.pause_idle_timeout_by(&idle_pause);
+    let (near, far) = duplex(16);
+    let mut stream = IdleTimeoutStream::new(near, TIMEOUT, idle_pause);
+    let reading = tokio::spawn(async move { stream.read_u8().await });
+
+    let mut context = Context::from_waker(Waker::noop());
+    assert!(Pin::new(&mut body).poll_frame(&mut context).is_pending());
+    sleep(TIMEOUT * 10).await;
+    assert!(!reading.is_finished());
+    drop(others);
+    assert!(Pin::new(&mut body).poll_frame(&mut context).is_ready());
+    let ended = reading.await.unwrap().unwrap_err();
+    assert_eq!(ended.kind(), std::io::ErrorKind::TimedOut);
+    drop(far);
 }
 
 impl<W> Ledger<W> {

@@ -46,7 +46,7 @@ pub struct Body {
     charge: Option<Charge>,
     /// Pauses the idle timeout of the connection.
     idle_pause: Option<IdlePause>,
-    /// Held while the body waits for bytes of an upstream.
+    /// Held while the body waits for bytes of an upstream, or until it may read.
     idle_paused: Option<IdlePauseGuard>,
     /// Ends the body once its content is blocked.
     block_watch: Option<BlockWatch>,
@@ -140,7 +140,7 @@ impl Body {
         self.account = Some(account);
     }
 
-    /// Pauses the idle timeout whenever this body waits for an upstream.
+    /// Pauses the idle timeout whenever this body waits for an upstream or for its permit.
     pub(in crate::server) fn pause_idle_timeout_by(&mut self, idle_pause: &IdlePause) {
         self.idle_pause = Some(idle_pause.clone());
     }
@@ -333,7 +333,15 @@ impl Body {
         }
         let charge = match self.charge.take() {
             Some(charge) => charge,
-            None => ready!(account.poll_reserve(context)),
+            None => match account.poll_reserve(context) {
+                Poll::Ready(charge) => charge,
+                Poll::Pending => {
+                    // Another body decides how long this one is queued.
+                    let is_queued = account.is_queued();
+                    self.pause_idle_timeout(is_queued);
+                    return Poll::Pending;
+                }
+            },
         };
         match self.poll_source(context, charge.bytes()) {
             Poll::Ready(Some(Ok(chunk))) if is_placeholder(&chunk) => Poll::Ready(Some(Ok(chunk))),
@@ -353,12 +361,16 @@ impl Body {
         let next = self.source.poll(context, step_bytes);
         let waits_for_upstream =
             next.is_pending() && matches!(self.source, Source::Stream { .. } | Source::Forwarded { .. });
-        if !waits_for_upstream {
+        self.pause_idle_timeout(waits_for_upstream);
+        next
+    }
+
+    fn pause_idle_timeout(&mut self, is_paused: bool) {
+        if !is_paused {
             self.idle_paused = None;
         } else if self.idle_paused.is_none() {
             self.idle_paused = self.idle_pause.as_ref().map(IdlePause::pause);
         }
-        next
     }
 }
 
