@@ -6,9 +6,16 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use std::time::Duration;
+
 use rustix::io::Errno;
+use tokio::time::Instant;
 
 use super::fs::{FsFile, read_all};
+
+/// How long a blob counts as verified after it was written. Its bytes are in the page cache at first. Later a reader gets
+/// what the disk returns.
+const WRITTEN_TRUST: Duration = Duration::from_secs(600);
 
 /// An open blob. Stays readable while in use, also if the blob is removed.
 #[derive(Clone)]
@@ -18,21 +25,22 @@ pub struct BlobHandle {
     /// The open file.
     pub file: Arc<dyn FsFile>,
     is_unreadable: Arc<AtomicBool>,
-    is_verified: bool,
+    /// When its bytes had been verified while they were written.
+    written_at: Option<Instant>,
 }
 
 impl BlobHandle {
     /// A file that was found on the disk.
     pub(super) fn found(size: u64, file: Arc<dyn FsFile>) -> Self {
-        Self::new(size, file, false)
+        Self::new(size, file, None)
     }
 
-    /// A file whose bytes were verified while they were written.
-    pub(super) fn written(size: u64, file: Arc<dyn FsFile>) -> Self {
-        Self::new(size, file, true)
+    /// A file whose bytes were verified while they were written, until `now`.
+    pub(super) fn written(size: u64, file: Arc<dyn FsFile>, now: Instant) -> Self {
+        Self::new(size, file, Some(now))
     }
 
-    fn new(size: u64, file: Arc<dyn FsFile>, is_verified: bool) -> Self {
+    fn new(size: u64, file: Arc<dyn FsFile>, written_at: Option<Instant>) -> Self {
         let is_unreadable = Arc::new(AtomicBool::new(false));
         let file = Arc::new(BlobFile {
             file,
@@ -42,13 +50,14 @@ impl BlobHandle {
             size,
             file,
             is_unreadable,
-            is_verified,
+            written_at,
         }
     }
 
-    /// Whether its bytes were verified since its file is open, so that reading them need not verify them again.
-    pub fn is_verified(&self) -> bool {
-        self.is_verified
+    /// Whether its bytes were verified a short time before `now`, so that reading them need not verify them again.
+    pub fn is_verified(&self, now: Instant) -> bool {
+        self.written_at
+            .is_some_and(|at| now.saturating_duration_since(at) < WRITTEN_TRUST)
     }
 
     /// The complete blob, if it has at most `bytes_max`.

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
+use tokio::time::Instant;
 
 use super::access_times::{AccessTimes, ContentId};
 pub use super::blob_handle::BlobHandle;
@@ -360,7 +361,7 @@ impl Blobs {
             let _ = self.remove(&digest);
             return Err(StoreError::io("fsync the folder of", &path, &error));
         }
-        let blob = BlobHandle::written(proof.size, Arc::clone(file));
+        let blob = BlobHandle::written(proof.size, Arc::clone(file), Instant::now());
         self.open.insert(digest, blob.clone());
         Ok(blob)
     }

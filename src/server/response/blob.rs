@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE};
 use http::{HeaderValue, Response, StatusCode};
+use tokio::time::Instant;
 
 use super::{
     OCTETS, ResponseContext, cache_status, error_response, etag, set_digest_headers, set_header, with_status,
@@ -81,7 +82,9 @@ impl BlobResponse<'_> {
             _ if self.context.head => Body::empty(),
             BlobBody::Head => Body::empty(),
             BlobBody::Memory(bytes) => self.memory(bytes),
-            BlobBody::File(blob) if blob.is_verified() || self.service.verified.contains(&self.digest) => {
+            BlobBody::File(blob)
+                if blob.is_verified(Instant::now()) || self.service.verified.contains(&self.digest) =>
+            {
                 self.file(
                     blob.file,
                     ByteSpan {

@@ -423,7 +423,7 @@ where
 }
 
 /// Blobs whose files were read and verified since the start. Other blobs are hashed while they are sent, unless their
-/// file is open since they were downloaded. So bit rot on disk reaches no client as a complete blob.
+/// file is open since they were downloaded, a few minutes ago. So bit rot on disk reaches no client as a complete blob.
 #[derive(Clone)]
 pub struct VerifiedBlobs(Arc<Cache<Digest, ()>>);
 

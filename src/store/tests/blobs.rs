@@ -1,5 +1,7 @@
 //! Blob store: blobs are visible after verification only, complete or a cache miss.
 
+use tokio::time::Instant;
+
 use super::*;
 use crate::store::blobs::{DigestMismatch, Mismatch, SMALL_BLOB_BYTES_MAX};
 
@@ -18,12 +20,21 @@ fn committed_blob_is_stored_and_survives_reopen() {
 }
 
 #[test]
-fn blob_is_verified_again_after_its_file_was_closed() {
+fn blob_is_verified_again_after_a_time_or_closing_its_file() {
     on_every_fs(|fixture| {
         let store = fixture.open();
         put_blob(&store, b"layer").unwrap();
-        let is_verified = |store: &Store| store.blob(&digest(b"layer")).unwrap().unwrap().is_verified();
+        let is_verified_after = |store: &Store, time| {
+            let blob = store.blob(&digest(b"layer")).unwrap().unwrap();
+            blob.is_verified(Instant::now() + time)
+        };
+        let is_verified = |store: &Store| is_verified_after(store, Duration::ZERO);
         assert!(is_verified(&store), "it was hashed while it was written");
+        assert!(is_verified_after(&store, Duration::from_secs(500)));
+        assert!(
+            !is_verified_after(&store, Duration::from_secs(600)),
+            "the disk may have changed it"
+        );
         drop(store);
         let store = fixture.open();
         assert!(!is_verified(&store));
