@@ -35,11 +35,12 @@ pub const RATE_SOURCE_BYTES_MAX: usize = 128;
 /// Longest `Cache-Status` of an upstream that is forwarded, in bytes, and longest `Warning`.
 pub const CACHE_HEADER_BYTES_MAX: usize = 1024;
 
-/// What the caches before this one say about a response. Read only if it has a `Cache-Status`.
+/// What the caches before this one say about a response. Read only if it has a `Cache-Status`, of any content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CacheHeaders {
-    /// `Cache-Status` (RFC 9211): a member for each cache, the one closest to the registry first.
-    pub status: HeaderValue,
+    /// `Cache-Status` (RFC 9211): a member for each cache, the one closest to the registry first. `None` if it is too long
+    /// or cannot be continued.
+    pub status: Option<HeaderValue>,
     /// `Age` in seconds.
     pub age_s: Option<u64>,
     /// `Warning` (RFC 7234 §5.5): the content may be stale.
@@ -47,14 +48,20 @@ pub struct CacheHeaders {
 }
 
 impl CacheHeaders {
-    /// Reads a response's headers. `None` if no cache describes itself, or the description cannot be continued.
+    /// Reads a response's headers. `None` if no cache describes itself.
     pub fn read(headers: &HeaderMap) -> Option<Self> {
-        let read = |name| joined_lines(headers, name, CACHE_HEADER_BYTES_MAX).ok().flatten();
+        let read = |name| {
+            let lines = joined_lines(headers, name, CACHE_HEADER_BYTES_MAX).ok().flatten();
+            lines.filter(is_complete_list)
+        };
+        if headers.get_all(CACHE_STATUS).iter().all(HeaderValue::is_empty) {
+            return None;
+        }
         let age = headers.get(AGE).and_then(|age| age.to_str().ok());
         Some(Self {
-            status: read(&CACHE_STATUS).filter(is_complete_list)?,
+            status: read(&CACHE_STATUS),
             age_s: age.and_then(|age| age.trim().parse().ok()),
-            warning: read(&WARNING).filter(is_complete_list),
+            warning: read(&WARNING),
         })
     }
 }

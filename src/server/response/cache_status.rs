@@ -18,7 +18,10 @@ pub(super) fn set_cache_status(headers: &mut HeaderMap, own: &str, context: &Res
         set_header(headers, CACHE_STATUS, own);
         return;
     };
-    let status = [before.status.as_bytes(), b", ", own.as_bytes()].concat();
+    let status = match &before.status {
+        Some(status) => [status.as_bytes(), b", ", own.as_bytes()].concat(),
+        None => own.as_bytes().to_vec(),
+    };
     if let Ok(status) = HeaderValue::from_bytes(&status) {
         headers.insert(CACHE_STATUS, status);
     }
