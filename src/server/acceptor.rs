@@ -410,7 +410,7 @@ impl Connection {
         let (version, stream) = tokio::select! {
             () = self.acceptor.ending().cancelled() => return Ok(None),
             () = self.peer.connection.closing() => return Ok(None),
-            detected = detect(stream) => detected?,
+            detected = detect(stream, self.acceptor.limits().header_timeout) => detected?,
         };
         Ok(Some(match version {
             HttpVersion::Http1 => self.serve_http1(stream),

@@ -7,8 +7,10 @@
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::time::timeout;
 
 /// What a client sends first over HTTP/2 (RFC 9113 §3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -33,8 +35,17 @@ pub(super) struct Replayed<S> {
     failed: Option<io::Error>,
 }
 
-/// Reads the first bytes of `stream`: until they are the preface of HTTP/2, or cannot become it.
-pub(super) async fn detect<S: AsyncRead + Unpin>(mut stream: S) -> io::Result<(HttpVersion, Replayed<S>)> {
+/// Reads the first bytes of `stream`: until they are the preface of HTTP/2, or cannot become it. Fails if that takes longer
+/// than `within`.
+pub(super) async fn detect<S: AsyncRead + Unpin>(
+    stream: S,
+    within: Duration,
+) -> io::Result<(HttpVersion, Replayed<S>)> {
+    let detected = timeout(within, detect_unlimited(stream)).await;
+    detected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+async fn detect_unlimited<S: AsyncRead + Unpin>(mut stream: S) -> io::Result<(HttpVersion, Replayed<S>)> {
     let (mut first, mut read) = ([0; PREFACE.len()], 0);
     let version = loop {
         if !PREFACE.starts_with(first.get(..read).unwrap_or_default()) {
@@ -114,14 +125,17 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Replayed<S> {
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncWriteExt, duplex};
+    use tokio::time::{Instant, sleep};
 
     use super::*;
+
+    const TIMEOUT: Duration = Duration::from_secs(10);
 
     /// The version by these bytes, sent in pieces of `piece` bytes, and all bytes as they are read then.
     async fn detected(bytes: &'static [u8], piece: usize) -> (HttpVersion, Vec<u8>) {
         let (mut client, server) = duplex(piece);
         let sending = tokio::spawn(async move { client.write_all(bytes).await });
-        let (version, mut stream) = detect(server).await.unwrap();
+        let (version, mut stream) = detect(server, TIMEOUT).await.unwrap();
         let mut read = Vec::new();
         stream.read_to_end(&mut read).await.unwrap();
         sending.await.unwrap().unwrap();
@@ -145,12 +159,31 @@ mod tests {
         }
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn slow_preface_ends_with_the_header_timeout() {
+        let (mut client, server) = duplex(64);
+        let sending = tokio::spawn(async move {
+            for byte in PREFACE {
+                client.write_u8(*byte).await?;
+                sleep(TIMEOUT / 3).await;
+            }
+            io::Result::Ok(())
+        });
+        let start = Instant::now();
+        let error = detect(server, TIMEOUT).await.err().unwrap();
+        assert_eq!(
+            (error.kind(), start.elapsed()),
+            (io::ErrorKind::TimedOut, TIMEOUT)
+        );
+        assert!(sending.await.unwrap().is_err());
+    }
+
     #[tokio::test]
     async fn first_read_returns_all_that_has_arrived() {
         let (mut client, server) = duplex(4096);
         let request = b"GET /v2/library/app/manifests/latest HTTP/1.1\r\nhost: a\r\n\r\n";
         client.write_all(request).await.unwrap();
-        let (_, mut stream) = detect(server).await.unwrap();
+        let (_, mut stream) = detect(server, TIMEOUT).await.unwrap();
         let mut buffer = vec![0; 4096];
         let read = stream.read(&mut buffer).await.unwrap();
         assert_eq!(&buffer[..read], request);
