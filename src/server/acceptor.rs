@@ -252,7 +252,11 @@ impl Acceptor {
         if is_tls {
             let tls = self.tls();
             let unsent = self.0.service.egress.unsent(peer.ip());
-            let handshake = Box::pin(tls.accept(accepted, unsent));
+            // Below TLS, because up to 512 KiB are encrypted at once and count as sent with their last byte. A slow client may
+            // take longer for them than the timeout.
+            let stream =
+                IdleTimeoutStream::new(accepted, idle_timeout, idle_pause.clone()).of(handle.clone());
+            let handshake = Box::pin(tls.accept(stream, unsent));
             let handshake = tokio::select! {
                 () = handle.closing() => return Ok(None),
                 handshake = timeout(limits.handshake_timeout, handshake) => handshake?,
@@ -275,12 +279,11 @@ impl Acceptor {
                     certificate,
                     user: None,
                 },
-                idle_pause: idle_pause.clone(),
-                connection: handle.clone(),
+                idle_pause,
+                connection: handle,
                 sendfile: None,
             };
             let connection = self.connection(peer, permit, tasks);
-            let stream = IdleTimeoutStream::new(stream, idle_timeout, idle_pause).of(handle);
             connection.begin_http(stream).await
         } else {
             let http_allowed = match self.0.plain_http {
