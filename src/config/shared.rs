@@ -1,5 +1,6 @@
 //! Section `[shared]`: the bucket that several caches share, its credential, and contradictory combinations.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -17,6 +18,13 @@ use crate::upstream::{Origin, ProxyChoice};
 
 /// Shortest `keep`: objects are renewed at half of it, and a lifecycle rule counts days.
 const KEEP_MIN: Duration = Duration::from_secs(2 * 24 * 60 * 60);
+
+/// Credential services to which plain HTTP does not leave the machine's link: those of ECS and of EKS.
+const CREDENTIAL_SERVICES: [IpAddr; 3] = [
+    IpAddr::V4(Ipv4Addr::new(169, 254, 170, 2)),
+    IpAddr::V4(Ipv4Addr::new(169, 254, 170, 23)),
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0x0ec2, 0, 0, 0, 0, 0, 0x23)),
+];
 
 /// Maximum length of a bucket name and of its prefix.
 const NAME_BYTES_MAX: usize = 63;
@@ -271,6 +279,15 @@ fn credential<'a>(
     }
 }
 
+/// Whether a host is this machine or a credential service on its link (ECS, EKS).
+fn is_on_link(host: &str) -> bool {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    match bare.parse::<IpAddr>() {
+        Ok(address) => address.is_loopback() || CREDENTIAL_SERVICES.contains(&address),
+        Err(_) => bare.eq_ignore_ascii_case("localhost"),
+    }
+}
+
 /// The key id and the secret key, a line each.
 fn credentials_file(keys: &Shared, report: &mut Report<'_>) -> Checked<BucketCredential> {
     let field = &keys.credentials_file;
@@ -329,11 +346,17 @@ fn of_environment<'a>(
         let variable = "AWS_ENDPOINT_URL_STS";
         let sts =
             environment(variable).map_or_else(|| format!("https://sts.{region}.amazonaws.com"), Into::into);
+        let sts = origin(variable, &sts)?;
+        if sts.is_plain() {
+            return Err(format!(
+                "{variable} is not an https URL, and the web identity token would be sent in clear text"
+            ));
+        }
         return Ok(Some(BucketCredential::WebIdentity {
             token_file: file.into(),
             role: role.to_owned(),
             session: environment("AWS_ROLE_SESSION_NAME").map(ToOwned::to_owned),
-            sts: origin(variable, &sts)?,
+            sts,
         }));
     }
     if let Some(path) = environment("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI") {
@@ -348,9 +371,16 @@ fn of_environment<'a>(
     if let Some((url, file)) =
         environment(variable).zip(environment("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"))
     {
+        let service = origin(variable, url)?;
+        if service.is_plain() && !is_on_link(service.host()) {
+            return Err(format!(
+                "{variable} is plain HTTP to another host than loopback, 169.254.170.2, 169.254.170.23 or fd00:ec2::23, \
+                 and the token of the pod would be sent in clear text"
+            ));
+        }
         return Ok(Some(BucketCredential::Pod {
             url: url.to_owned(),
-            origin: origin(variable, url)?,
+            origin: service,
             token_file: file.into(),
         }));
     }

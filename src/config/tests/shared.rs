@@ -91,6 +91,53 @@ mod with_feature {
     }
 
     #[test]
+    fn token_is_sent_to_no_host_in_clear_text() {
+        let keys = "bucket = \"s3://images\"\nregion = \"eu-central-1\"";
+        let web = |sts| {
+            [
+                ("AWS_WEB_IDENTITY_TOKEN_FILE", "/t"),
+                ("AWS_ROLE_ARN", "arn:r"),
+                ("AWS_ENDPOINT_URL_STS", sts),
+            ]
+        };
+        let pod = |url| {
+            [
+                ("AWS_CONTAINER_CREDENTIALS_FULL_URI", url),
+                ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "/t"),
+            ]
+        };
+        for url in ["http://sts.example.org", "http://127.0.0.1"] {
+            let message = told(keys, &web(url));
+            assert!(
+                message.contains("AWS_ENDPOINT_URL_STS is not an https URL"),
+                "{message}"
+            );
+        }
+        for url in [
+            "http://any.host/",
+            "http://169.254.169.254/c",
+            "http://localhost.example.org",
+        ] {
+            let message = told(keys, &pod(url));
+            let names_it = message.contains("AWS_CONTAINER_CREDENTIALS_FULL_URI is plain HTTP");
+            assert!(names_it, "{url}: {message}");
+        }
+        shared("region = \"x\"", &web("https://sts.example.org"));
+        for url in [
+            "https://any.host/",
+            "http://localhost:80/c",
+            "http://127.0.0.1:1/",
+            "http://[::1]/",
+            "http://169.254.170.2/c",
+            "http://169.254.170.23/v1/credentials",
+            "http://[fd00:ec2::23]/v1/credentials",
+        ] {
+            let credential = shared("region = \"x\"", &pod(url)).bucket.credential;
+            assert_eq!(credential.source(), "pod identity", "{url}");
+        }
+    }
+
+    #[test]
     fn contradictory_keys_are_rejected_at_their_place() {
         let bucket = "bucket = \"s3://images\"\nregion = \"eu-central-1\"\n";
         let whole = |keys: &str| format!("{bucket}{keys}");
