@@ -167,6 +167,9 @@ pub enum BucketError {
     /// There is no such object.
     #[error("the bucket has no such object")]
     Absent,
+    /// The object exists and cannot be read: it is archived, or its key is gone. With the error code of the storage.
+    #[error("the object cannot be read ({0})")]
+    Unreadable(Arc<str>),
     /// The object exists or has another version, so a conditional write was not done.
     #[error("the object exists already, or has changed")]
     Exists,
@@ -208,7 +211,7 @@ impl BucketError {
     /// Who has to act.
     pub fn fault(&self) -> Fault {
         match self {
-            Self::Absent | Self::Exists => Fault::None,
+            Self::Absent | Self::Unreadable(_) | Self::Exists => Fault::None,
             Self::Denied(_) | Self::NoBucket | Self::Region(_) => Fault::Operator,
             Self::Credential(_) | Self::Busy(_) | Self::Silent(_) | Self::Malformed => Fault::Service,
         }
@@ -218,6 +221,7 @@ impl BucketError {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Absent => "absent",
+            Self::Unreadable(_) => "unreadable",
             Self::Exists => "exists",
             Self::Denied(_) => "denied",
             Self::NoBucket => "no-bucket",

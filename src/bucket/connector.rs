@@ -65,6 +65,8 @@ struct StatusResult {
     status: StatusCode,
     code: Option<Arc<str>>,
     region: Option<Arc<str>>,
+    /// An object was requested and not written.
+    is_read: bool,
 }
 
 impl Exchange {
@@ -109,12 +111,17 @@ impl StatusResult {
         let denied = || BucketError::Denied(code.unwrap_or(self.status.as_str()).into());
         match self.status.as_u16() {
             404 if code == Some("NoSuchBucket") => BucketError::NoBucket,
-            404 => BucketError::Absent,
+            // 416: the object ends before the offset.
+            404 | 416 => BucketError::Absent,
             409 | 412 => BucketError::Exists,
             301 | 302 | 307 | 308 => {
                 BucketError::Region(self.region.clone().unwrap_or_else(|| "not stated".into()))
             }
             400 if code == Some("RequestTimeout") => BucketError::Busy(400),
+            // The object alone, which is archived or whose key is gone. A write with such a key fails for every object.
+            400 | 403 if self.is_read && code.is_some_and(is_of_object) => {
+                BucketError::Unreadable(code.unwrap_or_default().into())
+            }
             400 | 401 | 403 => denied(),
             status @ (408 | 429 | 500..) => BucketError::Busy(status),
             _ => BucketError::Malformed,
@@ -232,6 +239,7 @@ async fn send(
     is_stream: bool,
 ) -> Result<Sent, PlainFailure> {
     let uri: Uri = parts.uri;
+    let is_read = matches!(parts.method, Method::GET | Method::HEAD);
     let sending = client.send(parts.method, uri, parts.headers, (body, RESPONSE_TIMEOUT));
     let (head, body) = sending.await?.into_parts();
     check_content_range(&head.headers)?;
@@ -241,6 +249,7 @@ async fn send(
         status: head.status,
         code: None,
         region: header(&head.headers, "x-amz-bucket-region"),
+        is_read,
     };
     if head.status.is_success() && is_stream {
         let body = HttpResponseBody::new(body.map_err(http_error));
@@ -280,6 +289,11 @@ fn is_plain(text: &str) -> bool {
             .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_'))
 }
 
+/// Whether an error code is about one object and not about the bucket.
+fn is_of_object(code: &str) -> bool {
+    code == "InvalidObjectState" || code.starts_with("KMS.")
+}
+
 /// `<Code>` of an error document of S3.
 fn error_code(document: &[u8]) -> Option<Arc<str>> {
     let text = std::str::from_utf8(document).ok()?;
@@ -311,6 +325,10 @@ mod tests {
     use super::*;
 
     fn of(status: u16, code: Option<&str>) -> BucketError {
+        result_of(status, code, true)
+    }
+
+    fn result_of(status: u16, code: Option<&str>, is_read: bool) -> BucketError {
         let exchange = Exchange {
             outcome: Some(Outcome {
                 for_credential: false,
@@ -318,6 +336,7 @@ mod tests {
                     status: StatusCode::from_u16(status).unwrap(),
                     code: code.map(Into::into),
                     region: None,
+                    is_read,
                 }),
             }),
             date: None,
@@ -363,12 +382,31 @@ mod tests {
             ),
             (503, Some("SlowDown"), BucketError::Busy(503), Fault::Service),
             (429, None, BucketError::Busy(429), Fault::Service),
+            (416, Some("InvalidRange"), BucketError::Absent, Fault::None),
+            (
+                403,
+                Some("InvalidObjectState"),
+                BucketError::Unreadable("InvalidObjectState".into()),
+                Fault::None,
+            ),
+            (
+                400,
+                Some("KMS.DisabledException"),
+                BucketError::Unreadable("KMS.DisabledException".into()),
+                Fault::None,
+            ),
             (200, None, BucketError::Malformed, Fault::Service),
         ];
         for (status, code, error, fault) in table {
             assert_eq!(of(status, code), error, "{status} {code:?}");
             assert_eq!(error.fault(), fault, "{status} {code:?}");
         }
+    }
+
+    #[test]
+    fn write_with_a_disabled_key_is_denied() {
+        let error = result_of(400, Some("KMS.DisabledException"), false);
+        assert_eq!(error, BucketError::Denied("KMS.DisabledException".into()));
     }
 
     #[test]
