@@ -5,14 +5,19 @@
 //! upstream, and has established the client's right before it looks anything up here.
 //!
 //! * `conditions`: the probe of conditional writes.
-//! * `breaker`: when the bucket is not asked. `rate`: the cap of requests. `upload`: the queue of uploads.
+//! * `breaker`: when the bucket is not asked. `rate`: the cap of requests. `pace`: the minimum rate of a body. `upload`:
+//!   the queue of uploads.
 
 mod breaker;
 mod conditions;
+mod pace;
 mod rate;
+#[cfg(test)]
+mod tests;
 mod upload;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -25,21 +30,28 @@ use tokio::time::{Instant, sleep_until, timeout};
 pub use self::conditions::{Conditions, probe};
 
 use self::breaker::{Breaker, Outcome, Transition};
+use self::pace::Pace;
 use self::rate::Rate;
 use self::upload::{Item, Mode, Uploads};
-use crate::bucket::{BucketError, Object, ObjectInfo, ObjectKey, ObjectStorage};
-use crate::oci::Digest;
+use crate::bucket::{BucketError, Fault, Object, ObjectInfo, ObjectKey, ObjectStorage};
+use crate::oci::{Digest, UpstreamFailure};
 use crate::store::AsyncStore;
 use crate::telemetry::Telemetry;
 
-/// How long an object is not read after it had wrong bytes.
+/// How long an object is not read after it had wrong bytes or could not be read.
 const WRONG_PERIOD: Duration = Duration::from_secs(60 * 60);
+
+/// How long an object is not read after its bytes stopped, so that the upstream continues it at once.
+const STALLED_PERIOD: Duration = Duration::from_secs(30);
+
+/// Most bytes that a probe of a body reads.
+const PROBE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
 /// Longest time for a complete read, of which the first byte is a part.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Objects with wrong bytes that are remembered.
-const WRONG_MAX: usize = 1024;
+/// Objects that are not read and are remembered.
+const REFUSED_MAX: usize = 1024;
 
 /// Settings of the shared storage.
 #[derive(Clone)]
@@ -107,12 +119,24 @@ struct Active {
     reads: Mutex<Guarded>,
     writes: Mutex<Guarded>,
     rate: Mutex<Rate>,
-    /// Objects with wrong bytes, and when they were read.
-    wrong: Cache<ObjectKey, Instant>,
+    /// Objects that are not read.
+    refused: Cache<ObjectKey, Refusal>,
+    /// The object whose body failed last, and the first byte that did not arrive.
+    stalled: Mutex<Option<(ObjectKey, u64)>>,
+    /// Bytes of all objects that were read.
+    received: AtomicU64,
     uploads: Uploads,
     /// Whether the storage keeps conditions, by the probe before the first upload.
     conditions: OnceCell<bool>,
     telemetry: Telemetry,
+}
+
+/// Why an object is not read for some time.
+#[derive(Clone, Copy)]
+struct Refusal {
+    until: Instant,
+    /// Its bytes are wrong or cannot be read, so it is replaced when the right bytes are offered.
+    is_wrong: bool,
 }
 
 /// A breaker and the last failure.
@@ -126,28 +150,61 @@ struct Guarded {
 pub struct SharedObject {
     /// What is known of it.
     pub info: ObjectInfo,
-    content: SharedContent,
+    key: ObjectKey,
     object: Object,
     active: Arc<Active>,
+    pace: Pace,
+    /// Offset of the next byte.
+    offset: u64,
+    /// It arrived completely, or failed.
+    has_ended: bool,
 }
 
 impl SharedObject {
     /// The next bytes, or `None` at the end.
     pub async fn chunk(&mut self) -> Option<Result<Bytes, BucketError>> {
-        let chunk = self.object.body.chunk().await?;
+        let body = self.object.body.as_mut();
+        let chunk = if self.has_ended {
+            None
+        } else {
+            self.pace.chunk(body, &self.active.received).await
+        };
         match &chunk {
-            Ok(bytes) => self
-                .active
-                .telemetry
-                .shared()
-                .add_bytes("received", bytes.len() as u64),
-            Err(error) => {
-                tracing::debug!(object = %self.content.key(), %error, "an object of the shared storage broke off");
-                self.active
-                    .record_read("body", &Err::<(), _>(error.clone()), Duration::ZERO);
+            None => self.arrive(),
+            Some(Ok(bytes)) => {
+                let count = bytes.len() as u64;
+                self.offset += count;
+                self.active.telemetry.shared().add_bytes("received", count);
+                if self.offset >= self.info.size {
+                    // A reader that knows the size reads no further.
+                    self.arrive();
+                }
             }
+            Some(Err(error)) => self.fail(error),
         }
-        Some(chunk)
+        chunk
+    }
+
+    fn arrive(&mut self) {
+        if !self.has_ended {
+            self.has_ended = true;
+            self.active.note_read(Outcome::Arrived, None);
+        }
+    }
+
+    fn fail(&mut self, error: &BucketError) {
+        if self.has_ended {
+            return;
+        }
+        self.has_ended = true;
+        tracing::debug!(object = %self.key, %error, "an object of the shared storage broke off");
+        let active = &self.active;
+        active.record_request("body", &Err::<(), _>(error.clone()), Duration::ZERO);
+        if matches!(error, BucketError::Silent(UpstreamFailure::Timeout)) {
+            active.refuse(&self.key, STALLED_PERIOD, false);
+        }
+        *active.stalled.lock() = Some((self.key.clone(), self.offset));
+        active.note_read(Outcome::Stalled, Some(error));
     }
 }
 
@@ -161,32 +218,24 @@ impl SharedStorage {
         }
     }
 
-    /// Sets the bucket, or switches the shared storage off. Uploads to the previous bucket continue.
+    /// Sets the bucket, or switches the shared storage off. Uploads to the previous bucket that run
+    /// continue, and those in its queue are dropped.
     pub fn configure(&self, settings: Option<SharedSettings>) {
         let metrics = self.telemetry.shared();
         metrics.clear_up();
         if let Some(settings) = &settings {
             metrics.set_up(&settings.name, true);
         }
-        let active = settings.map(|settings| {
-            Arc::new(Active {
-                reads: Mutex::default(),
-                writes: Mutex::default(),
-                rate: Mutex::new(Rate::new(Instant::now())),
-                wrong: Cache::new(WRONG_MAX),
-                uploads: Uploads::default(),
-                conditions: OnceCell::new(),
-                telemetry: self.telemetry.clone(),
-                settings,
-            })
-        });
+        let active = settings.map(|settings| Arc::new(Active::new(settings, self.telemetry.clone())));
         if let Some(active) = active.as_ref().filter(|active| active.settings.write) {
             for _ in 0..active.settings.uploads_max {
                 tokio::spawn(upload::work(Arc::clone(active), self.store.clone()));
             }
         }
         if let Some(previous) = self.active.swap(active) {
-            previous.uploads.close();
+            for _ in 0..previous.uploads.close() {
+                metrics.record_upload("dropped");
+            }
         }
     }
 
@@ -203,53 +252,20 @@ impl SharedStorage {
 
     /// Whether the bucket has this content. `false` if it cannot be read now.
     pub async fn has(&self, content: SharedContent) -> bool {
-        let Some(active) = self.readable() else {
-            return false;
-        };
-        let key = content.key();
-        if !active.may_read(&key) {
-            return false;
+        match self.readable() {
+            Some(active) => active.has(content).await,
+            None => false,
         }
-        let began = Instant::now();
-        let found = active.settings.bucket.head(&key).await;
-        active.record_read("head", &found, began.elapsed());
-        found.is_ok()
     }
 
     /// Opens this content at the byte `from`. `None` if the bucket lacks it or cannot be read now.
     pub async fn open(&self, content: SharedContent, from: u64) -> Option<SharedObject> {
-        let active = self.readable()?;
-        let key = content.key();
-        if !active.may_read(&key) {
-            return None;
-        }
-        let began = Instant::now();
-        let opened = active.settings.bucket.get(&key, from).await;
-        active.record_read("get", &opened, began.elapsed());
-        let object = opened.ok()?;
-        Some(SharedObject {
-            info: object.info.clone(),
-            content,
-            object,
-            active,
-        })
+        self.readable()?.open(content, from).await
     }
 
     /// Reads this content completely, if it has at most `bytes_max` bytes. Also returns its `Content-Type`.
     pub async fn read(&self, content: SharedContent, bytes_max: usize) -> Option<(Bytes, SharedObject)> {
-        let mut object = self.open(content, 0).await?;
-        let size = usize::try_from(object.info.size)
-            .ok()
-            .filter(|size| *size <= bytes_max)?;
-        let mut bytes = Vec::with_capacity(size);
-        let reading = async {
-            while let Some(chunk) = object.chunk().await {
-                bytes.extend_from_slice(&chunk.ok()?);
-            }
-            Some(())
-        };
-        timeout(READ_TIMEOUT, reading).await.ok()??;
-        Some((bytes.into(), object))
+        self.readable()?.read(content, bytes_max).await
     }
 
     /// Reports that an object had wrong bytes. It is not read for an hour, and is replaced when the right bytes are
@@ -258,11 +274,7 @@ impl SharedStorage {
         let Some(active) = self.active.load_full() else {
             return;
         };
-        let key = content.key();
-        tracing::error!(bucket = %active.settings.name, object = %key,
-            "an object of the shared storage does not match its digest, it is not used");
-        self.telemetry.shared().record_wrong();
-        active.wrong.insert(key, Instant::now());
+        active.report_wrong(&content.key());
     }
 
     /// Offers content that was fetched and stored. It is uploaded in the background unless the bucket has it.
@@ -283,7 +295,8 @@ impl SharedStorage {
         let Some(active) = self.active.load_full().filter(|active| active.settings.write) else {
             return;
         };
-        let is_wrong = active.wrong.get(&content.key()).is_some();
+        let refusal = active.refused.get(&content.key());
+        let is_wrong = refusal.is_some_and(|refusal| refusal.is_wrong);
         let mode = if is_wrong { Mode::Replace } else { mode };
         let dropped = active.uploads.push(Item::new(content, mode));
         if dropped {
@@ -324,11 +337,106 @@ impl SharedStorage {
 }
 
 impl Active {
-    /// Whether a request for this object may be sent: the cap is not reached, and its bytes were not wrong lately.
+    fn new(settings: SharedSettings, telemetry: Telemetry) -> Self {
+        Self {
+            reads: Mutex::default(),
+            writes: Mutex::default(),
+            rate: Mutex::new(Rate::new(Instant::now())),
+            refused: Cache::new(REFUSED_MAX),
+            stalled: Mutex::default(),
+            received: AtomicU64::new(0),
+            uploads: Uploads::default(),
+            conditions: OnceCell::new(),
+            telemetry,
+            settings,
+        }
+    }
+
+    async fn has(self: &Arc<Self>, content: SharedContent) -> bool {
+        let key = content.key();
+        if !self.may_read(&key) {
+            return false;
+        }
+        let began = Instant::now();
+        let found = self.settings.bucket.head(&key).await;
+        self.record_read("head", &found, began.elapsed());
+        self.refuse_unreadable(&key, &found);
+        found.is_ok()
+    }
+
+    async fn open(self: &Arc<Self>, content: SharedContent, from: u64) -> Option<SharedObject> {
+        let key = content.key();
+        if !self.may_read(&key) {
+            return None;
+        }
+        let began = Instant::now();
+        let opened = self.settings.bucket.get(&key, from).await;
+        match &opened {
+            // Whether the bucket sends the bytes is not known yet.
+            Ok(_) => self.record_request("get", &opened, began.elapsed()),
+            Err(_) => self.record_read("get", &opened, began.elapsed()),
+        }
+        self.refuse_unreadable(&key, &opened);
+        let object = opened.ok()?;
+        Some(SharedObject {
+            info: object.info.clone(),
+            key,
+            object,
+            pace: Pace::new(&self.received),
+            active: Arc::clone(self),
+            offset: from,
+            has_ended: false,
+        })
+    }
+
+    async fn read(
+        self: &Arc<Self>,
+        content: SharedContent,
+        bytes_max: usize,
+    ) -> Option<(Bytes, SharedObject)> {
+        let mut object = self.open(content, 0).await?;
+        let size = usize::try_from(object.info.size)
+            .ok()
+            .filter(|size| *size <= bytes_max)?;
+        let mut bytes = Vec::with_capacity(size);
+        let reading = async {
+            while let Some(chunk) = object.chunk().await {
+                bytes.extend_from_slice(&chunk.ok()?);
+            }
+            Some(())
+        };
+        let Ok(read) = timeout(READ_TIMEOUT, reading).await else {
+            object.fail(&BucketError::Silent(UpstreamFailure::Timeout));
+            return None;
+        };
+        read?;
+        Some((bytes.into(), object))
+    }
+
+    fn refuse(&self, key: &ObjectKey, period: Duration, is_wrong: bool) {
+        let until = Instant::now() + period;
+        self.refused.insert(key.clone(), Refusal { until, is_wrong });
+    }
+
+    fn refuse_unreadable<T>(&self, key: &ObjectKey, result: &Result<T, BucketError>) {
+        if let Err(error @ BucketError::Unreadable(_)) = result {
+            tracing::warn!(bucket = %self.settings.name, object = %key, %error,
+                "an object of the shared storage is not used");
+            self.refuse(key, WRONG_PERIOD, true);
+        }
+    }
+
+    fn report_wrong(&self, key: &ObjectKey) {
+        tracing::error!(bucket = %self.settings.name, object = %key,
+            "an object of the shared storage does not match its digest, it is not used");
+        self.telemetry.shared().record_wrong();
+        self.refuse(key, WRONG_PERIOD, true);
+    }
+
+    /// Whether a request for this object may be sent: the cap is not reached, and it did not fail lately.
     fn may_read(&self, key: &ObjectKey) -> bool {
         let now = Instant::now();
-        let is_wrong = |at: Instant| now.saturating_duration_since(at) < WRONG_PERIOD;
-        if self.wrong.get(key).is_some_and(is_wrong) {
+        if self.refused.get(key).is_some_and(|refusal| now < refusal.until) {
             return false;
         }
         let may = self.rate.lock().take(now);
@@ -340,7 +448,7 @@ impl Active {
         may
     }
 
-    /// Records the result of a read, and starts the probes if the breaker opens.
+    /// Records the result of a read.
     fn record_read<T>(
         self: &Arc<Self>,
         operation: &'static str,
@@ -348,9 +456,13 @@ impl Active {
         took: Duration,
     ) {
         self.record_request(operation, result, took);
-        let transition = note(&self.reads, result);
-        match (transition, result) {
-            (Transition::Opened, Err(error)) => {
+        self.note_read(Outcome::of(result), result.as_ref().err());
+    }
+
+    /// Records the outcome of a read, and starts the probes if the breaker opens.
+    fn note_read(self: &Arc<Self>, outcome: Outcome, error: Option<&BucketError>) {
+        match (note(&self.reads, outcome, error), error) {
+            (Transition::Opened, Some(error)) => {
                 tracing::warn!(bucket = %self.settings.name, %error,
                     "shared storage unavailable, content is fetched from the upstreams");
                 self.set_up(false);
@@ -374,8 +486,9 @@ impl Active {
     /// Records the result of a write.
     fn record_write<T>(&self, operation: &'static str, result: &Result<T, BucketError>, took: Duration) {
         self.record_request(operation, result, took);
-        match (note(&self.writes, result), result) {
-            (Transition::Opened, Err(error)) => {
+        let error = result.as_ref().err();
+        match (note(&self.writes, Outcome::of(result), error), error) {
+            (Transition::Opened, Some(error)) => {
                 tracing::warn!(bucket = %self.settings.name, %error, "shared storage accepts no uploads, they wait");
             }
             (Transition::Closed(after), _) => {
@@ -422,14 +535,14 @@ impl Active {
     }
 }
 
-fn note<T>(guarded: &Mutex<Guarded>, result: &Result<T, BucketError>) -> Transition {
+fn note(guarded: &Mutex<Guarded>, outcome: Outcome, error: Option<&BucketError>) -> Transition {
     let mut guarded = guarded.lock();
-    if let Err(error) = result
-        && Outcome::of(result) != Outcome::Answered
+    if let Some(error) = error
+        && outcome != Outcome::Answered
     {
         guarded.failure = Some(error.to_string().into());
     }
-    guarded.breaker.record(Outcome::of(result), Instant::now())
+    guarded.breaker.record(outcome, Instant::now())
 }
 
 /// Probes the bucket while the breaker is open. No client waits for it.
@@ -443,8 +556,36 @@ async fn probe_reads(active: Arc<Active>) {
             // The settings were replaced.
             return;
         }
+        let needs_body = active.reads.lock().breaker.needs_body();
+        let stalled = active.stalled.lock().clone().filter(|_| needs_body);
         let began = Instant::now();
+        if let Some((key, from)) = stalled {
+            let probed = probe_body(&active, &key, from).await;
+            active.record_request("probe", &probed, began.elapsed());
+            let outcome = match Outcome::of(&probed) {
+                Outcome::Answered => Outcome::Arrived,
+                outcome => outcome,
+            };
+            active.note_read(outcome, probed.as_ref().err());
+            continue;
+        }
         let probed = active.settings.bucket.head(&key).await;
         active.record_read("probe", &probed, began.elapsed());
     }
+}
+
+/// Reads from where a body failed. If the object is gone, the next reads must tell.
+async fn probe_body(active: &Active, key: &ObjectKey, from: u64) -> Result<(), BucketError> {
+    let mut object = match active.settings.bucket.get(key, from).await {
+        Ok(object) => object,
+        Err(error) if error.fault() == Fault::None => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let (mut pace, mut received) = (Pace::new(&active.received), 0);
+    while received < PROBE_BYTES_MAX
+        && let Some(chunk) = pace.chunk(object.body.as_mut(), &active.received).await
+    {
+        received += chunk?.len() as u64;
+    }
+    Ok(())
 }

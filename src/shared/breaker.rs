@@ -3,6 +3,9 @@
 //!
 //! A client waits for the bucket only where nothing is cached, and then at most for `first_byte_timeout`. So a bucket
 //! that hangs costs clients three such waits, and nothing while the breaker is open: probes are sent in the background.
+//!
+//! A bucket may answer and yet send no bytes of objects. So the silence of a body is outweighed only by a body that
+//! arrived.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -23,13 +26,21 @@ const PAUSE_MAX: Duration = Duration::from_secs(30);
 /// Circuit breaker of one kind of requests.
 #[derive(Debug, Default)]
 pub(super) struct Breaker {
-    silences: VecDeque<Instant>,
+    silences: VecDeque<Silence>,
     open: Option<Open>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Silence {
+    at: Instant,
+    of_body: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Open {
     since: Instant,
+    /// A body was silent, so only a body that arrives closes the breaker.
+    needs_body: bool,
     next_probe: Instant,
     pause: Duration,
 }
@@ -39,8 +50,12 @@ struct Open {
 pub(super) enum Outcome {
     /// The bucket responds.
     Answered,
+    /// The bytes of an object arrived.
+    Arrived,
     /// No usable response.
     Silent,
+    /// The bytes of an object did not arrive, or too slowly.
+    Stalled,
     /// It denies access, which the next request will not change.
     Denied,
 }
@@ -75,31 +90,44 @@ impl Breaker {
         self.open.map(|open| open.next_probe)
     }
 
+    /// Whether only the bytes of an object close the breaker.
+    pub(super) fn needs_body(&self) -> bool {
+        self.open.is_some_and(|open| open.needs_body)
+    }
+
     /// Records the outcome of a request or of a probe. A late silence of a request from before the breaker opened
     /// delays the next probe no further.
     pub(super) fn record(&mut self, outcome: Outcome, now: Instant) -> Transition {
         match (outcome, &mut self.open) {
+            // An answer outweighs one silence, so a bucket that answers less than half of the time is closed off.
             (Outcome::Answered, None) => {
-                // An answer outweighs one silence, so a bucket that answers less than half of the time is closed off.
+                let first = self.silences.iter().position(|silence| !silence.of_body);
+                let _outweighed = first.and_then(|first| self.silences.remove(first));
+                Transition::None
+            }
+            (Outcome::Arrived, None) => {
                 self.silences.pop_front();
                 Transition::None
             }
-            (Outcome::Answered, Some(open)) => {
+            (Outcome::Answered, Some(open)) if open.needs_body => Transition::None,
+            (Outcome::Answered | Outcome::Arrived, Some(open)) => {
                 let since = open.since;
                 *self = Self::default();
                 Transition::Closed(now.saturating_duration_since(since))
             }
-            (Outcome::Silent | Outcome::Denied, Some(open)) => {
+            (outcome @ (Outcome::Silent | Outcome::Stalled | Outcome::Denied), Some(open)) => {
+                open.needs_body |= outcome == Outcome::Stalled;
                 if now >= open.next_probe {
                     open.pause = (open.pause * 2).min(PAUSE_MAX);
                     open.next_probe = now + open.pause;
                 }
                 Transition::None
             }
-            (Outcome::Silent, None) => {
+            (outcome @ (Outcome::Silent | Outcome::Stalled), None) => {
                 self.silences
-                    .retain(|silence| now.saturating_duration_since(*silence) < WINDOW);
-                self.silences.push_back(now);
+                    .retain(|silence| now.saturating_duration_since(silence.at) < WINDOW);
+                let of_body = outcome == Outcome::Stalled;
+                self.silences.push_back(Silence { at: now, of_body });
                 if self.silences.len() < SILENCES_MAX {
                     return Transition::None;
                 }
@@ -110,9 +138,10 @@ impl Breaker {
     }
 
     fn open(&mut self, now: Instant) -> Transition {
-        self.silences.clear();
+        let needs_body = self.silences.drain(..).any(|silence| silence.of_body);
         self.open = Some(Open {
             since: now,
+            needs_body,
             next_probe: now + PAUSE,
             pause: PAUSE,
         });
@@ -149,6 +178,25 @@ mod tests {
             breaker.record(Outcome::Answered, start);
         }
         assert_eq!(breaker.open_since(), None);
+    }
+
+    #[test]
+    fn answers_outweigh_no_silent_body() {
+        let (start, mut breaker) = (Instant::now(), Breaker::default());
+        for _ in 0..3 {
+            breaker.record(Outcome::Answered, start);
+            breaker.record(Outcome::Stalled, start);
+            breaker.record(Outcome::Answered, start);
+        }
+        assert!(breaker.open_since().is_some() && breaker.needs_body());
+        assert_eq!(breaker.record(Outcome::Answered, start), Transition::None);
+        let closed = breaker.record(Outcome::Arrived, start);
+        assert_eq!(closed, Transition::Closed(Duration::ZERO));
+        for _ in 0..20 {
+            breaker.record(Outcome::Stalled, start);
+            breaker.record(Outcome::Arrived, start);
+        }
+        assert_eq!(breaker.open_since(), None, "half of the bodies arrive");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout_at};
 
 use super::{Active, SharedContent};
-use crate::bucket::{BucketError, Fault, ObjectKey, PART_BYTES, part_bytes};
+use crate::bucket::{BucketError, Fault, ObjectInfo, ObjectKey, PART_BYTES, part_bytes};
 use crate::oci::{Digest, Hasher};
 use crate::store::AsyncStore;
 use crate::store::blobs::BlobHandle;
@@ -89,10 +89,15 @@ impl Uploads {
         is_full
     }
 
-    /// Lets the tasks end once the queue is empty.
-    pub(super) fn close(&self) {
-        self.state.lock().is_closed = true;
+    /// Drops the queue and lets the tasks end. Returns how many entries were dropped.
+    pub(super) fn close(&self) -> usize {
+        let mut state = self.state.lock();
+        state.is_closed = true;
+        let dropped = std::mem::take(&mut state.queue).len();
+        drop(state);
         self.added.notify_waiters();
+        self.ended.notify_waiters();
+        dropped
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -117,7 +122,7 @@ impl Uploads {
         }
     }
 
-    /// Takes the next entry. `None`: the queue is closed and empty.
+    /// Takes the next entry. `None`: the queue is closed.
     async fn next(&self) -> Option<Item> {
         loop {
             let mut added = std::pin::pin!(self.added.notified());
@@ -155,7 +160,7 @@ impl Uploads {
 
 /// Why an upload was not done.
 #[derive(Debug)]
-enum UploadError {
+pub(super) enum UploadError {
     Bucket(BucketError),
     /// The content is not in the store any more, or cannot be read.
     Store,
@@ -169,12 +174,16 @@ impl From<BucketError> for UploadError {
     }
 }
 
-/// One task that uploads, until the queue is closed and empty.
+/// One task that uploads, until the queue is closed.
 pub(super) async fn work(active: Arc<Active>, store: AsyncStore) {
     while let Some(mut item) = active.uploads.next().await {
         if let Some(at) = active.next_write() {
             // Only one task tries at that time; for the others the breaker has moved on, or is closed.
             let _elapsed = timeout_at(at, std::future::pending::<()>()).await;
+            if active.uploads.is_closed() {
+                active.uploads.end(item, false);
+                return;
+            }
         }
         item.attempts += 1;
         let result = upload(&active, &store, item).await;
@@ -192,7 +201,7 @@ pub(super) async fn work(active: Arc<Active>, store: AsyncStore) {
         active.telemetry.shared().record_upload(name);
         if result.is_ok() {
             // The right bytes are there now.
-            active.wrong.remove(&item.content.key());
+            active.refused.remove(&item.content.key());
         }
         active.uploads.end(item, again);
         active
@@ -232,16 +241,34 @@ async fn upload(active: &Active, store: &AsyncStore, item: Item) -> Result<(), U
     }
 }
 
-async fn put(
+pub(super) async fn put(
     active: &Active,
     (key, mode): (&ObjectKey, Mode),
     bytes: Bytes,
     media_type: Option<&str>,
 ) -> Result<(), UploadError> {
-    let (size, bucket) = (bytes.len() as u64, &active.settings.bucket);
-    if mode == Mode::Create && !active.keeps_conditions().await {
-        check_absent(active, key, size).await?;
+    let size = bytes.len() as u64;
+    match mode {
+        Mode::Create if !active.keeps_conditions().await => check_absent(active, key, size).await?,
+        Mode::Renew => check_old(active, key, size).await?,
+        Mode::Create | Mode::Replace => {}
     }
+    match write(active, (key, mode), bytes.clone(), media_type).await {
+        Err(BucketError::Exists) if mode == Mode::Create => {
+            check_absent(active, key, size).await?;
+            Ok(write(active, (key, Mode::Replace), bytes, media_type).await?)
+        }
+        written => Ok(written?),
+    }
+}
+
+async fn write(
+    active: &Active,
+    (key, mode): (&ObjectKey, Mode),
+    bytes: Bytes,
+    media_type: Option<&str>,
+) -> Result<(), BucketError> {
+    let (size, bucket) = (bytes.len() as u64, &active.settings.bucket);
     let began = Instant::now();
     let (operation, written) = match mode {
         Mode::Create => {
@@ -254,17 +281,38 @@ async fn put(
     if written.is_ok() {
         active.telemetry.shared().add_bytes("sent", size);
     }
-    Ok(written?)
+    written
 }
 
 /// Fails with [`BucketError::Exists`] if the bucket has the object. One of another size has wrong bytes.
 async fn check_absent(active: &Active, key: &ObjectKey, size: u64) -> Result<(), UploadError> {
+    match found(active, key, size).await? {
+        Some(_) => Err(BucketError::Exists.into()),
+        None => Ok(()),
+    }
+}
+
+/// Fails with [`BucketError::Exists`] if another cache has renewed the object.
+async fn check_old(active: &Active, key: &ObjectKey, size: u64) -> Result<(), UploadError> {
+    let age = found(active, key, size).await?.and_then(|found| found.age);
+    if age.is_some_and(|age| age <= active.settings.keep / 2) {
+        return Err(BucketError::Exists.into());
+    }
+    Ok(())
+}
+
+/// The object, if it has the right size.
+async fn found(active: &Active, key: &ObjectKey, size: u64) -> Result<Option<ObjectInfo>, UploadError> {
     let began = Instant::now();
     let found = active.settings.bucket.head(key).await;
     active.record_write("head", &found, began.elapsed());
     match found {
-        Ok(found) if found.size == size => Err(BucketError::Exists.into()),
-        Ok(_) | Err(BucketError::Absent) => Ok(()),
+        Ok(found) if found.size == size => Ok(Some(found)),
+        Ok(_) => {
+            active.report_wrong(key);
+            Ok(None)
+        }
+        Err(BucketError::Absent | BucketError::Unreadable(_)) => Ok(None),
         Err(error) => Err(error.into()),
     }
 }
@@ -277,8 +325,10 @@ async fn put_parts(
     digest: Digest,
 ) -> Result<(), UploadError> {
     let bucket = &active.settings.bucket;
-    if mode == Mode::Create {
-        check_absent(active, key, blob.size).await?;
+    match mode {
+        Mode::Create => check_absent(active, key, blob.size).await?,
+        Mode::Renew => check_old(active, key, blob.size).await?,
+        Mode::Replace => {}
     }
     let began = Instant::now();
     let opened = bucket.upload(key).await;
@@ -373,12 +423,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn closed_queue_ends_its_tasks_when_empty() {
+    async fn closed_queue_is_dropped_and_ends_its_tasks() {
         let uploads = Uploads::default();
         uploads.push(item(1));
-        uploads.close();
-        let last = uploads.next().await.unwrap();
-        uploads.end(last, true);
+        uploads.push(item(2));
+        let running = uploads.next().await.unwrap();
+        assert_eq!(uploads.close(), 1);
+        uploads.end(running, true);
         assert_eq!(uploads.next().await, None, "a closed queue retries nothing");
         assert!(!uploads.push(item(2)) && uploads.waiting() == 0);
     }

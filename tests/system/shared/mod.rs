@@ -200,6 +200,21 @@ async fn wrong_bytes_reach_no_client_and_are_replaced() {
     second.program().says("does not match its digest").await;
 }
 
+#[tokio::test]
+async fn object_of_another_size_is_replaced() {
+    let (upstream, bucket, image, second) = warm_bucket(Image::with_layers(&[vec![7; 5000]])).await;
+    let layer = image.layer(0);
+    bucket.replace(&layer.digest, vec![7; 100]);
+    second.pull(DEMO, "latest", &image).await;
+    assert_eq!(upstream.blob_gets(&layer.digest), 1);
+    bucket
+        .until("the right bytes", |bucket| {
+            bucket.object(&layer.digest).unwrap() == layer.bytes
+        })
+        .await;
+    assert_eq!(metric(&second, "ifnewer_shared_wrong_objects_total").await, "1");
+}
+
 /// The upstream sends only what is missing.
 #[tokio::test]
 async fn upstream_continues_where_the_bucket_broke_off() {

@@ -1,0 +1,222 @@
+//! Tests of reads, over a scripted bucket. Time is paused.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests may fail loudly")]
+
+use std::collections::VecDeque;
+
+use tokio::time::sleep;
+
+use super::*;
+use crate::bucket::{BucketFuture, ObjectBody, ObjectChunk, Upload};
+use crate::oci::Algorithm;
+
+const MIB: u64 = 1024 * 1024;
+
+/// Pauses, each with the bytes that follow. If they are fewer than the object has, nothing follows.
+type Script = Vec<(u64, u64)>;
+
+/// A bucket that has every object, of one size.
+struct Scripted {
+    size: u64,
+    age: Duration,
+    /// Bodies of the next reads. The last one is repeated.
+    bodies: Mutex<VecDeque<Result<Script, BucketError>>>,
+    puts: Mutex<usize>,
+}
+
+struct Body {
+    script: VecDeque<(u64, u64)>,
+    left: u64,
+}
+
+impl ObjectBody for Body {
+    fn chunk(&mut self) -> ObjectChunk<'_> {
+        Box::pin(async move {
+            if self.left == 0 {
+                return None;
+            }
+            let Some((pause, count)) = self.script.front().copied() else {
+                return std::future::pending().await;
+            };
+            sleep(Duration::from_secs(pause)).await;
+            self.script.pop_front();
+            self.left -= count;
+            Some(Ok(vec![0; usize::try_from(count).unwrap()].into()))
+        })
+    }
+}
+
+impl ObjectStorage for Scripted {
+    fn get<'a>(&'a self, key: &'a ObjectKey, from: u64) -> BucketFuture<'a, Object> {
+        Box::pin(async move {
+            let script = {
+                let mut bodies = self.bodies.lock();
+                match bodies.len() {
+                    0 | 1 => bodies.front().cloned().unwrap(),
+                    _ => bodies.pop_front().unwrap(),
+                }
+            };
+            let body = Body {
+                script: script?.into(),
+                left: self.size - from,
+            };
+            Ok(Object {
+                info: self.head(key).await?,
+                body: Box::new(body),
+            })
+        })
+    }
+
+    fn head<'a>(&'a self, _: &'a ObjectKey) -> BucketFuture<'a, ObjectInfo> {
+        let info = ObjectInfo {
+            size: self.size,
+            etag: None,
+            age: Some(self.age),
+            media_type: None,
+        };
+        Box::pin(async move { Ok(info) })
+    }
+
+    fn create<'a>(
+        &'a self,
+        _: &'a ObjectKey,
+        _: Bytes,
+        _: Option<&'a str>,
+    ) -> BucketFuture<'a, Option<String>> {
+        Box::pin(async { Err(BucketError::Exists) })
+    }
+
+    fn update<'a>(&'a self, _: &'a ObjectKey, _: Bytes, _: &'a str) -> BucketFuture<'a, Option<String>> {
+        Box::pin(async { Err(BucketError::Exists) })
+    }
+
+    fn put<'a>(&'a self, _: &'a ObjectKey, _: Bytes, _: Option<&'a str>) -> BucketFuture<'a, ()> {
+        *self.puts.lock() += 1;
+        Box::pin(async { Ok(()) })
+    }
+
+    fn upload<'a>(&'a self, _: &'a ObjectKey) -> BucketFuture<'a, Box<dyn Upload>> {
+        Box::pin(async { Err(BucketError::Exists) })
+    }
+
+    fn delete<'a>(&'a self, _: &'a ObjectKey) -> BucketFuture<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+fn scripted(size: u64, bodies: Vec<Result<Script, BucketError>>) -> (Arc<Scripted>, Arc<Active>) {
+    let bucket = Arc::new(Scripted {
+        size,
+        age: Duration::ZERO,
+        bodies: Mutex::new(bodies.into()),
+        puts: Mutex::default(),
+    });
+    let settings = SharedSettings {
+        bucket: Arc::clone(&bucket) as Arc<dyn ObjectStorage>,
+        name: "s3://images".into(),
+        write: true,
+        keep: Duration::from_secs(1000),
+        uploads_max: 1,
+    };
+    (bucket, Arc::new(Active::new(settings, Telemetry::new())))
+}
+
+fn content(number: u8) -> SharedContent {
+    SharedContent::Blob(Digest::of(Algorithm::Sha256, &[number]))
+}
+
+/// Reads an object to its end, and takes this long for each chunk.
+async fn consume(active: &Arc<Active>, number: u8, pause: Duration) -> Result<u64, BucketError> {
+    let mut object = active.open(content(number), 0).await.unwrap();
+    while let Some(chunk) = object.chunk().await {
+        chunk?;
+        sleep(pause).await;
+    }
+    Ok(object.offset)
+}
+
+fn is_open(active: &Active) -> bool {
+    active.reads.lock().breaker.open_since().is_some()
+}
+
+const STALLED: Result<u64, BucketError> = Err(BucketError::Silent(UpstreamFailure::Timeout));
+
+#[tokio::test(start_paused = true)]
+async fn stalled_bodies_open_the_breaker_despite_answers() {
+    let half = || Ok(vec![(0, 4)]);
+    let (bucket, active) = scripted(8, vec![half(), half(), half(), Ok(vec![])]);
+    for number in 0..3 {
+        assert!(!is_open(&active));
+        assert!(active.has(content(number)).await);
+        assert_eq!(consume(&active, number, Duration::ZERO).await, STALLED);
+        let again = active.open(content(number), 4).await;
+        assert!(again.is_none(), "the upstream continues it at once");
+    }
+    assert!(is_open(&active));
+    sleep(Duration::from_secs(300)).await;
+    assert!(is_open(&active), "no probe of a head closes it");
+    *bucket.bodies.lock() = VecDeque::from([half()]);
+    sleep(Duration::from_secs(40)).await;
+    assert!(!is_open(&active), "the rest of the body has arrived");
+}
+
+#[tokio::test(start_paused = true)]
+async fn slow_body_is_left_to_the_upstream() {
+    let slow = vec![(1, MIB / 2); 64];
+    let (_, active) = scripted(32 * MIB, vec![Ok(slow)]);
+    let began = Instant::now();
+    assert_eq!(consume(&active, 1, Duration::ZERO).await, STALLED);
+    assert_eq!(began.elapsed(), Duration::from_secs(5));
+}
+
+#[tokio::test(start_paused = true)]
+async fn time_of_a_slow_consumer_does_not_count() {
+    let body = vec![(1, 2 * MIB); 16];
+    let (_, active) = scripted(32 * MIB, vec![Ok(body)]);
+    let read = consume(&active, 1, Duration::from_secs(60)).await;
+    assert_eq!(read, Ok(32 * MIB));
+}
+
+#[tokio::test(start_paused = true)]
+async fn share_of_a_busy_link_is_not_slow() {
+    let (_, active) = scripted(16 * MIB, vec![Ok(vec![(1, MIB / 2); 32])]);
+    let reads = (0..20).map(|number| consume_owned(Arc::clone(&active), number));
+    for read in futures_util::future::join_all(reads).await {
+        assert_eq!(read, Ok(16 * MIB));
+    }
+}
+
+async fn consume_owned(active: Arc<Active>, number: u8) -> Result<u64, BucketError> {
+    consume(&active, number, Duration::ZERO).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn timeout_of_a_complete_read_is_a_silence() {
+    let drip = vec![(1, 1); 8];
+    let (_, active) = scripted(8, vec![Ok(drip)]);
+    for number in 0..3 {
+        assert!(active.read(content(number), 100).await.is_none());
+    }
+    assert!(is_open(&active));
+}
+
+#[tokio::test(start_paused = true)]
+async fn unreadable_object_closes_off_no_bucket() {
+    let archived = BucketError::Unreadable("InvalidObjectState".into());
+    let (_, active) = scripted(8, vec![Err(archived)]);
+    assert!(active.open(content(1), 0).await.is_none());
+    assert!(!is_open(&active) && !active.may_read(&content(1).key()));
+    let refusal = active.refused.get(&content(1).key()).unwrap();
+    assert!(refusal.is_wrong, "the next offer replaces it");
+}
+
+#[tokio::test(start_paused = true)]
+async fn object_of_another_size_is_replaced_and_renewed_once() {
+    for (size, mode, puts) in [(8, Mode::Create, 1), (3, Mode::Create, 0), (3, Mode::Renew, 0)] {
+        let (bucket, active) = scripted(size, vec![]);
+        active.conditions.set(true).unwrap();
+        let key = content(1).key();
+        let put = upload::put(&active, (&key, mode), Bytes::from_static(b"abc"), None).await;
+        assert_eq!(put.is_ok(), puts == 1, "{size} {mode:?}");
+        assert_eq!(*bucket.puts.lock(), puts, "{size} {mode:?}");
+    }
+}
