@@ -236,9 +236,12 @@ async fn drain(
     downloads: &Downloads,
     (storage, ends): (&SharedStorage, Instant),
 ) {
-    tokio::select! {
-        () = async { while tasks.join_next().await.is_some() {} } => {}
-        () = signals.wait_for_shutdown() => tracing::warn!("second signal received, terminating now"),
+    let is_hurried = tokio::select! {
+        () = async { while tasks.join_next().await.is_some() {} } => false,
+        () = signals.wait_for_shutdown() => true,
+    };
+    if is_hurried {
+        tracing::warn!("second signal received, terminating now");
     }
     // Responses complete before the blob is committed, so wait briefly for commits.
     if tokio::time::timeout(COMMIT_TIMEOUT, downloads.idle())
@@ -246,6 +249,9 @@ async fn drain(
         .is_err()
     {
         tracing::info!("aborting downloads without readers");
+    }
+    if is_hurried {
+        return;
     }
     tokio::select! {
         drained = tokio::time::timeout_at(ends, storage.drain()) => if drained.is_err() {

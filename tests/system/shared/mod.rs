@@ -310,6 +310,29 @@ async fn shutdown_waits_for_running_uploads() {
 }
 
 #[tokio::test]
+async fn second_signal_waits_for_no_upload() {
+    let (upstream, bucket) = (Upstream::start().await, Bucket::start().await);
+    let image = upstream.push(DEMO, "latest", Image::of_noise(6, 2 * MIB));
+    let setup = Setup::over(&upstream).tail("[limits]\ndrain = \"10m\"");
+    let mut proxy = bucket.behind(setup).start().await;
+    bucket.set(Mode::HoldsWrites);
+    proxy.manifest(DEMO, "latest").await;
+    bucket
+        .until("an upload", |bucket| {
+            bucket.asked().iter().any(|asked| asked.method == "PUT")
+        })
+        .await;
+    let gate = upstream.holds_blob(&image.layer(0).digest, MIB);
+    let cold = proxy.blob(DEMO, &image.layer(0).digest).stream().await;
+    gate.reached().await;
+    proxy.terminate();
+    proxy.until_closed().await;
+    proxy.terminate();
+    assert_eq!(proxy.exit().await, Some(0));
+    drop(cold);
+}
+
+#[tokio::test]
 async fn secret_key_is_printed_nowhere() {
     let (upstream, bucket) = (Upstream::start().await, Bucket::start().await);
     let image = upstream.push(DEMO, "latest", Image::with_layers(&["one"]));
