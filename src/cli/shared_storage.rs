@@ -116,7 +116,8 @@ async fn check_bucket(bucket: &Arc<dyn ObjectStorage>, write: bool, out: &mut dy
         Ok(()) => writeln!(out, "ok      delete")?,
         Err(error) => writeln!(
             out,
-            "note    delete: {error}. Only this check needs it; its objects below v1/probe stay"
+            "note    delete: {error}. Only objects below v1/probe are deleted, and without this right they stay until \
+             the lifecycle rule deletes them"
         )?,
     }
     Ok(ranges && parts)
@@ -169,19 +170,34 @@ mod tests {
         }
     }
 
-    #[test]
-    fn policy_names_the_prefix_and_the_age() {
+    fn configured(text: &str) -> SharedConfig {
         let variables = [("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b")];
         let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
         let config = crate::config::Config::gather(&crate::config::Sources {
             data: "/tmp".into(),
             working_dir_certs: None,
-            text: "[shared]\nbucket = \"s3://images/team-a\"\nregion = \"x\"\nkeep = \"30d\"",
+            text,
             origin: std::path::Path::new(""),
             variables: variables.to_vec(),
             flags: Vec::new(),
         });
-        let shared = config.unwrap().shared.unwrap();
+        config.unwrap().shared.unwrap()
+    }
+
+    #[test]
+    fn documentation_has_the_policy_that_is_printed() {
+        let shared = configured("[shared]\nbucket = \"s3://acme-images/team-a\"\nregion = \"eu-central-1\"");
+        let documentation = include_str!("../../docs/shared.md");
+        for document in policy(&shared, false).split("\n\n") {
+            let (title, json) = document.split_once('\n').unwrap();
+            let block = format!("```json\n{}\n```", json.trim_end());
+            assert!(documentation.contains(&block), "{title}\n{block}");
+        }
+    }
+
+    #[test]
+    fn policy_names_the_prefix_and_the_age() {
+        let shared = configured("[shared]\nbucket = \"s3://images/team-a\"\nregion = \"x\"\nkeep = \"30d\"");
         let text = policy(&shared, false);
         assert!(
             text.contains("arn:aws:s3:::images/team-a/v1/*") && text.contains("\"Days\": 30"),
