@@ -139,11 +139,13 @@ async fn restart<S: Source>(
     source: &mut S,
     total: Option<u64>,
 ) -> Result<OpenedTransfer, DownloadError> {
-    let stream = source.open(0).await.map_err(not_started)?;
-    if total.is_some() && stream.total != total {
-        // The responses to clients have begun, with the first `Content-Length`.
+    let mut stream = source.open(0).await.map_err(not_started)?;
+    // The responses to clients have begun, with the first `Content-Length`.
+    let differs = |(stated, begun)| stated != begun;
+    if stream.total.zip(total).is_some_and(differs) {
         return Err(DownloadError::Interrupted(UpstreamFailure::Malformed));
     }
+    stream.total = stream.total.or(total);
     start(guard, stream, Attempt::Retry).await
 }
 

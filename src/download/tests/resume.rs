@@ -264,6 +264,23 @@ async fn digest_mismatch_restarts_once_only() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn restart_without_a_length_keeps_the_first_one() {
+    for (bytes, is_right) in [(1000, true), (999, false)] {
+        let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
+        let mut wrong = blob.clone();
+        wrong[7] ^= 1;
+        script.breaking(0, 1000, &wrong[..300]);
+        script.ending(300, Some(1000), &blob[300..]);
+        script.ending(0, None, &blob[..bytes]);
+        let reader = leader(&downloads, digest(&blob)).start(script.clone());
+        let (read, end) = stepped(read_to_end(reader)).await;
+        assert_eq!(end.is_ok(), is_right, "{end:?}");
+        assert_eq!(read == blob, is_right);
+        assert_eq!(script.offsets()[..3], [0, 300, 0]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn source_with_few_bytes_per_resume_fails_eventually() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
     for from in (0..2000).step_by(10) {
