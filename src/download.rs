@@ -139,7 +139,7 @@ pub enum Joined {
     Follower {
         /// Reads the growing file.
         reader: Reader,
-        /// When this same requester started the download. `None` if another did.
+        /// When this same requester started the download. `None` if another did, or if the upstream did not open it.
         began_by_same: Option<Instant>,
     },
 }
@@ -181,6 +181,11 @@ pub trait Source: Send + 'static {
     /// Called if the bytes do not match the digest. Returns whether other bytes may come if the blob is opened again.
     fn rejected(&mut self) -> bool {
         false
+    }
+
+    /// Whether the stream that was opened last is the upstream's response to the leader, and so authorizes the leader.
+    fn is_led_by_upstream(&self) -> bool {
+        true
     }
 
     /// Called at the end of the transfer, with the failure if there was one.

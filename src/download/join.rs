@@ -7,6 +7,7 @@
 
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
@@ -111,6 +112,7 @@ impl Lookup {
                     progress,
                     waiters,
                     began: tokio::time::Instant::now(),
+                    is_led_elsewhere: AtomicBool::new(false),
                     counts: Arc::clone(&self.shared.counts),
                 });
                 guard.insert(Arc::clone(&download));
@@ -141,7 +143,7 @@ fn follow(
     if options.wants_complete {
         download.waiters.want_complete();
     }
-    let is_same = download.requester == *requester;
+    let is_same = download.requester == *requester && !download.is_led_elsewhere.load(Ordering::Relaxed);
     Some(Joined::Follower {
         reader: Reader::new(download, shared, waiter),
         began_by_same: is_same.then_some(download.began),

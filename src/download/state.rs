@@ -1,7 +1,7 @@
 //! Shared state of a download, its entry in the download map, and its status for operators.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -21,6 +21,8 @@ pub(super) struct Download {
     pub(super) waiters: Waiters,
     /// For the status.
     pub(super) began: Instant,
+    /// Whether it was opened without a response of the upstream to the leader.
+    pub(super) is_led_elsewhere: AtomicBool,
     pub(super) counts: Arc<Counts>,
 }
 

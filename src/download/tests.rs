@@ -49,6 +49,8 @@ impl ByteStream for Arriving {
 struct Script {
     answers: Arc<Mutex<VecDeque<Result<Stream, UpstreamResponse>>>>,
     offsets: Arc<Mutex<Vec<u64>>>,
+    /// Whether the responses are not the upstream's.
+    is_elsewhere: bool,
 }
 
 impl Source for Script {
@@ -60,6 +62,10 @@ impl Source for Script {
                 UpstreamFailure::ConnectionRefused,
             )))
         }
+    }
+
+    fn is_led_by_upstream(&self) -> bool {
+        !self.is_elsewhere
     }
 }
 

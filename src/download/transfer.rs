@@ -2,6 +2,7 @@
 //! resumed download with a digest mismatch restarts once from the first byte, as does one whose source may send other bytes.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -83,8 +84,20 @@ async fn begin<S: Source>(guard: &DownloadGuard, source: &mut S) -> Result<Opene
     {
         return Ok(opened);
     }
-    let stream = source.open(0).await.map_err(not_started)?;
+    let stream = lead(guard, source, 0).await.map_err(not_started)?;
     start(guard, stream, Attempt::First).await
+}
+
+/// Opens the source for the first time, and records who has opened it.
+async fn lead<S: Source>(
+    guard: &DownloadGuard,
+    source: &mut S,
+    from: u64,
+) -> Result<Stream, UpstreamResponse> {
+    let stream = source.open(from).await?;
+    let is_led_elsewhere = &guard.download.is_led_elsewhere;
+    is_led_elsewhere.store(!source.is_led_by_upstream(), Ordering::Relaxed);
+    Ok(stream)
 }
 
 /// Requests the remainder of a partial download. Clients may read the partial bytes only after a 2xx. After a denial
@@ -94,7 +107,7 @@ async fn resume_partial<S: Source>(
     source: &mut S,
     partial: PartialDownload,
 ) -> Result<Option<OpenedTransfer>, DownloadError> {
-    let stream = match source.open(partial.bytes()).await {
+    let stream = match lead(guard, source, partial.bytes()).await {
         Ok(stream) => stream,
         // The upstream rejects the range.
         Err(response) if rejects_ranges(&response) => {

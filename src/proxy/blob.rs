@@ -382,7 +382,7 @@ impl BlobRequest<'_> {
     }
 
     /// Whether this principal may follow a download that it started itself. The `GET` of that download authorized it,
-    /// unless a denial followed or the grant would have expired.
+    /// unless a denial followed or the grant would have expired. A download from the shared storage had no `GET`.
     fn is_still_authorized(&self, upstream_request: &UpstreamRequest, started_at: Instant) -> bool {
         started_at.elapsed() < self.rule.grant_ttl && !self.proxy.denied_since(upstream_request, started_at)
     }

@@ -281,6 +281,10 @@ impl Source for UpstreamSource {
         is_used
     }
 
+    fn is_led_by_upstream(&self) -> bool {
+        self.sent_at.is_some()
+    }
+
     fn ended(&self, failure: Option<&DownloadError>) {
         let content = SharedContent::Blob(self.digest);
         match &self.shared {

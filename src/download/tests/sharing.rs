@@ -256,3 +256,22 @@ async fn empty_blob_is_downloaded() {
         assert_eq!(held(&downloads, digest(b"")).unwrap(), b"");
     }
 }
+
+#[tokio::test]
+async fn download_from_elsewhere_authorizes_no_follower() {
+    for is_elsewhere in [false, true] {
+        let (downloads, blob) = (downloads(), content(MIB));
+        let script = Script {
+            is_elsewhere,
+            ..Script::default()
+        };
+        let wire = script.stream(0, Some(MIB));
+        let mut first = leader(&downloads, digest(&blob)).start(script);
+        send(&wire, &blob[..MIB / 2]);
+        take(&mut first, 1000).await;
+        let Joined::Follower { began_by_same, .. } = join(&downloads, digest(&blob)) else {
+            panic!("it is being fetched")
+        };
+        assert_eq!(began_by_same.is_none(), is_elsewhere);
+    }
+}
