@@ -21,7 +21,6 @@ use crate::policy::{
     MissReason, Revalidation, decide,
 };
 use crate::queue::{AcquireError, Class, Demand};
-use crate::shared::SharedContent;
 use crate::upstream::UpstreamResponse;
 
 /// Joins after a leader failed on its own authorization. Each retry may become the leader.
@@ -312,10 +311,8 @@ impl BlobRequest<'_> {
             .await
         {
             Joined::Leader(leader) => {
-                let content = SharedContent::Blob(self.digest);
-                let may_be_shared = Box::pin(self.proxy.may_read_shared(&upstream_request, content)).await;
                 let source = UpstreamSource::new(self.proxy, upstream_request, self.digest);
-                let (source, is_shared) = source.for_leader(&leader).with_shared(may_be_shared);
+                let (source, is_shared) = source.for_leader(&leader).with_shared();
                 let reader = leader.start(source);
                 let reason = ServeReason::Fetched(MissReason::NotCached);
                 let mut outcome = self.read(reader, reason, state, true).await;

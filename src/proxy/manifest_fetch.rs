@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::concurrency::detached;
 use super::invalidation::WriteSnapshot;
+use super::shared_read::SharedManifest;
 use super::{ProxyService, Request, UpstreamCaches, UpstreamRegistry};
 use crate::download::Requester;
 use crate::oci::cdn_loop::CdnLoop;
@@ -198,9 +199,17 @@ impl ProxyService {
                     caller,
                     ..
                 } = &upstream_request;
-                if let Some(manifest) = proxy.read_shared_manifest(&upstream_request).await {
-                    let stored = proxy.store_manifest(&upstream_request, Ok(manifest)).await;
-                    return Some((stored, None));
+                let reading = proxy.read_shared_manifest(&upstream_request);
+                match waiters.while_waited_for(reading).await? {
+                    SharedManifest::Read(manifest, age) => {
+                        let content = SharedContent::Manifest(manifest.digest);
+                        let stored = proxy.store_manifest(&upstream_request, Ok(*manifest)).await;
+                        // It is uploaded from the store.
+                        proxy.shared.offer_renewal(content, age);
+                        return Some((stored, None));
+                    }
+                    SharedManifest::Refused(response) => return Some((Err(response), None)),
+                    SharedManifest::Missing => {}
                 }
                 let sent_at = Instant::now();
                 let caller = Caller {

@@ -26,7 +26,6 @@ use crate::download::{DownloadError, JoinOptions, Joined};
 use crate::oci::manifest::DescriptorKind;
 use crate::oci::{AnyDigest, Digest, Endpoint, Repository, UpstreamFailure};
 use crate::queue::{Class, Peer};
-use crate::shared::SharedContent;
 use crate::store::manifests::StoredManifest;
 
 /// Concurrent prefetches of one image, as many as its own client would run.
@@ -310,11 +309,8 @@ impl ProxyService {
             .await
         {
             Joined::Leader(leader) => {
-                let may_be_shared = self
-                    .may_read_shared(&upstream_request, SharedContent::Blob(digest))
-                    .await;
                 let source = UpstreamSource::new(self, upstream_request.clone(), digest).for_leader(&leader);
-                let (source, _) = source.with_shared(may_be_shared);
+                let (source, _) = source.with_shared();
                 let mut reader = leader.start(source);
                 if let Some(opened) = opened {
                     let result = reader.info().await.map(drop);

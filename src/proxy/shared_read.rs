@@ -1,17 +1,40 @@
 //! Reads of the shared storage: which requests may use it, and manifests from there. Blobs: see `source`.
 //!
 //! The bucket decides nothing. A client gets bytes from there exactly where it would get the bytes of another client's
-//! download: it has a current grant in the repository, and the upstream was seen to have the digest there. Anybody else
-//! is requested from the upstream, and nothing is looked up in the bucket before.
+//! download: it has a current grant in the repository, and the upstream was seen to have the digest there. Anything else
+//! is requested from the upstream, and nothing is looked up in the bucket before. So neither the requests nor their
+//! time tell a client what the bucket has.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::ProxyService;
 use super::manifest_fetch::{UpstreamRequest, verify};
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
-use crate::oci::{AnyDigest, Digest, Endpoint, Reference};
+use crate::oci::{AnyDigest, Digest, Endpoint, Reference, UpstreamFailure};
 use crate::shared::{SharedContent, SharedStorage};
 use crate::store::manifests::StoredManifest;
+use crate::upstream::{ResponseKind, UpstreamResponse};
+
+/// From where a request by digest may be served.
+pub(super) enum SharedRight {
+    /// From the shared storage.
+    Granted,
+    /// From the upstream only.
+    UpstreamOnly,
+    /// From nowhere: this response of the upstream is the result.
+    Refused(Arc<UpstreamResponse>),
+}
+
+/// Result of a read of a manifest in the shared storage.
+pub(super) enum SharedManifest {
+    /// Verified, with the age of its object if the storage states it.
+    Read(Box<StoredManifest>, Option<Duration>),
+    /// It must be fetched from the upstream.
+    Missing,
+    /// This response of the upstream is the result.
+    Refused(Arc<UpstreamResponse>),
+}
 
 impl ProxyService {
     /// The shared storage.
@@ -19,25 +42,39 @@ impl ProxyService {
         &self.shared
     }
 
-    /// Whether the content of this request, which is by digest, may be read from the shared storage. If the caller has a
-    /// grant in the repository and the digest was not seen there yet, the upstream is requested by `HEAD`, as for a
-    /// follower of a download; but only if the bucket has the content.
-    pub(super) async fn may_read_shared(
+    /// From where this request, which is for this digest, may be served. If the caller has a grant in the repository and
+    /// the digest was not seen there yet, the upstream is requested by `HEAD`, whatever the bucket has. Its denial is
+    /// final: another request would only double the wait.
+    pub(super) async fn shared_right(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
-        content: SharedContent,
-    ) -> bool {
+        digest: Digest,
+    ) -> SharedRight {
         if !self.shared.is_readable() || !self.is_authorized(upstream_request).await {
-            return false;
+            return SharedRight::UpstreamOnly;
         }
-        if self.is_seen(upstream_request, content.digest()).await {
-            return true;
+        if self.is_seen(upstream_request, digest).await {
+            return SharedRight::Granted;
         }
-        if !self.shared.has(content).await {
-            return false;
+        let Some(response) = self.coalesced_head(upstream_request).wait().await else {
+            let abandoned = UpstreamResponse::unavailable(UpstreamFailure::Abandoned);
+            return SharedRight::Refused(Arc::new(abandoned));
+        };
+        match response.kind {
+            // This registry may respond to a `GET` only.
+            ResponseKind::Unavailable(UpstreamFailure::Malformed | UpstreamFailure::Status(501)) => {
+                SharedRight::UpstreamOnly
+            }
+            ResponseKind::NotFound | ResponseKind::Denied | ResponseKind::Unavailable(_) => {
+                SharedRight::Refused(response)
+            }
+            _ if self.is_seen(upstream_request, digest).await
+                && self.is_authorized(upstream_request).await =>
+            {
+                SharedRight::Granted
+            }
+            _ => SharedRight::UpstreamOnly,
         }
-        self.coalesced_head(upstream_request).wait().await;
-        self.is_seen(upstream_request, content.digest()).await && self.is_authorized(upstream_request).await
     }
 
     /// Whether the digest is known to be in the repository now.
@@ -49,37 +86,45 @@ impl ProxyService {
             && self.is_member(registry, repository, digest).await
     }
 
-    /// The manifest of this request from the shared storage, verified. `None` if it must be fetched from the upstream.
+    /// Reads the manifest of this request from the shared storage, if it may be read there.
     pub(super) async fn read_shared_manifest(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
-    ) -> Option<StoredManifest> {
+    ) -> SharedManifest {
         if !self.shared.is_readable() {
-            return None;
+            return SharedManifest::Missing;
         }
-        let digest = match &upstream_request.endpoint {
+        let (digest, is_by_tag) = match &upstream_request.endpoint {
             Endpoint::Manifest {
                 reference: Reference::Digest(AnyDigest::Supported(digest)),
                 ..
-            } => *digest,
+            } => (Some(*digest), false),
             Endpoint::Manifest {
                 reference: Reference::Tag(_),
                 ..
-            } => upstream_request.named?,
-            _ => return None,
+            } => (upstream_request.named, true),
+            _ => (None, false),
         };
-        let content = SharedContent::Manifest(digest);
+        let Some(digest) = digest else {
+            return SharedManifest::Missing;
+        };
         let by_digest = upstream_request.clone().by_digest(digest);
-        if !self.may_read_shared(&by_digest, content).await {
-            return None;
+        match self.shared_right(&by_digest, digest).await {
+            SharedRight::Granted => {}
+            SharedRight::Refused(response) if !is_by_tag => return SharedManifest::Refused(response),
+            // A denial of the digest says nothing about the tag.
+            SharedRight::Refused(_) | SharedRight::UpstreamOnly => return SharedManifest::Missing,
         }
-        let (bytes, object) = self.shared.read(content, MANIFEST_BYTES_MAX).await?;
-        // The bucket's label does not count: the bytes say what they are.
-        let Ok(manifest) = verify(bytes, None, None, &by_digest.endpoint) else {
-            self.shared.report_wrong(content);
-            return None;
+        let content = SharedContent::Manifest(digest);
+        let Some((bytes, object)) = self.shared.read(content, MANIFEST_BYTES_MAX).await else {
+            return SharedManifest::Missing;
         };
-        self.shared.offer_renewal(content, object.info.age);
-        Some(manifest)
+        // The bucket's label does not count: the bytes say what they are.
+        if let Ok(manifest) = verify(bytes, None, None, &by_digest.endpoint) {
+            SharedManifest::Read(Box::new(manifest), object.info.age)
+        } else {
+            self.shared.report_wrong(content);
+            SharedManifest::Missing
+        }
     }
 }

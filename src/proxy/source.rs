@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::ProxyService;
 use super::manifest_fetch::UpstreamRequest;
+use super::shared_read::SharedRight;
 use crate::bucket::BucketError;
 use crate::download::{self, ByteStream, DownloadError, Leader, RangeSource, Source, Stream};
 use crate::oci::{CacheHeaders, Digest, UpstreamFailure};
@@ -36,7 +37,7 @@ pub(super) struct UpstreamSource {
     waiters: Option<Waiters>,
     /// Set in a source of ranges only: the size that the blob must have.
     total: Option<u64>,
-    /// Set if the blob may be read from the shared storage.
+    /// Set unless only the upstream may send the blob.
     shared: Option<SharedReading>,
 }
 
@@ -46,6 +47,8 @@ const SHARED_OPENS_MAX: u32 = 2;
 /// The part of a download that is read from the shared storage.
 #[derive(Default)]
 struct SharedReading {
+    /// Whether the caller's right to read there is established.
+    is_permitted: bool,
     opens: u32,
     /// Age of the object, if it was read and the storage states it.
     age: Option<Duration>,
@@ -78,13 +81,32 @@ impl UpstreamSource {
         }
     }
 
-    /// Reads the blob from the shared storage if it is there and `may_be_shared`. Also returns the flag that says whether
-    /// the shared storage has begun to send it.
-    pub(super) fn with_shared(self, may_be_shared: bool) -> (Self, Arc<AtomicBool>) {
+    /// Reads the blob from the shared storage if it is there and the caller may read it there. Also returns the flag that
+    /// says whether the shared storage has begun to send it.
+    pub(super) fn with_shared(self) -> (Self, Arc<AtomicBool>) {
         let reading = SharedReading::default();
         let is_used = Arc::clone(&reading.is_used);
-        let shared = may_be_shared.then_some(reading);
+        let shared = self.proxy.shared.is_readable().then_some(reading);
         (Self { shared, ..self }, is_used)
+    }
+
+    /// Establishes whether the blob may be read from the shared storage. `Err`: the upstream has refused it.
+    async fn permit_shared(&mut self) -> Result<(), UpstreamResponse> {
+        let Some(reading) = self.shared.as_mut().filter(|reading| !reading.is_permitted) else {
+            return Ok(());
+        };
+        let deciding = Box::pin(self.proxy.shared_right(&self.upstream_request, self.digest));
+        let right = match &self.waiters {
+            Some(waiters) => waiters.while_waited_for(deciding).await,
+            None => Some(deciding.await),
+        };
+        match right {
+            Some(SharedRight::Granted) => reading.is_permitted = true,
+            Some(SharedRight::UpstreamOnly) => self.shared = None,
+            Some(SharedRight::Refused(response)) => return Err(response.as_ref().clone()),
+            None => return Err(UpstreamResponse::unavailable(UpstreamFailure::Abandoned)),
+        }
+        Ok(())
     }
 
     /// Opens the blob in the shared storage. `None` if the upstream must send it, or the rest of it.
@@ -185,6 +207,7 @@ impl UpstreamSource {
 
 impl Source for UpstreamSource {
     async fn open(&mut self, from: u64) -> Result<Stream, UpstreamResponse> {
+        self.permit_shared().await?;
         if let Some(stream) = self.open_shared(from).await {
             return Ok(stream);
         }
@@ -274,11 +297,11 @@ impl Source for UpstreamSource {
     }
 
     fn rejected(&mut self) -> bool {
-        let is_used = self.shared.take().is_some_and(|reading| reading.is_used());
-        if is_used {
-            self.proxy.shared.report_wrong(SharedContent::Blob(self.digest));
+        if !self.shared.take().is_some_and(|reading| reading.is_used()) {
+            return false;
         }
-        is_used
+        self.proxy.shared.report_wrong(SharedContent::Blob(self.digest));
+        true
     }
 
     fn is_led_by_upstream(&self) -> bool {

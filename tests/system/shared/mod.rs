@@ -136,6 +136,71 @@ async fn bucket_gives_nothing_to_clients_without_a_right() {
     second.pull_with("acme/app", "1", &image, alice).await;
 }
 
+/// With a right elsewhere, a private digest in the bucket and one that nobody has lead to the same requests.
+#[tokio::test]
+async fn requests_do_not_tell_what_the_bucket_has() {
+    let (upstream, bucket) = (Upstream::start().await, Bucket::start().await);
+    upstream.requires_token();
+    upstream.lets("alice", "a-secret", "acme/app");
+    upstream.lets("bob", "b-secret", "bob/own");
+    let image = upstream.push("acme/app", "1", Image::with_layers(&["private"]));
+    let own = upstream.push("bob/own", "1", Image::with_layers(&["own"]));
+    let first = bucket.behind(Setup::over(&upstream)).start().await;
+    let alice = |ask: crate::proxy::Ask| ask.basic("alice", "a-secret");
+    first.pull_with("acme/app", "1", &image, alice).await;
+    bucket.has(digests(&image)).await;
+    let second = bucket.behind(Setup::over(&upstream)).start().await;
+    let bob = |ask: crate::proxy::Ask| ask.basic("bob", "b-secret");
+    second.pull_with("bob/own", "1", &own, bob).await;
+    bucket.forget_asked();
+    let absent = format!("sha256:{}", "ab".repeat(32));
+    let private = [image.layer(0).digest.as_str(), image.digest.as_str()];
+    let mut sequences = Vec::new();
+    for digest in [absent.as_str()].into_iter().chain(private) {
+        upstream.clear_log();
+        for ask in [second.blob("bob/own", digest), second.manifest("bob/own", digest)] {
+            let reply = bob(ask).await;
+            assert_eq!(reply.status, 404, "{reply:#?}");
+        }
+        let seen = upstream.requests();
+        let of_it = seen.iter().filter(|seen| seen.path.ends_with(digest));
+        let sequence = of_it.map(|seen| {
+            let kind = if seen.path.contains("/blobs/") {
+                "blob"
+            } else {
+                "manifest"
+            };
+            let range = seen.header("range").unwrap_or_default().to_owned();
+            (seen.method.clone(), kind, range)
+        });
+        sequences.push(sequence.collect::<Vec<_>>());
+        assert_eq!(bucket.count("HEAD", digest) + bucket.count("GET", digest), 0);
+    }
+    assert!(
+        sequences.iter().all(|sequence| *sequence == sequences[0]),
+        "{sequences:#?}"
+    );
+    assert_eq!(sequences[0][0].0, "HEAD");
+    let complete = |(method, kind, range): &&(String, &str, String)| {
+        method == "GET" && *kind == "blob" && range.is_empty()
+    };
+    assert_eq!(sequences[0].iter().filter(complete).count(), 0);
+}
+
+/// The right to a blob is asked for once: an upstream that does not respond is not asked again by `GET`.
+#[tokio::test]
+async fn unavailable_head_is_the_result_of_the_request() {
+    let (upstream, bucket, image, second) = warm_bucket(Image::with_layers(&["one"])).await;
+    second.manifest(DEMO, "latest").await.is_image(&image);
+    let layer = &image.layer(0).digest;
+    bucket.forget_asked();
+    upstream.answers(|seen| seen.method == "HEAD" && seen.path.contains("/blobs/"), 503);
+    let reply = second.blob(DEMO, layer).await;
+    assert!(reply.status >= 500, "{reply:#?}");
+    assert_eq!((upstream.blob_gets(layer), bucket.count("GET", layer)), (0, 0));
+    upstream.recovers();
+}
+
 /// Whatever the bucket does, pulls succeed and the local cache is whole.
 #[tokio::test]
 async fn faulty_bucket_fails_no_pull() {
