@@ -50,6 +50,8 @@ struct SharedReading {
     /// Whether the caller's right to read there is established.
     is_permitted: bool,
     opens: u32,
+    /// Whether the bytes since the last opening at byte 0 came from there.
+    is_from_start: bool,
     /// Age of the object, if it was read and the storage states it.
     age: Option<Duration>,
     is_used: Arc<AtomicBool>,
@@ -125,6 +127,7 @@ impl UpstreamSource {
             reading.opens = SHARED_OPENS_MAX;
             return None;
         };
+        reading.is_from_start |= from == 0;
         reading.age = object.info.age;
         reading.is_used.store(true, Ordering::Relaxed);
         let UpstreamRequest {
@@ -297,10 +300,13 @@ impl Source for UpstreamSource {
     }
 
     fn rejected(&mut self) -> bool {
-        if !self.shared.take().is_some_and(|reading| reading.is_used()) {
+        let Some(reading) = self.shared.take().filter(SharedReading::is_used) else {
             return false;
+        };
+        // Otherwise a partial download or the upstream may have brought the wrong bytes.
+        if reading.is_from_start && self.sent_at.is_none() {
+            self.proxy.shared.report_wrong(SharedContent::Blob(self.digest));
         }
-        self.proxy.shared.report_wrong(SharedContent::Blob(self.digest));
         true
     }
 

@@ -5,7 +5,7 @@ mod bucket;
 use bucket::{Bucket, Mode};
 
 use crate::proxy::{Proxy, Setup};
-use crate::registry::{Image, Upstream};
+use crate::registry::{Front, Image, Upstream};
 
 const DEMO: &str = "library/demo";
 const MIB: usize = 1024 * 1024;
@@ -278,6 +278,31 @@ async fn object_of_another_size_is_replaced() {
         })
         .await;
     assert_eq!(metric(&second, "ifnewer_shared_wrong_objects_total").await, "1");
+}
+
+/// The bucket is not blamed for bytes that the upstream has sent.
+#[tokio::test]
+async fn wrong_continuation_of_the_upstream_blames_no_object() {
+    let (upstream, bucket, image, second) = warm_bucket(Image::of_noise(6, MIB)).await;
+    let layer = image.layer(0).clone();
+    bucket.set(Mode::Eaten);
+    let wrong = Front::new(206, "application/octet-stream", &vec![9; MIB / 2])
+        .header("content-range", "bytes 524288-1048575/1048576")
+        .header("docker-distribution-api-version", "registry/2.0");
+    upstream.is_fronted(|seen| seen.header("range") == Some("bytes=524288-"), &wrong);
+    second.manifest(DEMO, "latest").await.is_image(&image);
+    // A client that has some of the bytes already is cut off.
+    second.blob(DEMO, &layer.digest).broken_or_reply().await;
+    second.until_kept(&layer.digest).await;
+    let gets = upstream.requests();
+    let gets = gets
+        .iter()
+        .filter(|seen| seen.method == "GET" && seen.path.ends_with(&layer.digest));
+    let ranges: Vec<_> = gets
+        .map(|seen| seen.header("range").unwrap_or_default().to_owned())
+        .collect();
+    assert_eq!(ranges, ["bytes=524288-", ""]);
+    assert_eq!(metric(&second, "ifnewer_shared_wrong_objects_total").await, "0");
 }
 
 /// The upstream sends only what is missing.
