@@ -530,6 +530,23 @@ impl SizeHints {
         }
     }
 
+    /// As [`Self::record`], unless the last descriptor is known.
+    pub(super) fn record_unless_known(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        manifest: &Manifest,
+    ) {
+        let last = manifest.descriptors.last();
+        let is_known = last.is_none_or(|last| match last.digest {
+            AnyDigest::Supported(digest) => self.get(registry, repository, digest).is_some(),
+            AnyDigest::Unsupported(_) => false,
+        });
+        if !is_known {
+            self.record(registry, repository, manifest);
+        }
+    }
+
     pub(super) fn get(
         &self,
         registry: &UpstreamRegistry,

@@ -100,6 +100,13 @@ impl ReadContext<'_> {
         }
         let (proxy, registry, repository) = (self.proxy, &self.request.registry, self.repository);
         proxy.attestations.record(registry, repository, manifest);
+        if proxy.shared.is_readable() {
+            // The shared storage states no size that is promised to clients. The hints of a manifest that is served from
+            // the disk may be lost: they are in memory.
+            proxy
+                .size_hints
+                .record_unless_known(registry, repository, &manifest.manifest);
+        }
         if !self.rule.prefetch {
             return;
         }

@@ -34,6 +34,8 @@ pub enum Mode {
     Truncated,
     /// The first body breaks off in the middle, and then the object is gone.
     Eaten,
+    /// Bodies stop in the middle and stay open.
+    Stalled,
     /// Writes wait until the mode changes.
     HoldsWrites,
 }
@@ -247,7 +249,12 @@ impl Bucket {
         });
         let bytes = bytes.slice(from..);
         let length = bytes.len();
-        let body = if matches!(mode, Mode::Truncated | Mode::Eaten) && length > 1 {
+        let body = if mode == Mode::Stalled {
+            let half = Ok(Frame::data(bytes.slice(..length / 2)));
+            let never = futures_util::stream::pending::<Result<_, std::io::Error>>();
+            let frames = futures_util::StreamExt::chain(futures_util::stream::iter([half]), never);
+            StreamBody::new(frames).boxed()
+        } else if matches!(mode, Mode::Truncated | Mode::Eaten) && length > 1 {
             let frames = [
                 Ok(Frame::data(bytes.slice(..length / 2))),
                 Err(std::io::Error::other("broken off")),

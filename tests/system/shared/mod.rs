@@ -305,6 +305,19 @@ async fn wrong_continuation_of_the_upstream_blames_no_object() {
     assert_eq!(metric(&second, "ifnewer_shared_wrong_objects_total").await, "0");
 }
 
+/// The hints of sizes are in memory, and the manifest is on the disk.
+#[tokio::test]
+async fn blob_from_the_bucket_has_a_length_after_a_restart() {
+    let (_upstream, bucket, image, second) = warm_bucket(Image::of_noise(7, 9 * MIB)).await;
+    second.manifest(DEMO, "latest").await.is_image(&image);
+    let second = second.restart().await;
+    second.manifest(DEMO, "latest").await.is_image(&image);
+    bucket.set(Mode::Stalled);
+    let flow = second.blob(DEMO, &image.layer(0).digest).stream().await;
+    let length = flow.headers.get("content-length").expect("a length");
+    assert_eq!(length.to_str().unwrap(), (9 * MIB).to_string());
+}
+
 /// The upstream sends only what is missing.
 #[tokio::test]
 async fn upstream_continues_where_the_bucket_broke_off() {
