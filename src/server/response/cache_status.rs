@@ -1,8 +1,8 @@
 //! `Cache-Status` (RFC 9211), `Age` and `Warning` headers.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use http::header::{AGE, WARNING};
+use http::header::{AGE, DATE, WARNING};
 use http::{HeaderMap, HeaderValue};
 
 use super::{ResponseContext, set_header};
@@ -26,10 +26,20 @@ pub(super) fn set_cache_status(headers: &mut HeaderMap, own: &str, context: &Res
         headers.insert(CACHE_STATUS, status);
     }
     if let Some(age) = before.age_s {
-        headers.insert(AGE, age.into());
+        set_age(headers, age, context.now);
     }
     if let Some(warning) = &before.warning {
         headers.insert(WARNING, warning.clone());
+    }
+}
+
+/// Sets `Age`, and the `Date` on which the response was generated (RFC 9110 §6.6.1): a cache behind this one takes their
+/// sum for the present time of the registry.
+fn set_age(headers: &mut HeaderMap, age_s: u64, now: SystemTime) {
+    headers.insert(AGE, age_s.into());
+    let date = now.checked_sub(Duration::from_secs(age_s));
+    if let Some(date) = date.filter(|date| *date >= UNIX_EPOCH) {
+        set_header(headers, DATE, &httpdate::fmt_http_date(date));
     }
 }
 
@@ -63,7 +73,8 @@ pub(super) fn set_cache_headers(headers: &mut HeaderMap, info: ServeInfo, contex
         .then(|| context.now.duration_since(confirmed_at).unwrap_or_default());
     if let ServeReason::Cached(served) = info.reason {
         if let Some(age) = age {
-            headers.insert(AGE, age.as_secs().saturating_add(upstream_age_s(context)).into());
+            let age_s = age.as_secs().saturating_add(upstream_age_s(context));
+            set_age(headers, age_s, context.now);
         }
         if served.may_be_outdated() {
             let own = HeaderValue::from_str(&warning(served, context.upstream(), age));
@@ -102,4 +113,36 @@ fn warning(served: HitReason, upstream: &str, age: Option<Duration>) -> String {
     };
     let text: String = why.chars().filter(|c| !matches!(c, '"' | '\\')).collect();
     format!("299 ifnewer \"served from the cache, {confirmed}: {text}\"")
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+
+    #[test]
+    fn date_and_age_add_up_to_the_present_time() {
+        let now = UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+        for age_s in [0, 1, 86_400] {
+            let mut headers = HeaderMap::new();
+            set_age(&mut headers, age_s, now);
+            let date = headers.get(DATE).unwrap().to_str().unwrap();
+            assert_eq!(headers.get(AGE).unwrap(), &age_s.to_string());
+            let date = httpdate::parse_http_date(date).unwrap();
+            assert_eq!(date + Duration::from_secs(age_s), now);
+        }
+    }
+
+    #[test]
+    fn impossible_age_sets_no_date() {
+        for age_s in [1_700_000_001, u64::MAX] {
+            let mut headers = HeaderMap::new();
+            set_age(
+                &mut headers,
+                age_s,
+                UNIX_EPOCH + Duration::from_secs(1_700_000_000),
+            );
+            assert_eq!(headers.get(DATE), None);
+        }
+    }
 }
