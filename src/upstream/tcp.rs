@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::io;
+use std::iter;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -10,6 +11,8 @@ use std::time::Duration;
 use http::Uri;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::connect::dns::{GaiResolver, Name};
+use rustix::io::Errno;
+use tokio::time::sleep;
 use tower_service::Service;
 
 use super::dialer::{DialError, DialFuture, DialedStream, Dialer};
@@ -22,6 +25,11 @@ use crate::oci::failure::UpstreamFailure;
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// Linux `TCP_USER_TIMEOUT`: the peer is considered lost if sent bytes stay unacknowledged this long.
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(30);
+
+/// Pause before another attempt if the process has no free file descriptor.
+const DESCRIPTOR_PAUSE: Duration = Duration::from_millis(20);
+/// Attempts to connect while the process has no free file descriptor.
+const DESCRIPTOR_ATTEMPTS_MAX: u32 = 25;
 
 /// [`Dialer`] over TCP.
 pub(super) struct TcpDialer;
@@ -46,8 +54,18 @@ impl Dialer for TcpDialer {
             #[cfg(any(target_os = "android", target_os = "fuchsia", target_os = "linux"))]
             tcp.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX));
             tcp.set_connect_timeout(Some(timeout));
-            let stream = tcp.call(to).await.map_err(dial_error)?;
-            let stream = stream.into_inner();
+            let mut attempts = 1;
+            let connected = loop {
+                match tcp.call(to.clone()).await {
+                    // A connection that is being closed frees one.
+                    Err(error) if lacks_descriptor(&error) && attempts < DESCRIPTOR_ATTEMPTS_MAX => {
+                        attempts += 1;
+                        sleep(DESCRIPTOR_PAUSE).await;
+                    }
+                    connected => break connected.map_err(dial_error)?,
+                }
+            };
+            let stream = connected.into_inner();
             let peer = stream.peer_addr().ok().map(|peer| peer.ip());
             Ok(DialedStream {
                 stream: Box::new(stream),
@@ -55,6 +73,14 @@ impl Dialer for TcpDialer {
             })
         })
     }
+}
+
+/// Whether the process, or the system, has no free file descriptor.
+fn lacks_descriptor(error: &(dyn Error + 'static)) -> bool {
+    iter::successors(Some(error), |error: &&(dyn Error + 'static)| (*error).source())
+        .filter_map(|error| error.downcast_ref::<io::Error>())
+        .filter_map(Errno::from_io_error)
+        .any(|errno| matches!(errno, Errno::MFILE | Errno::NFILE))
 }
 
 fn dial_error(error: impl Error + Send + Sync + 'static) -> DialError {
@@ -147,6 +173,20 @@ mod tests {
 
         fn call(&mut self, _: Name) -> Self::Future {
             std::future::ready(Ok(self.0.remove(0).into_iter()))
+        }
+    }
+
+    #[test]
+    fn only_a_lack_of_descriptors_is_tried_again() {
+        let nested = |errno: Errno| DialError::new(UpstreamFailure::Unreachable, io::Error::from(errno));
+        for (errno, is_lacking) in [
+            (Errno::MFILE, true),
+            (Errno::NFILE, true),
+            (Errno::CONNREFUSED, false),
+            (Errno::TIMEDOUT, false),
+        ] {
+            assert_eq!(lacks_descriptor(&nested(errno)), is_lacking, "{errno:?}");
+            assert_eq!(lacks_descriptor(&io::Error::from(errno)), is_lacking, "{errno:?}");
         }
     }
 
