@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 
 use super::fetch::{FetchError, Fetcher, QUEUE_CHUNKS_MAX, WriterQueue};
 use super::parallel::{self, Helpers};
@@ -19,6 +20,11 @@ use crate::store::blobs::Verified;
 use crate::store::ingest::Ingest;
 use crate::store::partial::{PartialDownload, Resumed};
 use crate::upstream::{ResponseKind, UpstreamResponse};
+
+/// Longest response that is read to its end although it cannot be stored.
+const DRAIN_BYTES_MAX: u64 = 1024 * 1024;
+/// Longest time for that.
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Runs one transfer to its end and removes it from the map of running downloads.
 pub(super) async fn run<S: Source>(guard: DownloadGuard, mut source: S) {
@@ -173,7 +179,11 @@ async fn start(
         stream.total,
     );
     let ingest = match spawn_blocking(move || store.begin(&digest, total)).await {
-        Ok(opened) => opened.map_err(DownloadError::Unstorable)?,
+        Ok(Ok(ingest)) => ingest,
+        Ok(Err(fault)) => {
+            drain(stream).await;
+            return Err(DownloadError::Unstorable(fault));
+        }
         Err(_) => return Err(DownloadError::Abandoned),
     };
     guard.download.begin(DownloadInfo {
@@ -192,6 +202,18 @@ async fn start(
         total,
         resumed,
     })
+}
+
+/// Reads a small response to its end, so that its connection serves the request that forwards the blob. Otherwise that
+/// request would need a new one, which a process without free descriptors cannot open.
+async fn drain(mut stream: Stream) {
+    let is_small = |total: u64| total.saturating_sub(stream.start) <= DRAIN_BYTES_MAX;
+    if !stream.total.is_some_and(is_small) {
+        return;
+    }
+    let reading = async { while let Some(Ok(_)) = stream.body.chunk().await {} };
+    // The connection of a slow response is closed.
+    let _ = timeout(DRAIN_TIMEOUT, reading).await;
 }
 
 /// Receives and verifies the bytes. `may_be_parallel`: whether several connections may be used. Also returns whether

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::ahead::Parts;
 use super::*;
@@ -241,8 +242,22 @@ async fn t08_denied_leader_does_not_fail_followers() {
 
 #[tokio::test]
 async fn t08_full_disk_does_not_fail_queued_readers() {
+    let downloads = downloads_within(1_000_000);
+    let (blob, script, parts) = (content(3 * MIB), Script::default(), Parts::default());
+    script.ending(0, Some(blob.len()), &blob);
+    send(&parts.part(), &blob);
+    let reader = leader(&downloads, digest(&blob)).start(script);
+    let mut reader = reader.with_range_source(parts.clone());
+    let failed = reader.info().await.err().unwrap();
+    assert!(matches!(*failed, DownloadError::Unstorable(_)), "{failed}");
+    assert_eq!(read_all(reader).await, blob);
+    assert_eq!(parts.offsets(), [(0, u64::MAX)]);
+}
+
+/// Downloads into a store of this size.
+fn downloads_within(bytes_max: u64) -> Downloads {
     let limits = crate::store::Limits {
-        bytes_max: 1_000_000,
+        bytes_max,
         free_bytes_min: 0,
     };
     let settings = Settings {
@@ -255,14 +270,33 @@ async fn t08_full_disk_does_not_fail_queued_readers() {
     while !store.usage().is_complete {
         std::thread::yield_now();
     }
-    let downloads = Downloads::new(Arc::new(store), BufferPool::default(), 16);
-    let (blob, script, parts) = (content(3 * MIB), Script::default(), Parts::default());
-    script.ending(0, Some(blob.len()), &blob);
-    send(&parts.part(), &blob);
-    let reader = leader(&downloads, digest(&blob)).start(script);
-    let mut reader = reader.with_range_source(parts.clone());
-    let failed = reader.info().await.err().unwrap();
-    assert!(matches!(*failed, DownloadError::Unstorable(_)), "{failed}");
-    assert_eq!(read_all(reader).await, blob);
-    assert_eq!(parts.offsets(), [(0, u64::MAX)]);
+    Downloads::new(Arc::new(store), BufferPool::default(), 16)
+}
+
+/// A body of one chunk, and whether its end was read.
+struct Watched(Option<Bytes>, Arc<AtomicBool>);
+
+impl ByteStream for Watched {
+    fn chunk(&mut self) -> ChunkFuture<'_> {
+        let chunk = self.0.take();
+        self.1.store(chunk.is_none(), Ordering::Relaxed);
+        Box::pin(std::future::ready(chunk.map(Ok)))
+    }
+}
+
+#[tokio::test]
+async fn small_response_that_cannot_be_stored_is_read_to_its_end() {
+    for (size, is_read) in [(MIB, true), (MIB + 1, false)] {
+        let downloads = downloads_within(100_000);
+        let (blob, script, is_at_end) = (content(size), Script::default(), Arc::default());
+        script.answers.lock().push_back(Ok(Stream {
+            start: 0,
+            total: Some(size as u64),
+            body: Box::new(Watched(Some(blob.clone().into()), Arc::clone(&is_at_end))),
+        }));
+        let mut reader = leader(&downloads, digest(&blob)).start(script);
+        let failed = reader.info().await.err().unwrap();
+        assert!(matches!(*failed, DownloadError::Unstorable(_)), "{failed}");
+        assert_eq!(is_at_end.load(Ordering::Relaxed), is_read, "{size} bytes");
+    }
 }
