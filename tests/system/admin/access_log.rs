@@ -166,6 +166,8 @@ async fn e14_hit_that_broke_off_is_no_hit() {
 async fn e14_upstream_that_sends_wrong_bytes_is_named_in_the_record() {
     let (upstream, proxy, blob) = with_a_layer(4).await;
     upstream.corrupts_blob();
+    // The response begins before the end of the blob is verified.
+    upstream.drips(1_000_000);
     let mut stream = Ask::new(proxy.admin_address(), "GET", "/api/v1/events/stream")
         .stream()
         .await;
