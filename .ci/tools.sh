@@ -7,7 +7,7 @@ export PATH=$PATH:/usr/sbin:/sbin
 
 # Compiler flags of the program that is shipped. The benches and the load tests measure the same build.
 # shellcheck disable=SC2034  # used by the scripts that source this file
-shipped=(--profile dist --features jemalloc,shared --locked)
+shipped=(--profile dist --features "jemalloc,shared" --locked)
 
 # needs PROGRAM=PACKAGE…  Installs the packages of missing programs. Returns 0 if all are installed.
 # If they cannot be installed, the run fails in CI (CI=true); elsewhere a warning lists what is skipped, and it returns 1.
