@@ -1,4 +1,5 @@
-//! Pull-through request handling: collect the [`CacheState`], call [`decide`], execute the decision.
+//! Pull-through request handling: collect the [`CacheState`](crate::policy::CacheState), call [`decide`](crate::policy::decide),
+//! execute the decision.
 //!
 //! Every function here works on one repository of one upstream. Routing has already chosen the upstream, and the
 //! server later turns the [`ProxyResponse`] into HTTP. This module collects evidence; `policy` evaluates it.
