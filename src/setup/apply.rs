@@ -319,7 +319,9 @@ impl Baseline<'_> {
     /// Restores the first `begun` files, and the former journal if all of them are as before. Otherwise the interim
     /// journal stays, because it alone has the originals: `--undo` restores the remainder.
     pub(super) fn roll_back(&self, changes: &[Change], begun: usize, next: &Journal) {
-        if changes.iter().take(begun).all(|change| self.take_back(change)) {
+        let begun = changes.iter().take(begun);
+        let remaining = begun.filter(|change| !self.take_back(change)).count();
+        if remaining == 0 {
             let _ = self.journal.save(&self.job.name, self.root);
             self.root.remove_empty(&next.folders);
         }

@@ -1,5 +1,6 @@
 //! Plan of a setup: desired files and manual steps, and their rendering.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -127,8 +128,28 @@ pub(super) fn difference(before: &[u8], after: &[u8]) -> String {
     let lines = difference
         .split_inclusive('\n')
         .map(|line| match line.split_at_checked(1) {
-            Some((kind @ (" " | "+" | "-"), text)) => format!("{kind}{}", without_userinfo(text)),
+            Some((kind @ (" " | "+" | "-"), text)) => {
+                format!("{kind}{}", without_secret(&without_userinfo(text)))
+            }
             _ => line.to_owned(),
         });
     lines.collect()
+}
+
+/// Words in the names of settings whose values are secret.
+const SECRET_NAMES: [&str; 6] = ["token", "passw", "secret", "auth", "credential", "private"];
+
+/// Hides the value of a setting with such a name: a client's file also has settings that are not the cache's.
+fn without_secret(line: &str) -> Cow<'_, str> {
+    let lower = line.to_ascii_lowercase();
+    let name = SECRET_NAMES.iter().filter_map(|name| lower.find(name)).min();
+    let value = name.and_then(|name| Some(name + lower.get(name..)?.find(['=', ':'])? + 1));
+    let Some((name, value)) = value.and_then(|value| line.split_at_checked(value)) else {
+        return Cow::Borrowed(line);
+    };
+    if value.trim().is_empty() {
+        return Cow::Borrowed(line);
+    }
+    let end = if line.ends_with('\n') { "\n" } else { "" };
+    Cow::Owned(format!("{name} …{end}"))
 }

@@ -1,7 +1,7 @@
 //! Credentials in the files of clients, which no message may print.
 
 use super::applied::{DAEMON, Host};
-use super::plan::render;
+use super::plan::{difference, render};
 use super::*;
 use crate::setup::edit::without_userinfo;
 
@@ -86,4 +86,28 @@ fn differences_are_shown_without_credentials() {
         "{told}"
     );
     assert!(!told.contains("s3cret"), "{told}");
+}
+
+#[test]
+fn secret_settings_of_others_are_not_printed() {
+    for secret in [
+        "  token = \"glrt-s3cret\"",
+        "      password: s3cret",
+        "Environment=CI_JOB_TOKEN=s3cret",
+        "\"identitytoken\": \"s3cret\"",
+        "    auth: dTpzM2NyZXQ= # s3cret",
+    ] {
+        let before = format!("name = \"a\"\n{secret}\nurl = \"https://auth.example.org\"\n");
+        let printed = difference(before.as_bytes(), format!("{before}x = 1\n").as_bytes());
+        assert!(
+            !printed.contains("s3cret") && !printed.contains("dTpz"),
+            "{printed}"
+        );
+        assert!(
+            printed.contains('…') && printed.contains("https://auth.example.org"),
+            "{printed}"
+        );
+        let removed = difference(format!("{secret}\n").as_bytes(), b"\n");
+        assert!(!removed.contains("s3cret"), "{removed}");
+    }
 }
