@@ -16,6 +16,7 @@ use super::writer::Writer;
 use super::{DownloadError, Source, Stream};
 use crate::oci::{Hasher, UpstreamFailure};
 use crate::queue::AcquireError;
+use crate::store::StoreError;
 use crate::store::blobs::Verified;
 use crate::store::ingest::Ingest;
 use crate::store::partial::{PartialDownload, Resumed};
@@ -181,7 +182,11 @@ async fn start(
     let ingest = match spawn_blocking(move || store.begin(&digest, total)).await {
         Ok(Ok(ingest)) => ingest,
         Ok(Err(fault)) => {
-            drain(stream).await;
+            // A disk that is full or read-only stays so, and has descriptors.
+            let is_from_upstream = !guard.download.is_led_elsewhere.load(Ordering::Relaxed);
+            if is_from_upstream && matches!(fault, StoreError::Io { .. }) {
+                drain(stream).await;
+            }
             return Err(DownloadError::Unstorable(fault));
         }
         Err(_) => return Err(DownloadError::Abandoned),
@@ -211,7 +216,15 @@ async fn drain(mut stream: Stream) {
     if !stream.total.is_some_and(is_small) {
         return;
     }
-    let reading = async { while let Some(Ok(_)) = stream.body.chunk().await {} };
+    let reading = async {
+        let mut left = DRAIN_BYTES_MAX;
+        while let Some(Ok(chunk)) = stream.body.chunk().await {
+            let Some(rest) = left.checked_sub(chunk.len() as u64) else {
+                break;
+            };
+            left = rest;
+        }
+    };
     // The connection of a slow response is closed.
     let _ = timeout(DRAIN_TIMEOUT, reading).await;
 }

@@ -54,18 +54,8 @@ impl Dialer for TcpDialer {
             #[cfg(any(target_os = "android", target_os = "fuchsia", target_os = "linux"))]
             tcp.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX));
             tcp.set_connect_timeout(Some(timeout));
-            let mut attempts = 1;
-            let connected = loop {
-                match tcp.call(to.clone()).await {
-                    // A connection that is being closed frees one.
-                    Err(error) if lacks_descriptor(&error) && attempts < DESCRIPTOR_ATTEMPTS_MAX => {
-                        attempts += 1;
-                        sleep(DESCRIPTOR_PAUSE).await;
-                    }
-                    connected => break connected.map_err(dial_error)?,
-                }
-            };
-            let stream = connected.into_inner();
+            let connected = once_descriptor_is_free(|| tcp.call(to.clone())).await;
+            let stream = connected.map_err(dial_error)?.into_inner();
             let peer = stream.peer_addr().ok().map(|peer| peer.ip());
             Ok(DialedStream {
                 stream: Box::new(stream),
@@ -73,6 +63,22 @@ impl Dialer for TcpDialer {
             })
         })
     }
+}
+
+/// The result of `attempt`, which is repeated for a while if it lacks a descriptor: a connection that is being closed frees
+/// one.
+async fn once_descriptor_is_free<T, E, F>(mut attempt: impl FnMut() -> F) -> Result<T, E>
+where
+    E: Error + 'static,
+    F: Future<Output = Result<T, E>>,
+{
+    for _ in 1..DESCRIPTOR_ATTEMPTS_MAX {
+        match attempt().await {
+            Err(error) if lacks_descriptor(&error) => sleep(DESCRIPTOR_PAUSE).await,
+            result => return result,
+        }
+    }
+    attempt().await
 }
 
 /// Whether the process, or the system, has no free file descriptor.
@@ -187,6 +193,28 @@ mod tests {
         ] {
             assert_eq!(lacks_descriptor(&nested(errno)), is_lacking, "{errno:?}");
             assert_eq!(lacks_descriptor(&io::Error::from(errno)), is_lacking, "{errno:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn connection_waits_for_a_descriptor_half_a_second() {
+        for (lacking, attempts, is_connected) in [(0, 1, true), (3, 4, true), (24, 25, true), (99, 25, false)]
+        {
+            let (began, mut count) = (tokio::time::Instant::now(), 0);
+            let connected = once_descriptor_is_free(|| {
+                count += 1;
+                let result = if count > lacking {
+                    Ok(())
+                } else {
+                    Err(io::Error::from(Errno::MFILE))
+                };
+                std::future::ready(result)
+            });
+            assert_eq!(connected.await.is_ok(), is_connected, "{lacking}");
+            assert_eq!(
+                (count, began.elapsed()),
+                (attempts, DESCRIPTOR_PAUSE * (attempts - 1))
+            );
         }
     }
 

@@ -4,6 +4,8 @@ use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::io::Errno;
+
 use super::ahead::Parts;
 use super::*;
 use crate::store::fs::{Entry, FsFile};
@@ -13,6 +15,8 @@ use crate::store::fs::{Entry, FsFile};
 struct Small {
     disk: Arc<MemoryFs>,
     bytes_max: u64,
+    /// Why no download can create a file.
+    uncreatable: Option<Errno>,
 }
 
 struct SmallFile {
@@ -26,6 +30,9 @@ impl FileSystem for Small {
         None
     }
     fn create(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
+        if let Some(errno) = self.uncreatable.filter(|_| path.ends_with("data")) {
+            return Err(errno.into());
+        }
         Ok(Arc::new(SmallFile {
             disk: Arc::clone(&self.disk),
             file: self.disk.create(path)?,
@@ -93,10 +100,15 @@ impl FsFile for SmallFile {
 }
 
 fn downloads_on_a_small_disk(bytes_max: usize) -> Downloads {
-    let disk = Arc::new(Small {
+    downloads_on(Small {
         disk: Arc::new(MemoryFs::new()),
         bytes_max: bytes_max as u64,
-    });
+        uncreatable: None,
+    })
+}
+
+fn downloads_on(disk: Small) -> Downloads {
+    let disk = Arc::new(disk);
     let store = Store::open(&Settings::default(), disk, SystemTime::UNIX_EPOCH).unwrap();
     Downloads::new(Arc::new(store), BufferPool::default(), 16)
 }
@@ -285,10 +297,24 @@ impl ByteStream for Watched {
 }
 
 #[tokio::test]
-async fn small_response_that_cannot_be_stored_is_read_to_its_end() {
-    for (size, is_read) in [(MIB, true), (MIB + 1, false)] {
-        let downloads = downloads_within(100_000);
-        let (blob, script, is_at_end) = (content(size), Script::default(), Arc::default());
+async fn small_response_is_read_to_its_end_without_a_descriptor() {
+    for (errno, size, is_elsewhere, is_read) in [
+        (Errno::MFILE, MIB, false, true),
+        (Errno::MFILE, MIB + 1, false, false),
+        (Errno::MFILE, MIB, true, false),
+        (Errno::NOSPC, MIB, false, false),
+        (Errno::ROFS, MIB, false, false),
+    ] {
+        let downloads = downloads_on(Small {
+            disk: Arc::new(MemoryFs::new()),
+            bytes_max: u64::MAX,
+            uncreatable: Some(errno),
+        });
+        let (blob, is_at_end) = (content(size), Arc::default());
+        let script = Script {
+            is_elsewhere,
+            ..Script::default()
+        };
         script.answers.lock().push_back(Ok(Stream {
             start: 0,
             total: Some(size as u64),
@@ -297,6 +323,10 @@ async fn small_response_that_cannot_be_stored_is_read_to_its_end() {
         let mut reader = leader(&downloads, digest(&blob)).start(script);
         let failed = reader.info().await.err().unwrap();
         assert!(matches!(*failed, DownloadError::Unstorable(_)), "{failed}");
-        assert_eq!(is_at_end.load(Ordering::Relaxed), is_read, "{size} bytes");
+        assert_eq!(
+            is_at_end.load(Ordering::Relaxed),
+            is_read,
+            "{errno:?} {size} {is_elsewhere}"
+        );
     }
 }
