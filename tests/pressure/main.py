@@ -1,9 +1,6 @@
 """Runs the scenarios by number; see ./run."""
 
-import asyncio
 import sys
-import time
-import traceback
 
 import admin
 import connections
@@ -13,6 +10,7 @@ import fairness
 import memory
 import refresh
 import silence
+from kit import scenarios
 from kit.lab import Lab
 
 SCENARIOS = {
@@ -35,29 +33,4 @@ SCENARIOS = {
 }
 SCENARIO_S = 400
 
-
-def main(chosen):
-    unknown = [number for number in chosen if number not in SCENARIOS]
-    if unknown:
-        sys.exit(f"{unknown[0]!r} is none of {' '.join(SCENARIOS)}")
-    missed, failed = [], []
-    for number in chosen or SCENARIOS:
-        began = time.monotonic()
-        lab = Lab(number)
-        try:
-            asyncio.run(asyncio.wait_for(SCENARIOS[number](lab), SCENARIO_S))
-        except Exception:  # the scenarios after it still run
-            traceback.print_exc()
-            lab.report(False, f"broke off: {sys.exc_info()[1]!r}")
-        finally:
-            lab.end()
-        print(f"      {number} took {time.monotonic() - began:.0f} s", flush=True)
-        if lab.missed:
-            missed.append(number)
-        if lab.failed:
-            failed.append(number)
-    print(f"missed goals: {' '.join(missed) or 'none'}; failed: {' '.join(failed) or 'none'}", flush=True)
-    return 1 if failed else 0
-
-
-sys.exit(main(sys.argv[1:]))
+sys.exit(scenarios.run(SCENARIOS, sys.argv[1:], Lab, SCENARIO_S))
