@@ -29,7 +29,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 pub use self::conditions::{Conditions, probe};
 
-use self::breaker::{Breaker, Outcome, Transition};
+use self::breaker::{Admission, Breaker, Outcome, Transition};
 use self::pace::Pace;
 use self::rate::Rate;
 use self::upload::{Item, Mode, Uploads};
@@ -102,8 +102,6 @@ pub struct SharedStatus {
     pub reads_stopped: Option<(Duration, Arc<str>)>,
     /// How long writes have been stopped, and the last failure.
     pub writes_stopped: Option<(Duration, Arc<str>)>,
-    /// Uploads that are queued or running.
-    pub uploads_waiting: usize,
 }
 
 /// The shared storage of the process. Without settings it is off, and every read is a miss.
@@ -199,7 +197,7 @@ impl SharedObject {
         self.has_ended = true;
         tracing::debug!(object = %self.key, %error, "an object of the shared storage broke off");
         let active = &self.active;
-        active.record_request("body", &Err::<(), _>(error.clone()), Duration::ZERO);
+        active.record_request("body", &Err::<(), _>(error.clone()), None);
         if matches!(error, BucketError::Silent(UpstreamFailure::Timeout)) {
             active.refuse(&self.key, STALLED_PERIOD, false);
         }
@@ -250,20 +248,12 @@ impl SharedStorage {
         (!is_open).then_some(active)
     }
 
-    /// Whether the bucket has this content. `false` if it cannot be read now.
-    pub async fn has(&self, content: SharedContent) -> bool {
-        match self.readable() {
-            Some(active) => active.has(content).await,
-            None => false,
-        }
-    }
-
     /// Opens this content at the byte `from`. `None` if the bucket lacks it or cannot be read now.
     pub async fn open(&self, content: SharedContent, from: u64) -> Option<SharedObject> {
         self.readable()?.open(content, from).await
     }
 
-    /// Reads this content completely, if it has at most `bytes_max` bytes. Also returns its `Content-Type`.
+    /// Reads this content completely, if it has at most `bytes_max` bytes.
     pub async fn read(&self, content: SharedContent, bytes_max: usize) -> Option<(Bytes, SharedObject)> {
         self.readable()?.read(content, bytes_max).await
     }
@@ -331,7 +321,6 @@ impl SharedStorage {
             name: Arc::clone(&active.settings.name),
             reads_stopped,
             writes_stopped,
-            uploads_waiting: active.uploads.waiting(),
         })
     }
 }
@@ -352,18 +341,6 @@ impl Active {
         }
     }
 
-    async fn has(self: &Arc<Self>, content: SharedContent) -> bool {
-        let key = content.key();
-        if !self.may_read(&key) {
-            return false;
-        }
-        let began = Instant::now();
-        let found = self.settings.bucket.head(&key).await;
-        self.record_read("head", &found, began.elapsed());
-        self.refuse_unreadable(&key, &found);
-        found.is_ok()
-    }
-
     async fn open(self: &Arc<Self>, content: SharedContent, from: u64) -> Option<SharedObject> {
         let key = content.key();
         if !self.may_read(&key) {
@@ -373,7 +350,7 @@ impl Active {
         let opened = self.settings.bucket.get(&key, from).await;
         match &opened {
             // Whether the bucket sends the bytes is not known yet.
-            Ok(_) => self.record_request("get", &opened, began.elapsed()),
+            Ok(_) => self.record_request("get", &opened, Some(began.elapsed())),
             Err(_) => self.record_read("get", &opened, began.elapsed()),
         }
         self.refuse_unreadable(&key, &opened);
@@ -414,8 +391,16 @@ impl Active {
     }
 
     fn refuse(&self, key: &ObjectKey, period: Duration, is_wrong: bool) {
-        let until = Instant::now() + period;
-        self.refused.insert(key.clone(), Refusal { until, is_wrong });
+        let now = Instant::now();
+        let mut refusal = Refusal {
+            until: now + period,
+            is_wrong,
+        };
+        if let Some(earlier) = self.refused.get(key).filter(|earlier| now < earlier.until) {
+            refusal.until = refusal.until.max(earlier.until);
+            refusal.is_wrong |= earlier.is_wrong;
+        }
+        self.refused.insert(key.clone(), refusal);
     }
 
     fn refuse_unreadable<T>(&self, key: &ObjectKey, result: &Result<T, BucketError>) {
@@ -441,9 +426,7 @@ impl Active {
         }
         let may = self.rate.lock().take(now);
         if !may {
-            self.telemetry
-                .shared()
-                .record_request("get", "capped", Duration::ZERO);
+            self.telemetry.shared().record_request("get", "capped", None);
         }
         may
     }
@@ -455,7 +438,7 @@ impl Active {
         result: &Result<T, BucketError>,
         took: Duration,
     ) {
-        self.record_request(operation, result, took);
+        self.record_request(operation, result, Some(took));
         self.note_read(Outcome::of(result), result.as_ref().err());
     }
 
@@ -485,7 +468,7 @@ impl Active {
 
     /// Records the result of a write.
     fn record_write<T>(&self, operation: &'static str, result: &Result<T, BucketError>, took: Duration) {
-        self.record_request(operation, result, took);
+        self.record_request(operation, result, Some(took));
         let error = result.as_ref().err();
         match (note(&self.writes, Outcome::of(result), error), error) {
             (Transition::Opened, Some(error)) => {
@@ -494,19 +477,25 @@ impl Active {
             (Transition::Closed(after), _) => {
                 tracing::info!(bucket = %self.settings.name, seconds = after.as_secs(),
                     "shared storage accepts uploads again");
+                self.uploads.resume();
             }
             _ => {}
         }
     }
 
-    fn record_request<T>(&self, operation: &'static str, result: &Result<T, BucketError>, took: Duration) {
+    fn record_request<T>(
+        &self,
+        operation: &'static str,
+        result: &Result<T, BucketError>,
+        took: Option<Duration>,
+    ) {
         let result = result.as_ref().err().map_or("ok", BucketError::name);
         self.telemetry.shared().record_request(operation, result, took);
     }
 
     /// Whether the storage keeps conditions. Otherwise an upload checks first whether the object exists, which two caches
     /// may do at once: both then write the same bytes.
-    async fn keeps_conditions(&self) -> bool {
+    async fn keeps_conditions(&self) -> Result<bool, BucketError> {
         let probed = self.conditions.get_or_try_init(|| async {
             let began = Instant::now();
             let probed = probe(&self.settings.bucket).await;
@@ -522,12 +511,11 @@ impl Active {
                 .set_conditions(&self.settings.name, found.are_kept());
             Ok::<_, BucketError>(found.are_kept())
         });
-        probed.await.copied().unwrap_or(false)
+        probed.await.copied()
     }
 
-    /// When the next upload may be tried. `None`: at once.
-    fn next_write(&self) -> Option<Instant> {
-        self.writes.lock().breaker.next_probe()
+    fn admit_write(&self) -> Admission {
+        self.writes.lock().breaker.admit(Instant::now())
     }
 
     fn writes_open_since(&self) -> Option<Instant> {
@@ -545,15 +533,16 @@ fn note(guarded: &Mutex<Guarded>, outcome: Outcome, error: Option<&BucketError>)
     guarded.breaker.record(outcome, Instant::now())
 }
 
-/// Probes the bucket while the breaker is open. No client waits for it.
+/// Probes the bucket while the breaker stays open. No client waits for it.
 async fn probe_reads(active: Arc<Active>) {
     let key = ObjectKey::probe(&[0; 16]);
+    let opened = active.reads.lock().breaker.open_since();
     loop {
         let due = active.reads.lock().breaker.next_probe();
         let Some(due) = due else { return };
         sleep_until(due).await;
-        if active.uploads.is_closed() {
-            // The settings were replaced.
+        // A breaker that was opened again has probes of its own. The queue is closed if the settings were replaced.
+        if active.reads.lock().breaker.open_since() != opened || active.uploads.is_closed() {
             return;
         }
         let needs_body = active.reads.lock().breaker.needs_body();
@@ -561,7 +550,7 @@ async fn probe_reads(active: Arc<Active>) {
         let began = Instant::now();
         if let Some((key, from)) = stalled {
             let probed = probe_body(&active, &key, from).await;
-            active.record_request("probe", &probed, began.elapsed());
+            active.record_request("probe", &probed, Some(began.elapsed()));
             let outcome = match Outcome::of(&probed) {
                 Outcome::Answered => Outcome::Arrived,
                 outcome => outcome,
@@ -569,7 +558,8 @@ async fn probe_reads(active: Arc<Active>) {
             active.note_read(outcome, probed.as_ref().err());
             continue;
         }
-        let probed = active.settings.bucket.head(&key).await;
+        // By `GET`: only the body of an error tells a missing bucket from a missing object.
+        let probed = active.settings.bucket.get(&key, 0).await;
         active.record_read("probe", &probed, began.elapsed());
     }
 }

@@ -207,6 +207,7 @@ impl Admin {
         for issue in registry.proxy.store().health_issues() {
             problems.push(format!("degraded: {issue}"));
         }
+        problems.extend(self.shared_storage_problems());
         if let Some(quota) = self.quota().filter(|quota| quota.remaining == 0) {
             problems.push(format!(
                 "the rate limit of {} for {} is exhausted",
@@ -214,6 +215,22 @@ impl Admin {
             ));
         }
         problems
+    }
+
+    fn shared_storage_problems(&self) -> Vec<String> {
+        let Some(shared) = self.registry.load().proxy.shared().status() else {
+            return Vec::new();
+        };
+        let name = &shared.name;
+        let reads = shared.reads_stopped.map(|(since, failure)| {
+            let since = duration(since);
+            format!("degraded: shared storage {name} cannot be read, for {since}: {failure}")
+        });
+        let writes = shared.writes_stopped.map(|(since, failure)| {
+            let since = duration(since);
+            format!("degraded: shared storage {name} accepts no uploads, for {since}: {failure}")
+        });
+        reads.into_iter().chain(writes).collect()
     }
 
     fn quota(&self) -> Option<Quota> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde_json::json;
 
-use crate::bucket::{self, BucketError, ObjectKey, ObjectStorage};
+use crate::bucket::{self, BucketError, Encryption, ObjectKey, ObjectStorage};
 use crate::config::SharedConfig;
 use crate::shared::probe;
 use crate::trace_context::TraceContext;
@@ -16,8 +16,10 @@ use crate::upstream::Transport;
 const OBJECT_BYTES: usize = 2048;
 const OFFSET: usize = 1000;
 
-/// The IAM policy of the credential and, for a cache that writes, the lifecycle rule of the bucket.
+/// The IAM policy of the credential and, for a cache that writes, the lifecycle rule of the bucket. `read_only`: as for a
+/// cache that does not write.
 pub fn policy(shared: &SharedConfig, read_only: bool) -> String {
+    let read_only = read_only || !shared.write;
     let (bucket, prefix) = (&shared.bucket.bucket, &shared.bucket.prefix);
     let objects = match prefix.as_str() {
         "" => format!("arn:aws:s3:::{bucket}/v1/*"),
@@ -33,13 +35,22 @@ pub fn policy(shared: &SharedConfig, read_only: bool) -> String {
             "s3:AbortMultipartUpload",
         ]
     };
-    let rights = json!({
-        "Version": "2012-10-17",
-        "Statement": [
-            { "Effect": "Allow", "Action": actions, "Resource": objects },
-            { "Effect": "Allow", "Action": "s3:ListBucket", "Resource": format!("arn:aws:s3:::{bucket}") },
-        ],
-    });
+    let mut statements = vec![
+        json!({ "Effect": "Allow", "Action": actions, "Resource": objects }),
+        json!({ "Effect": "Allow", "Action": "s3:ListBucket", "Resource": format!("arn:aws:s3:::{bucket}") }),
+    ];
+    if let Encryption::Kms(key) = &shared.bucket.encryption
+        && key.starts_with("arn:")
+    {
+        let actions: &[&str] = if read_only {
+            &["kms:Decrypt"]
+        } else {
+            // `Decrypt` for uploads in parts too.
+            &["kms:Decrypt", "kms:GenerateDataKey"]
+        };
+        statements.push(json!({ "Effect": "Allow", "Action": actions, "Resource": key }));
+    }
+    let rights = json!({ "Version": "2012-10-17", "Statement": statements });
     if read_only {
         return format!("IAM policy:\n{rights:#}\n");
     }
@@ -208,5 +219,20 @@ mod tests {
             !read_only.contains("PutObject") && !read_only.contains("Days"),
             "{read_only}"
         );
+        let reader = configured("[shared]\nbucket = \"s3://images/team-a\"\nregion = \"x\"\nwrite = false");
+        assert_eq!(policy(&reader, false), policy(&reader, true));
+    }
+
+    #[test]
+    fn policy_allows_the_key_of_the_encryption() {
+        let key = "arn:aws:kms:eu-central-1:111122223333:key/1234";
+        let shared = configured(&format!(
+            "[shared]\nbucket = \"s3://images\"\nregion = \"x\"\nencryption = \"sse-kms\"\nkms_key = \"{key}\""
+        ));
+        for (read_only, writes) in [(false, true), (true, false)] {
+            let text = policy(&shared, read_only);
+            assert!(text.contains("kms:Decrypt") && text.contains(key), "{text}");
+            assert_eq!(text.contains("kms:GenerateDataKey"), writes, "{text}");
+        }
     }
 }

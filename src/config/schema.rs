@@ -223,7 +223,7 @@ sections! {
     Shared "shared": Shared {
         bucket: Option<BucketUrl>, "Bucket that several caches share, with an optional prefix: \"s3://name/prefix\". A blob or a manifest that this cache lacks is read from there before it is fetched from the upstream, and written there after it was fetched. Unset: no shared storage.";
         endpoint: Option<EndpointUrl>, "URL of the storage. Default: that of AWS in `region`. Requests are path-style.";
-        region: Option<Region>, "Region of the bucket. Default: the variable AWS_REGION, else \"us-east-1\".";
+        region: Option<Region>, "Region of the bucket, required for AWS. Default: the variable AWS_REGION; with `endpoint`, else \"us-east-1\".";
         credentials: CredentialChoice = r#""environment""#, "Source of the credential: \"environment\" (the standard variables AWS_*: access key, web identity, container credentials), or \"instance\" (the metadata service of the virtual machine).";
         credentials_file: Option<FilePath>, "File with the id of the access key and the secret key, a line each; instead of `credentials`. Read again on SIGHUP.";
         write: bool = "true", "Whether this cache writes to the bucket.";

@@ -45,6 +45,14 @@ struct Open {
     pause: Duration,
 }
 
+impl Open {
+    /// The next probe is sent after twice the pause.
+    fn delay(&mut self, now: Instant) {
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
+        self.next_probe = now + self.pause;
+    }
+}
+
 /// What a response means for the bucket as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
@@ -70,6 +78,17 @@ impl Outcome {
     }
 }
 
+/// Whether a request may be sent now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Admission {
+    /// The breaker is closed.
+    Granted,
+    /// As the probe that is due.
+    Probe,
+    /// Not before this time.
+    Later(Instant),
+}
+
 /// Change of the state by an outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Transition {
@@ -88,6 +107,18 @@ impl Breaker {
     /// When the next probe is due. `None`: the breaker is closed.
     pub(super) fn next_probe(&self) -> Option<Instant> {
         self.open.map(|open| open.next_probe)
+    }
+
+    /// Admits a request, or one probe at a time while the breaker is open: further ones wait for the next.
+    pub(super) fn admit(&mut self, now: Instant) -> Admission {
+        match &mut self.open {
+            None => Admission::Granted,
+            Some(open) if now < open.next_probe => Admission::Later(open.next_probe),
+            Some(open) => {
+                open.delay(now);
+                Admission::Probe
+            }
+        }
     }
 
     /// Whether only the bytes of an object close the breaker.
@@ -118,8 +149,7 @@ impl Breaker {
             (outcome @ (Outcome::Silent | Outcome::Stalled | Outcome::Denied), Some(open)) => {
                 open.needs_body |= outcome == Outcome::Stalled;
                 if now >= open.next_probe {
-                    open.pause = (open.pause * 2).min(PAUSE_MAX);
-                    open.next_probe = now + open.pause;
+                    open.delay(now);
                 }
                 Transition::None
             }
@@ -226,6 +256,27 @@ mod tests {
         let closed = breaker.record(Outcome::Answered, last);
         assert_eq!(closed, Transition::Closed(last - start));
         assert_eq!(breaker.next_probe(), None);
+    }
+
+    #[test]
+    fn one_probe_is_admitted_at_a_time() {
+        let (start, mut breaker) = (Instant::now(), Breaker::default());
+        assert_eq!(breaker.admit(start), Admission::Granted);
+        breaker.record(Outcome::Denied, start);
+        let mut pauses = Vec::new();
+        let mut last = start;
+        for _ in 0..6 {
+            let Admission::Later(at) = breaker.admit(last) else {
+                unreachable!("the probe before it is not answered");
+            };
+            assert_eq!(breaker.admit(at), Admission::Probe);
+            breaker.record(Outcome::Denied, at);
+            pauses.push((at - last).as_secs());
+            last = at;
+        }
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 30]);
+        breaker.record(Outcome::Answered, last);
+        assert_eq!(breaker.admit(last), Admission::Granted);
     }
 
     #[test]

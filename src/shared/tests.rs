@@ -146,7 +146,7 @@ async fn stalled_bodies_open_the_breaker_despite_answers() {
     let (bucket, active) = scripted(8, vec![half(), half(), half(), Ok(vec![])]);
     for number in 0..3 {
         assert!(!is_open(&active));
-        assert!(active.has(content(number)).await);
+        active.note_read(Outcome::Answered, None);
         assert_eq!(consume(&active, number, Duration::ZERO).await, STALLED);
         let again = active.open(content(number), 4).await;
         assert!(again.is_none(), "the upstream continues it at once");
@@ -197,6 +197,37 @@ async fn timeout_of_a_complete_read_is_a_silence() {
         assert!(active.read(content(number), 100).await.is_none());
     }
     assert!(is_open(&active));
+}
+
+#[tokio::test(start_paused = true)]
+async fn missing_bucket_stays_closed_off() {
+    let (bucket, active) = scripted(8, vec![Err(BucketError::NoBucket)]);
+    assert!(active.open(content(1), 0).await.is_none());
+    sleep(Duration::from_secs(300)).await;
+    assert!(is_open(&active), "a head has no code of the error");
+    *bucket.bodies.lock() = VecDeque::from([Err(BucketError::Absent)]);
+    sleep(Duration::from_secs(40)).await;
+    assert!(!is_open(&active));
+}
+
+#[tokio::test(start_paused = true)]
+async fn reads_do_not_show_that_writes_are_accepted() {
+    let (_, active) = scripted(3, vec![]);
+    active.conditions.set(false).unwrap();
+    active.record_write("put", &Err::<(), _>(BucketError::NoBucket), Duration::ZERO);
+    let key = content(1).key();
+    let put = upload::put(&active, (&key, Mode::Create), Bytes::from_static(b"abc"), None).await;
+    assert!(put.is_err() && active.writes_open_since().is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn wrong_object_that_stalls_too_stays_wrong() {
+    let (_, active) = scripted(8, vec![]);
+    let key = content(1).key();
+    active.report_wrong(&key);
+    active.refuse(&key, STALLED_PERIOD, false);
+    sleep(STALLED_PERIOD * 2).await;
+    assert!(!active.may_read(&key) && active.refused.get(&key).unwrap().is_wrong);
 }
 
 #[tokio::test(start_paused = true)]

@@ -13,6 +13,7 @@ use tokio::sync::Notify;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout_at};
 
+use super::breaker::Admission;
 use super::{Active, SharedContent};
 use crate::bucket::{BucketError, Fault, ObjectInfo, ObjectKey, PART_BYTES, part_bytes};
 use crate::oci::{Digest, Hasher};
@@ -62,6 +63,8 @@ pub(super) struct Uploads {
     added: Notify,
     /// An upload has ended.
     ended: Notify,
+    /// The bucket accepts uploads again, or the queue was closed.
+    resumed: Notify,
 }
 
 #[derive(Default)]
@@ -97,7 +100,13 @@ impl Uploads {
         drop(state);
         self.added.notify_waiters();
         self.ended.notify_waiters();
+        self.resumed.notify_waiters();
         dropped
+    }
+
+    /// Ends the waiting of uploads that the bucket did not accept.
+    pub(super) fn resume(&self) {
+        self.resumed.notify_waiters();
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -148,7 +157,8 @@ impl Uploads {
         // Closed, it is tried no more: the settings were replaced.
         let again = again && !state.is_closed && state.queue.len() < QUEUED_MAX;
         if again {
-            state.queue.push_front(item);
+            // At the end, so that the next probe is another one.
+            state.queue.push_back(item);
         }
         drop(state);
         if again {
@@ -177,15 +187,13 @@ impl From<BucketError> for UploadError {
 /// One task that uploads, until the queue is closed.
 pub(super) async fn work(active: Arc<Active>, store: AsyncStore) {
     while let Some(mut item) = active.uploads.next().await {
-        if let Some(at) = active.next_write() {
-            // Only one task tries at that time; for the others the breaker has moved on, or is closed.
-            let _elapsed = timeout_at(at, std::future::pending::<()>()).await;
-            if active.uploads.is_closed() {
-                active.uploads.end(item, false);
-                return;
-            }
-        }
-        item.attempts += 1;
+        let Some(is_probe) = admitted(&active).await else {
+            active.uploads.end(item, false);
+            active.telemetry.shared().record_upload("dropped");
+            return;
+        };
+        // While the bucket accepts nothing, an upload waits however often it is the probe.
+        item.attempts += u32::from(!is_probe);
         let result = upload(&active, &store, item).await;
         let (name, again) = match &result {
             Ok(()) => ("done", false),
@@ -193,7 +201,7 @@ pub(super) async fn work(active: Arc<Active>, store: AsyncStore) {
             Err(UploadError::Store) => ("evicted", false),
             Err(UploadError::Damaged) => ("damaged", false),
             Err(UploadError::Bucket(error)) => {
-                let again = error.fault() != Fault::None && item.attempts < ATTEMPTS_MAX;
+                let again = error.fault() != Fault::None && (is_probe || item.attempts < ATTEMPTS_MAX);
                 tracing::debug!(content = %item.content.key(), %error, again, "failed to upload to the shared storage");
                 (if again { "retried" } else { "failed" }, again)
             }
@@ -204,10 +212,30 @@ pub(super) async fn work(active: Arc<Active>, store: AsyncStore) {
             active.refused.remove(&item.content.key());
         }
         active.uploads.end(item, again);
-        active
-            .telemetry
-            .shared()
-            .set_uploads_waiting(active.uploads.waiting() as u64);
+        // Otherwise the gauge is that of another bucket.
+        if !active.uploads.is_closed() {
+            let waiting = active.uploads.waiting() as u64;
+            active.telemetry.shared().set_uploads_waiting(waiting);
+        }
+    }
+}
+
+/// Waits until the bucket may be written to. Whether the upload is a probe; `None`: the queue was closed.
+async fn admitted(active: &Active) -> Option<bool> {
+    loop {
+        let mut resumed = std::pin::pin!(active.uploads.resumed.notified());
+        resumed.as_mut().enable();
+        if active.uploads.is_closed() {
+            return None;
+        }
+        match active.admit_write() {
+            Admission::Granted => return Some(false),
+            Admission::Probe => return Some(true),
+            Admission::Later(at) => {
+                // A probe by another task may succeed before.
+                let _due = timeout_at(at, resumed).await;
+            }
+        }
     }
 }
 
@@ -249,7 +277,7 @@ pub(super) async fn put(
 ) -> Result<(), UploadError> {
     let size = bytes.len() as u64;
     match mode {
-        Mode::Create if !active.keeps_conditions().await => check_absent(active, key, size).await?,
+        Mode::Create if !active.keeps_conditions().await? => check_absent(active, key, size).await?,
         Mode::Renew => check_old(active, key, size).await?,
         Mode::Create | Mode::Replace => {}
     }
@@ -305,7 +333,11 @@ async fn check_old(active: &Active, key: &ObjectKey, size: u64) -> Result<(), Up
 async fn found(active: &Active, key: &ObjectKey, size: u64) -> Result<Option<ObjectInfo>, UploadError> {
     let began = Instant::now();
     let found = active.settings.bucket.head(key).await;
-    active.record_write("head", &found, began.elapsed());
+    match &found {
+        Err(error) if error.fault() != Fault::None => active.record_write("head", &found, began.elapsed()),
+        // A read that succeeds does not show that writes are accepted.
+        _ => active.record_request("head", &found, Some(began.elapsed())),
+    }
     match found {
         Ok(found) if found.size == size => Ok(Some(found)),
         Ok(_) => {

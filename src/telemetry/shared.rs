@@ -69,11 +69,13 @@ impl Default for SharedMetrics {
 }
 
 impl SharedMetrics {
-    /// Counts a request to the bucket.
-    pub fn record_request(&self, op: &'static str, result: &'static str, took: Duration) {
+    /// Counts a request to the bucket. `took`: the time up to its first byte, if it was sent.
+    pub fn record_request(&self, op: &'static str, result: &'static str, took: Option<Duration>) {
         self.requests.get_or_create(&RequestLabels { op, result }).inc();
-        let seconds = self.seconds.get_or_create(&OperationLabels { op });
-        seconds.observe(took.as_secs_f64());
+        if let Some(took) = took {
+            let seconds = self.seconds.get_or_create(&OperationLabels { op });
+            seconds.observe(took.as_secs_f64());
+        }
     }
 
     /// Counts bytes of objects: `received` or `sent`.

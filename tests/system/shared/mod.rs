@@ -243,17 +243,57 @@ async fn silent_bucket_is_asked_three_times_and_then_probed() {
         metric(&second, "ifnewer_shared_up{bucket=\"s3://images/team-a\"}").await,
         "0"
     );
-    assert_eq!(second.admin("/readyz").await.status, 200);
+    let health = second.admin("/readyz").await;
+    let problem = "degraded: shared storage s3://images/team-a cannot be read";
+    assert_eq!(health.status, 200);
+    assert!(
+        String::from_utf8_lossy(&health.body).contains(problem),
+        "{health:#?}"
+    );
     assert!(upstream.all_blob_gets() > 0);
     bucket.set(Mode::Normal);
     second.program().says("shared storage available again").await;
 }
 
+/// Uploads that the bucket denies are not lost, and cost one probe at a time, at growing pauses.
 #[tokio::test]
-async fn wrong_bytes_reach_no_client_and_are_replaced() {
+async fn denied_uploads_wait_until_writes_are_allowed() {
+    let (upstream, bucket) = (Upstream::start().await, Bucket::start().await);
+    let image = upstream.push(DEMO, "latest", Image::with_layers(&["a", "b", "c", "d", "e"]));
+    let proxy = bucket.behind(Setup::over(&upstream)).start().await;
+    bucket.set(Mode::ReadOnly);
+    proxy.pull(DEMO, "latest", &image).await;
+    proxy.program().says("shared storage accepts no uploads").await;
+    let ready = proxy.admin("/readyz").await;
+    assert!(
+        String::from_utf8_lossy(&ready.body).contains("accepts no uploads"),
+        "{ready:#?}"
+    );
+    // Each attempt begins with 16 writes, which show whether conditions are kept.
+    let writes = |bucket: &Bucket| {
+        bucket
+            .asked()
+            .iter()
+            .filter(|asked| asked.method == "PUT")
+            .count()
+    };
+    bucket
+        .until("three attempts", |bucket| writes(bucket) >= 3 * 16)
+        .await;
+    assert_eq!(
+        metric(&proxy, "ifnewer_shared_uploads_total{result=\"failed\"}").await,
+        ""
+    );
+    bucket.set(Mode::Normal);
+    bucket.has(digests(&image)).await;
+    proxy.program().says("shared storage accepts uploads again").await;
+}
+
+/// A pull beside an object of these bytes, which are not those of the layer.
+async fn is_replaced(object: Vec<u8>) -> Proxy {
     let (upstream, bucket, image, second) = warm_bucket(Image::with_layers(&[vec![7; 5000]])).await;
     let layer = image.layer(0);
-    bucket.replace(&layer.digest, vec![8; 5000]);
+    bucket.replace(&layer.digest, object);
     second.pull(DEMO, "latest", &image).await;
     assert_eq!(upstream.blob_gets(&layer.digest), 1);
     bucket
@@ -262,22 +302,18 @@ async fn wrong_bytes_reach_no_client_and_are_replaced() {
         })
         .await;
     assert_eq!(metric(&second, "ifnewer_shared_wrong_objects_total").await, "1");
+    second
+}
+
+#[tokio::test]
+async fn wrong_bytes_reach_no_client_and_are_replaced() {
+    let second = is_replaced(vec![8; 5000]).await;
     second.program().says("does not match its digest").await;
 }
 
 #[tokio::test]
 async fn object_of_another_size_is_replaced() {
-    let (upstream, bucket, image, second) = warm_bucket(Image::with_layers(&[vec![7; 5000]])).await;
-    let layer = image.layer(0);
-    bucket.replace(&layer.digest, vec![7; 100]);
-    second.pull(DEMO, "latest", &image).await;
-    assert_eq!(upstream.blob_gets(&layer.digest), 1);
-    bucket
-        .until("the right bytes", |bucket| {
-            bucket.object(&layer.digest).unwrap() == layer.bytes
-        })
-        .await;
-    assert_eq!(metric(&second, "ifnewer_shared_wrong_objects_total").await, "1");
+    is_replaced(vec![7; 100]).await;
 }
 
 /// The bucket is not blamed for bytes that the upstream has sent.
