@@ -93,7 +93,9 @@ fn timeless(printed: &str) -> String {
             let words: Vec<&str> = column.split(' ').collect();
             let shown = words.iter().enumerate().map(|(place, word)| {
                 let is_measure = words.get(place + 1) == Some(&"ms");
-                if is_moment(word) || is_age(word) || is_measure {
+                if is_age(word) && word.ends_with(',') {
+                    "…,"
+                } else if is_moment(word) || is_age(word) || is_measure {
                     "…"
                 } else {
                     word
