@@ -92,6 +92,11 @@ impl<'a> ManifestRequest<'a> {
                 let revalidated = self.revalidate(&evidence.state).await;
                 self.respond_to_head(&evidence.state, revalidated).await
             }
+            // The shared storage may have the manifest of the digest that the tag names.
+            Decision::Fetch(_) if self.request.tag().is_some() && self.proxy.shared.is_readable() => {
+                let revalidated = self.revalidate(&evidence.state).await;
+                Box::pin(self.on_revalidated(evidence, revalidated)).await
+            }
             Decision::Fetch(why) => Box::pin(self.fetch(why, &evidence)).await,
             Decision::Serve(served) => self.serve(served, &evidence, None),
             Decision::ProbeLayers(served) => self.probe_and_serve(served, &evidence, None).await,
