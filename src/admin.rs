@@ -36,6 +36,7 @@ mod pull_jobs;
 mod refreshes;
 mod response;
 mod router;
+mod shared;
 mod status;
 mod transfers;
 mod upstreams;

@@ -3,7 +3,7 @@
 //! A misconfigured client bypasses the cache without an error. The checks cover every such misconfiguration; the last one
 //! pulls an image and searches for the pull in the cache's log.
 //!
-//! * `cache`: listener, readiness and upstreams. * `host`: disk, file descriptors, clock, environment of the process,
+//! * `cache`: listener, readiness, upstreams and shared storage. * `host`: disk, file descriptors, clock, environment of the process,
 //!   files written by `setup`.
 //! * `docker`: configuration of dockerd, in the file and in effect, and its trust. * `containerd`: its files.
 //! * `canary`: the test pull. * `http_probe`: one HTTP request over TCP, TLS or a unix socket.
@@ -204,6 +204,7 @@ pub async fn examine(config: &Config, options: &Options, root: &RootFs, now: Sys
     report.0.extend(cache::listeners(&context).await);
     report.0.push(cache::ready(&context).await);
     report.0.extend(cache::upstreams(&context).await);
+    report.0.extend(cache::shared_storage(&context).await);
     report.0.push(host::disk(&context));
     report.0.push(host::descriptors(&context));
     report.0.push(host::variables(&context));

@@ -98,6 +98,10 @@ impl SharedContent {
 pub struct SharedStatus {
     /// Name of the bucket.
     pub name: Arc<str>,
+    /// Whether this cache writes to it.
+    pub write: bool,
+    /// Whether the storage lets one of simultaneous conditional writes win, if that was probed.
+    pub conditions_kept: Option<bool>,
     /// How long reads have been stopped, and the last failure.
     pub reads_stopped: Option<(Duration, Arc<str>)>,
     /// How long writes have been stopped, and the last failure.
@@ -319,6 +323,8 @@ impl SharedStorage {
         let (reads_stopped, writes_stopped) = (stopped(&active.reads.lock()), stopped(&active.writes.lock()));
         Some(SharedStatus {
             name: Arc::clone(&active.settings.name),
+            write: active.settings.write,
+            conditions_kept: active.conditions.get().copied(),
             reads_stopped,
             writes_stopped,
         })

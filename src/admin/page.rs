@@ -105,7 +105,7 @@ pub(super) async fn page(
                     (sections::images(&listed, &shown, IMAGES_SHOWN, &secret))
                     (verdicts::section(&registry, &secret))
                     div.pair {
-                        (upstreams::section(&super::upstreams::views(&registry, now)))
+                        (upstreams::section(&super::upstreams::views(&registry, now), super::shared::view(&admin).as_ref()))
                         (sections::clients(&admin.clients_seen(now)))
                     }
                     (snippets::section(&snippets::address(&admin, host), admin.ca.is_some()))

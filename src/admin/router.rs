@@ -15,7 +15,7 @@ use super::openapi::{self, Frame};
 use super::response::Problem;
 use super::{
     Admin, archive, ca, events, explain, health, images, maintenance, offline, page, pins, pull_jobs,
-    refreshes, status, transfers, upstreams, verdicts,
+    refreshes, shared, status, transfers, upstreams, verdicts,
 };
 
 /// `Allow` of paths that accept no changes.
@@ -38,6 +38,7 @@ pub(super) fn api() -> OpenApiRouter<Admin> {
         .routes(routes!(images::image))
         .routes(routes!(explain::why, explain::why_with_credential))
         .routes(routes!(upstreams::upstreams))
+        .routes(routes!(shared::shared))
         .routes(routes!(transfers::transfers))
         .routes(routes!(events::events))
         .routes(routes!(events::stream_events))

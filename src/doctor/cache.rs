@@ -1,4 +1,4 @@
-//! Checks of the cache: listener, TLS certificate, readiness and upstreams.
+//! Checks of the cache: listener, TLS certificate, readiness, upstreams and shared storage.
 
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
@@ -165,6 +165,47 @@ async fn upstream_states(context: &CheckContext<'_>) -> Option<Value> {
     let mut host = String::new();
     let target = Target::admin(&context.config.listen.admin, &mut host)?;
     http_probe::get(target, "/api/v1/upstreams").await.ok()?.json()
+}
+
+/// State of the shared storage as reported by the running cache, because its credential may be in the environment of the
+/// service alone.
+pub(super) async fn shared_storage(context: &CheckContext<'_>) -> Option<Check> {
+    const NAME: &str = "shared storage";
+    context.config.shared.as_ref()?;
+    let mut host = String::new();
+    let Some(target) = Target::admin(&context.config.listen.admin, &mut host) else {
+        return Some(Check::skipped(NAME, "listen.admin is off"));
+    };
+    let reply = http_probe::get(target, "/api/v1/shared").await.ok();
+    Some(match reply.and_then(|reply| reply.json()) {
+        Some(seen) => judge_shared_storage(NAME, &seen),
+        None => Check::skipped(NAME, "the running cache cannot be asked; see the check `ready`"),
+    })
+}
+
+/// The check of this `/api/v1/shared`.
+pub(super) fn judge_shared_storage(name: &str, seen: &Value) -> Check {
+    const REMEDY: &str = "see `ifnewer shared check`, with the variables of the service";
+    let Some(storage) = seen.get("storage").filter(|storage| storage.is_object()) else {
+        return Check::failed(
+            name,
+            "configured, and the running cache does not use it",
+            "reload ifnewer",
+        );
+    };
+    let bucket = storage["name"].as_str().unwrap_or_default();
+    let failure = |kind: &str| storage.pointer(&format!("/{kind}_stopped/failure"))?.as_str();
+    if let Some(failure) = failure("reads") {
+        return Check::failed(name, format!("{bucket} cannot be read: {failure}"), REMEDY);
+    }
+    if let Some(failure) = failure("writes") {
+        return Check::failed(name, format!("{bucket} accepts no uploads: {failure}"), REMEDY);
+    }
+    let note = match storage["conditions_kept"].as_bool() {
+        Some(false) => "; it ignores conditions of simultaneous writes (docs/shared.md)",
+        _ => "",
+    };
+    Check::ok(name, format!("{bucket} is used{note}"))
 }
 
 /// Combines the local result with that of the running cache, which may use another network path or credential.

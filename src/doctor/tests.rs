@@ -179,3 +179,31 @@ fn ipv6_admin_address_is_bracketed_in_host() {
     let target = Target::admin(&admin, &mut host);
     assert!(matches!(target, Some(Target::Plain("[::1]", 5001))));
 }
+
+#[test]
+fn stopped_shared_storage_fails_the_check() {
+    let stopped = json!({ "seconds": 3, "failure": "denied" });
+    for (storage, state, part) in [
+        (json!(null), State::Failed, "does not use it"),
+        (json!({ "name": "s3://a" }), State::Ok, "s3://a is used"),
+        (
+            json!({ "name": "s3://a", "conditions_kept": false }),
+            State::Ok,
+            "ignores conditions",
+        ),
+        (
+            json!({ "name": "s3://a", "reads_stopped": stopped }),
+            State::Failed,
+            "s3://a cannot be read: denied",
+        ),
+        (
+            json!({ "name": "s3://a", "writes_stopped": stopped }),
+            State::Failed,
+            "s3://a accepts no uploads: denied",
+        ),
+    ] {
+        let check = cache::judge_shared_storage("shared storage", &json!({ "storage": storage }));
+        assert_eq!(check.state, state, "{storage}");
+        assert!(check.found.contains(part), "{}", check.found);
+    }
+}

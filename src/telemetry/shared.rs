@@ -41,6 +41,25 @@ fn latency() -> Histogram {
     Histogram::new([0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0])
 }
 
+/// Reads and writes of the bucket since the start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SharedCounts {
+    /// Objects that the bucket had.
+    pub objects_read: u64,
+    /// Bytes of objects that were received.
+    pub received_bytes: u64,
+    /// Objects that were uploaded.
+    pub objects_uploaded: u64,
+    /// Bytes of objects that were sent.
+    pub sent_bytes: u64,
+    /// Uploads that failed, or were dropped because the queue was full.
+    pub uploads_lost: u64,
+    /// Uploads that are queued or running now.
+    pub uploads_waiting: u64,
+    /// Objects that did not match their digest.
+    pub wrong_objects: u64,
+}
+
 /// Metrics of the shared storage.
 pub struct SharedMetrics {
     requests: Family<RequestLabels, Counter>,
@@ -119,6 +138,25 @@ impl SharedMetrics {
     pub fn clear_up(&self) {
         self.up.clear();
         self.conditional.clear();
+    }
+
+    /// Counts since the start, for the operator.
+    pub fn counts(&self) -> SharedCounts {
+        let upload = |result| self.uploads.get_or_create(&ResultLabels { result }).get();
+        let bytes = |direction| self.bytes.get_or_create(&DirectionLabels { direction }).get();
+        let found = RequestLabels {
+            op: "get",
+            result: "ok",
+        };
+        SharedCounts {
+            objects_read: self.requests.get_or_create(&found).get(),
+            received_bytes: bytes("received"),
+            objects_uploaded: upload("done"),
+            sent_bytes: bytes("sent"),
+            uploads_lost: upload("failed") + upload("dropped"),
+            uploads_waiting: self.uploads_waiting.get(),
+            wrong_objects: self.wrong.get(),
+        }
     }
 
     pub(super) fn register(&self, registry: &mut Registry) {

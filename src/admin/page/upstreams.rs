@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use maud::{Markup, html};
 
-use super::super::format::duration;
+use super::super::format::{bytes, duration};
+use super::super::shared::SharedView;
 use super::super::upstreams::UpstreamView;
 use super::ago;
 
-/// State of each upstream.
-pub(super) fn section(upstreams: &[UpstreamView]) -> Markup {
+/// State of each upstream, and of the shared storage.
+pub(super) fn section(upstreams: &[UpstreamView], shared: Option<&SharedView>) -> Markup {
     let until = |at: Option<&str>| {
         let hour = at.and_then(|at| at.get(11..16));
         hour.map(|hour| format!(", reset by {hour} UTC"))
@@ -52,6 +53,41 @@ pub(super) fn section(upstreams: &[UpstreamView]) -> Markup {
                             }
                         }
                     }
+                }
+                @if let Some(shared) = shared { (shared_storage(shared)) }
+            }
+        }
+    }
+}
+
+fn shared_storage(shared: &SharedView) -> Markup {
+    let counts = &shared.since_start;
+    html! {
+        li {
+            div {
+                strong { "Shared storage" }
+                div.dim { (shared.name) @if !shared.write { ", read only" } }
+                div.dim { (counts.objects_read) " objects read, " (bytes(counts.received_bytes)) }
+                @if shared.write {
+                    div.dim {
+                        (counts.objects_uploaded) " written, " (bytes(counts.sent_bytes))
+                        @if shared.uploads_waiting > 0 { ", " (shared.uploads_waiting) " waiting" }
+                        @if counts.uploads_lost > 0 { ", " (counts.uploads_lost) " lost" }
+                    }
+                }
+                @if counts.wrong_objects > 0 { div.dim { (counts.wrong_objects) " objects with wrong bytes" } }
+            }
+            div.end {
+                @match (&shared.reads_stopped, &shared.writes_stopped) {
+                    (Some(stopped), _) => {
+                        span.mark.stale { "unavailable" }
+                        div.dim { (stopped.failure) ", for " (duration(Duration::from_secs(stopped.seconds))) }
+                    }
+                    (None, Some(stopped)) => {
+                        span.mark.stale { "accepts no uploads" }
+                        div.dim { (stopped.failure) ", for " (duration(Duration::from_secs(stopped.seconds))) }
+                    }
+                    (None, None) => { span.mark.hit { "available" } }
                 }
             }
         }

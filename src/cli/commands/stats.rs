@@ -17,11 +17,13 @@ pub(super) async fn stats(
 ) -> Result<(), CommandError> {
     let status = client.get("/api/v1/status").await?;
     let upstreams = client.get("/api/v1/upstreams").await?;
+    let shared = client.get("/api/v1/shared").await?;
     let clients = client.get("/api/v1/clients").await?;
     if args.json {
         return output.json(&json!({
             "status": status,
             "upstreams": upstreams.get("upstreams"),
+            "shared": shared.get("storage"),
             "clients": clients.get("clients"),
         }));
     }
@@ -82,6 +84,10 @@ pub(super) async fn stats(
     ))?;
     output.line("")?;
     print(&upstream_table(&upstreams), output)?;
+    if let Some(shared) = shared.get("storage").filter(|shared| shared.is_object()) {
+        output.line("")?;
+        output.line(&shared_line(shared))?;
+    }
     output.line("")?;
     let mut table = Table::new(&["client", "address", "last seen", ">pulls", "last image"]);
     for client in list(&clients, "clients") {
@@ -94,6 +100,30 @@ pub(super) async fn stats(
         ]);
     }
     print(&table, output)
+}
+
+fn shared_line(shared: &Value) -> String {
+    let counts = shared.get("since_start").cloned().unwrap_or_default();
+    let stopped = ["reads", "writes"].into_iter().find_map(|kind| {
+        let stopped = shared
+            .get(format!("{kind}_stopped"))
+            .filter(|one| one.is_object())?;
+        let since = duration(Duration::from_secs(number(stopped, "seconds")));
+        Some(format!(
+            "{kind} stopped for {since}, {}",
+            text(stopped, "failure")
+        ))
+    });
+    format!(
+        "shared storage {}: {}; {} objects read ({}), {} written ({}), {} waiting",
+        text(shared, "name"),
+        stopped.as_deref().unwrap_or("ok"),
+        number(&counts, "objects_read"),
+        bytes(number(&counts, "received_bytes")),
+        number(&counts, "objects_uploaded"),
+        bytes(number(&counts, "sent_bytes")),
+        number(shared, "uploads_waiting"),
+    )
 }
 
 fn upstream_table(upstreams: &Value) -> Table {

@@ -74,6 +74,7 @@ async fn every_documented_path_responds_as_documented() {
         ("/api/v1/image", "?image=docker.io/library/demo:latest"),
         ("/api/v1/why", "?image=demo"),
         ("/api/v1/upstreams", ""),
+        ("/api/v1/shared", ""),
         ("/api/v1/transfers", ""),
         ("/api/v1/events", "?image=demo"),
         ("/api/v1/clients", ""),

@@ -69,13 +69,49 @@ async fn second_cache_reads_blobs_from_the_bucket() {
         "ifnewer_shared_object_bytes_total{direction=\"received\"}",
     )
     .await;
-    let all: usize = image.blobs.iter().map(|blob| blob.bytes.len()).sum();
-    assert_eq!(received, all.to_string());
+    let blobs: usize = image.blobs.iter().map(|blob| blob.bytes.len()).sum();
+    assert_eq!(received, (image.manifest.len() + blobs).to_string());
     assert_eq!(
         metric(&second, "ifnewer_shared_up{bucket=\"s3://images/team-a\"}").await,
         "1"
     );
     second.pull(DEMO, "latest", &image).await.is_hit();
+}
+
+#[tokio::test]
+async fn operator_sees_the_use_of_the_bucket() {
+    let (upstream, bucket, image, second) = warm_bucket(Image::with_layers(&["one"])).await;
+    second.pull(DEMO, "latest", &image).await;
+    let storage = second.admin("/api/v1/shared").await.json()["storage"].clone();
+    assert_eq!(storage["name"], "s3://images/team-a");
+    assert_eq!(storage["reads_stopped"], serde_json::Value::Null);
+    assert_eq!(storage["since_start"]["objects_read"], digests(&image).len());
+    let shown = String::from_utf8(second.admin("/").await.body.to_vec()).unwrap();
+    assert!(shown.contains("Shared storage"), "{shown}");
+    assert!(shown.contains("3 objects read"), "{shown}");
+    bucket.set(Mode::Status(403, "AccessDenied"));
+    let other = upstream.push(DEMO, "other", Image::with_layers(&["two"]));
+    second.pull(DEMO, "other", &other).await;
+    second.program().says("shared storage unavailable").await;
+    let storage = second.admin("/api/v1/shared").await.json()["storage"].clone();
+    let failure = storage["reads_stopped"]["failure"].as_str().unwrap();
+    assert!(failure.contains("denies access"), "{failure}");
+    let shown = String::from_utf8(second.admin("/").await.body.to_vec()).unwrap();
+    assert!(shown.contains(failure), "{shown}");
+}
+
+#[tokio::test]
+async fn new_tag_costs_one_head_if_the_bucket_has_its_manifest() {
+    let (upstream, bucket, image, second) = warm_bucket(Image::with_layers(&["one"])).await;
+    second.manifest(DEMO, "latest").await.is_image(&image);
+    let seen = upstream.requests();
+    let methods: Vec<_> = seen
+        .iter()
+        .filter(|seen| seen.path.contains("/manifests/"))
+        .map(|seen| (seen.method.as_str(), seen.path.ends_with("/latest")))
+        .collect();
+    assert_eq!(methods, [("HEAD", true)]);
+    assert_eq!(bucket.count("GET", &image.digest), 1);
 }
 
 #[tokio::test]
