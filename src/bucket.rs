@@ -249,6 +249,22 @@ impl ObjectKey {
         Self::of("manifests", digest)
     }
 
+    /// The claim of a cache over the download of a blob.
+    pub fn claim(digest: &Digest) -> ObjectKey {
+        Self::of("claims", digest)
+    }
+
+    /// The claim of no blob, by which a process with this unique id finds out whether claims can be written.
+    pub fn claim_probe(id: &str) -> ObjectKey {
+        ObjectKey(format!("v1/claims/probe/{id}"))
+    }
+
+    /// The part of a blob from the byte `start` on, while a cache downloads it.
+    pub fn part(digest: &Digest, start: u64) -> ObjectKey {
+        let ObjectKey(parts) = Self::of("parts", digest);
+        ObjectKey(format!("{parts}/{start:016}"))
+    }
+
     /// An object of one probe of the bucket. `random` is unique, so that no two processes write to one object.
     pub fn probe(random: &[u8; 16]) -> ObjectKey {
         ObjectKey(format!("v1/probe/{:032x}", u128::from_be_bytes(*random)))

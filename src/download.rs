@@ -30,6 +30,7 @@
 //!
 //! * `join`: lead, follow or find the blob cached.
 //! * `state`: a download as its readers and operators see it.
+//! * `observer`: reads what has arrived, without a request.
 //! * `reader`: reads the growing file, and fetches ranges far ahead of it.
 //! * `transfer`: from the first response to the stored blob.
 //! * `fetch`: reads the upstream, with resumption.
@@ -40,6 +41,7 @@
 mod disk_failure;
 mod fetch;
 mod join;
+mod observer;
 mod parallel;
 mod reader;
 mod state;
@@ -71,6 +73,7 @@ use crate::upstream::{ResponseStream, UpstreamResponse};
 
 pub use self::disk_failure::DiskFailed;
 use self::join::PendingLookups;
+pub use self::observer::Observer;
 pub use self::parallel::ParallelLimits;
 pub use self::reader::{AHEAD_BYTES_MAX, FAR_AHEAD_BYTES, Piece, Reader};
 use self::state::{Download, DownloadGuard};

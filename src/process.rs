@@ -259,6 +259,7 @@ async fn drain(
         },
         () = signals.wait_for_shutdown() => tracing::warn!("second signal received, terminating now"),
     }
+    storage.hand_over_claims().await;
 }
 
 fn certificates(config: &Config, addresses: &[IpAddr], clock: Clock) -> Result<ServerTls, TlsError> {

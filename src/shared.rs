@@ -5,11 +5,17 @@
 //! upstream, and has established the client's right before it looks anything up here.
 //!
 //! * `conditions`: the probe of conditional writes.
+//! * `claim`: which of several caches fetches a blob; `claims` are the requests for that, `lease` keeps a claim, `follow`
+//!   reads what another cache fetches.
 //! * `breaker`: when the bucket is not asked. `rate`: the cap of requests. `pace`: the minimum rate of a body. `upload`:
 //!   the queue of uploads.
 
 mod breaker;
+mod claim;
+mod claims;
 mod conditions;
+mod follow;
+mod lease;
 mod pace;
 mod rate;
 #[cfg(test)]
@@ -27,9 +33,13 @@ use quick_cache::sync::Cache;
 use tokio::sync::OnceCell;
 use tokio::time::{Instant, sleep_until, timeout};
 
+pub use self::claims::{ClaimMemory, Entered};
 pub use self::conditions::{Conditions, probe};
+pub use self::follow::Follower;
+pub use self::lease::{Arriving, ArrivingFuture, Lease};
 
 use self::breaker::{Admission, Breaker, Outcome, Transition};
+use self::claims::{Claims, Leases};
 use self::pace::Pace;
 use self::rate::Rate;
 use self::upload::{Item, Mode, Uploads};
@@ -62,6 +72,10 @@ pub struct SharedSettings {
     pub name: Arc<str>,
     /// Whether this cache writes to it.
     pub write: bool,
+    /// Whether blobs are claimed, so that one of several caches fetches them.
+    pub claims: bool,
+    /// Longest time that a client waits for the bucket's first byte.
+    pub wait_max: Duration,
     /// Age at which the bucket deletes objects.
     pub keep: Duration,
     /// Concurrent uploads.
@@ -111,6 +125,7 @@ pub struct SharedStatus {
 /// The shared storage of the process. Without settings it is off, and every read is a miss.
 pub struct SharedStorage {
     active: ArcSwapOption<Active>,
+    leases: Arc<Leases>,
     store: AsyncStore,
     telemetry: Telemetry,
 }
@@ -128,6 +143,7 @@ struct Active {
     /// Bytes of all objects that were read.
     received: AtomicU64,
     uploads: Uploads,
+    claims: Claims,
     /// Whether the storage keeps conditions, by the probe before the first upload.
     conditions: OnceCell<bool>,
     telemetry: Telemetry,
@@ -215,6 +231,7 @@ impl SharedStorage {
     pub fn new(store: AsyncStore, telemetry: Telemetry) -> Self {
         Self {
             active: ArcSwapOption::empty(),
+            leases: Arc::default(),
             store,
             telemetry,
         }
@@ -228,10 +245,14 @@ impl SharedStorage {
         if let Some(settings) = &settings {
             metrics.set_up(&settings.name, true);
         }
-        let active = settings.map(|settings| Arc::new(Active::new(settings, self.telemetry.clone())));
+        let active =
+            settings.map(|settings| Arc::new(Active::new(settings, &self.leases, self.telemetry.clone())));
         if let Some(active) = active.as_ref().filter(|active| active.settings.write) {
             for _ in 0..active.settings.uploads_max {
                 tokio::spawn(upload::work(Arc::clone(active), self.store.clone()));
+            }
+            if active.settings.claims {
+                active.probe_claims();
             }
         }
         if let Some(previous) = self.active.swap(active) {
@@ -332,8 +353,9 @@ impl SharedStorage {
 }
 
 impl Active {
-    fn new(settings: SharedSettings, telemetry: Telemetry) -> Self {
+    fn new(settings: SharedSettings, leases: &Arc<Leases>, telemetry: Telemetry) -> Self {
         Self {
+            claims: Claims::new(leases),
             reads: Mutex::default(),
             writes: Mutex::default(),
             rate: Mutex::new(Rate::new(Instant::now())),
@@ -348,7 +370,10 @@ impl Active {
     }
 
     async fn open(self: &Arc<Self>, content: SharedContent, from: u64) -> Option<SharedObject> {
-        let key = content.key();
+        self.open_key(content.key(), from).await
+    }
+
+    async fn open_key(self: &Arc<Self>, key: ObjectKey, from: u64) -> Option<SharedObject> {
         if !self.may_read(&key) {
             return None;
         }
@@ -424,13 +449,18 @@ impl Active {
         self.refuse(key, WRONG_PERIOD, true);
     }
 
+    /// Whether the object failed lately.
+    fn is_refused(&self, key: &ObjectKey) -> bool {
+        let refusal = self.refused.get(key);
+        refusal.is_some_and(|refusal| Instant::now() < refusal.until)
+    }
+
     /// Whether a request for this object may be sent: the cap is not reached, and it did not fail lately.
     fn may_read(&self, key: &ObjectKey) -> bool {
-        let now = Instant::now();
-        if self.refused.get(key).is_some_and(|refusal| now < refusal.until) {
+        if self.is_refused(key) {
             return false;
         }
-        let may = self.rate.lock().take(now);
+        let may = self.rate.lock().take(Instant::now());
         if !may {
             self.telemetry.shared().record_request("get", "capped", None);
         }

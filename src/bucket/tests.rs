@@ -118,6 +118,14 @@ fn object_names_are_made_of_the_digest() {
     let hex = digest.hex();
     let name = format!("v1/blobs/sha256/{}/{hex}", &hex[..2]);
     assert_eq!(ObjectKey::blob(&digest).as_str(), name);
+    assert_eq!(
+        ObjectKey::claim(&digest).as_str(),
+        name.replace("blobs", "claims")
+    );
+    assert_eq!(
+        ObjectKey::part(&digest, 1024).as_str(),
+        format!("{}/0000000000001024", name.replace("blobs", "parts"))
+    );
     assert!(ObjectKey::manifest(&digest).as_str().starts_with("v1/manifests/"));
     assert_eq!(
         ObjectKey::probe(&[7; 16]).as_str(),

@@ -60,13 +60,22 @@ pub fn policy(shared: &SharedConfig, read_only: bool) -> String {
         prefix => format!("{prefix}/v1/"),
     };
     let rule = json!({
-        "Rules": [{
-            "ID": "ifnewer",
-            "Status": "Enabled",
-            "Filter": { "Prefix": filter },
-            "Expiration": { "Days": days },
-            "AbortIncompleteMultipartUpload": { "DaysAfterInitiation": 1 },
-        }],
+        "Rules": [
+            {
+                "ID": "ifnewer",
+                "Status": "Enabled",
+                "Filter": { "Prefix": filter },
+                "Expiration": { "Days": days },
+                "AbortIncompleteMultipartUpload": { "DaysAfterInitiation": 1 },
+            },
+            // What a cache leaves behind that is killed while it downloads.
+            {
+                "ID": "ifnewer-parts",
+                "Status": "Enabled",
+                "Filter": { "Prefix": format!("{filter}parts/") },
+                "Expiration": { "Days": 1 },
+            },
+        ],
     });
     format!("IAM policy:\n{rights:#}\n\nLifecycle rule:\n{rule:#}\n")
 }
@@ -118,7 +127,7 @@ async fn check_bucket(bucket: &Arc<dyn ObjectStorage>, write: bool, out: &mut dy
         Ok(found) => writeln!(
             out,
             "note    conditions: {} of 16 creates and {} of 16 updates won, one each would be right. The cache works, but \
-             objects may be uploaded twice",
+             objects may be uploaded twice, and each cache fetches what it lacks for itself",
             found.creates_won, found.updates_won
         )?,
         Err(error) => writeln!(out, "note    conditions: not known, {error}")?,
@@ -127,8 +136,8 @@ async fn check_bucket(bucket: &Arc<dyn ObjectStorage>, write: bool, out: &mut dy
         Ok(()) => writeln!(out, "ok      delete")?,
         Err(error) => writeln!(
             out,
-            "note    delete: {error}. Only objects below v1/probe are deleted, and without this right they stay until \
-             the lifecycle rule deletes them"
+            "note    delete: {error}. Only objects below v1/probe, v1/claims and v1/parts are deleted. Without this right \
+             they stay until the lifecycle rule deletes them, and no blob is claimed"
         )?,
     }
     Ok(ranges && parts)

@@ -37,6 +37,8 @@ pub struct SharedConfig {
     pub bucket: BucketSettings,
     /// Whether this cache writes to the bucket.
     pub write: bool,
+    /// Whether blobs are claimed, so that one of several caches fetches them.
+    pub claims: bool,
     /// Age at which the bucket deletes objects. They are written again at half of it.
     pub keep: Duration,
     /// Concurrent uploads.
@@ -165,6 +167,7 @@ pub(super) fn read(
             timeout: keys.first_byte_timeout.get()?.into(),
         },
         write,
+        claims: keys.claims.get()?,
         keep,
         uploads_max: keys.uploads_max.get()?.0,
     }))
@@ -179,6 +182,9 @@ fn without_bucket(keys: &Shared, report: &mut Report<'_>) -> Checked<Option<Shar
         keys.kms_key.set(),
         keys.ca_file.set(),
         keys.write.set().filter(|_| matches!(keys.write.get(), Ok(false))),
+        keys.claims
+            .set()
+            .filter(|_| matches!(keys.claims.get(), Ok(false))),
     ];
     match set.into_iter().flatten().next() {
         None => Ok(None),

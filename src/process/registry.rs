@@ -84,6 +84,8 @@ pub(super) fn shared_storage(
         bucket: bucket::open(bucket, &shared.connector)?,
         name: bucket.name().into(),
         write: configured.write,
+        claims: configured.claims,
+        wait_max: bucket.timeout,
         keep: configured.keep,
         uploads_max: configured.uploads_max,
     }))

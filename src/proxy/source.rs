@@ -1,6 +1,8 @@
 //! Download source: one blob from the shared storage or its upstream, from a given offset, or from the upstream in ranges
 //! over further connections.
 
+mod claim;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -11,11 +13,10 @@ use tokio::time::Instant;
 use super::ProxyService;
 use super::manifest_fetch::UpstreamRequest;
 use super::shared_read::SharedRight;
-use crate::bucket::BucketError;
-use crate::download::{self, ByteStream, DownloadError, Leader, RangeSource, Source, Stream};
+use crate::download::{self, ByteStream, DownloadError, Leader, Observer, RangeSource, Source, Stream};
 use crate::oci::{CacheHeaders, Digest, UpstreamFailure};
 use crate::queue::{Class, Demand, Waiters};
-use crate::shared::{SharedContent, SharedObject};
+use crate::shared::{ClaimMemory, Lease, SharedContent, SharedObject};
 use crate::telemetry::{self, SpanKind};
 use crate::upstream::{Credential, RangeSpec, ResponseKind, ResponseStream, UpstreamResponse, UrlIndex};
 
@@ -39,6 +40,10 @@ pub(super) struct UpstreamSource {
     total: Option<u64>,
     /// Set unless only the upstream may send the blob.
     shared: Option<SharedReading>,
+    /// Reads what arrives. Set in the source of a leader only.
+    observer: Option<Observer>,
+    /// The claim on this blob, if this cache holds it.
+    lease: Option<Lease>,
 }
 
 /// Times that a blob is opened in the shared storage. After that the upstream continues it.
@@ -55,6 +60,9 @@ struct SharedReading {
     /// Age of the object, if it was read and the storage states it.
     age: Option<Duration>,
     is_used: Arc<AtomicBool>,
+    claims: ClaimMemory,
+    /// Whether bytes came from the parts of another cache.
+    is_followed: bool,
 }
 
 impl SharedReading {
@@ -80,6 +88,8 @@ impl UpstreamSource {
             waiters: None,
             total: None,
             shared: None,
+            observer: None,
+            lease: None,
         }
     }
 
@@ -127,21 +137,26 @@ impl UpstreamSource {
             reading.opens = SHARED_OPENS_MAX;
             return None;
         };
-        reading.is_from_start |= from == 0;
-        reading.age = object.info.age;
-        reading.is_used.store(true, Ordering::Relaxed);
+        Some(self.shared_stream(from, object))
+    }
+
+    /// A stream of bytes that the bucket sends.
+    fn stream_from_bucket(&mut self, from: u64, total: Option<u64>, body: Box<dyn ByteStream>) -> Stream {
+        if let Some(reading) = &mut self.shared {
+            reading.is_from_start |= from == 0;
+            reading.is_used.store(true, Ordering::Relaxed);
+        }
         let UpstreamRequest {
             registry, repository, ..
         } = &self.upstream_request;
         self.proxy
             .active_downloads
             .insert(registry, repository, self.digest);
-        Some(Stream {
+        Stream {
             start: from,
-            // Promised to clients only if two sources agree on it.
-            total: stated,
-            body: Box::new(SharedBody(object)),
-        })
+            total,
+            body,
+        }
     }
 
     /// The source of this leader's download.
@@ -151,6 +166,7 @@ impl UpstreamSource {
             waiters.detach();
         }
         self.waiters = Some(waiters);
+        self.observer = Some(leader.observer());
         self
     }
 
@@ -211,7 +227,11 @@ impl UpstreamSource {
 impl Source for UpstreamSource {
     async fn open(&mut self, from: u64) -> Result<Stream, UpstreamResponse> {
         self.permit_shared().await?;
+        let began = Instant::now();
         if let Some(stream) = self.open_shared(from).await {
+            return Ok(stream);
+        }
+        if let Some(stream) = self.enter_claim(from, began).await? {
             return Ok(stream);
         }
         let part = RangeSpec {
@@ -255,6 +275,9 @@ impl Source for UpstreamSource {
                 }
                 let start = fetched.start;
                 let total = fetched.total.or(fetched.length.map(|length| start + length));
+                if let Some((lease, total)) = self.lease.as_ref().zip(total) {
+                    lease.set_size(total);
+                }
                 Ok(Stream {
                     start,
                     total,
@@ -263,6 +286,8 @@ impl Source for UpstreamSource {
             }
             Err(response) => {
                 if first {
+                    // Another cache may fetch it.
+                    self.lease = None;
                     self.proxy
                         .record_response(&self.upstream_request, &response, sent_at)
                         .await;
@@ -292,6 +317,9 @@ impl Source for UpstreamSource {
 
     /// Only verified bytes prove that the registry sent the response.
     async fn verified(&mut self, size: u64) {
+        if let Some(lease) = &self.lease {
+            lease.set_size(size);
+        }
         if let Some(sent_at) = self.sent_at {
             self.proxy
                 .record_verified_blob(&self.upstream_request, (self.digest, size), sent_at)
@@ -300,11 +328,15 @@ impl Source for UpstreamSource {
     }
 
     fn rejected(&mut self) -> bool {
+        // Other caches may have read the wrong bytes.
+        self.lease = None;
         let Some(reading) = self.shared.take().filter(SharedReading::is_used) else {
             return false;
         };
         // Otherwise a partial download or the upstream may have brought the wrong bytes.
-        if reading.is_from_start && self.sent_at.is_none() {
+        if reading.is_followed {
+            self.proxy.shared.report_wrong_parts(self.digest);
+        } else if reading.is_from_start && self.sent_at.is_none() {
             self.proxy.shared.report_wrong(SharedContent::Blob(self.digest));
         }
         true
@@ -322,6 +354,9 @@ impl Source for UpstreamSource {
                 self.proxy.shared.offer_renewal(content, reading.age);
             }
             _ => self.proxy.shared.offer(content),
+        }
+        if let Some(lease) = self.lease.as_ref().filter(|_| failure.is_none()) {
+            lease.stored();
         }
         let UpstreamRequest {
             registry,
@@ -356,10 +391,7 @@ impl ByteStream for SharedBody {
     fn chunk(&mut self) -> download::ChunkFuture<'_> {
         Box::pin(async move {
             let chunk = self.0.chunk().await?;
-            Some(chunk.map_err(|error| match error {
-                BucketError::Silent(cause) => cause,
-                _ => UpstreamFailure::ConnectionReset,
-            }))
+            Some(chunk.map_err(|error| claim::cause_of(&error)))
         })
     }
 }

@@ -114,10 +114,15 @@ fn scripted(size: u64, bodies: Vec<Result<Script, BucketError>>) -> (Arc<Scripte
         bucket: Arc::clone(&bucket) as Arc<dyn ObjectStorage>,
         name: "s3://images".into(),
         write: true,
+        claims: false,
+        wait_max: Duration::from_secs(1),
         keep: Duration::from_secs(1000),
         uploads_max: 1,
     };
-    (bucket, Arc::new(Active::new(settings, Telemetry::new())))
+    (
+        bucket,
+        Arc::new(Active::new(settings, &Arc::default(), Telemetry::new())),
+    )
 }
 
 fn content(number: u8) -> SharedContent {

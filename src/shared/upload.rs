@@ -131,6 +131,22 @@ impl Uploads {
         }
     }
 
+    /// Waits until this content is neither queued nor running.
+    pub(super) async fn over(&self, content: SharedContent) {
+        loop {
+            let mut ended = std::pin::pin!(self.ended.notified());
+            ended.as_mut().enable();
+            {
+                let state = self.state.lock();
+                let is_queued = state.queue.iter().any(|queued| queued.content == content);
+                if !is_queued && !state.running.contains(&content) {
+                    return;
+                }
+            }
+            ended.await;
+        }
+    }
+
     /// Takes the next entry. `None`: the queue is closed.
     async fn next(&self) -> Option<Item> {
         loop {

@@ -70,6 +70,8 @@ pub struct SharedMetrics {
     wrong: Counter,
     up: Family<BucketLabels, Gauge<u64, AtomicU64>>,
     conditional: Family<BucketLabels, Gauge<u64, AtomicU64>>,
+    claims: Family<ResultLabels, Counter>,
+    follow_wait: Histogram,
 }
 
 impl Default for SharedMetrics {
@@ -83,6 +85,8 @@ impl Default for SharedMetrics {
             wrong: Counter::default(),
             up: Family::default(),
             conditional: Family::default(),
+            claims: Family::default(),
+            follow_wait: latency(),
         }
     }
 }
@@ -106,6 +110,16 @@ impl SharedMetrics {
     /// Counts an upload by its result.
     pub fn record_upload(&self, result: &'static str) {
         self.uploads.get_or_create(&ResultLabels { result }).inc();
+    }
+
+    /// Counts a claim by its result.
+    pub fn record_claim(&self, result: &'static str) {
+        self.claims.get_or_create(&ResultLabels { result }).inc();
+    }
+
+    /// Records how long a follower of a claim waited for its first byte.
+    pub fn record_follow_wait(&self, waited: Duration) {
+        self.follow_wait.observe(waited.as_secs_f64());
     }
 
     /// Sets the number of uploads that are queued or running.
@@ -186,6 +200,17 @@ impl SharedMetrics {
             "shared_uploads_waiting",
             "Uploads to the bucket that are queued or running",
             self.uploads_waiting.clone(),
+        );
+        registry.register(
+            "shared_claims",
+            "Claims of blobs in the bucket, by result",
+            self.claims.clone(),
+        );
+        registry.register_with_unit(
+            "shared_follow_wait",
+            "Time that a follower of another cache's claim waited for its first byte",
+            Unit::Seconds,
+            self.follow_wait.clone(),
         );
         registry.register(
             "shared_wrong_objects",

@@ -38,6 +38,12 @@ pub enum Mode {
     Stalled,
     /// Writes wait until the mode changes.
     HoldsWrites,
+    /// Requests for claims are denied.
+    DeniesClaims,
+    /// Each write succeeds, whatever its conditions.
+    IgnoresConditions,
+    /// Parts have other bytes of the same size.
+    CorruptsParts,
 }
 
 /// A request as it arrived.
@@ -55,6 +61,9 @@ struct Objects {
     versions: HashMap<String, u64>,
     uploads: HashMap<String, BTreeMap<u32, Bytes>>,
     asked: Vec<Asked>,
+    /// Time of the bucket's clock in seconds, and of the last write of each object.
+    now: u64,
+    written: HashMap<String, u64>,
 }
 
 impl Objects {
@@ -82,6 +91,12 @@ fn status(code: u16, body: &str) -> Reply {
     let mut reply = Response::new(whole(body.to_owned()));
     *reply.status_mut() = StatusCode::from_u16(code).unwrap();
     reply
+}
+
+/// A time of day on the bucket's clock.
+fn date(seconds: u64) -> String {
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(883_612_800 + seconds);
+    httpdate::fmt_http_date(time)
 }
 
 fn error(code: u16, name: &str) -> Reply {
@@ -131,31 +146,84 @@ impl Bucket {
         format!("[shared]\nbucket = \"s3://images/team-a\"\nendpoint = \"{address}\"\n{keys}\n")
     }
 
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
     pub fn set(&self, mode: Mode) {
         self.mode.send_replace(mode);
     }
 
+    /// The requests, without those of probes.
     pub fn asked(&self) -> Vec<Asked> {
+        let asked = self.asked_with_probes();
+        let is_probe = |asked: &Asked| asked.object.contains("/probe/");
+        asked.into_iter().filter(|asked| !is_probe(asked)).collect()
+    }
+
+    pub fn asked_with_probes(&self) -> Vec<Asked> {
         self.objects.lock().unwrap().asked.clone()
+    }
+
+    /// Waits until this many caches know that they can use claims.
+    pub async fn has_claims_for(&self, caches: usize) {
+        self.until("the probes of claims", |bucket| {
+            let asked = bucket.asked_with_probes();
+            let ends = asked
+                .iter()
+                .filter(|asked| asked.method == "DELETE" && asked.object.starts_with("v1/claims/probe/"));
+            ends.count() >= caches
+        })
+        .await;
+    }
+
+    /// Names of the objects of this kind.
+    pub fn names(&self, kind: &str) -> Vec<String> {
+        let objects = self.objects.lock().unwrap();
+        let names = objects
+            .stored
+            .keys()
+            .filter(|name| name.starts_with(&format!("v1/{kind}/")));
+        names.cloned().collect()
+    }
+
+    /// Writes an object by name.
+    pub fn put(&self, name: &str, bytes: impl Into<Bytes>) {
+        let mut objects = self.objects.lock().unwrap();
+        objects.stored.insert(name.to_owned(), bytes.into());
+        let now = objects.now;
+        objects.written.insert(name.to_owned(), now);
+    }
+
+    /// Sets the bucket's clock forward.
+    pub fn pass(&self, seconds: u64) {
+        self.objects.lock().unwrap().now += seconds;
     }
 
     pub fn forget_asked(&self) {
         self.objects.lock().unwrap().asked.clear();
     }
 
-    /// How often an object with this digest was requested by this method.
+    /// How often the object of this digest was requested by this method.
     pub fn count(&self, method: &str, digest: &str) -> usize {
-        let hex = digest.split(':').next_back().unwrap();
-        let asked = self.asked();
-        let of_it = asked.iter().filter(|asked| asked.object.ends_with(hex));
+        let of_it = self.requests_of(digest).into_iter();
+        let of_it = of_it.filter(|asked| !asked.object.contains("/claims/"));
         of_it.filter(|asked| asked.method == method).count()
+    }
+
+    /// The requests for the object or the claim of this digest.
+    pub fn requests_of(&self, digest: &str) -> Vec<Asked> {
+        let hex = digest.split(':').next_back().unwrap();
+        let asked = self.asked().into_iter();
+        asked.filter(|asked| asked.object.ends_with(hex)).collect()
     }
 
     /// The object with this digest.
     pub fn object(&self, digest: &str) -> Option<Bytes> {
         let hex = digest.split(':').next_back().unwrap();
         let objects = self.objects.lock().unwrap();
-        let found = objects.stored.iter().find(|(name, _)| name.ends_with(hex));
+        let is_it = |name: &str| name.ends_with(hex) && !name.contains("/claims/");
+        let found = objects.stored.iter().find(|(name, _)| is_it(name));
         found.map(|(_, bytes)| bytes.clone())
     }
 
@@ -163,7 +231,8 @@ impl Bucket {
     pub fn replace(&self, digest: &str, bytes: impl Into<Bytes>) {
         let hex = digest.split(':').next_back().unwrap();
         let mut objects = self.objects.lock().unwrap();
-        let found = objects.stored.iter_mut().find(|(name, _)| name.ends_with(hex));
+        let is_it = |name: &str| name.ends_with(hex) && !name.contains("/claims/");
+        let found = objects.stored.iter_mut().find(|(name, _)| is_it(name));
         *found.unwrap().1 = bytes.into();
     }
 
@@ -208,6 +277,7 @@ impl Bucket {
         match mode {
             Mode::Silent => std::future::pending().await,
             Mode::Status(code, name) => return error(code, name),
+            Mode::DeniesClaims if object.starts_with("v1/claims/") => return error(403, "AccessDenied"),
             Mode::ReadOnly if is_write => return error(403, "AccessDenied"),
             Mode::HoldsWrites if is_write => {
                 let mut mode = self.mode.subscribe();
@@ -219,7 +289,7 @@ impl Bucket {
             return error(400, "IncompleteBody");
         };
         let reply = if is_write {
-            self.write(&head, &object, body.to_bytes())
+            self.write((&head, mode), &object, body.to_bytes())
         } else {
             self.read(&head.headers, &object, mode)
         };
@@ -236,7 +306,7 @@ impl Bucket {
         if mode == Mode::Eaten && range.is_some() {
             return error(404, "NoSuchKey");
         }
-        if mode == Mode::Corrupt {
+        if mode == Mode::Corrupt || mode == Mode::CorruptsParts && object.starts_with("v1/parts/") {
             bytes = bytes.iter().map(|byte| !byte).collect::<Vec<u8>>().into();
         }
         let size = bytes.len();
@@ -266,8 +336,11 @@ impl Bucket {
         let mut reply = Response::builder()
             .header("etag", objects.etag(object))
             .header("content-length", length)
-            .header("last-modified", "Thu, 01 Jan 1998 00:00:00 GMT")
-            .header("date", "Thu, 01 Jan 1998 00:00:01 GMT");
+            .header(
+                "last-modified",
+                date(objects.written.get(object).copied().unwrap_or(0)),
+            )
+            .header("date", date(objects.now));
         if from > 0 {
             let range = format!("bytes {from}-{}/{size}", size - 1);
             reply = reply.status(206).header("content-range", range);
@@ -275,7 +348,7 @@ impl Bucket {
         reply.body(body).unwrap()
     }
 
-    fn write(&self, head: &http::request::Parts, object: &str, body: Bytes) -> Reply {
+    fn write(&self, (head, mode): (&http::request::Parts, Mode), object: &str, body: Bytes) -> Reply {
         let mut objects = self.objects.lock().unwrap();
         let query = head.uri.query().unwrap_or_default();
         let argument = |name: &str| {
@@ -330,12 +403,15 @@ impl Bucket {
                     .headers
                     .get("if-match")
                     .is_some_and(|version| *version != etag);
-                if is_stale || is_create && objects.stored.contains_key(object) {
+                let is_refused = is_stale || is_create && objects.stored.contains_key(object);
+                if is_refused && mode != Mode::IgnoresConditions {
                     return error(412, "PreconditionFailed");
                 }
                 objects.writes += 1;
                 let version = objects.writes;
                 objects.versions.insert(object.to_owned(), version);
+                let now = objects.now;
+                objects.written.insert(object.to_owned(), now);
                 objects.stored.insert(object.to_owned(), body);
                 let mut reply = status(200, "");
                 reply

@@ -1,6 +1,7 @@
 //! Shared storage: a bucket behind two caches, that works, hangs, denies, lies and loses objects.
 
 mod bucket;
+mod claims;
 
 use bucket::{Bucket, Mode};
 
@@ -168,7 +169,7 @@ async fn bucket_gives_nothing_to_clients_without_a_right() {
     let layer = image.layer(0);
     let reply = bob(second.blob("bob/own", &layer.digest)).await;
     assert_eq!(reply.status, 404, "{reply:#?}");
-    assert_eq!(bucket.count("GET", &layer.digest), 0);
+    assert!(bucket.requests_of(&layer.digest).is_empty());
     second.pull_with("acme/app", "1", &image, alice).await;
 }
 
@@ -210,7 +211,7 @@ async fn requests_do_not_tell_what_the_bucket_has() {
             (seen.method.clone(), kind, range)
         });
         sequences.push(sequence.collect::<Vec<_>>());
-        assert_eq!(bucket.count("HEAD", digest) + bucket.count("GET", digest), 0);
+        assert!(bucket.requests_of(digest).is_empty());
     }
     assert!(
         sequences.iter().all(|sequence| *sequence == sequences[0]),
@@ -268,11 +269,8 @@ async fn silent_bucket_is_asked_three_times_and_then_probed() {
     let (upstream, bucket, image, second) = warm_bucket(Image::with_layers(&layers)).await;
     bucket.set(Mode::Silent);
     second.pull(DEMO, "latest", &image).await;
-    let is_probe = |asked: &bucket::Asked| asked.object.contains("/probe/");
     let asked = bucket.asked();
-    let reads = asked
-        .iter()
-        .filter(|asked| !is_probe(asked) && asked.method != "PUT");
+    let reads = asked.iter().filter(|asked| asked.method != "PUT");
     assert_eq!(reads.count(), 3, "{asked:?}");
     second.program().says("shared storage unavailable").await;
     assert_eq!(
@@ -296,7 +294,8 @@ async fn silent_bucket_is_asked_three_times_and_then_probed() {
 async fn denied_uploads_wait_until_writes_are_allowed() {
     let (upstream, bucket) = (Upstream::start().await, Bucket::start().await);
     let image = upstream.push(DEMO, "latest", Image::with_layers(&["a", "b", "c", "d", "e"]));
-    let proxy = bucket.behind(Setup::over(&upstream)).start().await;
+    let setup = bucket.behind_with(Setup::over(&upstream), "claims = false");
+    let proxy = setup.start().await;
     bucket.set(Mode::ReadOnly);
     proxy.pull(DEMO, "latest", &image).await;
     proxy.program().says("shared storage accepts no uploads").await;
@@ -307,11 +306,8 @@ async fn denied_uploads_wait_until_writes_are_allowed() {
     );
     // Each attempt begins with 16 writes, which show whether conditions are kept.
     let writes = |bucket: &Bucket| {
-        bucket
-            .asked()
-            .iter()
-            .filter(|asked| asked.method == "PUT")
-            .count()
+        let asked = bucket.asked_with_probes();
+        asked.iter().filter(|asked| asked.method == "PUT").count()
     };
     bucket
         .until("three attempts", |bucket| writes(bucket) >= 3 * 16)
@@ -434,7 +430,7 @@ async fn read_only_cache_writes_nothing() {
     assert_eq!(proxy.exit().await, Some(0));
     assert!(
         bucket
-            .asked()
+            .asked_with_probes()
             .iter()
             .all(|asked| matches!(asked.method.as_str(), "GET" | "HEAD"))
     );
@@ -468,6 +464,7 @@ async fn shutdown_waits_for_running_uploads() {
     let (upstream, bucket) = (Upstream::start().await, Bucket::start().await);
     let image = upstream.push(DEMO, "latest", Image::with_layers(&["one"]));
     let mut proxy = bucket.behind(Setup::over(&upstream)).start().await;
+    bucket.has_claims_for(1).await;
     bucket.set(Mode::HoldsWrites);
     proxy.pull(DEMO, "latest", &image).await;
     bucket
@@ -490,6 +487,7 @@ async fn second_signal_waits_for_no_upload() {
     let image = upstream.push(DEMO, "latest", Image::of_noise(6, 2 * MIB));
     let setup = Setup::over(&upstream).tail("[limits]\ndrain = \"10m\"");
     let mut proxy = bucket.behind(setup).start().await;
+    bucket.has_claims_for(1).await;
     bucket.set(Mode::HoldsWrites);
     proxy.manifest(DEMO, "latest").await;
     bucket

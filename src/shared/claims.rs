@@ -1,0 +1,456 @@
+//! Claims in the bucket: entering one, and the requests for it. The rules are in `claim`.
+//!
+//! Nobody waits for a claim longer than for the bucket's first byte. If the bucket is slow, denies the requests or ignores
+//! conditions, there are no claims, and each cache asks its upstream at once.
+
+#[cfg(all(test, feature = "shared"))]
+mod tests;
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::{Notify, Semaphore, oneshot, watch};
+use tokio::time::{Instant, timeout};
+
+use super::breaker::{Admission, Outcome, Transition};
+use super::claim::{Alone, BootId, ClaimRecord, Entry, Look, RECORD_BYTES_MAX, Step, Watch, Written};
+use super::follow::Follower;
+use super::lease::Lease;
+use super::{Active, Arriving, Guarded, SharedContent, SharedObject, SharedStorage, WRONG_PERIOD, note};
+use crate::bucket::{BucketError, Fault, ObjectKey};
+use crate::oci::{Digest, UpstreamFailure};
+
+/// A blob of a known size below this is fetched without a claim: its requests would cost more than its bytes.
+const CLAIMED_BYTES_MIN: u64 = 256 * 1024;
+
+/// Entries of one download. Each break of a followed claim leads to another one.
+const ENTRIES_MAX: u32 = 6;
+
+/// Leases that upload parts at once. Each has a part in memory.
+const PUBLISHERS_MAX: usize = 3;
+
+/// Longest time for handing over the claims at shutdown.
+const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What is remembered of the claims of one download. Clones share it.
+#[derive(Clone, Default)]
+pub struct ClaimMemory(Arc<Mutex<Remembered>>);
+
+#[derive(Default)]
+struct Remembered {
+    watch: Watch,
+    is_barred: bool,
+    entries: u32,
+}
+
+impl ClaimMemory {
+    /// The download goes on from its upstream.
+    pub(super) fn bar(&self) {
+        self.0.lock().is_barred = true;
+    }
+
+    pub(super) fn watching<T>(&self, look: impl FnOnce(&mut Watch) -> T) -> T {
+        look(&mut self.0.lock().watch)
+    }
+
+    /// Whether the download may enter a claim once more.
+    fn admit(&self) -> bool {
+        let mut remembered = self.0.lock();
+        remembered.entries += 1;
+        !remembered.is_barred && remembered.entries <= ENTRIES_MAX
+    }
+}
+
+/// Result of entering a claim.
+pub enum Entered {
+    /// No claim: ask the upstream.
+    Alone,
+    /// This cache holds the claim: ask the upstream.
+    Leads(Lease),
+    /// Another cache holds it.
+    Follows(Box<Follower>),
+    /// The blob is in the bucket by now.
+    Found(Box<SharedObject>),
+}
+
+/// The claims that this process holds.
+pub(super) struct Leases {
+    pub(super) me: BootId,
+    held: Mutex<HashSet<Digest>>,
+    /// Set at shutdown.
+    closing: watch::Sender<bool>,
+    ended: Notify,
+}
+
+/// A registered lease. Dropping it deregisters.
+pub(super) struct LeaseGuard {
+    leases: Arc<Leases>,
+    digest: Digest,
+}
+
+impl Default for Leases {
+    fn default() -> Self {
+        Self {
+            me: BootId::random(),
+            held: Mutex::default(),
+            closing: watch::Sender::new(false),
+            ended: Notify::new(),
+        }
+    }
+}
+
+impl Leases {
+    /// Registers a lease. `None`: this process has one for the blob, or is about to end.
+    fn register(self: &Arc<Self>, digest: Digest) -> Option<LeaseGuard> {
+        let is_new = !*self.closing.borrow() && self.held.lock().insert(digest);
+        is_new.then(|| LeaseGuard {
+            leases: Arc::clone(self),
+            digest,
+        })
+    }
+
+    pub(super) fn closing(&self) -> watch::Receiver<bool> {
+        self.closing.subscribe()
+    }
+
+    async fn close(&self) {
+        self.closing.send_replace(true);
+        let ended = async {
+            loop {
+                let mut ended = std::pin::pin!(self.ended.notified());
+                ended.as_mut().enable();
+                if self.held.lock().is_empty() {
+                    return;
+                }
+                ended.await;
+            }
+        };
+        // A claim that is left over is taken over when it has rested.
+        let _ = timeout(HAND_OVER_TIMEOUT, ended).await;
+    }
+}
+
+impl Drop for LeaseGuard {
+    fn drop(&mut self) {
+        self.leases.held.lock().remove(&self.digest);
+        self.leases.ended.notify_waiters();
+    }
+}
+
+/// State of claims in one bucket.
+pub(super) struct Claims {
+    pub(super) leases: Arc<Leases>,
+    pub(super) publishers: Semaphore,
+    guarded: Mutex<Guarded>,
+    is_probing: AtomicBool,
+}
+
+impl Claims {
+    pub(super) fn new(leases: &Arc<Leases>) -> Self {
+        Self {
+            leases: Arc::clone(leases),
+            publishers: Semaphore::new(PUBLISHERS_MAX),
+            guarded: Mutex::default(),
+            is_probing: AtomicBool::new(false),
+        }
+    }
+}
+
+impl SharedStorage {
+    /// Enters the claim of a blob that the bucket lacks, to read or fetch it from the byte `from` on. `stated`: its size by
+    /// a manifest. Takes at most `within`.
+    pub async fn enter(
+        &self,
+        (digest, from): (Digest, u64),
+        stated: Option<u64>,
+        (memory, arriving): (&ClaimMemory, Arc<dyn Arriving>),
+        within: Duration,
+    ) -> Entered {
+        match self.readable() {
+            Some(active) => {
+                let entry = Entering {
+                    content: SharedContent::Blob(digest),
+                    from,
+                    stated,
+                    memory: memory.clone(),
+                    arriving,
+                };
+                active.enter(entry, within).await
+            }
+            None => Entered::Alone,
+        }
+    }
+
+    /// Longest time that a client waits for the bucket.
+    pub fn wait_max(&self) -> Duration {
+        let active = self.active.load();
+        active
+            .as_ref()
+            .map(|active| active.settings.wait_max)
+            .unwrap_or_default()
+    }
+
+    /// Reports that the parts of a blob had wrong bytes. Its claims are not followed for an hour.
+    pub fn report_wrong_parts(&self, digest: Digest) {
+        if let Some(active) = self.active.load_full() {
+            let key = ObjectKey::claim(&digest);
+            tracing::error!(bucket = %active.settings.name, claim = %key,
+                "the parts of a blob in the shared storage do not match its digest, they are not used");
+            active.telemetry.shared().record_wrong();
+            active.refuse(&key, WRONG_PERIOD, false);
+        }
+    }
+
+    /// Deletes the claims of running downloads, so that other caches take them over at once.
+    pub async fn hand_over_claims(&self) {
+        self.leases.close().await;
+    }
+}
+
+/// A download that enters a claim.
+struct Entering {
+    content: SharedContent,
+    from: u64,
+    stated: Option<u64>,
+    memory: ClaimMemory,
+    arriving: Arc<dyn Arriving>,
+}
+
+impl Active {
+    async fn enter(self: &Arc<Self>, entering: Entering, within: Duration) -> Entered {
+        let is_small = entering.stated.is_some_and(|stated| stated < CLAIMED_BYTES_MIN);
+        let digest = entering.content.digest();
+        if !self.settings.claims || is_small || self.is_refused(&entering.content.key()) {
+            return Entered::Alone;
+        }
+        if !entering.memory.admit() || !self.may_claim() {
+            return Entered::Alone;
+        }
+        let Some(guard) = self.claims.leases.register(digest) else {
+            return Entered::Alone;
+        };
+        let (sender, entered) = oneshot::channel();
+        let active = Arc::clone(self);
+        // In a task of its own, so that a claim that is won too late is deleted.
+        tokio::spawn(async move {
+            let entered = active.entered(entering, guard).await;
+            drop(sender.send(entered));
+        });
+        match timeout(within, entered).await {
+            Ok(Ok(entered)) => entered,
+            _ => Entered::Alone,
+        }
+    }
+
+    async fn entered(self: &Arc<Self>, entering: Entering, guard: LeaseGuard) -> Entered {
+        let Entering {
+            content,
+            from,
+            stated,
+            memory,
+            arriving,
+        } = entering;
+        let key = ObjectKey::claim(&content.digest());
+        let mut entry = Entry::new(&self.claims.leases.me, self.settings.write, stated);
+        let (mut step, mut is_takeover) = (Step::Look, false);
+        let held = loop {
+            step = match step {
+                Step::Look => {
+                    let look = self.look(&key).await;
+                    memory.watching(|watch| entry.looked(look, watch, Instant::now()))
+                }
+                Step::Create(record) => {
+                    is_takeover = false;
+                    let began = Instant::now();
+                    entry.written(self.write_claim(&key, &record, None).await, began)
+                }
+                Step::TakeOver(record, etag) => {
+                    is_takeover = true;
+                    let began = Instant::now();
+                    entry.written(self.write_claim(&key, &record, Some(&etag)).await, began)
+                }
+                Step::Lead(held) => break held,
+                Step::Follow(claim) => {
+                    self.telemetry.shared().record_claim("followed");
+                    let follower = Follower::new(self, (content, from), memory, claim);
+                    return Entered::Follows(Box::new(follower));
+                }
+                Step::Alone(alone) => {
+                    tracing::debug!(claim = %key, reason = alone.name(), "no claim of the shared storage is used");
+                    self.telemetry.shared().record_claim(alone.name());
+                    if alone == Alone::Invalid {
+                        memory.bar();
+                    }
+                    return Entered::Alone;
+                }
+            };
+        };
+        let result = if is_takeover { "taken-over" } else { "won" };
+        tracing::debug!(claim = %key, result, "holding a claim of the shared storage");
+        self.telemetry.shared().record_claim(result);
+        let lease = Lease::start(self, content, (held, guard), arriving);
+        // The owner before may have uploaded the blob just now.
+        let began = Instant::now();
+        let found = self.settings.bucket.head(&content.key()).await;
+        self.record_claim_read("head", &found, began);
+        if found.is_err() {
+            return Entered::Leads(lease);
+        }
+        drop(lease);
+        match self.open(content, from).await {
+            Some(object) => Entered::Found(Box::new(object)),
+            None => Entered::Alone,
+        }
+    }
+
+    /// Whether claims are used now. If the bucket is not known to keep conditions, or denied a claim before, that is found
+    /// out in the background.
+    fn may_claim(self: &Arc<Self>) -> bool {
+        let admission = self.claims.guarded.lock().breaker.admit(Instant::now());
+        if matches!(admission, Admission::Later(_)) {
+            return false;
+        }
+        // Followers that never write need no conditions.
+        let are_kept = !self.settings.write || self.conditions.get().copied().unwrap_or(false);
+        let is_known = !self.settings.write || self.conditions.get().is_some();
+        if admission == Admission::Granted && is_known {
+            return are_kept;
+        }
+        self.probe_claims();
+        false
+    }
+
+    /// Finds out in the background whether the bucket keeps conditions and accepts claims.
+    pub(super) fn probe_claims(self: &Arc<Self>) {
+        if self.claims.is_probing.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let active = Arc::clone(self);
+        tokio::spawn(async move {
+            let began = Instant::now();
+            let probed = active.try_claim().await;
+            active.record_claim("claim-probe", &probed, began);
+            active.claims.is_probing.store(false, Ordering::Release);
+        });
+    }
+
+    async fn try_claim(&self) -> Result<(), BucketError> {
+        let bucket = &self.settings.bucket;
+        let key = ObjectKey::claim_probe(self.claims.leases.me.as_str());
+        if !self.settings.write {
+            return match bucket.get(&key, 0).await {
+                Err(error) if error.fault() != Fault::None => Err(error),
+                _ => Ok(()),
+            };
+        }
+        if !self.keeps_conditions().await? {
+            return Ok(());
+        }
+        let record = ClaimRecord::new(&self.claims.leases.me);
+        bucket.put(&key, record.to_bytes().into(), None).await?;
+        bucket.delete(&key).await
+    }
+
+    /// Reads a claim.
+    pub(super) async fn look(&self, key: &ObjectKey) -> Look {
+        if !self.may_read(key) {
+            return Look::Failed;
+        }
+        let began = Instant::now();
+        let reading = async {
+            let mut object = self.settings.bucket.get(key, 0).await?;
+            let mut bytes = Vec::new();
+            if object.info.size <= RECORD_BYTES_MAX {
+                while let Some(chunk) = object.body.chunk().await {
+                    bytes.extend_from_slice(&chunk?);
+                }
+            }
+            Ok((object.info, bytes))
+        };
+        let silent = Err(BucketError::Silent(UpstreamFailure::Timeout));
+        let read = timeout(self.settings.wait_max, reading).await.unwrap_or(silent);
+        self.record_claim_read("claim-get", &read, began);
+        match read {
+            Ok((info, bytes)) => match info.etag {
+                Some(etag) => Look::Present {
+                    etag,
+                    age: info.age,
+                    record: ClaimRecord::parse(&bytes),
+                },
+                None => Look::Failed,
+            },
+            Err(BucketError::Absent) => Look::Absent,
+            Err(_) => Look::Failed,
+        }
+    }
+
+    /// Writes a claim, over the version `over` or else only if there is none.
+    pub(super) async fn write_claim(
+        &self,
+        key: &ObjectKey,
+        record: &ClaimRecord,
+        over: Option<&str>,
+    ) -> Written {
+        let (bucket, bytes, began) = (&self.settings.bucket, record.to_bytes().into(), Instant::now());
+        let writing = async {
+            match over {
+                None => bucket.create(key, bytes, None).await,
+                Some(etag) => bucket.update(key, bytes, etag).await,
+            }
+        };
+        let silent = Err(BucketError::Silent(UpstreamFailure::Timeout));
+        let written = timeout(self.settings.wait_max, writing).await.unwrap_or(silent);
+        self.record_claim("claim-put", &written, began);
+        match written {
+            Ok(Some(etag)) => Written::Done(etag),
+            // Some storages report a claim that was deleted as absent.
+            Err(BucketError::Exists | BucketError::Absent) => Written::Refused,
+            Ok(None) | Err(_) => Written::Unknown,
+        }
+    }
+
+    /// Deletes an object that belongs to a claim.
+    pub(super) async fn delete_of_claim(&self, key: &ObjectKey) {
+        let began = Instant::now();
+        let deleted = self.settings.bucket.delete(key).await;
+        self.record_claim("claim-delete", &deleted, began);
+        if let Err(error) = deleted {
+            tracing::debug!(object = %key, %error, "failed to delete an object of a claim");
+        }
+    }
+
+    /// Records the result of a read for a claim.
+    fn record_claim_read<T>(&self, operation: &'static str, result: &Result<T, BucketError>, began: Instant) {
+        if self.settings.write && Outcome::of(result) == Outcome::Answered {
+            // It does not show that claims can be written.
+            self.record_request(operation, result, Some(began.elapsed()));
+        } else {
+            self.record_claim(operation, result, began);
+        }
+    }
+
+    /// Records the result of a request for a claim. Failures switch off claims alone.
+    pub(super) fn record_claim<T>(
+        &self,
+        operation: &'static str,
+        result: &Result<T, BucketError>,
+        began: Instant,
+    ) {
+        self.record_request(operation, result, Some(began.elapsed()));
+        let error = result.as_ref().err();
+        match (note(&self.claims.guarded, Outcome::of(result), error), error) {
+            (Transition::Opened, Some(error)) => {
+                tracing::warn!(bucket = %self.settings.name, %error,
+                    "shared storage accepts no claims, several caches may fetch a blob at once");
+            }
+            (Transition::Closed(after), _) => {
+                tracing::info!(bucket = %self.settings.name, seconds = after.as_secs(),
+                    "shared storage accepts claims again");
+            }
+            _ => {}
+        }
+    }
+}
