@@ -141,9 +141,17 @@ pub fn canonical(text: &str) -> Option<Cow<'_, str>> {
     let is_lower = !host.bytes().any(|byte| byte.is_ascii_uppercase());
     Some(match (host, port_or_usual(port)?) {
         (host, DEFAULT_PORT) if is_lower => host,
+        // Most hosts with a port are canonical, and each request names one.
+        (Cow::Borrowed(host), _) if is_lower && is_unpadded(text, host) => Cow::Borrowed(text),
         (host, DEFAULT_PORT) => Cow::Owned(host.to_ascii_lowercase()),
         (host, port) => Cow::Owned(format!("{}:{port}", host.to_ascii_lowercase())),
     })
+}
+
+/// Whether `text` is `host` and a port without leading zeros.
+fn is_unpadded(text: &str, host: &str) -> bool {
+    let port = text.strip_prefix(host).and_then(|after| after.strip_prefix(':'));
+    port.is_some_and(|port| !port.starts_with('0'))
 }
 
 /// Parses `:port`; empty text is 443. `None` for other text.

@@ -4,7 +4,7 @@
 //! twice: as the original lines to forward, and as a sorted set to compare two requests by. Weights are
 //! ignored, as by every registry, except `q=0`, which excludes a type.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use http::header::ACCEPT;
 use http::{HeaderMap, HeaderValue};
@@ -26,7 +26,8 @@ struct Set {
     lines: Vec<HeaderValue>,
     /// Lower-case `type/subtype`, sorted and unique.
     types: Vec<Box<str>>,
-    key: u64,
+    /// Computed when it is first needed: not for content by digest.
+    key: OnceLock<u64>,
 }
 
 impl Accept {
@@ -68,7 +69,7 @@ impl Accept {
     fn new(lines: Vec<HeaderValue>, mut types: Vec<Box<str>>) -> Self {
         types.sort_unstable();
         types.dedup();
-        let key = key_of(&types);
+        let key = OnceLock::new();
         Self(Arc::new(Set { lines, types, key }))
     }
 
@@ -103,7 +104,7 @@ impl Accept {
 
     /// Hash of the set. It is independent of order, spelling and lines, and stable across processes.
     pub fn key(&self) -> u64 {
-        self.0.key
+        *self.0.key.get_or_init(|| key_of(&self.0.types))
     }
 
     /// The original lines, to forward.

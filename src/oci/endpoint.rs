@@ -14,6 +14,9 @@ use super::name::{NameError, Reference, ReferenceError, Repository};
 use super::path::PathError;
 use super::query::{Query, QueryError};
 
+/// `@` and the text of a SHA-256 digest.
+const DIGEST_TEXT_BYTES: usize = 72;
+
 /// A read request.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Endpoint {
@@ -108,12 +111,17 @@ impl Endpoint {
             Self::Manifest {
                 repository,
                 reference: Reference::Tag(tag),
-            } => format!("{repository}:{tag}"),
+            } => [repository.as_str(), ":", tag.as_str()].concat(),
             Self::Manifest {
                 repository,
                 reference: Reference::Digest(digest),
             }
-            | Self::Blob { repository, digest } => format!("{repository}@{digest}"),
+            | Self::Blob { repository, digest } => {
+                let mut image = String::with_capacity(repository.as_str().len() + DIGEST_TEXT_BYTES);
+                // Writing to a `String` cannot fail.
+                let _infallible = write!(image, "{repository}@{digest}");
+                image
+            }
             Self::Tags { repository, .. } | Self::Referrers { repository, .. } => repository.to_string(),
         }
     }

@@ -44,6 +44,14 @@ pub fn check(path: &str) -> Result<(), PathError> {
 }
 
 fn check_segments(rest: &str) -> Result<(), PathError> {
+    if is_plain(rest) {
+        Ok(())
+    } else {
+        check_each_segment(rest)
+    }
+}
+
+fn check_each_segment(rest: &str) -> Result<(), PathError> {
     let (before, last) = rest.rsplit_once('/').unwrap_or(("", rest));
     let is_parent = rest.contains('/');
     for segment in before.split('/').filter(|_| is_parent) {
@@ -60,6 +68,21 @@ fn check_segments(rest: &str) -> Result<(), PathError> {
         return Err(PathError::Encoded);
     }
     check_characters(last)
+}
+
+/// Whether the path consists of letters, digits and the separators of names, tags and digests, and no segment is empty or
+/// begins with a dot. So are nearly all paths, and one pass shows it.
+fn is_plain(rest: &str) -> bool {
+    let mut previous = b'/';
+    rest.bytes().all(|byte| {
+        let is_allowed = match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b':' => true,
+            b'.' | b'/' => previous != b'/',
+            _ => false,
+        };
+        previous = byte;
+        is_allowed
+    })
 }
 
 fn check_characters(segment: &str) -> Result<(), PathError> {
@@ -100,7 +123,16 @@ fn decoded_byte(text: &[u8]) -> Option<u8> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn plain_path_has_valid_segments(rest in "[a-zA-Z0-9._:/%;~\\\\-]{0,12}") {
+            prop_assert!(!is_plain(&rest) || check_each_segment(&rest).is_ok());
+        }
+    }
 
     #[test]
     fn t19_v2_path_has_one_spelling() {
