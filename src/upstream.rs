@@ -142,9 +142,7 @@ const FAILURES_REPORTED_MAX: usize = 32;
 pub struct Upstream(Arc<Inner>);
 
 struct Inner {
-    name: String,
-    /// The name as the key of its group in the request queue.
-    group: Arc<str>,
+    name: Arc<str>,
     urls: Vec<Origin>,
     auth_client: AuthClient,
     forward_client: forward::Client,
@@ -210,8 +208,7 @@ impl Upstream {
         let is_first = !learned.has_been_active();
         let upstream = Upstream(Arc::new(Inner {
             forward_client,
-            group: settings.name.as_str().into(),
-            name: settings.name,
+            name: settings.name.into(),
             urls: settings.urls,
             auth_client,
             timeouts: settings.timeouts,
@@ -232,6 +229,11 @@ impl Upstream {
     /// The upstream's name in image references.
     pub fn name(&self) -> &str {
         &self.0.name
+    }
+
+    /// [`Self::name`], for keys that hold it.
+    pub fn shared_name(&self) -> Arc<str> {
+        Arc::clone(&self.0.name)
     }
 
     /// Identifies the settings that affect responses. Requests are coalesced only between callers with equal ids.
@@ -534,7 +536,7 @@ impl Upstream {
             Endpoint::Tags { .. } | Endpoint::Referrers { .. } => &learned.lists,
             Endpoint::Ping | Endpoint::Manifest { .. } | Endpoint::Blob { .. } => &learned.requests,
         };
-        let permit = queue.acquire(&self.0.group, waiters);
+        let permit = queue.acquire(&self.0.name, waiters);
         permit
             .await
             .map_err(|refused| Box::new(UpstreamResponse::not_admitted(refused)))
@@ -552,7 +554,7 @@ impl Upstream {
 
     /// Classifies one URL's response for failover.
     async fn outcome(&self, origin: &Origin, endpoint: &Endpoint, response: &UpstreamResponse) -> UrlOutcome {
-        let named = (self.0.name.as_str(), origin);
+        let named = (&*self.0.name, origin);
         self.0.served.outcome(named, endpoint, response).await
     }
 
@@ -591,7 +593,7 @@ impl Upstream {
             health.last_detail.clone_from(&response.detail);
             let detail = response.detail.as_deref();
             if health.should_log(cause, detail, now) {
-                tracing::warn!(upstream = self.0.name, %cause, detail, "upstream unavailable");
+                tracing::warn!(upstream = &*self.0.name, %cause, detail, "upstream unavailable");
             }
         }
         pending.finish(RequestOutcome::of(&response, is_unavailable));

@@ -110,7 +110,7 @@ impl ProxyService {
             (wait, _) => wait.unwrap_or(CHALLENGE_TIMEOUT),
         };
         let call = self.challenges.share(
-            (registry.name().into(), registry.upstream().settings_id()),
+            (registry.shared_name(), registry.upstream().settings_id()),
             || {
                 let (proxy, registry) = (Arc::clone(self), Arc::clone(registry));
                 async move { proxy.request_challenge(&registry).await }

@@ -55,7 +55,7 @@ impl Attestations {
         if index.manifest.kind != ManifestKind::Index {
             return;
         }
-        let upstream: Arc<str> = registry.name().into();
+        let upstream: Arc<str> = registry.shared_name();
         for child in &index.manifest.descriptors {
             let (Some(image), AnyDigest::Supported(attestation)) = (child.attests, &child.digest) else {
                 continue;
@@ -75,7 +75,7 @@ impl Attestations {
         repository: &Repository,
         image: &Digest,
     ) -> Option<(ContentKey, Digest)> {
-        let key = (registry.name().into(), repository.clone(), *image);
+        let key = (registry.shared_name(), repository.clone(), *image);
         let attestation = self.by_image.get(&key)?;
         self.fetched.get(&key).is_none().then_some((key, attestation))
     }

@@ -131,7 +131,7 @@ impl Default for GoneDigests {
 impl GoneDigests {
     fn key(content: (&UpstreamRegistry, &Repository, Digest), client: &TagClient) -> GoneKey {
         let (registry, repository, digest) = content;
-        let content = (registry.name().into(), repository.clone(), digest);
+        let content = (registry.shared_name(), repository.clone(), digest);
         (content, client.accept.key(), client.principal)
     }
 
@@ -222,7 +222,7 @@ impl ProxyService {
         (shown, now): (Option<(&UpstreamRequest, &UpstreamResponse)>, SystemTime),
     ) -> Maturity {
         let key = TagKey {
-            upstream: registry.name().into(),
+            upstream: registry.shared_name(),
             repository: repository.clone(),
             tag: tag.clone(),
         };
@@ -306,7 +306,7 @@ impl ProxyService {
         now: SystemTime,
     ) -> Maturity {
         let key = SightingKey {
-            upstream: registry.name().into(),
+            upstream: registry.shared_name(),
             repository: repository.clone(),
             reference: tag.clone().into(),
         };
@@ -360,7 +360,7 @@ impl ProxyService {
             registry, repository, ..
         } = upstream_request;
         let key = SightingKey {
-            upstream: registry.name().into(),
+            upstream: registry.shared_name(),
             repository: repository.clone(),
             reference: reference.clone(),
         };

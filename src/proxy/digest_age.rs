@@ -57,7 +57,7 @@ impl ReadContext<'_> {
             ProxyResponse::ManifestHead { digest, .. } => (*digest, None),
             _ => return,
         };
-        let upstream: Arc<str> = registry.name().into();
+        let upstream: Arc<str> = registry.shared_name();
         let key = |digest| (Arc::clone(&upstream), repository.clone(), digest);
         // Any client can pull a referrers tag at once, so it says nothing about the age of what it lists.
         if let Some(tag) = self.request.tag().filter(|tag| !tag.is_referrers_tag()) {
@@ -192,7 +192,7 @@ impl CacheView<'_> {
 
     fn sighting_key(&self, reference: Reference) -> SightingKey {
         SightingKey {
-            upstream: self.registry.name().into(),
+            upstream: self.registry.shared_name(),
             repository: self.repository.clone(),
             reference,
         }
@@ -207,7 +207,7 @@ impl CacheView<'_> {
         now: SystemTime,
         nesting_max: usize,
     ) -> bool {
-        let key: ContentKey = (self.registry.name().into(), self.repository.clone(), *digest);
+        let key: ContentKey = (self.registry.shared_name(), self.repository.clone(), *digest);
         match self.proxy.served_from.0.get(&key) {
             Some(Reference::Tag(tag)) => {
                 let limit = self.registry.rule(self.repository, Some(&tag)).age_limit;

@@ -61,7 +61,7 @@ impl ReadContext<'_> {
     pub(super) async fn tag_facts(&self, tag: &Tag, client: Option<TagClient>, now: SystemTime) -> TagFacts {
         let registry = &self.request.registry;
         let key = TagKey {
-            upstream: registry.name().into(),
+            upstream: registry.shared_name(),
             repository: self.repository.clone(),
             tag: tag.clone(),
         };
@@ -276,7 +276,7 @@ impl ProxyService {
         accept: Option<&Accept>,
     ) -> Option<Candidates> {
         let key = TagKey {
-            upstream: registry.name().into(),
+            upstream: registry.shared_name(),
             repository: repository.clone(),
             tag: tag.clone(),
         };

@@ -410,7 +410,7 @@ async fn write_holding_lock<T: Send + 'static>(
 }
 
 fn repository_key(registry: &UpstreamRegistry, repository: &Repository) -> RepositoryKey {
-    (registry.name().into(), repository.clone())
+    (registry.shared_name(), repository.clone())
 }
 
 fn store_key<'a>(
@@ -426,7 +426,7 @@ fn store_key<'a>(
 }
 
 fn grant_key(registry: &UpstreamRegistry, repository: Option<&Repository>, principal: [u8; 32]) -> GrantKey {
-    (registry.name().into(), repository.cloned(), principal)
+    (registry.shared_name(), repository.cloned(), principal)
 }
 
 /// Whether a success for a request sent at `sent_at` is worth a write: the stored time is older than it and not

@@ -244,7 +244,7 @@ impl ProxyService {
     ) -> bool {
         self.store.has_invalidations() && {
             let key = InvalidationKey {
-                upstream: registry.name().into(),
+                upstream: registry.shared_name(),
                 repository: repository.clone(),
                 reference,
             };
@@ -265,7 +265,7 @@ impl ProxyService {
             return;
         };
         let key = InvalidationKey {
-            upstream: upstream_request.registry.name().into(),
+            upstream: upstream_request.registry.shared_name(),
             repository: upstream_request.repository.clone(),
             reference,
         };
@@ -293,7 +293,7 @@ impl ProxyService {
             return;
         }
         let key = InvalidationKey {
-            upstream: upstream_request.registry.name().into(),
+            upstream: upstream_request.registry.shared_name(),
             repository: upstream_request.repository.clone(),
             reference: reference.clone(),
         };
@@ -342,7 +342,7 @@ fn invalidate(
     registry: &UpstreamRegistry,
     change: WriteEffect,
 ) -> Result<(), crate::store::StoreError> {
-    let upstream: Arc<str> = registry.name().into();
+    let upstream: Arc<str> = registry.shared_name();
     match change {
         // A cached referrers list is not served as fresh after a write, so it needs no removal.
         WriteEffect::Tags(repository, tags) => {

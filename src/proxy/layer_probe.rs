@@ -62,7 +62,7 @@ impl ProxyService {
         fallback: &Arc<StoredManifest>,
     ) -> Result<(), UpstreamFailure> {
         let (registry, repository) = (&upstream_request.registry, &upstream_request.repository);
-        let image: Image = (registry.name().into(), repository.clone(), manifest.digest);
+        let image: Image = (registry.shared_name(), repository.clone(), manifest.digest);
         let now = self.clock.now();
         let is_recent = |at| now.duration_since(at).is_ok_and(|age| age < PROBE_TTL);
         if self.probed_images.0.get(&image).is_some_and(is_recent)

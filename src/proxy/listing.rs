@@ -55,7 +55,7 @@ impl ReadContext<'_> {
     pub(super) async fn listing(&self) -> ProxyResponse {
         let (request, rule) = (self.request, self.rule);
         let key = ListingKey {
-            upstream: request.registry.name().into(),
+            upstream: request.registry.shared_name(),
             path: request.endpoint.path_and_query(),
         };
         // Like a tag, a list is a mutable name of the repository. It has no digest to compare, so it is always

@@ -86,14 +86,14 @@ impl Default for LocalTokens {
 
 impl LocalTokens {
     fn find(&self, registry: &UpstreamRegistry, token: &Principal) -> Option<Arc<IssuedToken>> {
-        let issued_token = self.known.get(&(registry.name().into(), *token.as_bytes()))?;
+        let issued_token = self.known.get(&(registry.shared_name(), *token.as_bytes()))?;
         (registry.realm() == Some(&issued_token.realm) && issued_token.until > Instant::now())
             .then_some(issued_token)
     }
 
     fn insert(&self, registry: &UpstreamRegistry, token: &Principal, issued_token: IssuedToken) {
         self.known.insert(
-            (registry.name().into(), *token.as_bytes()),
+            (registry.shared_name(), *token.as_bytes()),
             Arc::new(issued_token),
         );
     }

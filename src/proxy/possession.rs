@@ -58,7 +58,7 @@ fn key(
     repository: &Repository,
     digest: Digest,
 ) -> (Arc<str>, Repository, Digest) {
-    (registry.name().into(), repository.clone(), digest)
+    (registry.shared_name(), repository.clone(), digest)
 }
 
 /// Sample: the first bytes of a blob.

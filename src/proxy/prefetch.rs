@@ -121,7 +121,7 @@ impl ReadContext<'_> {
             return;
         }
         let upstream_request = self.upstream_request();
-        let upstream: Arc<str> = registry.name().into();
+        let upstream: Arc<str> = registry.shared_name();
         for child in manifest
             .manifest
             .descriptors
@@ -154,7 +154,7 @@ impl ReadContext<'_> {
         if request.head {
             return;
         }
-        let layer: ContentKey = (request.registry.name().into(), self.repository.clone(), digest);
+        let layer: ContentKey = (request.registry.shared_name(), self.repository.clone(), digest);
         let Some(Parent::One(image)) = proxy.prefetching.incomplete.get(&layer) else {
             return;
         };
@@ -216,7 +216,7 @@ impl ProxyService {
         missing: Vec<(Digest, DescriptorKind)>,
     ) -> StartedDownloads {
         let image: ContentKey = (
-            upstream_request.registry.name().into(),
+            upstream_request.registry.shared_name(),
             upstream_request.repository.clone(),
             manifest.digest,
         );

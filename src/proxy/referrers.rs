@@ -221,7 +221,7 @@ impl<'a> ReferrersRequest<'a> {
         let (proxy, request, repository) = (read.proxy, read.request, read.repository);
         let registry = &request.registry;
         let key = ListingKey {
-            upstream: registry.name().into(),
+            upstream: registry.shared_name(),
             path: request.endpoint.path_and_query(),
         };
         // The unfiltered list contains every filtered one.
@@ -229,7 +229,7 @@ impl<'a> ReferrersRequest<'a> {
             .then_some(subject)
             .flatten();
         let unfiltered = unfiltered.map(|subject| ListingKey {
-            upstream: registry.name().into(),
+            upstream: registry.shared_name(),
             path: Endpoint::Referrers {
                 repository: repository.clone(),
                 digest: AnyDigest::Supported(subject),

@@ -189,6 +189,11 @@ impl UpstreamRegistry {
         self.upstream.name()
     }
 
+    /// [`Self::name`], for keys that hold it.
+    pub fn shared_name(&self) -> Arc<str> {
+        self.upstream.shared_name()
+    }
+
     /// The upstream client.
     pub fn upstream(&self) -> &Arc<Upstream> {
         &self.upstream

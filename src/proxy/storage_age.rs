@@ -104,7 +104,7 @@ impl ProxyService {
         deadline: Option<Instant>,
     ) {
         let subject = SightingKey {
-            upstream: upstream_request.registry.name().into(),
+            upstream: upstream_request.registry.shared_name(),
             repository: upstream_request.repository.clone(),
             reference: reference.clone(),
         };

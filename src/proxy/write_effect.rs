@@ -69,7 +69,7 @@ impl WriteEffect {
     /// happened.
     pub(super) fn invalidation_keys(&self, registry: &UpstreamRegistry) -> Vec<InvalidationKey> {
         let key = |reference| InvalidationKey {
-            upstream: registry.name().into(),
+            upstream: registry.shared_name(),
             repository: self.repository().clone(),
             reference,
         };

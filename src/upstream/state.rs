@@ -359,7 +359,7 @@ impl Inner {
             if matches!(scope, FailureScope::Repository(..)) && !health.may_log_repository(Instant::now()) {
                 continue;
             }
-            let (upstream, detail) = (&self.name, health.last_detail.as_deref());
+            let (upstream, detail) = (&*self.name, health.last_detail.as_deref());
             if let Some(cause) = opened {
                 tracing::warn!(upstream, %scope, %cause, detail, "circuit breaker opened");
             } else {

@@ -62,7 +62,7 @@ impl ProxyService {
             return false;
         };
         let key = TagKey {
-            upstream: registry.name().into(),
+            upstream: registry.shared_name(),
             repository: request.repository.clone(),
             tag: tag.clone(),
         };
