@@ -127,7 +127,7 @@ impl UpstreamRequest {
     /// Identity under which a blob is downloaded.
     pub(super) fn requester(&self) -> Requester {
         Requester {
-            upstream: self.registry.name().into(),
+            upstream: self.registry.shared_name(),
             repository: self.repository.clone(),
             principal: self.caller.principal,
         }
@@ -162,7 +162,7 @@ pub(super) struct CoalesceKey {
 impl CoalesceKey {
     pub(super) fn new(proxy: &ProxyService, upstream_request: &UpstreamRequest) -> Self {
         Self {
-            upstream: upstream_request.registry.name().into(),
+            upstream: upstream_request.registry.shared_name(),
             path: upstream_request.endpoint.path_and_query(),
             accept: upstream_request.accept.key(),
             principal: upstream_request.caller.principal,
@@ -306,7 +306,7 @@ impl ProxyService {
             return false;
         };
         let key = TagKey {
-            upstream: upstream_request.registry.name().into(),
+            upstream: upstream_request.registry.shared_name(),
             repository: upstream_request.repository.clone(),
             tag: tag.clone(),
         };
@@ -495,12 +495,7 @@ pub(super) fn verify(
     if requested.is_none() && (is_page || !manifest.has_shape_of(&media_type)) {
         return Err(UpstreamFailure::Malformed);
     }
-    Ok(StoredManifest {
-        digest,
-        bytes,
-        media_type,
-        manifest,
-    })
+    Ok(StoredManifest::new(digest, bytes, media_type, manifest))
 }
 
 /// Blobs with a remembered size hint.
@@ -521,7 +516,7 @@ impl Default for SizeHints {
 
 impl SizeHints {
     pub(super) fn record(&self, registry: &UpstreamRegistry, repository: &Repository, manifest: &Manifest) {
-        let upstream: Arc<str> = registry.name().into();
+        let upstream: Arc<str> = registry.shared_name();
         for child in &manifest.descriptors {
             if let (AnyDigest::Supported(digest), Some(size)) = (&child.digest, child.size) {
                 self.0
@@ -553,6 +548,6 @@ impl SizeHints {
         repository: &Repository,
         digest: Digest,
     ) -> Option<u64> {
-        self.0.get(&(registry.name().into(), repository.clone(), digest))
+        self.0.get(&(registry.shared_name(), repository.clone(), digest))
     }
 }

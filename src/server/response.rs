@@ -37,6 +37,9 @@ pub(super) use error::forward_failed;
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
+/// Headers of most responses, at most. With room for them, the map does not grow while they are set.
+const HEADERS_MAX: usize = 12;
+
 /// Cache result and reason of a response.
 pub(super) fn classify(outcome: &ProxyResponse) -> (telemetry::CacheResult, &'static str) {
     let info = match outcome {
@@ -94,7 +97,7 @@ pub(super) fn build(
             let mut response = with_status(status, Body::empty());
             let headers = response.headers_mut();
             set_digest_headers(headers, &digest, &etag);
-            cache_status::set_cache_status(headers, "ifnewer; fwd=miss; detail=head", context);
+            cache_status::set_cache_status(headers, "ifnewer; fwd=miss; detail=head".into(), context);
             if !is_known {
                 set_header(headers, CONTENT_TYPE, media_type.as_str());
                 headers.insert(CONTENT_LENGTH, size.into());
@@ -177,20 +180,24 @@ fn manifest_response(
     info: ServeInfo,
     context: &ResponseContext,
 ) -> Response<Body> {
-    let etag = etag(&manifest.digest);
-    let mut response = if context.matches_if_none_match(&etag) {
+    let values = manifest.headers();
+    let etag = values.etag.as_ref().and_then(|etag| etag.to_str().ok());
+    let mut response = if etag.is_some_and(|etag| context.matches_if_none_match(etag)) {
         with_status(StatusCode::NOT_MODIFIED, Body::empty())
     } else if context.head {
         with_status(StatusCode::OK, Body::empty())
     } else {
         with_status(StatusCode::OK, Body::from_bytes(manifest.bytes.clone()))
     };
-    if response.status() == StatusCode::OK {
-        set_header(response.headers_mut(), CONTENT_TYPE, manifest.media_type.as_str());
-        set_length(&mut response, manifest.bytes.len() as u64, context.head);
+    let is_sent = response.status() == StatusCode::OK;
+    let headers = response.headers_mut();
+    if is_sent {
+        set_value(headers, CONTENT_TYPE, values.content_type.as_ref());
+        headers.insert(CONTENT_LENGTH, values.content_length.clone());
     }
-    set_digest_headers(response.headers_mut(), &manifest.digest, &etag);
-    cache_status::set_cache_headers(response.headers_mut(), info, context);
+    set_value(headers, DOCKER_CONTENT_DIGEST, values.digest.as_ref());
+    set_value(headers, ETAG, values.etag.as_ref());
+    cache_status::set_cache_headers(headers, info, context);
     response
 }
 
@@ -238,6 +245,7 @@ fn passthrough_response(passed: Passthrough, service: &RegistryService) -> Respo
 fn with_status(status: StatusCode, body: Body) -> Response<Body> {
     let mut response = Response::new(body);
     *response.status_mut() = status;
+    *response.headers_mut() = HeaderMap::with_capacity(HEADERS_MAX);
     response.headers_mut().insert(
         DOCKER_DISTRIBUTION_API_VERSION,
         HeaderValue::from_static("registry/2.0"),
@@ -276,6 +284,13 @@ fn etag(digest: &Digest) -> String {
 fn set_digest_headers(headers: &mut HeaderMap, digest: &Digest, etag: &str) {
     set_header(headers, DOCKER_CONTENT_DIGEST, &digest.to_string());
     set_header(headers, ETAG, etag);
+}
+
+/// Sets a header that was built before, if it could be.
+fn set_value(headers: &mut HeaderMap, name: HeaderName, value: Option<&HeaderValue>) {
+    if let Some(value) = value {
+        headers.insert(name, value.clone());
+    }
 }
 
 /// Sets a header. An invalid value is left out; all values used here are printable by their types.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use http::HeaderValue;
 use parking_lot::{Mutex, MutexGuard};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
@@ -40,18 +41,50 @@ pub struct StoredManifest {
     pub media_type: MediaType,
     /// The parsed manifest.
     pub manifest: Manifest,
+    /// The headers of its responses.
+    headers: ManifestHeaders,
+}
+
+/// Header values of a manifest, built once for all its responses. A value that no header can have is left out.
+#[derive(Clone, Debug)]
+pub struct ManifestHeaders {
+    /// `Content-Type`.
+    pub content_type: Option<HeaderValue>,
+    /// `Content-Length`.
+    pub content_length: HeaderValue,
+    /// `Docker-Content-Digest`.
+    pub digest: Option<HeaderValue>,
+    /// `ETag`.
+    pub etag: Option<HeaderValue>,
 }
 
 impl StoredManifest {
-    /// Verifies that the bytes match `digest` and are a manifest.
-    pub fn verify(bytes: Bytes, media_type: MediaType, digest: Digest) -> Result<Self, StoreError> {
-        let manifest = read(&bytes, digest)?;
-        Ok(Self {
+    /// A manifest whose bytes were verified.
+    pub fn new(digest: Digest, bytes: Bytes, media_type: MediaType, manifest: Manifest) -> Self {
+        let headers = ManifestHeaders {
+            content_type: HeaderValue::from_str(media_type.as_str()).ok(),
+            content_length: bytes.len().into(),
+            digest: HeaderValue::try_from(digest.to_string()).ok(),
+            etag: HeaderValue::try_from(format!("\"{digest}\"")).ok(),
+        };
+        Self {
             digest,
             bytes,
             media_type,
             manifest,
-        })
+            headers,
+        }
+    }
+
+    /// The headers of its responses.
+    pub fn headers(&self) -> &ManifestHeaders {
+        &self.headers
+    }
+
+    /// Verifies that the bytes match `digest` and are a manifest.
+    pub fn verify(bytes: Bytes, media_type: MediaType, digest: Digest) -> Result<Self, StoreError> {
+        let manifest = read(&bytes, digest)?;
+        Ok(Self::new(digest, bytes, media_type, manifest))
     }
 }
 
@@ -117,9 +150,9 @@ impl Store {
 struct ByLength;
 
 impl Weighter<Digest, Arc<StoredManifest>> for ByLength {
-    /// The size of the bytes plus an estimate for the parsed manifest.
+    /// The size of the bytes plus an estimate for the parsed manifest and the headers.
     fn weight(&self, _: &Digest, cached: &Arc<StoredManifest>) -> u64 {
-        cached.bytes.len() as u64 + 192 * cached.manifest.descriptors.len() as u64 + 512
+        cached.bytes.len() as u64 + 192 * cached.manifest.descriptors.len() as u64 + 1024
     }
 }
 
@@ -181,12 +214,7 @@ impl Manifests {
         if !is_stored {
             self.repair_metadata(digest, &media_type);
         }
-        let cached = Arc::new(StoredManifest {
-            digest: *digest,
-            bytes,
-            media_type,
-            manifest,
-        });
+        let cached = Arc::new(StoredManifest::new(*digest, bytes, media_type, manifest));
         self.ready.insert(*digest, Arc::clone(&cached));
         Ok(Some(cached))
     }

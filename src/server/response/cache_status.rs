@@ -1,5 +1,7 @@
 //! `Cache-Status` (RFC 9211), `Age` and `Warning` headers.
 
+use std::borrow::Cow;
+use std::cell::RefCell;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use http::header::{AGE, DATE, WARNING};
@@ -13,9 +15,14 @@ use crate::store::tags::NEVER_CONFIRMED;
 
 /// Sets `Cache-Status`: the members of the caches before this one, then `own` (RFC 9211 §2). `Age` and `Warning` of
 /// those caches are kept, because this cache does not see the registry behind them.
-pub(super) fn set_cache_status(headers: &mut HeaderMap, own: &str, context: &ResponseContext) {
+pub(super) fn set_cache_status(headers: &mut HeaderMap, own: Cow<'static, str>, context: &ResponseContext) {
     let Some(before) = context.upstream_caches.get() else {
-        set_header(headers, CACHE_STATUS, own);
+        match own {
+            Cow::Borrowed(own) => {
+                headers.insert(CACHE_STATUS, HeaderValue::from_static(own));
+            }
+            Cow::Owned(own) => set_header(headers, CACHE_STATUS, &own),
+        }
         return;
     };
     let status = match &before.status {
@@ -38,9 +45,29 @@ pub(super) fn set_cache_status(headers: &mut HeaderMap, own: &str, context: &Res
 fn set_age(headers: &mut HeaderMap, age_s: u64, now: SystemTime) {
     headers.insert(AGE, age_s.into());
     let date = now.checked_sub(Duration::from_secs(age_s));
-    if let Some(date) = date.filter(|date| *date >= UNIX_EPOCH) {
-        set_header(headers, DATE, &httpdate::fmt_http_date(date));
+    if let Some(date) = date.and_then(|date| date.duration_since(UNIX_EPOCH).ok()) {
+        headers.extend(http_date(date.as_secs()).map(|date| (DATE, date)));
     }
+}
+
+thread_local! {
+    /// The last second that this thread formatted, and its text.
+    static LAST_DATE: RefCell<Option<(u64, HeaderValue)>> = const { RefCell::new(None) };
+}
+
+/// A date (RFC 9110 §5.6.7), in seconds since 1970. Responses of one second mostly have the same one.
+fn http_date(second: u64) -> Option<HeaderValue> {
+    LAST_DATE.with_borrow_mut(|last| {
+        if let Some((formatted, text)) = last
+            && *formatted == second
+        {
+            return Some(text.clone());
+        }
+        let date = UNIX_EPOCH + Duration::from_secs(second);
+        let text = HeaderValue::try_from(httpdate::fmt_http_date(date)).ok()?;
+        *last = Some((second, text.clone()));
+        Some(text)
+    })
 }
 
 /// `Age` of the upstream's response, if a cache sent it.
@@ -49,20 +76,27 @@ fn upstream_age_s(context: &ResponseContext) -> u64 {
     before.and_then(|before| before.age_s).unwrap_or(0)
 }
 
+/// The member of this cache in `Cache-Status`. Constant for the most frequent reasons.
+fn own_status(reason: ServeReason) -> Cow<'static, str> {
+    match reason {
+        ServeReason::Cached(HitReason::Immutable) => "ifnewer; hit; detail=immutable".into(),
+        ServeReason::Cached(HitReason::Fresh) => "ifnewer; hit; detail=fresh".into(),
+        ServeReason::Cached(HitReason::Revalidated) => "ifnewer; hit; detail=revalidated".into(),
+        ServeReason::Cached(served) => match served.cause() {
+            Some(cause) => format!("ifnewer; hit; detail={}-{}", served.name(), cause.name()).into(),
+            None => format!("ifnewer; hit; detail={}", served.name()).into(),
+        },
+        ServeReason::Fetched(MissReason::NewDigest) => "ifnewer; fwd=stale; detail=new-digest".into(),
+        ServeReason::Fetched(why) => format!("ifnewer; fwd=miss; detail={}", why.name()).into(),
+        ServeReason::Shared => "ifnewer; hit; detail=shared".into(),
+        ServeReason::Collapsed => "ifnewer; fwd=miss; collapsed; detail=collapsed".into(),
+        ServeReason::Passthrough => "ifnewer; fwd=bypass; detail=passthrough".into(),
+    }
+}
+
 /// Sets `Cache-Status` and `Age`, and `Warning` if the content may be stale.
 pub(super) fn set_cache_headers(headers: &mut HeaderMap, info: ServeInfo, context: &ResponseContext) {
-    let status = match info.reason {
-        ServeReason::Cached(served) => match served.cause() {
-            Some(cause) => format!("ifnewer; hit; detail={}-{}", served.name(), cause.name()),
-            None => format!("ifnewer; hit; detail={}", served.name()),
-        },
-        ServeReason::Fetched(MissReason::NewDigest) => "ifnewer; fwd=stale; detail=new-digest".to_owned(),
-        ServeReason::Fetched(why) => format!("ifnewer; fwd=miss; detail={}", why.name()),
-        ServeReason::Shared => "ifnewer; hit; detail=shared".to_owned(),
-        ServeReason::Collapsed => "ifnewer; fwd=miss; collapsed; detail=collapsed".to_owned(),
-        ServeReason::Passthrough => "ifnewer; fwd=bypass; detail=passthrough".to_owned(),
-    };
-    set_cache_status(headers, &status, context);
+    set_cache_status(headers, own_status(info.reason), context);
     if let Some(until) = info.reason.youth().and_then(|youth| youth.served_from) {
         set_header(headers, COOLING_UNTIL, &httpdate::fmt_http_date(until));
     }
@@ -130,6 +164,14 @@ mod tests {
             assert_eq!(headers.get(AGE).unwrap(), &age_s.to_string());
             let date = httpdate::parse_http_date(date).unwrap();
             assert_eq!(date + Duration::from_secs(age_s), now);
+        }
+    }
+
+    #[test]
+    fn constant_status_has_the_name_of_its_reason() {
+        for served in [HitReason::Immutable, HitReason::Fresh, HitReason::Revalidated] {
+            let status = own_status(ServeReason::Cached(served));
+            assert_eq!(status, format!("ifnewer; hit; detail={}", served.name()));
         }
     }
 
