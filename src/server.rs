@@ -46,7 +46,7 @@ use error::Rejection;
 pub use idle_timeout::IdlePause;
 pub(crate) use idle_timeout::{IdlePauseGuard, IdleTimeoutStream};
 pub(crate) use listener::host_network;
-use request::{ForwardTarget, ParsedRequest, RequestBody, RoutedRead};
+use request::{ForwardTarget, ParsedRequest, RequestBody};
 pub use response::{Body, VerifiedBlobs};
 pub use routing::{ConnectionInfo, RouteKind, Router};
 
@@ -118,7 +118,9 @@ impl RegistryService {
         let mut record = access_log::AccessLogEntry::new(&self.telemetry, &head, peer, (at, began, &trace));
         let (response, fields) = self.respond(&registry, &info, body, &mut record).await;
         let mut response = record.attach_to(fields, &head.method, response);
-        response.body_mut().charge_to(self.egress.body(peer.address));
+        if response.body().is_charged() {
+            response.body_mut().charge_to(self.egress.body(peer.address));
+        }
         response.body_mut().pause_idle_timeout_by(&peer.idle_pause);
         if request::closes_connection(&head) || (head.version < Version::HTTP_2 && !ended.is_true()) {
             response
@@ -139,7 +141,7 @@ impl RegistryService {
         let proxy = &registry.proxy;
         let read = request::parse(head, info.peer, &registry.router, (info.at, info.trace));
         let read = match (&registry.auth, read) {
-            (Some(auth), Ok(parsed)) => authenticate(auth, info, parsed).await,
+            (Some(auth), Ok(parsed)) => Box::pin(authenticate(auth, info, parsed)).await,
             (_, read) => read,
         };
         let parsed = match read {
@@ -153,24 +155,30 @@ impl RegistryService {
         record.set_route(Some(upstream_registry), route);
         let by_path = |kind| (kind, access_log::printable_path(&head.uri));
         match parsed {
-            ParsedRequest::Read(RoutedRead { request, context, .. }) => {
-                record.set_subject(access_log::subject(&request.endpoint));
+            ParsedRequest::Read(mut read) => {
+                record.set_subject(access_log::subject(&read.request.endpoint));
                 let idle_paused = info.peer.idle_pause.pause();
-                let outcome = proxy.handle(request).await;
+                let outcome = proxy.handle(&mut read.request).await;
                 drop(idle_paused);
                 let fields = AccessLogFields::of(&outcome);
-                (response::build(outcome, &context, self, proxy.store()), fields)
+                (
+                    response::build(outcome, &read.context, self, proxy.store()),
+                    fields,
+                )
             }
-            ParsedRequest::ApiCheck(RoutedRead { request, context, .. }) => {
+            ParsedRequest::ApiCheck(read) => {
                 record.set_subject(by_path(ResourceKind::Ping));
-                let outcome = proxy.api_challenge(&request).await;
+                let outcome = Box::pin(proxy.api_challenge(&read.request)).await;
                 let fields = AccessLogFields::of(&outcome);
-                (response::build(outcome, &context, self, proxy.store()), fields)
+                (
+                    response::build(outcome, &read.context, self, proxy.store()),
+                    fields,
+                )
             }
             ParsedRequest::Forward(target) => {
                 record.set_subject(by_path(forward_kind(&target, head)));
                 let upstream_registry = Arc::clone(&target.upstream_registry);
-                match self.forward(proxy, target, info, body).await {
+                match Box::pin(self.forward(proxy, target, info, body)).await {
                     Ok(response) => (response, AccessLogFields::forwarded()),
                     Err(cause) => {
                         let is_head = head.method == Method::HEAD;
@@ -180,7 +188,7 @@ impl RegistryService {
                 }
             }
             ParsedRequest::Token(target, realm) => {
-                self.answer_token_request(proxy, target, &realm, info, body).await
+                Box::pin(self.answer_token_request(proxy, target, &realm, info, body)).await
             }
         }
     }

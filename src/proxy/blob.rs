@@ -50,7 +50,7 @@ impl ReadContext<'_> {
     pub(super) async fn blob(&self, digest: &AnyDigest) -> ProxyResponse {
         let digest = match digest {
             AnyDigest::Supported(digest) => *digest,
-            AnyDigest::Unsupported(_) => return self.fetch_uncached(u64::MAX).await,
+            AnyDigest::Unsupported(_) => return Box::pin(self.fetch_uncached(u64::MAX)).await,
         };
         let blob_request = BlobRequest { read: self, digest };
         if self.has_no_grant() {
@@ -59,12 +59,13 @@ impl ReadContext<'_> {
         let (cached, is_in_repository) = blob_request.cached_content().await;
         let state = blob_request.state(cached.is_some(), is_in_repository);
         match (decide(&state), cached) {
+            // Boxed, here and below: a request that goes upstream can afford it, and the future of all others stays
+            // small.
             (Decision::Serve(served), Some((_, size))) if self.request.for_push => {
-                blob_request.head_for_push(&state, size, served).await
+                Box::pin(blob_request.head_for_push(&state, size, served)).await
             }
             (Decision::Serve(served), Some((bytes, size))) => blob_request.serve(bytes, size, served),
             (Decision::Deny(refusal), _) => denied(refusal, None, false),
-            // Boxed: a request that goes upstream can afford it, and the future of all others stays small.
             (Decision::Revalidate, cached) => {
                 Box::pin(blob_request.revalidate_and_serve(&state, cached)).await
             }

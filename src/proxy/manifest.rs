@@ -41,7 +41,7 @@ impl ReadContext<'_> {
                     .cooling
                     .is_none_or(|cooling| cooling.named.is_mature())
                 {
-                    return self.fetch_uncached(PASSTHROUGH_MANIFEST_BYTES_MAX).await;
+                    return Box::pin(self.fetch_uncached(PASSTHROUGH_MANIFEST_BYTES_MAX)).await;
                 }
                 evidence
             }
@@ -82,15 +82,16 @@ impl<'a> ManifestRequest<'a> {
     /// decision chooses the fallback.
     pub(super) async fn execute(&self, evidence: Evidence) -> ProxyResponse {
         match decide(&evidence.state) {
+            // Boxed, here and below: a request that goes upstream can afford it, and the future of all others stays
+            // small.
             Decision::Revalidate => {
-                let revalidated = self.revalidate(&evidence.state).await;
-                // Boxed: a request that goes upstream can afford it, and the future of all others stays small.
+                let revalidated = Box::pin(self.revalidate(&evidence.state)).await;
                 Box::pin(self.on_revalidated(evidence, revalidated)).await
             }
             // Clients that only compare digests send `HEAD`; a `GET` would count as a pull at Docker Hub.
             Decision::Fetch(_) if self.request.head => {
-                let revalidated = self.revalidate(&evidence.state).await;
-                self.respond_to_head(&evidence.state, revalidated).await
+                let revalidated = Box::pin(self.revalidate(&evidence.state)).await;
+                Box::pin(self.respond_to_head(&evidence.state, revalidated)).await
             }
             // The shared storage may have the manifest of the digest that the tag names.
             Decision::Fetch(_) if self.request.tag().is_some() && self.proxy.shared.is_readable() => {
@@ -99,7 +100,7 @@ impl<'a> ManifestRequest<'a> {
             }
             Decision::Fetch(why) => Box::pin(self.fetch(why, &evidence)).await,
             Decision::Serve(served) => self.serve(served, &evidence, None),
-            Decision::ProbeLayers(served) => self.probe_and_serve(served, &evidence, None).await,
+            Decision::ProbeLayers(served) => Box::pin(self.probe_and_serve(served, &evidence, None)).await,
             Decision::Deny(refusal) => denied(refusal, None, false),
         }
     }
@@ -136,11 +137,13 @@ impl<'a> ManifestRequest<'a> {
         Box::pin(self.on_revalidated(evidence, revalidated)).await
     }
 
+    /// Boxed by its callers. What only few revalidations need is boxed here, so that the future of an unchanged tag is
+    /// small.
     async fn on_revalidated(&self, evidence: Evidence, revalidated: Revalidated) -> ProxyResponse {
         // Forwarded content has no known age, so nothing is forwarded if a minimum age applies.
         let may_pass = evidence.state.cooling.is_none();
         if may_pass && revalidated.revalidation == Revalidation::Unavailable(UpstreamFailure::Unverifiable) {
-            return self.fetch_uncached(PASSTHROUGH_MANIFEST_BYTES_MAX).await;
+            return Box::pin(self.fetch_uncached(PASSTHROUGH_MANIFEST_BYTES_MAX)).await;
         }
         if may_pass
             && revalidated.is_unproven()
@@ -163,21 +166,21 @@ impl<'a> ManifestRequest<'a> {
         let evidence = &evidence;
         match decide(&evidence.state) {
             Decision::Serve(served @ (HitReason::TagMoved | HitReason::Cooling(_))) => {
-                self.serve_target(served, evidence).await
+                Box::pin(self.serve_target(served, evidence)).await
             }
             Decision::Serve(served) => self.serve(served, evidence, Some(revalidated.revalidation)),
             Decision::ProbeLayers(served) => {
-                self.probe_and_serve(served, evidence, revalidated.response).await
+                Box::pin(self.probe_and_serve(served, evidence, revalidated.response)).await
             }
             Decision::Fetch(why @ MissReason::Cooling(_)) => Box::pin(self.fetch_older(why, evidence)).await,
             Decision::Fetch(_)
                 if self.request.head && evidence.state.cooling.is_some() && evidence.candidates.is_none() =>
             {
-                self.respond_to_head(&evidence.state, revalidated).await
+                Box::pin(self.respond_to_head(&evidence.state, revalidated)).await
             }
             Decision::Fetch(why) => match self.take_inline_body(revalidated.response.as_deref()).await {
-                Some(manifest) => self.serve_fetched(manifest, why, evidence).await,
-                None => self.fetch(why, evidence).await,
+                Some(manifest) => Box::pin(self.serve_fetched(manifest, why, evidence)).await,
+                None => Box::pin(self.fetch(why, evidence)).await,
             },
             Decision::Deny(refusal) => {
                 if refusal == DenyReason::NotFound {
@@ -208,7 +211,7 @@ impl<'a> ManifestRequest<'a> {
             return;
         }
         let key = TagKey {
-            upstream: self.request.registry.name().into(),
+            upstream: self.request.registry.shared_name(),
             repository: self.repository.clone(),
             tag: tag.clone(),
         };

@@ -40,15 +40,16 @@ pub(super) struct ReadContext<'a> {
 }
 
 impl ProxyService {
-    /// Handles a request. Every failure becomes a [`Denied`] with its reason.
-    pub async fn handle(self: &Arc<Self>, mut request: Request) -> ProxyResponse {
+    /// Handles a request. Every failure becomes a [`Denied`] with its reason. An expired local token is removed from the
+    /// request.
+    pub async fn handle(self: &Arc<Self>, request: &mut Request) -> ProxyResponse {
         request
             .authorization
             .take_if(|shown| self.is_expired_local_token(&request.registry, shown));
         let Some(repository) = request.endpoint.repository() else {
             return ProxyResponse::Ping;
         };
-        let read = ReadContext::new(self, &request, repository).await;
+        let read = ReadContext::new(self, request, repository).await;
         let outcome = read.dispatch().await;
         read.finish(outcome).await
     }
@@ -143,7 +144,7 @@ impl<'a> ReadContext<'a> {
             Endpoint::Ping => ProxyResponse::Ping,
             Endpoint::Manifest { reference, .. } => self.manifest(reference).await,
             Endpoint::Blob { digest, .. } => self.blob(digest).await,
-            Endpoint::Tags { .. } => self.listing().await,
+            Endpoint::Tags { .. } => Box::pin(self.listing()).await,
             Endpoint::Referrers { digest, query, .. } => Box::pin(self.referrers(digest, query)).await,
         }
     }

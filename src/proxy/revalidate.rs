@@ -132,23 +132,25 @@ impl ProxyService {
         if !needs_bytes {
             return Some(response);
         }
-        Some(match self.fetch_manifest(upstream_request.clone()).await {
-            Ok(manifest) => Arc::new(UpstreamResponse {
-                kind: if self.is_authorized(upstream_request).await {
-                    ResponseKind::Digest(manifest.digest)
-                } else {
-                    ResponseKind::UnprovenDigest(manifest.digest)
-                },
-                media_type: Some(manifest.media_type.clone()),
-                length: Some(manifest.bytes.len() as u64),
-                body: Some((manifest.bytes.clone(), manifest.media_type.clone())),
-                // The bytes prove the content, and not the times that the other sender states.
-                last_modified: None,
-                date: None,
-                ..response.as_ref().clone()
-            }),
-            Err(response) => response,
-        })
+        Some(
+            match Box::pin(self.fetch_manifest(upstream_request.clone())).await {
+                Ok(manifest) => Arc::new(UpstreamResponse {
+                    kind: if self.is_authorized(upstream_request).await {
+                        ResponseKind::Digest(manifest.digest)
+                    } else {
+                        ResponseKind::UnprovenDigest(manifest.digest)
+                    },
+                    media_type: Some(manifest.media_type.clone()),
+                    length: Some(manifest.bytes.len() as u64),
+                    body: Some((manifest.bytes.clone(), manifest.media_type.clone())),
+                    // The bytes prove the content, and not the times that the other sender states.
+                    last_modified: None,
+                    date: None,
+                    ..response.as_ref().clone()
+                }),
+                Err(response) => response,
+            },
+        )
     }
 
     /// Whether the digest may be fabricated: the upstream did not name it for this request, and no manifest seen here
@@ -467,7 +469,7 @@ impl ProxyService {
         self.record_sighting(upstream_request, tag, (digest, media_type), None)
             .await;
         let key = TagKey {
-            upstream: registry.name().into(),
+            upstream: registry.shared_name(),
             repository: repository.clone(),
             tag: tag.clone(),
         };

@@ -445,21 +445,22 @@ impl Connection {
         Box::pin(until_ended(Box::pin(serving), shut_down, acceptor, handle))
     }
 
-    /// The response to a request. On the heap, so that it is freed when the response head is sent. Inline, its 8 KiB would
-    /// stay with each stream until the end of the body.
+    /// The response to a request. On the heap, so that it is freed when the response head is sent. Inline, it would stay
+    /// with each stream until the end of the body.
     fn call(
         self: Arc<Self>,
         request: Request<Incoming>,
     ) -> Pin<Box<impl Future<Output = Result<Response<Body>, Infallible>> + Send>> {
-        Box::pin(async move { Ok(self.answer(request).await) })
+        // The future is copied to the heap for each request, so everything below that few requests need is boxed.
+        Box::pin(self.answer(request))
     }
 
-    async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
-        if *request.method() == Method::CONNECT {
-            self.connect(request).await
+    async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+        Ok(if *request.method() == Method::CONNECT {
+            Box::pin(self.connect(request)).await
         } else {
             self.acceptor.0.service.answer(request, &self.peer).await
-        }
+        })
     }
 }
 

@@ -38,10 +38,10 @@ const EMPTY_BASIC_CREDENTIAL: &str = "Og==";
 
 /// A valid request, by the way it is handled.
 pub(super) enum ParsedRequest {
-    /// A read, served by the cache.
-    Read(RoutedRead),
+    /// A read, served by the cache. Boxed, because it is passed on several times.
+    Read(Box<RoutedRead>),
     /// `GET /v2/` under an upstream's host, which asks for the registry's own challenge.
-    ApiCheck(RoutedRead),
+    ApiCheck(Box<RoutedRead>),
     /// A request that only the registry can answer, under the registry's host name.
     Forward(ForwardTarget),
     /// A request to the token service at this address.
@@ -52,9 +52,9 @@ impl ParsedRequest {
     /// Upstream, repository and route.
     pub(super) fn subject(&self) -> (&Arc<UpstreamRegistry>, Option<&Repository>, RouteKind) {
         match self {
-            Self::Read(RoutedRead { request, route, .. })
-            | Self::ApiCheck(RoutedRead { request, route, .. }) => {
-                (&request.registry, request.endpoint.repository(), *route)
+            Self::Read(read) | Self::ApiCheck(read) => {
+                let request = &read.request;
+                (&request.registry, request.endpoint.repository(), read.route)
             }
             Self::Forward(target) | Self::Token(target, _) => (
                 &target.upstream_registry,
@@ -165,7 +165,7 @@ fn read(
     head: &Parts,
     (upstream_registry, endpoint, route): (Arc<UpstreamRegistry>, Endpoint, RouteKind),
     (now, trace, peer): (SystemTime, &TraceContext, &ConnectionInfo),
-) -> Result<RoutedRead, Rejection> {
+) -> Result<Box<RoutedRead>, Rejection> {
     let writes = endpoint
         .repository()
         .map_or_else(WriteSnapshot::default, |repository| {
@@ -187,11 +187,11 @@ fn read(
         upstream_caches: UpstreamCaches::default(),
     };
     let context = ResponseContext::new(head, &request, peer);
-    Ok(RoutedRead {
+    Ok(Box::new(RoutedRead {
         request,
         route,
         context,
-    })
+    }))
 }
 
 fn forward_target(
@@ -366,19 +366,19 @@ pub(super) struct RequestBody {
     ended: Ended,
 }
 
-/// Whether a body was read to its end.
+/// Whether a body was read to its end. `None`: there is none to read.
 #[derive(Clone)]
-pub(super) struct Ended(Arc<AtomicBool>);
+pub(super) struct Ended(Option<Arc<AtomicBool>>);
 
 impl Ended {
     pub(super) fn is_true(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.0.as_ref().is_none_or(|ended| ended.load(Ordering::Acquire))
     }
 }
 
 impl RequestBody {
     pub(super) fn new(body: Incoming) -> (Self, Ended) {
-        let ended = Ended(Arc::new(AtomicBool::new(body.is_end_stream())));
+        let ended = Ended((!body.is_end_stream()).then(Arc::default));
         let received = Self {
             body,
             ended: ended.clone(),
@@ -396,8 +396,10 @@ impl Body for RequestBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
-        if frame.is_none() || self.body.is_end_stream() {
-            self.ended.0.store(true, Ordering::Release);
+        if let Some(ended) = &self.ended.0
+            && (frame.is_none() || self.body.is_end_stream())
+        {
+            ended.store(true, Ordering::Release);
         }
         Poll::Ready(frame)
     }

@@ -29,6 +29,10 @@ pub const PROVEN: &str = "registry.test";
 /// Upstream with shared access.
 pub const SHARED: &str = "shared.test";
 
+/// Size of the future that handles a request, at most, without optimization. It is copied to the heap for each request, so
+/// what few requests need is boxed.
+const HANDLING_BYTES_MAX: usize = 4096;
+
 pub struct Cache {
     pub proxy: Arc<ProxyService>,
     pub proven: Arc<UpstreamRegistry>,
@@ -285,7 +289,7 @@ impl Cache {
         let authorization =
             (!client_request.shows.is_empty()).then(|| HeaderValue::from_str(&client_request.shows).unwrap());
         let endpoint = Endpoint::parse(&method, &client_request.path, None).unwrap();
-        let request = Request {
+        let mut request = Request {
             writes: endpoint
                 .repository()
                 .map(|repository| site.writes(repository))
@@ -307,7 +311,12 @@ impl Cache {
             needs_length: false,
             upstream_caches: UpstreamCaches::default(),
         };
-        let outcome = self.proxy.handle(request).await;
+        let handling = self.proxy.handle(&mut request);
+        assert!(
+            size_of_val(&handling) <= HANDLING_BYTES_MAX,
+            "the future of each request grew"
+        );
+        let outcome = handling.await;
         let cause = match &outcome {
             ProxyResponse::Manifest(_, info)
             | ProxyResponse::Blob { info, .. }

@@ -158,7 +158,7 @@ async fn layer(
         repository: spec.named.repository.clone(),
         digest: AnyDigest::Supported(digest),
     };
-    match proxy.handle(request(spec, endpoint, clock)).await {
+    match proxy.handle(&mut request(spec, endpoint, clock)).await {
         ProxyResponse::Blob { content, .. } => match content {
             BlobBody::Head | BlobBody::Memory(_) | BlobBody::File(_) => {
                 job.mark(&digest, LayerState::Cached);
@@ -191,7 +191,7 @@ async fn manifest(
         repository: spec.named.repository.clone(),
         reference: reference.clone(),
     };
-    match proxy.handle(request(spec, endpoint, clock)).await {
+    match proxy.handle(&mut request(spec, endpoint, clock)).await {
         ProxyResponse::Manifest(manifest, how) => Ok((manifest, how.reason.name())),
         ProxyResponse::Denied(refused) => Err(format::describe_denial(
             refused.reason,

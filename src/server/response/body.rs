@@ -135,6 +135,11 @@ impl Body {
         self.block_watch = Some(watch);
     }
 
+    /// Whether its bytes are charged to the memory budget.
+    pub(in crate::server) fn is_charged(&self) -> bool {
+        !self.source.is_uncharged()
+    }
+
     /// Charges its bytes in memory to `account`.
     pub(in crate::server) fn charge_to(&mut self, account: Account) {
         self.account = Some(account);
