@@ -254,8 +254,11 @@ pub enum ByteSource {
 
 /// Telemetry facade. Cheap to clone; all clones share their counters.
 #[derive(Clone, Default)]
-pub struct Telemetry {
-    metrics: Arc<Metrics>,
+pub struct Telemetry(Arc<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    metrics: Metrics,
     decision_log: decision_log::DecisionLog,
     clients: clients::Clients,
     history: history::History,
@@ -270,13 +273,13 @@ impl Telemetry {
 
     /// Records a client when its request arrives.
     pub fn record_client(&self, client: IpAddr, agent: &str, at: SystemTime, pulled: Option<&str>) {
-        self.clients.record(client, agent, at, pulled);
+        self.0.clients.record(client, agent, at, pulled);
     }
 
     /// Records a finished response. A pull by tag and a write are logged at `info` and added to the decision log, as
     /// are failures. All others are logged at `debug`.
     pub fn record_access(&self, record: &AccessRecord<'_>) {
-        self.metrics.record_access(record);
+        self.0.metrics.record_access(record);
         self.record_span(record.trace, || Span::of_access(record));
         log(record);
         let is_decision = matches!(
@@ -284,76 +287,76 @@ impl Telemetry {
             ResourceKind::Tag | ResourceKind::Manifest | ResourceKind::Write
         );
         if is_decision || record.status >= 400 || record.ended != BodyEnd::Complete {
-            self.decision_log.push(DecisionRecord::of(record));
+            self.0.decision_log.push(DecisionRecord::of(record));
         }
     }
 
     /// The trace context of a client's request. A new root is sampled if a span exporter is set.
     pub fn trace(&self, headers: &HeaderMap) -> TraceContext {
-        TraceContext::extract(headers, self.spans.has_sink())
+        TraceContext::extract(headers, self.0.spans.has_sink())
     }
 
     /// Sets the channel to the span exporter. Sending never waits: spans that do not fit are dropped and counted.
     pub fn set_span_sink(&self, queue: mpsc::Sender<Span>) {
-        self.spans.set_sink(queue);
+        self.0.spans.set_sink(queue);
     }
 
     /// Records a span if its trace is sampled. `span` is called only then.
     pub fn record_span(&self, trace: &TraceContext, span: impl FnOnce() -> Span) {
-        if trace.is_sampled() && !self.spans.send(span) {
-            self.metrics.span_dropped(1);
+        if trace.is_sampled() && !self.0.spans.send(span) {
+            self.0.metrics.span_dropped(1);
         }
     }
 
     /// Counts spans that could not be exported.
     pub fn record_spans_dropped(&self, count: u64) {
-        self.metrics.span_dropped(count);
+        self.0.metrics.span_dropped(count);
     }
 
     /// Counts a connection closed because its address had too many.
     pub fn record_connection_refused(&self) {
-        self.metrics.connection_refused();
+        self.0.metrics.connection_refused();
     }
 
     /// Counts a listener's connection until the returned guard is dropped.
     pub fn count_connection(&self, listener: &'static str, state: ConnectionState) -> OpenConnection {
-        self.metrics.connections.open(listener, state)
+        self.0.metrics.connections.open(listener, state)
     }
 
     /// Counts an idle connection that was closed to free a permit for another.
     pub fn record_connection_closed(&self, listener: &'static str, reason: CloseReason) {
-        self.metrics.connections.closed(listener, reason);
+        self.0.metrics.connections.closed(listener, reason);
     }
 
     /// Counts a rejected admin token.
     pub fn record_admin_token_refused(&self, reason: TokenRejection) {
-        self.metrics.connections.token_refused(reason);
+        self.0.metrics.connections.token_refused(reason);
     }
 
     /// Counts blob bytes sent.
     pub fn add_bytes_sent(&self, from: ByteSource, bytes: u64) {
-        self.metrics.add_bytes_sent(from, bytes);
+        self.0.metrics.add_bytes_sent(from, bytes);
     }
 
     /// Counts a tunnel as open until the returned counter is dropped.
     pub fn count_tunnel(&self) -> TunnelCounter {
-        self.metrics.tunnel()
+        self.0.metrics.tunnel()
     }
 
     /// Metrics of the shared storage.
     pub fn shared(&self) -> &SharedMetrics {
-        &self.metrics.shared
+        &self.0.metrics.shared
     }
 
     /// Records a request to an upstream.
     pub fn record_upstream(&self, record: &UpstreamRecord<'_>) {
-        self.metrics.record_upstream(record);
+        self.0.metrics.record_upstream(record);
         self.record_span(record.trace, || Span::of_upstream(record));
     }
 
     /// The metrics in the `OpenMetrics` text format, with the current gauges.
     pub fn open_metrics_text(&self, gauges: &Gauges) -> String {
-        self.metrics.open_metrics_text(gauges, &self.clients.seen())
+        self.0.metrics.open_metrics_text(gauges, &self.0.clients.seen())
     }
 
     /// The metrics in the Prometheus text format, for scrapers that do not accept `OpenMetrics`.
@@ -363,35 +366,36 @@ impl Telemetry {
 
     /// The recorded decisions, newest first.
     pub fn decisions(&self) -> Vec<Arc<DecisionRecord>> {
-        self.decision_log.newest_first()
+        self.0.decision_log.newest_first()
     }
 
     /// Subscribes to new decisions.
     pub fn subscribe(&self) -> broadcast::Receiver<Arc<DecisionRecord>> {
-        self.decision_log.subscribe()
+        self.0.decision_log.subscribe()
     }
 
     /// The recent clients, the last seen first.
     pub fn clients(&self) -> Vec<Client> {
-        self.clients.seen()
+        self.0.clients.seen()
     }
 
     /// Totals since the start. Upstreams sent `fetched_bytes` of them.
     pub fn totals(&self, fetched_bytes: u64) -> Totals {
         Totals {
             fetched_bytes,
-            ..self.metrics.totals()
+            ..self.0.metrics.totals()
         }
     }
 
     /// Records the current totals for the plots. Call this several times a minute.
     pub fn sample_history(&self, now: SystemTime, fetched_bytes: u64) {
-        self.history.record(now, self.totals(fetched_bytes));
+        self.0.history.record(now, self.totals(fetched_bytes));
     }
 
     /// Totals of each of the last `count` intervals of `minutes` minutes, oldest first.
     pub fn history(&self, now: SystemTime, count: u64, minutes: u64, fetched_bytes: u64) -> Vec<Totals> {
-        self.history
+        self.0
+            .history
             .spans(now, count, minutes, self.totals(fetched_bytes))
     }
 }

@@ -304,7 +304,11 @@ const PATH_BYTES_MAX: usize = 512;
 /// The path of a request without an image. Bytes that are not printable ASCII are percent-encoded (RFC 3986 §2.1), so
 /// that the log cannot control a terminal.
 pub(super) fn printable_path(uri: &Uri) -> String {
-    let bytes = uri.path().bytes().take(PATH_BYTES_MAX);
+    let path = uri.path();
+    if path.len() <= PATH_BYTES_MAX && path.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return path.to_owned();
+    }
+    let bytes = path.bytes().take(PATH_BYTES_MAX);
     bytes.fold(String::new(), |mut text, byte| {
         if byte.is_ascii_graphic() {
             text.push(char::from(byte));

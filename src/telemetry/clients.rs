@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::time::SystemTime;
 
 use parking_lot::Mutex;
@@ -33,8 +32,8 @@ pub struct Client {
 }
 
 /// The recently seen clients.
-#[derive(Clone, Default)]
-pub(super) struct Clients(Arc<Mutex<HashMap<(IpAddr, &'static str), Client>>>);
+#[derive(Default)]
+pub(super) struct Clients(Mutex<HashMap<(IpAddr, &'static str), Client>>);
 
 impl Clients {
     pub(super) fn record(&self, address: IpAddr, agent: &str, at: SystemTime, pulled: Option<&str>) {
@@ -62,7 +61,9 @@ impl Clients {
         client.last_at = client.last_at.max(at);
         if let Some(image) = pulled {
             client.pulls += 1;
-            client.last_image = Some(image.into());
+            if client.last_image.as_deref() != Some(image) {
+                client.last_image = Some(image.into());
+            }
         }
     }
 
@@ -78,6 +79,10 @@ impl Clients {
 /// A `User-Agent` reduced to at most 96 printable characters.
 pub fn agent(header: Option<&http::HeaderValue>) -> Box<str> {
     let text = header.and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let is_printable = |byte: u8| byte.is_ascii_graphic() || byte == b' ';
+    if text.len() <= AGENT_BYTES_MAX && text.bytes().all(is_printable) {
+        return text.into();
+    }
     let printable = text.chars().filter(|c| c.is_ascii_graphic() || *c == ' ');
     printable.take(AGENT_BYTES_MAX).collect::<String>().into()
 }
@@ -103,8 +108,11 @@ fn kind_of(agent: &str) -> &'static str {
         ("ifnewer/", "ifnewer"),
         ("curl/", "curl"),
     ];
-    let agent = agent.to_ascii_lowercase();
-    let known = KINDS.iter().find(|(prefix, _)| agent.starts_with(prefix));
+    let is_of = |prefix: &str| {
+        let first = agent.get(..prefix.len());
+        first.is_some_and(|first| first.eq_ignore_ascii_case(prefix))
+    };
+    let known = KINDS.iter().find(|(prefix, _)| is_of(prefix));
     known.map_or("other", |(_, kind)| kind)
 }
 

@@ -85,9 +85,8 @@ impl DecisionRecord {
 }
 
 /// The decision log with its subscribers.
-#[derive(Clone)]
 pub(super) struct DecisionLog {
-    recorded: Arc<Mutex<Recorded>>,
+    recorded: Mutex<Recorded>,
     sender: broadcast::Sender<Arc<DecisionRecord>>,
 }
 
@@ -100,7 +99,7 @@ struct Recorded {
 impl Default for DecisionLog {
     fn default() -> Self {
         Self {
-            recorded: Arc::default(),
+            recorded: Mutex::default(),
             sender: broadcast::channel(SUBSCRIBER_LAG_MAX).0,
         }
     }

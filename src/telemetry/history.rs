@@ -1,7 +1,6 @@
 //! History of the totals, one entry per minute for a day, for the plots on the page. Does not replace Prometheus.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
@@ -64,8 +63,8 @@ struct Minute {
 }
 
 /// The totals of the last day.
-#[derive(Clone, Default)]
-pub(super) struct History(Arc<Mutex<VecDeque<Minute>>>);
+#[derive(Default)]
+pub(super) struct History(Mutex<VecDeque<Minute>>);
 
 impl History {
     /// Records the current totals. Call this several times a minute.

@@ -1,6 +1,6 @@
 //! Trace spans, sent to an exporter if one is set.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::mpsc;
@@ -100,9 +100,9 @@ fn error_of(record: &AccessRecord<'_>) -> Option<String> {
     (record.status >= 500).then(|| record.reason.to_owned())
 }
 
-/// Channel to the exporter. Clones share it.
-#[derive(Clone, Default)]
-pub(super) struct Spans(Arc<OnceLock<mpsc::Sender<Span>>>);
+/// Channel to the exporter.
+#[derive(Default)]
+pub(super) struct Spans(OnceLock<mpsc::Sender<Span>>);
 
 impl Spans {
     pub(super) fn has_sink(&self) -> bool {
