@@ -369,12 +369,16 @@ fn block_on(command: impl Future<Output = ExitCode>) -> ExitCode {
 fn init_logging(log: &Log) {
     // The level was validated with the configuration.
     let filter = EnvFilter::try_new(&log.level).unwrap_or_else(|_| EnvFilter::new("info"));
+    let colour = terminal::is_stderr_terminal();
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_ansi(terminal::is_stderr_terminal())
-        .with_writer(terminal::Log);
+        .with_ansi(colour)
+        .with_writer(terminal::Log { colour });
     match log.format {
-        LogFormat::Human => subscriber.with_target(false).init(),
+        LogFormat::Human => {
+            let fields = terminal::LogFields;
+            subscriber.with_target(false).fmt_fields(fields).init();
+        }
         LogFormat::Json => subscriber.json().init(),
     }
 }

@@ -5,10 +5,14 @@
 //! characters, bidirectional overrides and zero-width characters are written as JSON escapes (`\u001b`): readable as
 //! text and exact in JSON. Colours of this program are passed through if enabled.
 
+mod log_fields;
+
 use std::borrow::Cow;
 use std::io::{self, IsTerminal, Write};
 
 use tracing_subscriber::fmt::MakeWriter;
+
+pub use log_fields::LogFields;
 
 /// Length of the longest incomplete colour sequence, which is buffered until it is complete.
 const BUFFERED_BYTES_MAX: usize = 4;
@@ -38,15 +42,18 @@ pub fn is_stderr_terminal() -> bool {
     io::stderr().is_terminal()
 }
 
-/// Log writer: standard error, with colours on a terminal.
+/// Log writer: standard error, with or without colours.
 #[derive(Clone, Copy, Debug)]
-pub struct Log;
+pub struct Log {
+    /// Whether colour sequences are passed through.
+    pub colour: bool,
+}
 
 impl<'a> MakeWriter<'a> for Log {
     type Writer = Printable<io::Stderr>;
 
     fn make_writer(&'a self) -> Self::Writer {
-        Printable::new(io::stderr(), is_stderr_terminal())
+        Printable::new(io::stderr(), self.colour)
     }
 }
 
@@ -104,6 +111,10 @@ impl<W: Write> Printable<W> {
 
 impl<W: Write> Write for Printable<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // Most lines are plain text, which needs no copy.
+        if self.buffered.is_empty() && bytes.iter().copied().all(is_plain) {
+            return self.inner.write_all(bytes).map(|()| bytes.len());
+        }
         self.buffered.extend_from_slice(bytes);
         let complete = self.complete_prefix(&self.buffered);
         let rest = self.buffered.split_off(complete);
@@ -153,6 +164,11 @@ pub fn printable(text: &str) -> Cow<'_, str> {
         }
     }
     escaped.into()
+}
+
+/// Whether a byte is a printable ASCII character, a tab or a newline.
+fn is_plain(byte: u8) -> bool {
+    matches!(byte, b' '..=b'~' | b'\n' | b'\t')
 }
 
 /// Whether a character is a control or formatting character: C0 except tab and newline, DEL and C1; bidirectional
