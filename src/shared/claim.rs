@@ -70,6 +70,15 @@ impl BootId {
     pub(super) fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// A number from 0 to 1 that differs between processes.
+    pub(super) fn share(&self) -> f64 {
+        let first = self
+            .0
+            .get(..2)
+            .and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        f64::from(first.unwrap_or_default()) / 255.0
+    }
 }
 
 /// Content of a claim.

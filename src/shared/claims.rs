@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, oneshot, watch};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::breaker::{Admission, Outcome, Transition};
 use super::claim::{Alone, BootId, ClaimRecord, Entry, Look, RECORD_BYTES_MAX, Step, Watch, Written};
@@ -31,6 +31,12 @@ const ENTRIES_MAX: u32 = 6;
 
 /// Leases that upload parts at once. Each has a part in memory.
 const PUBLISHERS_MAX: usize = 3;
+
+/// Longest time for a create. The client that waits for it goes on to the upstream before.
+const CREATE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Interval of looks at the claim while it is created.
+const CREATE_LOOK: Duration = Duration::from_millis(250);
 
 /// Longest time for handing over the claims at shutdown.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -239,10 +245,15 @@ impl Active {
             let entered = active.entered(entering, guard).await;
             drop(sender.send(entered));
         });
-        match timeout(within, entered).await {
-            Ok(Ok(entered)) => entered,
-            _ => Entered::Alone,
+        let began = Instant::now();
+        if let Ok(Ok(entered)) = timeout(within, entered).await {
+            return entered;
         }
+        // So that only a few clients wait in vain.
+        let silent = Err::<(), _>(BucketError::Silent(UpstreamFailure::Timeout));
+        self.record_claim("claim-enter", &silent, began);
+        self.telemetry.shared().record_claim(Alone::Unavailable.name());
+        Entered::Alone
     }
 
     async fn entered(self: &Arc<Self>, entering: Entering, guard: LeaseGuard) -> Entered {
@@ -256,6 +267,9 @@ impl Active {
         let key = ObjectKey::claim(&content.digest());
         let mut entry = Entry::new(&self.claims.leases.me, self.settings.write, stated);
         let (mut step, mut is_takeover) = (Step::Look, false);
+        // Whether the owner before has uploaded the blob since it was looked for. If it is not in the bucket after a look
+        // without an owner, nobody is about to upload it: so this is asked while the claim is written.
+        let mut is_there = false;
         let held = loop {
             step = match step {
                 Step::Look => {
@@ -263,14 +277,18 @@ impl Active {
                     memory.watching(|watch| entry.looked(look, watch, Instant::now()))
                 }
                 Step::Create(record) => {
-                    is_takeover = false;
                     let began = Instant::now();
-                    entry.written(self.write_claim(&key, &record, None).await, began)
+                    let writing = self.create_claim(&key, &record);
+                    let (written, found) = tokio::join!(writing, self.has(content));
+                    (is_takeover, is_there) = (false, found);
+                    entry.written(written, began)
                 }
                 Step::TakeOver(record, etag) => {
-                    is_takeover = true;
                     let began = Instant::now();
-                    entry.written(self.write_claim(&key, &record, Some(&etag)).await, began)
+                    let writing = self.write_claim(&key, &record, &etag);
+                    let (written, found) = tokio::join!(writing, self.has(content));
+                    (is_takeover, is_there) = (true, found);
+                    entry.written(written, began)
                 }
                 Step::Lead(held) => break held,
                 Step::Follow(claim) => {
@@ -292,11 +310,7 @@ impl Active {
         tracing::debug!(claim = %key, result, "holding a claim of the shared storage");
         self.telemetry.shared().record_claim(result);
         let lease = Lease::start(self, content, (held, guard), arriving);
-        // The owner before may have uploaded the blob just now.
-        let began = Instant::now();
-        let found = self.settings.bucket.head(&content.key()).await;
-        self.record_claim_read("head", &found, began);
-        if found.is_err() {
+        if !is_there {
             return Entered::Leads(lease);
         }
         drop(lease);
@@ -304,6 +318,14 @@ impl Active {
             Some(object) => Entered::Found(Box::new(object)),
             None => Entered::Alone,
         }
+    }
+
+    /// Whether the bucket has this content by now.
+    async fn has(&self, content: SharedContent) -> bool {
+        let began = Instant::now();
+        let found = self.settings.bucket.head(&content.key()).await;
+        self.record_claim_read("head", &found, began);
+        found.is_ok()
     }
 
     /// Whether claims are used now. If the bucket is not known to keep conditions, or denied a claim before, that is found
@@ -387,29 +409,53 @@ impl Active {
         }
     }
 
-    /// Writes a claim, over the version `over` or else only if there is none.
-    pub(super) async fn write_claim(
-        &self,
-        key: &ObjectKey,
-        record: &ClaimRecord,
-        over: Option<&str>,
-    ) -> Written {
-        let (bucket, bytes, began) = (&self.settings.bucket, record.to_bytes().into(), Instant::now());
-        let writing = async {
-            match over {
-                None => bucket.create(key, bytes, None).await,
-                Some(etag) => bucket.update(key, bytes, etag).await,
+    /// Creates a claim. Storages are slow to refuse a create where many caches create at once, so the claim is looked for
+    /// meanwhile.
+    async fn create_claim(self: &Arc<Self>, key: &ObjectKey, record: &ClaimRecord) -> Written {
+        let (active, its_key, its_record) = (Arc::clone(self), key.clone(), record.clone());
+        let mut creating = tokio::spawn(async move {
+            let (bytes, began) = (its_record.to_bytes().into(), Instant::now());
+            let creating = active.settings.bucket.create(&its_key, bytes, None);
+            let silent = Err(BucketError::Silent(UpstreamFailure::Timeout));
+            let created = timeout(CREATE_TIMEOUT, creating).await.unwrap_or(silent);
+            active.record_claim("claim-put", &created, began);
+            written(created)
+        });
+        loop {
+            tokio::select! {
+                created = &mut creating => return created.unwrap_or(Written::Unknown),
+                () = sleep(CREATE_LOOK) => {}
             }
-        };
-        let silent = Err(BucketError::Silent(UpstreamFailure::Timeout));
-        let written = timeout(self.settings.wait_max, writing).await.unwrap_or(silent);
-        self.record_claim("claim-put", &written, began);
-        match written {
-            Ok(Some(etag)) => Written::Done(etag),
-            // Some storages report a claim that was deleted as absent.
-            Err(BucketError::Exists | BucketError::Absent) => Written::Refused,
-            Ok(None) | Err(_) => Written::Unknown,
+            let Look::Present {
+                etag,
+                record: Some(found),
+                ..
+            } = self.look(key).await
+            else {
+                continue;
+            };
+            if found.is_of(&self.claims.leases.me) {
+                return Written::Done(etag);
+            }
+            let (active, key) = (Arc::clone(self), key.clone());
+            tokio::spawn(async move {
+                // Created after all, when the other claim was gone.
+                if let Ok(Written::Done(_)) = creating.await {
+                    active.delete_of_claim(&key).await;
+                }
+            });
+            return Written::Refused;
         }
+    }
+
+    /// Writes a claim over the version `over`.
+    pub(super) async fn write_claim(&self, key: &ObjectKey, record: &ClaimRecord, over: &str) -> Written {
+        let (bytes, began) = (record.to_bytes().into(), Instant::now());
+        let writing = self.settings.bucket.update(key, bytes, over);
+        let silent = Err(BucketError::Silent(UpstreamFailure::Timeout));
+        let updated = timeout(self.settings.wait_max, writing).await.unwrap_or(silent);
+        self.record_claim("claim-put", &updated, began);
+        written(updated)
     }
 
     /// Deletes an object that belongs to a claim.
@@ -452,5 +498,14 @@ impl Active {
             }
             _ => {}
         }
+    }
+}
+
+fn written(result: Result<Option<String>, BucketError>) -> Written {
+    match result {
+        Ok(Some(etag)) => Written::Done(etag),
+        // Some storages report a claim that was deleted as absent.
+        Err(BucketError::Exists | BucketError::Absent) => Written::Refused,
+        Ok(None) | Err(_) => Written::Unknown,
     }
 }

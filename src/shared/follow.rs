@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
 use super::claim::{FollowStep, Followed, part_end, part_start};
@@ -17,6 +18,9 @@ use crate::oci::UpstreamFailure;
 
 /// Interval of looks at the claim.
 const LOOK: Duration = Duration::from_millis(200);
+
+/// Longest time before the first look. Each cache has its own, so that one of them asks for parts and the others see it.
+const STAGGER: Duration = Duration::from_millis(150);
 
 /// Parts that may be missing although they were published.
 const MISSING_MAX: u32 = 1;
@@ -35,6 +39,10 @@ pub struct Follower {
     began: Instant,
     is_first: bool,
     has_failed: bool,
+    /// Time until the next look.
+    pause: Duration,
+    /// The write that asks for parts.
+    asking: Option<JoinHandle<()>>,
 }
 
 /// A part, or the object itself, up to this byte.
@@ -62,6 +70,8 @@ impl Follower {
             began: Instant::now(),
             is_first: true,
             has_failed: false,
+            pause: STAGGER.mul_f64(active.claims.leases.me.share()),
+            asking: None,
         }
     }
 
@@ -128,13 +138,7 @@ impl Follower {
         if self.missing > MISSING_MAX {
             return Err(self.leave("missing parts"));
         }
-        if let Some(wanted) = self.followed.wanted().filter(|_| self.active.settings.write)
-            && let Some(etag) = self.memory.watching(|watch| watch.etag())
-        {
-            // Refused or not: the next look shows it.
-            let _ = self.active.write_claim(&self.claim, &wanted, Some(&etag)).await;
-        }
-        sleep(LOOK).await;
+        sleep(std::mem::replace(&mut self.pause, LOOK)).await;
         if self.active.reads.lock().breaker.open_since().is_some() {
             return Err(self.leave("bucket unavailable"));
         }
@@ -145,12 +149,31 @@ impl Follower {
             .memory
             .watching(|watch| followed.looked(look, position, watch, now))
         {
-            FollowStep::Read | FollowStep::Wait => Ok(()),
+            FollowStep::Read | FollowStep::Wait => {
+                self.ask();
+                Ok(())
+            }
             FollowStep::Gone => self.open_object().await,
             // The next entry takes over.
             FollowStep::Dead => Err(self.fail(None)),
             FollowStep::Stalled => Err(self.leave("no progress")),
             FollowStep::Invalid => Err(self.leave("invalid claim")),
+        }
+    }
+
+    /// Asks the owner for parts, unless they are wanted already. The next look shows whether it succeeded: a refusal may
+    /// take long.
+    fn ask(&mut self) {
+        let is_asking = self.asking.as_ref().is_some_and(|asking| !asking.is_finished());
+        let etag = self.memory.watching(|watch| watch.etag());
+        if let Some((wanted, etag)) = self.followed.wanted().zip(etag)
+            && self.active.settings.write
+            && !is_asking
+        {
+            let (active, claim) = (Arc::clone(&self.active), self.claim.clone());
+            self.asking = Some(tokio::spawn(async move {
+                let _ = active.write_claim(&claim, &wanted, &etag).await;
+            }));
         }
     }
 

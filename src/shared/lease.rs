@@ -109,12 +109,12 @@ impl Owner {
     async fn run(mut self) {
         let mut closing = self.active.claims.leases.closing();
         let mut publishing: Option<Publishing> = None;
-        let is_handed_over = loop {
+        let is_stored = loop {
             self.held.receive(self.arriving.received());
             let rest_until = match self.held.next(Instant::now()) {
                 HeldStep::Write(record, etag) => {
                     let began = Instant::now();
-                    let written = self.active.write_claim(&self.claim, &record, Some(&etag)).await;
+                    let written = self.active.write_claim(&self.claim, &record, &etag).await;
                     self.held.written(&record, written, began);
                     continue;
                 }
@@ -157,30 +157,35 @@ impl Owner {
                         Published::Ended => self.has_ended = true,
                     }
                 }
-                () = self.active.uploads.over(self.content), if is_stored => break false,
+                () = self.active.uploads.over(self.content), if is_stored => break true,
                 changed = self.phase.changed(), if !is_stored => if changed.is_err() {
                     break false;
                 },
-                () = async { drop(closing.wait_for(|is_closing| *is_closing).await) } => break true,
+                () = async { drop(closing.wait_for(|is_closing| *is_closing).await) } => break false,
             }
         };
-        drop(publishing);
-        self.release(is_handed_over).await;
+        self.release(is_stored, publishing).await;
     }
 
-    async fn release(self, is_handed_over: bool) {
-        if self.held.is_current(Instant::now()) {
-            self.active.delete_of_claim(&self.claim).await;
-        }
-        // The next owner writes the same parts.
-        if is_handed_over {
+    async fn release(mut self, is_stored: bool, publishing: Option<Publishing>) {
+        if !self.held.is_current(Instant::now()) {
             return;
+        }
+        self.active.delete_of_claim(&self.claim).await;
+        // Otherwise the next owner writes the same parts, perhaps already.
+        if !is_stored {
+            return;
+        }
+        // A part that is being uploaded would be left over.
+        if let Some(publishing) = publishing
+            && let Published::Until(until) = publishing.await
+        {
+            self.held.publish(until);
         }
         let (digest, mut start) = (self.content.digest(), 0);
         while start < self.held.published() {
-            self.active
-                .delete_of_claim(&ObjectKey::part(&digest, start))
-                .await;
+            let part = ObjectKey::part(&digest, start);
+            self.active.delete_of_claim(&part).await;
             start = part_end(start);
         }
     }

@@ -24,8 +24,10 @@ struct Faulty {
     inner: Arc<dyn ObjectStorage>,
     /// Writes of claims are denied.
     denies: bool,
-    /// Replies to creates are lost.
-    loses: bool,
+    /// Time until a create takes effect, and then until its reply arrives, which is that of the upload of a part too.
+    delays: (u64, u64),
+    /// Claims that were created.
+    created: Mutex<usize>,
 }
 
 impl Faulty {
@@ -54,10 +56,10 @@ impl ObjectStorage for Faulty {
     ) -> BucketFuture<'a, Option<String>> {
         Box::pin(async move {
             self.denied(key)?;
+            sleep(Duration::from_secs(self.delays.0)).await;
             let created = self.inner.create(key, bytes, media_type).await;
-            if self.loses {
-                sleep(Duration::from_secs(5)).await;
-            }
+            *self.created.lock() += usize::from(created.is_ok());
+            sleep(Duration::from_secs(self.delays.1)).await;
             created
         })
     }
@@ -79,7 +81,16 @@ impl ObjectStorage for Faulty {
     ) -> BucketFuture<'a, ()> {
         Box::pin(async move {
             self.denied(key)?;
-            self.inner.put(key, bytes, media_type).await
+            if !key.as_str().contains("/parts/") {
+                return self.inner.put(key, bytes, media_type).await;
+            }
+            // It takes effect even if nobody waits for it.
+            let (inner, key, delay) = (Arc::clone(&self.inner), key.clone(), self.delays.1);
+            let putting = tokio::spawn(async move {
+                sleep(Duration::from_secs(delay)).await;
+                inner.put(&key, bytes, None).await
+            });
+            putting.await.unwrap()
         })
     }
 
@@ -406,20 +417,75 @@ async fn blob_that_is_there_is_read_under_the_claim() {
     assert!(!exists(&bucket, ObjectKey::claim(&file.digest())).await);
 }
 
-#[tokio::test(start_paused = true)]
-async fn claim_won_too_late_is_deleted() {
-    let faulty = Arc::new(Faulty {
+fn slow_to_create(delays: (u64, u64)) -> Arc<Faulty> {
+    Arc::new(Faulty {
         inner: in_memory(),
         denies: false,
-        loses: true,
-    });
-    let (bucket, file) = (Arc::clone(&faulty) as Arc<dyn ObjectStorage>, File::new());
+        delays,
+        created: Mutex::default(),
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn claim_won_too_late_is_deleted() {
+    let (faulty, file) = (slow_to_create((5, 0)), File::new());
+    let bucket = Arc::clone(&faulty) as Arc<dyn ObjectStorage>;
     let (cache, began) = (cache(&bucket), Instant::now());
     let entered = enter(&cache, &file, &ClaimMemory::default()).await;
     assert!(matches!(entered, Entered::Alone) && began.elapsed() == WITHIN);
-    assert!(exists(&bucket, ObjectKey::claim(&file.digest())).await);
-    sleep(WITHIN).await;
-    assert!(!exists(&bucket, ObjectKey::claim(&file.digest())).await);
+    assert_eq!(*faulty.created.lock(), 0);
+    sleep(Duration::from_secs(6)).await;
+    let is_left = exists(&bucket, ObjectKey::claim(&file.digest())).await;
+    assert_eq!((*faulty.created.lock(), is_left), (1, false));
+}
+
+/// Some storages take seconds to refuse all but one of many simultaneous creates.
+#[tokio::test(start_paused = true)]
+async fn slow_reply_to_a_create_delays_nobody() {
+    let (bucket, file) = (slow_to_create((0, 5)) as Arc<dyn ObjectStorage>, File::new());
+    let caches = [cache(&bucket), cache(&bucket), cache(&bucket)];
+    let began = Instant::now();
+    let (one, two, three) = (
+        ClaimMemory::default(),
+        ClaimMemory::default(),
+        ClaimMemory::default(),
+    );
+    let entered = tokio::join!(
+        enter(&caches[0], &file, &one),
+        enter(&caches[1], &file, &two),
+        enter(&caches[2], &file, &three),
+    );
+    assert!(began.elapsed() < WITHIN / 2, "{:?}", began.elapsed());
+    let entered = [entered.0, entered.1, entered.2];
+    let count = |is: fn(&Entered) -> bool| entered.iter().filter(|entered| is(entered)).count();
+    assert_eq!(count(|entered| matches!(entered, Entered::Leads(_))), 1);
+    assert_eq!(count(|entered| matches!(entered, Entered::Follows(_))), 2);
+    sleep(Duration::from_secs(6)).await;
+    assert!(
+        exists(&bucket, ObjectKey::claim(&file.digest())).await,
+        "no late reply deletes it"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn part_on_its_way_is_deleted_too() {
+    let (bucket, file) = (slow_to_create((0, 2)) as Arc<dyn ObjectStorage>, File::new());
+    let lease = lead(&cache(&bucket), &file).await;
+    let _follower = follow(&cache(&bucket), &file, &ClaimMemory::default()).await;
+    let key = ObjectKey::claim(&file.digest());
+    let found = bucket.get(&key, 0).await.unwrap();
+    let (etag, mut body) = (found.info.etag.unwrap(), found.body);
+    let mut record = ClaimRecord::parse(&body.chunk().await.unwrap().unwrap()).unwrap();
+    record.wanted = true;
+    bucket
+        .update(&key, record.to_bytes().into(), &etag)
+        .await
+        .unwrap();
+    file.receive(SIZE);
+    sleep(Duration::from_secs(1)).await;
+    lease.stored();
+    sleep(Duration::from_secs(9)).await;
+    assert!(!exists(&bucket, key).await && !exists(&bucket, ObjectKey::part(&file.digest(), 0)).await);
 }
 
 #[tokio::test(start_paused = true)]
@@ -427,7 +493,8 @@ async fn denied_claims_switch_claims_off_and_nothing_else() {
     let faulty = Arc::new(Faulty {
         inner: in_memory(),
         denies: true,
-        loses: false,
+        delays: (0, 0),
+        created: Mutex::default(),
     });
     let (bucket, file) = (Arc::clone(&faulty) as Arc<dyn ObjectStorage>, File::new());
     let (cache, began) = (cache(&bucket), Instant::now());
