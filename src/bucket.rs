@@ -3,9 +3,11 @@
 //! A bucket holds bytes that several caches share, each object under a name made of its digest. It is trusted with
 //! nothing: whoever reads an object verifies its digest, and a deletion at any moment is safe.
 //!
+//! * `clock`: the storage's time of day.
 //! * `s3`: the API, over the crate `object_store`. `connector`: its HTTP client, which is that of upstreams. Both exist
 //!   only in builds with the feature `shared`.
 
+mod clock;
 #[cfg(feature = "shared")]
 mod connector;
 #[cfg(feature = "shared")]
@@ -22,6 +24,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use zeroize::Zeroizing;
+
+pub use self::clock::StorageClock;
 
 use crate::oci::{Digest, UpstreamFailure};
 use crate::upstream::{Origin, ProxyChoice, SettingsError, Transport};
@@ -270,6 +274,13 @@ impl ObjectKey {
         ObjectKey(format!("v1/probe/{:032x}", u128::from_be_bytes(*random)))
     }
 
+    /// A record of this class, with a name that reveals nothing.
+    pub fn record(class: &str, name: &[u8; 32]) -> ObjectKey {
+        let hex = Digest::Sha256(*name).hex();
+        let first = hex.get(..2).unwrap_or_default();
+        ObjectKey(format!("v1/records/{class}/{first}/{hex}"))
+    }
+
     fn of(kind: &str, digest: &Digest) -> ObjectKey {
         let hex = digest.hex();
         let first = hex.get(..2).unwrap_or_default();
@@ -370,6 +381,11 @@ pub trait ObjectStorage: Send + Sync {
 
     /// Deletes an object; there may be none.
     fn delete<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ()>;
+
+    /// The clock of the storage, if its responses have dates.
+    fn clock(&self) -> Option<&StorageClock> {
+        None
+    }
 }
 
 /// Size of the parts of an upload of `size` bytes.

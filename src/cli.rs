@@ -113,6 +113,16 @@ pub enum Shared {
         #[arg(long)]
         read_only: bool,
     },
+    /// Keys of the records (`key_file`)
+    #[command(subcommand)]
+    Key(SharedKey),
+}
+
+/// `ifnewer shared key`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
+pub enum SharedKey {
+    /// Print a fresh key, as a line of the file that `key_file` names
+    New,
 }
 
 /// `ifnewer config`.

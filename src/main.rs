@@ -15,6 +15,7 @@ use ifnewer::otlp;
 use ifnewer::process::{RunError, serve};
 use ifnewer::server::listener::InheritedSockets;
 use ifnewer::setup::{Applied, RootFs, SetupError};
+use ifnewer::shared::RecordKeys;
 use ifnewer::telemetry::Telemetry;
 use ifnewer::{admin, ca, cli, demo, doctor, setup, terminal};
 use listenfd::ListenFd;
@@ -80,6 +81,13 @@ fn main() -> ExitCode {
             Ok(root) => block_on(cmd_doctor(&config, &args, &root)),
             Err(refused) => fail(USAGE_ERROR, &refused),
         },
+        Command::Shared(cli::Shared::Key(cli::SharedKey::New)) => match RecordKeys::generate() {
+            Ok(key) => {
+                let _ = writeln!(terminal::stdout(false), "{}", *key);
+                ExitCode::SUCCESS
+            }
+            Err(error) => fail(FAILED, &error),
+        },
         Command::Shared(command) => match &config.shared {
             Some(shared) => block_on(cmd_shared(shared, command)),
             None => fail(USAGE_ERROR, &"no bucket is configured; set `bucket` in [shared]"),
@@ -111,6 +119,8 @@ fn main() -> ExitCode {
 async fn cmd_shared(shared: &SharedConfig, command: cli::Shared) -> ExitCode {
     let mut out = terminal::stdout(false);
     let is_usable = match command {
+        // Needs no bucket.
+        cli::Shared::Key(_) => Ok(true),
         cli::Shared::Policy { read_only } => {
             let text = cli::shared_storage::policy(shared, read_only);
             out.write_all(text.as_bytes()).map(|()| true)

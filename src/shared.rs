@@ -9,6 +9,7 @@
 //!   reads what another cache fetches.
 //! * `breaker`: when the bucket is not asked. `rate`: the cap of requests. `pace`: the minimum rate of a body. `upload`:
 //!   the queue of uploads.
+//! * `record`: what caches with one key tell each other beside the bytes.
 
 mod breaker;
 mod claim;
@@ -18,6 +19,7 @@ mod follow;
 mod lease;
 mod pace;
 mod rate;
+mod record;
 #[cfg(test)]
 mod tests;
 mod upload;
@@ -37,11 +39,16 @@ pub use self::claims::{ClaimMemory, Entered};
 pub use self::conditions::{Conditions, probe};
 pub use self::follow::Follower;
 pub use self::lease::{Arriving, ArrivingFuture, Lease};
+pub use self::record::{
+    CHILDREN_MAX, ContentState, Dated, KEYS_MAX, KeyFileError, PublicState, RecordKeys, RecordPlace,
+    RecordSettings, TagState, TagVariant,
+};
 
 use self::breaker::{Admission, Breaker, Outcome, Transition};
 use self::claims::{Claims, Leases};
 use self::pace::Pace;
 use self::rate::Rate;
+use self::record::Records;
 use self::upload::{Item, Mode, Uploads};
 use crate::bucket::{BucketError, Fault, Object, ObjectInfo, ObjectKey, ObjectStorage};
 use crate::oci::{Digest, UpstreamFailure};
@@ -63,6 +70,12 @@ const READ_TIMEOUT: Duration = Duration::from_secs(5);
 /// Objects that are not read and are remembered.
 const REFUSED_MAX: usize = 1024;
 
+/// How long a blob that the bucket was seen to have counts as present.
+const SEEN_PERIOD: Duration = Duration::from_secs(60);
+
+/// Blobs that the bucket was seen to have and are remembered.
+const SEEN_MAX: usize = 16_384;
+
 /// Settings of the shared storage.
 #[derive(Clone)]
 pub struct SharedSettings {
@@ -80,6 +93,8 @@ pub struct SharedSettings {
     pub keep: Duration,
     /// Concurrent uploads.
     pub uploads_max: usize,
+    /// Settings of the records; without them, only bytes are shared.
+    pub records: Option<RecordSettings>,
 }
 
 /// Content in the shared storage.
@@ -138,12 +153,15 @@ struct Active {
     rate: Mutex<Rate>,
     /// Objects that are not read.
     refused: Cache<ObjectKey, Refusal>,
+    /// Blobs that the bucket was seen to have.
+    seen: Cache<Digest, Instant>,
     /// The object whose body failed last, and the first byte that did not arrive.
     stalled: Mutex<Option<(ObjectKey, u64)>>,
     /// Bytes of all objects that were read.
     received: AtomicU64,
     uploads: Uploads,
     claims: Claims,
+    records: Option<Records>,
     /// Whether the storage keeps conditions, by the probe before the first upload.
     conditions: OnceCell<bool>,
     telemetry: Telemetry,
@@ -254,10 +272,14 @@ impl SharedStorage {
             if active.settings.claims {
                 active.probe_claims();
             }
+            tokio::spawn(record::work(Arc::clone(active)));
         }
         if let Some(previous) = self.active.swap(active) {
             for _ in 0..previous.uploads.close() {
                 metrics.record_upload("dropped");
+            }
+            if let Some(records) = &previous.records {
+                records.updates.close();
             }
         }
     }
@@ -281,6 +303,36 @@ impl SharedStorage {
     /// Reads this content completely, if it has at most `bytes_max` bytes.
     pub async fn read(&self, content: SharedContent, bytes_max: usize) -> Option<(Bytes, SharedObject)> {
         self.readable()?.read(content, bytes_max).await
+    }
+
+    /// Whether the bucket has this content. What it has is remembered for a minute, what it lacks is not.
+    pub async fn has(&self, content: SharedContent) -> bool {
+        self.had_lately(&content.digest()) || self.size_of(content).await.is_some()
+    }
+
+    /// Whether the bucket was seen to have a blob within a minute.
+    pub fn had_lately(&self, blob: &Digest) -> bool {
+        let active = self.active.load();
+        active.as_ref().is_some_and(|active| {
+            let seen_at = active.seen.get(blob);
+            seen_at.is_some_and(|at| at.elapsed() < SEEN_PERIOD)
+        })
+    }
+
+    /// Size of this content, if the bucket has it.
+    pub async fn size_of(&self, content: SharedContent) -> Option<u64> {
+        let (active, key) = (self.readable()?, content.key());
+        if !active.may_read(&key) {
+            return None;
+        }
+        let began = Instant::now();
+        let found = active.settings.bucket.head(&key).await;
+        active.record_read("head", &found, began.elapsed());
+        let found = found.ok()?;
+        if let SharedContent::Blob(digest) = content {
+            active.seen.insert(digest, Instant::now());
+        }
+        Some(found.size)
     }
 
     /// Reports that an object had wrong bytes. It is not read for an hour, and is replaced when the right bytes are
@@ -329,6 +381,10 @@ impl SharedStorage {
                 .uploads
                 .drained(|| active.writes_open_since().is_some())
                 .await;
+            if let Some(records) = &active.records {
+                let is_stopped = || active.writes_open_since().is_some();
+                records.updates.drained(is_stopped).await;
+            }
         }
     }
 
@@ -360,9 +416,11 @@ impl Active {
             writes: Mutex::default(),
             rate: Mutex::new(Rate::new(Instant::now())),
             refused: Cache::new(REFUSED_MAX),
+            seen: Cache::new(SEEN_MAX),
             stalled: Mutex::default(),
             received: AtomicU64::new(0),
             uploads: Uploads::default(),
+            records: settings.records.clone().map(Records::new),
             conditions: OnceCell::new(),
             telemetry,
             settings,

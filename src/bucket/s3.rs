@@ -16,12 +16,12 @@ use object_store::{
     PutMultipartOptions, PutOptions, PutPayload, RetryConfig, UpdateVersion,
 };
 use parking_lot::Mutex;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::connector::{Connector, EXCHANGE, Exchange};
 use super::{
     BucketCredential, BucketError, BucketFuture, BucketSettings, BucketSettingsError, Encryption, Object,
-    ObjectBody, ObjectChunk, ObjectInfo, ObjectKey, ObjectStorage, Upload,
+    ObjectBody, ObjectChunk, ObjectInfo, ObjectKey, ObjectStorage, StorageClock, Upload,
 };
 use crate::oci::UpstreamFailure;
 use crate::upstream::{PlainFailure, Transport};
@@ -38,6 +38,7 @@ pub(super) struct S3 {
     prefix: String,
     /// Limit of a read up to its first byte, and of a request without content.
     timeout: Duration,
+    clock: Arc<StorageClock>,
 }
 
 impl S3 {
@@ -81,6 +82,7 @@ impl S3 {
             store,
             prefix: prefix.to_owned(),
             timeout,
+            clock: Arc::default(),
         }
     }
 
@@ -94,7 +96,7 @@ impl S3 {
             range: (from > 0).then_some(GetRange::Offset(from)),
             ..GetOptions::default()
         };
-        let (result, date) = within(self.timeout, self.store.get_opts(&path, options)).await?;
+        let (result, date) = within(self.timeout, &self.clock, self.store.get_opts(&path, options)).await?;
         let info = info(&result.meta, &result.attributes, date);
         let left = result.range.end.saturating_sub(result.range.start);
         if result.range.start != from {
@@ -116,7 +118,7 @@ impl S3 {
             ..GetOptions::default()
         };
         let path = self.path(key);
-        let (result, date) = within(self.timeout, self.store.get_opts(&path, options)).await?;
+        let (result, date) = within(self.timeout, &self.clock, self.store.get_opts(&path, options)).await?;
         Ok(info(&result.meta, &result.attributes, date))
     }
 
@@ -137,7 +139,7 @@ impl S3 {
         };
         let path = self.path(key);
         let writing = self.store.put_opts(&path, PutPayload::from_bytes(bytes), options);
-        Ok(within(WRITE_TIMEOUT, writing).await?.0.e_tag)
+        Ok(within(WRITE_TIMEOUT, &self.clock, writing).await?.0.e_tag)
     }
 
     async fn begin_upload(&self, key: &ObjectKey) -> Result<Box<dyn Upload>, BucketError> {
@@ -145,14 +147,14 @@ impl S3 {
         let beginning = self
             .store
             .put_multipart_opts(&path, PutMultipartOptions::default());
-        let (upload, _) = within(WRITE_TIMEOUT, beginning).await?;
-        Ok(Box::new(Multipart(upload)))
+        let (upload, _) = within(WRITE_TIMEOUT, &self.clock, beginning).await?;
+        Ok(Box::new(Multipart(upload, Arc::clone(&self.clock))))
     }
 
     async fn remove(&self, key: &ObjectKey) -> Result<(), BucketError> {
         let one = futures_util::stream::iter([Ok(self.path(key))]).boxed();
         let deleting = self.store.delete_stream(one).try_collect::<Vec<_>>();
-        match within(self.timeout, deleting).await {
+        match within(self.timeout, &self.clock, deleting).await {
             Ok(_) | Err(BucketError::Absent) => Ok(()),
             Err(error) => Err(error),
         }
@@ -209,6 +211,10 @@ impl ObjectStorage for S3 {
     fn delete<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ()> {
         Box::pin(self.remove(key))
     }
+
+    fn clock(&self) -> Option<&StorageClock> {
+        Some(&self.clock)
+    }
 }
 
 fn with_credential(builder: AmazonS3Builder, credential: &BucketCredential) -> AmazonS3Builder {
@@ -253,11 +259,16 @@ fn with_credential(builder: AmazonS3Builder, credential: &BucketCredential) -> A
 /// Runs an operation with a time limit. Also returns the time of day at the storage, if it states one.
 async fn within<T>(
     limit: Duration,
+    clock: &StorageClock,
     operation: impl Future<Output = object_store::Result<T>>,
 ) -> Result<(T, Option<SystemTime>), BucketError> {
     let exchange = Arc::new(Mutex::new(Exchange::default()));
+    let sent = Instant::now();
     let done = timeout(limit, EXCHANGE.scope(Arc::clone(&exchange), operation)).await;
     let exchange = exchange.lock();
+    if let Some(date) = exchange.date {
+        clock.learn(date, sent, Instant::now());
+    }
     match done {
         Err(_) => Err(BucketError::Silent(UpstreamFailure::Timeout)),
         Ok(Ok(done)) => Ok((done, exchange.date)),
@@ -328,23 +339,23 @@ fn cause_of(error: &object_store::Error) -> UpstreamFailure {
 }
 
 /// A multipart upload.
-struct Multipart(Box<dyn MultipartUpload>);
+struct Multipart(Box<dyn MultipartUpload>, Arc<StorageClock>);
 
 impl Upload for Multipart {
     fn part(&mut self, bytes: Bytes) -> BucketFuture<'_, ()> {
         let part = self.0.put_part(PutPayload::from_bytes(bytes));
-        Box::pin(async move { within(WRITE_TIMEOUT, part).await.map(drop) })
+        Box::pin(async move { within(WRITE_TIMEOUT, &self.1, part).await.map(drop) })
     }
 
     fn complete(&mut self) -> BucketFuture<'_, ()> {
         Box::pin(async move {
             let completing = self.0.complete();
-            within(WRITE_TIMEOUT, completing).await.map(drop)
+            within(WRITE_TIMEOUT, &self.1, completing).await.map(drop)
         })
     }
 
     fn abort(&mut self) -> BucketFuture<'_, ()> {
-        Box::pin(async move { within(WRITE_TIMEOUT, self.0.abort()).await.map(drop) })
+        Box::pin(async move { within(WRITE_TIMEOUT, &self.1, self.0.abort()).await.map(drop) })
     }
 }
 

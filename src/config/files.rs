@@ -1,6 +1,7 @@
 //! Files that settings name: passwords, certificates, keys. Invalid ones are reported before any port is bound.
 
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use rustls_pki_types::CertificateDer;
@@ -32,6 +33,27 @@ pub(super) fn read(field: &File, report: &mut Report<'_>) -> Checked<Content> {
         Err(error) => format!("cannot read {}: {error}", path.display()),
     };
     Err(report.emit(&field.subject, message, ""))
+}
+
+/// Permission bits of group and others.
+const GROUP_OTHER_BITS: u32 = 0o077;
+
+/// As [`read`], for a file that only its owner may access.
+pub(super) fn read_private(field: &File, report: &mut Report<'_>) -> Checked<Content> {
+    let found = read(field, report)?;
+    if let Some((path, _)) = &found
+        && let Ok(mode) = std::fs::metadata(path).map(|metadata| metadata.permissions().mode())
+        && mode & GROUP_OTHER_BITS != 0
+    {
+        let message = format!(
+            "other users may access {} (mode {:04o})",
+            path.display(),
+            mode & 0o7777
+        );
+        let help = format!("run `chmod 600 {}`", path.display());
+        return Err(report.emit(&field.subject, message, help));
+    }
+    Ok(found)
 }
 
 fn read_limited(path: &Path) -> std::io::Result<Zeroizing<Vec<u8>>> {

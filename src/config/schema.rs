@@ -231,6 +231,7 @@ sections! {
         keep: Lifetime = r#""28d""#, "Age at which the bucket's lifecycle rule deletes objects. One that is read at more than half of it is written again.";
         first_byte_timeout: Timeout = r#""1s""#, "Time that a request for missing content waits for the bucket before it goes on to the upstream.";
         uploads_max: Count<64> = "3", "Maximum concurrent uploads. Each has a part of 8 MiB in memory.";
+        key_file: Option<FilePath>, "File with the key of the records, 64 hexadecimal digits; further lines are keys that are replaced or will be. With the same key, caches share which digest a tag names and which repositories are public, for outages. Only its owner may access the file. Unset: no records. Read again on SIGHUP.";
         encryption: EncryptionChoice = r#""bucket""#, "Encryption at rest: \"bucket\" (the default of the bucket), \"sse-s3\", or \"sse-kms\" with `kms_key`.";
         kms_key: Option<KmsKey>, "ARN or id of the key for \"sse-kms\".";
         ca_file: Option<FilePath>, "PEM certificates to trust for the storage in addition to the system's.";

@@ -13,6 +13,7 @@ use super::schema::Shared;
 use super::value::{ValueError, invalid};
 use super::{Proxy, Sources, files};
 use crate::bucket::{BucketCredential, BucketSettings, Encryption};
+use crate::shared::RecordKeys;
 use crate::upstream::ip_scope::IpScope;
 use crate::upstream::{Origin, ProxyChoice};
 
@@ -43,6 +44,8 @@ pub struct SharedConfig {
     pub keep: Duration,
     /// Concurrent uploads.
     pub uploads_max: usize,
+    /// Keys of the records; without them, only bytes are shared.
+    pub record_keys: Option<RecordKeys>,
 }
 
 /// `s3://name/prefix`.
@@ -141,6 +144,7 @@ pub(super) fn read(
     let credential = credential(&keys, &region, &environment, report);
     let encryption = encryption(&keys, report);
     let roots = files::roots(&keys.ca_file, report);
+    let record_keys = record_keys(&keys, report);
     let keep: Duration = keys.keep.get()?.into();
     if keep < KEEP_MIN {
         let message = format!(
@@ -170,6 +174,7 @@ pub(super) fn read(
         claims: keys.claims.get()?,
         keep,
         uploads_max: keys.uploads_max.get()?.0,
+        record_keys: record_keys?,
     }))
 }
 
@@ -181,6 +186,7 @@ fn without_bucket(keys: &Shared, report: &mut Report<'_>) -> Checked<Option<Shar
         keys.credentials_file.set(),
         keys.kms_key.set(),
         keys.ca_file.set(),
+        keys.key_file.set(),
         keys.write.set().filter(|_| matches!(keys.write.get(), Ok(false))),
         keys.claims
             .set()
@@ -291,6 +297,22 @@ fn is_on_link(host: &str) -> bool {
     match bare.parse::<IpAddr>() {
         Ok(address) => address.is_loopback() || CREDENTIAL_SERVICES.contains(&address),
         Err(_) => bare.eq_ignore_ascii_case("localhost"),
+    }
+}
+
+/// The keys of the records.
+fn record_keys(keys: &Shared, report: &mut Report<'_>) -> Checked<Option<RecordKeys>> {
+    let field = &keys.key_file;
+    let Some((_, bytes)) = files::read_private(field, report)? else {
+        return Ok(None);
+    };
+    let text = std::str::from_utf8(&bytes).unwrap_or("-");
+    match RecordKeys::parse(text) {
+        Ok(keys) => Ok(Some(keys)),
+        Err(error) => {
+            let help = "`ifnewer shared key new` prints a key; write a key a line, the one that signs first";
+            Err(report.emit(&field.subject, error.to_string(), help))
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use crate::download::Downloads;
 use crate::policy::rules::Rules;
 use crate::proxy::{self, ProxyService, RegistryStates, UpstreamRegistry};
 use crate::server::{Authenticator, PasswordCache, Router, ServingState, TunnelRules};
-use crate::shared::SharedSettings;
+use crate::shared::{RecordSettings, SharedSettings};
 use crate::store::Store;
 use crate::telemetry::{Telemetry, UpstreamRecord};
 use crate::upstream::TunnelDialer;
@@ -88,6 +88,10 @@ pub(super) fn shared_storage(
         wait_max: bucket.timeout,
         keep: configured.keep,
         uploads_max: configured.uploads_max,
+        records: configured.record_keys.clone().map(|keys| RecordSettings {
+            keys,
+            prefix: bucket.prefix.as_str().into(),
+        }),
     }))
 }
 

@@ -118,6 +118,7 @@ fn scripted(size: u64, bodies: Vec<Result<Script, BucketError>>) -> (Arc<Scripte
         wait_max: Duration::from_secs(1),
         keep: Duration::from_secs(1000),
         uploads_max: 1,
+        records: None,
     };
     (
         bucket,

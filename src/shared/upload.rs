@@ -237,7 +237,7 @@ pub(super) async fn work(active: Arc<Active>, store: AsyncStore) {
 }
 
 /// Waits until the bucket may be written to. Whether the upload is a probe; `None`: the queue was closed.
-async fn admitted(active: &Active) -> Option<bool> {
+pub(super) async fn admitted(active: &Active) -> Option<bool> {
     loop {
         let mut resumed = std::pin::pin!(active.uploads.resumed.notified());
         resumed.as_mut().enable();

@@ -33,6 +33,12 @@ struct ResultLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RecordLabels {
+    class: &'static str,
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct BucketLabels {
     bucket: Arc<str>,
 }
@@ -67,6 +73,7 @@ pub struct SharedMetrics {
     bytes: Family<DirectionLabels, Counter>,
     uploads: Family<ResultLabels, Counter>,
     uploads_waiting: Gauge<u64, AtomicU64>,
+    records: Family<RecordLabels, Counter>,
     wrong: Counter,
     up: Family<BucketLabels, Gauge<u64, AtomicU64>>,
     conditional: Family<BucketLabels, Gauge<u64, AtomicU64>>,
@@ -82,6 +89,7 @@ impl Default for SharedMetrics {
             bytes: Family::default(),
             uploads: Family::default(),
             uploads_waiting: Gauge::default(),
+            records: Family::default(),
             wrong: Counter::default(),
             up: Family::default(),
             conditional: Family::default(),
@@ -125,6 +133,11 @@ impl SharedMetrics {
     /// Sets the number of uploads that are queued or running.
     pub fn set_uploads_waiting(&self, uploads: u64) {
         self.uploads_waiting.set(uploads);
+    }
+
+    /// Counts a read or an update of a record by its result.
+    pub fn record_record(&self, class: &'static str, result: &'static str) {
+        self.records.get_or_create(&RecordLabels { class, result }).inc();
     }
 
     /// Counts an object with wrong bytes.
@@ -211,6 +224,11 @@ impl SharedMetrics {
             "Time that a follower of another cache's claim waited for its first byte",
             Unit::Seconds,
             self.follow_wait.clone(),
+        );
+        registry.register(
+            "shared_records",
+            "Reads and updates of records in the bucket, by class and result",
+            self.records.clone(),
         );
         registry.register(
             "shared_wrong_objects",

@@ -257,4 +257,45 @@ mod with_feature {
         let faults = told(&format!("bucket = \"s3://images\"\n{keys}"), &[]);
         assert!(faults.contains("no access key has"), "{faults}");
     }
+
+    #[test]
+    fn key_file_is_private_and_has_keys() {
+        use std::os::unix::fs::PermissionsExt;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let keys = format!("region = \"x\"\nkey_file = \"{}\"", file.path().display());
+        let whole = format!("bucket = \"s3://images\"\n{keys}");
+        let mode = |mode| std::fs::set_permissions(file.path(), PermissionsExt::from_mode(mode)).unwrap();
+        let key = "5e".repeat(32);
+        std::fs::write(file.path(), &key).unwrap();
+        for allowed in [0o600, 0o400] {
+            mode(allowed);
+            let config = shared(&keys, &KEY);
+            assert!(config.record_keys.is_some() && !format!("{config:?}").contains("5e5e"));
+        }
+        for readable in [0o644, 0o640, 0o606] {
+            mode(readable);
+            let faults = told(&whole, &KEY);
+            assert!(
+                faults.contains("4:12")
+                    && faults.contains("other users may access")
+                    && faults.contains("chmod 600"),
+                "{faults}"
+            );
+        }
+        mode(0o600);
+        for (text, message) in [
+            ("", "has no key"),
+            ("5e5e", "line 1 is not 64"),
+            ("\u{ff}", "line 1 is not 64"),
+        ] {
+            std::fs::write(file.path(), text).unwrap();
+            let faults = told(&whole, &KEY);
+            assert!(
+                faults.contains("4:12") && faults.contains(message) && !faults.contains("5e5e"),
+                "{faults}"
+            );
+        }
+        let faults = told(&keys, &KEY);
+        assert!(faults.contains("`[shared]` without `bucket`"), "{faults}");
+    }
 }

@@ -113,6 +113,7 @@ fn cache_with(bucket: Arc<dyn ObjectStorage>, write: bool) -> Arc<Active> {
         wait_max: WITHIN,
         keep: Duration::from_secs(1000),
         uploads_max: 1,
+        records: None,
     };
     let active = Arc::new(Active::new(settings, &Arc::default(), Telemetry::new()));
     active.conditions.set(true).unwrap();

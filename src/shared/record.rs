@@ -1,0 +1,18 @@
+//! Records: what caches with one key tell each other through the bucket, beside the bytes.
+//!
+//! The bucket decides nothing. A record is evidence, as if this cache had asked the upstream itself at that time.
+//!
+//! * `key`: names and seals. `state`: the content of records, and how two of them are merged.
+//! * `queue`: updates that wait. `exchange`: reads, and updates by compare-and-swap.
+
+mod exchange;
+mod key;
+mod queue;
+mod state;
+#[cfg(all(test, feature = "shared"))]
+mod tests;
+
+pub use self::exchange::{Dated, RecordPlace, RecordSettings};
+pub(super) use self::exchange::{Records, work};
+pub use self::key::{KEYS_MAX, KeyFileError, RecordKeys};
+pub use self::state::{CHILDREN_MAX, ContentState, PublicState, TagState, TagVariant};

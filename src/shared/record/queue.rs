@@ -1,0 +1,299 @@
+//! Queue of updates of records, one entry per record: an update that waits is merged with the next one.
+//!
+//! Nothing waits for an update, except a response to a write or a denial, for a moment. If the queue is full, the oldest
+//! entry is dropped: another confirmation brings it again.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use quick_cache::sync::Cache;
+use tokio::sync::Notify;
+
+use super::key::Class;
+use super::state::{ContentState, Merge, PublicState, TagState};
+use crate::oci::Repository;
+
+/// Entries in the queue.
+const QUEUED_MAX: usize = 4096;
+
+/// Records of which is remembered what the bucket has.
+const WRITTEN_MAX: usize = 16_384;
+
+/// A record.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(in crate::shared) struct RecordId {
+    pub(in crate::shared) class: Class,
+    /// Identity of the upstream.
+    pub(in crate::shared) upstream: Arc<str>,
+    pub(in crate::shared) repository: Repository,
+    /// Tag or digest; empty for the repository as a whole.
+    pub(in crate::shared) item: Arc<str>,
+}
+
+impl RecordId {
+    pub(in crate::shared) fn parts(&self) -> [&str; 3] {
+        [&self.upstream, self.repository.as_str(), &self.item]
+    }
+}
+
+/// What a record is to say. Times are those of this cache.
+#[derive(Clone, Debug, PartialEq)]
+pub(in crate::shared) enum Update {
+    Tag(TagState),
+    Content(ContentState),
+    Public(PublicState),
+}
+
+impl Update {
+    /// Whether a client waits for it: it ends what others would serve.
+    fn is_urgent(&self) -> bool {
+        match self {
+            Self::Tag(state) => state.variants.is_empty(),
+            Self::Content(state) => !state.is_present(),
+            Self::Public(state) => !state.is_public,
+        }
+    }
+
+    fn merge(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Tag(one), Self::Tag(two)) => Self::Tag(one.merge(two, u64::MAX)),
+            (Self::Content(one), Self::Content(two)) => Self::Content(one.merge(two, u64::MAX)),
+            (Self::Public(one), Self::Public(two)) => Self::Public(one.merge(two, u64::MAX)),
+            // Records of different classes have different ids.
+            (_, other) => other,
+        }
+    }
+
+    fn covers(&self, other: &Self, slack: u64) -> bool {
+        match (self, other) {
+            (Self::Tag(one), Self::Tag(two)) => one.covers(two, slack),
+            (Self::Content(one), Self::Content(two)) => one.covers(two, slack),
+            (Self::Public(one), Self::Public(two)) => one.covers(two, slack),
+            _ => false,
+        }
+    }
+}
+
+/// The queue.
+pub(in crate::shared) struct Updates {
+    state: Mutex<State>,
+    /// An entry was added, or the queue was closed.
+    added: Notify,
+    /// An entry was processed, or the queue was closed.
+    ended: Notify,
+    /// The last update of each record that the bucket is known to have.
+    written: Cache<RecordId, Update>,
+}
+
+#[derive(Default)]
+struct State {
+    order: VecDeque<RecordId>,
+    waiting: HashMap<RecordId, (Update, u32)>,
+    running: Option<RecordId>,
+    is_closed: bool,
+}
+
+impl Default for Updates {
+    fn default() -> Self {
+        Self {
+            state: Mutex::default(),
+            added: Notify::new(),
+            ended: Notify::new(),
+            written: Cache::new(WRITTEN_MAX),
+        }
+    }
+}
+
+impl Updates {
+    /// Adds an update, unless the bucket is known to say as much, up to `slack` seconds. Returns whether the oldest entry
+    /// was dropped for it.
+    pub(in crate::shared) fn push(&self, id: RecordId, update: Update, slack: u64) -> bool {
+        if self
+            .written
+            .get(&id)
+            .is_some_and(|written| written.covers(&update, slack))
+        {
+            return false;
+        }
+        self.enqueue(id, update, 0)
+    }
+
+    /// Adds an update again, after an attempt that failed.
+    pub(in crate::shared) fn push_again(&self, id: RecordId, update: Update, attempts: u32) -> bool {
+        self.enqueue(id, update, attempts)
+    }
+
+    fn enqueue(&self, id: RecordId, update: Update, attempts: u32) -> bool {
+        let mut state = self.state.lock();
+        if state.is_closed {
+            return false;
+        }
+        if let Some((waiting, _)) = state.waiting.get_mut(&id) {
+            *waiting = waiting.clone().merge(update);
+            return false;
+        }
+        let dropped = if state.order.len() >= QUEUED_MAX {
+            // Behind the urgent ones, the oldest is not the first.
+            let is_urgent = |id: &RecordId| {
+                state
+                    .waiting
+                    .get(id)
+                    .is_some_and(|(waiting, _)| waiting.is_urgent())
+            };
+            let oldest = state.order.iter().position(|id| !is_urgent(id)).unwrap_or(0);
+            state.order.remove(oldest)
+        } else {
+            None
+        };
+        if let Some(dropped) = &dropped {
+            state.waiting.remove(dropped);
+        }
+        if update.is_urgent() {
+            state.order.push_front(id.clone());
+        } else {
+            state.order.push_back(id.clone());
+        }
+        state.waiting.insert(id, (update, attempts));
+        drop(state);
+        self.added.notify_one();
+        dropped.is_some()
+    }
+
+    /// Takes the next entry, with the number of attempts that failed. `None`: the queue is closed.
+    pub(in crate::shared) async fn next(&self) -> Option<(RecordId, Update, u32)> {
+        loop {
+            let mut added = std::pin::pin!(self.added.notified());
+            added.as_mut().enable();
+            {
+                let mut state = self.state.lock();
+                if let Some(id) = state.order.pop_front()
+                    && let Some((update, attempts)) = state.waiting.remove(&id)
+                {
+                    state.running = Some(id.clone());
+                    return Some((id, update, attempts));
+                }
+                if state.is_closed {
+                    return None;
+                }
+            }
+            added.await;
+        }
+    }
+
+    /// Ends the entry that was taken. `written`: what the bucket is known to have now.
+    pub(in crate::shared) fn end(&self, id: RecordId, written: Option<Update>) {
+        match written {
+            Some(update) => self.written.insert(id, update),
+            None => drop(self.written.remove(&id)),
+        }
+        self.state.lock().running = None;
+        self.ended.notify_waiters();
+    }
+
+    /// Waits until nothing waits for this record.
+    pub(in crate::shared) async fn settled(&self, id: &RecordId) {
+        self.until(|state| !state.waiting.contains_key(id) && state.running.as_ref() != Some(id))
+            .await;
+    }
+
+    /// Waits until nothing is waiting or running, or until `is_stopped`.
+    pub(in crate::shared) async fn drained(&self, is_stopped: impl Fn() -> bool) {
+        self.until(|state| is_stopped() || state.order.is_empty() && state.running.is_none())
+            .await;
+    }
+
+    async fn until(&self, is_reached: impl Fn(&State) -> bool) {
+        loop {
+            let mut ended = std::pin::pin!(self.ended.notified());
+            ended.as_mut().enable();
+            {
+                let state = self.state.lock();
+                if state.is_closed || is_reached(&state) {
+                    return;
+                }
+            }
+            ended.await;
+        }
+    }
+
+    /// Drops the queue and lets its task end. Returns how many entries were dropped.
+    pub(in crate::shared) fn close(&self) -> usize {
+        let mut state = self.state.lock();
+        state.is_closed = true;
+        state.waiting.clear();
+        let dropped = std::mem::take(&mut state.order).len();
+        drop(state);
+        self.added.notify_waiters();
+        self.ended.notify_waiters();
+        dropped
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+
+    fn id(number: usize) -> RecordId {
+        RecordId {
+            class: Class::Public,
+            upstream: "https://registry".into(),
+            repository: format!("team/demo{number}").parse().unwrap(),
+            item: "".into(),
+        }
+    }
+
+    fn public(at: u64) -> Update {
+        Update::Public(PublicState { at, is_public: true })
+    }
+
+    #[tokio::test]
+    async fn waiting_updates_of_a_record_are_one() {
+        let updates = Updates::default();
+        for at in [5, 7, 6] {
+            updates.push(id(1), public(at), 60);
+        }
+        assert_eq!(updates.next().await, Some((id(1), public(7), 0)));
+        updates.end(id(1), Some(public(7)));
+        updates.push(id(1), public(67), 60);
+        assert!(
+            updates.state.lock().order.is_empty(),
+            "the bucket has it, up to 60 s"
+        );
+        updates.push(id(1), public(68), 60);
+        assert_eq!(updates.next().await, Some((id(1), public(68), 0)));
+        updates.end(id(1), None);
+        updates.push(id(1), public(68), 60);
+        assert!(
+            updates.next().await.is_some(),
+            "it is not known what the bucket has"
+        );
+    }
+
+    #[tokio::test]
+    async fn full_queue_of_updates_drops_the_oldest() {
+        let updates = Updates::default();
+        for number in 0..QUEUED_MAX {
+            assert!(!updates.push(id(number), public(1), 0));
+        }
+        assert!(updates.push(id(QUEUED_MAX), public(1), 0));
+        assert_eq!(updates.next().await.unwrap().0, id(1));
+        assert_eq!(updates.close(), QUEUED_MAX - 1);
+        assert_eq!(updates.next().await, None);
+        assert!(!updates.push(id(1), public(2), 0));
+    }
+
+    #[tokio::test]
+    async fn settled_waits_for_its_own_record() {
+        let updates = Updates::default();
+        updates.settled(&id(1)).await;
+        updates.push(id(1), public(1), 0);
+        updates.push(id(2), public(1), 0);
+        let taken = updates.next().await.unwrap().0;
+        let ended = async { updates.end(taken.clone(), None) };
+        tokio::join!(updates.settled(&taken), ended);
+        let (other, closed) = (id(2), async { updates.close() });
+        tokio::join!(updates.settled(&other), closed);
+    }
+}

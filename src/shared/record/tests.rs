@@ -1,0 +1,382 @@
+//! Tests of the exchange of records, over a bucket in memory with a clock of its own. Time is paused.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests may fail loudly")]
+
+use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::time::{Instant, advance};
+
+use super::key::Class;
+use super::queue::{RecordId, Update};
+use super::*;
+use crate::bucket::{
+    BucketFuture, Object, ObjectInfo, ObjectKey, ObjectStorage, StorageClock, Upload, in_memory,
+};
+use crate::oci::{Algorithm, Digest, Tag};
+use crate::shared::{Active, SharedSettings};
+use crate::telemetry::Telemetry;
+
+/// Time at the storage when it is made.
+const START: u64 = 1_000_000;
+
+/// A bucket in memory.
+struct Timed {
+    inner: Arc<dyn ObjectStorage>,
+    /// A clock for each cache, as each learns by its own responses.
+    clock: StorageClock,
+    started: Instant,
+    /// What others write before the next writes of this cache.
+    interlopers: Mutex<Vec<(ObjectKey, Option<Bytes>)>>,
+    writes: Mutex<usize>,
+}
+
+impl Timed {
+    fn tick(&self) {
+        let now = Instant::now();
+        let date = UNIX_EPOCH + Duration::from_secs(START) + (now - self.started);
+        // A `Date` has no fraction.
+        let date = UNIX_EPOCH + Duration::from_secs(date.duration_since(UNIX_EPOCH).unwrap().as_secs());
+        self.clock.learn(date, now, now);
+    }
+
+    async fn interlope(&self) {
+        *self.writes.lock() += 1;
+        let next = self.interlopers.lock().pop();
+        match next {
+            Some((key, Some(bytes))) => self.inner.put(&key, bytes, None).await.unwrap(),
+            Some((key, None)) => self.inner.delete(&key).await.unwrap(),
+            None => {}
+        }
+    }
+}
+
+impl ObjectStorage for Timed {
+    fn get<'a>(&'a self, key: &'a ObjectKey, from: u64) -> BucketFuture<'a, Object> {
+        self.tick();
+        self.inner.get(key, from)
+    }
+
+    fn head<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ObjectInfo> {
+        self.inner.head(key)
+    }
+
+    fn create<'a>(
+        &'a self,
+        key: &'a ObjectKey,
+        bytes: Bytes,
+        media_type: Option<&'a str>,
+    ) -> BucketFuture<'a, Option<String>> {
+        Box::pin(async move {
+            self.interlope().await;
+            self.inner.create(key, bytes, media_type).await
+        })
+    }
+
+    fn update<'a>(
+        &'a self,
+        key: &'a ObjectKey,
+        bytes: Bytes,
+        etag: &'a str,
+    ) -> BucketFuture<'a, Option<String>> {
+        Box::pin(async move {
+            self.interlope().await;
+            self.inner.update(key, bytes, etag).await
+        })
+    }
+
+    fn put<'a>(
+        &'a self,
+        key: &'a ObjectKey,
+        bytes: Bytes,
+        media_type: Option<&'a str>,
+    ) -> BucketFuture<'a, ()> {
+        self.inner.put(key, bytes, media_type)
+    }
+
+    fn upload<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, Box<dyn Upload>> {
+        self.inner.upload(key)
+    }
+
+    fn delete<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ()> {
+        self.inner.delete(key)
+    }
+
+    fn clock(&self) -> Option<&StorageClock> {
+        Some(&self.clock)
+    }
+}
+
+struct Cache {
+    bucket: Arc<Timed>,
+    active: Arc<Active>,
+}
+
+impl Cache {
+    fn over(inner: &Arc<dyn ObjectStorage>, digit: &str, prefix: &str, started: Instant) -> Cache {
+        let bucket = Arc::new(Timed {
+            inner: Arc::clone(inner),
+            clock: StorageClock::default(),
+            started,
+            interlopers: Mutex::default(),
+            writes: Mutex::default(),
+        });
+        let keys: Vec<String> = digit.split(',').map(|digit| digit.repeat(64)).collect();
+        let settings = SharedSettings {
+            bucket: Arc::clone(&bucket) as Arc<dyn ObjectStorage>,
+            name: "s3://images".into(),
+            write: true,
+            keep: Duration::from_secs(28 * 24 * 3600),
+            uploads_max: 1,
+            claims: false,
+            wait_max: Duration::from_secs(1),
+            records: Some(RecordSettings {
+                keys: RecordKeys::parse(&keys.join("\n")).unwrap(),
+                prefix: prefix.into(),
+            }),
+        };
+        let active = Arc::new(Active::new(settings, &Arc::default(), Telemetry::new()));
+        Cache { bucket, active }
+    }
+
+    fn names(&self, id: &RecordId) -> Vec<ObjectKey> {
+        let records = self.active.settings.records.as_ref().unwrap();
+        records.keys.names(id.class, &id.parts())
+    }
+
+    /// Records that the tag named this digest at this moment.
+    async fn confirms(&self, number: u8) -> &'static str {
+        let time = (Instant::now() - self.bucket.started).as_secs() + 1;
+        self.confirmed(number, time).await
+    }
+
+    async fn confirmed(&self, number: u8, time: u64) -> &'static str {
+        let state = TagState::naming(variant(number)).at(time);
+        self.active.update_of(&tag(), Update::Tag(state)).await.unwrap()
+    }
+
+    async fn digest(&self) -> Option<(Digest, Duration)> {
+        let found = self.active.read_tag(&tag()).await?;
+        let newest = found.state.variants.first()?;
+        Some((newest.digest, found.age(newest.at)))
+    }
+}
+
+fn digest(number: u8) -> Digest {
+    Digest::of(Algorithm::Sha256, &[number])
+}
+
+fn variant(number: u8) -> TagVariant {
+    TagVariant {
+        accept: 7,
+        digest: digest(number),
+        media_type: "application/vnd.oci.image.manifest.v1+json".parse().unwrap(),
+        accepts_indexes: true,
+        at: 0,
+    }
+}
+
+fn tag() -> RecordId {
+    let tag: Tag = "latest".parse().unwrap();
+    RecordId {
+        class: Class::Tag,
+        upstream: "https://registry-1.docker.io".into(),
+        repository: "library/demo".parse().unwrap(),
+        item: tag.as_str().into(),
+    }
+}
+
+fn caches(keys: [&str; 2], prefixes: [&str; 2]) -> [Cache; 2] {
+    let (inner, now) = (in_memory(), Instant::now());
+    let [a, b] =
+        [0, 1].map(|at: usize| Cache::over(&inner, keys.get(at).unwrap(), prefixes.get(at).unwrap(), now));
+    [a, b]
+}
+
+#[tokio::test(start_paused = true)]
+async fn record_of_one_cache_is_read_by_another() {
+    let [a, b] = caches(["a", "a"], ["p", "p"]);
+    assert_eq!(b.digest().await, None);
+    assert_eq!(a.confirms(1).await, "written");
+    advance(Duration::from_millis(90_500)).await;
+    let (found, age) = b.digest().await.unwrap();
+    assert_eq!(found, digest(1));
+    assert!((91..=93).contains(&age.as_secs()), "{age:?}: rounded up");
+    assert_eq!(a.confirms(1).await, "known", "renewed after five minutes only");
+    advance(Duration::from_secs(300)).await;
+    assert_eq!(b.confirms(1).await, "written");
+    assert!(a.digest().await.unwrap().1 < Duration::from_secs(4));
+}
+
+#[tokio::test(start_paused = true)]
+async fn slow_cache_brings_no_earlier_digest_back() {
+    let [a, b] = caches(["a", "a"], ["p", "p"]);
+    assert_eq!(a.confirms(1).await, "written");
+    let earlier = (Instant::now() - a.bucket.started).as_secs() + 1;
+    advance(Duration::from_secs(60)).await;
+    assert_eq!(b.confirms(2).await, "written");
+    assert_eq!(a.confirmed(1, earlier).await, "superseded");
+    assert_eq!(a.digest().await.unwrap().0, digest(2));
+}
+
+/// The one bad interleaving: another cache writes a later digest between the read and the write.
+#[tokio::test(start_paused = true)]
+async fn write_between_read_and_swap_is_not_lost() {
+    for is_new in [true, false] {
+        let [a, b] = caches(["a", "a"], ["p", "p"]);
+        let earlier = (Instant::now() - a.bucket.started).as_secs() + 1;
+        if !is_new {
+            a.confirms(3).await;
+        }
+        advance(Duration::from_secs(60)).await;
+        b.confirms(2).await;
+        let key = b.names(&tag()).remove(0);
+        let later = b.bucket.inner.get(&key, 0).await.unwrap();
+        let later = collect(later).await;
+        b.bucket.inner.delete(&key).await.unwrap();
+        if !is_new {
+            a.confirmed(3, earlier).await;
+        }
+        a.bucket.interlopers.lock().push((key, Some(later)));
+        let time = earlier + 1;
+        assert_eq!(a.confirmed(1, time).await, "superseded", "{is_new}");
+        assert_eq!(a.digest().await.unwrap().0, digest(2), "{is_new}");
+    }
+}
+
+async fn collect(mut object: Object) -> Bytes {
+    let mut bytes = Vec::new();
+    while let Some(chunk) = object.body.chunk().await {
+        bytes.extend_from_slice(&chunk.unwrap());
+    }
+    bytes.into()
+}
+
+#[tokio::test(start_paused = true)]
+async fn swap_gives_up_after_four_losses() {
+    let [a, b] = caches(["a", "a"], ["p", "p"]);
+    let key = a.names(&tag()).remove(0);
+    // Each write finds that the object has appeared or disappeared.
+    b.confirms(2).await;
+    let theirs = collect(b.bucket.inner.get(&key, 0).await.unwrap()).await;
+    let (there, gone) = ((key.clone(), Some(theirs)), (key.clone(), None));
+    a.bucket
+        .interlopers
+        .lock()
+        .extend([there.clone(), gone.clone(), there, gone]);
+    advance(Duration::from_secs(10)).await;
+    assert_eq!(a.confirms(1).await, "lost");
+    assert_eq!(*a.bucket.writes.lock(), 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn forged_moved_and_foreign_records_are_absent() {
+    let [a, b] = caches(["a", "a"], ["p", "p"]);
+    a.confirms(1).await;
+    let key = a.names(&tag()).remove(0);
+    let sealed = collect(a.bucket.inner.get(&key, 0).await.unwrap()).await;
+    // Under the name of another tag.
+    let mut other = tag();
+    other.item = "other".into();
+    let moved = a.names(&other).remove(0);
+    a.bucket.inner.put(&moved, sealed.clone(), None).await.unwrap();
+    assert!(b.active.read_tag(&other).await.is_none());
+    // Another prefix or another key.
+    let inner = &a.bucket.inner;
+    for (digit, prefix) in [("a", "q"), ("b", "p")] {
+        let foreign = Cache::over(inner, digit, prefix, a.bucket.started);
+        let name = foreign.names(&tag()).remove(0);
+        inner.put(&name, sealed.clone(), None).await.unwrap();
+        assert_eq!(foreign.digest().await, None, "{digit} {prefix}");
+        assert_eq!(foreign.confirms(2).await, "written", "what is forged is replaced");
+        inner.put(&key, sealed.clone(), None).await.unwrap();
+    }
+    for garbage in [
+        Vec::new(),
+        b"{}".to_vec(),
+        sealed.slice(1..).to_vec(),
+        vec![b'x'; 10 * 1024 * 1024],
+    ] {
+        inner.put(&key, garbage.into(), None).await.unwrap();
+        assert_eq!(b.digest().await, None);
+    }
+    assert_eq!(b.confirms(1).await, "written");
+    assert!(b.digest().await.is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn key_is_replaced_while_caches_run() {
+    // One cache signs with the new key, the other still with the old one.
+    let [a, b] = caches(["a,b", "b,a"], ["p", "p"]);
+    a.confirms(1).await;
+    assert_eq!(b.digest().await.unwrap().0, digest(1));
+    advance(Duration::from_secs(10)).await;
+    b.confirms(2).await;
+    assert_eq!(a.digest().await.unwrap().0, digest(2), "the later of both");
+    advance(Duration::from_secs(10)).await;
+    a.confirms(3).await;
+    assert_eq!(b.digest().await.unwrap().0, digest(3));
+}
+
+#[tokio::test(start_paused = true)]
+async fn record_from_the_future_counts_as_old() {
+    let [a, b] = caches(["a", "a"], ["p", "p"]);
+    assert_eq!(
+        a.confirmed(1, 3600).await,
+        "written",
+        "the storage's clock was ahead"
+    );
+    let (_, age) = b.digest().await.unwrap();
+    assert!(age > Duration::from_secs(START), "{age:?}");
+    assert_eq!(b.confirms(2).await, "written");
+    assert_eq!(a.digest().await.unwrap().0, digest(2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn deletion_creates_no_record_and_ends_one() {
+    let [a, b] = caches(["a", "a"], ["p", "p"]);
+    let delete = async |time| {
+        let state = TagState::unnamed(1).at(time);
+        a.active.update_of(&tag(), Update::Tag(state)).await.unwrap()
+    };
+    assert_eq!(delete(1).await, "not-needed");
+    a.confirms(1).await;
+    advance(Duration::from_secs(5)).await;
+    assert_eq!(delete(5).await, "written");
+    assert_eq!(b.digest().await, None);
+    let denied = Update::Public(PublicState {
+        at: 6,
+        is_public: false,
+    });
+    let mut id = tag();
+    (id.class, id.item) = (Class::Public, "".into());
+    assert_eq!(a.active.update_of(&id, denied).await.unwrap(), "not-needed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn storage_without_conditions_gets_content_records_only() {
+    let [a, _] = caches(["a", "a"], ["p", "p"]);
+    a.confirms(1).await;
+    a.active.conditions.set(false).unwrap();
+    assert_eq!(a.digest().await, None, "it may be an earlier one");
+    let records = a.active.records.as_ref().unwrap();
+    tokio::spawn(work(Arc::clone(&a.active)));
+    let (mut content, before) = (tag(), *a.bucket.writes.lock());
+    (content.class, content.item) = (Class::Content, digest(1).to_string().into());
+    records
+        .updates
+        .push(tag(), Update::Tag(TagState::naming(variant(2)).at(5)), 0);
+    let seen = ContentState {
+        at: 5,
+        deleted_at: 0,
+        children: [digest(9)].into(),
+    };
+    records
+        .updates
+        .push(content.clone(), Update::Content(seen.clone()), 0);
+    records.updates.drained(|| false).await;
+    assert_eq!(*a.bucket.writes.lock(), before + 1);
+    let found: Dated<ContentState> = a.active.read_of(&content).await.unwrap();
+    assert_eq!(found.state.children, seen.children);
+}
