@@ -11,7 +11,7 @@
 //! * `evidence`: cached manifests that may be served; a read error is logged and counts as a miss.
 //! * `manifest_fetch`: manifest `GET`, verification and storage. `source`: the upstream as a download source.
 //!   `layer_probe`: availability of missing layers.
-//! * `shared_read`: which requests may read the shared storage.
+//! * `shared_read`: which requests may read the shared storage. `shared_records`: records there, written and read.
 //! * `grants`: grants and denials from upstream responses. `possession`: proof by bytes where a `HEAD` proves
 //!   nothing. `local_tokens`: tokens issued while the token service is unavailable.
 //! * `api_challenge`: the registry's `/v2/` challenge. `challenge_template`: the 401 returned in an outage.
@@ -49,6 +49,7 @@ mod registry;
 mod revalidate;
 mod scheduled_refresh;
 mod shared_read;
+mod shared_records;
 mod source;
 mod storage_age;
 mod streamed_list;
@@ -114,6 +115,7 @@ pub struct ProxyService {
     attestations: attestations::Attestations,
     confirmed_referrers: referrers::ConfirmedReferrers,
     denials: grants::RecentDenials,
+    noted_content: shared_records::NotedContent,
     local_tokens: local_tokens::LocalTokens,
     revalidations: SingleFlight<manifest_fetch::CoalesceKey, Arc<UpstreamResponse>>,
     /// The flag says whether the response is stored. It is part of the key, because the same caller may obtain a
@@ -323,6 +325,7 @@ impl ProxyService {
             attestations: attestations::Attestations::default(),
             confirmed_referrers: referrers::ConfirmedReferrers::default(),
             denials: grants::RecentDenials::default(),
+            noted_content: shared_records::NotedContent::default(),
             local_tokens: local_tokens::LocalTokens::default(),
             revalidations: SingleFlight::default(),
             lists: SingleFlight::default(),

@@ -236,6 +236,12 @@ impl Upstream {
         Arc::clone(&self.0.name)
     }
 
+    /// Identity of the registry, whatever its name here: its URLs in their order, with their repository prefixes.
+    pub fn identity(&self) -> String {
+        let urls: Vec<_> = self.0.urls.iter().map(ToString::to_string).collect();
+        urls.join(" ")
+    }
+
     /// Identifies the settings that affect responses. Requests are coalesced only between callers with equal ids.
     pub fn settings_id(&self) -> (u64, u64) {
         let own = self

@@ -12,6 +12,7 @@ use super::manifest_fetch::UpstreamRequest;
 use super::pipeline::{ReadContext, denied, denied_after};
 use super::possession::Sample;
 use super::revalidate::Revalidated;
+use super::shared_records::is_served_stale;
 use super::source::UpstreamSource;
 use super::{BlobBody, ProxyResponse, Request, ServeInfo, ServeReason, passthrough};
 use crate::download::{AHEAD_BYTES_MAX, DownloadError, JoinOptions, Joined, Reader, WITHHELD_BYTES};
@@ -21,6 +22,7 @@ use crate::policy::{
     MissReason, Revalidation, decide,
 };
 use crate::queue::{AcquireError, Class, Demand};
+use crate::shared::SharedContent;
 use crate::upstream::UpstreamResponse;
 
 /// Joins after a leader failed on its own authorization. Each retry may become the leader.
@@ -52,6 +54,42 @@ impl ReadContext<'_> {
             AnyDigest::Supported(digest) => *digest,
             AnyDigest::Unsupported(_) => return Box::pin(self.fetch_uncached(u64::MAX)).await,
         };
+        if self.proxy.shared.has_records() {
+            // Boxed, so that the future of all other requests stays small.
+            return Box::pin(self.blob_with_records(digest)).await;
+        }
+        self.blob_of_upstream(digest).await
+    }
+
+    /// The response from the shared storage if the upstream is unavailable and other caches have seen the blob.
+    async fn blob_with_records(&self, digest: Digest) -> ProxyResponse {
+        if let Some(cause) = self.known_outage()
+            && let Some(recorded) = self.recorded_blob(digest, cause).await
+        {
+            return recorded;
+        }
+        let outcome = self.blob_of_upstream(digest).await;
+        let is_stale = is_served_stale(&outcome);
+        if is_stale && self.is_revoked_elsewhere().await {
+            let read = ReadContext::new(self.proxy, self.request, self.repository).await;
+            return read.blob_of_upstream(digest).await;
+        }
+        match self.outage(&outcome) {
+            Some(cause) => self.recorded_blob(digest, cause).await.unwrap_or(outcome),
+            None => outcome,
+        }
+    }
+
+    async fn recorded_blob(&self, digest: Digest, cause: UpstreamFailure) -> Option<ProxyResponse> {
+        if !self.is_permitted_by_records().await {
+            return None;
+        }
+        // The grants may have changed.
+        let read = ReadContext::new(self.proxy, self.request, self.repository).await;
+        BlobRequest { read: &read, digest }.serve_recorded(cause).await
+    }
+
+    async fn blob_of_upstream(&self, digest: Digest) -> ProxyResponse {
         let blob_request = BlobRequest { read: self, digest };
         if self.has_no_grant() {
             return Box::pin(blob_request.authorize_first()).await;
@@ -133,6 +171,49 @@ impl BlobRequest<'_> {
         self.read
             .state(ContentKind::Blob, cached, is_in_repository)
             .with_blocked(self.blocked(digest))
+    }
+
+    /// Serves the blob without the upstream, which is unavailable: from the store or from the shared storage. `None`: it
+    /// is not served.
+    async fn serve_recorded(&self, cause: UpstreamFailure) -> Option<ProxyResponse> {
+        let (cached, is_in_repository) = self.cached_content().await;
+        // As a cached copy, because the shared storage has it.
+        let state = self
+            .state(true, is_in_repository)
+            .with_revalidation(Revalidation::Unavailable(cause));
+        let Decision::Serve(served) = decide(&state) else {
+            return None;
+        };
+        if let Some((content, size)) = cached {
+            return Some(self.serve(content, size, served));
+        }
+        let content = SharedContent::Blob(self.digest);
+        if self.request.head {
+            let size = self.proxy.shared.size_of(content).await?;
+            return Some(self.respond(BlobBody::Head, Some(size), ServeReason::Shared));
+        }
+        if !self.proxy.shared.has(content).await {
+            return None;
+        }
+        let (upstream_request, options) = (self.upstream_request(), self.options());
+        let joining = self
+            .proxy
+            .downloads
+            .join(self.digest, upstream_request.requester(), options);
+        let (reader, reason) = match joining.await {
+            Joined::Leader(leader) => {
+                let source = UpstreamSource::new(self.proxy, upstream_request, self.digest);
+                let source = source.for_leader(&leader).with_permitted_shared();
+                (leader.start(source), ServeReason::Shared)
+            }
+            Joined::Follower { reader, .. } => (reader, ServeReason::Collapsed),
+            Joined::Cached(cached) => {
+                let size = cached.size;
+                return Some(self.respond(BlobBody::File(cached), Some(size), ServeReason::Collapsed));
+            }
+        };
+        let leads = reason == ServeReason::Shared;
+        self.read(reader, reason, &state, leads).await.ok()
     }
 
     /// For a caller without a grant: see [`ReadContext::has_no_grant`].

@@ -427,7 +427,11 @@ impl CacheView<'_> {
     }
 
     pub(super) fn is_complete(&self, manifest: &StoredManifest) -> bool {
-        let arriving = |digest: &Digest| self.is_arriving(digest);
+        let shared = &self.proxy.shared;
+        // In an outage, the shared storage was seen to have it a moment ago.
+        let arriving = |digest: &Digest| {
+            self.is_arriving(digest) || (shared.had_lately(digest) && self.is_member(digest))
+        };
         self.view
             .is_image_complete(self.registry.name(), self.repository, manifest, &arriving)
     }

@@ -197,6 +197,7 @@ impl ProxyService {
                     .await;
                 if !self.is_superseded(&self.anonymous_grant_key(registry, repository), sent_at) {
                     self.set_public(registry, repository, Some(at), guard).await;
+                    self.note_public(registry, repository, true, sent_at).await;
                 }
             }
         } else {
@@ -251,10 +252,13 @@ impl ProxyService {
                 .lock(repository_key(registry, repository))
                 .await;
             let key = self.anonymous_grant_key(registry, repository);
-            self.denials.denied_at.insert(key, Instant::now());
+            let now = Instant::now();
+            self.denials.denied_at.insert(key, now);
             if self.public_since(registry, repository).await.is_some() {
                 self.set_public(registry, repository, None, guard).await;
             }
+            // Before the client gets the denial, as on the disk.
+            self.note_public(registry, repository, false, now).await;
             return;
         }
         let account = self.account(registry, repository, upstream_request.client_credential());
@@ -375,6 +379,56 @@ impl ProxyService {
     fn is_superseded(&self, key: &GrantKey, sent_at: Instant) -> bool {
         let last = self.denials.denied_at.get(key);
         last.is_some_and(|revalidation| revalidation >= sent_at)
+    }
+
+    /// Takes over the record of another cache that the repository is public, as a mark of age `marked`, unless the
+    /// upstream denied this here since the record, which has age `age`.
+    pub(super) async fn import_public_mark(
+        self: &Arc<Self>,
+        registry: &Arc<UpstreamRegistry>,
+        repository: &Repository,
+        (marked, age): (Duration, Duration),
+        now: Instant,
+    ) {
+        let guard = self
+            .denials
+            .public_locks
+            .lock(repository_key(registry, repository))
+            .await;
+        let denied = self
+            .denials
+            .denied_at
+            .get(&self.anonymous_grant_key(registry, repository));
+        let is_superseded = denied.is_some_and(|denied| now.saturating_duration_since(denied) <= age);
+        if is_superseded || self.public_since(registry, repository).await.is_some() {
+            return;
+        }
+        if let Some(since) = self.clock.now().checked_sub(marked) {
+            self.set_public(registry, repository, Some(since), guard).await;
+        }
+    }
+
+    /// Ends a public mark because another cache recorded, `age` ago, that the repository is not public.
+    pub(super) async fn end_public_mark(
+        self: &Arc<Self>,
+        registry: &Arc<UpstreamRegistry>,
+        repository: &Repository,
+        age: Duration,
+    ) {
+        let guard = self
+            .denials
+            .public_locks
+            .lock(repository_key(registry, repository))
+            .await;
+        let now = self.clock.now();
+        let is_older = |since: SystemTime| now.duration_since(since).is_ok_and(|marked| marked >= age);
+        if self
+            .public_since(registry, repository)
+            .await
+            .is_some_and(is_older)
+        {
+            self.set_public(registry, repository, None, guard).await;
+        }
     }
 
     async fn set_public(

@@ -16,11 +16,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
+use tokio::time::Instant;
+
 use super::log_store_error;
 use super::manifest_fetch::UpstreamRequest;
 pub use super::write_effect::WriteEffect;
 use super::{ProxyService, UpstreamRegistry};
-use crate::oci::{Digest, MediaType, Reference, Repository};
+use crate::oci::{Digest, MediaType, Reference, Repository, Tag};
 use crate::store::Store;
 use crate::store::invalidations::InvalidationKey;
 use crate::store::tags::TagKey;
@@ -200,12 +202,24 @@ impl ProxyService {
                 // Counted first, so that a response in flight is not recorded. Records made earlier are removed
                 // below.
                 registry.write_generations().note(pending.change.repository());
-                let change = pending.change.clone();
-                let forgotten = self
+                let (change, repository) = (pending.change.clone(), pending.change.repository().clone());
+                let (own, now) = (Arc::clone(&registry), Instant::now());
+                let removed = self
                     .store
-                    .write(move |store| invalidate(store, &registry, change))
+                    .write(move |store| invalidate(store, &own, change))
                     .await;
-                log_store_error(forgotten, "remove written content");
+                let mut tags = removed.clone().unwrap_or_default();
+                log_store_error(removed, "remove written content");
+                match &pending.change {
+                    // Also those that are not cached here.
+                    WriteEffect::Tags(_, changed) => tags.clone_from(changed),
+                    WriteEffect::Deleted(_, digest) => {
+                        let place = registry.record_place(&repository);
+                        self.shared.note_content_deleted(&place, *digest, now);
+                    }
+                }
+                self.note_unnamed_tags(&registry, &repository, &tags, now);
+                self.tags_settled(&registry, &repository, &tags).await;
             }
         }
     }
@@ -322,6 +336,9 @@ impl ProxyService {
             self.settle_on_confirmation(upstream_request, reference.clone())
                 .await;
             self.settle_on_confirmation(upstream_request, digest.into()).await;
+            if is_same() {
+                self.note_tag(upstream_request, reference, digest, media_type);
+            }
         }
         // A write may have ended between the check and the record. The membership, which was recorded with the bytes,
         // may be outdated too, so it is removed. If the content still exists, that costs one revalidation.
@@ -337,25 +354,26 @@ impl ProxyService {
     }
 }
 
+/// Removes what a write changed. Returns the tags that were removed.
 fn invalidate(
     store: &Store,
     registry: &UpstreamRegistry,
     change: WriteEffect,
-) -> Result<(), crate::store::StoreError> {
+) -> Result<Vec<Tag>, crate::store::StoreError> {
     let upstream: Arc<str> = registry.shared_name();
     match change {
         // A cached referrers list is not served as fresh after a write, so it needs no removal.
         WriteEffect::Tags(repository, tags) => {
             let mut outcome = Ok(());
-            for tag in tags {
+            for tag in &tags {
                 let key = TagKey {
                     upstream: Arc::clone(&upstream),
                     repository: repository.clone(),
-                    tag,
+                    tag: tag.clone(),
                 };
                 outcome = store.remove_tag(&key).map(|_| ()).and(outcome);
             }
-            outcome
+            outcome.map(|()| tags)
         }
         WriteEffect::Deleted(repository, digest) => {
             store.remove_member(&upstream, &repository, &digest)?;
@@ -365,7 +383,7 @@ fn invalidate(
                 reference: digest.into(),
             };
             store.clear_invalidation(&key, |_| true)?;
-            let mut after = None;
+            let (mut after, mut removed) = (None, Vec::new());
             loop {
                 let page = store.tags(after.as_ref(), TAGS_PAGE_SIZE);
                 for (key, record) in &page {
@@ -373,11 +391,12 @@ fn invalidate(
                         |digest: &Digest| record.variants.iter().any(|variant| variant.digest == *digest);
                     if key.upstream == upstream && key.repository == repository && names(&digest) {
                         store.remove_tag(key)?;
+                        removed.push(key.tag.clone());
                     }
                 }
                 match page.into_iter().last() {
                     Some((last, _)) => after = Some(last),
-                    None => return Ok(()),
+                    None => return Ok(removed),
                 }
             }
         }

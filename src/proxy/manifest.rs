@@ -9,6 +9,7 @@ use super::evidence::{CachedManifest, Candidates, Evidence};
 use super::manifest_fetch::UpstreamRequest;
 use super::pipeline::{ReadContext, denied, denied_after};
 use super::revalidate::Revalidated;
+use super::shared_records::is_served_stale;
 use super::{ProxyResponse, ServeInfo, ServeReason};
 use crate::oci::{AnyDigest, Digest, Reference, UpstreamFailure};
 use crate::policy::min_age::Maturity;
@@ -25,6 +26,40 @@ const PASSTHROUGH_MANIFEST_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 impl ReadContext<'_> {
     pub(super) async fn manifest(&self, reference: &Reference) -> ProxyResponse {
+        if self.proxy.shared.has_records() {
+            // Boxed, so that the future of all other requests stays small.
+            return Box::pin(self.manifest_with_records(reference)).await;
+        }
+        self.manifest_of_upstream(reference).await
+    }
+
+    /// The response with the records of other caches, if the upstream is unavailable and nothing is cached.
+    async fn manifest_with_records(&self, reference: &Reference) -> ProxyResponse {
+        if let Some(cause) = self.known_outage() {
+            // No client waits for the bucket while a copy can be served.
+            let fallback = match reference {
+                Reference::Tag(tag) => self.tag_evidence(tag, Some(self.tag_client())).await.state,
+                Reference::Digest(digest) => self.digest_evidence(digest).await.state,
+            };
+            if !fallback.has_fallback()
+                && let Some(recorded) = self.recorded_manifest(reference, cause).await
+            {
+                return recorded;
+            }
+        }
+        let outcome = self.manifest_of_upstream(reference).await;
+        let is_stale = is_served_stale(&outcome);
+        if is_stale && self.is_revoked_elsewhere().await {
+            let read = ReadContext::new(self.proxy, self.request, self.repository).await;
+            return read.manifest_of_upstream(reference).await;
+        }
+        match self.outage(&outcome) {
+            Some(cause) => self.recorded_manifest(reference, cause).await.unwrap_or(outcome),
+            None => outcome,
+        }
+    }
+
+    async fn manifest_of_upstream(&self, reference: &Reference) -> ProxyResponse {
         let evidence = match reference {
             // Boxed: few requests are for a referrers tag, and the future of all others stays small.
             Reference::Tag(tag) if tag.is_referrers_tag() => return Box::pin(self.referrers_tag(tag)).await,
@@ -53,6 +88,7 @@ impl ReadContext<'_> {
 /// One request for a manifest.
 pub(super) struct ManifestRequest<'a> {
     read: &'a ReadContext<'a>,
+    began: Instant,
     /// If there is a cached fallback, the time at which it is served instead of a response of the upstream.
     deadline: Instant,
 }
@@ -67,8 +103,12 @@ impl<'a> Deref for ManifestRequest<'a> {
 
 impl<'a> ManifestRequest<'a> {
     pub(super) fn new(read: &'a ReadContext<'a>) -> Self {
-        let deadline = Instant::now() + read.rule.revalidate_timeout;
-        Self { read, deadline }
+        let began = Instant::now();
+        Self {
+            read,
+            began,
+            deadline: began + read.rule.revalidate_timeout,
+        }
     }
 
     fn upstream_request(&self) -> UpstreamRequest {
@@ -217,6 +257,8 @@ impl<'a> ManifestRequest<'a> {
         };
         let forgotten = self.proxy.store.write(move |store| store.remove_tag(&key)).await;
         super::log_store_error(forgotten, "remove tag that was deleted upstream");
+        self.proxy
+            .note_unnamed_tags(&self.request.registry, self.repository, [tag], self.began);
     }
 
     /// Responds to `HEAD` for an uncached manifest. Fetches it if the upstream's headers are incomplete.
@@ -520,7 +562,7 @@ impl<'a> ManifestRequest<'a> {
         )
     }
 
-    fn serve(
+    pub(super) fn serve(
         &self,
         served: HitReason,
         evidence: &Evidence,

@@ -36,6 +36,8 @@ pub(super) struct UpstreamRequest {
     pub(super) caller: Caller,
     /// Arrival time of the client's [`Request`]; the upstream request is not older.
     pub(super) arrived_at: SystemTime,
+    /// The same by the monotonic clock, or later; the upstream request is not older.
+    pub(super) since: Instant,
     /// As in the client's [`Request`].
     pub(super) writes: WriteSnapshot,
     /// As in the client's [`Request`].
@@ -60,6 +62,7 @@ impl UpstreamRequest {
             accept: request.accept.clone(),
             caller: caller.clone(),
             arrived_at: request.now,
+            since: Instant::now(),
             writes: request.writes,
             for_push: request.for_push,
             named: None,
@@ -204,6 +207,9 @@ impl ProxyService {
                     SharedManifest::Read(manifest, age) => {
                         let content = SharedContent::Manifest(manifest.digest);
                         let stored = proxy.store_manifest(&upstream_request, Ok(*manifest)).await;
+                        if let Ok(manifest) = &stored {
+                            proxy.learn_children(&upstream_request, manifest).await;
+                        }
                         // It is uploaded from the store.
                         proxy.shared.offer_renewal(content, age);
                         return Some((stored, None));
@@ -242,6 +248,7 @@ impl ProxyService {
                         }
                         let stored = proxy.store_manifest(&upstream_request, received).await;
                         if let Ok(manifest) = &stored {
+                            proxy.learn_children(&upstream_request, manifest).await;
                             proxy.shared.offer(SharedContent::Manifest(manifest.digest));
                         }
                         (stored, caches)

@@ -230,6 +230,11 @@ impl<'a> ReadContext<'a> {
         authorize(&evidence, &self.rule.grant_ttls(), self.request.now)
     }
 
+    /// Whether the repository counts as public, lately or long ago.
+    pub(super) fn has_public_mark(&self) -> bool {
+        self.grants.anonymous_granted_at.is_some()
+    }
+
     /// True if the caller has no grant in the repository, not even an expired one. For such a caller a digest is
     /// looked up only after the upstream authorizes it, and the upstream request is the same whether or not the
     /// content is cached. So neither the time of a denial nor the upstream traffic reveals what is cached.

@@ -99,6 +99,8 @@ impl ReadContext<'_> {
             return;
         }
         let (proxy, registry, repository) = (self.proxy, &self.request.registry, self.repository);
+        proxy.note_content(registry, repository, manifest).await;
+        proxy.note_child(registry, repository, manifest.digest);
         proxy.attestations.record(registry, repository, manifest);
         if proxy.shared.is_readable() {
             // The shared storage states no size that is promised to clients. The hints of a manifest that is served from

@@ -30,6 +30,7 @@ pub struct UpstreamRegistry {
     realm: Option<Origin>,
     rules: Arc<Rules>,
     state: Arc<RegistryState>,
+    identity_in_records: Arc<str>,
 }
 
 /// Learned state of an upstream that outlives reloads.
@@ -133,6 +134,7 @@ impl UpstreamRegistry {
         state: Arc<RegistryState>,
     ) -> Self {
         Self {
+            identity_in_records: upstream.identity().into(),
             upstream,
             access,
             realm: None,
@@ -192,6 +194,11 @@ impl UpstreamRegistry {
     /// [`Self::name`], for keys that hold it.
     pub fn shared_name(&self) -> Arc<str> {
         self.upstream.shared_name()
+    }
+
+    /// Identity of the upstream in records, which every cache derives alike.
+    pub(super) fn identity_in_records(&self) -> &Arc<str> {
+        &self.identity_in_records
     }
 
     /// The upstream client.

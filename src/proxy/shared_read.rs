@@ -56,6 +56,10 @@ impl ProxyService {
         if self.is_seen(upstream_request, digest).await {
             return SharedRight::Granted;
         }
+        let is_manifest = matches!(upstream_request.endpoint, Endpoint::Manifest { .. });
+        if is_manifest && self.is_recorded(upstream_request, digest).await {
+            return SharedRight::Granted;
+        }
         let Some(response) = self.coalesced_head(upstream_request).wait().await else {
             let abandoned = UpstreamResponse::unavailable(UpstreamFailure::Abandoned);
             return SharedRight::Refused(Arc::new(abandoned));
@@ -75,6 +79,22 @@ impl ProxyService {
             }
             _ => SharedRight::UpstreamOnly,
         }
+    }
+
+    /// Whether another cache has seen the manifest in the repository. It is a member then.
+    async fn is_recorded(self: &Arc<Self>, upstream_request: &UpstreamRequest, digest: Digest) -> bool {
+        let UpstreamRequest {
+            registry, repository, ..
+        } = upstream_request;
+        if self
+            .recorded_children(registry, repository, digest)
+            .await
+            .is_none()
+        {
+            return false;
+        }
+        self.add_member(registry, repository, digest).await;
+        self.is_seen(upstream_request, digest).await
     }
 
     /// Whether the digest is known to be in the repository now.

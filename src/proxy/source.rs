@@ -102,6 +102,15 @@ impl UpstreamSource {
         (Self { shared, ..self }, is_used)
     }
 
+    /// The same for a caller that may read it there, because its upstream is unavailable.
+    pub(super) fn with_permitted_shared(self) -> Self {
+        let shared = self.proxy.shared.is_readable().then(|| SharedReading {
+            is_permitted: true,
+            ..SharedReading::default()
+        });
+        Self { shared, ..self }
+    }
+
     /// Establishes whether the blob may be read from the shared storage. `Err`: the upstream has refused it.
     async fn permit_shared(&mut self) -> Result<(), UpstreamResponse> {
         let Some(reading) = self.shared.as_mut().filter(|reading| !reading.is_permitted) else {
@@ -348,6 +357,12 @@ impl Source for UpstreamSource {
 
     fn ended(&self, failure: Option<&DownloadError>) {
         let content = SharedContent::Blob(self.digest);
+        if failure.is_none() {
+            let UpstreamRequest {
+                registry, repository, ..
+            } = &self.upstream_request;
+            self.proxy.note_child(registry, repository, self.digest);
+        }
         match &self.shared {
             _ if failure.is_some() => {}
             Some(reading) if reading.is_used() && self.sent_at.is_none() => {

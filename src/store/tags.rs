@@ -73,6 +73,18 @@ impl Store {
         result
     }
 
+    /// Stores a response of the upstream to another cache, unless the tag was confirmed here later.
+    pub fn record_earlier_response(&self, key: &TagKey, variant: Variant) -> Result<(), StoreError> {
+        let digest = variant.digest;
+        self.access_times.mark_needed([digest]);
+        let view = self.view();
+        let is_complete = |digest: &Digest| view.is_tag_complete(key, digest);
+        let result = self.tags.put_earlier(key, variant, &is_complete);
+        // As in `record_response`.
+        self.access_times.mark_needed_and_wait([digest]);
+        result
+    }
+
     /// [`View::resolve_tag`] on the disk view. Blocks.
     pub fn resolve_tag(
         &self,
@@ -351,6 +363,36 @@ impl Tags {
     ) -> Result<(), StoreError> {
         let path = key.path();
         let _writing = self.lock_writer(&path);
+        self.put_locked(key, &path, (variant, received_at), is_complete)
+    }
+
+    /// [`Self::put`], unless the tag was confirmed after `variant`.
+    fn put_earlier(
+        &self,
+        key: &TagKey,
+        variant: Variant,
+        is_complete: &dyn Fn(&Digest) -> bool,
+    ) -> Result<(), StoreError> {
+        let path = key.path();
+        let _writing = self.lock_writer(&path);
+        let known = match self.ready.get(key) {
+            Some(record) => Some(record),
+            None => self.load(key)?.map(|loaded| loaded.record),
+        };
+        if known.is_some_and(|known| known.confirmed_at() > variant.confirmed_at) {
+            return Ok(());
+        }
+        let received_at = variant.confirmed_at;
+        self.put_locked(key, &path, (variant, received_at), is_complete)
+    }
+
+    fn put_locked(
+        &self,
+        key: &TagKey,
+        path: &Path,
+        (variant, received_at): (Variant, SystemTime),
+        is_complete: &dyn Fn(&Digest) -> bool,
+    ) -> Result<(), StoreError> {
         let loaded = match self.ready.get(key) {
             Some(record) => Some(Loaded {
                 record,
@@ -379,7 +421,7 @@ impl Tags {
         self.ready.insert(key.clone(), Arc::clone(&record));
         self.write_index(key, &record);
         if is_changed {
-            self.write_file(key, &record, &path)
+            self.write_file(key, &record, path)
         } else {
             Ok(())
         }

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use tokio::time::Instant;
+
 use super::{Failing, LaneRun, ProxyService, RefreshResult, UpstreamRegistry, UpstreamRuns};
 use crate::oci::{Accept, Algorithm, Digest, Endpoint, Reference, Repository, UpstreamFailure};
 use crate::policy::refresh::{Failures, Phase, RefreshPolicy, TagFacts};
@@ -141,6 +143,7 @@ impl ProxyService {
                 ..caller.clone()
             },
             arrived_at: self.clock.now(),
+            since: Instant::now(),
             writes: registry.writes(&key.repository),
             for_push: false,
             named: None,

@@ -146,6 +146,14 @@ impl Bucket {
         format!("[shared]\nbucket = \"s3://images/team-a\"\nendpoint = \"{address}\"\n{keys}\n")
     }
 
+    /// The records of a class, by name.
+    pub fn records(&self, class: &str) -> Vec<(String, Bytes)> {
+        let below = format!("v1/records/{class}/");
+        let objects = self.objects.lock().unwrap();
+        let found = objects.stored.iter().filter(|(name, _)| name.starts_with(&below));
+        found.map(|(name, bytes)| (name.clone(), bytes.clone())).collect()
+    }
+
     pub fn address(&self) -> &str {
         &self.address
     }
@@ -236,6 +244,13 @@ impl Bucket {
         *found.unwrap().1 = bytes.into();
     }
 
+    /// Deletes the object of a digest.
+    pub fn remove(&self, digest: &str) {
+        let hex = digest.split(':').next_back().unwrap();
+        let mut objects = self.objects.lock().unwrap();
+        objects.stored.retain(|name, _| !name.ends_with(hex));
+    }
+
     /// Waits until the bucket satisfies the test.
     pub async fn until(&self, what: &str, enough: impl Fn(&Bucket) -> bool) {
         let mut changed = self.changed.subscribe();
@@ -293,7 +308,15 @@ impl Bucket {
         } else {
             self.read(&head.headers, &object, mode)
         };
+        let reply = self.dated(reply);
         self.changed.send_modify(|count| *count += 1);
+        reply
+    }
+
+    /// The storage's clock is decades behind those of the caches.
+    fn dated(&self, mut reply: Reply) -> Reply {
+        let now = date(self.objects.lock().unwrap().now);
+        reply.headers_mut().insert("date", now.parse().unwrap());
         reply
     }
 

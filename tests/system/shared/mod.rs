@@ -2,6 +2,7 @@
 
 mod bucket;
 mod claims;
+mod records;
 
 use bucket::{Bucket, Mode};
 

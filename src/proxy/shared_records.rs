@@ -1,0 +1,643 @@
+//! Records of the shared storage in the request path: what this cache tells others, and what it learns from them.
+//!
+//! A record is evidence and decides nothing. In an outage, a request that would be denied because nothing is cached is
+//! decided once more, after the records of its tag and its manifests were brought into the store, as if this cache had
+//! asked the upstream at the time of the record. Before that, the client needs a right: one that this cache remembers, or
+//! a record that the repository is public. Such a record counts as an expired public mark, so that it opens something
+//! only while the upstream is unavailable.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use futures_util::StreamExt as _;
+use futures_util::future::BoxFuture;
+use quick_cache::sync::Cache;
+use tokio::time::{Instant, timeout};
+
+use super::evidence::Evidence;
+use super::manifest::ManifestRequest;
+use super::manifest_fetch::{UpstreamRequest, verify};
+use super::pipeline::ReadContext;
+use super::prefetch::ContentKey;
+use super::{Denied, ProxyResponse, ProxyService, ServeReason, UpstreamRegistry, log_store_error};
+use crate::oci::manifest::{DescriptorKind, MANIFEST_BYTES_MAX, ManifestKind};
+use crate::oci::{AnyDigest, Digest, Endpoint, MediaType, Reference, Repository, Tag, UpstreamFailure};
+use crate::policy::{Authorization, Decision, DenyReason, HitReason, Policy, Revalidation, decide};
+use crate::shared::{RecordPlace, SharedContent, TagState, TagVariant};
+use crate::store::manifests::StoredManifest;
+use crate::store::tags::{TagKey, TagRecord, Variant};
+
+/// Longest time to bring an image's records and manifests. Clients give up after 30 s without a response, and may have
+/// waited for the upstream before.
+const BRING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Images of an index that are brought. An index is complete if one of its images is.
+const IMAGES_MAX: usize = 4;
+
+/// Concurrent requests to the bucket for one image.
+const CONCURRENCY_MAX: usize = 8;
+
+/// Nesting depth of indexes, as for their completeness.
+const INDEX_DEPTH_MAX: u32 = 2;
+
+/// Children of manifests that were served, and manifests that were noted.
+const NOTED_MAX: usize = 16_384;
+
+/// Manifests of one child that are remembered.
+const PARENTS_MAX: usize = 4;
+
+/// Time after which the content of a manifest that is served is noted again.
+const NOTE_AGAIN_AFTER: Duration = Duration::from_secs(60 * 60);
+
+/// Manifests whose content is recorded.
+pub(super) struct NotedContent {
+    /// Manifests that were served, by their children.
+    parents: Cache<ContentKey, Arc<[Digest]>>,
+    noted_at: Cache<ContentKey, Instant>,
+}
+
+impl Default for NotedContent {
+    fn default() -> Self {
+        Self {
+            parents: Cache::new(NOTED_MAX),
+            noted_at: Cache::new(NOTED_MAX),
+        }
+    }
+}
+
+impl NotedContent {
+    /// Whether the manifest is not noted lately. Remembers it, by its children too.
+    fn enter(
+        &self,
+        (registry, repository): (&UpstreamRegistry, &Repository),
+        manifest: &StoredManifest,
+    ) -> bool {
+        let upstream: Arc<str> = registry.shared_name();
+        let key = |digest| (Arc::clone(&upstream), repository.clone(), digest);
+        let (own, now) = (key(manifest.digest), Instant::now());
+        let lately = |at: Instant| now.saturating_duration_since(at) < NOTE_AGAIN_AFTER;
+        if self.noted_at.get(&own).is_some_and(lately) {
+            return false;
+        }
+        self.noted_at.insert(own, now);
+        for child in children_of(manifest) {
+            let key = key(child);
+            let known = self.parents.get(&key).unwrap_or_default();
+            if !known.contains(&manifest.digest) {
+                let parents = std::iter::once(&manifest.digest).chain(known.iter());
+                self.parents
+                    .insert(key, parents.take(PARENTS_MAX).copied().collect());
+            }
+        }
+        true
+    }
+}
+
+/// The children of a manifest that a registry has.
+fn children_of(manifest: &StoredManifest) -> impl Iterator<Item = Digest> {
+    let own = manifest
+        .manifest
+        .descriptors
+        .iter()
+        .filter(|child| !child.has_urls);
+    own.filter_map(|child| match child.digest {
+        AnyDigest::Supported(digest) => Some(digest),
+        AnyDigest::Unsupported(_) => None,
+    })
+}
+
+/// Why a request failed, if a copy of another cache may be served instead.
+fn outage_of(outcome: &ProxyResponse) -> Option<UpstreamFailure> {
+    match outcome {
+        ProxyResponse::Denied(Denied {
+            reason:
+                DenyReason::UpstreamUnavailable(cause)
+                | DenyReason::Incomplete(cause)
+                | DenyReason::StaleLimitExceeded(cause),
+            ..
+        }) => Some(*cause),
+        _ => None,
+    }
+}
+
+/// Whether a copy was served because the upstream is unavailable.
+pub(super) fn is_served_stale(outcome: &ProxyResponse) -> bool {
+    let (ProxyResponse::Manifest(_, info) | ProxyResponse::Blob { info, .. }) = outcome else {
+        return false;
+    };
+    match info.reason {
+        ServeReason::Cached(served) => {
+            served.may_be_outdated() || matches!(served, HitReason::ExpiredGrant(_))
+        }
+        _ => false,
+    }
+}
+
+impl UpstreamRegistry {
+    /// A repository in records.
+    pub(super) fn record_place(&self, repository: &Repository) -> RecordPlace {
+        RecordPlace {
+            upstream: Arc::clone(self.identity_in_records()),
+            repository: repository.clone(),
+        }
+    }
+}
+
+/// What this cache tells others.
+impl ProxyService {
+    /// Notes the digest of a tag that the upstream named.
+    pub(super) fn note_tag(
+        &self,
+        upstream_request: &UpstreamRequest,
+        reference: &Reference,
+        digest: Digest,
+        media_type: Option<&MediaType>,
+    ) {
+        let (Reference::Tag(tag), Some(media_type)) = (reference, media_type) else {
+            return;
+        };
+        if tag.is_referrers_tag() || !self.shared.writes_records() {
+            return;
+        }
+        let UpstreamRequest {
+            registry,
+            repository,
+            accept,
+            since,
+            ..
+        } = upstream_request;
+        let variant = TagVariant {
+            accept: accept.key(),
+            digest,
+            media_type: media_type.clone(),
+            accepts_indexes: accept.lists_indexes(),
+            at: 0,
+        };
+        let place = registry.record_place(repository);
+        self.shared
+            .note_tag(&place, tag, TagState::naming(variant), *since);
+    }
+
+    /// Notes that these tags were deleted or changed, seen by a request sent at `since`.
+    pub(super) fn note_unnamed_tags<'a>(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        tags: impl IntoIterator<Item = &'a Tag>,
+        since: Instant,
+    ) {
+        if !self.shared.writes_records() {
+            return;
+        }
+        let place = registry.record_place(repository);
+        for tag in tags {
+            self.shared.note_tag(&place, tag, TagState::unnamed(1), since);
+        }
+    }
+
+    /// Waits until what was noted about these tags is in the bucket, at most a second.
+    pub(super) async fn tags_settled(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        tags: &[Tag],
+    ) {
+        if self.shared.writes_records() {
+            let place = registry.record_place(repository);
+            let settling = tags.iter().map(|tag| self.shared.tag_settled(&place, tag));
+            futures_util::future::join_all(settling).await;
+        }
+    }
+
+    /// Notes whether a repository is public. A denial is in the bucket when this returns, or a second has passed.
+    pub(super) async fn note_public(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        is_public: bool,
+        since: Instant,
+    ) {
+        if !self.shared.writes_records() {
+            return;
+        }
+        let place = registry.record_place(repository);
+        self.shared.note_public(&place, is_public, since);
+        if !is_public {
+            self.shared.public_settled(&place).await;
+        }
+    }
+
+    /// Notes the content of a manifest that an authorized client was served.
+    pub(super) async fn note_content(
+        self: &Arc<Self>,
+        registry: &Arc<UpstreamRegistry>,
+        repository: &Repository,
+        manifest: &Arc<StoredManifest>,
+    ) {
+        if self.shared.writes_records() && self.noted_content.enter((registry, repository), manifest) {
+            self.note_children(registry, repository, manifest).await;
+        }
+    }
+
+    /// Notes the content of the manifests of a blob or a manifest that is known in the repository now.
+    pub(super) fn note_child(
+        self: &Arc<Self>,
+        registry: &Arc<UpstreamRegistry>,
+        repository: &Repository,
+        child: Digest,
+    ) {
+        if !self.shared.writes_records() {
+            return;
+        }
+        let key = (registry.shared_name(), repository.clone(), child);
+        let Some(parents) = self.noted_content.parents.get(&key) else {
+            return;
+        };
+        let (proxy, registry, repository) = (Arc::clone(self), Arc::clone(registry), repository.clone());
+        tokio::spawn(async move {
+            for parent in parents.iter() {
+                if let Some(manifest) = proxy.cached_manifest(&registry, &repository, parent).await {
+                    proxy.note_children(&registry, &repository, &manifest).await;
+                }
+            }
+        });
+    }
+
+    /// An image is noted once all of its children are known, so that its record is written once.
+    async fn note_children(
+        self: &Arc<Self>,
+        registry: &Arc<UpstreamRegistry>,
+        repository: &Repository,
+        manifest: &Arc<StoredManifest>,
+    ) {
+        let children: Vec<_> = children_of(manifest).collect();
+        let (is_index, digest) = (manifest.manifest.kind == ManifestKind::Index, manifest.digest);
+        let since = Instant::now();
+        let known = self.read_cache(registry, repository, move |cached| {
+            if !cached.is_member(&digest) {
+                return None;
+            }
+            let known: Vec<_> = children
+                .iter()
+                .filter(|child| cached.is_member(child))
+                .copied()
+                .collect();
+            (is_index || known.len() == children.len()).then_some(known)
+        });
+        if let Some(known) = known.await {
+            let place = registry.record_place(repository);
+            self.shared.note_content(&place, digest, known, since);
+        }
+    }
+}
+
+/// What this cache learns from others.
+impl ProxyService {
+    /// The children of a manifest that other caches have seen in the repository. `None`: they have not seen the manifest.
+    pub(super) async fn recorded_children(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        manifest: Digest,
+    ) -> Option<BTreeSet<Digest>> {
+        if !self.shared.has_records() {
+            return None;
+        }
+        let place = registry.record_place(repository);
+        let found = self.shared.content_record(&place, manifest).await?;
+        found.state.is_present().then_some(found.state.children)
+    }
+
+    /// Learns which children of this manifest other caches have seen in the repository, for a caller with a current grant. So
+    /// the upstream is not asked for each of them.
+    pub(super) async fn learn_children(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        manifest: &Arc<StoredManifest>,
+    ) {
+        let UpstreamRequest {
+            registry, repository, ..
+        } = upstream_request;
+        if !self.shared.has_records() || !self.is_authorized(upstream_request).await {
+            return;
+        }
+        let children: Vec<_> = children_of(manifest).collect();
+        let are_known = self.read_cache(registry, repository, move |cached| {
+            children.iter().all(|child| cached.is_member(child))
+        });
+        if are_known.await {
+            return;
+        }
+        if let Some(recorded) = self
+            .recorded_children(registry, repository, manifest.digest)
+            .await
+        {
+            self.add_children(registry, repository, manifest, &recorded).await;
+        }
+    }
+
+    /// Records the children of this manifest that other caches have seen in the repository.
+    pub(super) async fn add_children(
+        &self,
+        registry: &Arc<UpstreamRegistry>,
+        repository: &Repository,
+        manifest: &StoredManifest,
+        recorded: &BTreeSet<Digest>,
+    ) {
+        for child in children_of(manifest).filter(|child| recorded.contains(child)) {
+            self.add_member(registry, repository, child).await;
+        }
+    }
+
+    /// Brings a manifest that other caches have seen in the repository, with what an image needs. Returns whether it is
+    /// there. `is_named`: the record of a tag names it.
+    fn bring_manifest<'a>(
+        self: &'a Arc<Self>,
+        registry: &'a Arc<UpstreamRegistry>,
+        repository: &'a Repository,
+        (digest, is_named): (Digest, bool),
+        depth: u32,
+    ) -> BoxFuture<'a, bool> {
+        Box::pin(async move {
+            let known = self.cached_manifest(registry, repository, &digest).await;
+            let content = SharedContent::Manifest(digest);
+            let reading = async {
+                match &known {
+                    Some(_) => None,
+                    None => self.shared.read(content, MANIFEST_BYTES_MAX).await,
+                }
+            };
+            let (read, children) =
+                tokio::join!(reading, self.recorded_children(registry, repository, digest));
+            let is_member =
+                is_named || children.is_some() || self.is_member(registry, repository, digest).await;
+            if !is_member || self.is_blocked(registry, repository, &digest) {
+                return false;
+            }
+            let manifest = match (known, read) {
+                (Some(manifest), _) => manifest,
+                (None, Some((bytes, object))) => {
+                    let endpoint = Endpoint::Manifest {
+                        repository: repository.clone(),
+                        reference: digest.into(),
+                    };
+                    let Ok(manifest) = verify(bytes, None, None, &endpoint) else {
+                        self.shared.report_wrong(content);
+                        return false;
+                    };
+                    let Some(manifest) = self.keep_manifest(registry, repository, manifest).await else {
+                        return false;
+                    };
+                    self.shared.offer_renewal(content, object.info.age);
+                    manifest
+                }
+                (None, None) => return false,
+            };
+            self.add_member(registry, repository, digest).await;
+            self.size_hints.record(registry, repository, &manifest.manifest);
+            if let Some(children) = &children {
+                self.add_children(registry, repository, &manifest, children).await;
+            }
+            self.bring_children(
+                registry,
+                repository,
+                &manifest,
+                &children.unwrap_or_default(),
+                depth,
+            )
+            .await;
+            true
+        })
+    }
+
+    async fn keep_manifest(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        manifest: StoredManifest,
+    ) -> Option<Arc<StoredManifest>> {
+        let (upstream, repository) = (registry.name().to_owned(), repository.clone());
+        let stored = self.store.write(move |store| {
+            let StoredManifest {
+                digest,
+                bytes,
+                media_type,
+                ..
+            } = manifest;
+            store.put_manifest(bytes, media_type, digest, &upstream, &repository)
+        });
+        let stored = stored.await;
+        let kept = stored.as_ref().ok().map(Arc::clone);
+        log_store_error(stored, "store manifest");
+        kept
+    }
+
+    /// Brings the images of an index, and checks that the bucket has the blobs of an image.
+    async fn bring_children(
+        self: &Arc<Self>,
+        registry: &Arc<UpstreamRegistry>,
+        repository: &Repository,
+        manifest: &StoredManifest,
+        recorded: &BTreeSet<Digest>,
+        depth: u32,
+    ) {
+        let of_kind = |wanted: bool| {
+            let children = manifest.manifest.descriptors.iter();
+            children.filter_map(move |child| match child.digest {
+                AnyDigest::Supported(digest) => {
+                    let is_manifest = child.kind == DescriptorKind::Manifest;
+                    (is_manifest == wanted && !child.has_urls).then_some(digest)
+                }
+                AnyDigest::Unsupported(_) => None,
+            })
+        };
+        if let Some(depth) = depth.checked_sub(1) {
+            let images: Vec<_> = of_kind(true)
+                .filter(|image| recorded.contains(image))
+                .take(IMAGES_MAX)
+                .map(|image| self.bring_manifest(registry, repository, (image, false), depth))
+                .collect();
+            futures_util::future::join_all(images).await;
+        }
+        let blobs: Vec<_> = of_kind(false).collect();
+        let missing = self.missing_from_store(blobs).await;
+        let checks = missing
+            .into_iter()
+            .map(|blob| async move { self.shared.has(SharedContent::Blob(blob)).await });
+        let mut checks = futures_util::stream::iter(checks).buffer_unordered(CONCURRENCY_MAX);
+        // Without one of them the image is incomplete.
+        while checks.next().await == Some(true) {}
+    }
+
+    async fn missing_from_store(&self, blobs: Vec<Digest>) -> Vec<Digest> {
+        let read = self.store.read(move |view| {
+            let is_missing = |blob: &&Digest| !matches!(view.blob(blob), Ok(Some(_)));
+            blobs.iter().filter(is_missing).copied().collect()
+        });
+        read.await
+    }
+
+    /// Brings a tag with its image.
+    async fn bring_tag(self: &Arc<Self>, read: &ReadContext<'_>, tag: &Tag) -> bool {
+        let (registry, repository) = (&read.request.registry, read.repository);
+        let Some(found) = self
+            .shared
+            .tag_record(&registry.record_place(repository), tag)
+            .await
+        else {
+            return false;
+        };
+        let now = self.clock.now();
+        // What was recorded with a time in the future counts as never confirmed.
+        let known = found.state.variants.iter().filter(|variant| variant.at > 0);
+        let mut variants: Vec<_> = known
+            .map(|variant| Variant {
+                accept: variant.accept,
+                digest: variant.digest,
+                media_type: variant.media_type.clone(),
+                accepts_indexes: variant.accepts_indexes,
+                confirmed_at: now
+                    .checked_sub(found.age(variant.at))
+                    .unwrap_or(SystemTime::UNIX_EPOCH),
+                // This cache sees it for the first time: another cache's word makes no digest older.
+                first_seen_at: now,
+                previous: None,
+                history: Vec::new(),
+            })
+            .collect();
+        let key = TagKey {
+            upstream: registry.shared_name(),
+            repository: repository.clone(),
+            tag: tag.clone(),
+        };
+        let record = TagRecord {
+            variants: variants.clone(),
+        };
+        let (client, place) = (read.tag_client(), key.clone());
+        let resolved = self.store.read(move |view| {
+            let reader = super::evidence::TagClient::reader(Some(&client));
+            view.resolve_tag(&place, &record, reader)
+        });
+        let Some(named) = resolved.await else {
+            return false;
+        };
+        if !self
+            .bring_manifest(registry, repository, (named.digest, true), INDEX_DEPTH_MAX)
+            .await
+        {
+            return false;
+        }
+        variants.sort_by_key(|variant| variant.confirmed_at);
+        let stored = self.store.write(move |store| {
+            let mut stored = Ok(());
+            for variant in variants {
+                stored = stored.and(store.record_earlier_response(&key, variant));
+            }
+            stored
+        });
+        log_store_error(stored.await, "store tag");
+        true
+    }
+}
+
+impl ReadContext<'_> {
+    /// Why the upstream is known to be unavailable to this caller, if records can be read instead.
+    pub(super) fn known_outage(&self) -> Option<UpstreamFailure> {
+        if !self.may_use_records() {
+            return None;
+        }
+        let upstream = self.request.registry.upstream();
+        upstream.unavailable_to(&self.caller, &self.request.endpoint)
+    }
+
+    /// Whether another cache has recorded that the repository is not public any more, on whose public mark this client
+    /// would be served a copy. The request is then made again.
+    pub(super) async fn is_revoked_elsewhere(&self) -> bool {
+        self.has_public_mark()
+            && self.authorization(true) == Authorization::Expired
+            && self.may_use_records()
+            && !self.is_permitted_by_records().await
+    }
+
+    /// Why this request failed, if the records of other caches may be used instead.
+    pub(super) fn outage(&self, outcome: &ProxyResponse) -> Option<UpstreamFailure> {
+        outage_of(outcome).filter(|_| self.may_use_records())
+    }
+
+    /// `always` serves nothing that the upstream has not confirmed, and `never` sends no request.
+    fn may_use_records(&self) -> bool {
+        let is_served_stale = matches!(self.rule.policy, Policy::IfNewer | Policy::IfNotPresent);
+        is_served_stale && !self.request.for_push && self.proxy.shared.has_records()
+    }
+
+    /// The manifest by the records of other caches. `None`: it is not served.
+    pub(super) async fn recorded_manifest(
+        &self,
+        reference: &Reference,
+        cause: UpstreamFailure,
+    ) -> Option<ProxyResponse> {
+        let proxy = self.proxy;
+        let bringing = async {
+            if !self.is_permitted_by_records().await {
+                return false;
+            }
+            match reference {
+                Reference::Tag(tag) if !tag.is_referrers_tag() => proxy.bring_tag(self, tag).await,
+                Reference::Digest(AnyDigest::Supported(digest)) => {
+                    let (registry, repository) = (&self.request.registry, self.repository);
+                    proxy
+                        .bring_manifest(registry, repository, (*digest, false), INDEX_DEPTH_MAX)
+                        .await
+                }
+                Reference::Tag(_) | Reference::Digest(AnyDigest::Unsupported(_)) => false,
+            }
+        };
+        if !timeout(BRING_TIMEOUT, bringing).await.unwrap_or(false) {
+            return None;
+        }
+        // The grants may have changed.
+        let read = ReadContext::new(proxy, self.request, self.repository).await;
+        let evidence = match reference {
+            Reference::Tag(tag) => read.tag_evidence(tag, Some(read.tag_client())).await,
+            Reference::Digest(digest) => read.digest_evidence(digest).await,
+        };
+        let revalidation = Revalidation::Unavailable(cause);
+        let evidence = Evidence {
+            state: evidence.state.with_revalidation(revalidation),
+            ..evidence
+        };
+        match decide(&evidence.state) {
+            Decision::Serve(served) => {
+                Some(ManifestRequest::new(&read).serve(served, &evidence, Some(revalidation)))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether the client may read the repository in an outage, by a right that this cache remembers or by the record
+    /// that the repository is public. A later record that it is not public ends a public mark.
+    pub(super) async fn is_permitted_by_records(&self) -> bool {
+        let authorization = self.authorization(true);
+        if authorization == Authorization::Granted {
+            return true;
+        }
+        let (registry, repository) = (&self.request.registry, self.repository);
+        let place = registry.record_place(repository);
+        let now = Instant::now();
+        let Some(found) = self.proxy.shared.public_record(&place).await else {
+            return authorization != Authorization::Unknown;
+        };
+        let (age, is_public) = (found.age(found.state.at), found.state.is_public);
+        if !is_public {
+            self.proxy.end_public_mark(registry, repository, age).await;
+        } else if authorization == Authorization::Unknown && age < self.rule.grant_ttl_offline {
+            let lapsed = self.rule.grant_ttl_offline;
+            self.proxy
+                .import_public_mark(registry, repository, (age.max(lapsed), age), now)
+                .await;
+        }
+        let read = ReadContext::new(self.proxy, self.request, repository).await;
+        read.authorization(true) != Authorization::Unknown
+    }
+}

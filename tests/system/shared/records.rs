@@ -1,0 +1,281 @@
+//! Records in the bucket: two caches with one key, of which one starts while the upstream is unavailable.
+
+use std::os::unix::fs::PermissionsExt;
+
+use super::bucket::{Bucket, Mode};
+use super::{DEMO, digests, metric};
+use crate::proxy::{Ask, Proxy, Setup};
+use crate::registry::{Image, Upstream};
+
+/// A cache with the bucket, a key of this digit, and further keys of `[default]`.
+fn with_key(bucket: &Bucket, upstream: &Upstream, digit: &str, default: &str) -> Setup {
+    let setup = Setup::over(upstream).default_keys(default);
+    let key = setup.file("records.key", &digit.repeat(64));
+    std::fs::set_permissions(&key, PermissionsExt::from_mode(0o600)).unwrap();
+    bucket.behind_with(setup, &format!("key_file = {key:?}"))
+}
+
+fn cache(bucket: &Bucket, upstream: &Upstream) -> Setup {
+    with_key(bucket, upstream, "5", "")
+}
+
+/// Waits until the bucket has as many records of each class: tag, content, public.
+async fn has_records(bucket: &Bucket, counts: [usize; 3]) {
+    bucket
+        .until("records", |bucket| {
+            ["tag", "content", "public"].map(|class| bucket.records(class).len()) == counts
+        })
+        .await;
+}
+
+/// A public image that one cache has pulled and recorded. Nothing responds any more.
+async fn recorded() -> (Upstream, Bucket, Image, Proxy) {
+    let (upstream, bucket) = (Upstream::start().await, Bucket::start().await);
+    let image = upstream.push(
+        DEMO,
+        "latest",
+        Image::with_layers(&[vec![1; 100], vec![2; 70_000]]),
+    );
+    let first = cache(&bucket, &upstream).start().await;
+    first.pull(DEMO, "latest", &image).await;
+    bucket.has(digests(&image)).await;
+    has_records(&bucket, [1, 1, 1]).await;
+    (upstream, bucket, image, first)
+}
+
+#[tokio::test]
+async fn cache_born_in_an_outage_serves_a_public_image() {
+    let (upstream, bucket, image, _first) = recorded().await;
+    bucket.pass(3600);
+    upstream.refuses();
+    let second = cache(&bucket, &upstream).start().await;
+    let reply = second.pull(DEMO, "latest", &image).await;
+    reply.is_stale();
+    let age: u64 = reply.header("age").unwrap().parse().unwrap();
+    assert!((3600..3700).contains(&age), "by the storage's clock: {age}");
+    // It has its own copy now.
+    bucket.forget_asked();
+    second.pull(DEMO, "latest", &image).await.is_stale();
+    let read = bucket
+        .asked()
+        .into_iter()
+        .filter(|asked| !asked.object.contains("public"));
+    assert_eq!(read.filter(|asked| asked.method == "GET").count(), 0);
+    assert_eq!(
+        second
+            .head(&crate::proxy::manifest_path(DEMO, "latest"))
+            .await
+            .status,
+        200
+    );
+    // By digest, on yet another cache.
+    let third = cache(&bucket, &upstream).start().await;
+    third.manifest(DEMO, &image.digest).await.is_image(&image);
+    third
+        .blob(DEMO, &image.layer(0).digest)
+        .await
+        .is_blob(image.layer(0));
+    let line = "ifnewer_shared_records_total{class=\"tag\",result=\"read\"}";
+    assert_eq!(metric(&second, line).await, "1");
+}
+
+#[tokio::test]
+async fn public_mark_from_a_record_ends_with_the_outage() {
+    let (upstream, bucket, image, _first) = recorded().await;
+    upstream.refuses();
+    let second = cache(&bucket, &upstream).start().await;
+    second.pull(DEMO, "latest", &image).await.is_stale();
+    upstream.recovers();
+    upstream.requires_token();
+    for digest in digests(&image) {
+        let (manifest, blob) = (
+            second.manifest(DEMO, digest).await,
+            second.blob(DEMO, digest).await,
+        );
+        assert_eq!((manifest.status, blob.status), (401, 401));
+    }
+}
+
+fn alice(ask: Ask) -> Ask {
+    ask.basic("alice", "a-secret")
+}
+
+#[tokio::test]
+async fn cache_born_in_an_outage_refuses_a_private_image() {
+    let (upstream, bucket) = (Upstream::start().await, Bucket::start().await);
+    upstream.requires_token();
+    upstream.lets("alice", "a-secret", DEMO);
+    let image = upstream.push(DEMO, "latest", Image::with_layers(&["private"]));
+    let first = cache(&bucket, &upstream).start().await;
+    first.pull_with(DEMO, "latest", &image, alice).await;
+    bucket.has(digests(&image)).await;
+    has_records(&bucket, [1, 1, 0]).await;
+    upstream.refuses();
+    let second = cache(&bucket, &upstream).start().await;
+    bucket.forget_asked();
+    for client in [alice, |ask| ask] {
+        client(second.manifest(DEMO, "latest")).await.is_unreachable();
+        for digest in digests(&image) {
+            client(second.manifest(DEMO, digest)).await.is_unreachable();
+            client(second.blob(DEMO, digest)).await.is_unreachable();
+        }
+    }
+    let asked = bucket.asked();
+    let is_public = |asked: &super::bucket::Asked| asked.object.contains("records/public");
+    assert!(
+        asked.iter().all(is_public),
+        "nothing else is looked up: {asked:?}"
+    );
+}
+
+#[tokio::test]
+async fn repository_that_became_private_is_refused_elsewhere() {
+    let (upstream, bucket, image, first) = recorded().await;
+    upstream.refuses();
+    let second = cache(&bucket, &upstream).start().await;
+    second.pull(DEMO, "latest", &image).await.is_stale();
+    upstream.recovers();
+    upstream.requires_token();
+    let yes = bucket.records("public");
+    assert_eq!(first.manifest(DEMO, "latest").await.status, 401);
+    assert_ne!(bucket.records("public"), yes, "recorded before the response");
+    upstream.refuses();
+    // What was read of the record counts for a second.
+    let second = second.restart().await;
+    second.manifest(DEMO, "latest").await.is_unreachable();
+    for digest in digests(&image) {
+        second.manifest(DEMO, digest).await.is_unreachable();
+        second.blob(DEMO, digest).await.is_unreachable();
+    }
+    let third = cache(&bucket, &upstream).start().await;
+    third.manifest(DEMO, "latest").await.is_unreachable();
+}
+
+#[tokio::test]
+async fn record_is_as_old_as_the_storage_says() {
+    let (upstream, bucket, image, _first) = recorded().await;
+    upstream.refuses();
+    bucket.pass(3600);
+    for (limit, is_served) in [("30m", false), ("2h", true)] {
+        let keys = format!("stale_if_error = \"{limit}\"");
+        let second = with_key(&bucket, &upstream, "5", &keys).start().await;
+        let reply = second.manifest(DEMO, "latest").await;
+        if is_served {
+            reply.is_image(&image).is_stale();
+        } else {
+            reply.is_unreachable();
+        }
+    }
+    // A public record counts as long as a grant in an outage.
+    bucket.pass(11 * 3600);
+    let second = cache(&bucket, &upstream).start().await;
+    second.manifest(DEMO, "latest").await.is_unreachable();
+}
+
+#[tokio::test]
+async fn policies_without_stale_copies_use_no_record() {
+    let (upstream, bucket, _image, _first) = recorded().await;
+    upstream.refuses();
+    for policy in ["always", "never"] {
+        let keys = format!("policy = \"{policy}\"");
+        let second = with_key(&bucket, &upstream, "5", &keys).start().await;
+        let reply = second.manifest(DEMO, "latest").await;
+        assert!(reply.status >= 400, "{policy}: {reply:#?}");
+    }
+}
+
+#[tokio::test]
+async fn forged_and_foreign_records_are_absent() {
+    let (upstream, bucket, image, first) = recorded().await;
+    let other = upstream.push(DEMO, "other", Image::with_layers(&["other"]));
+    first.pull(DEMO, "other", &other).await;
+    bucket.has(digests(&other)).await;
+    has_records(&bucket, [2, 2, 1]).await;
+    upstream.refuses();
+    let foreign = with_key(&bucket, &upstream, "6", "").start().await;
+    foreign.manifest(DEMO, "latest").await.is_unreachable();
+    // Each record in the place of the other one.
+    let tags = bucket.records("tag");
+    bucket.put(&tags[0].0, tags[1].1.clone());
+    bucket.put(&tags[1].0, tags[0].1.clone());
+    let second = cache(&bucket, &upstream).start().await;
+    second.manifest(DEMO, "latest").await.is_unreachable();
+    let line = "ifnewer_shared_records_total{class=\"tag\",result=\"unsealed\"}";
+    assert_eq!(metric(&second, line).await, "1");
+    // By digest it is the same image.
+    second.manifest(DEMO, &image.digest).await.is_image(&image);
+}
+
+#[tokio::test]
+async fn incomplete_image_in_the_bucket_is_not_served() {
+    let (upstream, bucket, image, _first) = recorded().await;
+    upstream.refuses();
+    let layer = image.layer(1).digest.clone();
+    bucket.remove(&layer);
+    let second = cache(&bucket, &upstream).start().await;
+    second.manifest(DEMO, "latest").await.is_unreachable();
+}
+
+#[tokio::test]
+async fn tag_deleted_at_the_registry_is_served_nowhere() {
+    let (upstream, bucket, _image, first) = recorded().await;
+    let named = bucket.records("tag");
+    // Later than the last confirmation, by the second.
+    bucket.pass(5);
+    upstream.deletes_tag(DEMO, "latest");
+    assert_eq!(first.manifest(DEMO, "latest").await.status, 404);
+    bucket
+        .until("the record", |bucket| bucket.records("tag") != named)
+        .await;
+    upstream.refuses();
+    let second = cache(&bucket, &upstream).start().await;
+    second.manifest(DEMO, "latest").await.is_unreachable();
+}
+
+#[tokio::test]
+async fn storage_that_ignores_conditions_has_content_records_only() {
+    let (upstream, bucket) = (Upstream::start().await, Bucket::start().await);
+    bucket.set(Mode::IgnoresConditions);
+    let image = upstream.push(DEMO, "latest", Image::with_layers(&["one"]));
+    let first = cache(&bucket, &upstream).start().await;
+    first.pull(DEMO, "latest", &image).await;
+    bucket.has(digests(&image)).await;
+    has_records(&bucket, [0, 1, 0]).await;
+    let is_counted = |reply: &crate::proxy::Reply| {
+        String::from_utf8_lossy(&reply.body).contains("{class=\"tag\",result=\"unconditional\"}")
+    };
+    first
+        .until("the record", |first| first.admin("/metrics"), is_counted)
+        .await;
+}
+
+/// With the record of a manifest, the upstream is not asked for each of its blobs.
+#[tokio::test]
+async fn recorded_blobs_need_no_head() {
+    let (upstream, bucket, image, _first) = recorded().await;
+    let second = cache(&bucket, &upstream).start().await;
+    upstream.clear_log();
+    second.pull(DEMO, "latest", &image).await;
+    let of_blobs = upstream.requests();
+    let of_blobs = of_blobs.iter().filter(|seen| seen.path.contains("/blobs/"));
+    assert_eq!(of_blobs.count(), 0, "{:#?}", upstream.requests());
+}
+
+/// A record opens a repository to nobody while the upstream responds.
+#[tokio::test]
+async fn records_open_nothing_while_the_upstream_responds() {
+    let (upstream, bucket, image, _first) = recorded().await;
+    upstream.requires_token();
+    let second = cache(&bucket, &upstream).start().await;
+    bucket.forget_asked();
+    assert_eq!(second.manifest(DEMO, "latest").await.status, 401);
+    for digest in digests(&image) {
+        assert_eq!(second.manifest(DEMO, digest).await.status, 401);
+        assert_eq!(second.blob(DEMO, digest).await.status, 401);
+    }
+    // The denials are recorded, after a probe of conditions.
+    let is_denial = |asked: &super::bucket::Asked| {
+        asked.object.contains("records/public") || asked.object.contains("v1/probe")
+    };
+    assert!(bucket.asked().iter().all(is_denial), "{:?}", bucket.asked());
+}
