@@ -24,9 +24,9 @@ pub struct Accept(Arc<Set>);
 #[derive(Debug)]
 struct Set {
     lines: Vec<HeaderValue>,
-    /// Lower-case `type/subtype`, sorted and unique.
-    types: Vec<Box<str>>,
-    /// Computed when it is first needed: not for content by digest.
+    /// Lower-case `type/subtype`, sorted and unique. Types and key are computed when they are first needed, which cached
+    /// content by digest does not.
+    types: OnceLock<Vec<Box<str>>>,
     key: OnceLock<u64>,
 }
 
@@ -39,15 +39,13 @@ impl Accept {
 
     /// The set of a request without `Accept`: everything is accepted.
     pub fn any() -> Self {
-        Self::new(Vec::new(), Vec::new())
+        Self::new(Vec::new())
     }
 
     /// The set for the cache's own requests: every manifest type that current clients accept.
     pub fn manifests() -> Self {
-        let lines = MediaType::CURRENT_MANIFESTS
-            .map(HeaderValue::from_static)
-            .to_vec();
-        Self::new(lines, MediaType::CURRENT_MANIFESTS.map(Box::from).to_vec())
+        let lines = MediaType::CURRENT_MANIFESTS.map(HeaderValue::from_static);
+        Self::new(lines.to_vec())
     }
 
     fn of(lines: Vec<HeaderValue>) -> Result<Self, AcceptError> {
@@ -55,29 +53,36 @@ impl Accept {
         if bytes > ACCEPT_BYTES_MAX {
             return Err(AcceptError::TooLong { found: bytes });
         }
-        let types: Vec<_> = lines
-            .iter()
-            .filter_map(|line| line.to_str().ok())
-            .flat_map(read_value)
-            .collect();
-        if types.len() > ACCEPT_TYPES_MAX {
-            return Err(AcceptError::TooMany { found: types.len() });
+        let found = read_lines(&lines).count();
+        if found > ACCEPT_TYPES_MAX {
+            return Err(AcceptError::TooMany { found });
         }
-        Ok(Self::new(lines, types))
+        Ok(Self::new(lines))
     }
 
-    fn new(lines: Vec<HeaderValue>, mut types: Vec<Box<str>>) -> Self {
-        types.sort_unstable();
-        types.dedup();
-        let key = OnceLock::new();
-        Self(Arc::new(Set { lines, types, key }))
+    fn new(lines: Vec<HeaderValue>) -> Self {
+        Self(Arc::new(Set {
+            lines,
+            types: OnceLock::new(),
+            key: OnceLock::new(),
+        }))
+    }
+
+    fn types(&self) -> &[Box<str>] {
+        self.0.types.get_or_init(|| {
+            let types = read_lines(&self.0.lines);
+            let mut types: Vec<Box<str>> = types.map(|name| name.to_ascii_lowercase().into()).collect();
+            types.sort_unstable();
+            types.dedup();
+            types
+        })
     }
 
     /// Whether the client accepts a manifest of this type.
     pub fn accepts(&self, media_type: &MediaType) -> bool {
         let essence = media_type.essence();
-        self.0.types.is_empty()
-            || self.0.types.iter().any(|known| match known.strip_suffix("/*") {
+        self.types().is_empty()
+            || self.types().iter().any(|known| match known.strip_suffix("/*") {
                 Some("*") => true,
                 Some(kind) => essence
                     .split_once('/')
@@ -89,8 +94,7 @@ impl Accept {
     /// Whether the set contains this exact type. A wildcard does not count.
     pub fn lists(&self, media_type: &MediaType) -> bool {
         let essence = media_type.essence();
-        self.0
-            .types
+        self.types()
             .iter()
             .any(|known| known.eq_ignore_ascii_case(essence))
     }
@@ -98,13 +102,13 @@ impl Accept {
     /// Whether the set contains every index type, so a registry has no reason to send an image in place of an
     /// index.
     pub fn lists_indexes(&self) -> bool {
-        let listed = |index: &str| self.0.types.iter().any(|known| known.eq_ignore_ascii_case(index));
+        let listed = |index: &str| self.types().iter().any(|known| known.eq_ignore_ascii_case(index));
         MediaType::INDEXES.into_iter().all(listed)
     }
 
     /// Hash of the set. It is independent of order, spelling and lines, and stable across processes.
     pub fn key(&self) -> u64 {
-        *self.0.key.get_or_init(|| key_of(&self.0.types))
+        *self.0.key.get_or_init(|| key_of(self.types()))
     }
 
     /// The original lines, to forward.
@@ -116,7 +120,7 @@ impl Accept {
 /// Compares the sets, not the original lines.
 impl PartialEq for Accept {
     fn eq(&self, other: &Self) -> bool {
-        self.0.types == other.0.types
+        self.types() == other.types()
     }
 }
 
@@ -139,13 +143,21 @@ pub enum AcceptError {
     },
 }
 
-fn read_value(line: &str) -> impl Iterator<Item = Box<str>> {
+/// The types in all lines, as the client spelled them.
+fn read_lines(lines: &[HeaderValue]) -> impl Iterator<Item = &str> {
+    lines
+        .iter()
+        .filter_map(|line| line.to_str().ok())
+        .flat_map(read_value)
+}
+
+fn read_value(line: &str) -> impl Iterator<Item = &str> {
     line.split(',').filter_map(|item| {
         let (essence, parameters) = item.split_once(';').unwrap_or((item, ""));
         let essence = essence.trim();
         // Old Java clients send `*` alone.
         let essence = if essence == "*" { "*/*" } else { essence };
-        (essence.contains('/') && !is_excluded(parameters)).then(|| essence.to_ascii_lowercase().into())
+        (essence.contains('/') && !is_excluded(parameters)).then_some(essence)
     })
 }
 
