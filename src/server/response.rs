@@ -11,6 +11,8 @@ mod cache_status;
 mod context;
 mod error;
 
+use std::fmt::Write as _;
+
 use http::header::{
     ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, ETAG, LINK, PROXY_AUTHENTICATE, RETRY_AFTER,
     WWW_AUTHENTICATE,
@@ -39,6 +41,9 @@ const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// Headers of most responses, at most. With room for them, the map does not grow while they are set.
 const HEADERS_MAX: usize = 12;
+
+/// Bytes of the `ETag` of a SHA-256 digest.
+const ETAG_BYTES: usize = 73;
 
 /// Cache result and reason of a response.
 pub(super) fn classify(outcome: &ProxyResponse) -> (telemetry::CacheResult, &'static str) {
@@ -96,7 +101,7 @@ pub(super) fn build(
             };
             let mut response = with_status(status, Body::empty());
             let headers = response.headers_mut();
-            set_digest_headers(headers, &digest, &etag);
+            set_digest_headers(headers, &etag);
             cache_status::set_cache_status(headers, "ifnewer; fwd=miss; detail=head".into(), context);
             if !is_known {
                 set_header(headers, CONTENT_TYPE, media_type.as_str());
@@ -278,11 +283,15 @@ fn set_length(response: &mut Response<Body>, length: u64, head: bool) {
 }
 
 fn etag(digest: &Digest) -> String {
-    format!("\"{digest}\"")
+    let mut etag = String::with_capacity(ETAG_BYTES);
+    // Writing to a `String` cannot fail.
+    let _infallible = write!(etag, "\"{digest}\"");
+    etag
 }
 
-fn set_digest_headers(headers: &mut HeaderMap, digest: &Digest, etag: &str) {
-    set_header(headers, DOCKER_CONTENT_DIGEST, &digest.to_string());
+/// Sets the headers that name the digest in `etag`.
+fn set_digest_headers(headers: &mut HeaderMap, etag: &str) {
+    set_header(headers, DOCKER_CONTENT_DIGEST, etag.trim_matches('"'));
     set_header(headers, ETAG, etag);
 }
 

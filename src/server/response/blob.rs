@@ -37,7 +37,7 @@ impl BlobResponse<'_> {
         let etag = etag(&self.digest);
         if self.context.matches_if_none_match(&etag) {
             let mut response = with_status(StatusCode::NOT_MODIFIED, Body::empty());
-            set_digest_headers(response.headers_mut(), &self.digest, &etag);
+            set_digest_headers(response.headers_mut(), &etag);
             cache_status::set_cache_headers(response.headers_mut(), self.info, self.context);
             return response;
         }
@@ -64,13 +64,13 @@ impl BlobResponse<'_> {
         if let Some(repository) = self.context.endpoint.repository() {
             response.body_mut().end_when_blocked(BlockWatch {
                 store: self.store.clone(),
-                upstream: self.context.upstream().into(),
+                upstream: self.context.shared_upstream(),
                 repository: repository.clone(),
                 digest: self.digest,
             });
         }
         let headers = response.headers_mut();
-        set_digest_headers(headers, &self.digest, &etag);
+        set_digest_headers(headers, &etag);
         headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
         cache_status::set_cache_headers(headers, self.info, self.context);
         response

@@ -65,6 +65,11 @@ impl ResponseContext {
         self.upstream_registry.name()
     }
 
+    /// [`Self::upstream`], for a value that outlives the request.
+    pub(super) fn shared_upstream(&self) -> Arc<str> {
+        self.upstream_registry.shared_name()
+    }
+
     /// The client's URL of the next page: the path of this request, the query of the upstream's `next` link, and the
     /// client's `ns`. `None` if `next` has no query.
     pub(super) fn next_page(&self, next: &str) -> Option<String> {
