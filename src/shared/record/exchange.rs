@@ -466,7 +466,7 @@ impl Active {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "shared"))]
 impl Active {
     pub(super) async fn update_of(
         self: &Arc<Self>,
