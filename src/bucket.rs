@@ -59,6 +59,8 @@ pub struct BucketSettings {
     pub proxy: ProxyChoice,
     /// Limit of a read up to its first byte, and of a request without content.
     pub timeout: Duration,
+    /// Base URL of the API for clients that are redirected, if it is not the endpoint.
+    pub client_endpoint: Option<Origin>,
 }
 
 impl BucketSettings {
@@ -385,6 +387,12 @@ pub trait ObjectStorage: Send + Sync {
     /// The clock of the storage, if its responses have dates.
     fn clock(&self) -> Option<&StorageClock> {
         None
+    }
+
+    /// The URL by which anyone can `GET` the object for this long. Any range may be requested, because the signature does
+    /// not cover it. Storage without a signer has none.
+    fn presign<'a>(&'a self, _key: &'a ObjectKey, _valid: Duration) -> BucketFuture<'a, String> {
+        Box::pin(async { Err(BucketError::Malformed) })
     }
 }
 

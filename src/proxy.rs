@@ -237,6 +237,8 @@ pub enum BlobBody {
     File(BlobHandle),
     /// A running download.
     Download(Reader),
+    /// The shared storage, at this URL.
+    Redirect(HeaderValue),
     /// The upstream, because the disk cannot store the blob.
     Passthrough(Box<passthrough::VerifyingStream>),
 }
@@ -259,6 +261,8 @@ pub enum ServeReason {
     Fetched(MissReason),
     /// Read from the shared storage for this client.
     Shared,
+    /// Left to the shared storage, to which the client is redirected.
+    Redirected,
     /// Joined a download that another client started.
     Collapsed,
     /// Forwarded from the upstream and not stored.
@@ -272,6 +276,7 @@ impl ServeReason {
             Self::Cached(served) => served.name(),
             Self::Fetched(why) => why.name(),
             Self::Shared => "shared",
+            Self::Redirected => "redirected",
             Self::Collapsed => "collapsed",
             Self::Passthrough => "passthrough",
         }
@@ -282,7 +287,7 @@ impl ServeReason {
         match self {
             Self::Cached(served) => served.youth(),
             Self::Fetched(why) => why.youth(),
-            Self::Shared | Self::Collapsed | Self::Passthrough => None,
+            Self::Shared | Self::Redirected | Self::Collapsed | Self::Passthrough => None,
         }
     }
 }

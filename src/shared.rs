@@ -7,6 +7,7 @@
 //! * `conditions`: the probe of conditional writes.
 //! * `claim`: which of several caches fetches a blob; `claims` are the requests for that, `lease` keeps a claim, `follow`
 //!   reads what another cache fetches.
+//! * `redirect`: presigned URLs for clients.
 //! * `breaker`: when the bucket is not asked. `rate`: the cap of requests. `pace`: the minimum rate of a body. `upload`:
 //!   the queue of uploads.
 //! * `record`: what caches with one key tell each other beside the bytes.
@@ -20,6 +21,7 @@ mod lease;
 mod pace;
 mod rate;
 mod record;
+mod redirect;
 #[cfg(test)]
 mod tests;
 mod upload;
@@ -43,12 +45,14 @@ pub use self::record::{
     CHILDREN_MAX, ContentState, Dated, KEYS_MAX, KeyFileError, PublicState, RecordKeys, RecordPlace,
     RecordSettings, TagState, TagVariant,
 };
+pub use self::redirect::{REDIRECT_BYTES_MIN, RedirectMode, RedirectSettings};
 
 use self::breaker::{Admission, Breaker, Outcome, Transition};
 use self::claims::{Claims, Leases};
 use self::pace::Pace;
 use self::rate::Rate;
 use self::record::Records;
+use self::redirect::{Found, Redirects};
 use self::upload::{Item, Mode, Uploads};
 use crate::bucket::{BucketError, Fault, Object, ObjectInfo, ObjectKey, ObjectStorage};
 use crate::oci::{Digest, UpstreamFailure};
@@ -95,6 +99,8 @@ pub struct SharedSettings {
     pub uploads_max: usize,
     /// Settings of the records; without them, only bytes are shared.
     pub records: Option<RecordSettings>,
+    /// Redirects of clients.
+    pub redirect: RedirectSettings,
 }
 
 /// Content in the shared storage.
@@ -162,6 +168,7 @@ struct Active {
     uploads: Uploads,
     claims: Claims,
     records: Option<Records>,
+    redirects: Redirects,
     /// Whether the storage keeps conditions, by the probe before the first upload.
     conditions: OnceCell<bool>,
     telemetry: Telemetry,
@@ -335,6 +342,31 @@ impl SharedStorage {
         Some(found.size)
     }
 
+    /// Whether requests for blobs are redirected to the bucket; `is_cached`: those for blobs that are cached here.
+    pub fn redirects(&self, is_cached: bool) -> bool {
+        let Some(active) = self.readable() else {
+            return false;
+        };
+        match active.settings.redirect.mode {
+            RedirectMode::Never => false,
+            RedirectMode::Uncached => !is_cached,
+            RedirectMode::Always => true,
+        }
+    }
+
+    /// The presigned URL of a blob. `None` if the bucket lacks it, has an object of another size, or may delete it soon.
+    pub async fn presigned(&self, digest: Digest, size: Option<u64>) -> Option<String> {
+        let active = self.readable()?;
+        match active.find(digest, size).await {
+            Found::Url(url) => Some(url),
+            Found::Expiring(age) => {
+                self.offer_renewal(SharedContent::Blob(digest), age);
+                None
+            }
+            Found::Nothing => None,
+        }
+    }
+
     /// Reports that an object had wrong bytes. It is not read for an hour, and is replaced when the right bytes are
     /// offered.
     pub fn report_wrong(&self, content: SharedContent) {
@@ -421,6 +453,7 @@ impl Active {
             received: AtomicU64::new(0),
             uploads: Uploads::default(),
             records: settings.records.clone().map(Records::new),
+            redirects: Redirects::default(),
             conditions: OnceCell::new(),
             telemetry,
             settings,
@@ -490,6 +523,7 @@ impl Active {
             refusal.is_wrong |= earlier.is_wrong;
         }
         self.refused.insert(key.clone(), refusal);
+        self.forget_present(key);
     }
 
     fn refuse_unreadable<T>(&self, key: &ObjectKey, result: &Result<T, BucketError>) {

@@ -9,8 +9,9 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::path::Path;
+use object_store::signer::Signer;
 use object_store::{
     Attribute, Attributes, GetOptions, GetRange, MultipartUpload, ObjectMeta, ObjectStore, PutMode,
     PutMultipartOptions, PutOptions, PutPayload, RetryConfig, UpdateVersion,
@@ -35,6 +36,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A bucket with the API of S3.
 pub(super) struct S3 {
     store: Arc<dyn ObjectStore>,
+    /// Signs URLs for clients.
+    signer: Option<Arc<dyn Signer>>,
     prefix: String,
     /// Limit of a read up to its first byte, and of a request without content.
     timeout: Duration,
@@ -70,10 +73,23 @@ impl S3 {
             },
             Encryption::Kms(key) => builder.with_sse_kms_encryption(key),
         };
-        let store = builder
-            .build()
-            .map_err(|error| BucketSettingsError::Settings(error.to_string()))?;
-        Ok(Self::over(Arc::new(store), &settings.prefix, settings.timeout))
+        let build = |builder: AmazonS3Builder| {
+            let store = builder.build();
+            store.map_err(|error| BucketSettingsError::Settings(error.to_string()))
+        };
+        let for_clients = settings.client_endpoint.as_ref().map(|endpoint| {
+            let builder = builder.clone().with_endpoint(endpoint.to_string());
+            build(builder.with_allow_http(endpoint.is_plain()))
+        });
+        let store = Arc::new(build(builder)?);
+        let signer: Arc<dyn Signer> = match for_clients {
+            Some(store) => Arc::new(store?),
+            None => Arc::<AmazonS3>::clone(&store),
+        };
+        Ok(S3 {
+            signer: Some(signer),
+            ..Self::over(store, &settings.prefix, settings.timeout)
+        })
     }
 
     /// A bucket over a given client.
@@ -83,6 +99,7 @@ impl S3 {
             prefix: prefix.to_owned(),
             timeout,
             clock: Arc::default(),
+            signer: None,
         }
     }
 
@@ -151,6 +168,14 @@ impl S3 {
         Ok(Box::new(Multipart(upload, Arc::clone(&self.clock))))
     }
 
+    async fn sign(&self, key: &ObjectKey, valid: Duration) -> Result<String, BucketError> {
+        let signer = self.signer.as_ref().ok_or(BucketError::Malformed)?;
+        let path = self.path(key);
+        // The credential may have to be requested first.
+        let signing = signer.signed_url(http::Method::GET, &path, valid);
+        Ok(within(self.timeout, &self.clock, signing).await?.0.into())
+    }
+
     async fn remove(&self, key: &ObjectKey) -> Result<(), BucketError> {
         let one = futures_util::stream::iter([Ok(self.path(key))]).boxed();
         let deleting = self.store.delete_stream(one).try_collect::<Vec<_>>();
@@ -214,6 +239,10 @@ impl ObjectStorage for S3 {
 
     fn clock(&self) -> Option<&StorageClock> {
         Some(&self.clock)
+    }
+
+    fn presign<'a>(&'a self, key: &'a ObjectKey, valid: Duration) -> BucketFuture<'a, String> {
+        Box::pin(self.sign(key, valid))
     }
 }
 

@@ -102,6 +102,7 @@ fn settings(front: &Front) -> BucketSettings {
         roots: Vec::new(),
         proxy: ProxyChoice::None,
         timeout: Duration::from_secs(10),
+        client_endpoint: None,
     }
 }
 
@@ -377,4 +378,32 @@ async fn client_for_one_origin_requests_no_other() {
             "{url}: {failure}"
         );
     }
+}
+
+#[tokio::test]
+async fn presigned_url_is_of_the_endpoint_for_clients() {
+    let front = front(vec![]).await;
+    let key = ObjectKey::probe(&[1; 16]);
+    let own = bucket(&front)
+        .presign(&key, Duration::from_secs(60))
+        .await
+        .unwrap();
+    assert!(
+        own.starts_with(&format!("{}/images/team-a/v1/probe/", front.origin)),
+        "{own}"
+    );
+    assert!(
+        own.contains("X-Amz-Expires=60") && !own.contains("canary-secret"),
+        "{own}"
+    );
+    let settings = BucketSettings {
+        client_endpoint: Some("https://storage.example.org".parse().unwrap()),
+        ..settings(&front)
+    };
+    let opened = open(&settings, &Transport::system()).unwrap();
+    let url = opened.presign(&key, Duration::from_secs(60)).await.unwrap();
+    assert!(
+        url.starts_with("https://storage.example.org/images/team-a/v1/"),
+        "{url}"
+    );
 }

@@ -28,7 +28,6 @@ pub(super) fn load(
     let listen = listen(document, report);
     let tls = tls(document, sources, data.as_ref().ok(), report);
     let store = store(document, report);
-    let shared = shared::read(document, sources, report);
     let log = log(document, report);
     let limits = limits::read(document, report);
     let tunnels = schema::Connect::of(document, report).tunnel.get();
@@ -38,6 +37,13 @@ pub(super) fn load(
     if let Ok(listen) = &listen {
         validate::check_no_loop(&configured, &listen.registry, report);
     }
+    let own_names = tls.as_ref().map_or(&[][..], |tls| &tls.names);
+    let of_upstreams = configured.iter().flat_map(|upstream| {
+        let hosts = upstream.hosts.iter().map(|(_, host)| &**host);
+        hosts.chain(upstream.config.as_ref().map(|config| &*config.name))
+    });
+    let hosts: Vec<&str> = of_upstreams.chain(own_names.iter().map(|name| &**name)).collect();
+    let shared = shared::read(document, sources, &hosts, report);
     let plain_http = listen.as_ref().ok().map(|listen| listen.plain_http);
     let access = access::read(document, plain_http, &configured, report);
     let default_upstream = default_upstream(&top, &configured, report);

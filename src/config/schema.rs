@@ -14,6 +14,7 @@ use super::parsers::{
     UpstreamUrl, UserName, UserPattern,
 };
 use super::setting::{Field, List, OneOrMany, Table};
+use super::shared::redirect::RedirectChoice;
 use super::shared::{BucketUrl, CredentialChoice, EncryptionChoice};
 use super::{Admin, AuthMode, LogFormat, PlainHttp, Proxy};
 use crate::policy::min_age::OnUnknownAge;
@@ -236,6 +237,9 @@ sections! {
         kms_key: Option<KmsKey>, "ARN or id of the key for \"sse-kms\".";
         ca_file: Option<FilePath>, "PEM certificates to trust for the storage in addition to the system's.";
         insecure: bool = "false", "Whether an `http://` endpoint may be outside of the private network.";
+        redirect: RedirectChoice = r#""never""#, "Whether a GET of a blob of 1 MiB or more is redirected to the bucket, by a presigned URL: \"never\", \"uncached\" (if the blob is not cached here) or \"always\".";
+        redirect_ttl: Timeout = r#""60s""#, "How long the URL of a redirect is valid, at most an hour.";
+        redirect_endpoint: Option<EndpointUrl>, "URL of the storage for clients that are redirected. Default: `endpoint`.";
         proxy: Proxy = r#""environment""#, "Proxy for requests to the storage: \"environment\" (HTTPS_PROXY, NO_PROXY), \"none\" or a URL.";
     }
     /// `[default]`

@@ -1,19 +1,21 @@
 //! Section `[shared]`: the bucket that several caches share, its credential, and contradictory combinations.
 
+pub(super) mod redirect;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use serde::Deserialize;
 use zeroize::Zeroizing;
 
-use super::diagnostic::{Checked, Report, Reported};
+use super::diagnostic::{Checked, Report, Reported, Subject};
 use super::document::Document;
 use super::policy::words;
 use super::schema::Shared;
 use super::value::{ValueError, invalid};
 use super::{Proxy, Sources, files};
 use crate::bucket::{BucketCredential, BucketSettings, Encryption};
-use crate::shared::RecordKeys;
+use crate::shared::{RecordKeys, RedirectSettings};
 use crate::upstream::ip_scope::IpScope;
 use crate::upstream::{Origin, ProxyChoice};
 
@@ -46,6 +48,8 @@ pub struct SharedConfig {
     pub uploads_max: usize,
     /// Keys of the records; without them, only bytes are shared.
     pub record_keys: Option<RecordKeys>,
+    /// Redirects of clients.
+    pub redirect: RedirectSettings,
 }
 
 /// `s3://name/prefix`.
@@ -116,10 +120,11 @@ pub(super) fn endpoint_url(text: &str) -> Result<String, ValueError> {
     }
 }
 
-/// `None` if no bucket is configured.
+/// `None` if no bucket is configured. `hosts`: the names by which clients reach this cache.
 pub(super) fn read(
     document: &Document<'_>,
     sources: &Sources<'_>,
+    hosts: &[&str],
     report: &mut Report<'_>,
 ) -> Checked<Option<SharedConfig>> {
     let keys = Shared::of(document, report);
@@ -154,11 +159,13 @@ pub(super) fn read(
         report.emit(&keys.keep.subject, message, "write \"2d\" or more");
     }
     let write = keys.write.get()?;
+    let endpoint = endpoint?;
+    let (redirect, client_endpoint) = redirect::read(&keys, &endpoint, hosts, report)?;
     Ok(Some(SharedConfig {
         bucket: BucketSettings {
             bucket: name,
             prefix,
-            endpoint: endpoint?,
+            endpoint,
             region,
             credential: credential?,
             encryption: encryption?,
@@ -169,12 +176,14 @@ pub(super) fn read(
                 Proxy::Url(url) => ProxyChoice::Url(url),
             },
             timeout: keys.first_byte_timeout.get()?.into(),
+            client_endpoint,
         },
         write,
         claims: keys.claims.get()?,
         keep,
         uploads_max: keys.uploads_max.get()?.0,
         record_keys: record_keys?,
+        redirect,
     }))
 }
 
@@ -187,6 +196,7 @@ fn without_bucket(keys: &Shared, report: &mut Report<'_>) -> Checked<Option<Shar
         keys.kms_key.set(),
         keys.ca_file.set(),
         keys.key_file.set(),
+        keys.redirect_endpoint.set(),
         keys.write.set().filter(|_| matches!(keys.write.get(), Ok(false))),
         keys.claims
             .set()
@@ -207,7 +217,6 @@ fn without_bucket(keys: &Shared, report: &mut Report<'_>) -> Checked<Option<Shar
 
 /// The endpoint, by default that of AWS in the region.
 fn endpoint(keys: &Shared, region: Option<&str>, report: &mut Report<'_>) -> Checked<Origin> {
-    let insecure = keys.insecure.get()?;
     let subject = &keys.endpoint.subject;
     let url = match (keys.endpoint.get()?, region) {
         (Some(url), _) => url.into(),
@@ -225,14 +234,25 @@ fn endpoint(keys: &Shared, region: Option<&str>, report: &mut Report<'_>) -> Che
         Ok(origin) => origin,
         Err(error) => return Err(report.emit(subject, error.to_string(), "")),
     };
-    if origin.is_plain() && !insecure && !is_local(origin.host()) {
+    let origin = check_transport(origin, subject, keys, report)?;
+    if keys.insecure.get()? && !origin.is_plain() {
+        let message = "`insecure` with an endpoint that uses https";
+        return Err(report.emit(&keys.insecure.subject, message, "remove it"));
+    }
+    Ok(origin)
+}
+
+/// Plain HTTP is accepted within the private network.
+fn check_transport(
+    origin: Origin,
+    subject: &Subject,
+    keys: &Shared,
+    report: &mut Report<'_>,
+) -> Checked<Origin> {
+    if origin.is_plain() && !keys.insecure.get()? && !is_local(origin.host()) {
         let message = "plain HTTP to a host that may be outside of the private network";
         let help = "write https://, or an address of the private network, or add insecure = true";
         return Err(report.emit(subject, message, help));
-    }
-    if insecure && !origin.is_plain() {
-        let message = "`insecure` with an endpoint that uses https";
-        return Err(report.emit(&keys.insecure.subject, message, "remove it"));
     }
     Ok(origin)
 }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use bytes::Bytes;
+use http::HeaderValue;
 use tokio::time::Instant;
 
 use super::evidence::CacheView;
@@ -12,6 +14,7 @@ use super::manifest_fetch::UpstreamRequest;
 use super::pipeline::{ReadContext, denied, denied_after};
 use super::possession::Sample;
 use super::revalidate::Revalidated;
+use super::shared_read::SharedRight;
 use super::shared_records::is_served_stale;
 use super::source::UpstreamSource;
 use super::{BlobBody, ProxyResponse, Request, ServeInfo, ServeReason, passthrough};
@@ -21,8 +24,8 @@ use crate::policy::{
     Authorization, CacheState, CachedEntry, Completeness, ContentKind, Decision, DenyReason, HitReason,
     MissReason, Revalidation, decide,
 };
-use crate::queue::{AcquireError, Class, Demand};
-use crate::shared::SharedContent;
+use crate::queue::{AcquireError, Class, Demand, Peer};
+use crate::shared::{REDIRECT_BYTES_MIN, SharedContent};
 use crate::upstream::UpstreamResponse;
 
 /// Joins after a leader failed on its own authorization. Each retry may become the leader.
@@ -102,7 +105,14 @@ impl ReadContext<'_> {
             (Decision::Serve(served), Some((_, size))) if self.request.for_push => {
                 Box::pin(blob_request.head_for_push(&state, size, served)).await
             }
-            (Decision::Serve(served), Some((bytes, size))) => blob_request.serve(bytes, size, served),
+            (Decision::Serve(served), Some((bytes, size))) => {
+                if blob_request.may_redirect(true)
+                    && let Some(redirect) = Box::pin(blob_request.redirect(Some(size))).await
+                {
+                    return redirect;
+                }
+                blob_request.serve(bytes, size, served)
+            }
             (Decision::Deny(refusal), _) => denied(refusal, None, false),
             (Decision::Revalidate, cached) => {
                 Box::pin(blob_request.revalidate_and_serve(&state, cached)).await
@@ -296,6 +306,46 @@ impl BlobRequest<'_> {
         }
     }
 
+    /// Whether this request may be redirected to the shared storage. Only a `GET` over the network may: the storage rejects
+    /// a `HEAD` of a URL that was signed for `GET`.
+    fn may_redirect(&self, is_cached: bool) -> bool {
+        !self.request.head
+            && matches!(self.request.peer, Peer::Address(_))
+            && self.proxy.shared.redirects(is_cached)
+    }
+
+    /// The redirect of a client that may read the blob, if the shared storage has it.
+    async fn redirect(&self, size: Option<u64>) -> Option<ProxyResponse> {
+        if size.is_some_and(|size| size < REDIRECT_BYTES_MIN) {
+            return None;
+        }
+        let url = self.proxy.shared.presigned(self.digest, size).await?;
+        let location = HeaderValue::from_maybe_shared(Bytes::from(url)).ok()?;
+        Some(self.respond(BlobBody::Redirect(location), size, ServeReason::Redirected))
+    }
+
+    /// The redirect for a blob that is not cached. `Some` also if the upstream refuses the blob to this client.
+    async fn redirect_uncached(&self, state: &CacheState) -> Option<ProxyResponse> {
+        if !self.may_redirect(false) || self.proxy.downloads.is_arriving(&self.digest) {
+            return None;
+        }
+        match self
+            .proxy
+            .shared_right(&self.upstream_request(), self.digest)
+            .await
+        {
+            SharedRight::Granted => self.redirect(self.stated_size()).await,
+            SharedRight::UpstreamOnly => None,
+            SharedRight::Refused(response) => {
+                let revalidated = Revalidated {
+                    revalidation: self.classify(&response).await,
+                    response: Some(response),
+                };
+                Some(deny_uncached(state, revalidated))
+            }
+        }
+    }
+
     fn serve(&self, content: BlobBody, size: u64, served: HitReason) -> ProxyResponse {
         self.respond(content, Some(size), ServeReason::Cached(served))
     }
@@ -320,6 +370,9 @@ impl BlobRequest<'_> {
     async fn fetch(&self, state: &CacheState) -> ProxyResponse {
         if self.request.head {
             return self.head(state).await;
+        }
+        if let Some(redirect) = self.redirect_uncached(state).await {
+            return redirect;
         }
         let mut last = None;
         for _ in 0..JOINS_MAX {

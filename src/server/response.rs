@@ -64,7 +64,7 @@ pub(super) fn classify(outcome: &ProxyResponse) -> (telemetry::CacheResult, &'st
         ServeReason::Cached(served) if served.cause().is_some() || served.may_be_outdated() => {
             telemetry::CacheResult::Stale
         }
-        ServeReason::Cached(_) | ServeReason::Shared => telemetry::CacheResult::Hit,
+        ServeReason::Cached(_) | ServeReason::Shared | ServeReason::Redirected => telemetry::CacheResult::Hit,
         ServeReason::Collapsed => telemetry::CacheResult::Collapsed,
         ServeReason::Fetched(_) | ServeReason::Passthrough => telemetry::CacheResult::Miss,
     };

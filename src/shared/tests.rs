@@ -10,6 +10,7 @@ use crate::bucket::{BucketFuture, ObjectBody, ObjectChunk, Upload};
 use crate::oci::Algorithm;
 
 const MIB: u64 = 1024 * 1024;
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Pauses, each with the bytes that follow. If they are fewer than the object has, nothing follows.
 type Script = Vec<(u64, u64)>;
@@ -101,12 +102,20 @@ impl ObjectStorage for Scripted {
     fn delete<'a>(&'a self, _: &'a ObjectKey) -> BucketFuture<'a, ()> {
         Box::pin(async { Ok(()) })
     }
+
+    fn presign<'a>(&'a self, key: &'a ObjectKey, _: Duration) -> BucketFuture<'a, String> {
+        Box::pin(async move { Ok(format!("https://bucket/{key}")) })
+    }
 }
 
 fn scripted(size: u64, bodies: Vec<Result<Script, BucketError>>) -> (Arc<Scripted>, Arc<Active>) {
+    aged(size, Duration::ZERO, bodies)
+}
+
+fn aged(size: u64, age: Duration, bodies: Vec<Result<Script, BucketError>>) -> (Arc<Scripted>, Arc<Active>) {
     let bucket = Arc::new(Scripted {
         size,
-        age: Duration::ZERO,
+        age,
         bodies: Mutex::new(bodies.into()),
         puts: Mutex::default(),
     });
@@ -116,9 +125,13 @@ fn scripted(size: u64, bodies: Vec<Result<Script, BucketError>>) -> (Arc<Scripte
         write: true,
         claims: false,
         wait_max: Duration::from_secs(1),
-        keep: Duration::from_secs(1000),
+        keep: 28 * DAY,
         uploads_max: 1,
         records: None,
+        redirect: RedirectSettings {
+            mode: RedirectMode::Always,
+            valid: Duration::from_secs(60),
+        },
     };
     (
         bucket,
@@ -256,4 +269,39 @@ async fn object_of_another_size_is_replaced_and_renewed_once() {
         assert_eq!(put.is_ok(), puts == 1, "{size} {mode:?}");
         assert_eq!(*bucket.puts.lock(), puts, "{size} {mode:?}");
     }
+}
+
+async fn url(active: &Arc<Active>, size: Option<u64>) -> Option<String> {
+    match active.find(content(1).digest(), size).await {
+        Found::Url(url) => Some(url),
+        Found::Expiring(_) | Found::Nothing => None,
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn redirect_is_to_objects_of_the_right_size_alone() {
+    let (_, active) = scripted(4 * MIB, vec![Ok(vec![(0, 4 * MIB)])]);
+    assert!(url(&active, Some(4 * MIB)).await.unwrap().contains("v1/blobs/"));
+    assert!(url(&active, None).await.is_some());
+    assert_eq!(url(&active, Some(4 * MIB + 1)).await, None);
+    let (_, small) = scripted(1000, vec![Ok(vec![(0, 1000)])]);
+    assert_eq!(url(&small, None).await, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn object_that_expires_soon_is_renewed_and_not_redirected_to() {
+    for (days, is_expiring) in [(25, false), (27, true)] {
+        let (_, active) = aged(2 * MIB, days * DAY, vec![Ok(vec![(0, 2 * MIB)])]);
+        let found = active.find(content(1).digest(), None).await;
+        assert_eq!(matches!(found, Found::Expiring(_)), is_expiring, "{days} days");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn object_with_wrong_bytes_is_found_by_the_sample() {
+    // The bytes are zeros, so they do not match the digest.
+    let (_, active) = scripted(2 * MIB, vec![Ok(vec![(0, 2 * MIB)])]);
+    assert!(url(&active, None).await.is_some(), "not known yet");
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(url(&active, None).await, None);
 }

@@ -75,6 +75,7 @@ pub struct SharedMetrics {
     uploads_waiting: Gauge<u64, AtomicU64>,
     records: Family<RecordLabels, Counter>,
     wrong: Counter,
+    redirects: Counter,
     up: Family<BucketLabels, Gauge<u64, AtomicU64>>,
     conditional: Family<BucketLabels, Gauge<u64, AtomicU64>>,
     claims: Family<ResultLabels, Counter>,
@@ -91,6 +92,7 @@ impl Default for SharedMetrics {
             uploads_waiting: Gauge::default(),
             records: Family::default(),
             wrong: Counter::default(),
+            redirects: Counter::default(),
             up: Family::default(),
             conditional: Family::default(),
             claims: Family::default(),
@@ -143,6 +145,11 @@ impl SharedMetrics {
     /// Counts an object with wrong bytes.
     pub fn record_wrong(&self) {
         self.wrong.inc();
+    }
+
+    /// Counts a redirect of a client to an object.
+    pub fn record_redirect(&self) {
+        self.redirects.inc();
     }
 
     /// Sets whether the bucket can be read.
@@ -234,6 +241,11 @@ impl SharedMetrics {
             "shared_wrong_objects",
             "Objects of the bucket that did not match their digest",
             self.wrong.clone(),
+        );
+        registry.register(
+            "shared_redirects",
+            "Clients that were redirected to an object of the bucket",
+            self.redirects.clone(),
         );
         registry.register(
             "shared_up",

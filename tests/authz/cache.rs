@@ -349,7 +349,8 @@ impl Cache {
 async fn read_body(content: BlobBody) -> Result<Option<Bytes>, &'static str> {
     let mut bytes = BytesMut::new();
     match content {
-        BlobBody::Head => return Ok(None),
+        // No shared storage is configured, so none is a redirect.
+        BlobBody::Head | BlobBody::Redirect(_) => return Ok(None),
         BlobBody::Memory(held) => return Ok(Some(held)),
         BlobBody::File(held) => {
             bytes.resize(usize::try_from(held.size).unwrap(), 0);

@@ -160,7 +160,7 @@ async fn layer(
     };
     match proxy.handle(&mut request(spec, endpoint, clock)).await {
         ProxyResponse::Blob { content, .. } => match content {
-            BlobBody::Head | BlobBody::Memory(_) | BlobBody::File(_) => {
+            BlobBody::Head | BlobBody::Memory(_) | BlobBody::File(_) | BlobBody::Redirect(_) => {
                 job.mark(&digest, LayerState::Cached);
                 Ok(())
             }

@@ -29,6 +29,7 @@ mod with_feature {
     use super::*;
     use crate::bucket::{BucketCredential, Encryption};
     use crate::config::SharedConfig;
+    use crate::shared::RedirectMode;
 
     fn shared(keys: &str, variables: &[(&str, &str)]) -> SharedConfig {
         let text = format!("[shared]\nbucket = \"s3://images/team-a/\"\n{keys}");
@@ -237,6 +238,66 @@ mod with_feature {
             shared(&format!("endpoint = \"{endpoint}\""), &KEY);
         }
         shared("endpoint = \"http://s3.example.org\"\ninsecure = true", &KEY);
+    }
+
+    #[test]
+    fn impossible_redirects_are_rejected_at_their_key() {
+        let whole = |keys: &str| format!("bucket = \"s3://images\"\nregion = \"x\"\n{keys}");
+        for (keys, place, message) in [
+            (
+                whole("redirect = \"always\"\nredirect_ttl = \"2h\""),
+                "5:16",
+                "too long",
+            ),
+            (
+                whole("redirect_endpoint = \"https://s3.example.org\""),
+                "4:21",
+                "without `redirect`",
+            ),
+            (
+                whole("redirect = \"always\"\nredirect_endpoint = \"http://s3.example.org\""),
+                "5:21",
+                "plain HTTP",
+            ),
+            (
+                whole("redirect = \"always\"\nredirect_endpoint = \"https://s3.quay.io\""),
+                "4:12",
+                "would send their credential to s3.quay.io too",
+            ),
+        ] {
+            let faults = told(&keys, &KEY);
+            assert!(
+                faults.contains(message) && faults.contains(place),
+                "{keys}\n{faults}"
+            );
+        }
+    }
+
+    #[test]
+    fn redirects_are_off_by_default_and_have_an_endpoint_of_their_own() {
+        let config = shared("region = \"x\"", &KEY);
+        assert_eq!(config.redirect.mode, RedirectMode::Never);
+        let keys = "region = \"x\"\nredirect = \"uncached\"\nredirect_ttl = \"5m\"\n\
+                    redirect_endpoint = \"https://s3.example.org\"";
+        let config = shared(keys, &KEY);
+        assert_eq!(config.redirect.mode, RedirectMode::Uncached);
+        assert_eq!(config.redirect.valid, Duration::from_secs(300));
+        let endpoint = config.bucket.client_endpoint.unwrap().to_string();
+        assert_eq!(endpoint, "https://s3.example.org");
+    }
+
+    /// Clients in Go send `Authorization` on to the same host at any port, and to its subdomains.
+    #[test]
+    fn storage_below_a_name_of_the_cache_is_rejected() {
+        let tls = |name: &str| {
+            let text = format!(
+                "[tls]\nnames = [\"{name}\"]\n[shared]\nbucket = \"s3://images\"\nregion = \"x\"\n\
+                 redirect = \"always\"\nredirect_endpoint = \"https://storage.example.org:8333\""
+            );
+            gather(&text, &KEY, &[]).is_ok()
+        };
+        assert!(!tls("storage.example.org") && !tls("example.org"));
+        assert!(tls("age.example.org") && tls("a.storage.example.org") && tls("example.com"));
     }
 
     #[test]

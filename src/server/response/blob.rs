@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE};
+use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION};
 use http::{HeaderValue, Response, StatusCode};
 use tokio::time::Instant;
 
@@ -41,6 +41,9 @@ impl BlobResponse<'_> {
             cache_status::set_cache_headers(response.headers_mut(), self.info, self.context);
             return response;
         }
+        if let BlobBody::Redirect(location) = content {
+            return self.redirect(location, &etag);
+        }
         let is_cached = !matches!(content, BlobBody::Download(_));
         let sent = match self.size {
             // Uncached passthrough is verified as a unit, so it is sent in full.
@@ -76,11 +79,22 @@ impl BlobResponse<'_> {
         response
     }
 
+    /// 307, so that the client repeats its method and ranges there.
+    fn redirect(&self, location: HeaderValue, etag: &str) -> Response<Body> {
+        let mut response = with_status(StatusCode::TEMPORARY_REDIRECT, Body::empty());
+        let headers = response.headers_mut();
+        headers.insert(LOCATION, location);
+        headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
+        set_digest_headers(headers, etag);
+        cache_status::set_cache_headers(headers, self.info, self.context);
+        response
+    }
+
     fn complete(&self, content: BlobBody) -> Response<Body> {
         let telemetry = self.service.telemetry.clone();
         let body = match content {
             _ if self.context.head => Body::empty(),
-            BlobBody::Head => Body::empty(),
+            BlobBody::Head | BlobBody::Redirect(_) => Body::empty(),
             BlobBody::Memory(bytes) => self.memory(bytes),
             BlobBody::File(blob)
                 if blob.is_verified(Instant::now()) || self.service.verified.contains(&self.digest) =>
@@ -151,8 +165,8 @@ impl BlobResponse<'_> {
                 };
                 Body::download(reader, Some(span.len()), self.context.sendfile.clone(), telemetry)
             }
-            // Unreachable: a HEAD has no ranges, and passthrough is sent in full.
-            BlobBody::Head | BlobBody::Passthrough(_) => Body::empty(),
+            // Unreachable: a HEAD has no ranges, passthrough is sent in full, and a redirect was sent already.
+            BlobBody::Head | BlobBody::Redirect(_) | BlobBody::Passthrough(_) => Body::empty(),
         };
         let mut response = with_status(StatusCode::PARTIAL_CONTENT, body);
         let headers = response.headers_mut();

@@ -89,6 +89,7 @@ fn own_status(reason: ServeReason) -> Cow<'static, str> {
         ServeReason::Fetched(MissReason::NewDigest) => "ifnewer; fwd=stale; detail=new-digest".into(),
         ServeReason::Fetched(why) => format!("ifnewer; fwd=miss; detail={}", why.name()).into(),
         ServeReason::Shared => "ifnewer; hit; detail=shared".into(),
+        ServeReason::Redirected => "ifnewer; hit; detail=redirected".into(),
         ServeReason::Collapsed => "ifnewer; fwd=miss; collapsed; detail=collapsed".into(),
         ServeReason::Passthrough => "ifnewer; fwd=bypass; detail=passthrough".into(),
     }

@@ -12,7 +12,7 @@ use tokio::time::sleep;
 use super::*;
 use crate::bucket::{BucketFuture, Object, ObjectInfo, ObjectStorage, Upload, in_memory};
 use crate::oci::Algorithm;
-use crate::shared::{ArrivingFuture, SharedSettings};
+use crate::shared::{ArrivingFuture, RedirectSettings, SharedSettings};
 use crate::telemetry::Telemetry;
 
 const SIZE: usize = 8 * 1024 * 1024;
@@ -114,6 +114,7 @@ fn cache_with(bucket: Arc<dyn ObjectStorage>, write: bool) -> Arc<Active> {
         keep: Duration::from_secs(1000),
         uploads_max: 1,
         records: None,
+        redirect: RedirectSettings::default(),
     };
     let active = Arc::new(Active::new(settings, &Arc::default(), Telemetry::new()));
     active.conditions.set(true).unwrap();

@@ -15,7 +15,7 @@ use crate::bucket::{
     BucketFuture, Object, ObjectInfo, ObjectKey, ObjectStorage, StorageClock, Upload, in_memory,
 };
 use crate::oci::{Algorithm, Digest, Tag};
-use crate::shared::{Active, SharedSettings};
+use crate::shared::{Active, RedirectSettings, SharedSettings};
 use crate::telemetry::Telemetry;
 
 /// Time at the storage when it is made.
@@ -129,6 +129,7 @@ impl Cache {
             write: true,
             keep: Duration::from_secs(28 * 24 * 3600),
             uploads_max: 1,
+            redirect: RedirectSettings::default(),
             claims: false,
             wait_max: Duration::from_secs(1),
             records: Some(RecordSettings {

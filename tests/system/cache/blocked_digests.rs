@@ -17,7 +17,7 @@ async fn post(proxy: &Proxy, path: &str, body: &Value) -> Reply {
 }
 
 /// Blocks `image`: `IMAGE@DIGEST`, or a digest alone.
-async fn block(proxy: &Proxy, image: &str) {
+pub async fn block(proxy: &Proxy, image: &str) {
     let body = json!({ "image": image, "blocked": true, "by": "alice", "reason": "CVE-2026-1" });
     let reply = post(proxy, "/api/v1/blocks", &body).await;
     assert_eq!(reply.json()["still_blocked"], true, "{reply:#?}");

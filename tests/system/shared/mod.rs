@@ -3,6 +3,7 @@
 mod bucket;
 mod claims;
 mod records;
+mod redirect;
 
 use bucket::{Bucket, Mode};
 
@@ -78,6 +79,19 @@ async fn second_cache_reads_blobs_from_the_bucket() {
         "1"
     );
     second.pull(DEMO, "latest", &image).await.is_hit();
+}
+
+#[tokio::test]
+async fn every_metric_of_the_alerts_exists() {
+    let (_upstream, _bucket, _image, second) = warm_bucket(Image::with_layers(&["one"])).await;
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/prometheus/rules.yml");
+    let rules = std::fs::read_to_string(path).unwrap();
+    let words = rules.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+    let names: Vec<&str> = words.filter(|word| word.starts_with("ifnewer_shared_")).collect();
+    assert!(!names.is_empty());
+    for name in names {
+        assert_ne!(metric(&second, name).await, "", "{name}");
+    }
 }
 
 #[tokio::test]
