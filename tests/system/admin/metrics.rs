@@ -166,7 +166,8 @@ fn questions() -> Vec<String> {
     let rules = read("prometheus/rules.yml");
     let names = rules
         .split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))
-        .filter(|word| word.starts_with("ifnewer_"));
+        // The tests of the shared storage check its metrics, because they exist with a bucket alone.
+        .filter(|word| word.starts_with("ifnewer_") && !word.starts_with("ifnewer_shared_"));
     questions.extend(names.map(str::to_owned));
     questions
 }
