@@ -45,8 +45,10 @@ pub(super) fn set_cache_status(headers: &mut HeaderMap, own: Cow<'static, str>, 
 fn set_age(headers: &mut HeaderMap, age_s: u64, now: SystemTime) {
     headers.insert(AGE, age_s.into());
     let date = now.checked_sub(Duration::from_secs(age_s));
-    if let Some(date) = date.and_then(|date| date.duration_since(UNIX_EPOCH).ok()) {
-        headers.extend(http_date(date.as_secs()).map(|date| (DATE, date)));
+    let date = date.and_then(|date| date.duration_since(UNIX_EPOCH).ok());
+    if let Some(date) = date.and_then(|date| http_date(date.as_secs())) {
+        // A response has one date, also if the age is set twice.
+        headers.insert(DATE, date);
     }
 }
 
@@ -160,7 +162,10 @@ mod tests {
         let now = UNIX_EPOCH + Duration::from_secs(1_700_000_000);
         for age_s in [0, 1, 86_400] {
             let mut headers = HeaderMap::new();
+            // As for a response whose own age follows that of another cache.
+            set_age(&mut headers, 7, now);
             set_age(&mut headers, age_s, now);
+            assert_eq!(headers.get_all(DATE).iter().count(), 1);
             let date = headers.get(DATE).unwrap().to_str().unwrap();
             assert_eq!(headers.get(AGE).unwrap(), &age_s.to_string());
             let date = httpdate::parse_http_date(date).unwrap();
