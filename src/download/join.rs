@@ -110,6 +110,7 @@ impl Lookup {
                     digest: self.digest,
                     requester: requester.clone(),
                     progress,
+                    observers: Arc::default(),
                     waiters,
                     began: tokio::time::Instant::now(),
                     is_led_elsewhere: AtomicBool::new(false),

@@ -1,6 +1,7 @@
 //! Observer of a running download: reads what has arrived, and keeps nothing running.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::{Bytes, BytesMut};
 use tokio::sync::watch;
@@ -10,11 +11,28 @@ use super::{Leader, Shared};
 use crate::store::file_read::{BufferPool, read_chunk};
 use crate::store::fs::FsFile;
 
-/// Reads the bytes of a download that readers may read. It does not count as a request that waits.
-#[derive(Clone)]
+/// Reads the bytes of a download that readers may read. It counts neither as a request that waits nor as a reader.
 pub struct Observer {
     progress: watch::Receiver<Progress>,
+    observers: Arc<AtomicUsize>,
     buffers: BufferPool,
+}
+
+impl Clone for Observer {
+    fn clone(&self) -> Self {
+        self.observers.fetch_add(1, Ordering::Relaxed);
+        Self {
+            progress: self.progress.clone(),
+            observers: Arc::clone(&self.observers),
+            buffers: self.buffers.clone(),
+        }
+    }
+}
+
+impl Drop for Observer {
+    fn drop(&mut self) {
+        self.observers.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Leader {
@@ -26,8 +44,10 @@ impl Leader {
 
 impl Observer {
     fn new(download: &Download, shared: &Shared) -> Self {
+        download.observers.fetch_add(1, Ordering::Relaxed);
         Self {
             progress: download.progress.subscribe(),
+            observers: Arc::clone(&download.observers),
             buffers: shared.buffers.clone(),
         }
     }
@@ -48,7 +68,7 @@ impl Observer {
             Progress::Filling(_, readable) => *readable >= until,
             Progress::Complete(..) | Progress::Failed(_) => true,
         };
-        match self.progress.clone().wait_for(enough).await.as_deref() {
+        match self.clone().progress.wait_for(enough).await.as_deref() {
             Ok(Progress::Filling(_, readable) | Progress::Complete(_, readable)) => Some(*readable),
             _ => None,
         }

@@ -1,7 +1,7 @@
 //! Shared state of a download, its entry in the download map, and its status for operators.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -17,6 +17,8 @@ pub(super) struct Download {
     pub(super) digest: Digest,
     pub(super) requester: Requester,
     pub(super) progress: watch::Sender<Progress>,
+    /// Receivers of `progress` that are no readers.
+    pub(super) observers: Arc<AtomicUsize>,
     /// The requests that wait for it.
     pub(super) waiters: Waiters,
     /// For the status.
@@ -194,7 +196,10 @@ impl Downloads {
                     digest: download.digest,
                     size,
                     received,
-                    readers: download.progress.receiver_count(),
+                    readers: download
+                        .progress
+                        .receiver_count()
+                        .saturating_sub(download.observers.load(Ordering::Relaxed)),
                     elapsed: now.saturating_duration_since(download.began),
                     is_queued: download.waiters.is_queued(),
                 }
