@@ -38,6 +38,10 @@ const EARLY: Duration = Duration::from_secs(5);
 /// changes the version once: a dead owner must not pass for one that stalls.
 pub(super) const STALLED_AFTER: Duration = Duration::from_secs(12);
 
+/// How long a claim is followed while its owner receives bytes and none reach the follower. Less than the window in which
+/// a download must receive some.
+pub(super) const UNDELIVERED_MAX: Duration = Duration::from_secs(25);
+
 /// Looks of one entry.
 const LOOKS_MAX: u32 = 4;
 
@@ -499,7 +503,10 @@ pub(super) enum FollowStep {
 pub(super) struct Followed {
     record: ClaimRecord,
     size: Option<u64>,
+    /// Last time that anything happened at the owner.
     progressed_at: Instant,
+    /// Last time that there was more to read.
+    delivered_at: Instant,
 }
 
 impl Followed {
@@ -508,6 +515,7 @@ impl Followed {
             size: record.size,
             record,
             progressed_at: now,
+            delivered_at: now,
         }
     }
 
@@ -521,7 +529,12 @@ impl Followed {
 
     /// Bytes were read.
     pub(super) fn progress(&mut self, now: Instant) {
-        self.progressed_at = now;
+        (self.progressed_at, self.delivered_at) = (now, now);
+    }
+
+    /// The object in the bucket ends here.
+    pub(super) fn end_at(&mut self, size: u64) {
+        self.size = Some(size);
     }
 
     /// The record with which this follower asks for parts. `None`: they are wanted already.
@@ -560,13 +573,18 @@ impl Followed {
                 if is_more || record.size.is_some() && self.size.is_none() {
                     self.progressed_at = now;
                 }
+                if record.published > self.record.published {
+                    self.delivered_at = now;
+                }
                 self.size = self.size.or(record.size);
                 self.record = record;
             }
         }
         if self.record.published > position {
             FollowStep::Read
-        } else if now.saturating_duration_since(self.progressed_at) >= STALLED_AFTER {
+        } else if now.saturating_duration_since(self.progressed_at) >= STALLED_AFTER
+            || now.saturating_duration_since(self.delivered_at) >= UNDELIVERED_MAX
+        {
             FollowStep::Stalled
         } else {
             FollowStep::Wait

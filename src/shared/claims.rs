@@ -19,6 +19,7 @@ use super::breaker::{Admission, Outcome, Transition};
 use super::claim::{Alone, BootId, ClaimRecord, Entry, Look, RECORD_BYTES_MAX, Step, Watch, Written};
 use super::follow::Follower;
 use super::lease::Lease;
+use super::rate::Rate;
 use super::{Active, Arriving, Guarded, SharedContent, SharedObject, SharedStorage, WRONG_PERIOD, note};
 use crate::bucket::{BucketError, Fault, ObjectKey};
 use crate::oci::{Digest, UpstreamFailure};
@@ -151,6 +152,8 @@ pub(super) struct Claims {
     pub(super) leases: Arc<Leases>,
     pub(super) publishers: Semaphore,
     guarded: Mutex<Guarded>,
+    /// Cap of looks, apart from that of reads: waiting downloads must not take the reads of others.
+    rate: Mutex<Rate>,
     is_probing: AtomicBool,
 }
 
@@ -160,6 +163,7 @@ impl Claims {
             leases: Arc::clone(leases),
             publishers: Semaphore::new(PUBLISHERS_MAX),
             guarded: Mutex::default(),
+            rate: Mutex::new(Rate::new(Instant::now())),
             is_probing: AtomicBool::new(false),
         }
     }
@@ -378,7 +382,7 @@ impl Active {
 
     /// Reads a claim.
     pub(super) async fn look(&self, key: &ObjectKey) -> Look {
-        if !self.may_read(key) {
+        if self.is_refused(key) || !self.claims.rate.lock().take(Instant::now()) {
             return Look::Failed;
         }
         let began = Instant::now();

@@ -210,7 +210,17 @@ impl Follower {
                 self.reading = Some(Reading { object, end: None });
                 Ok(())
             }
+            None if size.is_none() && self.is_at_the_end().await => {
+                self.followed.end_at(self.position);
+                Ok(())
+            }
             None => Err(self.fail(None)),
         }
+    }
+
+    /// Whether the object ends at the position: the owner did not state the size, and nothing is left to read.
+    async fn is_at_the_end(&mut self) -> bool {
+        let head = self.active.settings.bucket.head(&self.content.key()).await;
+        head.is_ok_and(|info| self.position > 0 && info.size == self.position)
     }
 }

@@ -36,13 +36,12 @@ pub trait Arriving: Send + Sync + 'static {
 }
 
 /// State of the download.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    Running {
-        size: Option<u64>,
-    },
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Phase {
+    /// Size of the blob, once the upstream has stated it.
+    size: Option<u64>,
     /// Stored here and offered for upload.
-    Stored,
+    is_stored: bool,
 }
 
 /// A claim that this process holds. Dropping it deletes the claim, unless the blob was stored: then the claim lives until
@@ -56,7 +55,7 @@ impl Lease {
         (held, guard): (Held, LeaseGuard),
         arriving: Arc<dyn Arriving>,
     ) -> Self {
-        let (sender, phase) = watch::channel(Phase::Running { size: None });
+        let (sender, phase) = watch::channel(Phase::default());
         let owner = Owner {
             active: Arc::clone(active),
             content,
@@ -75,12 +74,12 @@ impl Lease {
 
     /// The upstream has stated the size of the blob.
     pub fn set_size(&self, size: u64) {
-        self.0.send_replace(Phase::Running { size: Some(size) });
+        self.0.send_modify(|phase| phase.size = Some(size));
     }
 
     /// The blob is stored, and was offered for upload.
     pub fn stored(&self) {
-        self.0.send_replace(Phase::Stored);
+        self.0.send_modify(|phase| phase.is_stored = true);
     }
 }
 
@@ -110,6 +109,10 @@ impl Owner {
         let mut closing = self.active.claims.leases.closing();
         let mut publishing: Option<Publishing> = None;
         let is_stored = loop {
+            let phase = *self.phase.borrow_and_update();
+            if let Some(size) = phase.size {
+                self.held.set_size(size);
+            }
             self.held.receive(self.arriving.received());
             let rest_until = match self.held.next(Instant::now()) {
                 HeldStep::Write(record, etag) => {
@@ -139,11 +142,7 @@ impl Owner {
                     self.held.published(),
                 )));
             }
-            let phase = *self.phase.borrow_and_update();
-            if let Phase::Running { size: Some(size) } = phase {
-                self.held.set_size(size);
-            }
-            let is_stored = phase == Phase::Stored;
+            let is_stored = phase.is_stored;
             if is_stored && self.active.writes_open_since().is_some() {
                 // The upload waits, nobody knows how long.
                 break false;
@@ -183,7 +182,9 @@ impl Owner {
             self.held.publish(until);
         }
         let (digest, mut start) = (self.content.digest(), 0);
-        while start < self.held.published() {
+        // What the owner before had published may be a lie.
+        let published = self.held.published().min(self.arriving.received());
+        while start < published {
             let part = ObjectKey::part(&digest, start);
             self.active.delete_of_claim(&part).await;
             start = part_end(start);

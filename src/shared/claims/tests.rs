@@ -12,6 +12,7 @@ use tokio::time::sleep;
 use super::*;
 use crate::bucket::{BucketFuture, Object, ObjectInfo, ObjectStorage, Upload, in_memory};
 use crate::oci::Algorithm;
+use crate::shared::upload::{Item, Mode};
 use crate::shared::{ArrivingFuture, RedirectSettings, SharedSettings};
 use crate::telemetry::Telemetry;
 
@@ -329,7 +330,7 @@ async fn stalled_owner_is_left_after_12_s() {
     assert!(follower.chunk().await.unwrap().is_err() && follower.chunk().await.is_none());
 }
 
-/// An upstream that sends 100 KiB/s is slow and not dead.
+/// An upstream that sends 250 KiB/s is slow and not dead.
 #[tokio::test(start_paused = true)]
 async fn slow_owner_is_followed() {
     let (bucket, file) = (in_memory(), File::new());
@@ -337,13 +338,67 @@ async fn slow_owner_is_followed() {
     lease.set_size(SIZE as u64);
     let mut follower = follow(&cache(&bucket), &file, &ClaimMemory::default()).await;
     let arriving = async {
-        for second in 1..=82 {
+        for second in 1..=40 {
             sleep(Duration::from_secs(1)).await;
-            file.receive((second * 100 * 1024).min(SIZE));
+            file.receive((second * 250 * 1024).min(SIZE));
         }
     };
     let (bytes, ()) = tokio::join!(read(&mut follower, SIZE), arriving);
     assert_eq!(bytes.unwrap(), file.bytes);
+}
+
+/// The owner's uploads fail, or its upstream is slower than a part in 25 s.
+#[tokio::test(start_paused = true)]
+async fn owner_that_delivers_nothing_is_left_after_25_s() {
+    let (bucket, file) = (in_memory(), File::new());
+    let lease = lead(&cache(&bucket), &file).await;
+    lease.set_size(SIZE as u64);
+    let (memory, began) = (ClaimMemory::default(), Instant::now());
+    let mut follower = follow(&cache(&bucket), &file, &memory).await;
+    let arriving = async {
+        for second in 1..=40 {
+            sleep(Duration::from_secs(1)).await;
+            file.receive(second * 1000);
+        }
+    };
+    let reading = async {
+        assert!(follower.chunk().await.unwrap().is_err());
+        began.elapsed()
+    };
+    let (took, ()) = tokio::join!(reading, arriving);
+    assert!(took < Duration::from_secs(27), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn follower_without_a_size_ends_with_the_object() {
+    let (bucket, file) = (in_memory(), File::new());
+    let lease = lead(&cache(&bucket), &file).await;
+    let mut follower = follow(&cache(&bucket), &file, &ClaimMemory::default()).await;
+    file.receive(SIZE);
+    let bytes = read(&mut follower, SIZE).await.unwrap();
+    assert_eq!(bytes, file.bytes);
+    let key = ObjectKey::blob(&file.digest());
+    bucket.put(&key, file.bytes.clone(), None).await.unwrap();
+    lease.stored();
+    assert!(follower.chunk().await.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn size_that_comes_with_the_end_is_in_the_claim() {
+    let (bucket, file) = (in_memory(), File::new());
+    let active = cache(&bucket);
+    let lease = lead(&active, &file).await;
+    active
+        .uploads
+        .push(Item::new(SharedContent::Blob(file.digest()), Mode::Create));
+    lease.set_size(SIZE as u64);
+    lease.stored();
+    sleep(Duration::from_secs(1)).await;
+    let look = active.look(&ObjectKey::claim(&file.digest())).await;
+    let Look::Present { record, .. } = look else {
+        panic!("{look:?}");
+    };
+    assert_eq!(record.unwrap().size, Some(SIZE as u64));
 }
 
 #[tokio::test(start_paused = true)]
