@@ -7,7 +7,9 @@ import sys
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "pressure"))
 
 import balancer
+import born
 import chain
+import claims
 import loops
 import outage
 import shared
@@ -22,6 +24,8 @@ SCENARIOS = {
     "sidecars": sidecars.run,
     "balancer": balancer.run,
     "shared": shared.run,
+    "claims": claims.run,
+    "born": born.run,
 }
 SCENARIO_S = 300
 
