@@ -60,6 +60,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::HeaderValue;
+use http::uri::Authority;
 
 pub use listing::Listing;
 pub use local_tokens::{TokenOutcome, is_local_token};
@@ -140,6 +141,8 @@ pub struct Request {
     pub accept: Accept,
     /// The client's `Authorization` header, if present and not empty.
     pub authorization: Option<HeaderValue>,
+    /// The host and port by which the client addressed the cache, if it stated them.
+    pub host: Option<Authority>,
     /// Arrival time.
     pub now: SystemTime,
     /// Writes seen in the repository at arrival ([`UpstreamRegistry::writes`]).

@@ -28,7 +28,7 @@ mod upload;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwapOption;
 use bytes::Bytes;
@@ -45,7 +45,9 @@ pub use self::record::{
     CHILDREN_MAX, ContentState, Dated, KEYS_MAX, KeyFileError, PublicState, RecordKeys, RecordPlace,
     RecordSettings, TagState, TagVariant,
 };
-pub use self::redirect::{REDIRECT_BYTES_MIN, RedirectMode, RedirectSettings};
+pub use self::redirect::{
+    REDIRECT_BYTES_MIN, RedirectClient, RedirectMode, RedirectSettings, forwards_credential,
+};
 
 use self::breaker::{Admission, Breaker, Outcome, Transition};
 use self::claims::{Claims, Leases};
@@ -342,22 +344,23 @@ impl SharedStorage {
         Some(found.size)
     }
 
-    /// Whether requests for blobs are redirected to the bucket; `is_cached`: those for blobs that are cached here.
-    pub fn redirects(&self, is_cached: bool) -> bool {
-        let Some(active) = self.readable() else {
-            return false;
-        };
-        match active.settings.redirect.mode {
-            RedirectMode::Never => false,
-            RedirectMode::Uncached => !is_cached,
-            RedirectMode::Always => true,
-        }
+    /// Whether this client is redirected to the bucket; `is_cached`: to blobs that are cached here.
+    pub fn redirects(&self, is_cached: bool, client: &RedirectClient<'_>) -> bool {
+        self.readable()
+            .is_some_and(|active| active.redirects(is_cached, client))
     }
 
-    /// The presigned URL of a blob. `None` if the bucket lacks it, has an object of another size, or may delete it soon.
-    pub async fn presigned(&self, digest: Digest, size: Option<u64>) -> Option<String> {
+    /// The presigned URL of a blob. `None` if the bucket lacks it, has an object of another size, or may delete it soon; if
+    /// this client was redirected to it a moment ago; or if the clock of this host, which shows `time` now and by which URLs
+    /// are signed, is wrong.
+    pub async fn presigned(
+        &self,
+        (digest, size): (Digest, Option<u64>),
+        client: &RedirectClient<'_>,
+        time: SystemTime,
+    ) -> Option<String> {
         let active = self.readable()?;
-        match active.find(digest, size).await {
+        match active.find((digest, size), client, time).await {
             Found::Url(url) => Some(url),
             Found::Expiring(age) => {
                 self.offer_renewal(SharedContent::Blob(digest), age);

@@ -365,6 +365,7 @@ pub(super) fn request(spec: &PullSpec, endpoint: Endpoint, clock: Clock) -> Requ
         head: false,
         accept: Accept::manifests(),
         authorization: spec.authorization.clone(),
+        host: None,
         now: clock.now(),
         writes: spec.named.upstream_registry.writes(&spec.named.repository),
         for_push: false,

@@ -75,6 +75,16 @@ impl StorageClock {
         u64::try_from(millis.saturating_add(999).div_euclid(1000)).ok()
     }
 
+    /// The difference at `at` between the storage's time and `own`, the time of day of another clock, or less by as much as
+    /// the precision allows.
+    pub fn difference(&self, own: SystemTime, at: Instant) -> Option<Duration> {
+        let (known, own) = ((*self.known.lock())?, millis(own)?);
+        let since = self.since_base(at);
+        let behind = known.earliest.saturating_add(since).saturating_sub(own);
+        let ahead = own.saturating_sub(known.latest.saturating_add(since));
+        Some(Duration::from_millis(behind.max(ahead).max(0).unsigned_abs()))
+    }
+
     /// Milliseconds from the base to `at`, negative before it.
     fn since_base(&self, at: Instant) -> i64 {
         let millis = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
@@ -141,6 +151,18 @@ mod tests {
             clock.learn(date(now), at, at);
             assert_eq!(clock.latest(at), Some(now + 2), "{now}");
             assert_eq!(clock.earliest(at), Some(now - 1), "{now}");
+        }
+    }
+
+    #[test]
+    fn difference_to_another_clock_is_what_is_certain() {
+        let clock = StorageClock::default();
+        let at = clock.base + Duration::from_secs(7);
+        assert_eq!(clock.difference(date(1000), at), None);
+        clock.learn(date(1000), clock.base, clock.base);
+        for (own, seconds) in [(1007, 0), (1008, 0), (1028, 19), (987, 19), (0, 1006)] {
+            let difference = clock.difference(date(own), at).unwrap();
+            assert_eq!(difference.as_secs(), seconds, "{own}");
         }
     }
 

@@ -30,6 +30,11 @@ impl RangeRequest {
             .unwrap_or_default()
     }
 
+    /// Whether a client continues a body that broke off: the range begins after byte 0 and has no end.
+    pub fn is_resumption(&self) -> bool {
+        matches!(self, Self::Single(ByteRange::FromOffset(first)) if *first > 0)
+    }
+
     /// Upper bound of the bytes in the response, for any size of the body. `None` if unbounded.
     pub fn bytes_max(&self) -> Option<u64> {
         let ranges = match self {

@@ -92,7 +92,7 @@ pub(super) fn shared_storage(
             keys,
             prefix: bucket.prefix.as_str().into(),
         }),
-        redirect: configured.redirect,
+        redirect: configured.redirect.clone(),
     }))
 }
 

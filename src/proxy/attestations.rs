@@ -191,6 +191,7 @@ impl ProxyService {
             head: false,
             accept: Accept::manifests(),
             authorization,
+            host: None,
             now: self.clock.now(),
             writes: upstream_request.registry.writes(&upstream_request.repository),
             for_push: false,

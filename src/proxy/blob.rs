@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::HeaderValue;
+use http::uri::Authority;
 use tokio::time::Instant;
 
 use super::evidence::CacheView;
@@ -25,7 +26,7 @@ use crate::policy::{
     MissReason, Revalidation, decide,
 };
 use crate::queue::{AcquireError, Class, Demand, Peer};
-use crate::shared::{REDIRECT_BYTES_MIN, SharedContent};
+use crate::shared::{REDIRECT_BYTES_MIN, RedirectClient, SharedContent};
 use crate::upstream::UpstreamResponse;
 
 /// Joins after a leader failed on its own authorization. Each retry may become the leader.
@@ -106,8 +107,8 @@ impl ReadContext<'_> {
                 Box::pin(blob_request.head_for_push(&state, size, served)).await
             }
             (Decision::Serve(served), Some((bytes, size))) => {
-                if blob_request.may_redirect(true)
-                    && let Some(redirect) = Box::pin(blob_request.redirect(Some(size))).await
+                if let Some(client) = blob_request.redirect_client(true)
+                    && let Some(redirect) = Box::pin(blob_request.redirect(Some(size), client)).await
                 {
                     return redirect;
                 }
@@ -306,27 +307,37 @@ impl BlobRequest<'_> {
         }
     }
 
-    /// Whether this request may be redirected to the shared storage. Only a `GET` over the network may: the storage rejects
-    /// a `HEAD` of a URL that was signed for `GET`.
-    fn may_redirect(&self, is_cached: bool) -> bool {
-        !self.request.head
-            && matches!(self.request.peer, Peer::Address(_))
-            && self.proxy.shared.redirects(is_cached)
+    /// The client, if this request may be redirected to the shared storage. Only a `GET` over the network may: the storage
+    /// rejects a `HEAD` of a URL that was signed for `GET`.
+    fn redirect_client(&self, is_cached: bool) -> Option<RedirectClient<'_>> {
+        let Peer::Address(address) = self.request.peer else {
+            return None;
+        };
+        let client = RedirectClient {
+            address,
+            host: self.request.host.as_ref().map(Authority::host),
+            has_credential: self.request.authorization.is_some(),
+            is_resuming: self.request.range.is_resumption(),
+        };
+        let may = !self.request.head && self.proxy.shared.redirects(is_cached, &client);
+        may.then_some(client)
     }
 
     /// The redirect of a client that may read the blob, if the shared storage has it.
-    async fn redirect(&self, size: Option<u64>) -> Option<ProxyResponse> {
+    async fn redirect(&self, size: Option<u64>, client: RedirectClient<'_>) -> Option<ProxyResponse> {
         if size.is_some_and(|size| size < REDIRECT_BYTES_MIN) {
             return None;
         }
-        let url = self.proxy.shared.presigned(self.digest, size).await?;
+        let (shared, time) = (&self.proxy.shared, self.proxy.clock.now());
+        let url = shared.presigned((self.digest, size), &client, time).await?;
         let location = HeaderValue::from_maybe_shared(Bytes::from(url)).ok()?;
         Some(self.respond(BlobBody::Redirect(location), size, ServeReason::Redirected))
     }
 
     /// The redirect for a blob that is not cached. `Some` also if the upstream refuses the blob to this client.
     async fn redirect_uncached(&self, state: &CacheState) -> Option<ProxyResponse> {
-        if !self.may_redirect(false) || self.proxy.downloads.is_arriving(&self.digest) {
+        let client = self.redirect_client(false)?;
+        if self.proxy.downloads.is_arriving(&self.digest) {
             return None;
         }
         match self
@@ -334,7 +345,7 @@ impl BlobRequest<'_> {
             .shared_right(&self.upstream_request(), self.digest)
             .await
         {
-            SharedRight::Granted => self.redirect(self.stated_size()).await,
+            SharedRight::Granted => self.redirect(self.stated_size(), client).await,
             SharedRight::UpstreamOnly => None,
             SharedRight::Refused(response) => {
                 let revalidated = Revalidated {

@@ -73,6 +73,7 @@ impl ProxyService {
             head: false,
             accept: Accept::manifests(),
             authorization: authorization.cloned(),
+            host: None,
             now,
             writes: invalidation::WriteSnapshot::default(),
             for_push: false,

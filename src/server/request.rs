@@ -112,7 +112,9 @@ pub(super) fn parse(
     path::check(head.uri.path()).map_err(RequestError::from)?;
     let Some((upstream_registry, route)) = intercepted else {
         let (upstream_registry, endpoint, route) = router.route(head)?;
-        return read(head, (upstream_registry, endpoint, route), (now, trace, peer)).map(ParsedRequest::Read);
+        let client = (peer, host);
+        return read(head, (upstream_registry, endpoint, route), client, (now, trace))
+            .map(ParsedRequest::Read);
     };
     // Under the registry's own host, the first path component is part of the repository name.
     let upstream_registry = Arc::clone(upstream_registry);
@@ -150,12 +152,18 @@ pub(super) fn parse(
             return forward_target(head, upstream_registry, route, host.as_ref(), peer)
                 .map(ParsedRequest::Forward);
         }
-        return read(head, (upstream_registry, endpoint, route), (now, trace, peer))
+        let client = (peer, host);
+        return read(head, (upstream_registry, endpoint, route), client, (now, trace))
             .map(ParsedRequest::ApiCheck);
     }
     router.check_ns(&upstream_registry, head.uri.query())?;
     let endpoint = with_full_name(&upstream_registry, endpoint)?;
-    let mut read = read(head, (upstream_registry, endpoint, route), (now, trace, peer))?;
+    let mut read = read(
+        head,
+        (upstream_registry, endpoint, route),
+        (peer, host),
+        (now, trace),
+    )?;
     // A client that pushes checks by HEAD which layers the registry has. A pull does not use HEAD on blobs.
     read.request.for_push = read.request.head && matches!(read.request.endpoint, Endpoint::Blob { .. });
     Ok(ParsedRequest::Read(read))
@@ -164,7 +172,8 @@ pub(super) fn parse(
 fn read(
     head: &Parts,
     (upstream_registry, endpoint, route): (Arc<UpstreamRegistry>, Endpoint, RouteKind),
-    (now, trace, peer): (SystemTime, &TraceContext, &ConnectionInfo),
+    (peer, host): (&ConnectionInfo, Option<Authority>),
+    (now, trace): (SystemTime, &TraceContext),
 ) -> Result<Box<RoutedRead>, Rejection> {
     let writes = endpoint
         .repository()
@@ -177,6 +186,7 @@ fn read(
         head: head.method == Method::HEAD,
         accept: Accept::read(&head.headers)?,
         authorization: authorization(&head.headers),
+        host,
         now,
         writes,
         for_push: false,

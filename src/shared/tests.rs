@@ -2,11 +2,15 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may fail loudly")]
 
 use std::collections::VecDeque;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use tokio::time::sleep;
 
+use super::redirect::RETRY_PERIOD;
 use super::*;
-use crate::bucket::{BucketFuture, ObjectBody, ObjectChunk, Upload};
+use crate::bucket::{BucketFuture, ObjectBody, ObjectChunk, StorageClock, Upload};
+use crate::clock::Clock;
 use crate::oci::Algorithm;
 
 const MIB: u64 = 1024 * 1024;
@@ -19,9 +23,18 @@ type Script = Vec<(u64, u64)>;
 struct Scripted {
     size: u64,
     age: Duration,
+    clock: StorageClock,
     /// Bodies of the next reads. The last one is repeated.
     bodies: Mutex<VecDeque<Result<Script, BucketError>>>,
     puts: Mutex<usize>,
+}
+
+impl Scripted {
+    /// Sets its clock behind that of this host.
+    fn set_clock(&self, seconds_behind: u64) {
+        let date = Clock::system().now() - Duration::from_secs(seconds_behind);
+        self.clock.learn(date, Instant::now(), Instant::now());
+    }
 }
 
 struct Body {
@@ -103,6 +116,10 @@ impl ObjectStorage for Scripted {
         Box::pin(async { Ok(()) })
     }
 
+    fn clock(&self) -> Option<&StorageClock> {
+        Some(&self.clock)
+    }
+
     fn presign<'a>(&'a self, key: &'a ObjectKey, _: Duration) -> BucketFuture<'a, String> {
         Box::pin(async move { Ok(format!("https://bucket/{key}")) })
     }
@@ -116,9 +133,11 @@ fn aged(size: u64, age: Duration, bodies: Vec<Result<Script, BucketError>>) -> (
     let bucket = Arc::new(Scripted {
         size,
         age,
+        clock: StorageClock::default(),
         bodies: Mutex::new(bodies.into()),
         puts: Mutex::default(),
     });
+    bucket.set_clock(0);
     let settings = SharedSettings {
         bucket: Arc::clone(&bucket) as Arc<dyn ObjectStorage>,
         name: "s3://images".into(),
@@ -131,6 +150,7 @@ fn aged(size: u64, age: Duration, bodies: Vec<Result<Script, BucketError>>) -> (
         redirect: RedirectSettings {
             mode: RedirectMode::Always,
             valid: Duration::from_secs(60),
+            host: "storage.example.org".into(),
         },
     };
     (
@@ -271,8 +291,41 @@ async fn object_of_another_size_is_replaced_and_renewed_once() {
     }
 }
 
+const CLIENT: RedirectClient<'_> = RedirectClient {
+    address: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
+    host: Some("cache.example.org"),
+    has_credential: true,
+    is_resuming: false,
+};
+
+/// Another client, for each request.
+fn client() -> RedirectClient<'static> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    RedirectClient {
+        address: Ipv4Addr::from_bits(number).into(),
+        ..CLIENT
+    }
+}
+
+async fn find(active: &Arc<Active>, size: Option<u64>, client: RedirectClient<'_>) -> Found {
+    let blob = (content(1).digest(), size);
+    active.find(blob, &client, Clock::system().now()).await
+}
+
+/// A bucket with objects of 2 MiB, of which none is verified.
+fn unverified() -> (Arc<Scripted>, Arc<Active>) {
+    let (bucket, active) = scripted(2 * MIB, vec![]);
+    active.redirects.is_verifying.store(true, Ordering::Relaxed);
+    (bucket, active)
+}
+
 async fn url(active: &Arc<Active>, size: Option<u64>) -> Option<String> {
-    match active.find(content(1).digest(), size).await {
+    url_for(active, size, client()).await
+}
+
+async fn url_for(active: &Arc<Active>, size: Option<u64>, client: RedirectClient<'_>) -> Option<String> {
+    match find(active, size, client).await {
         Found::Url(url) => Some(url),
         Found::Expiring(_) | Found::Nothing => None,
     }
@@ -290,10 +343,25 @@ async fn redirect_is_to_objects_of_the_right_size_alone() {
 
 #[tokio::test(start_paused = true)]
 async fn object_that_expires_soon_is_renewed_and_not_redirected_to() {
-    for (days, is_expiring) in [(25, false), (27, true)] {
-        let (_, active) = aged(2 * MIB, days * DAY, vec![Ok(vec![(0, 2 * MIB)])]);
-        let found = active.find(content(1).digest(), None).await;
-        assert_eq!(matches!(found, Found::Expiring(_)), is_expiring, "{days} days");
+    for (keep, hours, is_expiring) in [
+        (28, 25 * 24, false),
+        (28, 27 * 24, true),
+        (2, 35, false),
+        (2, 37, true),
+    ] {
+        let (bucket, active) = aged(2 * MIB, DAY / 24 * hours, vec![Ok(vec![(0, 2 * MIB)])]);
+        let settings = SharedSettings {
+            bucket: bucket as Arc<dyn ObjectStorage>,
+            keep: keep * DAY,
+            ..active.settings.clone()
+        };
+        let active = Arc::new(Active::new(settings, &Arc::default(), Telemetry::new()));
+        let found = find(&active, None, client()).await;
+        assert_eq!(
+            matches!(found, Found::Expiring(_)),
+            is_expiring,
+            "{hours} h of {keep} days"
+        );
     }
 }
 
@@ -304,4 +372,65 @@ async fn object_with_wrong_bytes_is_found_by_the_sample() {
     assert!(url(&active, None).await.is_some(), "not known yet");
     sleep(Duration::from_secs(1)).await;
     assert_eq!(url(&active, None).await, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn client_that_asks_again_is_served_from_here() {
+    let (bucket, active) = unverified();
+    let resuming = RedirectClient {
+        is_resuming: true,
+        ..CLIENT
+    };
+    let other = client();
+    assert!(url_for(&active, None, CLIENT).await.is_some());
+    assert!(url_for(&active, None, CLIENT).await.is_none(), "a retry");
+    assert!(url_for(&active, None, other).await.is_some(), "another client");
+    sleep(RETRY_PERIOD).await;
+    bucket.set_clock(0);
+    assert!(url_for(&active, None, CLIENT).await.is_some(), "long after it");
+    assert!(url_for(&active, None, resuming).await.is_some(), "it broke off");
+    assert!(
+        url_for(&active, None, resuming).await.is_none(),
+        "it broke off again"
+    );
+    assert!(url_for(&active, None, CLIENT).await.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn object_is_looked_up_again_after_a_retry() {
+    let (_, active) = unverified();
+    let is_known = || active.redirects.present.get(&content(1).key()).is_some();
+    assert!(url_for(&active, None, CLIENT).await.is_some() && is_known());
+    assert!(url_for(&active, None, CLIENT).await.is_none() && !is_known());
+}
+
+#[tokio::test(start_paused = true)]
+async fn wrong_clock_of_the_host_means_no_redirects() {
+    let (bucket, active) = unverified();
+    for (seconds, is_redirected) in [(12, true), (30, false), (0, true)] {
+        bucket.set_clock(seconds);
+        assert_eq!(url(&active, None).await.is_some(), is_redirected, "{seconds} s");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn credential_for_the_storages_name_means_no_redirect() {
+    let (_, active) = scripted(2 * MIB, vec![]);
+    for (host, has_credential, is_redirected) in [
+        (Some("cache.example.org"), true, true),
+        (Some("age.example.org"), true, true),
+        (Some("a.storage.example.org"), true, true),
+        (Some("storage.example.org"), true, false),
+        (Some("EXAMPLE.org"), true, false),
+        (None, true, false),
+        (Some("storage.example.org"), false, true),
+        (None, false, true),
+    ] {
+        let client = RedirectClient {
+            host,
+            has_credential,
+            ..CLIENT
+        };
+        assert_eq!(active.redirects(true, &client), is_redirected, "{client:?}");
+    }
 }

@@ -303,6 +303,7 @@ impl Cache {
                 Accept::read(&headers).unwrap()
             },
             authorization,
+            host: None,
             now: now(),
             for_push: false,
             trace: TraceContext::new_root(),

@@ -11,6 +11,7 @@ all_of_redirected() {
   ifnewer_in=(env AWS_ACCESS_KEY_ID=fleet AWS_SECRET_ACCESS_KEY=secret-of-the-fleet)
   scenario "redirected: a fresh cache over a bucket that has the image" bucket_has_the_image
   for client in skopeo podman; do
+    scenario "redirected: ifnewer has no earlier redirect of this address" redirects_to_nobody_yet
     scenario "redirected: $client reads the layer from the bucket" follows_the_redirect
     "${client}_stops"
   done
@@ -18,6 +19,7 @@ all_of_redirected() {
   client=ctr parts=2
   scenario "redirected: ctr reads the layer from the bucket, in two parts" follows_the_redirect
   ctr_stops
+  scenario "redirected: ifnewer has no earlier redirect of this address" redirects_to_nobody_yet
   scenario "redirected: dockerd reads the layer from the bucket, in two parts" dockerd_follows_the_redirect
   stop_dockerd
   stop_ifnewer
@@ -43,6 +45,12 @@ bucket_has_the_image() {
 bucket_breaks_off() {
   stop_ifnewer
   redirects_to bucket-cutting
+  start_ifnewer
+}
+
+# All clients have one address here, and one that asks for a blob again within a minute is served by ifnewer.
+redirects_to_nobody_yet() {
+  stop_ifnewer
   start_ifnewer
 }
 

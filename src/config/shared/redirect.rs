@@ -7,7 +7,7 @@ use serde::Deserialize;
 use super::{check_transport, words};
 use crate::config::diagnostic::{Checked, Report};
 use crate::config::schema::Shared;
-use crate::shared::{RedirectMode, RedirectSettings};
+use crate::shared::{RedirectMode, RedirectSettings, forwards_credential};
 use crate::upstream::Origin;
 
 /// Longest validity of a URL: a download may begin until its end.
@@ -58,7 +58,9 @@ pub(super) fn read(
     };
     let host = for_clients.as_ref().unwrap_or(endpoint).host();
     if mode != RedirectMode::Never
-        && let Some(name) = hosts.iter().find(|name| is_within(host, name))
+        && let Some(name) = hosts
+            .iter()
+            .find(|name| forwards_credential(without_port(name), host))
     {
         let message = format!(
             "clients reach this cache as {name}, and would send their credential to {host} too: its name is the same or below"
@@ -66,19 +68,10 @@ pub(super) fn read(
         let help = "name the storage differently for clients with `redirect_endpoint`";
         return Err(report.emit(&keys.redirect.subject, message, help));
     }
-    Ok((RedirectSettings { mode, valid }, for_clients))
+    let host = host.into();
+    Ok((RedirectSettings { mode, valid, host }, for_clients))
 }
 
-/// Whether clients in Go forward `Authorization` from `name` to `host`: to the same host, at any port, and to its
-/// subdomains.
-fn is_within(host: &str, name: &str) -> bool {
-    let name = name.rsplit_once(':').map_or(name, |(name, _)| name);
-    let Some(rest) = host
-        .len()
-        .checked_sub(name.len())
-        .and_then(|at| host.split_at_checked(at))
-    else {
-        return false;
-    };
-    rest.1.eq_ignore_ascii_case(name) && (rest.0.is_empty() || rest.0.ends_with('.'))
+fn without_port(name: &str) -> &str {
+    name.rsplit_once(':').map_or(name, |(name, _)| name)
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
@@ -13,6 +14,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::proxy::{Ask, Setup};
 use crate::registry::within;
@@ -63,10 +65,16 @@ struct Objects {
     asked: Vec<Asked>,
     /// Time of the bucket's clock in seconds, and of the last write of each object.
     now: u64,
+    /// Since then, the bucket's clock runs. Before, it rests.
+    runs_since: Option<Instant>,
     written: HashMap<String, u64>,
 }
 
 impl Objects {
+    fn now(&self) -> u64 {
+        self.now + self.runs_since.map_or(0, |since| since.elapsed().as_secs())
+    }
+
     fn etag(&self, object: &str) -> String {
         format!("\"{}\"", self.versions.get(object).unwrap_or(&0))
     }
@@ -93,9 +101,12 @@ fn status(code: u16, body: &str) -> Reply {
     reply
 }
 
+/// Start of the bucket's clock, decades behind those of the caches.
+const START: u64 = 883_612_800;
+
 /// A time of day on the bucket's clock.
 fn date(seconds: u64) -> String {
-    let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(883_612_800 + seconds);
+    let time = UNIX_EPOCH + Duration::from_secs(START + seconds);
     httpdate::fmt_http_date(time)
 }
 
@@ -207,13 +218,28 @@ impl Bucket {
     pub fn put(&self, name: &str, bytes: impl Into<Bytes>) {
         let mut objects = self.objects.lock().unwrap();
         objects.stored.insert(name.to_owned(), bytes.into());
-        let now = objects.now;
+        let now = objects.now();
         objects.written.insert(name.to_owned(), now);
     }
 
     /// Sets the bucket's clock forward.
     pub fn pass(&self, seconds: u64) {
         self.objects.lock().unwrap().now += seconds;
+    }
+
+    /// Sets the bucket's clock to the right time. Objects keep their age.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the caches under test read the same clock"
+    )]
+    pub fn set_clock_right(&self) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() - START;
+        let mut objects = self.objects.lock().unwrap();
+        let by = now - objects.now;
+        (objects.now, objects.runs_since) = (now, Some(Instant::now()));
+        for written in objects.written.values_mut() {
+            *written += by;
+        }
     }
 
     pub fn forget_asked(&self) {
@@ -322,9 +348,8 @@ impl Bucket {
         reply
     }
 
-    /// The storage's clock is decades behind those of the caches.
     fn dated(&self, mut reply: Reply) -> Reply {
-        let now = date(self.objects.lock().unwrap().now);
+        let now = date(self.objects.lock().unwrap().now());
         reply.headers_mut().insert("date", now.parse().unwrap());
         reply
     }
@@ -372,7 +397,7 @@ impl Bucket {
                 "last-modified",
                 date(objects.written.get(object).copied().unwrap_or(0)),
             )
-            .header("date", date(objects.now));
+            .header("date", date(objects.now()));
         if from > 0 {
             let range = format!("bytes {from}-{}/{size}", size - 1);
             reply = reply.status(206).header("content-range", range);
@@ -442,7 +467,7 @@ impl Bucket {
                 objects.writes += 1;
                 let version = objects.writes;
                 objects.versions.insert(object.to_owned(), version);
-                let now = objects.now;
+                let now = objects.now();
                 objects.written.insert(object.to_owned(), now);
                 objects.stored.insert(object.to_owned(), body);
                 let mut reply = status(200, "");
