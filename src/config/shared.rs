@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use zeroize::Zeroizing;
 
+use self::redirect::RedirectChoice;
 use super::diagnostic::{Checked, Report, Reported, Subject};
 use super::document::Document;
 use super::policy::words;
@@ -21,6 +22,9 @@ use crate::upstream::{Origin, ProxyChoice};
 
 /// Shortest `keep`: objects are renewed at half of it, and a lifecycle rule counts days.
 const KEEP_MIN: Duration = Duration::from_secs(2 * 24 * 60 * 60);
+
+/// Default of `redirect_ttl`.
+const REDIRECT_TTL_DEFAULT: Duration = Duration::from_secs(60);
 
 /// Credential services to which plain HTTP does not leave the machine's link: those of ECS and of EKS.
 const CREDENTIAL_SERVICES: [IpAddr; 3] = [
@@ -189,6 +193,7 @@ pub(super) fn read(
 
 /// Without a bucket, no other key may have a value other than its default.
 fn without_bucket(keys: &Shared, report: &mut Report<'_>) -> Checked<Option<SharedConfig>> {
+    let is_ttl_other = |ttl| Duration::from(ttl) != REDIRECT_TTL_DEFAULT;
     let set = [
         keys.endpoint.set(),
         keys.region.set(),
@@ -196,6 +201,12 @@ fn without_bucket(keys: &Shared, report: &mut Report<'_>) -> Checked<Option<Shar
         keys.kms_key.set(),
         keys.ca_file.set(),
         keys.key_file.set(),
+        keys.redirect
+            .set()
+            .filter(|_| !matches!(keys.redirect.get(), Ok(RedirectChoice::Never))),
+        keys.redirect_ttl
+            .set()
+            .filter(|_| keys.redirect_ttl.get().is_ok_and(is_ttl_other)),
         keys.redirect_endpoint.set(),
         keys.write.set().filter(|_| matches!(keys.write.get(), Ok(false))),
         keys.claims

@@ -249,6 +249,8 @@ mod with_feature {
                 "5:16",
                 "too long",
             ),
+            ("redirect = \"always\"".to_owned(), "2:12", "without `bucket`"),
+            ("redirect_ttl = \"30s\"".to_owned(), "2:16", "without `bucket`"),
             (
                 whole("redirect_endpoint = \"https://s3.example.org\""),
                 "4:21",
