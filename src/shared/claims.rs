@@ -1,6 +1,6 @@
 //! Claims in the bucket: entering one, and the requests for it. The rules are in `claim`.
 //!
-//! Nobody waits for a claim longer than for the bucket's first byte. If the bucket is slow, denies the requests or ignores
+//! Nobody waits longer for an answer than for the bucket's first byte, nor for a claim longer than twice that. If the bucket is slow, denies the requests or ignores
 //! conditions, there are no claims, and each cache asks its upstream at once.
 
 #[cfg(all(test, feature = "shared"))]
@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, oneshot, watch};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::breaker::{Admission, Outcome, Transition};
 use super::claim::{Alone, BootId, ClaimRecord, Entry, Look, RECORD_BYTES_MAX, Step, Watch, Written};
@@ -171,7 +171,7 @@ impl Claims {
 
 impl SharedStorage {
     /// Enters the claim of a blob that the bucket lacks, to read or fetch it from the byte `from` on. `stated`: its size by
-    /// a manifest. Takes at most `within`.
+    /// a manifest. The bucket may be silent for `within`; in all, this takes at most twice as long.
     pub async fn enter(
         &self,
         (digest, from): (Digest, u64),
@@ -242,16 +242,27 @@ impl Active {
         let Some(guard) = self.claims.leases.register(digest) else {
             return Entered::Alone;
         };
-        let (sender, entered) = oneshot::channel();
+        let (sender, mut entered) = oneshot::channel();
+        let (answered, mut answers) = watch::channel(());
         let active = Arc::clone(self);
         // In a task of its own, so that a claim that is won too late is deleted.
         tokio::spawn(async move {
-            let entered = active.entered(entering, guard).await;
+            let entered = active.entered(entering, guard, answered).await;
             drop(sender.send(entered));
         });
         let began = Instant::now();
-        if let Ok(Ok(entered)) = timeout(within, entered).await {
-            return entered;
+        let mut silent_since = began;
+        loop {
+            let until = (silent_since + within).min(began + within * 2);
+            tokio::select! {
+                biased;
+                entered = &mut entered => match entered {
+                    Ok(entered) => return entered,
+                    Err(_) => break,
+                },
+                Ok(()) = answers.changed() => silent_since = Instant::now(),
+                () = sleep_until(until) => break,
+            }
         }
         // So that only a few clients wait in vain.
         let silent = Err::<(), _>(BucketError::Silent(UpstreamFailure::Timeout));
@@ -260,7 +271,13 @@ impl Active {
         Entered::Alone
     }
 
-    async fn entered(self: &Arc<Self>, entering: Entering, guard: LeaseGuard) -> Entered {
+    /// Tells `answered` each time that the bucket has answered.
+    async fn entered(
+        self: &Arc<Self>,
+        entering: Entering,
+        guard: LeaseGuard,
+        answered: watch::Sender<()>,
+    ) -> Entered {
         let Entering {
             content,
             from,
@@ -278,12 +295,14 @@ impl Active {
             step = match step {
                 Step::Look => {
                     let look = self.look(&key).await;
+                    answered.send_replace(());
                     memory.watching(|watch| entry.looked(look, watch, Instant::now()))
                 }
                 Step::Create(record) => {
                     let began = Instant::now();
                     let writing = self.create_claim(&key, &record);
                     let (written, found) = tokio::join!(writing, self.has(content));
+                    answered.send_replace(());
                     (is_takeover, is_there) = (false, found);
                     entry.written(written, began)
                 }
@@ -291,6 +310,7 @@ impl Active {
                     let began = Instant::now();
                     let writing = self.write_claim(&key, &record, &etag);
                     let (written, found) = tokio::join!(writing, self.has(content));
+                    answered.send_replace(());
                     (is_takeover, is_there) = (true, found);
                     entry.written(written, began)
                 }

@@ -27,6 +27,8 @@ struct Faulty {
     denies: bool,
     /// Time until a create takes effect, and then until its reply arrives, which is that of the upload of a part too.
     delays: (u64, u64),
+    /// Time of each read, and of each create beside the delays.
+    latency: Duration,
     /// Claims that were created.
     created: Mutex<usize>,
 }
@@ -42,7 +44,10 @@ impl Faulty {
 
 impl ObjectStorage for Faulty {
     fn get<'a>(&'a self, key: &'a ObjectKey, from: u64) -> BucketFuture<'a, Object> {
-        self.inner.get(key, from)
+        Box::pin(async move {
+            sleep(self.latency).await;
+            self.inner.get(key, from).await
+        })
     }
 
     fn head<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ObjectInfo> {
@@ -57,7 +62,7 @@ impl ObjectStorage for Faulty {
     ) -> BucketFuture<'a, Option<String>> {
         Box::pin(async move {
             self.denied(key)?;
-            sleep(Duration::from_secs(self.delays.0)).await;
+            sleep(self.latency + Duration::from_secs(self.delays.0)).await;
             let created = self.inner.create(key, bytes, media_type).await;
             *self.created.lock() += usize::from(created.is_ok());
             sleep(Duration::from_secs(self.delays.1)).await;
@@ -479,6 +484,7 @@ fn slow_to_create(delays: (u64, u64)) -> Arc<Faulty> {
         inner: in_memory(),
         denies: false,
         delays,
+        latency: Duration::ZERO,
         created: Mutex::default(),
     })
 }
@@ -494,6 +500,25 @@ async fn claim_won_too_late_is_deleted() {
     sleep(Duration::from_secs(6)).await;
     let is_left = exists(&bucket, ObjectKey::claim(&file.digest())).await;
     assert_eq!((*faulty.created.lock(), is_left), (1, false));
+}
+
+/// It answers each request within the limit, and all of them together take longer.
+#[tokio::test(start_paused = true)]
+async fn slow_bucket_that_answers_is_waited_for_twice_as_long() {
+    for (millis, leads) in [(700, true), (1100, false)] {
+        let faulty = Faulty {
+            inner: in_memory(),
+            denies: false,
+            delays: (0, 0),
+            latency: Duration::from_millis(millis),
+            created: Mutex::default(),
+        };
+        let cache = cache_with(Arc::new(faulty), true);
+        let (file, began) = (File::new(), Instant::now());
+        let entered = enter(&cache, &file, &ClaimMemory::default()).await;
+        assert_eq!(matches!(entered, Entered::Leads(_)), leads, "{millis} ms");
+        assert!(began.elapsed() <= WITHIN * 2, "{:?}", began.elapsed());
+    }
 }
 
 /// Some storages take seconds to refuse all but one of many simultaneous creates.
@@ -551,6 +576,7 @@ async fn denied_claims_switch_claims_off_and_nothing_else() {
         inner: in_memory(),
         denies: true,
         delays: (0, 0),
+        latency: Duration::ZERO,
         created: Mutex::default(),
     });
     let (bucket, file) = (Arc::clone(&faulty) as Arc<dyn ObjectStorage>, File::new());
