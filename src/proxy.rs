@@ -145,6 +145,8 @@ pub struct Request {
     pub host: Option<Authority>,
     /// Arrival time.
     pub now: SystemTime,
+    /// The same time by the monotonic clock. A response of the upstream to this request is not older.
+    pub since: tokio::time::Instant,
     /// Writes seen in the repository at arrival ([`UpstreamRegistry::writes`]).
     pub writes: invalidation::WriteSnapshot,
     /// Whether a success may make the client skip an upload, so that the registry itself must confirm it.

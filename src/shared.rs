@@ -43,7 +43,7 @@ pub use self::follow::Follower;
 pub use self::lease::{Arriving, ArrivingFuture, Lease};
 pub use self::record::{
     CHILDREN_MAX, ContentState, Dated, KEYS_MAX, KeyFileError, PublicState, RecordKeys, RecordPlace,
-    RecordSettings, TagState, TagVariant,
+    RecordRead, RecordSettings, TagState, TagVariant,
 };
 pub use self::redirect::{
     REDIRECT_BYTES_MIN, RedirectClient, RedirectMode, RedirectSettings, forwards_credential,
@@ -272,8 +272,15 @@ impl SharedStorage {
         if let Some(settings) = &settings {
             metrics.set_up(&settings.name, true);
         }
-        let active =
-            settings.map(|settings| Arc::new(Active::new(settings, &self.leases, self.telemetry.clone())));
+        let active = settings.map(|settings| {
+            let mut active = Active::new(settings, &self.leases, self.telemetry.clone());
+            let previous = self.active.load();
+            let previous = previous.as_ref().and_then(|previous| previous.records.as_ref());
+            if let (Some(records), Some(previous)) = (&mut active.records, previous) {
+                records.base = previous.base;
+            }
+            Arc::new(active)
+        });
         if let Some(active) = active.as_ref().filter(|active| active.settings.write) {
             for _ in 0..active.settings.uploads_max {
                 tokio::spawn(upload::work(Arc::clone(active), self.store.clone()));
@@ -288,8 +295,26 @@ impl SharedStorage {
                 metrics.record_upload("dropped");
             }
             if let Some(records) = &previous.records {
-                records.updates.close();
+                self.take_over(records.updates.close());
             }
+        }
+    }
+
+    /// Takes over the denials and deletions of a queue that was closed.
+    fn take_over(&self, closed: record::Closed) {
+        let active = self.active.load_full().filter(|active| active.settings.write);
+        let records = active.as_ref().and_then(|active| active.records.as_ref());
+        let mut dropped = closed.dropped;
+        for (id, update) in closed.urgent {
+            match records {
+                Some(records) => {
+                    records.updates.push_again(id, update, 0, None);
+                }
+                None => dropped.push(id),
+            }
+        }
+        for id in dropped {
+            self.telemetry.shared().record_record(id.class.name(), "dropped");
         }
     }
 
@@ -417,8 +442,7 @@ impl SharedStorage {
                 .drained(|| active.writes_open_since().is_some())
                 .await;
             if let Some(records) = &active.records {
-                let is_stopped = || active.writes_open_since().is_some();
-                records.updates.drained(is_stopped).await;
+                records.updates.drained(|| active.is_stopped()).await;
             }
         }
     }

@@ -242,6 +242,12 @@ impl Upstream {
         urls.join(" ")
     }
 
+    /// Whether this cache shows a client certificate. What the registry then serves without a credential may be public to
+    /// this cache alone.
+    pub fn has_client_certificate(&self) -> bool {
+        self.0.connection.has_client_certificate()
+    }
+
     /// Identifies the settings that affect responses. Requests are coalesced only between callers with equal ids.
     pub fn settings_id(&self) -> (u64, u64) {
         let own = self

@@ -367,6 +367,7 @@ pub(super) fn request(spec: &PullSpec, endpoint: Endpoint, clock: Clock) -> Requ
         authorization: spec.authorization.clone(),
         host: None,
         now: clock.now(),
+        since: tokio::time::Instant::now(),
         writes: spec.named.upstream_registry.writes(&spec.named.repository),
         for_push: false,
         trace: TraceContext::new_root(),

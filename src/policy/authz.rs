@@ -60,6 +60,12 @@ impl fmt::Debug for Principal {
     }
 }
 
+/// Time of a public mark that only the record of another cache proves: none of this cache's own. Such a mark grants
+/// access in an outage alone. Later than that of an image that was imported as public.
+pub fn public_by_record() -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(1)
+}
+
 /// Evidence for a principal's authorization to read one content in one repository.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GrantEvidence {
@@ -94,8 +100,12 @@ pub fn authorize(evidence: &GrantEvidence, ttls: &GrantTtls, now: SystemTime) ->
         return Authorization::Unknown;
     }
     let recently = |at: Option<SystemTime>, ttl| at.is_some_and(|at| age::is_within(at, ttl, now));
+    let public = evidence.anonymous_granted_at;
     if evidence.shared
-        || recently(evidence.anonymous_granted_at, ttls.grant_ttl_offline)
+        || recently(
+            public.filter(|at| *at != public_by_record()),
+            ttls.grant_ttl_offline,
+        )
         || recently(evidence.granted_at, ttls.grant_ttl)
     {
         return Authorization::Granted;
@@ -107,7 +117,7 @@ pub fn authorize(evidence: &GrantEvidence, ttls: &GrantTtls, now: SystemTime) ->
     // A grant to another token of the same account suffices only while this token cannot be checked.
     let account = in_outage(evidence.token_issued_at) && in_outage(evidence.account_granted_at);
     // Content that was public once may be served in an outage, however long ago that was.
-    if evidence.anonymous_granted_at.is_some() || account || in_outage(evidence.granted_at) {
+    if public.is_some() || account || in_outage(evidence.granted_at) {
         return Authorization::Expired;
     }
     Authorization::Unknown

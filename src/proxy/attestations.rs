@@ -193,6 +193,7 @@ impl ProxyService {
             authorization,
             host: None,
             now: self.clock.now(),
+            since: tokio::time::Instant::now(),
             writes: upstream_request.registry.writes(&upstream_request.repository),
             for_push: false,
             trace: upstream_request.caller.trace.clone(),

@@ -16,7 +16,7 @@ use super::pipeline::{ReadContext, denied, denied_after};
 use super::possession::Sample;
 use super::revalidate::Revalidated;
 use super::shared_read::SharedRight;
-use super::shared_records::is_served_stale;
+use super::shared_records::Given;
 use super::source::UpstreamSource;
 use super::{BlobBody, ProxyResponse, Request, ServeInfo, ServeReason, passthrough};
 use crate::download::{AHEAD_BYTES_MAX, DownloadError, JoinOptions, Joined, Reader, WITHHELD_BYTES};
@@ -73,9 +73,7 @@ impl ReadContext<'_> {
             return recorded;
         }
         let outcome = self.blob_of_upstream(digest).await;
-        let is_stale = is_served_stale(&outcome);
-        if is_stale && self.is_revoked_elsewhere().await {
-            let read = ReadContext::new(self.proxy, self.request, self.repository).await;
+        if let Some(read) = self.unmarked_if_revoked(Given::of(&outcome)).await {
             return read.blob_of_upstream(digest).await;
         }
         match self.outage(&outcome) {

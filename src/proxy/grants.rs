@@ -19,7 +19,7 @@ use super::manifest_fetch::UpstreamRequest;
 use super::{ProxyService, UpstreamRegistry};
 use crate::age;
 use crate::oci::{Endpoint, Repository};
-use crate::policy::authz::GrantEvidence;
+use crate::policy::authz::{GrantEvidence, public_by_record};
 use crate::store::{AsyncStore, Store};
 use crate::upstream::{Credential, ResponseKind, UpstreamResponse};
 
@@ -32,6 +32,9 @@ const REPROBE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Minimum interval between anonymous probes of a repository that clients read with tokens.
 const PROBE_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// An age by the storage's clock is longer than the true one by less than this.
+const RECORD_PRECISION: Duration = Duration::from_secs(5);
 
 /// Denials remembered to detect superseded responses.
 const DENIALS_MAX: usize = 16_384;
@@ -197,7 +200,7 @@ impl ProxyService {
                     .await;
                 if !self.is_superseded(&self.anonymous_grant_key(registry, repository), sent_at) {
                     self.set_public(registry, repository, Some(at), guard).await;
-                    self.note_public(registry, repository, true, sent_at).await;
+                    self.note_public(registry, repository, true, sent_at);
                 }
             }
         } else {
@@ -254,11 +257,18 @@ impl ProxyService {
             let key = self.anonymous_grant_key(registry, repository);
             let now = Instant::now();
             self.denials.denied_at.insert(key, now);
-            if self.public_since(registry, repository).await.is_some() {
+            let was_public = self.public_since(registry, repository).await.is_some();
+            if was_public {
                 self.set_public(registry, repository, None, guard).await;
+            } else {
+                // Other denials do not wait for the bucket.
+                drop(guard);
             }
-            // Before the client gets the denial, as on the disk.
-            self.note_public(registry, repository, false, now).await;
+            self.note_public(registry, repository, false, now);
+            if was_public {
+                // Before the client gets the denial, as on the disk.
+                self.public_settled(registry, repository).await;
+            }
             return;
         }
         let account = self.account(registry, repository, upstream_request.client_credential());
@@ -381,13 +391,13 @@ impl ProxyService {
         last.is_some_and(|revalidation| revalidation >= sent_at)
     }
 
-    /// Takes over the record of another cache that the repository is public, as a mark of age `marked`, unless the
-    /// upstream denied this here since the record, which has age `age`.
+    /// Marks the repository as public by the record of another cache, unless the upstream denied this here since the
+    /// record, which had age `age` at `now`.
     pub(super) async fn import_public_mark(
         self: &Arc<Self>,
         registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
-        (marked, age): (Duration, Duration),
+        age: Duration,
         now: Instant,
     ) {
         let guard = self
@@ -403,9 +413,8 @@ impl ProxyService {
         if is_superseded || self.public_since(registry, repository).await.is_some() {
             return;
         }
-        if let Some(since) = self.clock.now().checked_sub(marked) {
-            self.set_public(registry, repository, Some(since), guard).await;
-        }
+        self.set_public(registry, repository, Some(public_by_record()), guard)
+            .await;
     }
 
     /// Ends a public mark because another cache recorded, `age` ago, that the repository is not public.
@@ -421,12 +430,8 @@ impl ProxyService {
             .lock(repository_key(registry, repository))
             .await;
         let now = self.clock.now();
-        let is_older = |since: SystemTime| now.duration_since(since).is_ok_and(|marked| marked >= age);
-        if self
-            .public_since(registry, repository)
-            .await
-            .is_some_and(is_older)
-        {
+        let since = self.public_since(registry, repository).await;
+        if since.is_some_and(|since| may_be_older(since, age, now)) {
             self.set_public(registry, repository, None, guard).await;
         }
     }
@@ -498,6 +503,13 @@ fn is_bearer(upstream_request: &UpstreamRequest) -> bool {
     scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"Bearer"))
 }
 
+/// Whether a mark of this time may be older than a record of age `age`. The age of a time in the future, from before the
+/// clock was set back, is not known.
+fn may_be_older(since: SystemTime, age: Duration, now: SystemTime) -> bool {
+    now.duration_since(since)
+        .map_or(true, |marked| marked.saturating_add(RECORD_PRECISION) >= age)
+}
+
 fn is_anonymous(upstream_request: &UpstreamRequest) -> bool {
     matches!(upstream_request.caller.credential, Credential::Anonymous)
 }
@@ -522,6 +534,22 @@ mod tests {
             SystemTime::UNIX_EPOCH,
         )
         .unwrap()
+    }
+
+    #[test]
+    fn mark_ahead_of_the_clock_ends_by_a_denial() {
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let age = Duration::from_secs(30);
+        for (since, ends) in [
+            (10, true),
+            (70, true),
+            (75, true),
+            (76, false),
+            (101, true),
+            (5000, true),
+        ] {
+            assert_eq!(may_be_older(at(since), age, at(100)), ends, "{since}");
+        }
     }
 
     #[tokio::test]

@@ -9,7 +9,7 @@ use super::evidence::{CachedManifest, Candidates, Evidence};
 use super::manifest_fetch::UpstreamRequest;
 use super::pipeline::{ReadContext, denied, denied_after};
 use super::revalidate::Revalidated;
-use super::shared_records::is_served_stale;
+use super::shared_records::Given;
 use super::{ProxyResponse, ServeInfo, ServeReason};
 use crate::oci::{AnyDigest, Digest, Reference, UpstreamFailure};
 use crate::policy::min_age::Maturity;
@@ -48,9 +48,7 @@ impl ReadContext<'_> {
             }
         }
         let outcome = self.manifest_of_upstream(reference).await;
-        let is_stale = is_served_stale(&outcome);
-        if is_stale && self.is_revoked_elsewhere().await {
-            let read = ReadContext::new(self.proxy, self.request, self.repository).await;
+        if let Some(read) = self.unmarked_if_revoked(Given::of(&outcome)).await {
             return read.manifest_of_upstream(reference).await;
         }
         match self.outage(&outcome) {

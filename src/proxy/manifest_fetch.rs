@@ -62,7 +62,7 @@ impl UpstreamRequest {
             accept: request.accept.clone(),
             caller: caller.clone(),
             arrived_at: request.now,
-            since: Instant::now(),
+            since: request.since,
             writes: request.writes,
             for_push: request.for_push,
             named: None,

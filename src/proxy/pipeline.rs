@@ -12,12 +12,13 @@ use tokio::time::Instant;
 
 use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::Revalidated;
+use super::shared_records::Given;
 use super::{
     Denied, ProxyResponse, ProxyService, RATE_LIMIT_WAIT_MAX, Request, UpstreamCaches, UpstreamRegistry,
     invalidation,
 };
 use crate::oci::{Accept, Digest, Endpoint, RangeRequest, Reference, Repository};
-use crate::policy::authz::{GrantEvidence, authorize};
+use crate::policy::authz::{GrantEvidence, authorize, public_by_record};
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{
     AgeFacts, Authorization, CacheState, CachedEntry, ContentKind, CredentialOwner, Decision, DenyReason,
@@ -75,6 +76,7 @@ impl ProxyService {
             authorization: authorization.cloned(),
             host: None,
             now,
+            since: Instant::now(),
             writes: invalidation::WriteSnapshot::default(),
             for_push: false,
             trace: TraceContext::new_root(),
@@ -129,14 +131,28 @@ impl<'a> ReadContext<'a> {
         let grants = proxy
             .grants_of(registry, repository, caller.principal, account)
             .await;
-        Self {
+        let read = Self {
             proxy,
             request,
             repository,
             rule: registry.rule(repository, request.tag()),
             caller,
             grants,
+        };
+        // Such a mark counts only with its record, which is read at each use.
+        if grants.anonymous_granted_at == Some(public_by_record()) && !read.may_use_public_records() {
+            return read.without_public_mark();
         }
+        read
+    }
+
+    /// This read for a client to which the repository is not known to be public.
+    pub(super) fn without_public_mark(self) -> Self {
+        let grants = GrantEvidence {
+            anonymous_granted_at: None,
+            ..self.grants
+        };
+        Self { grants, ..self }
     }
 
     /// The response before the checks of [`Self::finish`].
@@ -145,8 +161,20 @@ impl<'a> ReadContext<'a> {
             Endpoint::Ping => ProxyResponse::Ping,
             Endpoint::Manifest { reference, .. } => self.manifest(reference).await,
             Endpoint::Blob { digest, .. } => self.blob(digest).await,
-            Endpoint::Tags { .. } => Box::pin(self.listing()).await,
-            Endpoint::Referrers { digest, query, .. } => Box::pin(self.referrers(digest, query)).await,
+            Endpoint::Tags { .. } => {
+                let outcome = Box::pin(self.listing()).await;
+                match self.unmarked_if_revoked(Given::of(&outcome)).await {
+                    Some(read) => Box::pin(read.listing()).await,
+                    None => outcome,
+                }
+            }
+            Endpoint::Referrers { digest, query, .. } => {
+                let outcome = Box::pin(self.referrers(digest, query)).await;
+                match self.unmarked_if_revoked(Given::of(&outcome)).await {
+                    Some(read) => Box::pin(read.referrers(digest, query)).await,
+                    None => outcome,
+                }
+            }
         }
     }
 
@@ -158,10 +186,10 @@ impl<'a> ReadContext<'a> {
             self.record_served_from(&outcome);
         }
         match &outcome {
-            ProxyResponse::Manifest(manifest, _) => {
+            ProxyResponse::Manifest(manifest, info) => {
                 let content = ContentId::Manifest(manifest.digest);
                 self.proxy.store.touch(content, self.request.now);
-                self.on_manifest_served(manifest).await;
+                self.on_manifest_served(manifest, info.reason).await;
             }
             ProxyResponse::Blob { digest, .. } => {
                 self.proxy.store.touch(ContentId::Blob(*digest), self.request.now);
@@ -231,9 +259,19 @@ impl<'a> ReadContext<'a> {
         authorize(&evidence, &self.rule.grant_ttls(), self.request.now)
     }
 
-    /// Whether the repository counts as public, lately or long ago.
-    pub(super) fn has_public_mark(&self) -> bool {
-        self.grants.anonymous_granted_at.is_some()
+    /// Authorization of the caller in the repository, whether or not that is public.
+    pub(super) fn authorization_of_client(&self) -> Authorization {
+        let evidence = GrantEvidence {
+            is_in_repository: true,
+            anonymous_granted_at: None,
+            ..self.grants
+        };
+        authorize(&evidence, &self.rule.grant_ttls(), self.request.now)
+    }
+
+    /// When the repository was last seen to be public.
+    pub(super) fn public_mark(&self) -> Option<SystemTime> {
+        self.grants.anonymous_granted_at
     }
 
     /// True if the caller has no grant in the repository, not even an expired one. For such a caller a digest is

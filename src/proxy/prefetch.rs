@@ -21,10 +21,11 @@ use tokio::time::Instant;
 use super::manifest_fetch::UpstreamRequest;
 use super::pipeline::ReadContext;
 use super::source::UpstreamSource;
-use super::{ProxyService, RATE_LIMIT_WAIT_MAX, UpstreamCaches};
+use super::{ProxyService, RATE_LIMIT_WAIT_MAX, ServeReason, UpstreamCaches};
 use crate::download::{DownloadError, JoinOptions, Joined};
 use crate::oci::manifest::DescriptorKind;
 use crate::oci::{AnyDigest, Digest, Endpoint, Repository, UpstreamFailure};
+use crate::policy::HitReason;
 use crate::queue::{Class, Peer};
 use crate::store::manifests::StoredManifest;
 
@@ -94,12 +95,20 @@ impl Prefetching {
 
 impl ReadContext<'_> {
     /// After a manifest was served: prefetches its config and remembers its layers.
-    pub(super) async fn on_manifest_served(&self, manifest: &Arc<StoredManifest>) {
+    pub(super) async fn on_manifest_served(&self, manifest: &Arc<StoredManifest>, reason: ServeReason) {
         if self.request.head {
             return;
         }
         let (proxy, registry, repository) = (self.proxy, &self.request.registry, self.repository);
-        proxy.note_content(registry, repository, manifest).await;
+        // Otherwise it may have been deleted since it was seen.
+        let is_confirmed = matches!(
+            reason,
+            ServeReason::Fetched(_) | ServeReason::Cached(HitReason::Revalidated | HitReason::TagMoved)
+        );
+        let confirmed = is_confirmed.then_some(self.request.since);
+        proxy
+            .note_content(registry, repository, manifest, confirmed)
+            .await;
         proxy.note_child(registry, repository, manifest.digest);
         proxy.attestations.record(registry, repository, manifest);
         if proxy.shared.is_readable() {

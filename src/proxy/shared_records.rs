@@ -23,8 +23,9 @@ use super::prefetch::ContentKey;
 use super::{Denied, ProxyResponse, ProxyService, ServeReason, UpstreamRegistry, log_store_error};
 use crate::oci::manifest::{DescriptorKind, MANIFEST_BYTES_MAX, ManifestKind};
 use crate::oci::{AnyDigest, Digest, Endpoint, MediaType, Reference, Repository, Tag, UpstreamFailure};
+use crate::policy::authz::public_by_record;
 use crate::policy::{Authorization, Decision, DenyReason, HitReason, Policy, Revalidation, decide};
-use crate::shared::{RecordPlace, SharedContent, TagState, TagVariant};
+use crate::shared::{RecordPlace, RecordRead, SharedContent, TagState, TagVariant};
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::{TagKey, TagRecord, Variant};
 
@@ -54,33 +55,46 @@ const NOTE_AGAIN_AFTER: Duration = Duration::from_secs(60 * 60);
 pub(super) struct NotedContent {
     /// Manifests that were served, by their children.
     parents: Cache<ContentKey, Arc<[Digest]>>,
-    noted_at: Cache<ContentKey, Instant>,
+    noted: Cache<ContentKey, Noted>,
+}
+
+/// When a manifest was noted, and the request to which the upstream last confirmed it.
+#[derive(Clone, Copy)]
+struct Noted {
+    at: Instant,
+    confirmed: Option<Instant>,
 }
 
 impl Default for NotedContent {
     fn default() -> Self {
         Self {
             parents: Cache::new(NOTED_MAX),
-            noted_at: Cache::new(NOTED_MAX),
+            noted: Cache::new(NOTED_MAX),
         }
     }
 }
 
 impl NotedContent {
-    /// Whether the manifest is not noted lately. Remembers it, by its children too.
+    /// Whether the manifest is not noted lately, or was not confirmed. Remembers it, by its children too.
     fn enter(
         &self,
         (registry, repository): (&UpstreamRegistry, &Repository),
         manifest: &StoredManifest,
+        confirmed: Option<Instant>,
     ) -> bool {
         let upstream: Arc<str> = registry.shared_name();
         let key = |digest| (Arc::clone(&upstream), repository.clone(), digest);
         let (own, now) = (key(manifest.digest), Instant::now());
-        let lately = |at: Instant| now.saturating_duration_since(at) < NOTE_AGAIN_AFTER;
-        if self.noted_at.get(&own).is_some_and(lately) {
+        let noted = self.noted.get(&own);
+        let is_enough = |noted: Noted| {
+            let is_lately = now.saturating_duration_since(noted.at) < NOTE_AGAIN_AFTER;
+            is_lately && (noted.confirmed.is_some() || confirmed.is_none())
+        };
+        if noted.is_some_and(is_enough) {
             return false;
         }
-        self.noted_at.insert(own, now);
+        let confirmed = confirmed.or_else(|| noted?.confirmed);
+        self.noted.insert(own, Noted { at: now, confirmed });
         for child in children_of(manifest) {
             let key = key(child);
             let known = self.parents.get(&key).unwrap_or_default();
@@ -121,16 +135,41 @@ fn outage_of(outcome: &ProxyResponse) -> Option<UpstreamFailure> {
     }
 }
 
-/// Whether a copy was served because the upstream is unavailable.
-pub(super) fn is_served_stale(outcome: &ProxyResponse) -> bool {
-    let (ProxyResponse::Manifest(_, info) | ProxyResponse::Blob { info, .. }) = outcome else {
-        return false;
-    };
-    match info.reason {
-        ServeReason::Cached(served) => {
-            served.may_be_outdated() || matches!(served, HitReason::ExpiredGrant(_))
+/// What a response owes to the cache.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Given {
+    /// A copy, because the upstream is unavailable.
+    Stale,
+    /// A copy, or that there is none, without a request to the upstream.
+    Cached,
+    /// Nothing.
+    Nothing,
+}
+
+impl Given {
+    pub(super) fn of(outcome: &ProxyResponse) -> Self {
+        let info = match outcome {
+            ProxyResponse::Manifest(_, info)
+            | ProxyResponse::Blob { info, .. }
+            | ProxyResponse::Listing(_, info) => info,
+            // A list of referrers that was cached as absent, or is assumed to be.
+            ProxyResponse::Denied(Denied {
+                reason: DenyReason::NotFound,
+                response: None,
+                ..
+            }) => return Self::Cached,
+            _ => return Self::Nothing,
+        };
+        match info.reason {
+            ServeReason::Cached(served)
+                if served.may_be_outdated() || matches!(served, HitReason::ExpiredGrant(_)) =>
+            {
+                Self::Stale
+            }
+            ServeReason::Cached(HitReason::Revalidated | HitReason::TagMoved) => Self::Nothing,
+            ServeReason::Cached(_) | ServeReason::Redirected => Self::Cached,
+            _ => Self::Nothing,
         }
-        _ => false,
     }
 }
 
@@ -141,6 +180,11 @@ impl UpstreamRegistry {
             upstream: Arc::clone(self.identity_in_records()),
             repository: repository.clone(),
         }
+    }
+
+    /// Whether the registry serves other caches what it serves this one without a credential.
+    fn has_public_records(&self) -> bool {
+        !self.upstream().has_client_certificate()
     }
 }
 
@@ -210,33 +254,44 @@ impl ProxyService {
         }
     }
 
-    /// Notes whether a repository is public. A denial is in the bucket when this returns, or a second has passed.
-    pub(super) async fn note_public(
+    /// Notes whether a repository is public.
+    pub(super) fn note_public(
         &self,
         registry: &UpstreamRegistry,
         repository: &Repository,
         is_public: bool,
         since: Instant,
     ) {
-        if !self.shared.writes_records() {
-            return;
+        if self.shared.writes_records() && registry.has_public_records() {
+            let place = registry.record_place(repository);
+            self.shared.note_public(&place, is_public, since);
         }
-        let place = registry.record_place(repository);
-        self.shared.note_public(&place, is_public, since);
-        if !is_public {
+    }
+
+    /// Waits until what was noted about the visibility of a repository is in the bucket, at most a second.
+    pub(super) async fn public_settled(&self, registry: &UpstreamRegistry, repository: &Repository) {
+        if self.shared.writes_records() && registry.has_public_records() {
+            let place = registry.record_place(repository);
             self.shared.public_settled(&place).await;
         }
     }
 
-    /// Notes the content of a manifest that an authorized client was served.
+    /// Notes the content of a manifest that an authorized client was served. `confirmed`: when the request was sent to which
+    /// the upstream confirmed it, if it did.
     pub(super) async fn note_content(
         self: &Arc<Self>,
         registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         manifest: &Arc<StoredManifest>,
+        confirmed: Option<Instant>,
     ) {
-        if self.shared.writes_records() && self.noted_content.enter((registry, repository), manifest) {
-            self.note_children(registry, repository, manifest).await;
+        if self.shared.writes_records()
+            && self
+                .noted_content
+                .enter((registry, repository), manifest, confirmed)
+        {
+            self.note_children(registry, repository, manifest, confirmed)
+                .await;
         }
     }
 
@@ -258,7 +313,12 @@ impl ProxyService {
         tokio::spawn(async move {
             for parent in parents.iter() {
                 if let Some(manifest) = proxy.cached_manifest(&registry, &repository, parent).await {
-                    proxy.note_children(&registry, &repository, &manifest).await;
+                    let key = (registry.shared_name(), repository.clone(), *parent);
+                    let noted = proxy.noted_content.noted.get(&key);
+                    let confirmed = noted.and_then(|noted| noted.confirmed);
+                    proxy
+                        .note_children(&registry, &repository, &manifest, confirmed)
+                        .await;
                 }
             }
         });
@@ -270,10 +330,10 @@ impl ProxyService {
         registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         manifest: &Arc<StoredManifest>,
+        confirmed: Option<Instant>,
     ) {
         let children: Vec<_> = children_of(manifest).collect();
         let (is_index, digest) = (manifest.manifest.kind == ManifestKind::Index, manifest.digest);
-        let since = Instant::now();
         let known = self.read_cache(registry, repository, move |cached| {
             if !cached.is_member(&digest) {
                 return None;
@@ -287,7 +347,7 @@ impl ProxyService {
         });
         if let Some(known) = known.await {
             let place = registry.record_place(repository);
-            self.shared.note_content(&place, digest, known, since);
+            self.shared.note_content(&place, digest, known, confirmed);
         }
     }
 }
@@ -305,7 +365,7 @@ impl ProxyService {
             return None;
         }
         let place = registry.record_place(repository);
-        let found = self.shared.content_record(&place, manifest).await?;
+        let found = self.shared.content_record(&place, manifest).await.found()?;
         found.state.is_present().then_some(found.state.children)
     }
 
@@ -345,8 +405,35 @@ impl ProxyService {
         manifest: &StoredManifest,
         recorded: &BTreeSet<Digest>,
     ) {
-        for child in children_of(manifest).filter(|child| recorded.contains(child)) {
-            self.add_member(registry, repository, child).await;
+        let of_manifest: Vec<_> = children_of(manifest)
+            .filter(|child| recorded.contains(child))
+            .collect();
+        let is_index = manifest.manifest.kind == ManifestKind::Index;
+        // Only manifests are deleted by their digest, and have records.
+        let checks = of_manifest.into_iter().map(|child| async move {
+            let may_be_deleted = is_index && self.may_be_deleted(registry, repository, child).await;
+            (!may_be_deleted).then_some(child)
+        });
+        let mut checks = futures_util::stream::iter(checks).buffer_unordered(CONCURRENCY_MAX);
+        while let Some(checked) = checks.next().await {
+            if let Some(child) = checked {
+                self.add_member(registry, repository, child).await;
+            }
+        }
+    }
+
+    /// Whether a record says that a manifest was deleted, or cannot be read.
+    async fn may_be_deleted(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        manifest: Digest,
+    ) -> bool {
+        let place = registry.record_place(repository);
+        match self.shared.content_record(&place, manifest).await {
+            RecordRead::Found(found) => !found.state.is_present(),
+            RecordRead::Absent => false,
+            RecordRead::Unread { .. } => true,
         }
     }
 
@@ -551,13 +638,26 @@ impl ReadContext<'_> {
         upstream.unavailable_to(&self.caller, &self.request.endpoint)
     }
 
-    /// Whether another cache has recorded that the repository is not public any more, on whose public mark this client
-    /// would be served a copy. The request is then made again.
-    pub(super) async fn is_revoked_elsewhere(&self) -> bool {
-        self.has_public_mark()
-            && self.authorization(true) == Authorization::Expired
-            && self.may_use_records()
-            && !self.is_permitted_by_records().await
+    /// The read without the public mark, by which alone this outcome gives out something cached in an outage, if another
+    /// cache has recorded that the repository is not public any more. The request is then made again.
+    pub(super) async fn unmarked_if_revoked(&self, given: Given) -> Option<Self> {
+        self.public_mark()?;
+        let is_in_outage = match given {
+            Given::Nothing => return None,
+            Given::Stale => true,
+            // While the upstream responds, it is asked before the mark expires.
+            Given::Cached => self.known_outage().is_some(),
+        };
+        let is_revoked = is_in_outage
+            && self.may_use_public_records()
+            && self.authorization_of_client() == Authorization::Unknown
+            && !self.is_permitted_by_records().await;
+        if !is_revoked {
+            return None;
+        }
+        // The grants may have changed.
+        let read = ReadContext::new(self.proxy, self.request, self.repository).await;
+        Some(read.without_public_mark())
     }
 
     /// Why this request failed, if the records of other caches may be used instead.
@@ -569,6 +669,11 @@ impl ReadContext<'_> {
     fn may_use_records(&self) -> bool {
         let is_served_stale = matches!(self.rule.policy, Policy::IfNewer | Policy::IfNotPresent);
         is_served_stale && !self.request.for_push && self.proxy.shared.has_records()
+    }
+
+    /// Whether public records count for this request.
+    pub(super) fn may_use_public_records(&self) -> bool {
+        self.may_use_records() && self.request.registry.has_public_records()
     }
 
     /// The manifest by the records of other caches. `None`: it is not served.
@@ -615,29 +720,43 @@ impl ReadContext<'_> {
         }
     }
 
-    /// Whether the client may read the repository in an outage, by a right that this cache remembers or by the record
-    /// that the repository is public. A later record that it is not public ends a public mark.
+    /// Whether the client may read the repository in an outage: by a right of its own that this cache remembers, by a
+    /// public mark of this cache, or by the record of another cache that the repository is public. A later record that
+    /// it is not public ends a public mark.
     pub(super) async fn is_permitted_by_records(&self) -> bool {
-        let authorization = self.authorization(true);
-        if authorization == Authorization::Granted {
+        if self.authorization_of_client() != Authorization::Unknown {
             return true;
+        }
+        let own_mark = self.public_mark().filter(|since| *since != public_by_record());
+        if !self.may_use_public_records() {
+            return own_mark.is_some();
         }
         let (registry, repository) = (&self.request.registry, self.repository);
         let place = registry.record_place(repository);
         let now = Instant::now();
-        let Some(found) = self.proxy.shared.public_record(&place).await else {
-            return authorization != Authorization::Unknown;
+        let found = match self.proxy.shared.public_record(&place).await {
+            RecordRead::Found(found) => found,
+            RecordRead::Absent => return own_mark.is_some(),
+            // What expired needs the record. What did not, needs it as little as while the bucket is unavailable; but no
+            // client can use up the requests for the record of another.
+            RecordRead::Unread { is_capped } => {
+                return !is_capped
+                    && own_mark.is_some()
+                    && self.authorization(true) == Authorization::Granted;
+            }
         };
         let (age, is_public) = (found.age(found.state.at), found.state.is_public);
         if !is_public {
             self.proxy.end_public_mark(registry, repository, age).await;
-        } else if authorization == Authorization::Unknown && age < self.rule.grant_ttl_offline {
-            let lapsed = self.rule.grant_ttl_offline;
+        } else if age >= self.rule.grant_ttl_offline {
+            return own_mark.is_some();
+        } else if self.public_mark().is_none() {
             self.proxy
-                .import_public_mark(registry, repository, (age.max(lapsed), age), now)
+                .import_public_mark(registry, repository, age, now)
                 .await;
         }
-        let read = ReadContext::new(self.proxy, self.request, repository).await;
-        read.authorization(true) != Authorization::Unknown
+        // Unless a denial came in between.
+        let since = self.proxy.public_since(registry, repository).await;
+        since.is_some()
     }
 }

@@ -188,6 +188,7 @@ fn read(
         authorization: authorization(&head.headers),
         host,
         now,
+        since: tokio::time::Instant::now(),
         writes,
         for_push: false,
         trace: trace.clone(),

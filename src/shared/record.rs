@@ -12,7 +12,8 @@ mod state;
 #[cfg(all(test, feature = "shared"))]
 mod tests;
 
-pub use self::exchange::{Dated, RecordPlace, RecordSettings};
+pub use self::exchange::{Dated, RecordPlace, RecordRead, RecordSettings};
 pub(super) use self::exchange::{Records, work};
 pub use self::key::{KEYS_MAX, KeyFileError, RecordKeys};
+pub(super) use self::queue::Closed;
 pub use self::state::{CHILDREN_MAX, ContentState, PublicState, TagState, TagVariant};

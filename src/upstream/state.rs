@@ -161,6 +161,11 @@ impl ConnectionSettings {
         }
     }
 
+    /// Whether the registry can tell this cache from other clients before any credential.
+    pub(super) fn has_client_certificate(&self) -> bool {
+        self.client_certificate.is_some()
+    }
+
     fn is_same(&self, other: &Self) -> bool {
         self.urls == other.urls
             && self.roots == other.roots

@@ -305,6 +305,7 @@ impl Cache {
             authorization,
             host: None,
             now: now(),
+            since: tokio::time::Instant::now(),
             for_push: false,
             trace: TraceContext::new_root(),
             peer: Peer::Local,

@@ -3,28 +3,38 @@
 //! An update reads the record, merges with it, and writes if the bucket says less; the condition of the write is the
 //! version that was read. Whoever loses reads again. So every record says at least what it said before.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::time::{Instant, timeout};
+use tokio::sync::Mutex as AsyncMutex;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::key::{Class, RECORD_BYTES_MAX, RecordKeys, Unusable};
-use super::queue::{RecordId, Update, Updates};
+use super::queue::{Pushed, RecordId, Update, Updates};
 use super::state::{ContentState, Merge, PublicState, TagState};
 use crate::bucket::{BucketError, Fault, ObjectKey};
 use crate::oci::{Digest, Repository, Tag, UpstreamFailure};
 use crate::shared::breaker::Outcome;
+use crate::shared::rate::Rate;
 use crate::shared::upload::admitted;
 use crate::shared::{Active, READ_TIMEOUT, SharedStorage};
 
 /// Attempts of one compare-and-swap. Each loss means that another cache has written.
 const SWAPS_MAX: usize = 4;
 
-/// Attempts of an update that the bucket did not answer.
+/// Attempts of an update that the bucket did not answer. A denial or a deletion has no limit.
 const ATTEMPTS_MAX: u32 = 3;
+
+/// Longest pause between the attempts of a denial or a deletion. They double from 2 s.
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+
+/// Interval of checks whether the bucket can be read again.
+const READS_PAUSE: Duration = Duration::from_secs(1);
 
 /// Age at which an unchanged tag is recorded again. The age matters in an outage, where limits are hours. At this age,
 /// 1000 tags in constant use cost $1.44 a day for writes, and a fifth of that is spent on a minute's precision that
@@ -40,8 +50,14 @@ const READ_AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// Public records that were read and are remembered.
 const READ_MAX: usize = 4096;
 
+/// Concurrent reads of public records.
+const READERS_MAX: usize = 64;
+
 /// Longest wait of a response to a write or a denial for its record.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Result of a read that was not made because of the limit of requests.
+const CAPPED: &str = "capped";
 
 /// Settings of records.
 #[derive(Clone)]
@@ -56,10 +72,14 @@ pub struct RecordSettings {
 pub(in crate::shared) struct Records {
     settings: RecordSettings,
     pub(in crate::shared) updates: Updates,
-    /// The time 1 of this cache.
-    base: Instant,
+    /// The time 1 of this cache. A reload keeps it, and so the times of the updates that are taken over.
+    pub(in crate::shared) base: Instant,
     /// Public records that were read, and when.
-    read: Cache<RecordId, (Option<Dated<PublicState>>, Instant)>,
+    read: Cache<RecordId, (RecordRead<PublicState>, Instant)>,
+    /// Public records have a cap of their own: what denies must be read while other reads are at the cap.
+    rate: Mutex<Rate>,
+    /// One reader of a public record at a time, by a hash of the record.
+    readers: [AsyncMutex<()>; READERS_MAX],
 }
 
 impl Records {
@@ -69,7 +89,22 @@ impl Records {
             updates: Updates::default(),
             base: Instant::now(),
             read: Cache::new(READ_MAX),
+            rate: Mutex::new(Rate::new(Instant::now())),
+            readers: std::array::from_fn(|_| AsyncMutex::default()),
         }
+    }
+
+    /// Whether a public record that was read counts still.
+    fn read_lately(&self, id: &RecordId) -> Option<RecordRead<PublicState>> {
+        let (found, at) = self.read.get(id)?;
+        (at.elapsed() < READ_AGAIN_AFTER).then_some(found)
+    }
+
+    fn reader(&self, id: &RecordId) -> Option<&AsyncMutex<()>> {
+        let mut hasher = DefaultHasher::new();
+        id.hash(&mut hasher);
+        let at = usize::try_from(hasher.finish() % READERS_MAX as u64).ok()?;
+        self.readers.get(at)
     }
 
     /// A time of this cache. `None`: before the settings were loaded.
@@ -86,6 +121,30 @@ impl Records {
 
     fn names(&self, id: &RecordId) -> Vec<ObjectKey> {
         self.settings.keys.names(id.class, &id.parts())
+    }
+}
+
+/// The result of a read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RecordRead<S> {
+    /// What the record says.
+    Found(Dated<S>),
+    /// There is no record, or the storage cannot keep records of this class.
+    Absent,
+    /// It is not known what the record says. `is_capped`: because of this cache's limit of requests.
+    Unread {
+        /// This cache has reached its limit of requests to the bucket.
+        is_capped: bool,
+    },
+}
+
+impl<S> RecordRead<S> {
+    /// What the record says, if it was read.
+    pub fn found(self) -> Option<Dated<S>> {
+        match self {
+            Self::Found(found) => Some(found),
+            Self::Absent | Self::Unread { .. } => None,
+        }
     }
 }
 
@@ -143,51 +202,73 @@ impl SharedStorage {
         self.readable()?
             .read_record(&place.id(Class::Tag, tag.as_str()))
             .await
+            .found()
     }
 
     /// What other caches have seen of a manifest.
-    pub async fn content_record(&self, place: &RecordPlace, digest: Digest) -> Option<Dated<ContentState>> {
+    pub async fn content_record(&self, place: &RecordPlace, digest: Digest) -> RecordRead<ContentState> {
         let id = place.id(Class::Content, &digest.to_string());
-        self.readable()?.read_record(&id).await
+        match self.readable() {
+            Some(active) => active.read_record(&id).await,
+            None => RecordRead::Unread { is_capped: false },
+        }
     }
 
     /// Whether other caches have seen a repository to be public.
-    pub async fn public_record(&self, place: &RecordPlace) -> Option<Dated<PublicState>> {
-        let (active, id) = (self.readable()?, place.id(Class::Public, ""));
-        let read = &active.records.as_ref()?.read;
-        let now = Instant::now();
-        if let Some((found, at)) = read.get(&id)
-            && now.saturating_duration_since(at) < READ_AGAIN_AFTER
-        {
+    pub async fn public_record(&self, place: &RecordPlace) -> RecordRead<PublicState> {
+        let unread = RecordRead::Unread { is_capped: false };
+        let (Some(active), id) = (self.readable(), place.id(Class::Public, "")) else {
+            return unread;
+        };
+        let Some(records) = &active.records else {
+            return unread;
+        };
+        if let Some(found) = records.read_lately(&id) {
             return found;
         }
+        // One of the requests that need the record reads it.
+        let Some(reader) = records.reader(&id) else {
+            return unread;
+        };
+        let _reading = reader.lock().await;
+        if let Some(found) = records.read_lately(&id) {
+            return found;
+        }
+        let began = Instant::now();
         let found = active.read_record(&id).await;
-        read.insert(id, (found.clone(), now));
+        // The wait for the bucket does not make a denial count later.
+        let at = match found {
+            RecordRead::Unread { .. } => Instant::now(),
+            _ => began,
+        };
+        records.read.insert(id, (found.clone(), at));
         found
     }
 
     /// Records what a response to a request sent at `since` says about a tag. The times in `state` are set.
     pub fn note_tag(&self, place: &RecordPlace, tag: &Tag, state: TagState, since: Instant) {
-        self.note(place.id(Class::Tag, tag.as_str()), since, TAG_RENEWAL, |at| {
+        self.note(&place.id(Class::Tag, tag.as_str()), since, TAG_RENEWAL, |at| {
             Update::Tag(state.at(at))
         });
     }
 
-    /// Records that the repository has a manifest, and these children of it.
+    /// Records that the repository has a manifest, and these children of it. `confirmed`: when the request was sent to which
+    /// the upstream confirmed that; `None` for a copy of this cache, which passes no deletion.
     pub fn note_content(
         &self,
         place: &RecordPlace,
         digest: Digest,
         children: impl IntoIterator<Item = Digest>,
-        since: Instant,
+        confirmed: Option<Instant>,
     ) {
         let Some(keep) = self.active.load().as_ref().map(|active| active.settings.keep) else {
             return;
         };
         let id = place.id(Class::Content, &digest.to_string());
-        self.note(id, since, keep / 2, |at| {
+        let since = confirmed.unwrap_or_else(Instant::now);
+        self.note(&id, since, keep / 2, |at| {
             Update::Content(ContentState {
-                at,
+                at: confirmed.map_or(0, |_| at),
                 deleted_at: 0,
                 children: children.into_iter().collect(),
             })
@@ -197,7 +278,7 @@ impl SharedStorage {
     /// Records that a manifest was deleted.
     pub fn note_content_deleted(&self, place: &RecordPlace, digest: Digest, since: Instant) {
         let id = place.id(Class::Content, &digest.to_string());
-        self.note(id, since, Duration::ZERO, |at| {
+        self.note(&id, since, Duration::ZERO, |at| {
             Update::Content(ContentState {
                 at: 0,
                 deleted_at: at,
@@ -208,7 +289,7 @@ impl SharedStorage {
 
     /// Records whether a request without a credential, sent at `since`, was served.
     pub fn note_public(&self, place: &RecordPlace, is_public: bool, since: Instant) {
-        self.note(place.id(Class::Public, ""), since, PUBLIC_RENEWAL, |at| {
+        self.note(&place.id(Class::Public, ""), since, PUBLIC_RENEWAL, |at| {
             Update::Public(PublicState { at, is_public })
         });
     }
@@ -229,27 +310,35 @@ impl SharedStorage {
         };
         // While the bucket accepts nothing, nobody waits for it.
         if let Some(records) = &active.records
-            && active.writes_open_since().is_none()
+            && !active.is_stopped()
         {
             // Afterwards it goes on in the background.
             let _late = timeout(SETTLE_TIMEOUT, records.updates.settled(id)).await;
         }
     }
 
-    fn note(&self, id: RecordId, since: Instant, renewal: Duration, update: impl FnOnce(u64) -> Update) {
-        let Some(active) = self.active.load_full().filter(|active| active.settings.write) else {
+    fn note(&self, id: &RecordId, since: Instant, renewal: Duration, update: impl FnOnce(u64) -> Update) {
+        let current = || self.active.load_full().filter(|active| active.settings.write);
+        let time = |active: &Arc<Active>| active.records.as_ref()?.time(since);
+        let Some(at) = current().as_ref().and_then(time) else {
             return;
         };
-        let Some((records, at)) = active
-            .records
-            .as_ref()
-            .and_then(|records| Some((records, records.time(since)?)))
-        else {
-            return;
-        };
-        let class = id.class;
-        if records.updates.push(id, update(at), renewal.as_secs()) {
-            active.telemetry.shared().record_record(class.name(), "dropped");
+        let (class, update) = (id.class, update(at));
+        // Twice, because a reload may close the queue in between.
+        for _ in 0..2 {
+            let Some(active) = current() else { return };
+            let Some(records) = &active.records else { return };
+            match records
+                .updates
+                .push(id.clone(), update.clone(), renewal.as_secs())
+            {
+                Pushed::Queued => return,
+                Pushed::Dropped => {
+                    active.telemetry.shared().record_record(class.name(), "dropped");
+                    return;
+                }
+                Pushed::Closed => {}
+            }
         }
     }
 }
@@ -285,16 +374,39 @@ impl Updated {
 }
 
 impl Active {
+    /// Whether the bucket cannot be read, or accepts no writes.
+    pub(in crate::shared) fn is_stopped(&self) -> bool {
+        self.writes_open_since().is_some() || self.are_reads_stopped()
+    }
+
+    fn are_reads_stopped(&self) -> bool {
+        self.reads.lock().breaker.open_since().is_some()
+    }
+
+    /// Whether a record may be read now.
+    fn may_read_record(&self, records: &Records, class: Class, key: &ObjectKey) -> bool {
+        if class != Class::Public {
+            return self.may_read(key);
+        }
+        let may = records.rate.lock().take(Instant::now());
+        if !may {
+            self.telemetry.shared().record_request("get", CAPPED, None);
+        }
+        may
+    }
+
     /// Reads a record under each of its names.
-    async fn read_record<S: Merge + DeserializeOwned>(self: &Arc<Self>, id: &RecordId) -> Option<Dated<S>> {
-        let records = self.records.as_ref()?;
+    async fn read_record<S: Merge + DeserializeOwned>(self: &Arc<Self>, id: &RecordId) -> RecordRead<S> {
+        let Some(records) = &self.records else {
+            return RecordRead::Absent;
+        };
         if id.class != Class::Content && self.conditions.get() == Some(&false) {
-            return None;
+            return RecordRead::Absent;
         }
         let names = records.names(id);
         let reads = names.iter().map(|key| async move {
-            if !self.may_read(key) {
-                return Err("capped");
+            if !self.may_read_record(records, id.class, key) {
+                return Err(CAPPED);
             }
             let found = self.get_record::<S>(key).await;
             match found {
@@ -324,15 +436,19 @@ impl Active {
                 Err(result) => failure = Some(result),
             }
         }
-        // A denial may be under the name that could not be read.
-        let complete = merged.zip(now).filter(|_| failure.is_none());
-        let result = match (&complete, failure) {
-            (_, Some(failure)) => failure,
-            (Some(_), None) => "read",
-            (None, None) => "absent",
+        let (read, result) = match (merged, now, failure) {
+            // A denial may be under the name that could not be read.
+            (_, _, Some(failure)) => {
+                let is_capped = failure == CAPPED;
+                (RecordRead::Unread { is_capped }, failure)
+            }
+            (Some(state), Some(now), None) => (RecordRead::Found(Dated { state, now }), "read"),
+            // Without the storage's time, no record has an age.
+            (Some(_), None, None) => (RecordRead::Unread { is_capped: false }, "absent"),
+            (None, _, None) => (RecordRead::Absent, "absent"),
         };
         self.telemetry.shared().record_record(id.class.name(), result);
-        complete.map(|(state, now)| Dated { state, now })
+        read
     }
 
     /// The object of a record, as far as it is one.
@@ -348,7 +464,7 @@ impl Active {
             Err(BucketError::Absent) => return Ok(FoundRecord::default()),
             Err(error) => return Err(error),
         };
-        let etag = object.info.etag.take();
+        let (etag, age) = (object.info.etag.take(), object.info.age);
         let mut bytes = Vec::new();
         let reading = async {
             while bytes.len() <= RECORD_BYTES_MAX
@@ -366,7 +482,25 @@ impl Active {
         }
         let records = self.records.as_ref();
         let state = records.map(|records| records.settings.keys.open(&records.path(key), &bytes));
-        Ok(FoundRecord { state, etag })
+        Ok(FoundRecord { state, etag, age })
+    }
+
+    /// The statement in an object that was read, if it is one.
+    fn statement_of<S>(
+        &self,
+        class: Class,
+        found: Option<Result<S, Unusable>>,
+    ) -> Result<Option<S>, Updated> {
+        match found {
+            Some(Ok(known)) => Ok(Some(known)),
+            Some(Err(Unusable::Later)) => Err(Updated::Later),
+            Some(Err(unusable @ Unusable::Unsealed)) => {
+                let metrics = self.telemetry.shared();
+                metrics.record_record(class.name(), unusable.name());
+                Ok(None)
+            }
+            None => Ok(None),
+        }
     }
 
     /// Makes a record say `state`, whose times are those of the storage, too.
@@ -374,50 +508,50 @@ impl Active {
     where
         S: Merge + Serialize + DeserializeOwned,
     {
-        let Some((records, key)) = self
-            .records
-            .as_ref()
-            .and_then(|records| Some((records, records.names(id).into_iter().next()?)))
-        else {
+        let Some(records) = &self.records else {
             return Ok(Updated::NotNeeded);
         };
+        let mut names = records.names(id).into_iter();
+        let Some(key) = names.next() else {
+            return Ok(Updated::NotNeeded);
+        };
+        let latest = || self.settings.bucket.clock()?.latest(Instant::now());
+        let now = || latest().unwrap_or(u64::MAX);
+        // What the other keys have sealed is said under the first name too, before those keys are removed.
+        let mut earlier = None::<S>;
+        for name in names {
+            let found = self.get_record::<S>(&name).await?;
+            match self.statement_of(id.class, found.state) {
+                Ok(found) => earlier = merged(earlier, found, now()),
+                Err(updated) => return Ok(updated),
+            }
+        }
         for _ in 0..SWAPS_MAX {
             let found = self.get_record::<S>(&key).await?;
-            let known = match found.state {
-                Some(Ok(known)) => Some(known),
-                Some(Err(Unusable::Later)) => return Ok(Updated::Later),
-                Some(Err(unusable @ Unusable::Unsealed)) => {
-                    self.telemetry
-                        .shared()
-                        .record_record(id.class.name(), unusable.name());
-                    None
-                }
-                None => None,
+            let known = match self.statement_of(id.class, found.state) {
+                Ok(known) => known,
+                Err(updated) => return Ok(updated),
             };
-            if known.is_none() && !state.is_new() {
+            let all = merged(known.clone(), earlier.clone(), now());
+            if all.is_none() && !state.is_new() {
                 return Ok(Updated::NotNeeded);
             }
-            let now = self
-                .settings
-                .bucket
-                .clock()
-                .and_then(|clock| clock.latest(Instant::now()));
-            let merged = match known {
-                Some(known) => {
-                    if known.covers(state, slack)
-                        && known.clone().merge(known.clone(), now.unwrap_or(0)) == known
-                    {
-                        return Ok(Updated::Known);
-                    }
-                    let merged = known.clone().merge(state.clone(), now.unwrap_or(0));
-                    if merged == known {
-                        return Ok(Updated::Superseded);
-                    }
-                    merged
-                }
+            // A content record does not change for long, and the bucket deletes what is not written again.
+            let is_aged =
+                id.class == Class::Content && found.age.is_some_and(|age| age > self.settings.keep / 2);
+            let next = match &all {
+                Some(all) => all.clone().merge(state.clone(), now()),
                 None => state.clone(),
             };
-            let bytes = records.settings.keys.seal(&records.path(&key), &merged).into();
+            if let Some(known) = known.filter(|_| !is_aged) {
+                if known.covers(state, slack) && all.as_ref() == Some(&known) {
+                    return Ok(Updated::Known);
+                }
+                if next == known {
+                    return Ok(Updated::Superseded);
+                }
+            }
+            let bytes = records.settings.keys.seal(&records.path(&key), &next).into();
             let began = Instant::now();
             let bucket = &self.settings.bucket;
             let written = match &found.etag {
@@ -431,7 +565,11 @@ impl Active {
             };
             self.record_write(name, &written, began.elapsed());
             match written {
-                Ok(_) => return Ok(Updated::Written),
+                Ok(_) if id.class == Class::Content || next.covers(state, slack) => {
+                    return Ok(Updated::Written);
+                }
+                // A time in the future was replaced.
+                Ok(_) => return Ok(Updated::Superseded),
                 // It was deleted, or another cache has written.
                 Err(BucketError::Exists | BucketError::Absent) => {}
                 Err(error) => return Err(error),
@@ -466,6 +604,15 @@ impl Active {
     }
 }
 
+/// What both say together. Merged with itself, a statement has no time in the future.
+fn merged<S: Merge>(one: Option<S>, other: Option<S>, now: u64) -> Option<S> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.merge(other, now)),
+        (Some(one), None) | (None, Some(one)) => Some(one.clone().merge(one, now)),
+        (None, None) => None,
+    }
+}
+
 #[cfg(all(test, feature = "shared"))]
 impl Active {
     pub(super) async fn update_of(
@@ -476,12 +623,18 @@ impl Active {
         self.update(id, update).await.map(|updated| updated.name())
     }
 
-    pub(super) async fn read_tag(self: &Arc<Self>, id: &RecordId) -> Option<Dated<TagState>> {
+    pub(super) async fn read_raw<S: Merge + DeserializeOwned>(
+        self: &Arc<Self>,
+        id: &RecordId,
+    ) -> RecordRead<S> {
         self.read_record(id).await
     }
 
-    pub(super) async fn read_of(self: &Arc<Self>, id: &RecordId) -> Option<Dated<ContentState>> {
-        self.read_record(id).await
+    pub(super) async fn read_of<S: Merge + DeserializeOwned>(
+        self: &Arc<Self>,
+        id: &RecordId,
+    ) -> Option<Dated<S>> {
+        self.read_record(id).await.found()
     }
 }
 
@@ -489,6 +642,8 @@ struct FoundRecord<S> {
     /// `None`: there is no object.
     state: Option<Result<S, Unusable>>,
     etag: Option<String>,
+    /// Time since it was written.
+    age: Option<Duration>,
 }
 
 impl<S> Default for FoundRecord<S> {
@@ -496,15 +651,34 @@ impl<S> Default for FoundRecord<S> {
         Self {
             state: None,
             etag: None,
+            age: None,
         }
     }
+}
+
+/// Pause after so many attempts of a denial or a deletion.
+fn pause_after(attempts: u32) -> Duration {
+    Duration::from_secs(1 << attempts.clamp(1, 5)).min(PAUSE_MAX)
+}
+
+/// Waits until the bucket can be read and written. Whether a write is a probe; `None`: the queue was closed.
+async fn ready(active: &Active) -> Option<bool> {
+    while active.are_reads_stopped() {
+        if active.uploads.is_closed() {
+            return None;
+        }
+        // Another task sends the probes.
+        sleep(READS_PAUSE).await;
+    }
+    admitted(active).await
 }
 
 /// The task that writes records, until the queue is closed.
 pub(in crate::shared) async fn work(active: Arc<Active>) {
     let Some(records) = &active.records else { return };
     while let Some((id, update, attempts)) = records.updates.next().await {
-        let Some(is_probe) = admitted(&active).await else {
+        let Some(is_probe) = ready(&active).await else {
+            // Who closed the queue has taken the update over.
             records.updates.end(id, None);
             return;
         };
@@ -528,10 +702,19 @@ pub(in crate::shared) async fn work(active: Arc<Active>) {
         };
         let (result, written) = match &done {
             Ok(updated @ (Updated::Written | Updated::Known)) => (updated.name(), Some(update.clone())),
+            Ok(Updated::Lost) if update.is_urgent() => {
+                let due = Some(Instant::now() + pause_after(attempts));
+                records.updates.push_again(id.clone(), update, attempts, due);
+                ("retried", None)
+            }
             Ok(updated) => (updated.name(), None),
-            Err(error) if error.fault() != Fault::None && (is_probe || attempts < ATTEMPTS_MAX) => {
+            Err(error)
+                if update.is_urgent()
+                    || error.fault() != Fault::None && (is_probe || attempts < ATTEMPTS_MAX) =>
+            {
                 tracing::debug!(class = id.class.name(), %error, "failed to write a record, trying again");
-                records.updates.push_again(id.clone(), update, attempts);
+                let due = update.is_urgent().then(|| Instant::now() + pause_after(attempts));
+                records.updates.push_again(id.clone(), update, attempts, due);
                 ("retried", None)
             }
             Err(error) => {

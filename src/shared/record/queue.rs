@@ -9,6 +9,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use tokio::sync::Notify;
+use tokio::time::{Instant, timeout_at};
 
 use super::key::Class;
 use super::state::{ContentState, Merge, PublicState, TagState};
@@ -46,8 +47,8 @@ pub(in crate::shared) enum Update {
 }
 
 impl Update {
-    /// Whether a client waits for it: it ends what others would serve.
-    fn is_urgent(&self) -> bool {
+    /// Whether it ends what others would serve: a client may wait for it, and it is not given up.
+    pub(in crate::shared) fn is_urgent(&self) -> bool {
         match self {
             Self::Tag(state) => state.variants.is_empty(),
             Self::Content(state) => !state.is_present(),
@@ -82,16 +83,48 @@ pub(in crate::shared) struct Updates {
     added: Notify,
     /// An entry was processed, or the queue was closed.
     ended: Notify,
-    /// The last update of each record that the bucket is known to have.
-    written: Cache<RecordId, Update>,
+    /// The last update of each record that the bucket is known to have, and since when.
+    written: Cache<RecordId, (Update, Instant)>,
 }
 
 #[derive(Default)]
 struct State {
     order: VecDeque<RecordId>,
-    waiting: HashMap<RecordId, (Update, u32)>,
-    running: Option<RecordId>,
+    waiting: HashMap<RecordId, Waiting>,
+    running: Option<(RecordId, Update)>,
     is_closed: bool,
+}
+
+struct Waiting {
+    update: Update,
+    attempts: u32,
+    /// The next attempt is not made before this time.
+    due: Option<Instant>,
+}
+
+impl Waiting {
+    fn is_due(&self, now: Instant) -> bool {
+        self.due.is_none_or(|due| due <= now)
+    }
+}
+
+/// What became of an update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::shared) enum Pushed {
+    /// It waits, or the bucket is known to say as much.
+    Queued,
+    /// It waits, and the oldest entry was dropped for it.
+    Dropped,
+    /// The queue was closed.
+    Closed,
+}
+
+/// What was in the queue when it was closed.
+pub(in crate::shared) struct Closed {
+    /// Denials and deletions.
+    pub(in crate::shared) urgent: Vec<(RecordId, Update)>,
+    /// Records whose other updates were dropped.
+    pub(in crate::shared) dropped: Vec<RecordId>,
 }
 
 impl Default for Updates {
@@ -106,32 +139,38 @@ impl Default for Updates {
 }
 
 impl Updates {
-    /// Adds an update, unless the bucket is known to say as much, up to `slack` seconds. Returns whether the oldest entry
-    /// was dropped for it.
-    pub(in crate::shared) fn push(&self, id: RecordId, update: Update, slack: u64) -> bool {
-        if self
-            .written
-            .get(&id)
-            .is_some_and(|written| written.covers(&update, slack))
-        {
-            return false;
+    /// Adds an update, unless the bucket is known to say as much, up to `slack` seconds.
+    pub(in crate::shared) fn push(&self, id: RecordId, update: Update, slack: u64) -> Pushed {
+        let is_known = |(written, since): (Update, Instant)| {
+            // The bucket deletes what is not written again.
+            let is_lately = slack == 0 || since.elapsed().as_secs() < slack;
+            is_lately && written.covers(&update, slack)
+        };
+        if self.written.get(&id).is_some_and(is_known) {
+            return Pushed::Queued;
         }
-        self.enqueue(id, update, 0)
+        self.enqueue(id, update, (0, None))
     }
 
-    /// Adds an update again, after an attempt that failed.
-    pub(in crate::shared) fn push_again(&self, id: RecordId, update: Update, attempts: u32) -> bool {
-        self.enqueue(id, update, attempts)
+    /// Adds an update again, after an attempt that failed. The next one is made at `due`.
+    pub(in crate::shared) fn push_again(
+        &self,
+        id: RecordId,
+        update: Update,
+        attempts: u32,
+        due: Option<Instant>,
+    ) -> Pushed {
+        self.enqueue(id, update, (attempts, due))
     }
 
-    fn enqueue(&self, id: RecordId, update: Update, attempts: u32) -> bool {
+    fn enqueue(&self, id: RecordId, update: Update, (attempts, due): (u32, Option<Instant>)) -> Pushed {
         let mut state = self.state.lock();
         if state.is_closed {
-            return false;
+            return Pushed::Closed;
         }
-        if let Some((waiting, _)) = state.waiting.get_mut(&id) {
-            *waiting = waiting.clone().merge(update);
-            return false;
+        if let Some(waiting) = state.waiting.get_mut(&id) {
+            waiting.update = waiting.update.clone().merge(update);
+            return Pushed::Queued;
         }
         let dropped = if state.order.len() >= QUEUED_MAX {
             // Behind the urgent ones, the oldest is not the first.
@@ -139,7 +178,7 @@ impl Updates {
                 state
                     .waiting
                     .get(id)
-                    .is_some_and(|(waiting, _)| waiting.is_urgent())
+                    .is_some_and(|waiting| waiting.update.is_urgent())
             };
             let oldest = state.order.iter().position(|id| !is_urgent(id)).unwrap_or(0);
             state.order.remove(oldest)
@@ -154,10 +193,19 @@ impl Updates {
         } else {
             state.order.push_back(id.clone());
         }
-        state.waiting.insert(id, (update, attempts));
+        let waiting = Waiting {
+            update,
+            attempts,
+            due,
+        };
+        state.waiting.insert(id, waiting);
         drop(state);
         self.added.notify_one();
-        dropped.is_some()
+        if dropped.is_some() {
+            Pushed::Dropped
+        } else {
+            Pushed::Queued
+        }
     }
 
     /// Takes the next entry, with the number of attempts that failed. `None`: the queue is closed.
@@ -165,26 +213,35 @@ impl Updates {
         loop {
             let mut added = std::pin::pin!(self.added.notified());
             added.as_mut().enable();
-            {
+            let next_due = {
                 let mut state = self.state.lock();
-                if let Some(id) = state.order.pop_front()
-                    && let Some((update, attempts)) = state.waiting.remove(&id)
+                let now = Instant::now();
+                let is_due = |id: &RecordId| state.waiting.get(id).is_none_or(|waiting| waiting.is_due(now));
+                let first = state.order.iter().position(is_due);
+                if let Some(id) = first.and_then(|first| state.order.remove(first))
+                    && let Some(Waiting { update, attempts, .. }) = state.waiting.remove(&id)
                 {
-                    state.running = Some(id.clone());
+                    state.running = Some((id.clone(), update.clone()));
                     return Some((id, update, attempts));
                 }
                 if state.is_closed {
                     return None;
                 }
+                state.waiting.values().filter_map(|waiting| waiting.due).min()
+            };
+            match next_due {
+                Some(due) => {
+                    let _due = timeout_at(due, added).await;
+                }
+                None => added.await,
             }
-            added.await;
         }
     }
 
     /// Ends the entry that was taken. `written`: what the bucket is known to have now.
     pub(in crate::shared) fn end(&self, id: RecordId, written: Option<Update>) {
         match written {
-            Some(update) => self.written.insert(id, update),
+            Some(update) => self.written.insert(id, (update, Instant::now())),
             None => drop(self.written.remove(&id)),
         }
         self.state.lock().running = None;
@@ -193,7 +250,8 @@ impl Updates {
 
     /// Waits until nothing waits for this record.
     pub(in crate::shared) async fn settled(&self, id: &RecordId) {
-        self.until(|state| !state.waiting.contains_key(id) && state.running.as_ref() != Some(id))
+        let is_running = |state: &State| state.running.as_ref().is_some_and(|(running, _)| running == id);
+        self.until(|state| !state.waiting.contains_key(id) && !is_running(state))
             .await;
     }
 
@@ -217,16 +275,22 @@ impl Updates {
         }
     }
 
-    /// Drops the queue and lets its task end. Returns how many entries were dropped.
-    pub(in crate::shared) fn close(&self) -> usize {
+    /// Empties the queue and lets its task end. The update that runs may end too, so it is returned if it is urgent.
+    pub(in crate::shared) fn close(&self) -> Closed {
         let mut state = self.state.lock();
         state.is_closed = true;
-        state.waiting.clear();
-        let dropped = std::mem::take(&mut state.order).len();
+        let waiting = std::mem::take(&mut state.waiting).into_iter();
+        let waiting = waiting.map(|(id, waiting)| (id, waiting.update));
+        let (mut urgent, others): (Vec<_>, Vec<_>) = waiting.partition(|(_, update)| update.is_urgent());
+        urgent.extend(state.running.clone().filter(|(_, update)| update.is_urgent()));
+        state.order.clear();
         drop(state);
         self.added.notify_waiters();
         self.ended.notify_waiters();
-        dropped
+        Closed {
+            urgent,
+            dropped: others.into_iter().map(|(id, _)| id).collect(),
+        }
     }
 }
 
@@ -275,13 +339,44 @@ mod tests {
     async fn full_queue_of_updates_drops_the_oldest() {
         let updates = Updates::default();
         for number in 0..QUEUED_MAX {
-            assert!(!updates.push(id(number), public(1), 0));
+            assert_eq!(updates.push(id(number), public(1), 0), Pushed::Queued);
         }
-        assert!(updates.push(id(QUEUED_MAX), public(1), 0));
+        assert_eq!(updates.push(id(QUEUED_MAX), public(1), 0), Pushed::Dropped);
         assert_eq!(updates.next().await.unwrap().0, id(1));
-        assert_eq!(updates.close(), QUEUED_MAX - 1);
+        assert_eq!(updates.close().dropped.len(), QUEUED_MAX - 1);
         assert_eq!(updates.next().await, None);
-        assert!(!updates.push(id(1), public(2), 0));
+        assert_eq!(updates.push(id(1), public(2), 0), Pushed::Closed);
+    }
+
+    fn denied(at: u64) -> Update {
+        Update::Public(PublicState { at, is_public: false })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn denial_that_failed_lets_others_pass_and_returns() {
+        let updates = Updates::default();
+        updates.push(id(1), denied(1), 0);
+        let (first, update, _) = updates.next().await.unwrap();
+        let due = Instant::now() + std::time::Duration::from_secs(8);
+        updates.push_again(first.clone(), update, 1, Some(due));
+        updates.end(first, None);
+        updates.push(id(2), public(1), 0);
+        assert_eq!(updates.next().await.unwrap().0, id(2));
+        updates.end(id(2), None);
+        assert_eq!(updates.next().await, Some((id(1), denied(1), 1)));
+        assert_eq!(Instant::now(), due);
+    }
+
+    #[tokio::test]
+    async fn closed_queue_hands_over_denials() {
+        let updates = Updates::default();
+        for (number, update) in [(1, denied(1)), (2, denied(2)), (3, public(3))] {
+            updates.push(id(number), update, 0);
+        }
+        let running = updates.next().await.unwrap().0;
+        let closed = updates.close();
+        assert_eq!(closed.dropped, [id(3)]);
+        assert_eq!(closed.urgent.len(), 2, "{running:?} runs");
     }
 
     #[tokio::test]

@@ -1,7 +1,8 @@
 //! Content of records, and what two of them say together. Pure: the storage's time is an argument.
 //!
 //! Several caches write one record. [`Merge`] does not depend on their order: for each statement, the later time counts.
-//! So a record never goes back, whoever writes it last. A time in the future is no time: it counts as the oldest.
+//! So a record never goes back, whoever writes it last. A time in the future is no time: that of a statement that opens
+//! something counts as the oldest, and that of a denial or a deletion as now.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
@@ -18,7 +19,7 @@ pub const CHILDREN_MAX: usize = 1024;
 
 /// A statement of several caches.
 pub(in crate::shared) trait Merge: Sized + Clone + PartialEq {
-    /// What both say together. Times after `now`, in seconds, count as 0.
+    /// What both say together. Times after `now`, in seconds, count as 0; those of denials and deletions as `now`.
     fn merge(self, other: Self, now: u64) -> Self;
 
     /// The same statement with its times moved from those of the cache to those of the storage.
@@ -82,7 +83,7 @@ impl TagState {
 impl Merge for TagState {
     fn merge(self, other: Self, now: u64) -> Self {
         let past = |at: u64| if at > now { 0 } else { at };
-        let unnamed_at = past(self.unnamed_at).max(past(other.unnamed_at));
+        let unnamed_at = self.unnamed_at.max(other.unnamed_at).min(now);
         let mut variants: Vec<TagVariant> = Vec::new();
         for variant in self.variants.into_iter().chain(other.variants) {
             let variant = TagVariant {
@@ -153,7 +154,7 @@ fn rank(variant: &TagVariant) -> (u64, Digest, u64) {
 /// That a repository has a manifest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContentState {
-    /// When this was last recorded, in seconds.
+    /// When the upstream last confirmed it, in seconds; 0 if that is not known. Then it passes no deletion.
     pub at: u64,
     /// When the manifest was deleted; 0 for never. Its children may exist without it.
     pub deleted_at: u64,
@@ -165,7 +166,7 @@ pub struct ContentState {
 impl ContentState {
     /// Whether the repository has the manifest.
     pub fn is_present(&self) -> bool {
-        self.at > self.deleted_at
+        self.at > self.deleted_at || self.deleted_at == 0
     }
 }
 
@@ -174,7 +175,7 @@ impl Merge for ContentState {
         let past = |at: u64| if at > now { 0 } else { at };
         let mut merged = Self {
             at: past(self.at).max(past(other.at)),
-            deleted_at: past(self.deleted_at).max(past(other.deleted_at)),
+            deleted_at: self.deleted_at.max(other.deleted_at).min(now),
             children: self.children,
         };
         merged.children.extend(other.children);
@@ -197,7 +198,9 @@ impl Merge for ContentState {
     }
 
     fn covers(&self, other: &Self, slack: u64) -> bool {
-        self.deleted_at >= other.deleted_at
+        // What was seen again after a deletion is news.
+        (self.is_present() || other.at <= self.deleted_at)
+            && self.deleted_at >= other.deleted_at
             && self.at.saturating_add(slack) >= other.at
             && other.children.is_subset(&self.children)
     }
@@ -219,7 +222,9 @@ pub struct PublicState {
 impl Merge for PublicState {
     fn merge(self, other: Self, now: u64) -> Self {
         // Within one second, a denial counts.
-        let rank = |state: &Self| (if state.at > now { 0 } else { state.at }, !state.is_public);
+        let is_future = |state: &Self| state.is_public && state.at > now;
+        let past = |state: &Self| if is_future(state) { 0 } else { state.at.min(now) };
+        let rank = |state: &Self| (past(state), !state.is_public);
         let later = if rank(&self) >= rank(&other) { self } else { other };
         Self {
             at: rank(&later).0,
@@ -417,8 +422,27 @@ mod tests {
             is_public: false,
         };
         assert_eq!(yes.merge(no, NOW), no);
+    }
+
+    #[test]
+    fn future_denial_or_deletion_counts_as_now() {
         let deleted = TagState::unnamed(NOW + 1).merge(TagState::naming(variant(1, 1, 3)), NOW);
-        assert_eq!(deleted.variants, [variant(1, 1, 3)]);
+        assert_eq!(deleted, TagState::unnamed(NOW));
+        let again = deleted.merge(TagState::naming(variant(1, 1, NOW + 2)), NOW + 2);
+        assert_eq!(again.variants, [variant(1, 1, NOW + 2)], "seen again later");
+        let public = |at, is_public| PublicState { at, is_public };
+        let denied = public(NOW + 1, false).merge(public(3, true), NOW);
+        assert_eq!(denied, public(NOW, false));
+        let content = |at, deleted_at| ContentState {
+            at,
+            deleted_at,
+            children: BTreeSet::new(),
+        };
+        let deleted = content(0, NOW + 1).merge(content(3, 0), NOW);
+        assert_eq!(deleted, content(3, NOW));
+        assert!(!deleted.is_present());
+        assert!(content(0, 0).is_present(), "served from a disk");
+        assert!(!content(0, 0).merge(content(5, 6), NOW).is_present());
     }
 
     #[test]

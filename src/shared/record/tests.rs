@@ -12,9 +12,9 @@ use super::key::Class;
 use super::queue::{RecordId, Update};
 use super::*;
 use crate::bucket::{
-    BucketFuture, Object, ObjectInfo, ObjectKey, ObjectStorage, StorageClock, Upload, in_memory,
+    BucketError, BucketFuture, Object, ObjectInfo, ObjectKey, ObjectStorage, StorageClock, Upload, in_memory,
 };
-use crate::oci::{Algorithm, Digest, Tag};
+use crate::oci::{Algorithm, Digest, Tag, UpstreamFailure};
 use crate::shared::{Active, RedirectSettings, SharedSettings};
 use crate::telemetry::Telemetry;
 
@@ -27,6 +27,8 @@ struct Timed {
     /// A clock for each cache, as each learns by its own responses.
     clock: StorageClock,
     started: Instant,
+    /// Objects cannot be read before this time.
+    silent_until: Mutex<Option<Instant>>,
     /// What others write before the next writes of this cache.
     interlopers: Mutex<Vec<(ObjectKey, Option<Bytes>)>>,
     writes: Mutex<usize>,
@@ -54,6 +56,13 @@ impl Timed {
 
 impl ObjectStorage for Timed {
     fn get<'a>(&'a self, key: &'a ObjectKey, from: u64) -> BucketFuture<'a, Object> {
+        if self
+            .silent_until
+            .lock()
+            .is_some_and(|until| Instant::now() < until)
+        {
+            return Box::pin(async { Err(BucketError::Silent(UpstreamFailure::Timeout)) });
+        }
         self.tick();
         self.inner.get(key, from)
     }
@@ -119,6 +128,7 @@ impl Cache {
             inner: Arc::clone(inner),
             clock: StorageClock::default(),
             started,
+            silent_until: Mutex::default(),
             interlopers: Mutex::default(),
             writes: Mutex::default(),
         });
@@ -158,7 +168,7 @@ impl Cache {
     }
 
     async fn digest(&self) -> Option<(Digest, Duration)> {
-        let found = self.active.read_tag(&tag()).await?;
+        let found = self.active.read_of::<TagState>(&tag()).await?;
         let newest = found.state.variants.first()?;
         Some((newest.digest, found.age(newest.at)))
     }
@@ -282,7 +292,7 @@ async fn forged_moved_and_foreign_records_are_absent() {
     other.item = "other".into();
     let moved = a.names(&other).remove(0);
     a.bucket.inner.put(&moved, sealed.clone(), None).await.unwrap();
-    assert!(b.active.read_tag(&other).await.is_none());
+    assert!(b.active.read_of::<TagState>(&other).await.is_none());
     // Another prefix or another key.
     let inner = &a.bucket.inner;
     for (digit, prefix) in [("a", "q"), ("b", "p")] {
@@ -318,6 +328,123 @@ async fn key_is_replaced_while_caches_run() {
     advance(Duration::from_secs(10)).await;
     a.confirms(3).await;
     assert_eq!(b.digest().await.unwrap().0, digest(3));
+}
+
+fn public_id() -> RecordId {
+    let mut id = tag();
+    (id.class, id.item) = (Class::Public, "".into());
+    id
+}
+
+fn content_id() -> RecordId {
+    let mut id = tag();
+    (id.class, id.item) = (Class::Content, digest(1).to_string().into());
+    id
+}
+
+fn public(at: u64, is_public: bool) -> Update {
+    Update::Public(PublicState { at, is_public })
+}
+
+fn content(at: u64, deleted_at: u64) -> Update {
+    Update::Content(ContentState {
+        at,
+        deleted_at,
+        children: [digest(9)].into(),
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn denial_outlives_the_replacement_of_a_key() {
+    let [old, new] = caches(["a,b", "b,a"], ["p", "p"]);
+    old.confirms(1).await;
+    for (id, update) in [(public_id(), public(1, true)), (content_id(), content(1, 0))] {
+        assert_eq!(old.active.update_of(&id, update).await.unwrap(), "written");
+    }
+    advance(Duration::from_secs(10)).await;
+    let unnamed = Update::Tag(TagState::unnamed(1).at(9));
+    for (id, update) in [
+        (tag(), unnamed),
+        (public_id(), public(9, false)),
+        (content_id(), content(0, 9)),
+    ] {
+        assert_eq!(new.active.update_of(&id, update).await.unwrap(), "written");
+    }
+    // Also without the old key.
+    let last = Cache::over(&new.bucket.inner, "b", "p", new.bucket.started);
+    for cache in [&old, &new, &last] {
+        let active = &cache.active;
+        let named = active.read_of::<TagState>(&tag()).await.unwrap();
+        assert!(named.state.variants.is_empty());
+        let public = active.read_of::<PublicState>(&public_id()).await.unwrap();
+        assert!(!public.state.is_public);
+        let content = active.read_of::<ContentState>(&content_id()).await.unwrap();
+        assert!(!content.state.is_present());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn renewal_takes_over_what_an_old_key_sealed() {
+    let [old, new] = caches(["a,b", "b,a"], ["p", "p"]);
+    let update = async |cache: &Cache, update| cache.active.update_of(&public_id(), update).await.unwrap();
+    update(&new, public(1, true)).await;
+    advance(Duration::from_secs(10)).await;
+    update(&old, public(9, false)).await;
+    assert_eq!(update(&new, public(5, true)).await, "superseded");
+    let last = Cache::over(&new.bucket.inner, "b", "p", new.bucket.started);
+    let found = last.active.read_of::<PublicState>(&public_id()).await.unwrap();
+    assert!(!found.state.is_public);
+}
+
+#[tokio::test(start_paused = true)]
+async fn copy_on_a_disk_passes_no_deletion() {
+    let [a, b] = caches(["a", "a"], ["p", "p"]);
+    let is_present = async || {
+        let found = b.active.read_of::<ContentState>(&content_id()).await.unwrap();
+        found.state.is_present()
+    };
+    let update = async |update| a.active.update_of(&content_id(), update).await.unwrap();
+    assert_eq!(update(content(0, 0)).await, "written");
+    assert!(is_present().await);
+    advance(Duration::from_secs(10)).await;
+    update(content(0, 5)).await;
+    advance(Duration::from_secs(10)).await;
+    update(content(0, 0)).await;
+    assert!(!is_present().await);
+    assert_eq!(update(content(15, 0)).await, "written");
+    assert!(is_present().await, "pushed again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn denial_waits_until_the_bucket_can_be_read() {
+    let [a, b] = caches(["a", "a"], ["p", "p"]);
+    a.active.update_of(&public_id(), public(1, true)).await.unwrap();
+    a.active.conditions.set(true).unwrap();
+    let silent_until = Instant::now() + Duration::from_secs(600);
+    *a.bucket.silent_until.lock() = Some(silent_until);
+    let updates = &a.active.records.as_ref().unwrap().updates;
+    updates.push(public_id(), public(5, false), 0);
+    updates.push(tag(), Update::Tag(TagState::naming(variant(1)).at(5)), 0);
+    tokio::spawn(work(Arc::clone(&a.active)));
+    updates.drained(|| false).await;
+    assert!(Instant::now() >= silent_until);
+    let found = b.active.read_of::<PublicState>(&public_id()).await.unwrap();
+    assert!(!found.state.is_public);
+}
+
+#[tokio::test(start_paused = true)]
+async fn unread_record_is_told_from_an_absent_one() {
+    let [a, _] = caches(["a", "a"], ["p", "p"]);
+    let read = async || a.active.read_raw::<PublicState>(&public_id()).await;
+    assert_eq!(read().await, RecordRead::Absent);
+    // Reads of other records do not use up those of public ones.
+    while a.digest().await.is_some() || a.active.may_read(&ObjectKey::probe(&[0; 16])) {}
+    assert_eq!(read().await, RecordRead::Absent);
+    while read().await == RecordRead::Absent {}
+    assert_eq!(read().await, RecordRead::Unread { is_capped: true });
+    advance(Duration::from_secs(1)).await;
+    *a.bucket.silent_until.lock() = Some(Instant::now() + Duration::from_secs(1));
+    assert_eq!(read().await, RecordRead::Unread { is_capped: false });
 }
 
 #[tokio::test(start_paused = true)]

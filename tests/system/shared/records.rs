@@ -151,6 +151,56 @@ async fn repository_that_became_private_is_refused_elsewhere() {
     third.manifest(DEMO, "latest").await.is_unreachable();
 }
 
+/// A public image of which two caches have a mark of their own. Then the first one records that it is private.
+async fn revoked() -> (Upstream, Bucket, Image, Proxy) {
+    let (upstream, bucket, image, first) = recorded().await;
+    let second = cache(&bucket, &upstream).start().await;
+    second.pull(DEMO, "latest", &image).await;
+    assert_eq!(second.get(&tags_of(DEMO)).await.status, 200);
+    upstream.requires_token();
+    assert_eq!(first.manifest(DEMO, "latest").await.status, 401);
+    upstream.refuses();
+    (upstream, bucket, image, second)
+}
+
+fn tags_of(repository: &str) -> String {
+    format!("/v2/{repository}/tags/list")
+}
+
+#[tokio::test]
+async fn denial_elsewhere_ends_a_current_public_mark() {
+    let (_upstream, _bucket, image, second) = revoked().await;
+    second.manifest(DEMO, "latest").await.is_unreachable();
+    for digest in digests(&image) {
+        second.manifest(DEMO, digest).await.is_unreachable();
+        second.blob(DEMO, digest).await.is_unreachable();
+    }
+}
+
+#[tokio::test]
+async fn denial_elsewhere_ends_cached_lists() {
+    let (_upstream, _bucket, _image, second) = revoked().await;
+    second.get(&tags_of(DEMO)).await.is_unreachable();
+}
+
+#[tokio::test]
+async fn mark_by_a_record_needs_the_record() {
+    let (upstream, bucket, image, _first) = recorded().await;
+    upstream.refuses();
+    let second = cache(&bucket, &upstream).start().await;
+    second.pull(DEMO, "latest", &image).await.is_stale();
+    bucket.set(Mode::Status(403, "AccessDenied"));
+    let second = second.restart().await;
+    second.manifest(DEMO, "latest").await.is_unreachable();
+    second.manifest(DEMO, "latest").await.is_unreachable();
+    second.blob(DEMO, &image.layer(0).digest).await.is_unreachable();
+    bucket.set(Mode::Normal);
+    // The record is too old now.
+    bucket.pass(13 * 3600);
+    let second = second.restart().await;
+    second.manifest(DEMO, "latest").await.is_unreachable();
+}
+
 #[tokio::test]
 async fn record_is_as_old_as_the_storage_says() {
     let (upstream, bucket, image, _first) = recorded().await;
