@@ -29,7 +29,7 @@ all_of_redirected() {
   rm -f "$state/upstreams.toml"
 }
 
-broken=docker.io/library/broken:latest
+in_bucket=docker.io/library/broken:latest
 
 bucket_has_the_image() {
   start_bucket
@@ -38,7 +38,7 @@ bucket_has_the_image() {
   upstream_is_up
   fresh_mirror
   skopeo_starts
-  skopeo_pulls "$broken"
+  skopeo_pulls "$in_bucket"
   wait_for ifnewer 30 is_uploaded
 }
 
@@ -109,8 +109,8 @@ follows_the_redirect() {
   : >"$logs/bucket-cutting.out"
   "${client}_starts"
   start_counting
-  "${client}_pulls" "$broken"
-  says "$broken" "broken off again and again"
+  "${client}_pulls" "$in_bucket"
+  says "$in_bucket" "broken off again and again"
   was_redirected "$redirects"
 }
 
