@@ -33,6 +33,12 @@ HOST_IMAGES, REGIONAL_IMAGES = 60, 1_500
 GET_PRICE, PUT_PRICE = 0.0004, 0.005
 PARTS = 4  # an upload of a layer of 30 MiB, in parts of 8 MiB
 
+# The claim of a layer, without followers: its read, a look each second, and the writes of a download of a few seconds.
+CLAIM_GETS, CLAIM_PUTS = 6, 2
+
+# A tag record is renewed at this age.
+RENEWAL_S = 300
+
 
 class Lru:
     """What a disk has: images in order of their last use."""
@@ -73,6 +79,7 @@ class Form:
         self.regional = [Lru(REGIONAL_IMAGES) for _ in range(regional)]
         self.in_bucket = set() if bucket else None
         self.records, self.redirect = records, redirect
+        self.noted, self.recorded = {}, {}
         self.registry, self.bucket = Load(), Load()
 
     def born(self, host):
@@ -82,6 +89,8 @@ class Form:
     def pull(self, second, host, image):
         caches = [self.hosts[host]] if self.hosts else []
         caches += [self.regional[image[0] % len(self.regional)]] if self.regional else []
+        if self.records:
+            self.renew(second, host, image[0])
         found = [cache.use(image) for cache in caches]
         if True not in found:
             self.fetch(second, image)
@@ -91,6 +100,16 @@ class Form:
         if self.redirect and not (self.hosts and found[0]):
             self.bucket.add(second, IMAGE_BYTES, get=BLOBS)
 
+    def renew(self, second, host, tag):
+        """Reads the record of a tag that this cache has not noted for a while, and writes it unless another cache has."""
+        if second - self.noted.get((host, tag), -DAY_S) < RENEWAL_S:
+            return
+        self.noted[host, tag] = second
+        self.bucket.add(second, get=1)
+        if second - self.recorded.get(tag, -DAY_S) >= RENEWAL_S:
+            self.recorded[tag] = second
+            self.bucket.add(second, put=1)
+
     def fetch(self, second, image):
         """By a cache that lacks the image, or a host without one."""
         if self.in_bucket is None:
@@ -98,6 +117,7 @@ class Form:
             return
         # One HEAD names the digest of the tag. Without records, each digest that is new in the repository costs one more.
         heads = 1 if self.records else MANIFESTS + BLOBS
+        # Those of the manifest and its image; that of the tag is counted by `renew`.
         records = 2 if self.records else 0
         self.bucket.add(second, IMAGE_BYTES, get=MANIFESTS + BLOBS + records)
         if image in self.in_bucket:
@@ -107,7 +127,9 @@ class Form:
         new = round(BLOBS * NEW_SHARE) if (tag, version - 1) in self.in_bucket else BLOBS
         self.in_bucket.add(image)
         self.registry.add(second, IMAGE_BYTES * new // BLOBS, head=heads, get=MANIFESTS, blob=new)
-        self.bucket.add(second, put=MANIFESTS + 1 + (new - 1) * (PARTS + 2) + records)
+        layers = new - 1
+        self.bucket.add(second, get=layers * CLAIM_GETS)
+        self.bucket.add(second, put=MANIFESTS + 1 + layers * (PARTS + 2 + CLAIM_PUTS) + records)
 
     def dollars(self):
         return (self.bucket.count["get"] * GET_PRICE + self.bucket.count["put"] * PUT_PRICE) / 1000
