@@ -1,8 +1,8 @@
 //! Clock of a storage: its time of day, from the `Date` of its responses and the monotonic time since.
 //!
 //! Several caches compare times that they wrote to one bucket. Their own clocks may differ by any amount, so none of
-//! them is read here. A `Date` has a precision of one second, and a response takes time to arrive. So what is known is
-//! an interval, which each response narrows. A response that contradicts it (the storage's clock was set, or the
+//! them is read here. A `Date` has a precision of one second, and a response takes time to arrive. So the time is known
+//! as an interval, which each response narrows. A response that contradicts it (the storage's clock was set, or the
 //! monotonic clock drifted) replaces it.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

@@ -221,7 +221,7 @@ impl HttpService for Connector {
 }
 
 fn note(outcome: Outcome) {
-    // Outside an operation nobody reads it.
+    // Outside an operation it is not read.
     let _no_operation = EXCHANGE.try_with(|exchange| exchange.lock().outcome = Some(outcome));
 }
 

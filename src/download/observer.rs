@@ -1,4 +1,4 @@
-//! Observer of a running download: reads what has arrived, and keeps nothing running.
+//! Observer of a running download: reads the bytes that have arrived, and does not keep it running.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -60,8 +60,8 @@ impl Observer {
         }
     }
 
-    /// Waits until the bytes before `until` are readable, or the blob has ended. Returns the end of what is readable then,
-    /// or `None` if the download failed.
+    /// Waits until the bytes before `until` are readable, or the blob has ended. Returns the end of the readable bytes
+    /// then, or `None` if the download failed.
     pub async fn reached(&self, until: u64) -> Option<u64> {
         let enough = |progress: &Progress| match progress {
             Progress::Opening => false,

@@ -132,14 +132,14 @@ impl ProxyService {
         match self.shared_right(&by_digest, digest).await {
             SharedRight::Granted => {}
             SharedRight::Refused(response) if !is_by_tag => return SharedManifest::Refused(response),
-            // A denial of the digest says nothing about the tag.
+            // A denial of the digest is none of the tag.
             SharedRight::Refused(_) | SharedRight::UpstreamOnly => return SharedManifest::Missing,
         }
         let content = SharedContent::Manifest(digest);
         let Some((bytes, object)) = self.shared.read(content, MANIFEST_BYTES_MAX).await else {
             return SharedManifest::Missing;
         };
-        // The bucket's label does not count: the bytes say what they are.
+        // The media type is read from the bytes, and not from the bucket's label.
         if let Ok(manifest) = verify(bytes, None, None, &by_digest.endpoint) {
             SharedManifest::Read(Box::new(manifest), object.info.age)
         } else {

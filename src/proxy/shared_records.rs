@@ -1,4 +1,4 @@
-//! Records of the shared storage in the request path: what this cache tells others, and what it learns from them.
+//! Records of the shared storage in the request path: those that this cache writes, and those that it reads.
 //!
 //! A record is evidence and decides nothing. In an outage, a request that would be denied because nothing is cached is
 //! decided once more, after the records of its tag and its manifests were brought into the store, as if this cache had
@@ -135,7 +135,7 @@ fn outage_of(outcome: &ProxyResponse) -> Option<UpstreamFailure> {
     }
 }
 
-/// What a response owes to the cache.
+/// How a response depends on the cache.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Given {
     /// A copy, because the upstream is unavailable.
@@ -182,13 +182,13 @@ impl UpstreamRegistry {
         }
     }
 
-    /// Whether the registry serves other caches what it serves this one without a credential.
+    /// Whether content that the registry serves to this cache without a credential is public for other caches too.
     fn has_public_records(&self) -> bool {
         !self.upstream().has_client_certificate()
     }
 }
 
-/// What this cache tells others.
+/// Writes of records.
 impl ProxyService {
     /// Notes the digest of a tag that the upstream named.
     pub(super) fn note_tag(
@@ -240,7 +240,7 @@ impl ProxyService {
         }
     }
 
-    /// Waits until what was noted about these tags is in the bucket, at most a second.
+    /// Waits until the updates of these tags are in the bucket, at most a second.
     pub(super) async fn tags_settled(
         &self,
         registry: &UpstreamRegistry,
@@ -268,7 +268,7 @@ impl ProxyService {
         }
     }
 
-    /// Waits until what was noted about the visibility of a repository is in the bucket, at most a second.
+    /// Waits until the updates of the visibility of a repository are in the bucket, at most a second.
     pub(super) async fn public_settled(&self, registry: &UpstreamRegistry, repository: &Repository) {
         if self.shared.writes_records() && registry.has_public_records() {
             let place = registry.record_place(repository);
@@ -352,7 +352,7 @@ impl ProxyService {
     }
 }
 
-/// What this cache learns from others.
+/// Reads of records.
 impl ProxyService {
     /// The children of a manifest that other caches have seen in the repository. `None`: they have not seen the manifest.
     pub(super) async fn recorded_children(
@@ -437,7 +437,7 @@ impl ProxyService {
         }
     }
 
-    /// Brings a manifest that other caches have seen in the repository, with what an image needs. Returns whether it is
+    /// Brings a manifest that other caches have seen in the repository, with the children that an image needs. Returns whether it is
     /// there. `is_named`: the record of a tag names it.
     fn bring_manifest<'a>(
         self: &'a Arc<Self>,
@@ -576,7 +576,7 @@ impl ProxyService {
             return false;
         };
         let now = self.clock.now();
-        // What was recorded with a time in the future counts as never confirmed.
+        // A variant with a time in the future counts as never confirmed.
         let known = found.state.variants.iter().filter(|variant| variant.at > 0);
         let mut variants: Vec<_> = known
             .map(|variant| Variant {

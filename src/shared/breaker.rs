@@ -1,10 +1,10 @@
-//! Circuit breaker of the bucket: three silences within 30 s stop all requests until a probe is answered. Pure; time is
-//! an argument.
+//! Circuit breaker of the bucket: three requests without a response within 30 s stop all requests until a probe is
+//! answered. Pure; time is an argument.
 //!
 //! A client waits for the bucket only where nothing is cached, and then at most for `first_byte_timeout`. So a bucket
 //! that hangs costs clients three such waits, and nothing while the breaker is open: probes are sent in the background.
 //!
-//! A bucket may answer and yet send no bytes of objects. So the silence of a body is outweighed only by a body that
+//! A bucket may answer and yet send no bytes of objects. So a body that stopped is outweighed only by a body that
 //! arrived.
 
 use std::collections::VecDeque;
@@ -39,7 +39,7 @@ struct Silence {
 #[derive(Clone, Copy, Debug)]
 struct Open {
     since: Instant,
-    /// A body was silent, so only a body that arrives closes the breaker.
+    /// A body stopped, so only a body that arrives closes the breaker.
     needs_body: bool,
     next_probe: Instant,
     pause: Duration,
@@ -126,11 +126,11 @@ impl Breaker {
         self.open.is_some_and(|open| open.needs_body)
     }
 
-    /// Records the outcome of a request or of a probe. A late silence of a request from before the breaker opened
-    /// delays the next probe no further.
+    /// Records the outcome of a request or of a probe. A request from before the breaker opened, which
+    /// times out later, delays the next probe no further.
     pub(super) fn record(&mut self, outcome: Outcome, now: Instant) -> Transition {
         match (outcome, &mut self.open) {
-            // An answer outweighs one silence, so a bucket that answers less than half of the time is closed off.
+            // An answer outweighs one timeout, so a bucket that answers less than half of the time is closed off.
             (Outcome::Answered, None) => {
                 let first = self.silences.iter().position(|silence| !silence.of_body);
                 let _outweighed = first.and_then(|first| self.silences.remove(first));

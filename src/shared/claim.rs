@@ -167,7 +167,7 @@ impl Watch {
         self.seen.as_ref().map(|(etag, _)| etag.clone())
     }
 
-    /// Whether the claim is alive, by a look at it now.
+    /// Whether the claim, as it was read now, is alive.
     pub(super) fn is_alive(&mut self, etag: &str, age: Option<Duration>, now: Instant) -> bool {
         let rested = match &self.seen {
             Some((known, since)) if known == etag => now.saturating_duration_since(*since),
@@ -187,7 +187,7 @@ pub(super) enum Alone {
     Unavailable,
     /// Other caches changed the claim at each attempt.
     Contended,
-    /// The claim cannot be read, or contradicts what is known of the blob.
+    /// The claim cannot be parsed, or contradicts the known size of the blob.
     Invalid,
     /// This cache may not write, and no parts are published.
     ReadOnly,
@@ -230,7 +230,7 @@ pub(super) struct Entry {
     /// Size of the blob by a manifest.
     stated: Option<u64>,
     looks: u32,
-    /// What was written last.
+    /// The last record that was written.
     written: Option<ClaimRecord>,
     /// A write may have taken effect later.
     is_unsure: bool,
@@ -335,7 +335,7 @@ pub(super) enum HeldStep {
     Look,
     /// Nothing before this time.
     Rest(Instant),
-    /// Another cache holds the claim, or nobody does. The download goes on, and nothing is published.
+    /// Another cache holds the claim, or none does. The download goes on, and nothing is published.
     Lost,
 }
 
@@ -350,7 +350,7 @@ pub(super) struct Held {
     /// be about to take it over.
     confirmed_at: Option<Instant>,
     looked_at: Instant,
-    /// The record differs from what is in the bucket.
+    /// The record differs from the one in the bucket.
     is_changed: bool,
     /// The result of the last write is not known.
     is_unsure: bool,

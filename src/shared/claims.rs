@@ -1,7 +1,7 @@
 //! Claims in the bucket: entering one, and the requests for it. The rules are in `claim`.
 //!
-//! Nobody waits longer for an answer than for the bucket's first byte, nor for a claim longer than twice that. If the bucket is slow, denies the requests or ignores
-//! conditions, there are no claims, and each cache asks its upstream at once.
+//! A client waits for an answer at most as long as for the bucket's first byte, and for a claim at most twice as long. If the
+//! bucket is slow, denies the requests or ignores conditions, there are no claims, and each cache asks its upstream at once.
 
 #[cfg(all(test, feature = "shared"))]
 mod tests;
@@ -36,13 +36,13 @@ const PUBLISHERS_MAX: usize = 3;
 /// Longest time for a create. The client that waits for it goes on to the upstream before.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Interval of looks at the claim while it is created.
+/// Interval of reads of the claim while it is created.
 const CREATE_LOOK: Duration = Duration::from_millis(250);
 
 /// Longest time for handing over the claims at shutdown.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What is remembered of the claims of one download. Clones share it.
+/// Memory of the claims of one download. Clones share it.
 #[derive(Clone, Default)]
 pub struct ClaimMemory(Arc<Mutex<Remembered>>);
 
@@ -171,7 +171,7 @@ impl Claims {
 
 impl SharedStorage {
     /// Enters the claim of a blob that the bucket lacks, to read or fetch it from the byte `from` on. `stated`: its size by
-    /// a manifest. The bucket may be silent for `within`; in all, this takes at most twice as long.
+    /// a manifest. Each step waits at most `within` for the bucket; in all, this takes at most twice as long.
     pub async fn enter(
         &self,
         (digest, from): (Digest, u64),
@@ -288,8 +288,8 @@ impl Active {
         let key = ObjectKey::claim(&content.digest());
         let mut entry = Entry::new(&self.claims.leases.me, self.settings.write, stated);
         let (mut step, mut is_takeover) = (Step::Look, false);
-        // Whether the owner before has uploaded the blob since it was looked for. If it is not in the bucket after a look
-        // without an owner, nobody is about to upload it: so this is asked while the claim is written.
+        // Whether the owner before has uploaded the blob since it was looked for. After the claim was absent, no cache is
+        // about to upload the blob: so this is asked while the claim is written.
         let mut is_there = false;
         let held = loop {
             step = match step {

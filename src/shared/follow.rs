@@ -16,7 +16,7 @@ use super::{Active, SharedContent, SharedObject};
 use crate::bucket::{BucketError, ObjectKey};
 use crate::oci::UpstreamFailure;
 
-/// Interval of looks at the claim.
+/// Interval of reads of the claim.
 const LOOK: Duration = Duration::from_millis(200);
 
 /// Longest time before the first look. Each cache has its own, so that one of them asks for parts and the others see it.
@@ -130,7 +130,7 @@ impl Follower {
         error.unwrap_or(BucketError::Silent(UpstreamFailure::ConnectionReset))
     }
 
-    /// Opens what can be read next, or looks at the claim.
+    /// Opens the next part or the object, or reads the claim.
     async fn advance(&mut self) -> Result<(), BucketError> {
         if self.followed.published() > self.position && self.open_part().await {
             return Ok(());

@@ -144,7 +144,7 @@ impl Owner {
             }
             let is_stored = phase.is_stored;
             if is_stored && self.active.writes_open_since().is_some() {
-                // The upload waits, nobody knows how long.
+                // The upload waits for an unknown time.
                 break false;
             }
             tokio::select! {

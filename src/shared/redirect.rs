@@ -280,7 +280,7 @@ impl Active {
         }
     }
 
-    /// The object is not there any more, or is not what it was.
+    /// The object may have been deleted or replaced.
     pub(super) fn forget_present(&self, key: &ObjectKey) {
         self.redirects.present.remove(key);
     }

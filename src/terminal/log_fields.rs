@@ -66,7 +66,7 @@ impl Line<'_> {
         write!(self.writer, "{value:?}")
     }
 
-    /// Writes a field as the default does, for what is rare.
+    /// Writes a rare kind of field as the default does.
     fn write_default(&mut self, field: &Field, record: impl FnOnce(&mut DefaultVisitor<'_>)) {
         let mut visitor = DefaultVisitor::new(self.writer.by_ref(), self.is_empty);
         record(&mut visitor);

@@ -276,7 +276,7 @@ mod with_feature {
     }
 
     #[test]
-    fn redirects_are_off_by_default_and_have_an_endpoint_of_their_own() {
+    fn redirects_are_off_and_have_an_endpoint_of_their_own() {
         let config = shared("region = \"x\"", &KEY);
         assert_eq!(config.redirect.mode, RedirectMode::Never);
         let keys = "region = \"x\"\nredirect = \"uncached\"\nredirect_ttl = \"5m\"\n\

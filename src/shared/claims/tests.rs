@@ -90,7 +90,7 @@ impl ObjectStorage for Faulty {
             if !key.as_str().contains("/parts/") {
                 return self.inner.put(key, bytes, media_type).await;
             }
-            // It takes effect even if nobody waits for it.
+            // It takes effect without a waiting caller too.
             let (inner, key, delay) = (Arc::clone(&self.inner), key.clone(), self.delays.1);
             let putting = tokio::spawn(async move {
                 sleep(Duration::from_secs(delay)).await;

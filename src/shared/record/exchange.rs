@@ -1,7 +1,7 @@
 //! Exchange of records with the bucket: reads, and updates by compare-and-swap.
 //!
 //! An update reads the record, merges with it, and writes if the bucket says less; the condition of the write is the
-//! version that was read. Whoever loses reads again. So every record says at least what it said before.
+//! version that was read. If the write is refused, the cache reads again. So every record says at least what it said before.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
@@ -37,8 +37,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(30);
 const READS_PAUSE: Duration = Duration::from_secs(1);
 
 /// Age at which an unchanged tag is recorded again. The age matters in an outage, where limits are hours. At this age,
-/// 1000 tags in constant use cost $1.44 a day for writes, and a fifth of that is spent on a minute's precision that
-/// nobody needs.
+/// 1000 tags in constant use cost $1.44 a day for writes; at an age of a minute, five times as much.
 const TAG_RENEWAL: Duration = Duration::from_secs(5 * 60);
 
 /// Age at which an unchanged public repository is recorded again. It counts for `grant_ttl_offline`, 12 hours.
@@ -151,7 +150,7 @@ impl<S> RecordRead<S> {
 /// A record that was read, and the time at the storage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Dated<S> {
-    /// What it says.
+    /// Its content.
     pub state: S,
     now: u64,
 }
@@ -294,12 +293,12 @@ impl SharedStorage {
         });
     }
 
-    /// Waits until what was noted about a tag is in the bucket, at most a second.
+    /// Waits until the updates of a tag are in the bucket, at most a second.
     pub async fn tag_settled(&self, place: &RecordPlace, tag: &Tag) {
         self.settled(&place.id(Class::Tag, tag.as_str())).await;
     }
 
-    /// Waits until what was noted about the visibility of a repository is in the bucket, at most a second.
+    /// Waits until the updates of the visibility of a repository are in the bucket, at most a second.
     pub async fn public_settled(&self, place: &RecordPlace) {
         self.settled(&place.id(Class::Public, "")).await;
     }
@@ -308,7 +307,7 @@ impl SharedStorage {
         let Some(active) = self.active.load_full() else {
             return;
         };
-        // While the bucket accepts nothing, nobody waits for it.
+        // While the bucket accepts nothing, no response waits for it.
         if let Some(records) = &active.records
             && !active.is_stopped()
         {
@@ -536,7 +535,7 @@ impl Active {
             if all.is_none() && !state.is_new() {
                 return Ok(Updated::NotNeeded);
             }
-            // A content record does not change for long, and the bucket deletes what is not written again.
+            // A content record does not change for long, and the bucket deletes old objects.
             let is_aged =
                 id.class == Class::Content && found.age.is_some_and(|age| age > self.settings.keep / 2);
             let next = match &all {

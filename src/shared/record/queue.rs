@@ -119,7 +119,7 @@ pub(in crate::shared) enum Pushed {
     Closed,
 }
 
-/// What was in the queue when it was closed.
+/// Content of the queue when it was closed.
 pub(in crate::shared) struct Closed {
     /// Denials and deletions.
     pub(in crate::shared) urgent: Vec<(RecordId, Update)>,
@@ -142,7 +142,7 @@ impl Updates {
     /// Adds an update, unless the bucket is known to say as much, up to `slack` seconds.
     pub(in crate::shared) fn push(&self, id: RecordId, update: Update, slack: u64) -> Pushed {
         let is_known = |(written, since): (Update, Instant)| {
-            // The bucket deletes what is not written again.
+            // The bucket deletes old objects.
             let is_lately = slack == 0 || since.elapsed().as_secs() < slack;
             is_lately && written.covers(&update, slack)
         };

@@ -1,7 +1,7 @@
-//! Content of records, and what two of them say together. Pure: the storage's time is an argument.
+//! Content of records, and the merge of two of them. Pure: the storage's time is an argument.
 //!
 //! Several caches write one record. [`Merge`] does not depend on their order: for each statement, the later time counts.
-//! So a record never goes back, whoever writes it last. A time in the future is no time: that of a statement that opens
+//! So a record never goes back, in whatever order caches write it. A time in the future is no time: that of a statement that opens
 //! something counts as the oldest, and that of a denial or a deletion as now.
 
 use std::cmp::Reverse;
@@ -37,8 +37,8 @@ pub(in crate::shared) trait Merge: Sized + Clone + PartialEq {
 /// What a tag names.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TagState {
-    /// When the tag was last seen to be deleted or to change in a way that is not known; 0 for never. What was seen until
-    /// then does not count.
+    /// When the tag was last seen to be deleted or to change in a way that is not known; 0 for never. Digests
+    /// that were seen until then do not count.
     pub unnamed_at: u64,
     /// For each set of accepted media types, the digest that the upstream named.
     pub variants: Vec<TagVariant>,
@@ -198,7 +198,7 @@ impl Merge for ContentState {
     }
 
     fn covers(&self, other: &Self, slack: u64) -> bool {
-        // What was seen again after a deletion is news.
+        // A manifest that was seen again after a deletion is news.
         (self.is_present() || other.at <= self.deleted_at)
             && self.deleted_at >= other.deleted_at
             && self.at.saturating_add(slack) >= other.at

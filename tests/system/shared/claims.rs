@@ -219,7 +219,7 @@ async fn denied_claims_delay_no_pull() {
     assert_eq!(metric(&pair.other, up).await, "1", "only claims are denied");
 }
 
-/// What a cache left behind that was killed while nobody watched.
+/// The claim of a cache that was killed and that no other cache followed.
 #[tokio::test]
 async fn old_claim_costs_nobody_a_wait() {
     let pair = Pair::start().await;

@@ -188,7 +188,7 @@ async fn bucket_gives_nothing_to_clients_without_a_right() {
     second.pull_with("acme/app", "1", &image, alice).await;
 }
 
-/// With a right elsewhere, a private digest in the bucket and one that nobody has lead to the same requests.
+/// With a right elsewhere, a private digest in the bucket and one that no registry has lead to the same requests.
 #[tokio::test]
 async fn requests_do_not_tell_what_the_bucket_has() {
     let (upstream, bucket) = (Upstream::start().await, Bucket::start().await);

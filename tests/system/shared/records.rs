@@ -140,7 +140,7 @@ async fn repository_that_became_private_is_refused_elsewhere() {
     assert_eq!(first.manifest(DEMO, "latest").await.status, 401);
     assert_ne!(bucket.records("public"), yes, "recorded before the response");
     upstream.refuses();
-    // What was read of the record counts for a second.
+    // A record that was read counts for a second.
     let second = second.restart().await;
     second.manifest(DEMO, "latest").await.is_unreachable();
     for digest in digests(&image) {
@@ -311,7 +311,7 @@ async fn recorded_blobs_need_no_head() {
     assert_eq!(of_blobs.count(), 0, "{:#?}", upstream.requests());
 }
 
-/// A record opens a repository to nobody while the upstream responds.
+/// While the upstream responds, a record opens no repository.
 #[tokio::test]
 async fn records_open_nothing_while_the_upstream_responds() {
     let (upstream, bucket, image, _first) = recorded().await;

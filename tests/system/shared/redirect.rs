@@ -1,4 +1,4 @@
-//! Redirects of clients to the bucket: who is redirected, and to what.
+//! Redirects of clients to the bucket: which requests are redirected, and their URLs.
 
 use super::bucket::{Bucket, Mode};
 use super::{DEMO, MIB, digests, metric, warm_bucket};
@@ -70,7 +70,7 @@ async fn large_blob_is_redirected_and_its_url_has_the_bytes() {
 }
 
 #[tokio::test]
-async fn client_with_a_credential_for_the_storages_host_is_not_redirected() {
+async fn credential_for_the_storages_host_is_not_redirected() {
     let (_upstream, _bucket, image, proxy) = redirecting(ALWAYS).await;
     let layer = image.layer(1);
     let ask = || proxy.blob(DEMO, &layer.digest).basic("alice", "a-secret");
