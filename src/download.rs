@@ -62,6 +62,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
+use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use crate::oci::{Digest, Repository, UpstreamFailure};
@@ -89,6 +90,10 @@ const AHEAD_RANGES_MAX: usize = 16;
 /// Concurrent write steps of all transfers. Each occupies a thread of the blocking pool.
 const WRITE_STEPS_MAX: usize = 32;
 
+/// Concurrent lookups of blobs on the disk before a download, and as many starts of transfers there. Further ones wait
+/// without a thread. Without a limit, 600 requests at once took up to 512 threads.
+const STARTS_MAX: usize = 64;
+
 /// Bytes between network and disk, of all transfers together.
 const QUEUED_BYTES_MAX: usize = 16 * 1024 * 1024;
 
@@ -107,6 +112,8 @@ struct Shared {
     running: Mutex<Running>,
     left: Notify,
     queue: Queue,
+    lookups: Arc<Semaphore>,
+    starts: Arc<Semaphore>,
     write_steps: Arc<Semaphore>,
     queued_bytes: Arc<Semaphore>,
     ahead_permits: Arc<Semaphore>,
@@ -298,6 +305,8 @@ impl Downloads {
             running: Mutex::default(),
             left: Notify::new(),
             queue: Queue::shared("downloads", transfers_max),
+            lookups: Arc::new(Semaphore::new(STARTS_MAX)),
+            starts: Arc::new(Semaphore::new(STARTS_MAX)),
             write_steps: Arc::new(Semaphore::new(WRITE_STEPS_MAX)),
             queued_bytes: Arc::new(Semaphore::new(QUEUED_BYTES_MAX)),
             ahead_permits: Arc::new(Semaphore::new(AHEAD_RANGES_MAX)),
@@ -356,6 +365,20 @@ impl Downloads {
     pub fn count(&self) -> usize {
         self.shared.running.lock().downloads.len()
     }
+}
+
+/// Runs an operation on a blocking thread, which keeps a permit until it ends. `None`: the runtime ends.
+async fn on_thread<T: Send + 'static>(
+    permits: &Arc<Semaphore>,
+    operation: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
+    // The semaphore is never closed.
+    let permit = Arc::clone(permits).acquire_owned().await.ok();
+    let running = spawn_blocking(move || {
+        let _permit = permit;
+        operation()
+    });
+    running.await.ok()
 }
 
 impl Shared {

@@ -13,7 +13,7 @@ use super::fetch::{FetchError, Fetcher, QUEUE_CHUNKS_MAX, WriterQueue};
 use super::parallel::{self, Helpers};
 use super::state::{Attempt, Download, DownloadGuard, DownloadInfo};
 use super::writer::Writer;
-use super::{DownloadError, Source, Stream};
+use super::{DownloadError, Source, Stream, on_thread};
 use crate::oci::{Hasher, UpstreamFailure};
 use crate::queue::AcquireError;
 use crate::store::StoreError;
@@ -85,8 +85,8 @@ struct OpenedTransfer {
 
 async fn begin<S: Source>(guard: &DownloadGuard, source: &mut S) -> Result<OpenedTransfer, DownloadError> {
     let (store, digest) = (Arc::clone(&guard.shared.store), guard.download.digest);
-    let partial = spawn_blocking(move || store.take_partial(&digest)).await;
-    if let Ok(Some(partial)) = partial
+    let partial = on_thread(&guard.shared.starts, move || store.take_partial(&digest)).await;
+    if let Some(Some(partial)) = partial
         && let Some(opened) = resume_partial(guard, source, partial).await?
     {
         return Ok(opened);
@@ -179,9 +179,9 @@ async fn start(
         guard.download.digest,
         stream.total,
     );
-    let ingest = match spawn_blocking(move || store.begin(&digest, total)).await {
-        Ok(Ok(ingest)) => ingest,
-        Ok(Err(fault)) => {
+    let ingest = match on_thread(&guard.shared.starts, move || store.begin(&digest, total)).await {
+        Some(Ok(ingest)) => ingest,
+        Some(Err(fault)) => {
             // A disk that is full or read-only stays so, and has descriptors.
             let is_from_upstream = !guard.download.is_led_elsewhere.load(Ordering::Relaxed);
             if is_from_upstream && matches!(fault, StoreError::Io { .. }) {
@@ -189,7 +189,7 @@ async fn start(
             }
             return Err(DownloadError::Unstorable(fault));
         }
-        Err(_) => return Err(DownloadError::Abandoned),
+        None => return Err(DownloadError::Abandoned),
     };
     guard.download.begin(DownloadInfo {
         size: total,
