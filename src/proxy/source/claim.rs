@@ -38,11 +38,10 @@ impl UpstreamSource {
         loop {
             let reading = self.shared.as_mut()?;
             let arriving: Arc<dyn Arriving> = Arc::new(ArrivingBlob(observer.clone()));
-            let within = self.proxy.shared.wait_max().saturating_sub(began.elapsed());
             let entered = self
                 .proxy
                 .shared
-                .enter((self.digest, from), stated, (&reading.claims, arriving), within)
+                .enter((self.digest, from), stated, (&reading.claims, arriving), began)
                 .await;
             match entered {
                 Entered::Alone => return None,
