@@ -344,6 +344,15 @@ impl SharedStorage {
         self.had_lately(&content.digest()) || self.size_of(content).await.is_some()
     }
 
+    /// Whether a read was not answered since then. A request that has waited for it asks the bucket nothing more, so that
+    /// it waits once.
+    pub fn was_silent_since(&self, since: Instant) -> bool {
+        let active = self.active.load();
+        active
+            .as_ref()
+            .is_some_and(|active| active.reads.lock().breaker.was_silent_since(since))
+    }
+
     /// Whether the bucket was seen to have a blob within a minute.
     pub fn had_lately(&self, blob: &Digest) -> bool {
         let active = self.active.load();

@@ -202,13 +202,14 @@ impl ProxyService {
                     caller,
                     ..
                 } = &upstream_request;
+                let began = Instant::now();
                 let reading = proxy.read_shared_manifest(&upstream_request);
                 match waiters.while_waited_for(reading).await? {
                     SharedManifest::Read(manifest, age) => {
                         let content = SharedContent::Manifest(manifest.digest);
                         let stored = proxy.store_manifest(&upstream_request, Ok(*manifest)).await;
                         if let Ok(manifest) = &stored {
-                            proxy.learn_children(&upstream_request, manifest).await;
+                            proxy.learn_children(&upstream_request, manifest, began).await;
                         }
                         // It is uploaded from the store.
                         proxy.shared.offer_renewal(content, age);
@@ -248,7 +249,7 @@ impl ProxyService {
                         }
                         let stored = proxy.store_manifest(&upstream_request, received).await;
                         if let Ok(manifest) = &stored {
-                            proxy.learn_children(&upstream_request, manifest).await;
+                            proxy.learn_children(&upstream_request, manifest, began).await;
                             proxy.shared.offer(SharedContent::Manifest(manifest.digest));
                         }
                         (stored, caches)

@@ -8,6 +8,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::ProxyService;
 use super::manifest_fetch::{UpstreamRequest, verify};
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
@@ -56,9 +58,13 @@ impl ProxyService {
         if self.is_seen(upstream_request, digest).await {
             return SharedRight::Granted;
         }
+        let began = Instant::now();
         let is_manifest = matches!(upstream_request.endpoint, Endpoint::Manifest { .. });
         if is_manifest && self.is_recorded(upstream_request, digest).await {
             return SharedRight::Granted;
+        }
+        if self.shared.was_silent_since(began) {
+            return SharedRight::UpstreamOnly;
         }
         let Some(response) = self.coalesced_head(upstream_request).wait().await else {
             let abandoned = UpstreamResponse::unavailable(UpstreamFailure::Abandoned);

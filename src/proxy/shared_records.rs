@@ -370,16 +370,20 @@ impl ProxyService {
     }
 
     /// Learns which children of this manifest other caches have seen in the repository, for a caller with a current grant. So
-    /// the upstream is not asked for each of them.
+    /// the upstream is not asked for each of them. Nothing is learned if the bucket was silent since `began`.
     pub(super) async fn learn_children(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
         manifest: &Arc<StoredManifest>,
+        began: Instant,
     ) {
         let UpstreamRequest {
             registry, repository, ..
         } = upstream_request;
-        if !self.shared.has_records() || !self.is_authorized(upstream_request).await {
+        if !self.shared.has_records()
+            || self.shared.was_silent_since(began)
+            || !self.is_authorized(upstream_request).await
+        {
             return;
         }
         let children: Vec<_> = children_of(manifest).collect();

@@ -104,6 +104,11 @@ impl Breaker {
         self.open.map(|open| open.since)
     }
 
+    /// Whether a request was not answered since then.
+    pub(super) fn was_silent_since(&self, since: Instant) -> bool {
+        self.open.is_some() || self.silences.iter().any(|silence| silence.at >= since)
+    }
+
     /// When the next probe is due. `None`: the breaker is closed.
     pub(super) fn next_probe(&self) -> Option<Instant> {
         self.open.map(|open| open.next_probe)

@@ -329,3 +329,25 @@ async fn records_open_nothing_while_the_upstream_responds() {
     };
     assert!(bucket.asked().iter().all(is_denial), "{:?}", bucket.asked());
 }
+
+/// While the registry responds, no client gets an earlier image because of the bucket.
+#[tokio::test]
+async fn moved_tag_waits_once_for_a_silent_bucket() {
+    let (upstream, bucket, _image, first) = recorded().await;
+    let moved = upstream.push(DEMO, "latest", Image::with_layers(&[vec![9; 70_000]]));
+    bucket.set(Mode::Silent);
+    bucket.forget_asked();
+    let reply = first.manifest(DEMO, "latest").await;
+    assert_eq!(
+        reply.header("docker-content-digest"),
+        Some(moved.digest.as_str()),
+        "{reply:#?}"
+    );
+    let asked = bucket.asked();
+    let is_needed =
+        |object: &str| object.starts_with("v1/records/content") || object.starts_with("v1/manifests");
+    let waits = asked
+        .iter()
+        .filter(|asked| asked.method == "GET" && is_needed(&asked.object));
+    assert_eq!(waits.count(), 1, "{asked:?}");
+}
