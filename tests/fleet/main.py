@@ -10,6 +10,9 @@ import balancer
 import born
 import chain
 import claims
+import costs
+import faults
+import liar
 import loops
 import outage
 import shared
@@ -26,6 +29,9 @@ SCENARIOS = {
     "shared": shared.run,
     "claims": claims.run,
     "born": born.run,
+    "faults": faults.run,
+    "costs": costs.run,
+    "liar": liar.run,
 }
 SCENARIO_S = 300
 

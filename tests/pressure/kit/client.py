@@ -20,6 +20,7 @@ class Reply:
     head_s: float
     seconds: float
     digest: str = ""
+    first_byte_s: float = 0.0
 
     @property
     def is_ok(self):
@@ -64,6 +65,7 @@ async def exchange(reply, address, path, method, headers, source, keep, began):
         reply.status = int(first.split(" ")[1])
         hash_, pieces = hashlib.sha256(), []
         async for piece in body_of(reader, method, reply):
+            reply.first_byte_s = reply.first_byte_s or time.monotonic() - began
             reply.size += len(piece)
             hash_.update(piece)
             if keep:

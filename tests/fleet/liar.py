@@ -1,0 +1,75 @@
+"""A storage that ignores conditions: rclone. Its objects are used; claims and the records that need an order are not."""
+
+import asyncio
+import os
+import pathlib
+import subprocess
+import time
+
+from bucket import KEY, NAME, SECRET, host
+from faults import record_key
+from fleet import Requests, free_port
+from kit.client import pull
+from kit.process import plain_environment
+from shared import image, metric, uploaded
+
+IMAGE = "library/app"
+HOSTS = 4
+START_S = 30
+
+
+class Rclone:
+    """A folder with the API of S3."""
+
+    def __init__(self, fleet):
+        self.folder = pathlib.Path(os.environ["SCRATCH"]) / f"{fleet.number}-rclone"
+        (self.folder / "data" / NAME).mkdir(parents=True)
+        self.port = free_port()
+        serve = ["serve", "s3", "--addr", f"127.0.0.1:{self.port}", "--auth-key", f"{KEY},{SECRET}", self.folder / "data"]
+        with (self.folder / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [os.environ["RCLONE"], *serve], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                env={**plain_environment(), "HOME": str(self.folder)},
+            )
+        fleet.programs.append(self)
+
+    async def until_ready(self):
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                writer.close()
+                return
+            except OSError:
+                await asyncio.sleep(0.05)
+        raise RuntimeError((self.folder / "log").read_text(errors="replace")[-2000:])
+
+    def remove(self):
+        self.process.kill()
+        self.process.wait()
+
+    def objects(self, kind):
+        return [path for path in self.folder.glob(f"data/{NAME}/team-a/v1/{kind}/**/*") if path.is_file()]
+
+
+async def run(fleet):
+    bucket, registry = Rclone(fleet), fleet.registry()
+    await bucket.until_ready()
+    key = record_key(bucket)
+    pushed = registry.push_image(IMAGE, "1", image("liar", 4))
+    hosts = [host(fleet, registry, bucket, key) for _ in range(HOSTS)]
+    took = await asyncio.gather(*(pull(cache.address, IMAGE, "1", pushed) for cache in hosts))
+    fleet.check(f"{HOSTS} pulls at once", all(took), took)
+    fleet.check("its objects are uploaded", await uploaded(hosts[0], 1))
+    for cache in hosts:
+        fleet.check("the log names the reason", cache.says("ignores conditions"))
+        fleet.equal("claims", 0, await metric(cache, "ifnewer_shared_claims_total"))
+    for _ in range(100):
+        if bucket.objects("records/content"):
+            break
+        await asyncio.sleep(0.1)
+    found = {kind: len(bucket.objects(f"records/{kind}")) for kind in ("content", "tag", "public")}
+    fleet.equal("records", {"content": 1, "tag": 0, "public": 0}, found)
+    cold, at_registry = host(fleet, registry, bucket, key), Requests(registry)
+    fleet.check("a cold cache", await pull(cold.address, IMAGE, "1", pushed))
+    fleet.equal("its GETs at the registry", 0, at_registry.count("GET "))
