@@ -3,13 +3,14 @@
 //! A bucket holds bytes that several caches share, each object under a name made of its digest. It is trusted with
 //! nothing: whoever reads an object verifies its digest, and a deletion at any moment is safe.
 //!
-//! * `clock`: the storage's time of day.
+//! * `clock`: the storage's time of day. `listing`: its objects, page by page.
 //! * `s3`: the API, over the crate `object_store`. `connector`: its HTTP client, which is that of upstreams. Both exist
 //!   only in builds with the feature `shared`.
 
 mod clock;
 #[cfg(feature = "shared")]
 mod connector;
+mod listing;
 #[cfg(feature = "shared")]
 mod s3;
 #[cfg(all(test, feature = "shared"))]
@@ -26,6 +27,7 @@ use bytes::Bytes;
 use zeroize::Zeroizing;
 
 pub use self::clock::StorageClock;
+pub use self::listing::{Listed, Listing, ListingNext};
 
 use crate::oci::{Digest, UpstreamFailure};
 use crate::upstream::{Origin, ProxyChoice, SettingsError, Transport};
@@ -267,8 +269,7 @@ impl ObjectKey {
 
     /// The part of a blob from the byte `start` on, while a cache downloads it.
     pub fn part(digest: &Digest, start: u64) -> ObjectKey {
-        let ObjectKey(parts) = Self::of("parts", digest);
-        ObjectKey(format!("{parts}/{start:016}"))
+        ObjectKey(format!("{}/{start:016}", Self::parts(digest)))
     }
 
     /// An object of one probe of the bucket. `random` is unique, so that no two processes write to one object.
@@ -281,6 +282,17 @@ impl ObjectKey {
         let hex = Digest::Sha256(*name).hex();
         let first = hex.get(..2).unwrap_or_default();
         ObjectKey(format!("v1/records/{class}/{first}/{hex}"))
+    }
+
+    /// An object in a listing. `None`: not one of a cache, by its first folder.
+    pub fn listed(name: &str) -> Option<ObjectKey> {
+        name.starts_with("v1/").then(|| ObjectKey(name.to_owned()))
+    }
+
+    /// The folder of the parts of a blob.
+    pub fn parts(digest: &Digest) -> String {
+        let ObjectKey(parts) = Self::of("parts", digest);
+        parts
     }
 
     fn of(kind: &str, digest: &Digest) -> ObjectKey {
@@ -383,6 +395,11 @@ pub trait ObjectStorage: Send + Sync {
 
     /// Deletes an object; there may be none.
     fn delete<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ()>;
+
+    /// Lists the objects below a folder of the prefix, such as `v1/blobs`, on request those after this name.
+    fn list(&self, _folder: &str, _after: Option<&ObjectKey>) -> Box<dyn Listing> {
+        Box::new(listing::Unlisted)
+    }
 
     /// The clock of the storage, if its responses have dates.
     fn clock(&self) -> Option<&StorageClock> {

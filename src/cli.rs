@@ -76,7 +76,7 @@ pub enum Command {
     /// Check whether clients use the cache: configuration, trust, disk, upstreams, and a pull through Docker that must
     /// appear in the cache's log. The exit code is the number of failed checks
     Doctor(Doctor),
-    /// Check the bucket of the shared storage, or print the rights that it needs
+    /// Check the bucket of the shared storage, print the rights that it needs, count or delete its objects
     #[command(subcommand)]
     Shared(Shared),
     /// Commands for a running cache
@@ -103,7 +103,7 @@ pub enum Command {
 }
 
 /// `ifnewer shared`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
+#[derive(Clone, Debug, PartialEq, Eq, Subcommand)]
 pub enum Shared {
     /// Read from the bucket and, unless `write = false`, write to it; exit 1 if a cache cannot use it
     Check,
@@ -112,7 +112,13 @@ pub enum Shared {
         /// For a cache with `write = false`
         #[arg(long)]
         read_only: bool,
+        /// For `shared ls`, `rm` and `gc`
+        #[arg(long, conflicts_with = "read_only")]
+        maintenance: bool,
     },
+    /// Commands for the objects of the bucket
+    #[command(flatten)]
+    Objects(shared_storage::ObjectCommand),
     /// Keys of the records (`key_file`)
     #[command(subcommand)]
     Key(SharedKey),

@@ -12,6 +12,7 @@
 //! * `upstream`: upstreams, and those that exist by default. * `upstreams`: the sections `[upstream."name"]`.
 //! * `validate`: unique host names, no request loop.
 //! * `shared`: the section `[shared]`.
+//! * `image`: image references by the configured upstreams.
 //! * `access`: the sections `[access]` and `[[allow]]`. * `files`: files that settings name.
 //! * `diagnostic`: errors with locations. * `summary`: output of `ifnewer check`. * `show`: output of `ifnewer config`.
 
@@ -21,6 +22,7 @@ mod diagnostic;
 mod document;
 mod env;
 mod files;
+mod image;
 mod limits;
 mod load;
 mod network;
@@ -50,6 +52,7 @@ pub use access::{AccessConfig, Allow, User};
 pub use address::{canonical, host_part};
 pub use diagnostic::Diagnostics;
 pub use env::Flag;
+pub use image::{ConfiguredImage, ImageError};
 pub use network::{Network, TunnelRule};
 pub use schema::{KEYS, Key, Section};
 pub use shared::SharedConfig;

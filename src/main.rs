@@ -6,7 +6,8 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use ifnewer::cli::commands;
+use ifnewer::cli::commands::{self, CommandError};
+use ifnewer::cli::shared_storage::{self, PolicyFor};
 use ifnewer::cli::{Cli, Command, load};
 use ifnewer::clock::Clock;
 use ifnewer::config::{Config, Log, LogFormat, SharedConfig};
@@ -16,6 +17,7 @@ use ifnewer::process::{RunError, serve};
 use ifnewer::server::listener::InheritedSockets;
 use ifnewer::setup::{Applied, RootFs, SetupError};
 use ifnewer::shared::RecordKeys;
+use ifnewer::shared::maintenance::TagRecordError;
 use ifnewer::telemetry::Telemetry;
 use ifnewer::{admin, ca, cli, demo, doctor, setup, terminal};
 use listenfd::ListenFd;
@@ -89,7 +91,7 @@ fn main() -> ExitCode {
             Err(error) => fail(FAILED, &error),
         },
         Command::Shared(command) => match &config.shared {
-            Some(shared) => block_on(cmd_shared(shared, command)),
+            Some(shared) => block_on(cmd_shared(&config, shared, command)),
             None => fail(USAGE_ERROR, &"no bucket is configured; set `bucket` in [shared]"),
         },
         Command::Demo { stay } => block_on(cmd_demo(stay)),
@@ -116,21 +118,42 @@ fn main() -> ExitCode {
     }
 }
 
-async fn cmd_shared(shared: &SharedConfig, command: cli::Shared) -> ExitCode {
+async fn cmd_shared(config: &Config, shared: &SharedConfig, command: cli::Shared) -> ExitCode {
     let mut out = terminal::stdout(false);
     let is_usable = match command {
         // Needs no bucket.
         cli::Shared::Key(_) => Ok(true),
-        cli::Shared::Policy { read_only } => {
-            let text = cli::shared_storage::policy(shared, read_only);
+        cli::Shared::Policy {
+            read_only,
+            maintenance,
+        } => {
+            let user = match (read_only, maintenance) {
+                (_, true) => PolicyFor::Maintenance,
+                (true, false) => PolicyFor::ReadOnlyCache,
+                (false, false) => PolicyFor::Cache,
+            };
+            let text = shared_storage::policy(shared, user);
             out.write_all(text.as_bytes()).map(|()| true)
         }
-        cli::Shared::Check => cli::shared_storage::check(shared, &mut out).await,
+        cli::Shared::Check => shared_storage::check(shared, &mut out).await,
+        cli::Shared::Objects(command) => {
+            return with_output(async |output| {
+                shared_storage::run(config, shared, &command, output, interrupt()).await
+            })
+            .await;
+        }
     };
     match is_usable {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(FAILED),
         Err(error) => fail(FAILED, &error),
+    }
+}
+
+/// Waits for Ctrl-C.
+async fn interrupt() {
+    if tokio::signal::ctrl_c().await.is_err() {
+        std::future::pending().await
     }
 }
 
@@ -346,6 +369,13 @@ async fn cmd_operate(config: &Config, command: commands::Command) -> ExitCode {
         Err(error) => return fail(USAGE_ERROR, &error),
     };
     let client = admin::client::Client::new(config.listen.admin.clone(), token);
+    with_output(async |output| commands::run(&client, &command, output).await).await
+}
+
+/// Runs a command with the output of this process. Returns its exit code.
+async fn with_output(
+    command: impl AsyncFnOnce(&mut commands::Output<'_>) -> Result<(), CommandError>,
+) -> ExitCode {
     let is_terminal = terminal::is_stdout_terminal();
     let colour = is_terminal && cli::colour_allowed();
     let mut out = terminal::stdout(colour);
@@ -354,12 +384,18 @@ async fn cmd_operate(config: &Config, command: commands::Command) -> ExitCode {
         progress: is_terminal && terminal::is_stderr_terminal(),
         out: &mut out,
     };
-    match commands::run(&client, &command, &mut output).await {
+    match command(&mut output).await {
         Ok(()) => ExitCode::SUCCESS,
         // The reader of the output has closed it: `ifnewer ls | head`.
-        Err(commands::CommandError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+        Err(CommandError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
             ExitCode::SUCCESS
         }
+        Err(
+            error @ (CommandError::ReadOnly
+            | CommandError::Open(_)
+            | CommandError::Image(_)
+            | CommandError::TagRecord(TagRecordError::NoKey)),
+        ) => fail(USAGE_ERROR, &error),
         Err(error) => fail(FAILED, &error),
     }
 }

@@ -44,7 +44,7 @@ pub use header::{CacheHeaders, RateLimit};
 pub use manifest::{
     Descriptor, DescriptorKind, Manifest, ManifestError, ManifestKind, MediaType, MediaTypeError, Platform,
 };
-pub use name::{NameError, Reference, ReferenceError, Repository, Tag};
+pub use name::{NameError, Reference, ReferenceError, Repository, Tag, split_image};
 pub use query::{Query, QueryError};
 pub use range::{ByteRange, ByteSpan, RangeRequest};
 pub use token_request::TokenRequest;

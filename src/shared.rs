@@ -11,6 +11,7 @@
 //! * `breaker`: when the bucket is not asked. `rate`: the cap of requests. `pace`: the minimum rate of a body. `upload`:
 //!   the queue of uploads.
 //! * `record`: what caches with one key tell each other beside the bytes.
+//! * `maintenance`: inventory and garbage collection, for the operator.
 
 mod breaker;
 mod claim;
@@ -18,6 +19,7 @@ mod claims;
 mod conditions;
 mod follow;
 mod lease;
+pub mod maintenance;
 mod pace;
 mod rate;
 mod record;

@@ -165,6 +165,12 @@ impl fmt::Debug for Upstream {
     }
 }
 
+/// Identity of a registry, whatever its name at a cache: its URLs in their order, with their repository prefixes.
+pub fn identity(urls: &[Origin]) -> String {
+    let urls: Vec<_> = urls.iter().map(ToString::to_string).collect();
+    urls.join(" ")
+}
+
 impl Upstream {
     /// Creates an upstream without learned state and activates it. Opens no connection.
     pub fn new(settings: Settings, transport: &Transport) -> Result<Upstream, SettingsError> {
@@ -236,10 +242,9 @@ impl Upstream {
         Arc::clone(&self.0.name)
     }
 
-    /// Identity of the registry, whatever its name here: its URLs in their order, with their repository prefixes.
+    /// Identity of the registry, see [`identity`].
     pub fn identity(&self) -> String {
-        let urls: Vec<_> = self.0.urls.iter().map(ToString::to_string).collect();
-        urls.join(" ")
+        identity(&self.0.urls)
     }
 
     /// Whether this cache shows a client certificate. What the registry then serves without a credential may be public to

@@ -135,7 +135,10 @@ const VENDORS: &[(&str, &[&str])] = &[
         &["server/tls.rs", "server/tls/", "server/tls/leaf_issuer.rs"],
     ),
     ("x509_parser", &["server/tls/client_cert.rs", "upstream/tls/"]),
-    ("object_store", &["bucket/s3.rs", "bucket/connector.rs"]),
+    (
+        "object_store",
+        &["bucket/s3.rs", "bucket/s3/", "bucket/connector.rs"],
+    ),
     ("opentelemetry", &["otlp.rs"]),
     ("opentelemetry_otlp", &["otlp.rs"]),
     ("opentelemetry_sdk", &["otlp.rs"]),

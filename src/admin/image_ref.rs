@@ -9,7 +9,7 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::response::Problem;
-use crate::oci::{Reference, Repository};
+use crate::oci::{Reference, Repository, split_image};
 use crate::proxy::UpstreamRegistry;
 use crate::server::ServingState;
 use crate::store::tags::TagKey;
@@ -30,11 +30,7 @@ impl ImageRef {
                 "missing image, as in image=docker.io/library/alpine:3.20",
             ));
         }
-        let (name, reference) = match (image.split_once('@'), image.rsplit_once(':')) {
-            (Some((name, digest)), _) => (name, digest),
-            (None, Some((name, tag))) if !tag.contains('/') => (name, tag),
-            _ => (image, "latest"),
-        };
+        let (name, reference) = split_image(image);
         let (upstream_registry, rest) = match name.split_once('/') {
             Some((first, rest)) => match registry.router.by_name(first) {
                 Some(upstream_registry) => (upstream_registry, rest),

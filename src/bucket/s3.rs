@@ -1,7 +1,9 @@
-//! Client for S3 and storages with its API. The only file besides its connector that names `object_store`.
+//! Client for S3 and storages with its API. Only its files and its connector name `object_store`.
 //!
 //! The crate signs, obtains credentials and speaks XML. Its retries are off, because they last minutes and a pull goes on
 //! from the upstream instead.
+
+mod list;
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -19,7 +21,9 @@ use object_store::{
 use parking_lot::Mutex;
 use tokio::time::{Instant, timeout};
 
+use self::list::Pages;
 use super::connector::{Connector, EXCHANGE, Exchange};
+use super::listing::Listing;
 use super::{
     BucketCredential, BucketError, BucketFuture, BucketSettings, BucketSettingsError, Encryption, Object,
     ObjectBody, ObjectChunk, ObjectInfo, ObjectKey, ObjectStorage, StorageClock, Upload,
@@ -237,6 +241,20 @@ impl ObjectStorage for S3 {
         Box::pin(self.remove(key))
     }
 
+    fn list(&self, folder: &str, after: Option<&ObjectKey>) -> Box<dyn Listing> {
+        let folder = Path::from(format!("{}/{folder}", self.prefix));
+        let stream = match after {
+            Some(after) => self.store.list_with_offset(Some(&folder), &self.path(after)),
+            None => self.store.list(Some(&folder)),
+        };
+        Box::new(Pages {
+            stream,
+            prefix: self.prefix.clone(),
+            clock: Arc::clone(&self.clock),
+            date: None,
+        })
+    }
+
     fn clock(&self) -> Option<&StorageClock> {
         Some(&self.clock)
     }
@@ -306,20 +324,22 @@ async fn within<T>(
 }
 
 fn info(meta: &ObjectMeta, attributes: &Attributes, date: Option<SystemTime>) -> ObjectInfo {
-    let written = SystemTime::from(meta.last_modified);
-    // The crate reports a missing `Last-Modified` as the epoch.
-    let written = Some(written).filter(|written| *written > SystemTime::UNIX_EPOCH);
-    let age = date
-        .zip(written)
-        .map(|(now, written)| now.duration_since(written).unwrap_or_default());
     ObjectInfo {
         size: meta.size,
         etag: meta.e_tag.clone(),
-        age,
+        age: age_at(date, meta),
         media_type: attributes
             .get(&Attribute::ContentType)
             .map(|value| value.as_ref().to_owned()),
     }
+}
+
+/// Age of an object at this time of the storage.
+fn age_at(date: Option<SystemTime>, meta: &ObjectMeta) -> Option<Duration> {
+    let written = SystemTime::from(meta.last_modified);
+    // The crate reports a missing `Last-Modified` as the epoch.
+    let written = Some(written).filter(|written| *written > SystemTime::UNIX_EPOCH)?;
+    Some(date?.duration_since(written).unwrap_or_default())
 }
 
 /// Body of an object.

@@ -407,3 +407,85 @@ async fn presigned_url_is_of_the_endpoint_for_clients() {
         "{url}"
     );
 }
+
+/// A page of a listing with these objects, each of 10 bytes and written at 00:00.
+fn page(date: &str, next: Option<&str>, keys: &[String]) -> &'static str {
+    let written = "<LastModified>2026-11-28T00:00:00.000Z</LastModified>";
+    let objects = keys.iter().fold(String::new(), |all, key| {
+        all + "<Contents><Key>" + key + "</Key><Size>10</Size>" + written + "</Contents>"
+    });
+    let next = next.map(|token| format!("<NextContinuationToken>{token}</NextContinuationToken>"));
+    let next = next.unwrap_or_default();
+    let body = format!("<ListBucketResult>{objects}{next}</ListBucketResult>");
+    let text = format!(
+        "HTTP/1.1 200 OK\r\n{date}Content-Type: application/xml\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    Box::leak(text.into_boxed_str())
+}
+
+async fn listed(listing: &mut Box<dyn Listing>) -> Vec<Result<(String, Option<u64>), BucketError>> {
+    let mut all = Vec::new();
+    while let Some(next) = listing.next().await {
+        all.push(next.map(|listed| (listed.key.to_string(), listed.age.map(|age| age.as_secs()))));
+    }
+    all
+}
+
+#[tokio::test]
+async fn listing_has_ages_by_the_date_of_each_page() {
+    let key = |name: &str| format!("team-a/v1/blobs/{name}");
+    let front = front(vec![
+        page(
+            "Date: Sat, 28 Nov 2026 01:00:00 GMT\r\n",
+            Some("more"),
+            &[key("a"), key("b")],
+        ),
+        page("Date: Fri, 27 Nov 2026 23:00:00 GMT\r\n", None, &[key("c")]),
+    ])
+    .await;
+    let objects = listed(&mut bucket(&front).list("v1", None)).await;
+    let expected = [("a", 3600), ("b", 3600), ("c", 0)];
+    let expected = expected.map(|(name, age)| Ok((format!("v1/blobs/{name}"), Some(age))));
+    assert_eq!(objects, expected, "a time in the future has the age 0");
+    let requests = front.requests.lock().clone();
+    assert!(requests[0].contains("prefix=team-a%2Fv1%2F"), "{}", requests[0]);
+    assert!(requests[1].contains("continuation-token=more"), "{}", requests[1]);
+}
+
+#[tokio::test]
+async fn listing_without_a_date_has_no_ages() {
+    let front = front(vec![page("", None, &["team-a/v1/blobs/a".to_owned()])]).await;
+    let after = ObjectKey::listed("v1/blobs/0").unwrap();
+    let objects = listed(&mut bucket(&front).list("v1/blobs", Some(&after))).await;
+    assert_eq!(objects, [Ok(("v1/blobs/a".to_owned(), None))]);
+    let request = front.requests.lock()[0].clone();
+    assert!(
+        request.contains("start-after=team-a%2Fv1%2Fblobs%2F0"),
+        "{request}"
+    );
+}
+
+#[tokio::test]
+async fn listing_of_other_objects_is_malformed() {
+    for foreign in ["team-b/v1/blobs/a", "team-a/v2/blobs/a", "team-ab/v1/blobs/a"] {
+        let keys = [foreign.to_owned(), "team-a/v1/blobs/b".to_owned()];
+        let front = front(vec![page("", None, &keys)]).await;
+        let objects = listed(&mut bucket(&front).list("v1", None)).await;
+        assert_eq!(objects, [Err(BucketError::Malformed)], "{foreign}");
+    }
+}
+
+#[tokio::test]
+async fn denied_page_ends_the_listing() {
+    let denied = "HTTP/1.1 403 Forbidden\r\nContent-Length: 40\r\nConnection: close\r\n\r\n\
+        <Error><Code>AccessDenied</Code></Error>";
+    let front = front(vec![
+        page("", Some("more"), &["team-a/v1/blobs/a".to_owned()]),
+        denied,
+    ])
+    .await;
+    let objects = listed(&mut bucket(&front).list("v1", None)).await;
+    assert_eq!(objects.len(), 2);
+    assert_eq!(objects[1], Err(BucketError::Denied("AccessDenied".into())));
+}

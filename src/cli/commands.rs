@@ -14,7 +14,7 @@ mod inspect;
 mod maintenance;
 mod pull;
 mod stats;
-mod table;
+pub(super) mod table;
 mod verdicts;
 
 use std::io::{Read as _, Write};
@@ -24,6 +24,9 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
 use crate::admin::client::{Client, ClientError};
+use crate::bucket::{BucketError, BucketSettingsError};
+use crate::config::ImageError;
+use crate::shared::maintenance::TagRecordError;
 use crate::terminal::printable;
 
 /// A command for a running cache.
@@ -360,6 +363,21 @@ pub enum CommandError {
     /// The admin request failed.
     #[error(transparent)]
     Client(#[from] ClientError),
+    /// The bucket cannot be opened.
+    #[error(transparent)]
+    Open(#[from] BucketSettingsError),
+    /// A request to the bucket failed.
+    #[error(transparent)]
+    Bucket(#[from] BucketError),
+    /// The image cannot be parsed.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A tag record cannot be used.
+    #[error(transparent)]
+    TagRecord(#[from] TagRecordError),
+    /// The configuration forbids changes of the bucket.
+    #[error("nothing is deleted, because `write = false` in [shared]")]
+    ReadOnly,
     /// The command was not completed; its output contains the details.
     #[error("{0}")]
     Incomplete(String),
@@ -396,12 +414,12 @@ pub struct Output<'a> {
 
 impl Output<'_> {
     /// Prints one line.
-    fn line(&mut self, text: &str) -> Result<(), CommandError> {
+    pub(super) fn line(&mut self, text: &str) -> Result<(), CommandError> {
         writeln!(self.out, "{text}")?;
         Ok(())
     }
 
-    fn json(&mut self, value: &Value) -> Result<(), CommandError> {
+    pub(super) fn json(&mut self, value: &Value) -> Result<(), CommandError> {
         self.line(&serde_json::to_string_pretty(value).unwrap_or_default())
     }
 
@@ -410,7 +428,7 @@ impl Output<'_> {
     }
 
     /// `text`, coloured if enabled.
-    fn paint(&self, style: Style, text: &str) -> String {
+    pub(super) fn paint(&self, style: Style, text: &str) -> String {
         let code = match style {
             Style::Success => "32",
             Style::Warning => "33",
@@ -427,7 +445,7 @@ impl Output<'_> {
 }
 
 #[derive(Clone, Copy)]
-enum Style {
+pub(super) enum Style {
     Success,
     Warning,
     Error,

@@ -1,13 +1,23 @@
-//! `ifnewer shared`: checks the configured bucket, and prints the rights and the lifecycle rule that it needs.
+//! `ifnewer shared`: checks the configured bucket, prints the rights and the lifecycle rule that it needs, and maintains its
+//! objects.
+//!
+//! * `maintenance`: inventory and garbage collection. `image`: the objects of one image.
+
+mod image;
+mod maintenance;
 
 use std::io::{self, Write};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
+use bytesize::ByteSize;
+use clap::{Args, Subcommand};
 use serde_json::json;
 
+use super::commands::{CommandError, Output};
 use crate::bucket::{self, BucketError, Encryption, ObjectKey, ObjectStorage};
-use crate::config::SharedConfig;
+use crate::config::{Config, SharedConfig};
 use crate::shared::probe;
 use crate::trace_context::TraceContext;
 use crate::upstream::Transport;
@@ -16,29 +26,141 @@ use crate::upstream::Transport;
 const OBJECT_BYTES: usize = 2048;
 const OFFSET: usize = 1000;
 
-/// The IAM policy of the credential and, for a cache that writes, the lifecycle rule of the bucket. `read_only`: as for a
-/// cache that does not write.
-pub fn policy(shared: &SharedConfig, read_only: bool) -> String {
-    let read_only = read_only || !shared.write;
+/// A command for the objects of the bucket.
+#[derive(Clone, Debug, PartialEq, Eq, Subcommand)]
+pub enum ObjectCommand {
+    /// Count the objects in the bucket by kind, or show what the bucket has of an image
+    Ls(Ls),
+    /// Delete images or digests from the bucket; a versioned bucket keeps their versions
+    Rm(Rm),
+    /// Delete objects by age or beyond a total size, the oldest first; a versioned bucket keeps their versions
+    Gc(Gc),
+}
+
+/// `ifnewer shared ls`.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct Ls {
+    /// The image, as in docker.io/library/alpine:3.20 or alpine: list its objects and records. A tag needs `key_file`
+    pub image: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `ifnewer shared rm`.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct Rm {
+    /// The images, of which the manifests are deleted, or digests, of which every object is. A tag needs `key_file`
+    #[arg(required = true, value_name = "IMAGE|DIGEST")]
+    pub images: Vec<String>,
+    /// Also delete the configs and layers of the images, which other images may have too
+    #[arg(long)]
+    pub blobs: bool,
+    /// Apply the deletion; without it, only report what would be deleted
+    #[arg(short, long)]
+    pub yes: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `ifnewer shared gc`.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct Gc {
+    /// Delete blobs and manifests of a greater age, and records if they are older than `keep` too [default: `keep`, unless
+    /// --size is given]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub older: Option<Duration>,
+    /// Delete the oldest blobs and manifests until all objects have this size together
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub size: Option<u64>,
+    /// Apply the deletion; without it, only report what would be deleted
+    #[arg(short, long)]
+    pub yes: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let size = text.parse::<ByteSize>();
+    size.map(|size| size.as_u64())
+        .map_err(|_| "write a number and its unit, as in 500GiB or 2TiB".to_owned())
+}
+
+/// Runs a command for the objects of the bucket. `interrupt` ends a deletion early.
+pub async fn run(
+    config: &Config,
+    shared: &SharedConfig,
+    command: &ObjectCommand,
+    output: &mut Output<'_>,
+    interrupt: impl Future<Output = ()>,
+) -> Result<(), CommandError> {
+    let bucket = bucket::open(&shared.bucket, &Transport::system())?;
+    match command {
+        ObjectCommand::Ls(args) => match &args.image {
+            Some(text) => image::ls((config, shared), &bucket, (text, args), output).await,
+            None => maintenance::ls((&shared.bucket.name(), &bucket), args, output).await,
+        },
+        ObjectCommand::Rm(args) => image::rm((config, shared), &bucket, args, output, interrupt).await,
+        ObjectCommand::Gc(args) => maintenance::gc((shared, &bucket), args, output, interrupt).await,
+    }
+}
+
+/// Refuses a deletion if the configuration says that this host writes nothing.
+fn refuse_read_only(shared: &SharedConfig, is_deletion: bool) -> Result<(), CommandError> {
+    if is_deletion && !shared.write {
+        return Err(CommandError::ReadOnly);
+    }
+    Ok(())
+}
+
+/// The user of a credential.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PolicyFor {
+    /// A cache, by its setting `write`.
+    Cache,
+    /// A cache that does not write.
+    ReadOnlyCache,
+    /// An operator who lists and deletes objects.
+    Maintenance,
+}
+
+/// The IAM policy of a credential and, for a cache that writes, the lifecycle rule of the bucket.
+pub fn policy(shared: &SharedConfig, user: PolicyFor) -> String {
+    let is_cache = user != PolicyFor::Maintenance;
+    let read_only = is_cache && (user == PolicyFor::ReadOnlyCache || !shared.write);
     let (bucket, prefix) = (&shared.bucket.bucket, &shared.bucket.prefix);
-    let objects = match prefix.as_str() {
-        "" => format!("arn:aws:s3:::{bucket}/v1/*"),
-        prefix => format!("arn:aws:s3:::{bucket}/{prefix}/v1/*"),
+    let folder = match prefix.as_str() {
+        "" => "v1/".to_owned(),
+        prefix => format!("{prefix}/v1/"),
     };
-    let actions: &[&str] = if read_only {
-        &["s3:GetObject"]
-    } else {
-        &[
+    let objects = format!("arn:aws:s3:::{bucket}/{folder}");
+    let actions: &[&str] = match user {
+        PolicyFor::Maintenance => &["s3:GetObject", "s3:DeleteObject"],
+        _ if read_only => &["s3:GetObject"],
+        _ => &[
             "s3:GetObject",
             "s3:PutObject",
             "s3:DeleteObject",
             "s3:AbortMultipartUpload",
-        ]
+        ],
     };
-    let mut statements = vec![
-        json!({ "Effect": "Allow", "Action": actions, "Resource": objects }),
-        json!({ "Effect": "Allow", "Action": "s3:ListBucket", "Resource": format!("arn:aws:s3:::{bucket}") }),
-    ];
+    let mut list =
+        json!({ "Effect": "Allow", "Action": "s3:ListBucket", "Resource": format!("arn:aws:s3:::{bucket}") });
+    let mut statements =
+        vec![json!({ "Effect": "Allow", "Action": actions, "Resource": format!("{objects}*") })];
+    if !is_cache {
+        // Tag records are replaced and not deleted.
+        let records = format!("{objects}records/tag/*");
+        statements.push(json!({ "Effect": "Allow", "Action": "s3:PutObject", "Resource": records }));
+        if let Some(fields) = list.as_object_mut() {
+            // Without `IfExists`, the right would not cover reads, and AWS would respond 403 for absent objects.
+            let folder = json!({ "StringLikeIfExists": { "s3:prefix": format!("{folder}*") } });
+            fields.insert("Condition".to_owned(), folder);
+        }
+    }
+    statements.push(list);
     if let Encryption::Kms(key) = &shared.bucket.encryption
         && key.starts_with("arn:")
     {
@@ -51,20 +173,22 @@ pub fn policy(shared: &SharedConfig, read_only: bool) -> String {
         statements.push(json!({ "Effect": "Allow", "Action": actions, "Resource": key }));
     }
     let rights = json!({ "Version": "2012-10-17", "Statement": statements });
-    if read_only {
+    if read_only || !is_cache {
         return format!("IAM policy:\n{rights:#}\n");
     }
     let days = shared.keep.as_secs() / (24 * 60 * 60);
-    let filter = match prefix.as_str() {
-        "" => "v1/".to_owned(),
-        prefix => format!("{prefix}/v1/"),
-    };
-    let rule = json!({
+    let rule = lifecycle_rule(&folder, days);
+    format!("IAM policy:\n{rights:#}\n\nLifecycle rule:\n{rule:#}\n")
+}
+
+/// The lifecycle rule that deletes the objects of this folder after so many days.
+fn lifecycle_rule(folder: &str, days: u64) -> serde_json::Value {
+    json!({
         "Rules": [
             {
                 "ID": "ifnewer",
                 "Status": "Enabled",
-                "Filter": { "Prefix": filter },
+                "Filter": { "Prefix": folder },
                 "Expiration": { "Days": days },
                 "AbortIncompleteMultipartUpload": { "DaysAfterInitiation": 1 },
             },
@@ -72,12 +196,11 @@ pub fn policy(shared: &SharedConfig, read_only: bool) -> String {
             {
                 "ID": "ifnewer-parts",
                 "Status": "Enabled",
-                "Filter": { "Prefix": format!("{filter}parts/") },
+                "Filter": { "Prefix": format!("{folder}parts/") },
                 "Expiration": { "Days": 1 },
             },
         ],
-    });
-    format!("IAM policy:\n{rights:#}\n\nLifecycle rule:\n{rule:#}\n")
+    })
 }
 
 /// Checks the bucket and prints a line for each step. Returns whether a cache can use it.
@@ -193,7 +316,7 @@ mod tests {
     fn configured(text: &str) -> SharedConfig {
         let variables = [("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b")];
         let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        let config = crate::config::Config::gather(&crate::config::Sources {
+        let config = Config::gather(&crate::config::Sources {
             data: "/tmp".into(),
             working_dir_certs: None,
             text,
@@ -208,7 +331,8 @@ mod tests {
     fn documentation_has_the_policy_that_is_printed() {
         let shared = configured("[shared]\nbucket = \"s3://acme-images/team-a\"\nregion = \"eu-central-1\"");
         let documentation = include_str!("../../docs/shared.md");
-        for document in policy(&shared, false).split("\n\n") {
+        let printed = [PolicyFor::Cache, PolicyFor::Maintenance].map(|user| policy(&shared, user));
+        for document in printed.iter().flat_map(|text| text.split("\n\n")) {
             let (title, json) = document.split_once('\n').unwrap();
             let block = format!("```json\n{}\n```", json.trim_end());
             assert!(documentation.contains(&block), "{title}\n{block}");
@@ -218,18 +342,21 @@ mod tests {
     #[test]
     fn policy_names_the_prefix_and_the_age() {
         let shared = configured("[shared]\nbucket = \"s3://images/team-a\"\nregion = \"x\"\nkeep = \"30d\"");
-        let text = policy(&shared, false);
+        let text = policy(&shared, PolicyFor::Cache);
         assert!(
             text.contains("arn:aws:s3:::images/team-a/v1/*") && text.contains("\"Days\": 30"),
             "{text}"
         );
-        let read_only = policy(&shared, true);
+        let read_only = policy(&shared, PolicyFor::ReadOnlyCache);
         assert!(
             !read_only.contains("PutObject") && !read_only.contains("Days"),
             "{read_only}"
         );
         let reader = configured("[shared]\nbucket = \"s3://images/team-a\"\nregion = \"x\"\nwrite = false");
-        assert_eq!(policy(&reader, false), policy(&reader, true));
+        assert_eq!(
+            policy(&reader, PolicyFor::Cache),
+            policy(&reader, PolicyFor::ReadOnlyCache)
+        );
     }
 
     #[test]
@@ -238,8 +365,8 @@ mod tests {
         let shared = configured(&format!(
             "[shared]\nbucket = \"s3://images\"\nregion = \"x\"\nencryption = \"sse-kms\"\nkms_key = \"{key}\""
         ));
-        for (read_only, writes) in [(false, true), (true, false)] {
-            let text = policy(&shared, read_only);
+        for (user, writes) in [(PolicyFor::Cache, true), (PolicyFor::ReadOnlyCache, false)] {
+            let text = policy(&shared, user);
             assert!(text.contains("kms:Decrypt") && text.contains(key), "{text}");
             assert_eq!(text.contains("kms:GenerateDataKey"), writes, "{text}");
         }

@@ -3,6 +3,7 @@
 pub(super) mod redirect;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -15,8 +16,8 @@ use super::policy::words;
 use super::schema::Shared;
 use super::value::{ValueError, invalid};
 use super::{Proxy, Sources, files};
-use crate::bucket::{BucketCredential, BucketSettings, Encryption};
-use crate::shared::{RecordKeys, RedirectSettings};
+use crate::bucket::{BucketCredential, BucketSettings, Encryption, ObjectStorage};
+use crate::shared::{RecordKeys, RecordSettings, RedirectSettings, SharedSettings};
 use crate::upstream::ip_scope::IpScope;
 use crate::upstream::{Origin, ProxyChoice};
 
@@ -54,6 +55,26 @@ pub struct SharedConfig {
     pub record_keys: Option<RecordKeys>,
     /// Redirects of clients.
     pub redirect: RedirectSettings,
+}
+
+impl SharedConfig {
+    /// The settings with this bucket opened.
+    pub fn settings(&self, bucket: Arc<dyn ObjectStorage>) -> SharedSettings {
+        SharedSettings {
+            bucket,
+            name: self.bucket.name().into(),
+            write: self.write,
+            claims: self.claims,
+            wait_max: self.bucket.timeout,
+            keep: self.keep,
+            uploads_max: self.uploads_max,
+            records: self.record_keys.clone().map(|keys| RecordSettings {
+                keys,
+                prefix: self.bucket.prefix.as_str().into(),
+            }),
+            redirect: self.redirect.clone(),
+        }
+    }
 }
 
 /// `s3://name/prefix`.

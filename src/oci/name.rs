@@ -192,6 +192,15 @@ impl FromStr for Reference {
     }
 }
 
+/// Splits an image reference as users write it into a name and a tag or digest; without either, the tag is `latest`.
+pub fn split_image(image: &str) -> (&str, &str) {
+    match (image.split_once('@'), image.rsplit_once(':')) {
+        (Some((name, digest)), _) => (name, digest),
+        (None, Some((name, tag))) if !tag.contains('/') => (name, tag),
+        _ => (image, "latest"),
+    }
+}
+
 /// Error in a text that is neither a tag nor a digest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum ReferenceError {

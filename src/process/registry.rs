@@ -9,11 +9,10 @@ use crate::download::Downloads;
 use crate::policy::rules::Rules;
 use crate::proxy::{self, ProxyService, RegistryStates, UpstreamRegistry};
 use crate::server::{Authenticator, PasswordCache, Router, ServingState, TunnelRules};
-use crate::shared::{RecordSettings, SharedSettings};
+use crate::shared::SharedSettings;
 use crate::store::Store;
 use crate::telemetry::{Telemetry, UpstreamRecord};
 use crate::upstream::TunnelDialer;
-use crate::upstream::origin::Origin;
 use crate::upstream::{
     CredentialSource, LearnedState, Observer, Offline, ProxyChoice, ServedStore, Settings, Transport,
     Upstream,
@@ -79,21 +78,8 @@ pub(super) fn shared_storage(
     let Some(configured) = &config.shared else {
         return Ok(None);
     };
-    let bucket = &configured.bucket;
-    Ok(Some(SharedSettings {
-        bucket: bucket::open(bucket, &shared.connector)?,
-        name: bucket.name().into(),
-        write: configured.write,
-        claims: configured.claims,
-        wait_max: bucket.timeout,
-        keep: configured.keep,
-        uploads_max: configured.uploads_max,
-        records: configured.record_keys.clone().map(|keys| RecordSettings {
-            keys,
-            prefix: bucket.prefix.as_str().into(),
-        }),
-        redirect: configured.redirect.clone(),
-    }))
+    let bucket = bucket::open(&configured.bucket, &shared.connector)?;
+    Ok(Some(configured.settings(bucket)))
 }
 
 /// Builds the registry from the configuration.
@@ -184,18 +170,7 @@ pub fn upstream(
         name: Arc::clone(&config.name),
         error,
     };
-    let urls = config
-        .urls
-        .iter()
-        .map(|url| {
-            let origin: Origin = url.address.parse()?;
-            Ok(match &url.repository_prefix {
-                Some(prefix) => origin.with_repository_prefix(prefix.clone()),
-                None => origin,
-            })
-        })
-        .collect::<Result<Vec<_>, _>>();
-    let urls = urls.map_err(|error| RunError::Url {
+    let urls = config.origins().map_err(|error| RunError::Url {
         name: Arc::clone(&config.name),
         error,
     })?;

@@ -14,6 +14,7 @@ mod tests;
 
 pub use self::exchange::{Dated, RecordPlace, RecordRead, RecordSettings};
 pub(super) use self::exchange::{Records, work};
+pub(super) use self::key::{CLASS_NAMES, Class};
 pub use self::key::{KEYS_MAX, KeyFileError, RecordKeys};
-pub(super) use self::queue::Closed;
+pub(super) use self::queue::{Closed, RecordId};
 pub use self::state::{CHILDREN_MAX, ContentState, PublicState, TagState, TagVariant};

@@ -13,6 +13,7 @@ from fleet import Cache, free_port, upstreams
 from kit.process import plain_environment
 
 KEY, SECRET = "fleet", "secret-of-the-fleet"
+READER, READER_SECRET = "reader", "secret-of-a-reader"
 NAME, PREFIX = "images", "team-a"
 START_S = 60
 
@@ -32,7 +33,12 @@ class Bucket:
             "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
             "actions": ["Read", "Write", "List"],
         }
-        (self.folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        reader = {
+            "name": "reader",
+            "credentials": [{"accessKey": READER, "secretKey": READER_SECRET}],
+            "actions": ["Read", "List"],
+        }
+        (self.folder / "s3.json").write_text(json.dumps({"identities": [identity, reader]}))
         fleet.programs.append(self)
         self.start()
 

@@ -14,6 +14,7 @@ import costs
 import faults
 import liar
 import loops
+import maintenance
 import outage
 import shared
 import sidecars
@@ -32,6 +33,7 @@ SCENARIOS = {
     "faults": faults.run,
     "costs": costs.run,
     "liar": liar.run,
+    "maintenance": maintenance.run,
 }
 SCENARIO_S = 300
 

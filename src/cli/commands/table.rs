@@ -5,21 +5,21 @@ use std::borrow::Cow;
 use crate::terminal::printable;
 
 /// A table.
-pub(super) struct Table {
+pub(in crate::cli) struct Table {
     heads: Vec<&'static str>,
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
     /// Creates a table with these column names. A name that begins with `>` is right-aligned.
-    pub(super) fn new(heads: &[&'static str]) -> Self {
+    pub(in crate::cli) fn new(heads: &[&'static str]) -> Self {
         Self {
             heads: heads.to_vec(),
             rows: Vec::new(),
         }
     }
 
-    pub(super) fn row(&mut self, cells: Vec<String>) {
+    pub(in crate::cli) fn row(&mut self, cells: Vec<String>) {
         // The width is that of the escaped text.
         let cells = cells.into_iter().map(|cell| match printable(&cell) {
             Cow::Borrowed(_) => cell,
@@ -29,7 +29,7 @@ impl Table {
     }
 
     /// The lines including the header, without trailing spaces.
-    pub(super) fn lines(&self) -> Vec<String> {
+    pub(in crate::cli) fn lines(&self) -> Vec<String> {
         let names: Vec<String> = self
             .heads
             .iter()

@@ -172,7 +172,7 @@ pub struct RecordPlace {
 }
 
 impl RecordPlace {
-    fn id(&self, class: Class, item: &str) -> RecordId {
+    pub(in crate::shared) fn id(&self, class: Class, item: &str) -> RecordId {
         RecordId {
             class,
             upstream: Arc::clone(&self.upstream),
@@ -395,7 +395,10 @@ impl Active {
     }
 
     /// Reads a record under each of its names.
-    async fn read_record<S: Merge + DeserializeOwned>(self: &Arc<Self>, id: &RecordId) -> RecordRead<S> {
+    pub(in crate::shared) async fn read_record<S: Merge + DeserializeOwned>(
+        self: &Arc<Self>,
+        id: &RecordId,
+    ) -> RecordRead<S> {
         let Some(records) = &self.records else {
             return RecordRead::Absent;
         };
@@ -575,6 +578,19 @@ impl Active {
             }
         }
         Ok(Updated::Lost)
+    }
+
+    /// Makes a tag record say that the tag names nothing since now.
+    pub(in crate::shared) async fn unname_tag(self: &Arc<Self>, id: &RecordId) -> Result<(), BucketError> {
+        let now = self
+            .settings
+            .bucket
+            .clock()
+            .and_then(|clock| clock.latest(Instant::now()));
+        match now {
+            Some(now) => self.swap(id, &TagState::unnamed(now), 0).await.map(drop),
+            None => Err(BucketError::Malformed),
+        }
     }
 
     async fn update(self: &Arc<Self>, id: &RecordId, update: Update) -> Result<Updated, BucketError> {

@@ -95,9 +95,13 @@ pub(in crate::shared) enum Class {
     Public,
 }
 
+/// Names of all classes.
+pub(in crate::shared) const CLASS_NAMES: [&str; 3] =
+    [Class::Tag.name(), Class::Content.name(), Class::Public.name()];
+
 impl Class {
     /// Name in object names and metrics. Stable.
-    pub(in crate::shared) fn name(self) -> &'static str {
+    pub(in crate::shared) const fn name(self) -> &'static str {
         match self {
             Self::Tag => "tag",
             Self::Content => "content",

@@ -15,6 +15,7 @@ use crate::bucket::{
     BucketError, BucketFuture, Object, ObjectInfo, ObjectKey, ObjectStorage, StorageClock, Upload, in_memory,
 };
 use crate::oci::{Algorithm, Digest, Tag, UpstreamFailure};
+use crate::shared::maintenance::BucketImages;
 use crate::shared::{Active, RedirectSettings, SharedSettings};
 use crate::telemetry::Telemetry;
 
@@ -507,4 +508,75 @@ async fn storage_without_conditions_gets_content_records_only() {
     assert_eq!(*a.bucket.writes.lock(), before + 1);
     let found: Dated<ContentState> = a.active.read_of(&content).await.unwrap();
     assert_eq!(found.state.children, seen.children);
+}
+
+#[tokio::test(start_paused = true)]
+async fn removed_tag_record_takes_no_earlier_digest() {
+    let [a, b] = caches(["a", "a"], ["p", "p"]);
+    let operator = BucketImages::new(b.active.settings.clone());
+    let (place, name) = (place(), "latest".parse().unwrap());
+    assert_eq!(operator.unname(&place, &name).await, Ok(false), "there is none");
+    assert!(b.bucket.inner.get(&a.names(&tag()).remove(0), 0).await.is_err());
+    a.confirms(1).await;
+    let earlier = (Instant::now() - a.bucket.started).as_secs() + 1;
+    advance(Duration::from_secs(60)).await;
+    assert_eq!(operator.unname(&place, &name).await, Ok(true));
+    assert_eq!(a.digest().await, None);
+    assert_eq!(
+        operator.unname(&place, &name).await,
+        Ok(false),
+        "it names nothing"
+    );
+    assert_eq!(
+        a.confirmed(1, earlier).await,
+        "superseded",
+        "a cache that was cut off"
+    );
+    assert_eq!(a.digest().await, None);
+    // Both times have a precision of two seconds.
+    advance(Duration::from_secs(4)).await;
+    assert_eq!(a.confirms(1).await, "written");
+    assert_eq!(
+        operator.tag(&place, &name).await.unwrap().unwrap().digests.len(),
+        1
+    );
+}
+
+/// The one bad interleaving: a cache names a digest between the read and the write of the operator.
+#[tokio::test(start_paused = true)]
+async fn tag_named_during_its_removal_is_removed() {
+    let [a, b] = caches(["a", "a"], ["p", "p"]);
+    let operator = BucketImages::new(b.active.settings.clone());
+    a.confirms(1).await;
+    advance(Duration::from_secs(60)).await;
+    a.confirms(2).await;
+    let key = a.names(&tag()).remove(0);
+    let later = collect(a.bucket.inner.get(&key, 0).await.unwrap()).await;
+    b.bucket.interlopers.lock().push((key, Some(later)));
+    assert_eq!(
+        operator.unname(&place(), &"latest".parse().unwrap()).await,
+        Ok(true)
+    );
+    assert_eq!(*b.bucket.writes.lock(), 2);
+    assert_eq!(a.digest().await, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn removal_of_a_tag_covers_every_key() {
+    let [old, both] = caches(["a", "b,a"], ["p", "p"]);
+    old.confirms(1).await;
+    advance(Duration::from_secs(60)).await;
+    let operator = BucketImages::new(both.active.settings.clone());
+    assert_eq!(
+        operator.unname(&place(), &"latest".parse().unwrap()).await,
+        Ok(true)
+    );
+    assert_eq!(both.digest().await, None);
+}
+
+fn place() -> RecordPlace {
+    let RecordId {
+        upstream, repository, ..
+    } = tag();
+    RecordPlace { upstream, repository }
 }

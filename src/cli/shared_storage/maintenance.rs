@@ -1,0 +1,190 @@
+//! `ifnewer shared ls` and `gc`: inventory and garbage collection of the bucket.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use indicatif::ProgressBar;
+use serde_json::{Value, json};
+
+use super::{Gc, Ls};
+use crate::admin::format::{bytes, duration};
+use crate::bucket::ObjectStorage;
+use crate::cli::commands::table::Table;
+use crate::cli::commands::{CommandError, Output, Style};
+use crate::config::SharedConfig;
+use crate::shared::maintenance::{GarbageCollection, GcRules, Inventory, take_inventory};
+
+/// Objects between two updates of the progress: a page.
+const PROGRESS_OBJECTS: u64 = 1000;
+
+/// `ifnewer shared ls` without an image.
+pub(super) async fn ls(
+    (name, bucket): (&str, &Arc<dyn ObjectStorage>),
+    args: &Ls,
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
+    let progress = Progress::new(output, args.json);
+    let inventory = take_inventory(bucket, |so_far| progress.listed("listed", so_far)).await;
+    progress.end();
+    let inventory = inventory?;
+    if args.json {
+        let mut answer = json_of(&inventory);
+        if let Some(fields) = answer.as_object_mut() {
+            fields.insert("bucket".to_owned(), json!(name));
+        }
+        return output.json(&answer);
+    }
+    let mut table = Table::new(&["kind", ">objects", ">size", ">oldest", ">newest"]);
+    for (kind, count) in inventory.kinds() {
+        let age = |age: Option<Duration>| age.map_or_else(|| "-".to_owned(), duration);
+        table.row(vec![
+            kind.name(),
+            count.objects.to_string(),
+            bytes(count.bytes),
+            age(count.ages.map(|(oldest, _)| oldest)),
+            age(count.ages.map(|(_, newest)| newest)),
+        ]);
+    }
+    for line in table.lines() {
+        output.line(&line)?;
+    }
+    let size = output.paint(Style::Bold, &bytes(inventory.bytes()));
+    output.line(&format!("{size} in {} objects of {name}", inventory.objects()))?;
+    note_undated(&inventory, output)
+}
+
+/// `ifnewer shared gc`.
+pub(super) async fn gc(
+    (shared, bucket): (&SharedConfig, &Arc<dyn ObjectStorage>),
+    args: &Gc,
+    output: &mut Output<'_>,
+    interrupt: impl Future<Output = ()>,
+) -> Result<(), CommandError> {
+    super::refuse_read_only(shared, args.yes)?;
+    let rules = GcRules {
+        older: args.older.or(args.size.is_none().then_some(shared.keep)),
+        size_max: args.size,
+        keep: shared.keep,
+    };
+    if let Some(older) = args.older
+        && older <= shared.keep / 2
+        && !args.json
+    {
+        let half = duration(shared.keep / 2);
+        let note = format!(
+            "note: objects in use are written again at an age of {half}, half of `keep`; younger ones are in use perhaps"
+        );
+        output.line(&output.paint(Style::Warning, &note))?;
+    }
+    let verb = if args.yes { "deleted" } else { "would delete" };
+    let progress = Progress::new(output, args.json);
+    let mut collection = GarbageCollection::default();
+    let show = |so_far: &GarbageCollection| {
+        let size = bytes(so_far.deleted.bytes());
+        progress.listed(&format!("{verb} {size}, listed"), &so_far.listed);
+    };
+    let result = collection.run(bucket, &rules, !args.yes, show, interrupt).await;
+    progress.end();
+    if args.json {
+        output.json(&json!({
+            "dry_run": !args.yes,
+            "interrupted": collection.is_interrupted,
+            "listed": json_of(&collection.listed),
+            "deleted": json_of(&collection.deleted),
+            "bytes_beyond_size": collection.excess,
+        }))?;
+    } else {
+        print_collection(&collection, args, verb, output)?;
+    }
+    result?;
+    if collection.is_interrupted {
+        let what = "interrupted: the bucket was not listed to its end".to_owned();
+        return Err(CommandError::Incomplete(what));
+    }
+    Ok(())
+}
+
+fn print_collection(
+    collection: &GarbageCollection,
+    args: &Gc,
+    verb: &str,
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
+    let (listed, deleted) = (&collection.listed, &collection.deleted);
+    let kinds: Vec<_> = deleted
+        .kinds()
+        .map(|(kind, count)| format!("{} {}", count.objects, kind.name()))
+        .collect();
+    let kinds = if kinds.is_empty() {
+        "0 objects".to_owned()
+    } else {
+        kinds.join(", ")
+    };
+    output.line(&format!(
+        "{verb} {} in {kinds}; of {} in {} objects",
+        output.paint(Style::Bold, &bytes(deleted.bytes())),
+        bytes(listed.bytes()),
+        listed.objects(),
+    ))?;
+    if collection.excess > 0 && !collection.is_interrupted {
+        let excess = bytes(collection.excess);
+        output.line(&format!(
+            "{excess} beyond --size remain: records, or objects of unknown age"
+        ))?;
+    }
+    note_undated(listed, output)?;
+    if !args.yes {
+        output.line(&output.paint(Style::Dim, "nothing was deleted; add --yes to do it"))?;
+    }
+    Ok(())
+}
+
+fn note_undated(inventory: &Inventory, output: &mut Output<'_>) -> Result<(), CommandError> {
+    match inventory.undated() {
+        0 => Ok(()),
+        undated => output.line(&format!(
+            "note: the storage states no age of {undated} objects; `ifnewer shared gc` keeps them"
+        )),
+    }
+}
+
+fn json_of(inventory: &Inventory) -> Value {
+    let kinds: Vec<_> = inventory
+        .kinds()
+        .map(|(kind, count)| {
+            let age = |age: Option<Duration>| age.map(|age| age.as_secs());
+            json!({
+                "kind": kind.name(),
+                "objects": count.objects,
+                "bytes": count.bytes,
+                "oldest_seconds": age(count.ages.map(|(oldest, _)| oldest)),
+                "newest_seconds": age(count.ages.map(|(_, newest)| newest)),
+                "undated": count.undated,
+            })
+        })
+        .collect();
+    json!({ "objects": inventory.objects(), "bytes": inventory.bytes(), "kinds": kinds })
+}
+
+/// A line on a terminal that counts objects. Their total is not known before the end.
+struct Progress(Option<ProgressBar>);
+
+impl Progress {
+    fn new(output: &Output<'_>, is_json: bool) -> Self {
+        Self((output.progress && !is_json).then(ProgressBar::new_spinner))
+    }
+
+    fn listed(&self, what: &str, so_far: &Inventory) {
+        let objects = so_far.objects();
+        if let (Some(bar), true) = (&self.0, objects.is_multiple_of(PROGRESS_OBJECTS)) {
+            bar.set_message(format!("{what} {objects} objects, {}", bytes(so_far.bytes())));
+            bar.tick();
+        }
+    }
+
+    fn end(&self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! Listing of a folder of the bucket, with retries. It has one page in memory, whatever the number of objects.
+
+use std::sync::Arc;
+
+use tokio::time::sleep;
+
+use super::retry_pause;
+use crate::bucket::{BucketError, Listed, Listing, ObjectKey, ObjectStorage};
+
+/// The objects below a folder.
+pub(super) struct Objects {
+    bucket: Arc<dyn ObjectStorage>,
+    folder: String,
+    listing: Box<dyn Listing>,
+    last: Option<ObjectKey>,
+    failures: u32,
+    repetition: Repetition,
+}
+
+impl Objects {
+    pub(super) fn new(bucket: &Arc<dyn ObjectStorage>, folder: &str) -> Self {
+        Self {
+            listing: bucket.list(folder, None),
+            bucket: Arc::clone(bucket),
+            folder: folder.to_owned(),
+            last: None,
+            failures: 0,
+            repetition: Repetition::default(),
+        }
+    }
+
+    /// The next object. A failed page is requested again.
+    pub(super) async fn next(&mut self) -> Option<Result<Listed, BucketError>> {
+        loop {
+            let error = match self.listing.next().await? {
+                Ok(listed) => {
+                    self.failures = 0;
+                    if self.repetition.is_seen(&listed.key) {
+                        return Some(Err(BucketError::Malformed));
+                    }
+                    self.last = Some(listed.key.clone());
+                    return Some(Ok(listed));
+                }
+                Err(error) => error,
+            };
+            self.failures += 1;
+            let Some(pause) = retry_pause(&error, self.failures) else {
+                return Some(Err(error));
+            };
+            sleep(pause).await;
+            self.listing = self.bucket.list(&self.folder, self.last.as_ref());
+        }
+    }
+}
+
+/// Detection of a storage that repeats pages forever (Brent's algorithm): a name is compared with one earlier name, which
+/// is replaced after 1, 2, 4, 8 … names.
+#[derive(Default)]
+struct Repetition {
+    earlier: Option<ObjectKey>,
+    count: u64,
+}
+
+impl Repetition {
+    fn is_seen(&mut self, key: &ObjectKey) -> bool {
+        if self.earlier.as_ref() == Some(key) {
+            return true;
+        }
+        self.count += 1;
+        if self.count.is_power_of_two() {
+            self.earlier = Some(key.clone());
+        }
+        false
+    }
+}
