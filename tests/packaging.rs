@@ -202,7 +202,11 @@ fn installed_configuration_matches_folders_of_the_unit() {
 #[test]
 fn every_setting_in_the_examples_is_one() {
     let variables: Vec<String> = KEYS.iter().filter_map(ifnewer::config::Key::variable).collect();
-    for file in ["docker-compose.team.yml", "Dockerfile"] {
+    for file in [
+        "docker-compose.team.yml",
+        "docker-compose.shared.yml",
+        "Dockerfile",
+    ] {
         let text = text(file);
         let words = text.split(|c: char| !(c.is_ascii_uppercase() || c == '_'));
         for word in words.filter(|word| word.starts_with("IFNEWER_") && *word != "IFNEWER_CONFIG") {
@@ -212,13 +216,30 @@ fn every_setting_in_the_examples_is_one() {
             );
         }
     }
-    let manifest = text("kubernetes/ifnewer.yaml");
+    let config = config_of("kubernetes/ifnewer.yaml");
+    Config::read(&config, Path::new("ifnewer.toml")).unwrap_or_else(|faults| panic!("{faults}"));
+    if cfg!(feature = "shared") {
+        // The key is in the pod.
+        let config = config_of("kubernetes/ifnewer-shared.yaml");
+        let (without_key, key) = (
+            config.replace("key_file", "# key_file"),
+            "\"/run/keys/records.key\"",
+        );
+        assert!(config.contains(key));
+        let config = Config::read(&without_key, Path::new("ifnewer.toml"));
+        let shared = config.unwrap_or_else(|faults| panic!("{faults}")).shared;
+        assert_eq!(shared.unwrap().bucket.name(), "s3://acme-images/cluster-a");
+    }
+}
+
+/// The configuration in a Kubernetes manifest.
+fn config_of(file: &str) -> String {
+    let manifest = text(file);
     let (_, config) = manifest.split_once("ifnewer.toml: |\n").unwrap();
     let (config, _) = config.split_once("  # For every registry").unwrap();
-    let config: String = config
+    config
         .lines()
-        .fold(String::new(), |all, line| all + line.trim_start() + "\n");
-    Config::read(&config, Path::new("ifnewer.toml")).unwrap_or_else(|faults| panic!("{faults}"));
+        .fold(String::new(), |all, line| all + line.trim_start() + "\n")
 }
 
 /// Runs a checker. If absent, prints a notice. With `about`, only matching output counts.

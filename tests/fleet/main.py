@@ -10,6 +10,7 @@ import balancer
 import born
 import chain
 import claims
+import compose
 import costs
 import faults
 import liar
@@ -34,6 +35,7 @@ SCENARIOS = {
     "costs": costs.run,
     "liar": liar.run,
     "maintenance": maintenance.run,
+    "compose": compose.run,
 }
 SCENARIO_S = 300
 
