@@ -113,6 +113,21 @@ impl CacheState {
         self.kind == ContentKind::Tag && !(is_cached && self.cooling.is_none())
     }
 
+    /// The age below which the record of another cache counts as a confirmation of the tag, before the upstream is asked.
+    /// `None`: no record is read. A client without a current grant must not cause a read, because its time would tell
+    /// what other caches have seen.
+    pub fn record_age_max(&self) -> Option<Duration> {
+        let s = self.with_invalidation_applied();
+        let may_ask = s.kind == ContentKind::Tag
+            && s.revalidation == Revalidation::NotDone
+            && s.authorization == Authorization::Granted;
+        let is_fresh = s.cached.is_some_and(|cached| s.is_fresh(cached));
+        match s.policy {
+            Policy::IfNewer if may_ask && !is_fresh && !s.max_age.is_zero() => Some(s.max_age),
+            Policy::Always | Policy::IfNewer | Policy::IfNotPresent | Policy::Never => None,
+        }
+    }
+
     /// Returns the same state with a revalidation result.
     #[must_use]
     pub fn with_revalidation(self, revalidation: Revalidation) -> Self {

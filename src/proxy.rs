@@ -117,6 +117,7 @@ pub struct ProxyService {
     confirmed_referrers: referrers::ConfirmedReferrers,
     denials: grants::RecentDenials,
     noted_content: shared_records::NotedContent,
+    tag_record_uses: shared_records::TagRecordUses,
     local_tokens: local_tokens::LocalTokens,
     revalidations: SingleFlight<manifest_fetch::CoalesceKey, Arc<UpstreamResponse>>,
     /// The flag says whether the response is stored. It is part of the key, because the same caller may obtain a
@@ -336,6 +337,7 @@ impl ProxyService {
             confirmed_referrers: referrers::ConfirmedReferrers::default(),
             denials: grants::RecentDenials::default(),
             noted_content: shared_records::NotedContent::default(),
+            tag_record_uses: shared_records::TagRecordUses::default(),
             local_tokens: local_tokens::LocalTokens::default(),
             revalidations: SingleFlight::default(),
             lists: SingleFlight::default(),

@@ -45,7 +45,7 @@ pub use self::follow::Follower;
 pub use self::lease::{Arriving, ArrivingFuture, Lease};
 pub use self::record::{
     CHILDREN_MAX, ContentState, Dated, KEYS_MAX, KeyFileError, PublicState, RecordKeys, RecordPlace,
-    RecordRead, RecordSettings, TagState, TagVariant,
+    RecordRead, RecordReader, RecordSettings, TagState, TagVariant,
 };
 pub use self::redirect::{
     REDIRECT_BYTES_MIN, RedirectClient, RedirectMode, RedirectSettings, forwards_credential,

@@ -131,6 +131,7 @@ impl Ground {
             confirmed_at,
             first_seen_at: now(),
             previous: None,
+            is_by_record: false,
             history: Vec::new(),
         };
         self.store.put_tag(&key(name), variant).unwrap();

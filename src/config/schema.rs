@@ -245,7 +245,7 @@ sections! {
     /// `[default]`
     Default "default": PolicyKeys {
         policy: Option<Policy> = r#""if-newer""#, "Pull policy: \"always\", \"if-newer\", \"if-not-present\" or \"never\".";
-        max_age: Option<Lifetime> = r#""0s""#, "Freshness lifetime of a tag: after a revalidation, the tag is served for this long without another upstream request.";
+        max_age: Option<Lifetime> = r#""0s""#, "Freshness lifetime of a tag: after a revalidation, the tag is served for this long without another upstream request. With `key_file` in [shared], a revalidation by another cache counts too.";
         stale_if_error: Option<StaleLimit> = r#""forever""#, "Maximum time since the last revalidation at which a tag is still served while the upstream is unavailable: a duration or \"forever\".";
         revalidate_timeout: Option<Timeout> = r#""2s""#, "Time a client waits for a revalidation if a cached copy can be served instead.";
         on_not_found: Option<OnNotFound> = r#""refuse""#, "Response for a cached tag that the upstream reports as deleted (404): \"refuse\" or \"serve-stale\".";

@@ -907,3 +907,25 @@ fn policy_names_round_trip() {
         assert_eq!(parse(action.name()), Some(action));
     }
 }
+
+/// A record may replace a revalidation, and only one that `max_age` allows to skip.
+#[test]
+fn record_counts_only_where_max_age_would() {
+    for state in every_state() {
+        let Some(age_max) = state.record_age_max() else {
+            continue;
+        };
+        assert_eq!((state.policy, age_max), (Policy::IfNewer, FRESH), "{state:?}");
+        assert_eq!(state.authorization, Authorization::Granted, "{state:?}");
+        assert!(
+            matches!(decide(&state), Decision::Revalidate | Decision::Fetch(_)),
+            "{state:?}"
+        );
+        let is_doubtful = state.blocked.is_some() || state.cached.is_some_and(|cached| cached.is_invalidated);
+        assert!(!is_doubtful, "{state:?}");
+        let is_fresh =
+            |cached: CachedEntry| !cached.is_moved && age::is_within(cached.confirmed_at, FRESH, now());
+        assert!(!state.cached.is_some_and(is_fresh), "{state:?}");
+    }
+    assert!(every_state().iter().any(|state| state.record_age_max().is_some()));
+}

@@ -53,6 +53,11 @@ impl WriteSnapshot {
     pub(super) fn ended(self) -> u64 {
         self.ended
     }
+
+    /// Whether no write was in progress.
+    pub(super) fn is_quiet(self) -> bool {
+        self.begun.is_some()
+    }
 }
 
 /// Write counters of an upstream, by repository.

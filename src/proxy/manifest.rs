@@ -47,7 +47,14 @@ impl ReadContext<'_> {
                 return recorded;
             }
         }
-        let outcome = self.manifest_of_upstream(reference).await;
+        let outcome = match reference {
+            Reference::Tag(tag) if !tag.is_referrers_tag() => {
+                let evidence = self.tag_evidence(tag, Some(self.tag_client())).await;
+                let evidence = self.with_tag_record(tag, evidence).await;
+                ManifestRequest::new(self).execute(evidence).await
+            }
+            _ => self.manifest_of_upstream(reference).await,
+        };
         if let Some(read) = self.unmarked_if_revoked(Given::of(&outcome)).await {
             return read.manifest_of_upstream(reference).await;
         }

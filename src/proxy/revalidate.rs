@@ -482,6 +482,7 @@ impl ProxyService {
             confirmed_at: *arrived_at,
             first_seen_at: registry.checked_time().time_of_sight(now).at,
             previous: None,
+            is_by_record: false,
             history: Vec::new(),
         };
         let stored = self.store.record_response(key, variant, now).await;

@@ -6,9 +6,11 @@
 //! a record that the repository is public. Such a record counts as an expired public mark, so that it opens something
 //! only while the upstream is unavailable.
 
+mod tags;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::future::BoxFuture;
@@ -27,7 +29,8 @@ use crate::policy::authz::public_by_record;
 use crate::policy::{Authorization, Decision, DenyReason, HitReason, Policy, Revalidation, decide};
 use crate::shared::{RecordPlace, RecordRead, SharedContent, TagState, TagVariant};
 use crate::store::manifests::StoredManifest;
-use crate::store::tags::{TagKey, TagRecord, Variant};
+
+pub(super) use self::tags::TagRecordUses;
 
 /// Longest time to bring an image's records and manifests. Clients give up after 30 s without a response, and may have
 /// waited for the upstream before.
@@ -567,68 +570,6 @@ impl ProxyService {
             blobs.iter().filter(is_missing).copied().collect()
         });
         read.await
-    }
-
-    /// Brings a tag with its image.
-    async fn bring_tag(self: &Arc<Self>, read: &ReadContext<'_>, tag: &Tag) -> bool {
-        let (registry, repository) = (&read.request.registry, read.repository);
-        let Some(found) = self
-            .shared
-            .tag_record(&registry.record_place(repository), tag)
-            .await
-        else {
-            return false;
-        };
-        let now = self.clock.now();
-        // A variant with a time in the future counts as never confirmed.
-        let known = found.state.variants.iter().filter(|variant| variant.at > 0);
-        let mut variants: Vec<_> = known
-            .map(|variant| Variant {
-                accept: variant.accept,
-                digest: variant.digest,
-                media_type: variant.media_type.clone(),
-                accepts_indexes: variant.accepts_indexes,
-                confirmed_at: now
-                    .checked_sub(found.age(variant.at))
-                    .unwrap_or(SystemTime::UNIX_EPOCH),
-                // This cache sees it for the first time: another cache's word makes no digest older.
-                first_seen_at: now,
-                previous: None,
-                history: Vec::new(),
-            })
-            .collect();
-        let key = TagKey {
-            upstream: registry.shared_name(),
-            repository: repository.clone(),
-            tag: tag.clone(),
-        };
-        let record = TagRecord {
-            variants: variants.clone(),
-        };
-        let (client, place) = (read.tag_client(), key.clone());
-        let resolved = self.store.read(move |view| {
-            let reader = super::evidence::TagClient::reader(Some(&client));
-            view.resolve_tag(&place, &record, reader)
-        });
-        let Some(named) = resolved.await else {
-            return false;
-        };
-        if !self
-            .bring_manifest(registry, repository, (named.digest, true), INDEX_DEPTH_MAX)
-            .await
-        {
-            return false;
-        }
-        variants.sort_by_key(|variant| variant.confirmed_at);
-        let stored = self.store.write(move |store| {
-            let mut stored = Ok(());
-            for variant in variants {
-                stored = stored.and(store.record_earlier_response(&key, variant));
-            }
-            stored
-        });
-        log_store_error(stored.await, "store tag");
-        true
     }
 }
 

@@ -3,12 +3,14 @@
 //! The bucket decides nothing. A record is evidence, as if this cache had asked the upstream itself at that time.
 //!
 //! * `key`: names and seals. `state`: the content of records, and how two of them are merged.
-//! * `queue`: updates that wait. `exchange`: reads, and updates by compare-and-swap.
+//! * `queue`: updates that wait. `exchange`: reads, and updates by compare-and-swap. `tag_reads`: reads of tag records
+//!   before the upstream is asked.
 
 mod exchange;
 mod key;
 mod queue;
 mod state;
+mod tag_reads;
 #[cfg(all(test, feature = "shared"))]
 mod tests;
 
@@ -18,3 +20,4 @@ pub(super) use self::key::{CLASS_NAMES, Class};
 pub use self::key::{KEYS_MAX, KeyFileError, RecordKeys};
 pub(super) use self::queue::{Closed, RecordId};
 pub use self::state::{CHILDREN_MAX, ContentState, PublicState, TagState, TagVariant};
+pub use self::tag_reads::RecordReader;

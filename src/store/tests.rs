@@ -162,6 +162,7 @@ pub(super) fn variant(accept: u64, content: &[u8], seconds: u64) -> Variant {
         confirmed_at: at(seconds),
         first_seen_at: at(seconds),
         previous: None,
+        is_by_record: false,
         history: Vec::new(),
     }
 }

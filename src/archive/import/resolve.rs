@@ -171,6 +171,7 @@ impl ResolvedImage {
             confirmed_at: NEVER_CONFIRMED,
             first_seen_at: now,
             previous: None,
+            is_by_record: false,
             history: Vec::new(),
         };
         Ok(store.put_tag(&key, variant)?)

@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::key::{Class, RECORD_BYTES_MAX, RecordKeys, Unusable};
 use super::queue::{Pushed, RecordId, Update, Updates};
 use super::state::{ContentState, Merge, PublicState, TagState};
+use super::tag_reads::TagReads;
 use crate::bucket::{BucketError, Fault, ObjectKey};
 use crate::oci::{Digest, Repository, Tag, UpstreamFailure};
 use crate::shared::breaker::Outcome;
@@ -79,6 +80,8 @@ pub(in crate::shared) struct Records {
     rate: Mutex<Rate>,
     /// One reader of a public record at a time, by a hash of the record.
     readers: [AsyncMutex<()>; READERS_MAX],
+    /// Tag records that were read before the upstream was asked.
+    pub(super) tags: TagReads,
 }
 
 impl Records {
@@ -90,6 +93,7 @@ impl Records {
             read: Cache::new(READ_MAX),
             rate: Mutex::new(Rate::new(Instant::now())),
             readers: std::array::from_fn(|_| AsyncMutex::default()),
+            tags: TagReads::default(),
         }
     }
 
@@ -159,6 +163,15 @@ impl<S> Dated<S> {
     /// Age of a time in the record, rounded up.
     pub fn age(&self, at: u64) -> Duration {
         Duration::from_secs(self.now.saturating_sub(at))
+    }
+
+    /// The same after this time.
+    pub(super) fn later(self, by: Duration) -> Self {
+        let by = by.as_secs() + u64::from(by.subsec_nanos() > 0);
+        Self {
+            now: self.now.saturating_add(by),
+            ..self
+        }
     }
 }
 

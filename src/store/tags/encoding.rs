@@ -19,6 +19,7 @@ const KNOWN_TYPES: [&str; 4] = [
 
 const HAS_PREVIOUS: u8 = 1;
 const ACCEPTS_INDEXES: u8 = 2;
+const IS_BY_RECORD: u8 = 4;
 
 impl TagRecord {
     /// Encodes as many variants, the newest first, as fit into `bytes_max`.
@@ -51,7 +52,8 @@ fn pack(variant: &Variant, packed: &mut Vec<u8>) {
     packed.extend_from_slice(&to_millis(variant.confirmed_at).to_be_bytes());
     packed.extend_from_slice(&to_millis(variant.first_seen_at).to_be_bytes());
     let has_previous = u8::from(variant.previous.is_some()) * HAS_PREVIOUS;
-    packed.push(has_previous | (u8::from(variant.accepts_indexes) * ACCEPTS_INDEXES));
+    let accepts_indexes = u8::from(variant.accepts_indexes) * ACCEPTS_INDEXES;
+    packed.push(has_previous | accepts_indexes | (u8::from(variant.is_by_record) * IS_BY_RECORD));
     if let Some(previous) = &variant.previous {
         pack_name(&previous.digest, &previous.media_type, packed);
         packed.extend_from_slice(&to_millis(previous.confirmed_at).to_be_bytes());
@@ -101,6 +103,7 @@ fn unpack(packed: &mut &[u8]) -> Option<Variant> {
         confirmed_at,
         first_seen_at,
         previous,
+        is_by_record: flags & IS_BY_RECORD != 0,
         // Only in the file.
         history: Vec::new(),
     })
@@ -153,6 +156,7 @@ mod tests {
             confirmed_at: at(2_000_000_000),
             first_seen_at: at(1),
             previous: None,
+            is_by_record: accept == 1,
             history: Vec::new(),
         };
         let mut variants = vec![

@@ -48,7 +48,9 @@ impl TagRecord {
         if let Some(at) = others.iter().position(|old| same_set(&old)) {
             let before = others.remove(at);
             if before.digest == variant.digest {
-                variant.confirmed_at = variant.confirmed_at.max(before.confirmed_at);
+                if before.confirmed_at > variant.confirmed_at {
+                    (variant.confirmed_at, variant.is_by_record) = (before.confirmed_at, before.is_by_record);
+                }
             } else if before.confirmed_at > variant.confirmed_at {
                 return None;
             }

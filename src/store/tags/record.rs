@@ -52,6 +52,9 @@ pub struct Variant {
     pub first_seen_at: SystemTime,
     /// The previous complete image; dropped when this one is complete.
     pub previous: Option<Previous>,
+    /// Whether `confirmed_at` is the time of a response of the upstream to another cache, by its record in the shared
+    /// storage.
+    pub is_by_record: bool,
     /// Previous digests, the last first, at most [`HISTORY_MAX`]. For display only: it does not protect content from
     /// eviction.
     pub history: Vec<HistoryEntry>,
@@ -169,6 +172,8 @@ struct VariantRecord {
     first_held_at_ms: u64,
     #[serde(default, rename = "earlier", skip_serializing_if = "Option::is_none")]
     previous: Option<PreviousRecord>,
+    #[serde(default, rename = "by_record", skip_serializing_if = "std::ops::Not::not")]
+    is_by_record: bool,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     history: Vec<HistoryRecord>,
 }
@@ -306,6 +311,7 @@ impl Variant {
                 media_type: previous.media_type.as_str().to_owned(),
                 confirmed_at_ms: to_millis(previous.confirmed_at),
             }),
+            is_by_record: self.is_by_record,
             history: self.history.iter().map(HistoryEntry::to_record).collect(),
         }
     }
@@ -319,6 +325,7 @@ impl Variant {
             confirmed_at: from_millis(record.confirmed_at_ms),
             first_seen_at: from_millis(record.first_held_at_ms),
             previous: record.previous.as_ref().and_then(Previous::from_record),
+            is_by_record: record.is_by_record,
             history: record
                 .history
                 .iter()

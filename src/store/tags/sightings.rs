@@ -329,6 +329,7 @@ impl Sightings {
                 .map_or(sighting.named_at_by_host, |at| at.max(sighting.named_at_by_host)),
             first_seen_at: sighting.first_seen_at,
             previous: None,
+            is_by_record: false,
             history: Vec::new(),
         };
         TagRecord {

@@ -82,6 +82,7 @@ fn variant(client: usize, name: &str, since: u64, confirmed: u64) -> Variant {
         confirmed_at: at(confirmed),
         first_seen_at: at(since),
         previous: None,
+        is_by_record: false,
         history: Vec::new(),
     }
 }

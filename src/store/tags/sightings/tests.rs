@@ -66,6 +66,7 @@ fn variant(name: &str, first_seen: u64, confirmed_at: SystemTime) -> Variant {
         confirmed_at,
         first_seen_at: at(first_seen),
         previous: None,
+        is_by_record: false,
         history: Vec::new(),
     }
 }

@@ -1,0 +1,293 @@
+//! Tags by the records of other caches: brought in an outage, and confirmed before the upstream is asked.
+//!
+//! A confirmation is stored as that of an earlier response of the upstream, so the decision about it is the usual one. It
+//! never replaces a later confirmation of this cache, and a client causes it only with a current grant.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::time::timeout;
+
+use super::INDEX_DEPTH_MAX;
+use crate::age;
+use crate::oci::{Accept, Digest, Tag};
+use crate::proxy::evidence::{Evidence, TagClient};
+use crate::proxy::invalidation::WriteSnapshot;
+use crate::proxy::pipeline::ReadContext;
+use crate::proxy::{ProxyService, UpstreamRegistry, log_store_error};
+use crate::shared::{Dated, RecordReader, TagState};
+use crate::single_flight::SingleFlight;
+use crate::store::invalidations::InvalidationKey;
+use crate::store::tags::sightings::{Seen, SightingKey};
+use crate::store::tags::{TagKey, TagReader, TagRecord, Variant};
+
+/// Precision of an age by the storage's clock: two bounds, of two seconds each.
+const PRECISION: Duration = Duration::from_secs(4);
+
+/// Uses of tag records that run, one for all clients with the same tag and `Accept`. The result says whether the
+/// evidence may have changed.
+pub(in crate::proxy) type TagRecordUses = SingleFlight<(TagKey, u64), bool>;
+
+/// A use of a tag record before the upstream is asked.
+struct TagRecordUse {
+    registry: Arc<UpstreamRegistry>,
+    key: TagKey,
+    accept: Accept,
+    /// Writes in the repository when the request arrived.
+    writes: WriteSnapshot,
+    reader: RecordReader,
+    /// An older record confirms nothing.
+    age_max: Duration,
+    /// Digest of the copy, if it is complete.
+    cached: Option<Digest>,
+}
+
+impl TagRecordUse {
+    /// Whether no write in the repository could have changed the tag since the request arrived.
+    fn is_current(&self) -> bool {
+        self.writes.is_quiet() && self.registry.writes(&self.key.repository) == self.writes
+    }
+}
+
+impl ReadContext<'_> {
+    /// The evidence after the record of other caches was read, if it confirms the tag.
+    pub(in crate::proxy) async fn with_tag_record(&self, tag: &Tag, evidence: Evidence) -> Evidence {
+        let (proxy, registry) = (self.proxy, &self.request.registry);
+        let Some(age_max) = evidence.state.record_age_max() else {
+            return evidence;
+        };
+        // No client waits for the bucket while a copy can be served in an outage.
+        if self.request.for_push || self.known_outage().is_some() {
+            return evidence;
+        }
+        let key = TagKey {
+            upstream: registry.shared_name(),
+            repository: self.repository.clone(),
+            tag: tag.clone(),
+        };
+        let reader = RecordReader {
+            since: self.request.since,
+            writes: self.request.writes.ended(),
+        };
+        let using = || {
+            let complete = evidence.state.cached.filter(|cached| cached.is_complete());
+            let usage = TagRecordUse {
+                registry: Arc::clone(registry),
+                key: key.clone(),
+                accept: self.request.accept.clone(),
+                writes: self.request.writes,
+                reader,
+                age_max,
+                cached: complete.map(|cached| cached.digest),
+            };
+            let proxy = Arc::clone(proxy);
+            async move { proxy.use_tag_record(&usage).await }
+        };
+        let call = proxy
+            .tag_record_uses
+            .share((key.clone(), self.request.accept.key()), using);
+        match timeout(proxy.shared.wait_max(), call.wait()).await {
+            Ok(Some(true)) => self.tag_evidence(tag, Some(self.tag_client())).await,
+            Ok(_) => evidence,
+            Err(_) => {
+                // The next requests do not wait for it.
+                let place = registry.record_place(self.repository);
+                proxy.shared.discard_tag_record(&place, tag, reader);
+                evidence
+            }
+        }
+    }
+}
+
+impl ProxyService {
+    /// Brings a tag with its image.
+    pub(super) async fn bring_tag(self: &Arc<Self>, read: &ReadContext<'_>, tag: &Tag) -> bool {
+        let (registry, repository) = (&read.request.registry, read.repository);
+        let Some(found) = self
+            .shared
+            .tag_record(&registry.record_place(repository), tag)
+            .await
+        else {
+            return false;
+        };
+        let mut variants = variants_of(&found, self.clock.now());
+        let key = TagKey {
+            upstream: registry.shared_name(),
+            repository: repository.clone(),
+            tag: tag.clone(),
+        };
+        let record = TagRecord {
+            variants: variants.clone(),
+        };
+        let (client, place) = (read.tag_client(), key.clone());
+        let resolved = self.store.read(move |view| {
+            let reader = TagClient::reader(Some(&client));
+            view.resolve_tag(&place, &record, reader)
+        });
+        let Some(named) = resolved.await else {
+            return false;
+        };
+        if !self
+            .bring_manifest(registry, repository, (named.digest, true), INDEX_DEPTH_MAX)
+            .await
+        {
+            return false;
+        }
+        variants.sort_by_key(|variant| variant.confirmed_at);
+        self.record_variants(&key, variants).await;
+        true
+    }
+
+    /// Stores the responses to other caches, unless this cache has confirmed the tag later.
+    async fn record_variants(&self, key: &TagKey, variants: Vec<Variant>) {
+        let key = key.clone();
+        let stored = self.store.write(move |store| {
+            let mut stored = Ok(());
+            for variant in variants {
+                stored = stored.and(store.record_earlier_response(&key, variant));
+            }
+            stored
+        });
+        log_store_error(stored.await, "store tag");
+    }
+
+    /// Reads the record of a tag and stores the digest that it confirms. Returns whether anything may have changed.
+    async fn use_tag_record(self: Arc<Self>, usage: &TagRecordUse) -> bool {
+        let TagRecordUse { registry, key, .. } = usage;
+        let place = registry.record_place(&key.repository);
+        let reading = self
+            .shared
+            .recent_tag_record(&place, &key.tag, usage.reader, usage.age_max);
+        let Some(found) = reading.await else {
+            return false;
+        };
+        let now = self.clock.now();
+        let confirmed = self.confirm(usage, &found, now).await;
+        if confirmed == Some(false) {
+            self.shared.discard_tag_record(&place, &key.tag, usage.reader);
+        }
+        let is_ended = self.end_confirmation(key, &found, now).await;
+        confirmed == Some(true) || is_ended
+    }
+
+    /// Stores the digest that the record names for this client. `None`: it names none of that age. `Some(false)`: its image
+    /// is not there.
+    async fn confirm(
+        self: &Arc<Self>,
+        usage: &TagRecordUse,
+        found: &Dated<TagState>,
+        now: SystemTime,
+    ) -> Option<bool> {
+        let TagRecordUse {
+            registry,
+            key,
+            accept,
+            age_max,
+            ..
+        } = usage;
+        let variants = variants_of(found, now);
+        let record = TagRecord {
+            variants: variants.clone(),
+        };
+        let (accept, place) = (accept.clone(), key.clone());
+        let resolving = self.store.read(move |view| {
+            let named = view.resolve_tag(&place, &record, TagReader::Client(&accept))?;
+            // This cache knows something later.
+            let own = view.tag(&place).ok()?;
+            let is_later = |own: &TagRecord| own.confirmed_at() > named.confirmed_at;
+            (!own.is_some_and(|own| is_later(&own))).then_some(named)
+        });
+        let named = resolving.await?;
+        if named.is_moved || !age::is_within(named.confirmed_at, *age_max, now) || !usage.is_current() {
+            return None;
+        }
+        let (digest, repository) = (named.digest, &key.repository);
+        let is_there = usage.cached == Some(digest)
+            || self
+                .bring_manifest(registry, repository, (digest, true), INDEX_DEPTH_MAX)
+                .await;
+        if !is_there {
+            return Some(false);
+        }
+        // A digest whose manifest was not brought must hide no copy.
+        let mut same: Vec<_> = variants.into_iter().filter(|one| one.digest == digest).collect();
+        same.sort_by_key(|variant| variant.confirmed_at);
+        let newest = same.last()?;
+        let seen = Seen {
+            digest,
+            media_type: newest.media_type.clone(),
+            accept: newest.accept,
+            accepts_indexes: newest.accepts_indexes,
+            last_modified: None,
+            created_at: None,
+        };
+        // Before the tag, so that its age is judged by what the tag named before.
+        let time = registry.checked_time().time_of_sight(now);
+        let sighted = self
+            .store
+            .record_sighting(SightingKey::from(key), seen, time)
+            .await;
+        log_store_error(sighted, "record when the digest was first seen");
+        self.record_variants(key, same).await;
+        if !usage.is_current() {
+            // As for a response that a write has overtaken.
+            let key = key.clone();
+            let removed = self.store.write(move |store| store.remove_tag(&key)).await;
+            log_store_error(removed, "remove state recorded during a write");
+            return None;
+        }
+        self.telemetry.shared().record_record("tag", "used");
+        tracing::debug!(upstream = registry.name(), image = %format_args!("{repository}:{}", key.tag), %digest,
+            "tag confirmed by a record of another cache");
+        Some(true)
+    }
+
+    /// Marks the tag as invalidated if another cache has seen that it was deleted or changed since this one confirmed it.
+    /// Returns whether it was marked.
+    async fn end_confirmation(&self, key: &TagKey, found: &Dated<TagState>, now: SystemTime) -> bool {
+        let TagState {
+            unnamed_at,
+            ref variants,
+        } = found.state;
+        // The digests in the record were seen later. Otherwise a confirmation of the same seconds does not count.
+        let precision = if variants.is_empty() {
+            PRECISION
+        } else {
+            Duration::ZERO
+        };
+        let age = found.age(unnamed_at).saturating_sub(precision);
+        let Some(at) = now.checked_sub(age).filter(|_| unnamed_at > 0) else {
+            return false;
+        };
+        let key = key.clone();
+        let marking = self.store.write(move |store| match store.tag(&key)? {
+            Some(own) if own.confirmed_at() < at => store.invalidate(&InvalidationKey::from(&key), at),
+            _ => Ok(false),
+        });
+        let marked = marking.await;
+        let is_marked = marked.as_ref().is_ok_and(|is_marked| *is_marked);
+        log_store_error(marked, "store invalidation mark");
+        is_marked
+    }
+}
+
+/// The statements of a record about a tag, as responses of the upstream to this cache. A variant with a time in the future counts
+/// as never confirmed.
+fn variants_of(found: &Dated<TagState>, now: SystemTime) -> Vec<Variant> {
+    let known = found.state.variants.iter().filter(|variant| variant.at > 0);
+    let variants = known.map(|variant| Variant {
+        accept: variant.accept,
+        digest: variant.digest,
+        media_type: variant.media_type.clone(),
+        accepts_indexes: variant.accepts_indexes,
+        confirmed_at: now
+            .checked_sub(found.age(variant.at))
+            .unwrap_or(SystemTime::UNIX_EPOCH),
+        // This cache sees it for the first time: another cache's record makes no digest older.
+        first_seen_at: now,
+        previous: None,
+        is_by_record: true,
+        history: Vec::new(),
+    });
+    variants.collect()
+}

@@ -1,0 +1,237 @@
+//! In-memory bucket of several caches: conditional writes, a clock of its own, delays, and reads that wait for the test.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use ifnewer::bucket::{
+    BucketError, BucketFuture, Object, ObjectBody, ObjectChunk, ObjectInfo, ObjectKey, ObjectStorage,
+    StorageClock, Upload,
+};
+use ifnewer::shared::{RecordKeys, RecordSettings, RedirectSettings, SharedSettings};
+use tokio::time::{Instant, sleep};
+
+/// The bucket's clock when it is made, decades behind those of the caches.
+const START: Duration = Duration::from_secs(883_612_800);
+
+#[derive(Default)]
+struct Content {
+    objects: BTreeMap<String, (Bytes, u64)>,
+    versions: u64,
+    requests: Vec<String>,
+    delay: Duration,
+    held: Option<tokio::sync::watch::Receiver<bool>>,
+}
+
+/// A bucket.
+#[derive(Clone)]
+pub struct Bucket {
+    content: Arc<Mutex<Content>>,
+    started: Instant,
+}
+
+/// The bucket as one cache sees it.
+struct View {
+    bucket: Bucket,
+    clock: StorageClock,
+    /// Difference of its clock, for a cache that writes records from the future.
+    ahead: Duration,
+}
+
+impl Bucket {
+    pub fn new() -> Bucket {
+        Bucket {
+            content: Arc::default(),
+            started: Instant::now(),
+        }
+    }
+
+    /// Settings of a cache with the key of this digit.
+    pub fn settings(&self, digit: &str) -> SharedSettings {
+        self.settings_ahead(digit, Duration::ZERO)
+    }
+
+    /// The same for a cache to which the bucket's clock seems to be ahead.
+    pub fn settings_ahead(&self, digit: &str, ahead: Duration) -> SharedSettings {
+        SharedSettings {
+            bucket: Arc::new(View {
+                bucket: self.clone(),
+                clock: StorageClock::default(),
+                ahead,
+            }),
+            name: "s3://images".into(),
+            write: true,
+            claims: false,
+            wait_max: Duration::from_secs(1),
+            keep: Duration::from_secs(28 * 86_400),
+            uploads_max: 1,
+            records: Some(RecordSettings {
+                keys: RecordKeys::parse(&digit.repeat(64)).unwrap(),
+                prefix: "".into(),
+            }),
+            redirect: RedirectSettings::default(),
+        }
+    }
+
+    /// Reads take this long.
+    pub fn delays(&self, delay: Duration) {
+        self.content.lock().unwrap().delay = delay;
+    }
+
+    /// Reads wait until `true` is sent.
+    pub fn holds_reads(&self) -> tokio::sync::watch::Sender<bool> {
+        let (release, held) = tokio::sync::watch::channel(false);
+        self.content.lock().unwrap().held = Some(held);
+        release
+    }
+
+    pub fn forget_requests(&self) {
+        self.content.lock().unwrap().requests.clear();
+    }
+
+    /// The requests so far: method and name.
+    pub fn requests(&self) -> Vec<String> {
+        self.content.lock().unwrap().requests.clone()
+    }
+
+    /// How often the record of a tag was read.
+    pub fn tag_reads(&self) -> usize {
+        let requests = self.requests();
+        let reads = requests
+            .iter()
+            .filter(|line| line.starts_with("GET v1/records/tag/"));
+        reads.count()
+    }
+}
+
+impl View {
+    async fn begin(&self, method: &str, key: &ObjectKey) {
+        let (delay, held) = {
+            let mut content = self.bucket.content.lock().unwrap();
+            content.requests.push(format!("{method} {key}"));
+            match method {
+                "GET" | "HEAD" => (content.delay, content.held.clone()),
+                _ => (Duration::ZERO, None),
+            }
+        };
+        // Lets other tasks run.
+        sleep(delay.max(Duration::from_millis(1))).await;
+        if let Some(mut held) = held {
+            let _ = held.wait_for(|is_released| *is_released).await;
+        }
+        let now = Instant::now();
+        let elapsed = (now - self.bucket.started) + self.ahead;
+        let date = SystemTime::UNIX_EPOCH + START + Duration::from_secs(elapsed.as_secs());
+        self.clock.learn(date, now, now);
+    }
+
+    fn info(&self, key: &ObjectKey) -> Result<(Bytes, ObjectInfo), BucketError> {
+        let content = self.bucket.content.lock().unwrap();
+        let (bytes, version) = content.objects.get(key.as_str()).ok_or(BucketError::Absent)?;
+        let info = ObjectInfo {
+            size: bytes.len() as u64,
+            etag: Some(version.to_string()),
+            age: Some(Duration::ZERO),
+            media_type: None,
+        };
+        Ok((bytes.clone(), info))
+    }
+
+    /// Writes the object if its version is this one; `None`: if there is none.
+    fn write(&self, key: &ObjectKey, bytes: Bytes, condition: Option<Option<&str>>) -> BucketResult {
+        let mut content = self.bucket.content.lock().unwrap();
+        let found = content
+            .objects
+            .get(key.as_str())
+            .map(|(_, version)| version.to_string());
+        if condition.is_some_and(|expected| expected != found.as_deref()) {
+            return Err(BucketError::Exists);
+        }
+        content.versions += 1;
+        let version = content.versions;
+        content.objects.insert(key.to_string(), (bytes, version));
+        Ok(Some(version.to_string()))
+    }
+}
+
+type BucketResult = Result<Option<String>, BucketError>;
+
+struct Body(Option<Bytes>);
+
+impl ObjectBody for Body {
+    fn chunk(&mut self) -> ObjectChunk<'_> {
+        let chunk = self.0.take().map(Ok);
+        Box::pin(async { chunk })
+    }
+}
+
+impl ObjectStorage for View {
+    fn get<'a>(&'a self, key: &'a ObjectKey, from: u64) -> BucketFuture<'a, Object> {
+        Box::pin(async move {
+            self.begin("GET", key).await;
+            let (bytes, info) = self.info(key)?;
+            let rest = bytes.slice(usize::try_from(from).unwrap()..);
+            Ok(Object {
+                info,
+                body: Box::new(Body(Some(rest))),
+            })
+        })
+    }
+
+    fn head<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ObjectInfo> {
+        Box::pin(async move {
+            self.begin("HEAD", key).await;
+            Ok(self.info(key)?.1)
+        })
+    }
+
+    fn create<'a>(
+        &'a self,
+        key: &'a ObjectKey,
+        bytes: Bytes,
+        _: Option<&'a str>,
+    ) -> BucketFuture<'a, Option<String>> {
+        Box::pin(async move {
+            self.begin("CREATE", key).await;
+            self.write(key, bytes, Some(None))
+        })
+    }
+
+    fn update<'a>(
+        &'a self,
+        key: &'a ObjectKey,
+        bytes: Bytes,
+        etag: &'a str,
+    ) -> BucketFuture<'a, Option<String>> {
+        Box::pin(async move {
+            self.begin("UPDATE", key).await;
+            self.write(key, bytes, Some(Some(etag)))
+        })
+    }
+
+    fn put<'a>(&'a self, key: &'a ObjectKey, bytes: Bytes, _: Option<&'a str>) -> BucketFuture<'a, ()> {
+        Box::pin(async move {
+            self.begin("PUT", key).await;
+            self.write(key, bytes, None).map(drop)
+        })
+    }
+
+    fn upload<'a>(&'a self, _: &'a ObjectKey) -> BucketFuture<'a, Box<dyn Upload>> {
+        // No test has a blob of several parts.
+        Box::pin(async { Err(BucketError::Malformed) })
+    }
+
+    fn delete<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ()> {
+        Box::pin(async move {
+            self.begin("DELETE", key).await;
+            let mut content = self.bucket.content.lock().unwrap();
+            content.objects.remove(key.as_str());
+            Ok(())
+        })
+    }
+
+    fn clock(&self) -> Option<&StorageClock> {
+        Some(&self.clock)
+    }
+}

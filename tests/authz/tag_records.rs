@@ -1,0 +1,360 @@
+//! Tag records that are read before the upstream is asked: two caches with one bucket, and clocks that are stepped.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ifnewer::oci::Digest;
+use ifnewer::policy::Policy;
+use ifnewer::policy::min_age::OnUnknownAge;
+use ifnewer::policy::rules::{EffectivePolicy, PolicyOverrides, Rules};
+use ifnewer::proxy::invalidation::{WriteEffect, WriteOutcome};
+use ifnewer::shared::SharedSettings;
+use tokio::time::Instant;
+
+use super::bucket::Bucket;
+use super::cache::{Cache, ClientRequest, Got, PROVEN, SHARED};
+use super::min_age::{REPOSITORY, of, pass, pulled_tag, registry, rules_of, tag};
+use super::registry::{No, OCI_INDEX, Registry};
+
+const HOUR: Duration = Duration::from_secs(3_600);
+
+/// No minimum age, and this policy.
+fn rules(policy: Policy, max_age: Duration) -> Rules {
+    let none = rules_of(0, policy, OnUnknownAge::Refuse);
+    let default = EffectivePolicy {
+        max_age,
+        ..none.default_for("").clone()
+    };
+    let upstreams = [PROVEN, SHARED].map(|name| (Arc::from(name), PolicyOverrides::default()));
+    Rules::new(default, upstreams, Vec::new()).unwrap()
+}
+
+fn cache(registry: &Registry, bucket: &Bucket, rules: Rules) -> Cache {
+    behind(registry, bucket.settings("a"), rules)
+}
+
+fn behind(registry: &Registry, settings: SharedSettings, rules: Rules) -> Cache {
+    let cache = Cache::new(registry, rules);
+    cache.proxy.shared().configure(Some(settings));
+    cache
+}
+
+/// A cache that only reads.
+fn reader(registry: &Registry, bucket: &Bucket, rules: Rules) -> Cache {
+    let settings = SharedSettings {
+        write: false,
+        ..bucket.settings("a")
+    };
+    behind(registry, settings, rules)
+}
+
+/// A registry with the tag, a bucket with its image and its record, and the cache that wrote them.
+async fn recorded() -> (Registry, Bucket, Cache, Digest) {
+    let (registry, bucket) = (registry(), Bucket::new());
+    let digest = registry.push(REPOSITORY, "1", "one", &[100]);
+    registry.push(REPOSITORY, "other", "other", &[]);
+    let first = cache(&registry, &bucket, rules(Policy::IfNewer, Duration::ZERO));
+    pull_layers(&first, digest).await;
+    (registry, bucket, first, digest)
+}
+
+/// Pulls the tag with its blobs, until the bucket has all of it.
+async fn pull_layers(cache: &Cache, digest: Digest) {
+    pull_at(PROVEN, cache, digest).await;
+}
+
+async fn pull_at(site: &'static str, cache: &Cache, digest: Digest) {
+    let request = ClientRequest { site, ..of("1") };
+    let Got::Content(found, Some(manifest)) = cache.get(&request).await else {
+        panic!("no manifest");
+    };
+    assert_eq!(found, digest);
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+    let layers = manifest["layers"].as_array().unwrap();
+    for blob in layers.iter().chain([&manifest["config"]]) {
+        let path = format!("/v2/{REPOSITORY}/blobs/{}", blob["digest"].as_str().unwrap());
+        let got = cache
+            .get(&ClientRequest {
+                path,
+                ..request.clone()
+            })
+            .await;
+        assert!(matches!(got, Got::Content(..)), "{got:?}");
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    cache.proxy.shared().drain().await;
+}
+
+/// A second cache, to which the repository is known to be public by another tag.
+async fn second(registry: &Registry, bucket: &Bucket, rules: Rules) -> Cache {
+    let second = reader(registry, bucket, rules);
+    second.get(&of("other")).await;
+    registry.state().request_log.clear();
+    bucket.forget_requests();
+    second
+}
+
+/// The digest that one `GET` of the tag returns.
+async fn once(cache: &Cache) -> Digest {
+    match cache.get(&of("1")).await {
+        Got::Content(digest, _) => digest,
+        got => panic!("{got:?}"),
+    }
+}
+
+fn tag_requests(registry: &Registry) -> usize {
+    let log = registry.request_log();
+    log.iter().filter(|line| line.ends_with("/manifests/1")).count()
+}
+
+#[tokio::test(start_paused = true)]
+async fn recent_record_confirms_an_uncached_tag() {
+    let (registry, bucket, _first, digest) = recorded().await;
+    pass(600).await;
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    assert_eq!(tag(&second).await, Ok(digest));
+    assert_eq!(registry.request_log(), Vec::<String>::new());
+    assert_eq!(bucket.tag_reads(), 1);
+    assert_eq!(tag(&second).await, Ok(digest));
+    assert_eq!(bucket.tag_reads(), 1, "the confirmation is kept");
+    pass(3_000).await;
+    once(&second).await;
+    assert_eq!(tag_requests(&registry), 1, "it is as old as the record");
+}
+
+#[tokio::test(start_paused = true)]
+async fn record_older_than_max_age_confirms_nothing() {
+    let (registry, bucket, _first, digest) = recorded().await;
+    pass(3_600).await;
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    assert_eq!(once(&second).await, digest);
+    assert_eq!((tag_requests(&registry), bucket.tag_reads()), (1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn record_is_not_read_without_max_age() {
+    let (registry, bucket, _first, digest) = recorded().await;
+    for rules in [
+        rules(Policy::IfNewer, Duration::ZERO),
+        rules(Policy::Always, HOUR),
+    ] {
+        let second = second(&registry, &bucket, rules).await;
+        assert_eq!(tag(&second).await, Ok(digest));
+        assert!(tag_requests(&registry) > 0);
+        assert_eq!(bucket.tag_reads(), 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn record_renews_a_confirmation_of_this_cache() {
+    let (registry, bucket, first, digest) = recorded().await;
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    pull_layers(&second, digest).await;
+    pass(3_500).await;
+    pulled_tag(&first).await;
+    first.proxy.shared().drain().await;
+    registry.state().request_log.clear();
+    bucket.forget_requests();
+    assert_eq!(tag(&second).await, Ok(digest));
+    assert_eq!(
+        bucket.requests(),
+        Vec::<String>::new(),
+        "its own is recent enough"
+    );
+    pass(200).await;
+    assert_eq!(tag(&second).await, Ok(digest));
+    assert_eq!(registry.request_log(), Vec::<String>::new());
+    assert_eq!(bucket.requests().len(), 1, "{:?}", bucket.requests());
+    // A tag that moved is fetched from the bucket.
+    let new = registry.push(REPOSITORY, "1", "two", &[100]);
+    pass(3_600).await;
+    pull_layers(&first, new).await;
+    registry.state().request_log.clear();
+    assert_eq!(tag(&second).await, Ok(new));
+    assert_eq!(registry.request_log(), Vec::<String>::new());
+}
+
+/// The record is older than the confirmation of this cache, and younger than `max_age`.
+#[tokio::test(start_paused = true)]
+async fn record_never_replaces_a_later_confirmation() {
+    let (registry, bucket, first, old) = recorded().await;
+    let mut second = second(&registry, &bucket, rules(Policy::IfNewer, Duration::ZERO)).await;
+    pull_layers(&second, old).await;
+    pass(400).await;
+    pulled_tag(&first).await;
+    first.proxy.shared().drain().await;
+    pass(10).await;
+    // Another kind of client has seen the move.
+    let new = registry.push_index(REPOSITORY, "1", "two", &["amd64"]);
+    second.accept = Some(OCI_INDEX);
+    assert_eq!(once(&second).await, new[0]);
+    let second = second.reload(rules(Policy::IfNewer, HOUR), false);
+    registry.state().request_log.clear();
+    bucket.forget_requests();
+    once(&second).await;
+    assert_eq!((tag_requests(&registry), bucket.tag_reads()), (1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn record_from_the_future_confirms_nothing() {
+    let (registry, bucket) = (registry(), Bucket::new());
+    let digest = registry.push(REPOSITORY, "1", "one", &[100]);
+    let ahead = bucket.settings_ahead("a", 2 * HOUR);
+    let liar = behind(&registry, ahead, rules(Policy::IfNewer, Duration::ZERO));
+    pull_layers(&liar, digest).await;
+    registry.push(REPOSITORY, "other", "other", &[]);
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    assert_eq!(tag(&second).await, Ok(digest));
+    assert!(bucket.tag_reads() == 1 && tag_requests(&registry) > 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn record_of_another_key_confirms_nothing() {
+    let (registry, bucket, _first, digest) = recorded().await;
+    let second = behind(&registry, bucket.settings("b"), rules(Policy::IfNewer, HOUR));
+    second.get(&of("other")).await;
+    registry.state().request_log.clear();
+    assert_eq!(tag(&second).await, Ok(digest));
+    assert!(tag_requests(&registry) > 0);
+}
+
+/// The time of a denial, and the requests, do not depend on what other caches have seen.
+#[tokio::test(start_paused = true)]
+async fn client_without_a_grant_causes_no_read_of_records() {
+    let (registry, bucket, _first, _) = recorded().await;
+    registry.user("bob", "b");
+    registry.state().no = No::Masked;
+    let second = reader(&registry, &bucket, rules(Policy::IfNewer, HOUR));
+    registry.state().public.clear();
+    bucket.forget_requests();
+    let bob = ClientRequest {
+        shows: registry.bearer("bob"),
+        ..of("1")
+    };
+    for request in [of("1"), bob] {
+        let got = second.get(&request).await;
+        assert!(matches!(got, Got::No(_)), "{got:?}");
+    }
+    assert_eq!(bucket.requests(), Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn slow_bucket_delays_a_tag_once() {
+    let (registry, bucket, first, digest) = recorded().await;
+    // Without a mark that a public record could end.
+    pull_at(SHARED, &first, digest).await;
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    pull_at(SHARED, &second, digest).await;
+    pass(3_601).await;
+    bucket.forget_requests();
+    bucket.delays(Duration::from_secs(10));
+    registry.hold(&format!("HEAD /v2/{REPOSITORY}/manifests/1"));
+    // The upstream does not respond either, so that the tag stays unconfirmed.
+    let mut waits = Vec::new();
+    for _ in 0..2 {
+        let began = Instant::now();
+        let request = ClientRequest {
+            site: SHARED,
+            ..of("1")
+        };
+        let got = second.get(&request).await;
+        assert!(matches!(got, Got::Content(..)), "{got:?}");
+        waits.push(began.elapsed().as_millis());
+    }
+    assert!(
+        (3_000..3_100).contains(&waits[0]),
+        "1 s, then `revalidate_timeout`: {waits:?}"
+    );
+    assert!(waits[1] <= 2_100, "{waits:?}");
+    assert_eq!(bucket.tag_reads(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn simultaneous_requests_read_a_record_once() {
+    let (registry, bucket, _first, digest) = recorded().await;
+    let mut second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    let release = bucket.holds_reads();
+    let (one, two) = (of("1"), of("1"));
+    let releasing = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        release.send_replace(true);
+    };
+    let (one, two, ()) = tokio::join!(second.get(&one), second.get(&two), releasing);
+    for got in [one, two] {
+        assert!(
+            matches!(got, Got::Content(found, _) if found == digest),
+            "{got:?}"
+        );
+    }
+    // A client with another `Accept` uses what was read.
+    second.accept = Some(OCI_INDEX);
+    let _denied = second.get(&of("1")).await;
+    assert_eq!(bucket.tag_reads(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn reload_during_the_read_makes_it_count_for_nothing() {
+    let (registry, bucket, _first, digest) = recorded().await;
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    let release = bucket.holds_reads();
+    let reloading = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        second.proxy.shared().configure(Some(Bucket::new().settings("a")));
+        release.send_replace(true);
+    };
+    let request = of("1");
+    let (got, ()) = tokio::join!(second.get(&request), reloading);
+    assert!(
+        matches!(got, Got::Content(found, _) if found == digest),
+        "{got:?}"
+    );
+    assert!(tag_requests(&registry) > 0);
+}
+
+fn change() -> WriteEffect {
+    WriteEffect::Tags(REPOSITORY.parse().unwrap(), vec!["1".parse().unwrap()])
+}
+
+/// The one bad interleaving: a push through this cache ends between the read of the record and its use.
+#[tokio::test(start_paused = true)]
+async fn push_during_the_read_is_not_undone() {
+    let (registry, bucket, _first, _) = recorded().await;
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    let release = bucket.holds_reads();
+    let pushing = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let pending = second.proxy.begin_write(&second.proven, change()).await;
+        registry.push(REPOSITORY, "1", "two", &[]);
+        second.proxy.finish_write(pending, WriteOutcome::Succeeded).await;
+        release.send_replace(true);
+    };
+    let request = of("1");
+    let (_, ()) = tokio::join!(second.get(&request), pushing);
+    registry.state().request_log.clear();
+    tag(&second).await.unwrap();
+    assert!(
+        tag_requests(&registry) > 0,
+        "nothing older than the push is fresh"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn push_through_another_cache_ends_a_confirmation() {
+    let (registry, bucket, first, old) = recorded().await;
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, Duration::ZERO)).await;
+    pull_layers(&second, old).await;
+    let mut second = second.reload(rules(Policy::IfNewer, HOUR), false);
+    pass(60).await;
+    let pending = first.proxy.begin_write(&first.proven, change()).await;
+    let new = registry.push(REPOSITORY, "1", "two", &[]);
+    first.proxy.finish_write(pending, WriteOutcome::Succeeded).await;
+    first.proxy.shared().drain().await;
+    pass(60).await;
+    bucket.forget_requests();
+    assert_eq!(tag(&second).await, Ok(old), "fresh by its own confirmation");
+    second.accept = Some(OCI_INDEX);
+    let _denied = second.get(&of("1")).await;
+    assert_eq!(bucket.tag_reads(), 1);
+    second.accept = None;
+    assert_eq!(tag(&second).await, Ok(new));
+}
