@@ -114,17 +114,24 @@ impl CacheState {
     }
 
     /// The age below which the record of another cache counts as a confirmation of the tag, before the upstream is asked.
-    /// `None`: no record is read. A client without a current grant must not cause a read, because its time would tell
-    /// what other caches have seen.
+    /// `None`: no record is read. A client without a grant must not cause a read, because its time would reveal the
+    /// tags of other caches.
     pub fn record_age_max(&self) -> Option<Duration> {
         let s = self.with_invalidation_applied();
-        let may_ask = s.kind == ContentKind::Tag
-            && s.revalidation == Revalidation::NotDone
-            && s.authorization == Authorization::Granted;
+        if s.kind != ContentKind::Tag || s.revalidation != Revalidation::NotDone {
+            return None;
+        }
         let is_fresh = s.cached.is_some_and(|cached| s.is_fresh(cached));
-        match s.policy {
-            Policy::IfNewer if may_ask && !is_fresh && !s.max_age.is_zero() => Some(s.max_age),
-            Policy::Always | Policy::IfNewer | Policy::IfNotPresent | Policy::Never => None,
+        let stale_limit = s.stale_if_error.unwrap_or(Duration::MAX);
+        match (s.policy, s.authorization) {
+            (Policy::IfNewer, Authorization::Granted) => {
+                (!is_fresh && !s.max_age.is_zero()).then_some(s.max_age)
+            }
+            (Policy::IfNotPresent, Authorization::Granted)
+            | (Policy::Never, Authorization::Granted | Authorization::Expired) => {
+                s.cached.is_none().then_some(stale_limit)
+            }
+            (Policy::Always | Policy::IfNewer | Policy::IfNotPresent | Policy::Never, _) => None,
         }
     }
 

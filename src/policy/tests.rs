@@ -908,19 +908,27 @@ fn policy_names_round_trip() {
     }
 }
 
-/// A record may replace a revalidation, and only one that `max_age` allows to skip.
+/// A record may replace a revalidation that `max_age` allows to skip, or a copy that is not cached.
 #[test]
-fn record_counts_only_where_max_age_would() {
+fn record_counts_only_where_the_policy_allows() {
     for state in every_state() {
         let Some(age_max) = state.record_age_max() else {
             continue;
         };
-        assert_eq!((state.policy, age_max), (Policy::IfNewer, FRESH), "{state:?}");
-        assert_eq!(state.authorization, Authorization::Granted, "{state:?}");
-        assert!(
-            matches!(decide(&state), Decision::Revalidate | Decision::Fetch(_)),
-            "{state:?}"
-        );
+        let is_granted = state.authorization == Authorization::Granted;
+        let stale_limit = state.stale_if_error.unwrap_or(Duration::MAX);
+        match (state.policy, decide(&state)) {
+            (Policy::IfNewer, Decision::Revalidate | Decision::Fetch(_)) => {
+                assert!(age_max == FRESH && is_granted, "{state:?}");
+            }
+            (Policy::IfNotPresent, Decision::Fetch(MissReason::NotCached)) => {
+                assert!(age_max == stale_limit && is_granted, "{state:?}");
+            }
+            (Policy::Never, Decision::Deny(DenyReason::NotCached)) => {
+                assert_eq!(age_max, stale_limit, "{state:?}");
+            }
+            (_, decision) => panic!("{decision:?}: {state:?}"),
+        }
         let is_doubtful = state.blocked.is_some() || state.cached.is_some_and(|cached| cached.is_invalidated);
         assert!(!is_doubtful, "{state:?}");
         let is_fresh =

@@ -76,6 +76,9 @@ impl ReadContext<'_> {
         if let Some(read) = self.unmarked_if_revoked(Given::of(&outcome)).await {
             return read.blob_of_upstream(digest).await;
         }
+        if self.may_use_records_alone() && matches!(outcome, ProxyResponse::Denied(_)) {
+            return self.blob_without_upstream(digest).await.unwrap_or(outcome);
+        }
         match self.outage(&outcome) {
             Some(cause) => self.recorded_blob(digest, cause).await.unwrap_or(outcome),
             None => outcome,
@@ -88,7 +91,18 @@ impl ReadContext<'_> {
         }
         // The grants may have changed.
         let read = ReadContext::new(self.proxy, self.request, self.repository).await;
-        BlobRequest { read: &read, digest }.serve_recorded(cause).await
+        let revalidation = Revalidation::Unavailable(cause);
+        BlobRequest { read: &read, digest }
+            .serve_recorded(revalidation)
+            .await
+    }
+
+    /// The blob from the shared storage, under the policy `never`.
+    async fn blob_without_upstream(&self, digest: Digest) -> Option<ProxyResponse> {
+        let read = self.permitted_by_records().await?;
+        BlobRequest { read: &read, digest }
+            .serve_recorded(Revalidation::NotDone)
+            .await
     }
 
     async fn blob_of_upstream(&self, digest: Digest) -> ProxyResponse {
@@ -182,14 +196,12 @@ impl BlobRequest<'_> {
             .with_blocked(self.blocked(digest))
     }
 
-    /// Serves the blob without the upstream, which is unavailable: from the store or from the shared storage. `None`: it
-    /// is not served.
-    async fn serve_recorded(&self, cause: UpstreamFailure) -> Option<ProxyResponse> {
+    /// Serves the blob without the upstream, which is unavailable or may not be asked: from the store or from the shared
+    /// storage. `None`: it is not served.
+    async fn serve_recorded(&self, revalidation: Revalidation) -> Option<ProxyResponse> {
         let (cached, is_in_repository) = self.cached_content().await;
         // As a cached copy, because the shared storage has it.
-        let state = self
-            .state(true, is_in_repository)
-            .with_revalidation(Revalidation::Unavailable(cause));
+        let state = self.state(true, is_in_repository).with_revalidation(revalidation);
         let Decision::Serve(served) = decide(&state) else {
             return None;
         };
@@ -213,6 +225,10 @@ impl BlobRequest<'_> {
             Joined::Leader(leader) => {
                 let source = UpstreamSource::new(self.proxy, upstream_request, self.digest);
                 let source = source.for_leader(&leader).with_permitted_shared();
+                let source = match revalidation {
+                    Revalidation::NotDone => source.without_upstream(),
+                    _ => source,
+                };
                 (leader.start(source), ServeReason::Shared)
             }
             Joined::Follower { reader, .. } => (reader, ServeReason::Collapsed),

@@ -3,6 +3,7 @@
 use std::ops::Deref;
 use std::sync::Arc;
 
+use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout_at};
 
 use super::evidence::{CachedManifest, Candidates, Evidence};
@@ -48,6 +49,11 @@ impl ReadContext<'_> {
             }
         }
         let outcome = match reference {
+            _ if self.may_use_records_alone() => {
+                let serving: BoxFuture<'_, ProxyResponse> =
+                    Box::pin(self.manifest_without_upstream(reference));
+                serving.await
+            }
             Reference::Tag(tag) if !tag.is_referrers_tag() => {
                 let evidence = self.tag_evidence(tag, Some(self.tag_client())).await;
                 let evidence = self.with_tag_record(tag, evidence).await;
@@ -64,7 +70,7 @@ impl ReadContext<'_> {
         }
     }
 
-    async fn manifest_of_upstream(&self, reference: &Reference) -> ProxyResponse {
+    pub(super) async fn manifest_of_upstream(&self, reference: &Reference) -> ProxyResponse {
         let evidence = match reference {
             // Boxed: few requests are for a referrers tag, and the future of all others stays small.
             Reference::Tag(tag) if tag.is_referrers_tag() => return Box::pin(self.referrers_tag(tag)).await,

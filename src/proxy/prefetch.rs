@@ -25,7 +25,7 @@ use super::{ProxyService, RATE_LIMIT_WAIT_MAX, ServeReason, UpstreamCaches};
 use crate::download::{DownloadError, JoinOptions, Joined};
 use crate::oci::manifest::DescriptorKind;
 use crate::oci::{AnyDigest, Digest, Endpoint, Repository, UpstreamFailure};
-use crate::policy::HitReason;
+use crate::policy::{HitReason, Policy};
 use crate::queue::{Class, Peer};
 use crate::store::manifests::StoredManifest;
 
@@ -118,7 +118,7 @@ impl ReadContext<'_> {
                 .size_hints
                 .record_unless_known(registry, repository, &manifest.manifest);
         }
-        if !self.rule.prefetch {
+        if !self.may_prefetch() {
             return;
         }
         // Asked after the wait for the upstream: content may have been removed since.
@@ -158,11 +158,16 @@ impl ReadContext<'_> {
         }
     }
 
+    /// The policy `never` sends no request to the upstream.
+    fn may_prefetch(&self) -> bool {
+        self.rule.prefetch && self.rule.policy != Policy::Never
+    }
+
     /// After a blob was served: prefetches the rest of its image if the blob is a layer of exactly one incomplete
     /// image.
     pub(super) fn on_blob_served(&self, digest: Digest) {
         let (proxy, request) = (self.proxy, self.request);
-        if request.head {
+        if request.head || self.rule.policy == Policy::Never {
             return;
         }
         let layer: ContentKey = (request.registry.shared_name(), self.repository.clone(), digest);

@@ -586,12 +586,16 @@ impl ReadContext<'_> {
     /// The read without the public mark, by which alone this outcome gives out something cached in an outage, if another
     /// cache has recorded that the repository is not public any more. The request is then made again.
     pub(super) async fn unmarked_if_revoked(&self, given: Given) -> Option<Self> {
-        self.public_mark()?;
+        let mark = self.public_mark()?;
         let is_in_outage = match given {
             Given::Nothing => return None,
             Given::Stale => true,
-            // While the upstream responds, it is asked before the mark expires.
-            Given::Cached => self.known_outage().is_some(),
+            // While the upstream responds, it is asked before the mark expires. Under `never`, only the record shows that
+            // a mark of its own kind still counts.
+            Given::Cached => {
+                self.known_outage().is_some()
+                    || self.rule.policy == Policy::Never && mark == public_by_record()
+            }
         };
         let is_revoked = is_in_outage
             && self.may_use_public_records()
@@ -610,7 +614,8 @@ impl ReadContext<'_> {
         outage_of(outcome).filter(|_| self.may_use_records())
     }
 
-    /// `always` serves nothing that the upstream has not confirmed, and `never` sends no request.
+    /// Whether records count in an outage. `always` serves nothing that the upstream has not confirmed, and `never` does not
+    /// depend on the upstream.
     fn may_use_records(&self) -> bool {
         let is_served_stale = matches!(self.rule.policy, Policy::IfNewer | Policy::IfNotPresent);
         is_served_stale && !self.request.for_push && self.proxy.shared.has_records()
@@ -618,7 +623,8 @@ impl ReadContext<'_> {
 
     /// Whether public records count for this request.
     pub(super) fn may_use_public_records(&self) -> bool {
-        self.may_use_records() && self.request.registry.has_public_records()
+        let may_use = self.may_use_records() || self.may_use_records_alone();
+        may_use && self.request.registry.has_public_records()
     }
 
     /// The manifest by the records of other caches. `None`: it is not served.

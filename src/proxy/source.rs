@@ -38,6 +38,8 @@ pub(super) struct UpstreamSource {
     waiters: Option<Waiters>,
     /// Set in a source of ranges only: the size that the blob must have.
     total: Option<u64>,
+    /// Whether the upstream may send the blob. Under the policy `never` it may not.
+    may_ask_upstream: bool,
     /// Set unless only the upstream may send the blob.
     shared: Option<SharedReading>,
     /// Reads what arrives. Set in the source of a leader only.
@@ -87,6 +89,7 @@ impl UpstreamSource {
             started_at: Instant::now(),
             waiters: None,
             total: None,
+            may_ask_upstream: true,
             shared: None,
             observer: None,
             lease: None,
@@ -109,6 +112,14 @@ impl UpstreamSource {
             ..SharedReading::default()
         });
         Self { shared, ..self }
+    }
+
+    /// The same, without any request to the upstream.
+    pub(super) fn without_upstream(self) -> Self {
+        Self {
+            may_ask_upstream: false,
+            ..self
+        }
     }
 
     /// Establishes whether the blob may be read from the shared storage. `Err`: the upstream has refused it.
@@ -239,6 +250,9 @@ impl Source for UpstreamSource {
         let began = Instant::now();
         if let Some(stream) = self.open_shared(from).await {
             return Ok(stream);
+        }
+        if !self.may_ask_upstream {
+            return Err(UpstreamResponse::unavailable(UpstreamFailure::Offline));
         }
         if let Some(stream) = self.enter_claim(from, began).await? {
             return Ok(stream);

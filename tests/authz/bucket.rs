@@ -21,6 +21,7 @@ struct Content {
     versions: u64,
     requests: Vec<String>,
     delay: Duration,
+    is_failing: bool,
     held: Option<tokio::sync::watch::Receiver<bool>>,
 }
 
@@ -79,6 +80,17 @@ impl Bucket {
         self.content.lock().unwrap().delay = delay;
     }
 
+    /// Deletes the objects whose names begin with this.
+    pub fn loses(&self, prefix: &str) {
+        let mut content = self.content.lock().unwrap();
+        content.objects.retain(|name, _| !name.starts_with(prefix));
+    }
+
+    /// Reads fail from now on.
+    pub fn fails(&self) {
+        self.content.lock().unwrap().is_failing = true;
+    }
+
     /// Reads wait until `true` is sent.
     pub fn holds_reads(&self) -> tokio::sync::watch::Sender<bool> {
         let (release, held) = tokio::sync::watch::channel(false);
@@ -128,6 +140,9 @@ impl View {
 
     fn info(&self, key: &ObjectKey) -> Result<(Bytes, ObjectInfo), BucketError> {
         let content = self.bucket.content.lock().unwrap();
+        if content.is_failing {
+            return Err(BucketError::Busy(503));
+        }
         let (bytes, version) = content.objects.get(key.as_str()).ok_or(BucketError::Absent)?;
         let info = ObjectInfo {
             size: bytes.len() as u64,

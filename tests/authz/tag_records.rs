@@ -358,3 +358,101 @@ async fn push_through_another_cache_ends_a_confirmation() {
     second.accept = None;
     assert_eq!(tag(&second).await, Ok(new));
 }
+
+const DAYS: i64 = 86_400;
+
+/// [`rules`] that serve a tag as long as this after its confirmation.
+fn rules_within(policy: Policy, stale_if_error: Option<Duration>) -> Rules {
+    let default = EffectivePolicy {
+        stale_if_error,
+        ..rules(policy, Duration::ZERO).default_for("").clone()
+    };
+    let upstreams = [PROVEN, SHARED].map(|name| (Arc::from(name), PolicyOverrides::default()));
+    Rules::new(default, upstreams, Vec::new()).unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn if_not_present_takes_an_uncached_tag_from_a_record() {
+    let (registry, bucket, _first, digest) = recorded().await;
+    pass(3 * DAYS).await;
+    for (limit, requests) in [(None, 0), (Some(4 * 24 * HOUR), 0), (Some(HOUR), 1)] {
+        let second = second(&registry, &bucket, rules_within(Policy::IfNotPresent, limit)).await;
+        assert_eq!(once(&second).await, digest);
+        assert_eq!(tag_requests(&registry), requests, "{limit:?}");
+        assert_eq!(bucket.tag_reads(), 1);
+        bucket.forget_requests();
+        once(&second).await;
+        assert_eq!(bucket.tag_reads(), 0, "it is present");
+    }
+}
+
+/// Under `never`, a cache that has seen nothing serves public images alone, and only while a record allows it.
+#[tokio::test(start_paused = true)]
+async fn never_serves_a_public_image_until_a_denial() {
+    let (registry, bucket, first, digest) = recorded().await;
+    registry.state().request_log.clear();
+    let second = reader(&registry, &bucket, rules_within(Policy::Never, None));
+    pull_layers(&second, digest).await;
+    assert_eq!(tag(&second).await, Ok(digest));
+    assert_eq!(registry.request_log(), Vec::<String>::new());
+    registry.state().public.clear();
+    let denied = first.get(&of("1")).await;
+    assert!(matches!(denied, Got::No(_)), "{denied:?}");
+    first.proxy.shared().drain().await;
+    pass(2).await;
+    registry.state().request_log.clear();
+    for reference in ["1", &digest.to_string()] {
+        let got = second.get(&of(reference)).await;
+        assert!(matches!(got, Got::No("not-authorized")), "{reference}: {got:?}");
+    }
+    let third = reader(&registry, &bucket, rules_within(Policy::Never, None));
+    assert_eq!(tag(&third).await, Err("not-authorized"));
+    assert_eq!(registry.request_log(), Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn never_serves_nothing_private_or_too_old_by_records() {
+    let (registry, bucket, _first, digest) = recorded().await;
+    pass(3 * 3_600).await;
+    let second = reader(&registry, &bucket, rules_within(Policy::Never, Some(HOUR)));
+    assert_eq!(tag(&second).await, Err("not-cached"));
+    // A public record counts as long as a grant in an outage.
+    pass(366 * DAYS).await;
+    let second = reader(&registry, &bucket, rules_within(Policy::Never, None));
+    bucket.forget_requests();
+    for reference in ["1", "absent", &digest.to_string()] {
+        let got = second.get(&of(reference)).await;
+        assert!(matches!(got, Got::No("not-authorized")), "{reference}: {got:?}");
+    }
+    let is_public = |line: &String| line.starts_with("GET v1/records/public/");
+    assert!(bucket.requests().iter().all(is_public), "{:?}", bucket.requests());
+}
+
+#[tokio::test(start_paused = true)]
+async fn never_without_the_bucket_denies_as_without_records() {
+    let (registry, bucket, _first, _) = recorded().await;
+    registry.state().request_log.clear();
+    let second = reader(&registry, &bucket, rules_within(Policy::Never, None));
+    bucket.fails();
+    assert_eq!(tag(&second).await, Err("not-authorized"));
+    assert_eq!(registry.request_log(), Vec::<String>::new());
+}
+
+/// The bucket loses a blob that it was seen to have.
+#[tokio::test(start_paused = true)]
+async fn never_asks_no_upstream_for_a_lost_object() {
+    let (registry, bucket, _first, digest) = recorded().await;
+    registry.state().request_log.clear();
+    let second = reader(&registry, &bucket, rules_within(Policy::Never, None));
+    let Got::Content(found, Some(manifest)) = second.get(&of("1")).await else {
+        panic!("no manifest");
+    };
+    assert_eq!(found, digest);
+    bucket.loses("v1/blobs/");
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+    let layer = manifest["layers"][0]["digest"].as_str().unwrap();
+    let path = format!("/v2/{REPOSITORY}/blobs/{layer}");
+    let got = second.get(&ClientRequest { path, ..of("1") }).await;
+    assert!(matches!(got, Got::No(_)), "{got:?}");
+    assert_eq!(registry.request_log(), Vec::<String>::new());
+}

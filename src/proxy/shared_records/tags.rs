@@ -8,13 +8,14 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::timeout;
 
-use super::INDEX_DEPTH_MAX;
+use super::{BRING_TIMEOUT, INDEX_DEPTH_MAX};
 use crate::age;
-use crate::oci::{Accept, Digest, Tag};
+use crate::oci::{Accept, AnyDigest, Digest, Reference, Tag};
+use crate::policy::{Authorization, DenyReason, Policy};
 use crate::proxy::evidence::{Evidence, TagClient};
 use crate::proxy::invalidation::WriteSnapshot;
 use crate::proxy::pipeline::ReadContext;
-use crate::proxy::{ProxyService, UpstreamRegistry, log_store_error};
+use crate::proxy::{Denied, ProxyResponse, ProxyService, UpstreamRegistry, log_store_error};
 use crate::shared::{Dated, RecordReader, TagState};
 use crate::single_flight::SingleFlight;
 use crate::store::invalidations::InvalidationKey;
@@ -23,6 +24,9 @@ use crate::store::tags::{TagKey, TagReader, TagRecord, Variant};
 
 /// Precision of an age by the storage's clock: two bounds, of two seconds each.
 const PRECISION: Duration = Duration::from_secs(4);
+
+/// Interval of reads of the record of a tag that is not cached.
+const ABSENT_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Uses of tag records that run, one for all clients with the same tag and `Accept`. The result says whether the
 /// evidence may have changed.
@@ -38,6 +42,8 @@ struct TagRecordUse {
     reader: RecordReader,
     /// An older record confirms nothing.
     age_max: Duration,
+    /// The record is read once in this time.
+    interval: Duration,
     /// Digest of the copy, if it is complete.
     cached: Option<Digest>,
 }
@@ -50,6 +56,50 @@ impl TagRecordUse {
 }
 
 impl ReadContext<'_> {
+    /// Whether records count without the upstream, under the policy `never`.
+    pub(in crate::proxy) fn may_use_records_alone(&self) -> bool {
+        self.rule.policy == Policy::Never && !self.request.for_push && self.proxy.shared.has_records()
+    }
+
+    /// The manifest under the policy `never`: from the store, or else by the records of other caches. For a client without a
+    /// grant, the record of the repository is read whether or not the manifest is cached.
+    pub(in crate::proxy) async fn manifest_without_upstream(&self, reference: &Reference) -> ProxyResponse {
+        if self.authorization(true) != Authorization::Unknown {
+            let outcome = self.manifest_of_upstream(reference).await;
+            if !is_not_cached(&outcome) {
+                return outcome;
+            }
+        }
+        let Some(read) = self.permitted_by_records().await else {
+            return self.manifest_of_upstream(reference).await;
+        };
+        match reference {
+            Reference::Tag(tag) if !tag.is_referrers_tag() => {
+                let evidence = read.tag_evidence(tag, Some(read.tag_client())).await;
+                read.with_tag_record(tag, evidence).await;
+            }
+            Reference::Digest(AnyDigest::Supported(digest)) => {
+                let registry = &self.request.registry;
+                let bringing =
+                    self.proxy
+                        .bring_manifest(registry, self.repository, (*digest, false), INDEX_DEPTH_MAX);
+                // Otherwise it is not cached.
+                let _is_there = timeout(BRING_TIMEOUT, bringing).await;
+            }
+            Reference::Tag(_) | Reference::Digest(AnyDigest::Unsupported(_)) => {}
+        }
+        read.manifest_of_upstream(reference).await
+    }
+
+    /// This read with the grants of now, if the client may read the repository by a right that this cache remembers, or by
+    /// a public record.
+    pub(in crate::proxy) async fn permitted_by_records(&self) -> Option<Self> {
+        if !self.is_permitted_by_records().await {
+            return None;
+        }
+        Some(ReadContext::new(self.proxy, self.request, self.repository).await)
+    }
+
     /// The evidence after the record of other caches was read, if it confirms the tag.
     pub(in crate::proxy) async fn with_tag_record(&self, tag: &Tag, evidence: Evidence) -> Evidence {
         let (proxy, registry) = (self.proxy, &self.request.registry);
@@ -78,6 +128,10 @@ impl ReadContext<'_> {
                 writes: self.request.writes,
                 reader,
                 age_max,
+                interval: match self.rule.policy {
+                    Policy::IfNewer => age_max,
+                    _ => ABSENT_INTERVAL,
+                },
                 cached: complete.map(|cached| cached.digest),
             };
             let proxy = Arc::clone(proxy);
@@ -157,7 +211,7 @@ impl ProxyService {
         let place = registry.record_place(&key.repository);
         let reading = self
             .shared
-            .recent_tag_record(&place, &key.tag, usage.reader, usage.age_max);
+            .recent_tag_record(&place, &key.tag, usage.reader, usage.interval);
         let Some(found) = reading.await else {
             return false;
         };
@@ -290,4 +344,15 @@ fn variants_of(found: &Dated<TagState>, now: SystemTime) -> Vec<Variant> {
         history: Vec::new(),
     });
     variants.collect()
+}
+
+/// Whether a request under the policy `never` was denied because nothing is cached.
+fn is_not_cached(outcome: &ProxyResponse) -> bool {
+    matches!(
+        outcome,
+        ProxyResponse::Denied(Denied {
+            reason: DenyReason::NotCached,
+            ..
+        })
+    )
 }
