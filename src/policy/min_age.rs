@@ -3,7 +3,8 @@
 //! The proxy collects [`AgeEvidence`], [`AgeLimit::judge`] evaluates it. There are three kinds, here from the most to
 //! the least trustworthy. The earliest time among them counts:
 //!
-//! 1. *First sight.* This cache saw the tag name the digest at that time. Neither registry nor publisher can change it.
+//! 1. *First sight.* This cache, or another one by its record, saw the tag name the digest at that time. Neither registry
+//!    nor publisher can change it.
 //! 2. *`Last-Modified`* of the manifest or its config, set by the registry's storage. A time that is far in
 //!    the future, or before there were container images, is no evidence.
 //! 3. *`created`* of the image's config, set by its publisher. It counts only with `trust_created`.
@@ -79,7 +80,7 @@ pub struct AgeOverrides {
 /// The known age of a digest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AgeEvidence {
-    /// When this cache first saw the tag name the digest.
+    /// When this cache, or another one by its record, first saw the tag name the digest.
     pub first_seen_at: Option<SystemTime>,
     /// When this cache last saw the tag name another digest, before it first saw this one.
     pub other_seen_at: Option<SystemTime>,

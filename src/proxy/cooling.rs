@@ -180,15 +180,20 @@ impl ReadContext<'_> {
                 ..evidence
             };
         };
-        let (candidates, cooling) = self.tag_facts(tag, Some(self.tag_client()), now).await;
+        let (mut candidates, mut cooling) = self.tag_facts(tag, Some(self.tag_client()), now).await;
         let is_blocked = matches!(revalidated.revalidation, Revalidation::Blocked(_));
         let named = match revalidated.revalidation {
             Revalidation::Digest { digest, .. } | Revalidation::Blocked(digest) => {
                 let what = (tag, digest);
                 let shown = (response.map(|response| (upstream_request, response)), now);
-                let judged = proxy
-                    .judge(&self.request.registry, self.repository, what, &limit, shown)
-                    .await;
+                let registry = &self.request.registry;
+                let mut judged = proxy.judge(registry, self.repository, what, &limit, shown).await;
+                if !judged.is_mature() && !is_blocked && proxy.shared.has_records() {
+                    // Boxed, because few requests come here.
+                    Box::pin(proxy.learn_first_sight(upstream_request, tag, digest)).await;
+                    (candidates, cooling) = self.tag_facts(tag, Some(self.tag_client()), now).await;
+                    judged = proxy.judge(registry, self.repository, what, &limit, shown).await;
+                }
                 match (judged, response) {
                     (Maturity::Young(youth), Some(response)) if youth.may_be_older && !is_blocked => {
                         let deadline = cooling

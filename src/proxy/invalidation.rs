@@ -342,7 +342,8 @@ impl ProxyService {
                 .await;
             self.settle_on_confirmation(upstream_request, digest.into()).await;
             if is_same() {
-                self.note_tag(upstream_request, reference, digest, media_type);
+                self.note_tag(upstream_request, reference, digest, media_type)
+                    .await;
             }
         }
         // A write may have ended between the check and the record. The membership, which was recorded with the bytes,

@@ -194,8 +194,8 @@ impl UpstreamRegistry {
 /// Writes of records.
 impl ProxyService {
     /// Notes the digest of a tag that the upstream named.
-    pub(super) fn note_tag(
-        &self,
+    pub(super) async fn note_tag(
+        self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
         reference: &Reference,
         digest: Digest,
@@ -220,6 +220,7 @@ impl ProxyService {
             media_type: media_type.clone(),
             accepts_indexes: accept.lists_indexes(),
             at: 0,
+            seen_for: self.seen_for(upstream_request, tag, digest).await,
         };
         let place = registry.record_place(repository);
         self.shared

@@ -456,3 +456,80 @@ async fn never_asks_no_upstream_for_a_lost_object() {
     assert!(matches!(got, Got::No(_)), "{got:?}");
     assert_eq!(registry.request_log(), Vec::<String>::new());
 }
+
+/// `min_age` of three days.
+fn cooling() -> Rules {
+    rules_of(3, Policy::IfNewer, OnUnknownAge::Refuse)
+}
+
+#[tokio::test(start_paused = true)]
+async fn new_cache_does_not_start_the_age_again() {
+    let (registry, bucket) = (registry(), Bucket::new());
+    let digest = registry.push(REPOSITORY, "1", "one", &[100]);
+    let first = cache(&registry, &bucket, cooling());
+    assert_eq!(tag(&first).await, Err("too-young"));
+    pass(2 * DAYS).await;
+    assert_eq!(tag(&first).await, Err("too-young"));
+    first.proxy.shared().drain().await;
+    let early = reader(&registry, &bucket, cooling());
+    assert_eq!(tag(&early).await, Err("too-young"), "two days old");
+    pass(DAYS + 10).await;
+    let second = reader(&registry, &bucket, cooling());
+    assert_eq!(tag(&second).await, Ok(digest));
+    assert_eq!(tag(&early).await, Ok(digest), "it has kept the first sight");
+    assert_eq!(
+        bucket_reads_of(&registry, &second, &bucket).await,
+        0,
+        "it has learned it"
+    );
+    // Without the record, the age begins anew.
+    let third = Cache::new(&registry, cooling());
+    assert_eq!(tag(&third).await, Err("too-young"));
+}
+
+async fn bucket_reads_of(registry: &Registry, cache: &Cache, bucket: &Bucket) -> usize {
+    bucket.forget_requests();
+    registry.state().request_log.clear();
+    tag(cache).await.unwrap();
+    assert!(tag_requests(registry) > 0);
+    bucket.tag_reads()
+}
+
+#[tokio::test(start_paused = true)]
+async fn record_from_the_future_makes_no_digest_older() {
+    let (registry, bucket) = (registry(), Bucket::new());
+    registry.push(REPOSITORY, "1", "one", &[100]);
+    let ahead = bucket.settings_ahead("a", 24 * 30 * HOUR);
+    let liar = behind(&registry, ahead, cooling());
+    assert_eq!(tag(&liar).await, Err("too-young"));
+    pass(4 * DAYS).await;
+    tag(&liar).await.unwrap();
+    liar.proxy.shared().drain().await;
+    let second = reader(&registry, &bucket, cooling());
+    assert_eq!(tag(&second).await, Err("too-young"));
+}
+
+/// Each digest has its own age, and a foreign key states none.
+#[tokio::test(start_paused = true)]
+async fn first_sight_is_of_one_digest_and_one_key() {
+    let (registry, bucket) = (registry(), Bucket::new());
+    let old = registry.push(REPOSITORY, "1", "one", &[100]);
+    let first = cache(&registry, &bucket, cooling());
+    assert_eq!(tag(&first).await, Err("too-young"));
+    pass(4 * DAYS).await;
+    assert_eq!(once(&first).await, old);
+    registry.push(REPOSITORY, "1", "two", &[100]);
+    once(&first).await;
+    first.proxy.shared().drain().await;
+    let second = reader(&registry, &bucket, cooling());
+    assert_eq!(tag(&second).await, Err("too-young"), "the new digest");
+    registry
+        .state()
+        .shelves
+        .get_mut(REPOSITORY)
+        .unwrap()
+        .tags
+        .insert("1".to_owned(), old);
+    let foreign = behind(&registry, bucket.settings("b"), cooling());
+    assert_eq!(tag(&foreign).await, Err("too-young"));
+}

@@ -14,6 +14,7 @@ use crate::oci::{Accept, AnyDigest, Digest, Reference, Tag};
 use crate::policy::{Authorization, DenyReason, Policy};
 use crate::proxy::evidence::{Evidence, TagClient};
 use crate::proxy::invalidation::WriteSnapshot;
+use crate::proxy::manifest_fetch::UpstreamRequest;
 use crate::proxy::pipeline::ReadContext;
 use crate::proxy::{Denied, ProxyResponse, ProxyService, UpstreamRegistry, log_store_error};
 use crate::shared::{Dated, RecordReader, TagState};
@@ -27,6 +28,9 @@ const PRECISION: Duration = Duration::from_secs(4);
 
 /// Interval of reads of the record of a tag that is not cached.
 const ABSENT_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Interval of reads of the record of a tag whose digest is too young by the evidence of this cache.
+const AGE_INTERVAL: Duration = Duration::from_secs(5 * 60);
 
 /// Uses of tag records that run, one for all clients with the same tag and `Accept`. The result says whether the
 /// evidence may have changed.
@@ -188,8 +192,108 @@ impl ProxyService {
             return false;
         }
         variants.sort_by_key(|variant| variant.confirmed_at);
+        let newest = variants.iter().rfind(|variant| variant.digest == named.digest);
+        if let Some(newest) = newest {
+            self.record_sight(registry, &key, newest, &found).await;
+        }
         self.record_variants(&key, variants).await;
         true
+    }
+
+    /// Seconds since this cache first saw the tag name this digest, until the request was sent.
+    pub(super) async fn seen_for(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        tag: &Tag,
+        digest: Digest,
+    ) -> u64 {
+        let (registry, repository) = (&upstream_request.registry, &upstream_request.repository);
+        let key = SightingKey {
+            upstream: registry.shared_name(),
+            repository: repository.clone(),
+            reference: tag.clone().into(),
+        };
+        let first = self.read_cache(registry, repository, move |cached| {
+            let sightings = cached.view.sightings(&key);
+            sightings.get(&digest).map(|sighting| sighting.first_seen_at)
+        });
+        // A clock that was set ahead makes no digest older for other caches.
+        let (first, now) = (first.await, registry.checked_time().bound(self.clock.now()));
+        let seen = first.and_then(|first| now.duration_since(first).ok());
+        seen.unwrap_or_default()
+            .saturating_sub(upstream_request.since.elapsed())
+            .as_secs()
+    }
+
+    /// Records that the upstream named this digest to another cache, and since when.
+    async fn record_sight(
+        &self,
+        registry: &UpstreamRegistry,
+        key: &TagKey,
+        variant: &Variant,
+        found: &Dated<TagState>,
+    ) {
+        let seen = Seen {
+            digest: variant.digest,
+            media_type: variant.media_type.clone(),
+            accept: variant.accept,
+            accepts_indexes: variant.accepts_indexes,
+            last_modified: None,
+            created_at: None,
+        };
+        let time = registry.checked_time().time_of_sight(self.clock.now());
+        let sighted = self
+            .store
+            .record_sighting(SightingKey::from(key), seen, time)
+            .await;
+        log_store_error(sighted, "record when the digest was first seen");
+        self.record_earlier_sight(registry, key, variant.digest, found)
+            .await;
+    }
+
+    /// Records since when other caches have seen the tag name this digest, of which this cache has a sighting.
+    async fn record_earlier_sight(
+        &self,
+        registry: &UpstreamRegistry,
+        key: &TagKey,
+        digest: Digest,
+        found: &Dated<TagState>,
+    ) {
+        let time = registry.checked_time().time_of_sight(self.clock.now());
+        let seen = found.seen_for(&digest).map(|seen| seen.saturating_sub(PRECISION));
+        let Some(first) = seen.and_then(|seen| time.at.checked_sub(seen)) else {
+            return;
+        };
+        let key = SightingKey::from(key);
+        let recording = self
+            .store
+            .write(move |store| store.record_earlier_sight(&key, &digest, (first, time.at)));
+        log_store_error(recording.await, "record when the digest was first seen");
+    }
+
+    /// Learns since when other caches have seen the tag name this digest, which the upstream has just named and which is too
+    /// young by the evidence of this cache.
+    pub(in crate::proxy) async fn learn_first_sight(
+        &self,
+        upstream_request: &UpstreamRequest,
+        tag: &Tag,
+        digest: Digest,
+    ) {
+        let (registry, repository) = (&upstream_request.registry, &upstream_request.repository);
+        let reader = RecordReader {
+            since: upstream_request.since,
+            writes: upstream_request.writes.ended(),
+        };
+        let place = registry.record_place(repository);
+        let reading = self.shared.recent_tag_record(&place, tag, reader, AGE_INTERVAL);
+        if let Some(found) = reading.await {
+            let key = TagKey {
+                upstream: registry.shared_name(),
+                repository: repository.clone(),
+                tag: tag.clone(),
+            };
+            self.record_earlier_sight(registry, &key, digest, &found).await;
+        }
     }
 
     /// Stores the responses to other caches, unless this cache has confirmed the tag later.
@@ -266,22 +370,8 @@ impl ProxyService {
         // A digest whose manifest was not brought must hide no copy.
         let mut same: Vec<_> = variants.into_iter().filter(|one| one.digest == digest).collect();
         same.sort_by_key(|variant| variant.confirmed_at);
-        let newest = same.last()?;
-        let seen = Seen {
-            digest,
-            media_type: newest.media_type.clone(),
-            accept: newest.accept,
-            accepts_indexes: newest.accepts_indexes,
-            last_modified: None,
-            created_at: None,
-        };
         // Before the tag, so that its age is judged by what the tag named before.
-        let time = registry.checked_time().time_of_sight(now);
-        let sighted = self
-            .store
-            .record_sighting(SightingKey::from(key), seen, time)
-            .await;
-        log_store_error(sighted, "record when the digest was first seen");
+        self.record_sight(registry, key, same.last()?, found).await;
         self.record_variants(key, same).await;
         if !usage.is_current() {
             // As for a response that a write has overtaken.
@@ -337,7 +427,7 @@ fn variants_of(found: &Dated<TagState>, now: SystemTime) -> Vec<Variant> {
         confirmed_at: now
             .checked_sub(found.age(variant.at))
             .unwrap_or(SystemTime::UNIX_EPOCH),
-        // This cache sees it for the first time: another cache's record makes no digest older.
+        // The sightings have the time of the first sight.
         first_seen_at: now,
         previous: None,
         is_by_record: true,

@@ -166,12 +166,25 @@ impl<S> Dated<S> {
     }
 
     /// The same after this time.
-    pub(super) fn later(self, by: Duration) -> Self {
+    pub(in crate::shared) fn later(self, by: Duration) -> Self {
         let by = by.as_secs() + u64::from(by.subsec_nanos() > 0);
         Self {
             now: self.now.saturating_add(by),
             ..self
         }
+    }
+}
+
+impl Dated<TagState> {
+    /// Time since the tag was first seen to name this digest, by any cache. `None`: none has seen it.
+    pub fn seen_for(&self, digest: &Digest) -> Option<Duration> {
+        let variants = self.state.variants.iter();
+        let naming = variants.filter(|variant| variant.digest == *digest && variant.at > 0);
+        let seen = naming.map(|variant| {
+            self.age(variant.at)
+                .saturating_add(Duration::from_secs(variant.seen_for))
+        });
+        seen.max()
     }
 }
 

@@ -60,6 +60,52 @@ pub struct TagVariant {
     pub accepts_indexes: bool,
     /// When the request was sent to which the upstream gave this response, in seconds.
     pub at: u64,
+    /// Seconds from the first time that the tag was seen to name the digest until `at`. Records of earlier versions lack it;
+    /// then it was first seen at `at`, as far as is known.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub seen_for: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde calls")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+impl TagVariant {
+    /// This without a time that is in the future.
+    fn past(self, now: u64) -> Self {
+        if self.at <= now {
+            return self;
+        }
+        Self {
+            at: 0,
+            seen_for: 0,
+            ..self
+        }
+    }
+
+    /// When the digest was first seen; negative before the first time that the clock can show.
+    fn first_seen_at(&self) -> i128 {
+        i128::from(self.at) - i128::from(self.seen_for)
+    }
+
+    /// The later one of two responses for one set of media types. If both name the same digest, it was seen since the earlier
+    /// of both first sights.
+    fn later(self, other: Self) -> Self {
+        let (mut later, earlier) = if rank(&self) >= rank(&other) {
+            (self, other)
+        } else {
+            (other, self)
+        };
+        // At the time 0 the digest was never seen.
+        if later.digest == earlier.digest && earlier.at > 0 {
+            let since_earlier = earlier
+                .seen_for
+                .saturating_add(later.at.saturating_sub(earlier.at));
+            later.seen_for = later.seen_for.max(since_earlier);
+        }
+        later
+    }
 }
 
 impl TagState {
@@ -82,21 +128,16 @@ impl TagState {
 
 impl Merge for TagState {
     fn merge(self, other: Self, now: u64) -> Self {
-        let past = |at: u64| if at > now { 0 } else { at };
         let unnamed_at = self.unnamed_at.max(other.unnamed_at).min(now);
         let mut variants: Vec<TagVariant> = Vec::new();
         for variant in self.variants.into_iter().chain(other.variants) {
-            let variant = TagVariant {
-                at: past(variant.at),
-                ..variant
-            };
+            let variant = variant.past(now);
             if variant.at <= unnamed_at && unnamed_at > 0 {
                 continue;
             }
             match variants.iter_mut().find(|known| known.accept == variant.accept) {
                 None => variants.push(variant),
-                Some(known) if rank(&variant) > rank(known) => *known = variant,
-                Some(_) => {}
+                Some(known) => *known = variant.later(known.clone()),
             }
         }
         variants.sort_by_key(|variant| Reverse(rank(variant)));
@@ -124,6 +165,7 @@ impl Merge for TagState {
             self.variants.iter().any(|known| {
                 (known.accept, known.digest) == (variant.accept, variant.digest)
                     && known.at.saturating_add(slack) >= variant.at
+                    && known.first_seen_at() <= variant.first_seen_at() + i128::from(slack)
             })
         };
         self.unnamed_at >= other.unnamed_at && other.variants.iter().all(has)
@@ -329,18 +371,35 @@ mod tests {
             media_type: "application/vnd.oci.image.index.v1+json".parse().unwrap(),
             accepts_indexes: true,
             at,
+            seen_for: 0,
         }
     }
 
     fn tag_states() -> impl Strategy<Value = TagState> {
-        let variants = proptest::collection::vec((0_u64..3, 0_u8..3, 1_u64..12), 0..3);
-        (0_u64..12, variants).prop_map(|(unnamed_at, variants)| TagState {
-            unnamed_at,
-            variants: variants
+        let variants = proptest::collection::vec((0_u64..3, 0_u8..3, 1_u64..12, 0_u64..9), 0..3);
+        (0_u64..12, variants).prop_map(|(unnamed_at, variants)| {
+            let variants = variants
                 .into_iter()
-                .map(|(accept, number, at)| variant(accept, number, at))
-                .collect(),
+                .map(|(accept, number, at, seen_for)| TagVariant {
+                    seen_for,
+                    ..variant(accept, number, at)
+                });
+            let state = TagState {
+                unnamed_at,
+                variants: variants.collect(),
+            };
+            // One for each set of media types.
+            state.clone().merge(state, u64::MAX)
         })
+    }
+
+    /// Without the first sights. Those of a digest that the tag named, left and named again depend on the order.
+    fn without_first_sights(state: TagState) -> TagState {
+        let variants = state.variants.into_iter();
+        TagState {
+            variants: variants.map(|one| TagVariant { seen_for: 0, ..one }).collect(),
+            ..state
+        }
     }
 
     fn content_states() -> impl Strategy<Value = ContentState> {
@@ -358,10 +417,14 @@ mod tests {
 
     const NOW: u64 = 10;
 
-    fn laws<S: Merge + std::fmt::Debug>(one: &S, two: &S, three: &S) -> Result<(), TestCaseError> {
+    fn laws<S: Merge + std::fmt::Debug>(
+        (one, two, three): (&S, &S, &S),
+        in_any_order: impl Fn(S) -> S,
+    ) -> Result<(), TestCaseError> {
         let merge = |one: &S, other: &S| one.clone().merge(other.clone(), NOW);
         prop_assert_eq!(merge(one, two), merge(two, one));
-        prop_assert_eq!(merge(&merge(one, two), three), merge(one, &merge(two, three)));
+        let (left, right) = (merge(&merge(one, two), three), merge(one, &merge(two, three)));
+        prop_assert_eq!(in_any_order(left), in_any_order(right));
         let both = merge(one, two);
         prop_assert_eq!(merge(&both, one), both.clone());
         prop_assert_eq!(merge(&both, &both), both);
@@ -371,17 +434,30 @@ mod tests {
     proptest! {
         #[test]
         fn order_of_tag_writers_does_not_matter(one in tag_states(), two in tag_states(), three in tag_states()) {
-            laws(&one, &two, &three)?;
+            laws((&one, &two, &three), without_first_sights)?;
+        }
+
+        /// A first sight is one that somebody has stated for this digest, or a confirmation, and never in the future.
+        #[test]
+        fn merge_makes_no_digest_older_than_stated(one in tag_states(), two in tag_states()) {
+            let stated: Vec<_> = one.variants.iter().chain(&two.variants).cloned().collect();
+            for variant in one.merge(two, NOW).variants.iter().filter(|variant| variant.at > 0) {
+                let same = stated.iter().filter(|stated| {
+                    (stated.accept, stated.digest) == (variant.accept, variant.digest) && stated.at <= NOW
+                });
+                let earliest = same.map(TagVariant::first_seen_at).min();
+                prop_assert!(earliest.is_some_and(|earliest| variant.first_seen_at() >= earliest));
+            }
         }
 
         #[test]
         fn order_of_content_writers_does_not_matter(one in content_states(), two in content_states(), three in content_states()) {
-            laws(&one, &two, &three)?;
+            laws((&one, &two, &three), |state| state)?;
         }
 
         #[test]
         fn order_of_public_writers_does_not_matter(one in public_states(), two in public_states(), three in public_states()) {
-            laws(&one, &two, &three)?;
+            laws((&one, &two, &three), |state| state)?;
         }
     }
 
@@ -395,6 +471,35 @@ mod tests {
         assert!(new.covers(&TagState::naming(variant(1, 2, 306)), 300));
         assert!(!new.covers(&TagState::naming(variant(1, 2, 307)), 300));
         assert!(!new.covers(&old, 300), "another digest");
+    }
+
+    #[test]
+    fn first_sight_of_a_digest_is_kept() {
+        let seen = |number, at, seen_for| {
+            TagState::naming(TagVariant {
+                seen_for,
+                ..variant(1, number, at)
+            })
+        };
+        let merged = |one: TagState, other| one.merge(other, NOW).variants[0].seen_for;
+        assert_eq!(merged(seen(1, 3, 0), seen(1, 9, 0)), 6, "confirmed before");
+        assert_eq!(merged(seen(1, 3, 100), seen(1, 9, 0)), 106);
+        assert_eq!(merged(seen(1, 3, 100), seen(1, 9, 200)), 200);
+        assert_eq!(merged(seen(1, 3, 100), seen(2, 9, 1)), 1, "another digest");
+        assert_eq!(merged(seen(1, NOW + 1, 100), seen(1, 9, 1)), 1, "from the future");
+        assert_eq!(merged(seen(1, 0, 0), seen(1, 9, 1)), 1, "never confirmed");
+        assert!(!seen(1, 9, 0).covers(&seen(1, 9, 301), 300), "news");
+        assert!(seen(1, 9, 0).covers(&seen(1, 9, 300), 300));
+    }
+
+    #[test]
+    fn record_of_an_earlier_version_has_no_first_sight() {
+        let earlier = serde_json::to_string(&variant(1, 1, 5)).unwrap();
+        assert!(!earlier.contains("seen_for"), "{earlier}");
+        assert_eq!(
+            serde_json::from_str::<TagVariant>(&earlier).unwrap(),
+            variant(1, 1, 5)
+        );
     }
 
     #[test]

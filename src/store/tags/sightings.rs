@@ -8,7 +8,8 @@
 //!
 //! * A first sight in the future was recorded before the clock was set back. It counts from the next time that the
 //!   upstream names the digest.
-//! * An import is no sighting. Only a response of the upstream is.
+//! * An import is no sighting. Only a response of the upstream is: to this cache or, by a sealed record in the shared
+//!   storage, to another one.
 //! * A clock that was set ahead cannot be detected here. The proxy judges ages at no later time than the registries'
 //!   `Date` allows.
 //!
@@ -308,6 +309,22 @@ impl Sightings {
         }
         Some(Self {
             all: vec![joined],
+            ..Self::default()
+        })
+    }
+
+    /// These sightings if another cache has seen the tag name this digest since `first_seen_at`; `None` if that adds nothing.
+    /// The digest must have a sighting here.
+    pub(in crate::store) fn since(&self, digest: &Digest, first_seen_at: SystemTime) -> Option<Self> {
+        let first_seen_at = from_millis(to_millis(first_seen_at));
+        let mut all = self.all.clone();
+        let sighting = all.iter_mut().find(|sighting| sighting.seen.digest == *digest)?;
+        if sighting.first_seen_at <= first_seen_at {
+            return None;
+        }
+        sighting.first_seen_at = first_seen_at;
+        Some(Self {
+            all,
             ..Self::default()
         })
     }

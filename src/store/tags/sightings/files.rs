@@ -91,6 +91,19 @@ impl Store {
         }
     }
 
+    /// Records that another cache has seen the tag name this digest since `first_seen_at`, durably when this returns. Writes
+    /// nothing if this cache has seen it no later, or never.
+    pub fn record_earlier_sight(
+        &self,
+        key: &SightingKey,
+        digest: &Digest,
+        (first_seen_at, now): (SystemTime, SystemTime),
+    ) -> Result<(), StoreError> {
+        self.sightings
+            .record_since(key, digest, first_seen_at, || self.record_of(key))?;
+        self.join_sighting(key, digest, now)
+    }
+
     fn record_of(&self, key: &SightingKey) -> Option<Arc<TagRecord>> {
         // An unreadable record is no evidence.
         self.tag(&key.tag_key()?).ok().flatten()
@@ -243,6 +256,22 @@ impl SightingFiles {
         };
         let is_new = before.get(&seen.digest).is_none();
         self.save(key, &path, sightings).map(|()| is_new)
+    }
+
+    fn record_since(
+        &self,
+        key: &SightingKey,
+        digest: &Digest,
+        first_seen_at: SystemTime,
+        record: impl FnOnce() -> Option<Arc<TagRecord>>,
+    ) -> Result<(), StoreError> {
+        let record = record();
+        let path = key.path();
+        let _using = self.lock(&path);
+        let before = self.load_to_write(key, &path, record.as_deref())?;
+        before
+            .since(digest, first_seen_at)
+            .map_or(Ok(()), |sightings| self.save(key, &path, sightings))
     }
 
     fn join(&self, key: &SightingKey, of_tag: &Sighting, now: SystemTime) -> Result<(), StoreError> {
