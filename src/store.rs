@@ -19,6 +19,7 @@
 //! pins/ab/<hash>              tags and digests that are never evicted
 //! blocks/ab/<digest>-<hash>   digests that are never served, in one repository or everywhere
 //! approvals/ab/<digest>-<hash> digests that are served before they are old enough
+//! revocations/ab/<hash>       denials by an upstream that the shared storage does not have yet
 //! offline                     present while offline mode is on; survives restarts
 //! quarantine/                 files that failed verification
 //! index/                      sled: a projection of the files, may be lost
@@ -67,6 +68,7 @@ mod offline;
 pub mod partial;
 pub mod pins;
 mod quota;
+pub mod revocations;
 mod scrub;
 mod secret;
 mod tag_use;

@@ -21,6 +21,7 @@ mod membership;
 mod partial;
 pub(super) mod power_cut;
 mod removals;
+mod revocations;
 mod sightings;
 mod tag_use;
 mod tags;
