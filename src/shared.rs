@@ -10,7 +10,7 @@
 //! * `redirect`: presigned URLs for clients.
 //! * `breaker`: when the bucket is not asked. `rate`: the cap of requests. `pace`: the minimum rate of a body. `upload`:
 //!   the queue of uploads.
-//! * `record`: what caches with one key tell each other beside the bytes.
+//! * `record`: what caches with one key tell each other beside the bytes. `revocations`: denials that the bucket lacks.
 //! * `maintenance`: inventory and garbage collection, for the operator.
 
 mod breaker;
@@ -24,6 +24,7 @@ mod pace;
 mod rate;
 mod record;
 mod redirect;
+mod revocations;
 #[cfg(test)]
 mod tests;
 mod upload;
@@ -44,8 +45,8 @@ pub use self::conditions::{Conditions, probe};
 pub use self::follow::Follower;
 pub use self::lease::{Arriving, ArrivingFuture, Lease};
 pub use self::record::{
-    CHILDREN_MAX, ContentState, Dated, KEYS_MAX, KeyFileError, PublicState, RecordKeys, RecordPlace,
-    RecordRead, RecordReader, RecordSettings, TagState, TagVariant,
+    CHILDREN_MAX, ContentState, Dated, GrantState, KEYS_MAX, KeyFileError, PublicState, RecordKeys,
+    RecordPlace, RecordPrincipal, RecordRead, RecordReader, RecordSettings, TagState, TagVariant,
 };
 pub use self::redirect::{
     REDIRECT_BYTES_MIN, RedirectClient, RedirectMode, RedirectSettings, forwards_credential,
@@ -57,6 +58,7 @@ use self::pace::Pace;
 use self::rate::Rate;
 use self::record::Records;
 use self::redirect::{Found, Redirects};
+use self::revocations::Revocations;
 use self::upload::{Item, Mode, Uploads};
 use crate::bucket::{BucketError, Fault, Object, ObjectInfo, ObjectKey, ObjectStorage};
 use crate::oci::{Digest, UpstreamFailure};
@@ -145,12 +147,15 @@ pub struct SharedStatus {
     pub reads_stopped: Option<(Duration, Arc<str>)>,
     /// How long writes have been stopped, and the last failure.
     pub writes_stopped: Option<(Duration, Arc<str>)>,
+    /// Denials that the bucket does not have yet, and how long the first one has waited.
+    pub revocations_waiting: Option<(usize, Duration)>,
 }
 
 /// The shared storage of the process. Without settings it is off, and every read is a miss.
 pub struct SharedStorage {
     active: ArcSwapOption<Active>,
     leases: Arc<Leases>,
+    revocations: Arc<Revocations>,
     store: AsyncStore,
     telemetry: Telemetry,
 }
@@ -261,6 +266,7 @@ impl SharedStorage {
         Self {
             active: ArcSwapOption::empty(),
             leases: Arc::default(),
+            revocations: Arc::new(Revocations::new(store.clone(), telemetry.clone())),
             store,
             telemetry,
         }
@@ -278,8 +284,9 @@ impl SharedStorage {
             let mut active = Active::new(settings, &self.leases, self.telemetry.clone());
             let previous = self.active.load();
             let previous = previous.as_ref().and_then(|previous| previous.records.as_ref());
-            if let (Some(records), Some(previous)) = (&mut active.records, previous) {
-                records.base = previous.base;
+            if let Some(records) = &mut active.records {
+                records.base = previous.map_or(records.base, |previous| previous.base);
+                records.revocations = Some(Arc::clone(&self.revocations));
             }
             Arc::new(active)
         });
@@ -291,6 +298,7 @@ impl SharedStorage {
                 active.probe_claims();
             }
             tokio::spawn(record::work(Arc::clone(active)));
+            tokio::spawn(revocations::work(Arc::clone(active)));
         }
         if let Some(previous) = self.active.swap(active) {
             for _ in 0..previous.uploads.close() {
@@ -474,6 +482,7 @@ impl SharedStorage {
             conditions_kept: active.conditions.get().copied(),
             reads_stopped,
             writes_stopped,
+            revocations_waiting: self.revocations.status(),
         })
     }
 }

@@ -15,6 +15,9 @@ use super::response::Problem;
 use crate::store::AsyncStore;
 use crate::telemetry::Totals;
 
+/// Age of a denial that the shared storage lacks, from which on it is a problem.
+const REVOCATION_WAIT_MAX: Duration = Duration::from_secs(30);
+
 /// Status of the cache.
 #[derive(Serialize, ToSchema)]
 pub(super) struct Status {
@@ -230,7 +233,16 @@ impl Admin {
             let since = duration(since);
             format!("degraded: shared storage {name} accepts no uploads, for {since}: {failure}")
         });
-        reads.into_iter().chain(writes).collect()
+        let denials = shared
+            .revocations_waiting
+            .filter(|(_, since)| *since >= REVOCATION_WAIT_MAX);
+        let denials = denials.map(|(count, since)| {
+            let since = duration(since);
+            format!(
+                "degraded: {count} denials wait for shared storage {name}, for {since}; other caches may not know of them"
+            )
+        });
+        reads.into_iter().chain(writes).chain(denials).collect()
     }
 
     fn quota(&self) -> Option<Quota> {

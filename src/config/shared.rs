@@ -53,6 +53,8 @@ pub struct SharedConfig {
     pub uploads_max: usize,
     /// Keys of the records; without them, only bytes are shared.
     pub record_keys: Option<RecordKeys>,
+    /// Whether there are grant records.
+    pub grants: bool,
     /// Redirects of clients.
     pub redirect: RedirectSettings,
 }
@@ -71,6 +73,7 @@ impl SharedConfig {
             records: self.record_keys.clone().map(|keys| RecordSettings {
                 keys,
                 prefix: self.bucket.prefix.as_str().into(),
+                grants: self.grants,
             }),
             redirect: self.redirect.clone(),
         }
@@ -175,6 +178,11 @@ pub(super) fn read(
     let encryption = encryption(&keys, report);
     let roots = files::roots(&keys.ca_file, report);
     let record_keys = record_keys(&keys, report);
+    let grants = keys.grants.get()?;
+    if grants && !keys.key_file.is_set {
+        let help = "add `key_file`, which keeps what identifies a client from whoever can read the bucket";
+        report.emit(&keys.grants.subject, "`grants` without `key_file`", help);
+    }
     let keep: Duration = keys.keep.get()?.into();
     if keep < KEEP_MIN {
         let message = format!(
@@ -208,6 +216,7 @@ pub(super) fn read(
         keep,
         uploads_max: keys.uploads_max.get()?.0,
         record_keys: record_keys?,
+        grants,
         redirect,
     }))
 }
@@ -222,6 +231,9 @@ fn without_bucket(keys: &Shared, report: &mut Report<'_>) -> Checked<Option<Shar
         keys.kms_key.set(),
         keys.ca_file.set(),
         keys.key_file.set(),
+        keys.grants
+            .set()
+            .filter(|_| matches!(keys.grants.get(), Ok(true))),
         keys.redirect
             .set()
             .filter(|_| !matches!(keys.redirect.get(), Ok(RedirectChoice::Never))),

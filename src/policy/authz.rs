@@ -78,6 +78,9 @@ pub struct GrantEvidence {
     pub token_issued_at: Option<SystemTime>,
     /// Time of the last 2xx to any token of that account in this repository.
     pub account_granted_at: Option<SystemTime>,
+    /// Time of the last 2xx to this principal or account in this repository by the record of another cache. It counts
+    /// in an outage alone.
+    pub recorded_at: Option<SystemTime>,
     /// Time of the last 2xx to the anonymous principal in this repository.
     pub anonymous_granted_at: Option<SystemTime>,
     /// Whether the content was seen in this repository. Always true for a tag, which is a name within the
@@ -117,7 +120,8 @@ pub fn authorize(evidence: &GrantEvidence, ttls: &GrantTtls, now: SystemTime) ->
     // A grant to another token of the same account suffices only while this token cannot be checked.
     let account = in_outage(evidence.token_issued_at) && in_outage(evidence.account_granted_at);
     // Content that was public once may be served in an outage, however long ago that was.
-    if public.is_some() || account || in_outage(evidence.granted_at) {
+    let recorded = in_outage(evidence.recorded_at);
+    if public.is_some() || account || recorded || in_outage(evidence.granted_at) {
         return Authorization::Expired;
     }
     Authorization::Unknown
@@ -245,6 +249,22 @@ mod tests {
                 Authorization::Unknown,
                 "{name}, never seen here"
             );
+        }
+    }
+
+    #[test]
+    fn grant_of_another_cache_counts_only_in_an_outage() {
+        let recorded = |recorded_at| GrantEvidence {
+            recorded_at,
+            is_in_repository: true,
+            ..GrantEvidence::default()
+        };
+        for (at, expected) in [
+            (ago(0), Authorization::Expired),
+            (ago(43_199), Authorization::Expired),
+            (ago(43_200), Authorization::Unknown),
+        ] {
+            assert_eq!(authorize(&recorded(at), &TTLS, now()), expected, "{at:?}");
         }
     }
 

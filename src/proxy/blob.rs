@@ -91,6 +91,7 @@ impl ReadContext<'_> {
         }
         // The grants may have changed.
         let read = ReadContext::new(self.proxy, self.request, self.repository).await;
+        let read = read.with_recorded_grant().await;
         let revalidation = Revalidation::Unavailable(cause);
         BlobRequest { read: &read, digest }
             .serve_recorded(revalidation)

@@ -20,6 +20,7 @@ use super::{ProxyService, UpstreamRegistry};
 use crate::age;
 use crate::oci::{Endpoint, Repository};
 use crate::policy::authz::{GrantEvidence, public_by_record};
+use crate::shared::RecordPrincipal;
 use crate::store::{AsyncStore, Store};
 use crate::upstream::{Credential, ResponseKind, UpstreamResponse};
 
@@ -89,6 +90,7 @@ impl ProxyService {
                 anonymous_granted_at: self
                     .store
                     .in_memory(|view| view.public_since(registry.name(), repository))?,
+                recorded_at: None,
                 is_in_repository: false,
             })
         };
@@ -127,6 +129,7 @@ impl ProxyService {
             token_issued_at,
             account_granted_at,
             anonymous_granted_at,
+            recorded_at: None,
             is_in_repository: false,
         }
     }
@@ -209,6 +212,7 @@ impl ProxyService {
                 self.write_grant(registry, Some(repository), principal, (at, sent_at))
                     .await;
             }
+            self.note_grant(upstream_request, sent_at);
         }
         if is_bearer(upstream_request) && !registry.is_shared() && public_since.is_none() {
             self.probe_anonymous(upstream_request, &self.denials.probed_at, PROBE_INTERVAL);
@@ -264,14 +268,19 @@ impl ProxyService {
                 // Other denials do not wait for the bucket.
                 drop(guard);
             }
-            self.note_public(registry, repository, false, now);
             if was_public {
                 // Before the client gets the denial, as on the disk.
-                self.public_settled(registry, repository).await;
+                self.revoke_public(registry, repository, now).await;
+            } else {
+                self.note_public(registry, repository, false, now);
             }
             return;
         }
         let account = self.account(registry, repository, upstream_request.client_credential());
+        let now = Instant::now();
+        let was_granted = self
+            .had_grant(registry, Some(repository), account.unwrap_or(caller.principal))
+            .await;
         let own = self.revoke(registry, Some(repository), caller.principal);
         let accounts = async {
             if let Some(account) = account {
@@ -279,6 +288,7 @@ impl ProxyService {
             }
         };
         tokio::join!(own, accounts);
+        self.revoke_recorded(upstream_request, (now, was_granted)).await;
         if !registry.is_shared() && self.public_since(registry, repository).await.is_some() {
             self.probe_anonymous(upstream_request, &self.denials.reprobed_at, REPROBE_INTERVAL);
         }
@@ -335,12 +345,36 @@ impl ProxyService {
     }
 
     /// Records that the token service denied this account. The account's grants depend on it.
-    pub(super) async fn record_login_denied(&self, registry: &Arc<UpstreamRegistry>, account: [u8; 32]) {
-        self.revoke(registry, None, account).await;
+    pub(super) async fn record_login_denied(
+        &self,
+        registry: &Arc<UpstreamRegistry>,
+        (account, recorded): (&[u8; 32], Option<&RecordPrincipal>),
+    ) {
+        let now = Instant::now();
+        let was_granted = self.had_grant(registry, None, *account).await;
+        self.revoke(registry, None, *account).await;
+        self.revoke_recorded_login(registry, recorded, (now, was_granted))
+            .await;
+    }
+
+    /// Whether this cache has a grant that a denial ends at other caches too.
+    async fn had_grant(
+        &self,
+        registry: &Arc<UpstreamRegistry>,
+        repository: Option<&Repository>,
+        principal: [u8; 32],
+    ) -> bool {
+        let is_recorded = self.shared.writes_grants();
+        is_recorded
+            && self
+                .store
+                .grant(store_key(registry, repository, &principal))
+                .await
+                .is_some()
     }
 
     /// Revokes a grant. Written to disk before the client receives its denial.
-    async fn revoke(
+    pub(super) async fn revoke(
         &self,
         registry: &Arc<UpstreamRegistry>,
         repository: Option<&Repository>,
@@ -505,7 +539,7 @@ fn is_bearer(upstream_request: &UpstreamRequest) -> bool {
 
 /// Whether a mark of this time may be older than a record of age `age`. The age of a time in the future, from before the
 /// clock was set back, is not known.
-fn may_be_older(since: SystemTime, age: Duration, now: SystemTime) -> bool {
+pub(super) fn may_be_older(since: SystemTime, age: Duration, now: SystemTime) -> bool {
     now.duration_since(since)
         .map_or(true, |marked| marked.saturating_add(RECORD_PRECISION) >= age)
 }

@@ -27,6 +27,7 @@ use zeroize::Zeroizing;
 use super::{ProxyService, UpstreamRegistry};
 use crate::oci::{Repository, TokenRequest, UpstreamFailure};
 use crate::policy::authz::Principal;
+use crate::shared::RecordPrincipal;
 use crate::upstream::TokenResponse;
 use crate::upstream::forward::ForwardRequest;
 use crate::upstream::origin::Origin;
@@ -65,11 +66,16 @@ pub(super) struct LocalTokens {
 /// Upstream name, and the token as a principal.
 type Token = (Arc<str>, [u8; 32]);
 
+/// An account at a token service: as principal of this cache, and in grant records.
+type Account = ([u8; 32], Option<RecordPrincipal>);
+
 struct IssuedToken {
     /// Realm that issued it, or that the cache stood in for. Accounts of another realm are different.
     realm: Origin,
     /// `None` for an anonymous token.
     account: Option<[u8; 32]>,
+    /// The account in grant records.
+    recorded: Option<RecordPrincipal>,
     /// Requested repositories. The registry decides whether the token is valid for them.
     repositories: Vec<Repository>,
     until: Instant,
@@ -111,10 +117,10 @@ impl ProxyService {
     ) -> Result<TokenOutcome, UpstreamFailure> {
         let (proxy, registry, realm) = (Arc::clone(self), Arc::clone(registry), realm.clone());
         let answered = tokio::spawn(async move {
-            let account = request
-                .credential
-                .as_deref()
-                .map(|secret| *proxy.principals.account(secret).as_bytes());
+            let account = request.credential.as_deref().map(|secret| -> Account {
+                let own = *proxy.principals.account(secret).as_bytes();
+                (own, proxy.recorded_account(&realm, secret))
+            });
             let sent_at = (proxy.clock.now(), Instant::now());
             match registry.upstream().forward_token_request(&realm, passing).await {
                 Ok(reply) => {
@@ -147,13 +153,33 @@ impl ProxyService {
         repository: &Repository,
         shown: Option<&HeaderValue>,
     ) -> Option<[u8; 32]> {
+        self.issued_token(registry, repository, shown?)?.account
+    }
+
+    /// The same account in grant records.
+    pub(super) fn account_in_records(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        shown: &HeaderValue,
+    ) -> Option<RecordPrincipal> {
+        self.issued_token(registry, repository, shown)?.recorded.clone()
+    }
+
+    fn issued_token(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        shown: &HeaderValue,
+    ) -> Option<Arc<IssuedToken>> {
         registry.realm()?;
         let issued_token = self
             .local_tokens
-            .find(registry, &self.principals.credential(shown?))?;
+            .find(registry, &self.principals.credential(shown))?;
         issued_token
-            .account
-            .filter(|_| issued_token.repositories.contains(repository))
+            .repositories
+            .contains(repository)
+            .then_some(issued_token)
     }
 
     /// Whether the credential is a local token that is unknown or expired. It then counts as no credential.
@@ -169,21 +195,25 @@ impl ProxyService {
         &self,
         registry: &Arc<UpstreamRegistry>,
         realm: &Origin,
-        (account, repositories): ([u8; 32], Vec<Repository>),
+        ((account, recorded), repositories): (Account, Vec<Repository>),
         reply: &TokenResponse,
         sent_at: (SystemTime, Instant),
     ) {
         if matches!(reply.status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
-            return self.record_login_denied(registry, account).await;
+            return self
+                .record_login_denied(registry, (&account, recorded.as_ref()))
+                .await;
         }
         let Some(issued) = &reply.issued else { return };
         let Ok(shown) = HeaderValue::from_str(&issued.authorization) else {
             return;
         };
         self.record_login(registry, account, sent_at).await;
+        self.note_login(registry, recorded.as_ref(), sent_at.1);
         let issued_token = IssuedToken {
             realm: realm.clone(),
             account: Some(account),
+            recorded,
             repositories,
             until: Instant::now() + issued.life,
         };
@@ -195,9 +225,10 @@ impl ProxyService {
         &self,
         registry: &UpstreamRegistry,
         realm: Origin,
-        account: Option<[u8; 32]>,
+        account: Option<Account>,
         repositories: Vec<Repository>,
     ) -> Bytes {
+        let (account, recorded) = account.unzip();
         let now = self.clock.now();
         let nth = self.local_tokens.issued.fetch_add(1, Ordering::Relaxed);
         let unguessable = self
@@ -207,6 +238,7 @@ impl ProxyService {
         let issued_token = IssuedToken {
             realm,
             account,
+            recorded: recorded.flatten(),
             repositories,
             until: Instant::now() + TOKEN_TTL,
         };

@@ -37,6 +37,9 @@ impl ReadContext<'_> {
     /// The response with the records of other caches, if the upstream is unavailable and nothing is cached.
     async fn manifest_with_records(&self, reference: &Reference) -> ProxyResponse {
         if let Some(cause) = self.known_outage() {
+            if let Some(read) = self.by_recorded_grant().await {
+                return Box::pin(read.manifest_with_records(reference)).await;
+            }
             // No client waits for the bucket while a copy can be served.
             let fallback = match reference {
                 Reference::Tag(tag) => self.tag_evidence(tag, Some(self.tag_client())).await.state,

@@ -155,6 +155,20 @@ impl<'a> ReadContext<'a> {
         Self { grants, ..self }
     }
 
+    /// This read with the right that a record of another cache gave at this time.
+    pub(super) fn granted_by_record(self, at: SystemTime) -> Self {
+        let grants = GrantEvidence {
+            recorded_at: Some(at),
+            ..self.grants
+        };
+        Self { grants, ..self }
+    }
+
+    /// Time of the latest grant of this cache that the client has in the repository, by itself or by its account.
+    pub(super) fn latest_grant(&self) -> Option<SystemTime> {
+        self.grants.granted_at.max(self.grants.account_granted_at)
+    }
+
     /// The response before the checks of [`Self::finish`].
     pub(super) async fn dispatch(&self) -> ProxyResponse {
         match &self.request.endpoint {

@@ -6,6 +6,7 @@
 //! a record that the repository is public. Such a record counts as an expired public mark, so that it opens something
 //! only while the upstream is unavailable.
 
+mod grant;
 mod tags;
 
 use std::collections::BTreeSet;
@@ -272,11 +273,16 @@ impl ProxyService {
         }
     }
 
-    /// Waits until the updates of the visibility of a repository are in the bucket, at most a second.
-    pub(super) async fn public_settled(&self, registry: &UpstreamRegistry, repository: &Repository) {
+    /// Records that a repository is not public any more, before the response.
+    pub(super) async fn revoke_public(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        now: Instant,
+    ) {
         if self.shared.writes_records() && registry.has_public_records() {
             let place = registry.record_place(repository);
-            self.shared.public_settled(&place).await;
+            self.shared.revoke_public(&place, now).await;
         }
     }
 
@@ -584,10 +590,9 @@ impl ReadContext<'_> {
         upstream.unavailable_to(&self.caller, &self.request.endpoint)
     }
 
-    /// The read without the public mark, by which alone this outcome gives out something cached in an outage, if another
-    /// cache has recorded that the repository is not public any more. The request is then made again.
+    /// The read without the rights by which this outcome gives out something cached in an outage, if another cache has
+    /// recorded that they were denied: the client's grants, or the public mark. The request is then made again.
     pub(super) async fn unmarked_if_revoked(&self, given: Given) -> Option<Self> {
-        let mark = self.public_mark()?;
         let is_in_outage = match given {
             Given::Nothing => return None,
             Given::Stale => true,
@@ -595,9 +600,19 @@ impl ReadContext<'_> {
             // a mark of its own kind still counts.
             Given::Cached => {
                 self.known_outage().is_some()
-                    || self.rule.policy == Policy::Never && mark == public_by_record()
+                    || self.rule.policy == Policy::Never && self.public_mark() == Some(public_by_record())
             }
         };
+        if is_in_outage && self.ends_revoked_grant().await {
+            let read = ReadContext::new(self.proxy, self.request, self.repository).await;
+            let is_public = read.public_mark().is_some() && read.is_permitted_by_records().await;
+            return Some(if is_public {
+                read
+            } else {
+                read.without_public_mark()
+            });
+        }
+        self.public_mark()?;
         let is_revoked = is_in_outage
             && self.may_use_public_records()
             && self.authorization_of_client() == Authorization::Unknown
@@ -655,6 +670,7 @@ impl ReadContext<'_> {
         }
         // The grants may have changed.
         let read = ReadContext::new(proxy, self.request, self.repository).await;
+        let read = read.with_recorded_grant().await;
         let evidence = match reference {
             Reference::Tag(tag) => read.tag_evidence(tag, Some(read.tag_client())).await,
             Reference::Digest(digest) => read.digest_evidence(digest).await,
@@ -672,13 +688,19 @@ impl ReadContext<'_> {
         }
     }
 
-    /// Whether the client may read the repository in an outage: by a right of its own that this cache remembers, by a
-    /// public mark of this cache, or by the record of another cache that the repository is public. A later record that
-    /// it is not public ends a public mark.
+    /// Whether the client may read the repository in an outage: by a right of its own that this cache or the record of
+    /// another one remembers, by a public mark of this cache, or by the record of another cache that the repository is
+    /// public. A later record of a denial ends such a right.
     pub(super) async fn is_permitted_by_records(&self) -> bool {
-        if self.authorization_of_client() != Authorization::Unknown {
+        if self.authorization_of_client() != Authorization::Unknown && !self.ends_revoked_grant().await {
             return true;
         }
+        // Both records are read at once.
+        let (is_granted, is_public) = tokio::join!(self.is_granted_by_record(), self.is_public_in_outage());
+        is_granted || is_public
+    }
+
+    async fn is_public_in_outage(&self) -> bool {
         let own_mark = self.public_mark().filter(|since| *since != public_by_record());
         if !self.may_use_public_records() {
             return own_mark.is_some();

@@ -3,21 +3,25 @@
 //! The bucket decides nothing. A record is evidence, as if this cache had asked the upstream itself at that time.
 //!
 //! * `key`: names and seals. `state`: the content of records, and how two of them are merged.
-//! * `queue`: updates that wait. `exchange`: reads, and updates by compare-and-swap. `tag_reads`: reads of tag records
-//!   before the upstream is asked.
+//! * `queue`: updates that wait. `exchange`: reads, and updates by compare-and-swap. `recent`: what was read lately.
+//! * `tag_reads`: reads of tag records before the upstream is asked.
+//! * `grant`: records of the rights of principals.
 
 mod exchange;
+mod grant;
 mod key;
 mod queue;
+mod recent;
 mod state;
 mod tag_reads;
 #[cfg(all(test, feature = "shared"))]
-mod tests;
+pub(super) mod tests;
 
 pub use self::exchange::{Dated, RecordPlace, RecordRead, RecordSettings};
-pub(super) use self::exchange::{Records, work};
+pub(super) use self::exchange::{PUBLIC_RENEWAL, Records, work};
+pub use self::grant::{GrantState, RecordPrincipal};
 pub(super) use self::key::{CLASS_NAMES, Class};
 pub use self::key::{KEYS_MAX, KeyFileError, RecordKeys};
-pub(super) use self::queue::{Closed, RecordId};
+pub(super) use self::queue::{Closed, RecordId, Update};
 pub use self::state::{CHILDREN_MAX, ContentState, PublicState, TagState, TagVariant};
 pub use self::tag_reads::RecordReader;

@@ -74,6 +74,7 @@ pub struct SharedMetrics {
     uploads: Family<ResultLabels, Counter>,
     uploads_waiting: Gauge<u64, AtomicU64>,
     records: Family<RecordLabels, Counter>,
+    revocations_waiting: Gauge<u64, AtomicU64>,
     wrong: Counter,
     redirects: Counter,
     up: Family<BucketLabels, Gauge<u64, AtomicU64>>,
@@ -91,6 +92,7 @@ impl Default for SharedMetrics {
             uploads: Family::default(),
             uploads_waiting: Gauge::default(),
             records: Family::default(),
+            revocations_waiting: Gauge::default(),
             wrong: Counter::default(),
             redirects: Counter::default(),
             up: Family::default(),
@@ -140,6 +142,11 @@ impl SharedMetrics {
     /// Counts a read or an update of a record by its result.
     pub fn record_record(&self, class: &'static str, result: &'static str) {
         self.records.get_or_create(&RecordLabels { class, result }).inc();
+    }
+
+    /// Sets the number of denials that the bucket does not have yet.
+    pub fn set_revocations_waiting(&self, denials: u64) {
+        self.revocations_waiting.set(denials);
     }
 
     /// Counts an object with wrong bytes.
@@ -236,6 +243,11 @@ impl SharedMetrics {
             "shared_records",
             "Reads and updates of records in the bucket, by class and result",
             self.records.clone(),
+        );
+        registry.register(
+            "shared_revocations_waiting",
+            "Denials by an upstream that the bucket does not have yet. Other caches may honour what they end, in an outage",
+            self.revocations_waiting.clone(),
         );
         registry.register(
             "shared_wrong_objects",

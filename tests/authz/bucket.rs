@@ -70,6 +70,7 @@ impl Bucket {
             records: Some(RecordSettings {
                 keys: RecordKeys::parse(&digit.repeat(64)).unwrap(),
                 prefix: "".into(),
+                grants: true,
             }),
             redirect: RedirectSettings::default(),
         }

@@ -22,11 +22,12 @@ async def run(fleet):
     key.write_bytes(made.stdout)
     key.chmod(0o600)
     with_key = f'key_file = "{key}"'
+    with_grants = f"{with_key}\ngrants = true"
     public = registry.push_image(NAME, "1", Image([("one", 3_000_000), ("two", 200_000)], label="public"))
     private = registry.push_image("team/app", "1", Image([("three", 300_000)], config=("private", 900), label="private"))
     registry.allow("team/app", [basic("alice")])
 
-    first = host(fleet, registry, bucket, with_key)
+    first = host(fleet, registry, bucket, with_grants)
     fleet.check("a pull before the outage", await pull(first.address, NAME, "1", public))
     fleet.check("a private pull before the outage", await pull(first.address, "team/app", "1", private, headers=ALICE))
     fleet.check("the objects are uploaded", await uploaded(first, len(public.blobs) + len(private.blobs) + 2))
@@ -42,8 +43,20 @@ async def run(fleet):
     for what, caller in (("nobody", {}), ("alice", ALICE)):
         paths = [manifest("team/app", "1"), manifest("team/app", private.digest), blob("team/app", private.layers[0])]
         replies = [await get(born.address, path, headers=caller) for path in paths]
-        fleet.check(f"the private image, by {what}, is refused", all(reply.status >= 400 for reply in replies),
+        fleet.check(f"without grants: the private image, by {what}, is refused", all(reply.status >= 400 for reply in replies),
                     [reply.status for reply in replies])
+
+    granting = host(fleet, registry, bucket, with_grants)
+    for what, caller in (("nobody", {}), ("bob", {"Authorization": basic("bob")})):
+        reply = await get(granting.address, manifest("team/app", "1"), headers=caller)
+        fleet.check(f"with grants: the private image, by {what}, is refused", reply.status >= 400, reply.status)
+    reply = await get(granting.address, manifest("team/app", "1"), headers=ALICE)
+    fleet.equal("with grants: the private image, by alice, is served as stale", (200, private.digest, True),
+                (reply.status, reply.digest, reply.is_stale))
+    fleet.at_most("its manifest", reply.seconds, 2.5, "s")
+    fleet.check("it is pulled", await pull(granting.address, "team/app", "1", private, headers=ALICE))
+    reply = await get(granting.address, manifest("team/app", "1"), headers={"Authorization": basic("bob")})
+    fleet.check("with grants: what is cached now, by bob, is refused", reply.status >= 400, reply.status)
 
     for what, cache in (("without a key", host(fleet, registry, bucket)), ("with another key", foreign(fleet, registry, bucket))):
         reply = await get(cache.address, manifest(NAME, "1"))
@@ -58,10 +71,10 @@ def foreign(fleet, registry, bucket):
 
 
 async def recorded(cache):
-    """The tag, content and public record of the public image, at least."""
+    """The tag, content and public record of the public image, and the grant record of the private one, at least."""
     for _ in range(300):
         counts = [await metric(cache, f'ifnewer_shared_records_total{{class="{kind}",result="written"}}')
-                  for kind in ("tag", "content", "public")]
+                  for kind in ("tag", "content", "public", "grant")]
         if min(counts) >= 1:
             return True
         await asyncio.sleep(0.1)

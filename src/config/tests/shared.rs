@@ -150,6 +150,18 @@ mod with_feature {
                 "`[shared]` without `bucket`",
             ),
             (
+                "grants = true".to_owned(),
+                &KEY,
+                "2:",
+                "`[shared]` without `bucket`",
+            ),
+            (
+                whole("grants = true"),
+                &KEY,
+                "4:10",
+                "`grants` without `key_file`",
+            ),
+            (
                 "bucket = \"images\"".to_owned(),
                 &KEY,
                 "2:10",

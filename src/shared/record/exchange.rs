@@ -3,25 +3,25 @@
 //! An update reads the record, merges with it, and writes if the bucket says less; the condition of the write is the
 //! version that was read. If the write is refused, the cache reads again. So every record says at least what it said before.
 
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use quick_cache::sync::Cache;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::grant::GrantReads;
 use super::key::{Class, RECORD_BYTES_MAX, RecordKeys, Unusable};
 use super::queue::{Pushed, RecordId, Update, Updates};
+use super::recent::RecentReads;
 use super::state::{ContentState, Merge, PublicState, TagState};
 use super::tag_reads::TagReads;
 use crate::bucket::{BucketError, Fault, ObjectKey};
 use crate::oci::{Digest, Repository, Tag, UpstreamFailure};
 use crate::shared::breaker::Outcome;
 use crate::shared::rate::Rate;
+use crate::shared::revocations::Revocations;
 use crate::shared::upload::admitted;
 use crate::shared::{Active, READ_TIMEOUT, SharedStorage};
 
@@ -42,22 +42,16 @@ const READS_PAUSE: Duration = Duration::from_secs(1);
 const TAG_RENEWAL: Duration = Duration::from_secs(5 * 60);
 
 /// Age at which an unchanged public repository is recorded again. It counts for `grant_ttl_offline`, 12 hours.
-const PUBLIC_RENEWAL: Duration = Duration::from_secs(60 * 60);
-
-/// How long a public record that was read counts. A denial that another cache records counts here after this time.
-const READ_AGAIN_AFTER: Duration = Duration::from_secs(1);
-
-/// Public records that were read and are remembered.
-const READ_MAX: usize = 4096;
-
-/// Concurrent reads of public records.
-const READERS_MAX: usize = 64;
+pub(in crate::shared) const PUBLIC_RENEWAL: Duration = Duration::from_secs(60 * 60);
 
 /// Longest wait of a response to a write or a denial for its record.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Result of a read that was not made because of the limit of requests.
 const CAPPED: &str = "capped";
+
+/// Result of an update that is made again.
+const RETRIED: &str = "retried";
 
 /// Settings of records.
 #[derive(Clone)]
@@ -66,22 +60,25 @@ pub struct RecordSettings {
     pub keys: RecordKeys,
     /// Prefix of the bucket, which the seals cover.
     pub prefix: Arc<str>,
+    /// Whether there are grant records.
+    pub grants: bool,
 }
 
 /// Records of one bucket.
 pub(in crate::shared) struct Records {
-    settings: RecordSettings,
+    pub(super) settings: RecordSettings,
     pub(in crate::shared) updates: Updates,
     /// The time 1 of this cache. A reload keeps it, and so the times of the updates that are taken over.
     pub(in crate::shared) base: Instant,
-    /// Public records that were read, and when.
-    read: Cache<RecordId, (RecordRead<PublicState>, Instant)>,
+    /// Public records that were read.
+    read: RecentReads<PublicState>,
     /// Public records have a cap of their own: what denies must be read while other reads are at the cap.
     rate: Mutex<Rate>,
-    /// One reader of a public record at a time, by a hash of the record.
-    readers: [AsyncMutex<()>; READERS_MAX],
     /// Tag records that were read before the upstream was asked.
     pub(super) tags: TagReads,
+    pub(super) grants: GrantReads,
+    /// Denials that the bucket lacks. `None` in tests of one bucket.
+    pub(in crate::shared) revocations: Option<Arc<Revocations>>,
 }
 
 impl Records {
@@ -90,29 +87,24 @@ impl Records {
             settings,
             updates: Updates::default(),
             base: Instant::now(),
-            read: Cache::new(READ_MAX),
+            read: RecentReads::default(),
             rate: Mutex::new(Rate::new(Instant::now())),
-            readers: std::array::from_fn(|_| AsyncMutex::default()),
             tags: TagReads::default(),
+            grants: GrantReads::new(),
+            revocations: None,
         }
     }
 
-    /// Whether a public record that was read counts still.
-    fn read_lately(&self, id: &RecordId) -> Option<RecordRead<PublicState>> {
-        let (found, at) = self.read.get(id)?;
-        (at.elapsed() < READ_AGAIN_AFTER).then_some(found)
-    }
-
-    fn reader(&self, id: &RecordId) -> Option<&AsyncMutex<()>> {
-        let mut hasher = DefaultHasher::new();
-        id.hash(&mut hasher);
-        let at = usize::try_from(hasher.finish() % READERS_MAX as u64).ok()?;
-        self.readers.get(at)
-    }
-
     /// A time of this cache. `None`: before the settings were loaded.
-    fn time(&self, at: Instant) -> Option<u64> {
+    pub(in crate::shared) fn time(&self, at: Instant) -> Option<u64> {
         Some(at.checked_duration_since(self.base)?.as_secs() + 1)
+    }
+
+    /// Removes a denial from the list of those that wait, if no later one was added since.
+    fn finish(&self, id: &RecordId, taken: Option<u64>) {
+        if let (Some(list), Some(taken)) = (&self.revocations, taken) {
+            list.finish(id, taken);
+        }
     }
 
     fn path(&self, key: &ObjectKey) -> String {
@@ -123,7 +115,7 @@ impl Records {
     }
 
     fn names(&self, id: &RecordId) -> Vec<ObjectKey> {
-        self.settings.keys.names(id.class, &id.parts())
+        self.settings.keys.names(id.class, id.place(), &id.item)
     }
 }
 
@@ -202,7 +194,7 @@ impl RecordPlace {
         RecordId {
             class,
             upstream: Arc::clone(&self.upstream),
-            repository: self.repository.clone(),
+            repository: Some(self.repository.clone()),
             item: item.into(),
         }
     }
@@ -248,26 +240,7 @@ impl SharedStorage {
         let Some(records) = &active.records else {
             return unread;
         };
-        if let Some(found) = records.read_lately(&id) {
-            return found;
-        }
-        // One of the requests that need the record reads it.
-        let Some(reader) = records.reader(&id) else {
-            return unread;
-        };
-        let _reading = reader.lock().await;
-        if let Some(found) = records.read_lately(&id) {
-            return found;
-        }
-        let began = Instant::now();
-        let found = active.read_record(&id).await;
-        // The wait for the bucket does not make a denial count later.
-        let at = match found {
-            RecordRead::Unread { .. } => Instant::now(),
-            _ => began,
-        };
-        records.read.insert(id, (found.clone(), at));
-        found
+        records.read.get(&id, active.read_record(&id)).await
     }
 
     /// Records what a response to a request sent at `since` says about a tag. The times in `state` are set.
@@ -324,12 +297,7 @@ impl SharedStorage {
         self.settled(&place.id(Class::Tag, tag.as_str())).await;
     }
 
-    /// Waits until the updates of the visibility of a repository are in the bucket, at most a second.
-    pub async fn public_settled(&self, place: &RecordPlace) {
-        self.settled(&place.id(Class::Public, "")).await;
-    }
-
-    async fn settled(&self, id: &RecordId) {
+    pub(in crate::shared) async fn settled(&self, id: &RecordId) {
         let Some(active) = self.active.load_full() else {
             return;
         };
@@ -342,7 +310,13 @@ impl SharedStorage {
         }
     }
 
-    fn note(&self, id: &RecordId, since: Instant, renewal: Duration, update: impl FnOnce(u64) -> Update) {
+    pub(in crate::shared) fn note(
+        &self,
+        id: &RecordId,
+        since: Instant,
+        renewal: Duration,
+        update: impl FnOnce(u64) -> Update,
+    ) {
         let current = || self.active.load_full().filter(|active| active.settings.write);
         let time = |active: &Arc<Active>| active.records.as_ref()?.time(since);
         let Some(at) = current().as_ref().and_then(time) else {
@@ -408,10 +382,12 @@ impl Active {
         self.reads.lock().breaker.open_since().is_some()
     }
 
-    /// Whether a record may be read now.
+    /// Whether a record may be read now. Reads of grant records are counted before.
     fn may_read_record(&self, records: &Records, class: Class, key: &ObjectKey) -> bool {
-        if class != Class::Public {
-            return self.may_read(key);
+        match class {
+            Class::Tag | Class::Content => return self.may_read(key),
+            Class::Grant => return true,
+            Class::Public => {}
         }
         let may = records.rate.lock().take(Instant::now());
         if !may {
@@ -641,6 +617,7 @@ impl Active {
                     .await
             }
             Update::Public(state) => self.swap(id, &state.shift(by), slack(PUBLIC_RENEWAL)).await,
+            Update::Grant(state) => self.swap(id, &state.shift(by), slack(PUBLIC_RENEWAL)).await,
         }
     }
 }
@@ -723,6 +700,7 @@ pub(in crate::shared) async fn work(active: Arc<Active>) {
             records.updates.end(id, None);
             return;
         };
+        let taken = records.revocations.as_ref().and_then(|list| list.taken(&id));
         let attempts = attempts + u32::from(!is_probe);
         let done = if id.class == Class::Content {
             active.update(&id, update.clone()).await
@@ -735,6 +713,7 @@ pub(in crate::shared) async fn work(active: Arc<Active>) {
                         .telemetry
                         .shared()
                         .record_record(id.class.name(), "unconditional");
+                    records.finish(&id, taken);
                     records.updates.end(id, None);
                     continue;
                 }
@@ -746,7 +725,7 @@ pub(in crate::shared) async fn work(active: Arc<Active>) {
             Ok(Updated::Lost) if update.is_urgent() => {
                 let due = Some(Instant::now() + pause_after(attempts));
                 records.updates.push_again(id.clone(), update, attempts, due);
-                ("retried", None)
+                (RETRIED, None)
             }
             Ok(updated) => (updated.name(), None),
             Err(error)
@@ -756,7 +735,7 @@ pub(in crate::shared) async fn work(active: Arc<Active>) {
                 tracing::debug!(class = id.class.name(), %error, "failed to write a record, trying again");
                 let due = update.is_urgent().then(|| Instant::now() + pause_after(attempts));
                 records.updates.push_again(id.clone(), update, attempts, due);
-                ("retried", None)
+                (RETRIED, None)
             }
             Err(error) => {
                 tracing::debug!(class = id.class.name(), %error, "failed to write a record");
@@ -764,6 +743,9 @@ pub(in crate::shared) async fn work(active: Arc<Active>) {
             }
         };
         active.telemetry.shared().record_record(id.class.name(), result);
+        if result != RETRIED {
+            records.finish(&id, taken);
+        }
         records.updates.end(id, written);
     }
 }

@@ -31,6 +31,9 @@ const MEMBER: &str = ",\"seal\":\"";
 const END: &str = "\"}\n";
 const SEAL_HEX: usize = 64;
 
+/// Hex digits of the id of a key.
+const ID_HEX: usize = 16;
+
 const RANDOM_SOURCE: &str = "/dev/urandom";
 
 /// Why a key file is rejected.
@@ -59,6 +62,9 @@ struct Key {
     secret: Zeroizing<[u8; 32]>,
     name: Zeroizing<[u8; 32]>,
     seal: Zeroizing<[u8; 32]>,
+    principal: Zeroizing<[u8; 32]>,
+    /// Tells the hashes of a principal under several keys apart.
+    id: String,
 }
 
 /// Shows no key.
@@ -71,11 +77,21 @@ impl fmt::Debug for RecordKeys {
 impl Key {
     fn new(secret: Zeroizing<[u8; 32]>) -> Self {
         let derived = |label: &[u8]| Zeroizing::new(hmac_sha256(&*secret, label));
+        let mut id = hex(&derived(b"ifnewer record key id"));
+        id.truncate(ID_HEX);
         Self {
             name: derived(b"ifnewer record name"),
             seal: derived(b"ifnewer record seal"),
+            principal: derived(b"ifnewer record principal"),
+            id,
             secret,
         }
+    }
+
+    /// The hash under this key in the item of a grant record.
+    fn principal_in<'a>(&self, item: &'a str) -> Option<&'a str> {
+        let of_key = |part: &'a str| part.strip_prefix(self.id.as_str())?.strip_prefix(':');
+        item.split(',').find_map(of_key)
     }
 
     fn seal_of(&self, path: &str, body: &str) -> String {
@@ -93,11 +109,17 @@ pub(in crate::shared) enum Class {
     Content,
     /// Whether a repository is public.
     Public,
+    /// Whether a principal may read a repository.
+    Grant,
 }
 
 /// Names of all classes.
-pub(in crate::shared) const CLASS_NAMES: [&str; 3] =
-    [Class::Tag.name(), Class::Content.name(), Class::Public.name()];
+pub(in crate::shared) const CLASS_NAMES: [&str; 4] = [
+    Class::Tag.name(),
+    Class::Content.name(),
+    Class::Public.name(),
+    Class::Grant.name(),
+];
 
 impl Class {
     /// Name in object names and metrics. Stable.
@@ -106,6 +128,7 @@ impl Class {
             Self::Tag => "tag",
             Self::Content => "content",
             Self::Public => "public",
+            Self::Grant => "grant",
         }
     }
 }
@@ -173,11 +196,27 @@ impl RecordKeys {
     }
 
     /// The objects that may have this record: that of the key that signs, and those of the others, which exist while a
-    /// key is replaced. `parts` are the upstream's identity, the repository and the item; none contains a NUL.
-    pub(in crate::shared) fn names(&self, class: Class, parts: &[&str]) -> Vec<ObjectKey> {
-        let message = [&[class.name()], parts].concat().join("\0");
-        let name = |key: &Key| ObjectKey::record(class.name(), &hmac_sha256(&*key.name, message.as_bytes()));
-        self.0.iter().map(name).collect()
+    /// key is replaced. `place` are the upstream's identity and the repository; no part contains a NUL. The item of a grant
+    /// record is a [`Self::principal`], which has no object under a key that it does not cover.
+    pub(in crate::shared) fn names(&self, class: Class, place: [&str; 2], item: &str) -> Vec<ObjectKey> {
+        let name = |key: &Key| {
+            let item = match class {
+                Class::Grant => key.principal_in(item)?,
+                Class::Tag | Class::Content | Class::Public => item,
+            };
+            let [upstream, repository] = place;
+            let message = [class.name(), upstream, repository, item].join("\0");
+            let hash = hmac_sha256(&*key.name, message.as_bytes());
+            Some(ObjectKey::record(class.name(), &hash))
+        };
+        self.0.iter().filter_map(name).collect()
+    }
+
+    /// A principal, which all holders of a key derive alike: for each key, its id and a hash of `identity` under it. The kind
+    /// of a credential is a part of `identity`.
+    pub(in crate::shared) fn principal(&self, identity: &[u8]) -> String {
+        let hashed = |key: &Key| format!("{}:{}", key.id, hex(&hmac_sha256(&*key.principal, identity)));
+        self.0.iter().map(hashed).collect::<Vec<_>>().join(",")
     }
 
     /// Encodes a value, which must serialise as a non-empty object without `version` and `seal`, for the object at `path`.
@@ -278,6 +317,10 @@ mod tests {
         RecordKeys::parse(&lines.collect::<Vec<_>>().join("\n")).unwrap()
     }
 
+    fn tag_names(keys: &RecordKeys) -> Vec<ObjectKey> {
+        keys.names(Class::Tag, ["u", "r"], "t")
+    }
+
     const PATH: &str = "team-a/v1/records/tag/00/00";
 
     #[test]
@@ -322,7 +365,7 @@ mod tests {
             assert_eq!(reader.open(PATH, &sealed), Ok(value("x")));
         }
         assert_eq!(new.open::<Value>(PATH, &sealed), Err(Unusable::Unsealed));
-        let (names, others) = (before.names(Class::Tag, &["u"]), after.names(Class::Tag, &["u"]));
+        let (names, others) = (tag_names(&before), tag_names(&after));
         assert_eq!(names[0], others[1]);
         assert_eq!(names[1], others[0]);
     }
@@ -369,15 +412,28 @@ mod tests {
     fn names_depend_on_class_and_parts() {
         let keys = keys(&["a"]);
         let names = [
-            keys.names(Class::Tag, &["u", "r", "t"]),
-            keys.names(Class::Content, &["u", "r", "t"]),
-            keys.names(Class::Tag, &["u", "rt", ""]),
-            keys.names(Class::Tag, &["u", "r"]),
+            keys.names(Class::Tag, ["u", "r"], "t"),
+            keys.names(Class::Content, ["u", "r"], "t"),
+            keys.names(Class::Tag, ["u", "rt"], ""),
+            keys.names(Class::Tag, ["u", "r"], ""),
         ];
         for (at, one) in names.iter().enumerate() {
             assert!(one[0].as_str().starts_with("v1/records/"));
             assert!(names.iter().skip(at + 1).all(|other| one != other));
         }
+    }
+
+    #[test]
+    fn principal_is_found_under_each_key_it_covers() {
+        let (old, both, new) = (keys(&["a"]), keys(&["b", "a"]), keys(&["b"]));
+        let names = |keys: &RecordKeys, principal: &str| keys.names(Class::Grant, ["u", "r"], principal);
+        let (early, late) = (old.principal(b"basic\0alice"), both.principal(b"basic\0alice"));
+        assert_eq!(names(&both, &late)[1], names(&old, &early)[0]);
+        assert_eq!(names(&both, &early), names(&old, &early), "before the new key");
+        assert_eq!(names(&new, &late)[0], names(&both, &late)[0]);
+        assert!(names(&new, &early).is_empty());
+        assert_ne!(old.principal(b"basic\0bob"), early);
+        assert!(!late.contains("alice") && late.len() < 200, "{late}");
     }
 
     proptest! {

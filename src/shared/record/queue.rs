@@ -11,6 +11,7 @@ use quick_cache::sync::Cache;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
+use super::grant::GrantState;
 use super::key::Class;
 use super::state::{ContentState, Merge, PublicState, TagState};
 use crate::oci::Repository;
@@ -27,14 +28,16 @@ pub(in crate::shared) struct RecordId {
     pub(in crate::shared) class: Class,
     /// Identity of the upstream.
     pub(in crate::shared) upstream: Arc<str>,
-    pub(in crate::shared) repository: Repository,
-    /// Tag or digest; empty for the repository as a whole.
+    /// `None` for the token service of the upstream.
+    pub(in crate::shared) repository: Option<Repository>,
+    /// Tag, digest or principal; empty for the repository as a whole.
     pub(in crate::shared) item: Arc<str>,
 }
 
 impl RecordId {
-    pub(in crate::shared) fn parts(&self) -> [&str; 3] {
-        [&self.upstream, self.repository.as_str(), &self.item]
+    pub(in crate::shared) fn place(&self) -> [&str; 2] {
+        let repository = self.repository.as_ref();
+        [&self.upstream, repository.map_or("", Repository::as_str)]
     }
 }
 
@@ -44,6 +47,7 @@ pub(in crate::shared) enum Update {
     Tag(TagState),
     Content(ContentState),
     Public(PublicState),
+    Grant(GrantState),
 }
 
 impl Update {
@@ -53,6 +57,7 @@ impl Update {
             Self::Tag(state) => state.variants.is_empty(),
             Self::Content(state) => !state.is_present(),
             Self::Public(state) => !state.is_public,
+            Self::Grant(state) => !state.is_granted,
         }
     }
 
@@ -61,6 +66,7 @@ impl Update {
             (Self::Tag(one), Self::Tag(two)) => Self::Tag(one.merge(two, u64::MAX)),
             (Self::Content(one), Self::Content(two)) => Self::Content(one.merge(two, u64::MAX)),
             (Self::Public(one), Self::Public(two)) => Self::Public(one.merge(two, u64::MAX)),
+            (Self::Grant(one), Self::Grant(two)) => Self::Grant(one.merge(two, u64::MAX)),
             // Records of different classes have different ids.
             (_, other) => other,
         }
@@ -71,6 +77,7 @@ impl Update {
             (Self::Tag(one), Self::Tag(two)) => one.covers(two, slack),
             (Self::Content(one), Self::Content(two)) => one.covers(two, slack),
             (Self::Public(one), Self::Public(two)) => one.covers(two, slack),
+            (Self::Grant(one), Self::Grant(two)) => one.covers(two, slack),
             _ => false,
         }
     }
@@ -93,6 +100,13 @@ struct State {
     waiting: HashMap<RecordId, Waiting>,
     running: Option<(RecordId, Update)>,
     is_closed: bool,
+}
+
+impl State {
+    fn has(&self, id: &RecordId) -> bool {
+        let is_running = self.running.as_ref().is_some_and(|(running, _)| running == id);
+        is_running || self.waiting.contains_key(id)
+    }
 }
 
 struct Waiting {
@@ -250,9 +264,12 @@ impl Updates {
 
     /// Waits until nothing waits for this record.
     pub(in crate::shared) async fn settled(&self, id: &RecordId) {
-        let is_running = |state: &State| state.running.as_ref().is_some_and(|(running, _)| running == id);
-        self.until(|state| !state.waiting.contains_key(id) && !is_running(state))
-            .await;
+        self.until(|state| !state.has(id)).await;
+    }
+
+    /// Whether an update of this record is waiting or running.
+    pub(in crate::shared) fn has(&self, id: &RecordId) -> bool {
+        self.state.lock().has(id)
     }
 
     /// Waits until nothing is waiting or running, or until `is_stopped`.
@@ -303,7 +320,7 @@ mod tests {
         RecordId {
             class: Class::Public,
             upstream: "https://registry".into(),
-            repository: format!("team/demo{number}").parse().unwrap(),
+            repository: format!("team/demo{number}").parse().ok(),
             item: "".into(),
         }
     }

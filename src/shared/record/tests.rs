@@ -23,7 +23,7 @@ use crate::telemetry::Telemetry;
 const START: u64 = 1_000_000;
 
 /// A bucket in memory.
-struct Timed {
+pub(in crate::shared) struct Timed {
     inner: Arc<dyn ObjectStorage>,
     /// A clock for each cache, as each learns by its own responses.
     clock: StorageClock,
@@ -42,6 +42,10 @@ impl Timed {
         // A `Date` has no fraction.
         let date = UNIX_EPOCH + Duration::from_secs(date.duration_since(UNIX_EPOCH).unwrap().as_secs());
         self.clock.learn(date, now, now);
+    }
+
+    pub(in crate::shared) fn is_silent_for(&self, period: Duration) {
+        *self.silent_until.lock() = Some(Instant::now() + period);
     }
 
     async fn interlope(&self) {
@@ -123,38 +127,50 @@ struct Cache {
     active: Arc<Active>,
 }
 
+/// A bucket of one cache over the objects of all, and the settings for it.
+pub(in crate::shared) fn settings(
+    inner: &Arc<dyn ObjectStorage>,
+    digit: &str,
+    prefix: &str,
+    started: Instant,
+) -> (Arc<Timed>, SharedSettings) {
+    let bucket = Arc::new(Timed {
+        inner: Arc::clone(inner),
+        clock: StorageClock::default(),
+        started,
+        silent_until: Mutex::default(),
+        interlopers: Mutex::default(),
+        writes: Mutex::default(),
+    });
+    let keys: Vec<String> = digit.split(',').map(|digit| digit.repeat(64)).collect();
+    let settings = SharedSettings {
+        bucket: Arc::clone(&bucket) as Arc<dyn ObjectStorage>,
+        name: "s3://images".into(),
+        write: true,
+        keep: Duration::from_secs(28 * 24 * 3600),
+        uploads_max: 1,
+        redirect: RedirectSettings::default(),
+        claims: false,
+        wait_max: Duration::from_secs(1),
+        records: Some(RecordSettings {
+            keys: RecordKeys::parse(&keys.join("\n")).unwrap(),
+            prefix: prefix.into(),
+            grants: true,
+        }),
+    };
+    (bucket, settings)
+}
+
 impl Cache {
     fn over(inner: &Arc<dyn ObjectStorage>, digit: &str, prefix: &str, started: Instant) -> Cache {
-        let bucket = Arc::new(Timed {
-            inner: Arc::clone(inner),
-            clock: StorageClock::default(),
-            started,
-            silent_until: Mutex::default(),
-            interlopers: Mutex::default(),
-            writes: Mutex::default(),
-        });
-        let keys: Vec<String> = digit.split(',').map(|digit| digit.repeat(64)).collect();
-        let settings = SharedSettings {
-            bucket: Arc::clone(&bucket) as Arc<dyn ObjectStorage>,
-            name: "s3://images".into(),
-            write: true,
-            keep: Duration::from_secs(28 * 24 * 3600),
-            uploads_max: 1,
-            redirect: RedirectSettings::default(),
-            claims: false,
-            wait_max: Duration::from_secs(1),
-            records: Some(RecordSettings {
-                keys: RecordKeys::parse(&keys.join("\n")).unwrap(),
-                prefix: prefix.into(),
-            }),
-        };
+        let (bucket, settings) = settings(inner, digit, prefix, started);
         let active = Arc::new(Active::new(settings, &Arc::default(), Telemetry::new()));
         Cache { bucket, active }
     }
 
     fn names(&self, id: &RecordId) -> Vec<ObjectKey> {
         let records = self.active.settings.records.as_ref().unwrap();
-        records.keys.names(id.class, &id.parts())
+        records.keys.names(id.class, id.place(), &id.item)
     }
 
     /// Records that the tag named this digest at this moment.
@@ -195,7 +211,7 @@ fn tag() -> RecordId {
     RecordId {
         class: Class::Tag,
         upstream: "https://registry-1.docker.io".into(),
-        repository: "library/demo".parse().unwrap(),
+        repository: "library/demo".parse().ok(),
         item: tag.as_str().into(),
     }
 }
@@ -579,5 +595,6 @@ fn place() -> RecordPlace {
     let RecordId {
         upstream, repository, ..
     } = tag();
+    let repository = repository.unwrap();
     RecordPlace { upstream, repository }
 }

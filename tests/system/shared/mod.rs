@@ -2,6 +2,7 @@
 
 mod bucket;
 mod claims;
+mod grants;
 mod records;
 mod redirect;
 
