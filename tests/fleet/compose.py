@@ -1,9 +1,11 @@
 """packaging/docker-compose.shared.yml without containers: its commands, settings and files, run as processes over loopback."""
 
+import json
 import os
 import pathlib
 import re
 import shlex
+import socket
 import subprocess
 import time
 
@@ -18,6 +20,8 @@ from shared import uploaded
 ROOT = pathlib.Path(__file__).parent.parent.parent
 FILE = ROOT / "packaging" / "docker-compose.shared.yml"
 CACHES = ("a", "b", "c")
+# Another address of this host, as that of the storage in the network of the caches.
+FROM_A_CACHE = "127.0.0.2"
 NAME = "library/app"
 
 
@@ -33,11 +37,12 @@ async def run(fleet):
     files = written_files(folder)
     storage = Storage(fleet, services, files)
     registry = fleet.registry()
-    nodes = []
+    nodes, environments = [], {}
     for name in CACHES:
         settings = services[name]["environment"]
         environment = {key: inside(value, services[name], files) for key, value in settings.items()}
         environment["IFNEWER_SHARED_ENDPOINT"] = storage.endpoint
+        environments[name] = environment
         nodes.append(fleet.cache("node.toml", {"192.0.2.10": BALANCER}, more=upstreams(registry), environment=environment))
     balancer = Balancer(fleet, nodes)
     fleet.programs.append(balancer)
@@ -55,6 +60,17 @@ async def run(fleet):
         took = took or await pull(balancer.address, NAME, "1", image)
     fleet.check("a pull after that cache has ended", took)
     fleet.equal("its GETs at the registry: another cache reads from the bucket", 0, at_registry.count("GET "))
+    collected(fleet, nodes[0], environments["a"])
+
+
+def collected(fleet, node, environment):
+    """The command for cron, in the environment of a cache. Ages are whole seconds of the storage."""
+    [command] = re.findall(r"exec -T a /ifnewer (.*)", FILE.read_text())
+    time.sleep(2.1)
+    environment = {**plain_environment(), **environment, "IFNEWER_CONFIG": str(node.folder / "ifnewer.toml")}
+    done = subprocess.run([os.environ["IFNEWER"], *command.split(), "--older", "1s", "--json"], capture_output=True, env=environment)
+    deleted = json.loads(done.stdout)["deleted"]["objects"] if done.stdout else 0
+    fleet.check("the credential may delete old objects", done.returncode == 0 and deleted > 0, (deleted, done.stderr))
 
 
 def least_rights(fleet, compose):
@@ -109,11 +125,10 @@ class Storage:
         ports = {f"{server}.port{kind}": free_port() for server in SERVERS for kind in ("", ".grpc")}
         data = files / "data"
         data.mkdir()
-        replaced = {"/data": str(data), "storage": "127.0.0.1", "0.0.0.0": "127.0.0.1"}
-        words = [option(word, replaced, service, files) for word in service["command"]]
+        words = [option(word, {"/data": str(data)}, service, files) for word in service["command"]]
         # The health check names the port of the container.
         self.endpoint = f"http://127.0.0.1:{ports['s3.port']}"
-        extra = [f"-{name}={port}" for name, port in ports.items()] + ["-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.preStopSeconds=0"]
+        extra = [f"-{name}={port}" for name, port in ports.items()] + ["-volume.preStopSeconds=0"]
         environment = {**plain_environment(), "HOME": str(files)}
         with (files / "weed.log").open("wb") as log:
             self.process = subprocess.Popen([os.environ["WEED"], *words, *extra], stdout=log, stderr=log, cwd=files, env=environment)
@@ -121,11 +136,17 @@ class Storage:
         healthy = " ".join(service["healthcheck"]["test"][1:]).replace("http://127.0.0.1:8333", self.endpoint)
         healthy = healthy.replace("wget -q -O /dev/null", "curl -sSf -o /dev/null")
         fleet.check("the storage becomes healthy", self.succeeds(healthy, environment), (files / "weed.log").read_text()[-500:])
-        [script] = services["bucket"]["command"]
+        open_ports = {name for name, port in ports.items() if is_open(FROM_A_CACHE, port)}
+        fleet.equal("ports of the storage that a cache reaches", {"s3.port", "s3.port.grpc"}, open_ports)
+        bucket = services["bucket"]
+        fleet.equal("the network of the service that creates the bucket", "service:storage", bucket["network_mode"])
+        [script] = bucket["command"]
         script = script.replace("weed shell", f"{shlex.quote(os.environ['WEED'])} shell")
-        for name, server, port in (("master", "storage:9333", "master.port"), ("filer", "storage:8888", "filer.port")):
-            script = script.replace(f"-{name}={server}", f"-{name}=127.0.0.1:{ports[port]}.{ports[port + '.grpc']}")
+        for name, server, port in (("master", 9333, "master.port"), ("filer", 8888, "filer.port")):
+            script = script.replace(f"-{name}=127.0.0.1:{server}", f"-{name}=127.0.0.1:{ports[port]}.{ports[port + '.grpc']}")
         fleet.check("the bucket is created", self.succeeds(script, environment))
+        again = subprocess.run(["bash", "-c", script], capture_output=True, env=environment)
+        fleet.check("the next start leaves it as it is", again.returncode == 0, again.stderr)
 
     @staticmethod
     def succeeds(script, environment):
@@ -145,3 +166,8 @@ def option(word, replaced, service, files):
     name, equals, value = word.partition("=")
     value = replaced.get(value, value)
     return f"{name}{equals}{inside(value, service, files) if value.startswith('/etc') else value}"
+
+
+def is_open(address, port):
+    with socket.socket() as client:
+        return client.connect_ex((address, port)) == 0
