@@ -153,7 +153,7 @@ async fn cmd_shared(config: &Config, shared: &SharedConfig, command: cli::Shared
 /// Waits for Ctrl-C.
 async fn interrupt() {
     if tokio::signal::ctrl_c().await.is_err() {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 

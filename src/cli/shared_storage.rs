@@ -328,6 +328,16 @@ mod tests {
     }
 
     #[test]
+    fn configuration_that_does_not_write_deletes_nothing() {
+        let keys = "[shared]\nbucket = \"s3://images\"\nregion = \"x\"\n";
+        let writer = configured(keys);
+        let reader = configured(&format!("{keys}write = false"));
+        assert!(refuse_read_only(&writer, true).is_ok() && refuse_read_only(&reader, false).is_ok());
+        let refused = refuse_read_only(&reader, true).unwrap_err().to_string();
+        assert!(refused.contains("`write = false`"), "{refused}");
+    }
+
+    #[test]
     fn documentation_has_the_policy_that_is_printed() {
         let shared = configured("[shared]\nbucket = \"s3://acme-images/team-a\"\nregion = \"eu-central-1\"");
         let documentation = include_str!("../../docs/shared.md");

@@ -206,3 +206,37 @@ fn o05_foreign_certificate_folder_is_not_used() {
     std::fs::write(certs.join("ca.key"), "").unwrap();
     assert!(is_certificate_folder(&certs));
 }
+
+#[test]
+fn objects_of_the_bucket_are_deleted_with_yes_only() {
+    use shared_storage::ObjectCommand;
+    let objects = |words: &str| match parse(words).selected_command() {
+        Command::Shared(Shared::Objects(command)) => command,
+        other => panic!("{other:?}"),
+    };
+    let ObjectCommand::Gc(gc) = objects("ifnewer shared gc --older 28d --size 2TiB") else {
+        panic!("not gc");
+    };
+    assert_eq!(
+        (gc.older, gc.size, gc.yes),
+        (
+            Some(std::time::Duration::from_secs(28 * 86_400)),
+            Some(2 << 40),
+            false
+        )
+    );
+    let ObjectCommand::Rm(rm) = objects("ifnewer shared rm alpine:3 sha256:00 --yes") else {
+        panic!("not rm");
+    };
+    assert_eq!((rm.images.len(), rm.blobs, rm.yes), (2, false, true));
+    for wrong in [
+        "ifnewer shared rm",
+        "ifnewer shared gc --older 28",
+        "ifnewer shared gc --older",
+        "ifnewer shared gc --size much",
+        "ifnewer shared policy --read-only --maintenance",
+    ] {
+        let error = Cli::try_parse_from(wrong.split(' ')).unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{wrong}");
+    }
+}

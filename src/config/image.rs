@@ -93,3 +93,60 @@ impl Config {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may fail loudly")]
+    use std::path::Path;
+
+    use super::*;
+
+    const DIGEST: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    fn config() -> Config {
+        let text = "[upstream.\"docker.io\"]\nurl = [\"https://cache.example:5000\", \"https://registry-1.docker.io\"]\n\
+                    repository_prefix = [\"hub\", \"\"]\n[upstream.\"ghcr.io\"]\nurl = \"https://ghcr.io\"\n";
+        Config::read(text, Path::new("ifnewer.toml")).unwrap_or_else(|faults| panic!("{faults}"))
+    }
+
+    #[test]
+    fn image_has_a_full_name_and_the_identity_of_its_urls() {
+        let hub = "https://cache.example:5000/v2/hub https://registry-1.docker.io";
+        let with_digest = format!("alpine@{DIGEST}");
+        let full_with_digest = format!("docker.io/library/alpine@{DIGEST}");
+        for (text, name, identity) in [
+            ("alpine", "docker.io/library/alpine:latest", hub),
+            ("team/app:1", "docker.io/team/app:1", hub),
+            ("docker.io/alpine:3.20", "docker.io/library/alpine:3.20", hub),
+            (
+                "ghcr.io/acme/web:main",
+                "ghcr.io/acme/web:main",
+                "https://ghcr.io",
+            ),
+            (&with_digest, &full_with_digest, hub),
+        ] {
+            let image = config().image(text).unwrap();
+            assert_eq!(
+                (image.to_string().as_str(), &*image.identity),
+                (name, identity),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn image_at_an_unknown_upstream_is_rejected() {
+        for (text, message) in [
+            ("quay.example/app", "`quay.example` is not a configured upstream"),
+            (
+                "localhost:5000/app",
+                "`localhost:5000` is not a configured upstream",
+            ),
+            ("Alpine", "not an image reference"),
+            ("alpine@sha256:00", "not an image reference"),
+        ] {
+            let error = config().image(text).unwrap_err().to_string();
+            assert!(error.contains(message), "{text}: {error}");
+        }
+    }
+}

@@ -130,6 +130,8 @@ async def removed(fleet, registry, bucket, operator, with_key, image):
     fleet.check("so is the tag record", await recorded(born, 1))
     born.stop()
 
+    code, found, message = await operator.run("rm", f"{NAME}:1", "--blobs")
+    fleet.equal("a trial with its blobs", (0, 1 + len(image.blobs)), (code, len(found["objects"])))
     layer = image.layers[1]
     code, found, message = await operator.run("rm", layer, "--yes")
     fleet.equal("the removal of a digest", (0, 1), (code, len(found["objects"])))

@@ -72,7 +72,7 @@ pub(super) async fn gc(
     {
         let half = duration(shared.keep / 2);
         let note = format!(
-            "note: objects in use are written again at an age of {half}, half of `keep`; younger ones are in use perhaps"
+            "note: objects in use are written again at an age of {half}, half of `keep`, so this deletes objects in use too"
         );
         output.line(&output.paint(Style::Warning, &note))?;
     }
@@ -94,7 +94,10 @@ pub(super) async fn gc(
             "bytes_beyond_size": collection.excess,
         }))?;
     } else {
-        print_collection(&collection, args, verb, output)?;
+        print_collection(&collection, verb, output)?;
+        if !args.yes && result.is_ok() {
+            output.line(&output.paint(Style::Dim, "nothing was deleted; add --yes to do it"))?;
+        }
     }
     result?;
     if collection.is_interrupted {
@@ -106,7 +109,6 @@ pub(super) async fn gc(
 
 fn print_collection(
     collection: &GarbageCollection,
-    args: &Gc,
     verb: &str,
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
@@ -132,11 +134,7 @@ fn print_collection(
             "{excess} beyond --size remain: records, or objects of unknown age"
         ))?;
     }
-    note_undated(listed, output)?;
-    if !args.yes {
-        output.line(&output.paint(Style::Dim, "nothing was deleted; add --yes to do it"))?;
-    }
-    Ok(())
+    note_undated(listed, output)
 }
 
 fn note_undated(inventory: &Inventory, output: &mut Output<'_>) -> Result<(), CommandError> {
@@ -186,5 +184,45 @@ impl Progress {
         if let Some(bar) = &self.0 {
             bar.finish_and_clear();
         }
+    }
+}
+
+#[cfg(all(test, feature = "shared"))]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+    use crate::bucket::{ObjectKey, in_memory};
+    use crate::oci::{Algorithm, Digest};
+
+    async fn printed(json: bool) -> String {
+        let bucket = in_memory();
+        let key = ObjectKey::blob(&Digest::of(Algorithm::Sha256, b"x"));
+        bucket
+            .put(&key, b"content".as_slice().into(), None)
+            .await
+            .unwrap();
+        let mut out = Vec::new();
+        let mut output = Output {
+            out: &mut out,
+            colour: false,
+            progress: false,
+        };
+        let args = Ls { image: None, json };
+        ls(("s3://images", &bucket), &args, &mut output).await.unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    /// Storage in memory states no `Date`.
+    #[tokio::test]
+    async fn inventory_says_that_ages_are_not_known() {
+        let text = printed(false).await;
+        let lines: Vec<_> = text.lines().collect();
+        let row: Vec<_> = lines.get(1).unwrap().split_whitespace().collect();
+        assert_eq!(row, ["blobs", "1", "7", "B", "-", "-"]);
+        assert!(text.contains("7 B in 1 objects of s3://images"), "{text}");
+        assert!(text.contains("states no age of 1 objects"), "{text}");
+        let answer: Value = serde_json::from_str(&printed(true).await).unwrap();
+        assert_eq!(answer.pointer("/kinds/0/undated"), Some(&json!(1)));
+        assert_eq!(answer.pointer("/kinds/0/oldest_seconds"), Some(&Value::Null));
     }
 }
