@@ -154,14 +154,19 @@ impl View {
         Ok((bytes.clone(), info))
     }
 
-    /// Writes the object if its version is this one; `None`: if there is none.
-    fn write(&self, key: &ObjectKey, bytes: Bytes, condition: Option<Option<&str>>) -> BucketResult {
+    /// Writes the object if the version of the present one, if any, satisfies the condition.
+    fn write(
+        &self,
+        key: &ObjectKey,
+        bytes: Bytes,
+        condition: impl FnOnce(Option<&str>) -> bool,
+    ) -> BucketResult {
         let mut content = self.bucket.content.lock().unwrap();
         let found = content
             .objects
             .get(key.as_str())
             .map(|(_, version)| version.to_string());
-        if condition.is_some_and(|expected| expected != found.as_deref()) {
+        if !condition(found.as_deref()) {
             return Err(BucketError::Exists);
         }
         content.versions += 1;
@@ -210,7 +215,7 @@ impl ObjectStorage for View {
     ) -> BucketFuture<'a, Option<String>> {
         Box::pin(async move {
             self.begin("CREATE", key).await;
-            self.write(key, bytes, Some(None))
+            self.write(key, bytes, |found| found.is_none())
         })
     }
 
@@ -222,14 +227,14 @@ impl ObjectStorage for View {
     ) -> BucketFuture<'a, Option<String>> {
         Box::pin(async move {
             self.begin("UPDATE", key).await;
-            self.write(key, bytes, Some(Some(etag)))
+            self.write(key, bytes, |found| found == Some(etag))
         })
     }
 
     fn put<'a>(&'a self, key: &'a ObjectKey, bytes: Bytes, _: Option<&'a str>) -> BucketFuture<'a, ()> {
         Box::pin(async move {
             self.begin("PUT", key).await;
-            self.write(key, bytes, None).map(drop)
+            self.write(key, bytes, |_| true).map(drop)
         })
     }
 

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use super::{BRING_TIMEOUT, INDEX_DEPTH_MAX};
 use crate::age;
 use crate::oci::{Accept, AnyDigest, Digest, Reference, Tag};
-use crate::policy::{Authorization, DenyReason, Policy};
+use crate::policy::{Authorization, CachedEntry, DenyReason, Policy};
 use crate::proxy::evidence::{Evidence, TagClient};
 use crate::proxy::invalidation::WriteSnapshot;
 use crate::proxy::manifest_fetch::UpstreamRequest;
@@ -124,7 +124,7 @@ impl ReadContext<'_> {
             writes: self.request.writes.ended(),
         };
         let using = || {
-            let complete = evidence.state.cached.filter(|cached| cached.is_complete());
+            let complete = evidence.state.cached.filter(CachedEntry::is_complete);
             let usage = TagRecordUse {
                 registry: Arc::clone(registry),
                 key: key.clone(),
