@@ -33,6 +33,7 @@ mod openapi;
 mod page;
 mod pins;
 mod pull_jobs;
+mod records;
 mod refreshes;
 mod response;
 mod router;

@@ -71,6 +71,7 @@ pub use scheduled_refresh::{
     RUNS_PER_MINUTE_MAX, RefreshPause, RefreshResult, RefreshStatus, TAGS_PER_MINUTE_MAX, TagRefresh,
     TagRefreshState,
 };
+pub use shared_records::RecordedImage;
 pub use streamed_list::StreamedList;
 
 use crate::clock::Clock;

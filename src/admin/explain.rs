@@ -17,6 +17,7 @@ use super::format::{
 };
 use super::image_ref::{ImageQuery, ImageRef, ImageRequest};
 use super::names::{AuthorizationName, OnNotFoundName, PolicyName};
+use super::records::{RecordsView, sentences};
 use super::refreshes::RefreshView;
 use super::response::Problem;
 use crate::oci::{Algorithm, Digest, UpstreamFailure};
@@ -54,6 +55,8 @@ pub(super) struct Explanation {
     pub(super) because: Vec<String>,
     /// The decision for each possible upstream response.
     pub(super) what_if: Vec<WhatIf>,
+    /// Records of other caches about the image. Null without `key_file` in `[shared]`.
+    pub(super) records: Option<RecordsView>,
     /// Scheduled refreshes of the tag, if a rule has them.
     pub(super) refresh: Option<RefreshView>,
     /// The decision and its facts as `name=value`, for bug reports.
@@ -68,6 +71,8 @@ pub(super) struct CachedCopy {
     #[schema(format = DateTime)]
     pub(super) confirmed_at: Option<String>,
     pub(super) complete: bool,
+    /// Whether the confirmation was that of another cache, by its record in the shared storage.
+    pub(super) confirmed_by_record: bool,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -106,7 +111,8 @@ pub(super) async fn why_with_credential(
     ))
 }
 
-/// Explains the decision for a client with this `Authorization`. Sends no upstream request.
+/// Explains the decision for a client with this `Authorization`. Sends no upstream request, and reads the records of the
+/// shared storage.
 async fn explain(
     registry: &ServingState,
     named: &ImageRef,
@@ -144,6 +150,26 @@ async fn explain(
         unavailable,
     );
     because.extend(refresh.iter().map(|refresh| refresh.sentence.clone()));
+    let confirmed_by_record = match (named.tag_key(), situation.cached) {
+        (Some(key), Some(copy)) => {
+            let proxy = &registry.proxy;
+            proxy
+                .is_confirmed_by_record(key, copy.digest, copy.confirmed_at)
+                .await
+        }
+        _ => false,
+    };
+    if confirmed_by_record {
+        because.push("another cache has confirmed the copy, by its record".to_owned());
+    }
+    let recorded = registry.proxy.recorded_image(
+        upstream_registry,
+        &named.repository,
+        &named.reference,
+        situation.cached.map(|copy| copy.digest),
+    );
+    let recorded = recorded.await;
+    because.extend(recorded.iter().flat_map(sentences));
     Explanation {
         image: named.to_string(),
         rule: rule.to_string(),
@@ -152,6 +178,7 @@ async fn explain(
             digest: copy.digest.to_string(),
             confirmed_at: confirmed(copy.confirmed_at),
             complete: is_complete,
+            confirmed_by_record,
         }),
         authorization: authorization_name(situation.authorization),
         max_age_seconds: situation.max_age.as_secs(),
@@ -165,6 +192,7 @@ async fn explain(
             Decision::Revalidate | Decision::ProbeLayers(_) => what_ifs(&situation, upstream_registry.name()),
             Decision::Serve(_) | Decision::Fetch(_) | Decision::Deny(_) => Vec::new(),
         },
+        records: recorded.as_ref().map(RecordsView::new),
         refresh,
         explanation: facts(decision, &situation, is_complete),
     }

@@ -4,6 +4,7 @@ use utoipa::openapi::schema::{ObjectBuilder, Type};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
+use super::records::RECORD_STATES;
 use crate::policy::{OnNotFound, Policy};
 use crate::proxy::RefreshResult;
 use crate::telemetry::BodyEnd;
@@ -34,6 +35,7 @@ names! {
     Outcome = ["hit", "stale", "miss", "collapsed", "local", "forwarded", "denied", "aborted", "failed"];
     Ended = BodyEnd::ALL.map(BodyEnd::name);
     RefreshOutcome = RefreshResult::ALL.map(RefreshResult::name);
+    RecordStateName = RECORD_STATES;
     RefreshState = ["planned", "unused", "private", "paused"];
     PauseReason = ["offline", "circuit-breaker", "rate-limited", "quota-floor"];
 }

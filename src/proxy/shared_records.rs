@@ -7,6 +7,7 @@
 //! only while the upstream is unavailable.
 
 mod grant;
+mod report;
 mod tags;
 
 use std::collections::BTreeSet;
@@ -31,6 +32,7 @@ use crate::policy::{Authorization, Decision, DenyReason, HitReason, Policy, Reva
 use crate::shared::{RecordPlace, RecordRead, SharedContent, TagState, TagVariant};
 use crate::store::manifests::StoredManifest;
 
+pub use self::report::RecordedImage;
 pub(super) use self::tags::TagRecordUses;
 
 /// Longest time to bring an image's records and manifests. Clients give up after 30 s without a response, and may have

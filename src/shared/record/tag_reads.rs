@@ -151,6 +151,20 @@ impl SharedStorage {
         Some(found.later(elapsed))
     }
 
+    /// Whether this cache has a key for records.
+    pub fn has_record_key(&self) -> bool {
+        let active = self.active.load();
+        active.as_ref().is_some_and(|active| active.records.is_some())
+    }
+
+    /// The digests that other caches have seen a tag to name, read now.
+    pub async fn read_tag_record(&self, place: &RecordPlace, tag: &Tag) -> RecordRead<TagState> {
+        match self.readable() {
+            Some(active) => active.read_record(&place.id(Class::Tag, tag.as_str())).await,
+            None => RecordRead::Unread { is_capped: false },
+        }
+    }
+
     /// Uses the record of a tag no more, until it is read again.
     pub fn discard_tag_record(&self, place: &RecordPlace, tag: &Tag, reader: RecordReader) {
         let active = self.active.load();

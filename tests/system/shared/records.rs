@@ -367,3 +367,50 @@ async fn moved_tag_waits_once_for_a_silent_bucket() {
         .filter(|asked| asked.method == "GET" && is_needed(&asked.object));
     assert_eq!(waits.count(), 1, "{asked:?}");
 }
+
+#[tokio::test]
+async fn why_shows_the_records_of_an_image() {
+    let (upstream, bucket, image, _first) = recorded().await;
+    let other = upstream.push(DEMO, "other", Image::with_layers(&["other"]));
+    let second = with_key(&bucket, &upstream, "5", "max_age = \"1h\"")
+        .start()
+        .await;
+    let path = "/api/v1/why?image=docker.io/library/demo:latest";
+    let why = second.admin(path).await.json();
+    let (tag, content) = (&why["records"]["tag"], &why["records"]["content"]);
+    assert_eq!(
+        (&tag["state"], &tag["digest"]),
+        (&"found".into(), &image.digest.clone().into())
+    );
+    assert!(tag["age_seconds"].as_u64().unwrap() < 60, "{why}");
+    assert_eq!(
+        (&content["state"], &content["children"]),
+        (&"found".into(), &image.blobs.len().into())
+    );
+    assert_eq!(why["records"]["public"]["is_public"], true, "{why}");
+    // With a grant, the record confirms the tag.
+    second.manifest(DEMO, "other").await.is_image(&other);
+    upstream.clear_log();
+    let reply = second.pull(DEMO, "latest", &image).await;
+    assert_eq!(reply.cache_status(), "ifnewer; hit; detail=fresh");
+    assert_eq!(upstream.requests().len(), 0, "{:#?}", upstream.requests());
+    let why = second.admin(path).await.json();
+    assert_eq!(why["cached"]["confirmed_by_record"], true, "{why}");
+    let because = why["because"].to_string();
+    for part in [
+        "the tag record of the caches names",
+        "another cache has confirmed the copy",
+    ] {
+        assert!(because.contains(part), "{part}: {because}");
+    }
+    // A bucket that does not respond leaves the rest of the answer.
+    bucket.set(Mode::Silent);
+    let why = second.admin(path).await.json();
+    assert_eq!(
+        (&why["records"]["tag"]["state"], &why["reason"]),
+        (&"unread".into(), &"fresh".into())
+    );
+    assert!(why["because"].to_string().contains("could not be read"), "{why}");
+    let plain = Setup::over(&upstream).start().await;
+    assert_eq!(plain.admin(path).await.json()["records"], serde_json::Value::Null);
+}
