@@ -8,6 +8,7 @@
 //! * `min_age`, `min_age_by_digest`: ages of digests, with a wall clock that is stepped.
 //! * `scheduled_refresh`: tags revalidated in the background. `scheduled_refresh_races`: what happens while one runs.
 //!   `scheduled_refresh_use`: what counts as a use of a tag.
+//! * `shared_grants`: a walk over two caches with one bucket and grant records.
 //! * `tag_records`: records of other caches about a tag, in a shared `bucket`.
 //! * `hostile_fronts`: hosts that respond in the registry's place. `timing`: whether the time of a denial reveals
 //!   what is cached. `counting_disk`: a disk that counts its reads. `slow_disk`: a disk with a blocked call.
@@ -41,6 +42,7 @@ mod registry;
 mod scheduled_refresh;
 mod scheduled_refresh_races;
 mod scheduled_refresh_use;
+mod shared_grants;
 mod slow_disk;
 mod tag_records;
 mod timing;
