@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::log_store_error;
@@ -68,6 +69,16 @@ struct Counter {
     ended: AtomicU64,
     begun: AtomicU64,
     under_way: AtomicU64,
+    last: Mutex<LastWrites>,
+}
+
+/// When the last writes ended, at the latest.
+#[derive(Clone, Copy, Default)]
+struct LastWrites {
+    /// One that the registry accepted.
+    accepted: Option<Instant>,
+    /// One that may have taken effect.
+    possible: Option<Instant>,
 }
 
 impl Default for WriteGenerations {
@@ -111,9 +122,33 @@ impl WriteGenerations {
         counter.begun.fetch_add(1, Ordering::SeqCst) + 1
     }
 
+    /// Whether the upstream may have stated this before the last write that may have taken effect, or which it accepted if
+    /// `is_accepted`. `age`: of the statement at `now`. While the host is suspended, the time since a write stands still, so
+    /// that more statements are from before it.
+    pub(super) fn may_predate_write(
+        &self,
+        repository: &Repository,
+        (age, now): (Duration, Instant),
+        is_accepted: bool,
+    ) -> bool {
+        let last = self.counter(repository).map(|counter| *counter.last.lock());
+        let ended = last.and_then(|last| if is_accepted { last.accepted } else { last.possible });
+        ended.is_some_and(|ended| now.saturating_duration_since(ended) <= age)
+    }
+
     /// Counts a write that may have taken effect. Responses from before it are no longer recorded.
-    fn note(&self, repository: &Repository) {
+    fn note(&self, repository: &Repository, is_accepted: bool) {
         if let Some(counter) = self.counter(repository) {
+            let now = Instant::now();
+            let possible = if is_accepted { now } else { now + WRITE_SETTLE_TIME };
+            {
+                // Before the count, so that a reader of the count sees the time.
+                let mut last = counter.last.lock();
+                last.possible = last.possible.max(Some(possible));
+                if is_accepted {
+                    last.accepted = last.accepted.max(Some(now));
+                }
+            }
             counter.ended.fetch_add(1, Ordering::SeqCst);
         }
     }
@@ -145,13 +180,14 @@ pub struct PendingWrite {
     /// Invalidation marks that only this write set.
     own_doubts: Vec<InvalidationKey>,
     is_rejected: bool,
+    is_accepted: bool,
 }
 
 impl Drop for PendingWrite {
     fn drop(&mut self) {
         let (write_generations, repository) = (self.registry.write_generations(), self.change.repository());
         if !self.is_rejected {
-            write_generations.note(repository);
+            write_generations.note(repository, self.is_accepted);
         }
         write_generations.leave(repository);
     }
@@ -166,6 +202,7 @@ impl ProxyService {
             registry: Arc::clone(registry),
             own_doubts: Vec::new(),
             is_rejected: false,
+            is_accepted: false,
             change,
         };
         let keys = pending.change.invalidation_keys(registry);
@@ -206,7 +243,10 @@ impl ProxyService {
             WriteOutcome::Succeeded => {
                 // Counted first, so that a response in flight is not recorded. Records made earlier are removed
                 // below.
-                registry.write_generations().note(pending.change.repository());
+                pending.is_accepted = true;
+                registry
+                    .write_generations()
+                    .note(pending.change.repository(), true);
                 let (change, repository) = (pending.change.clone(), pending.change.repository().clone());
                 let (own, now) = (Arc::clone(&registry), Instant::now());
                 let removed = self

@@ -29,7 +29,7 @@ use crate::oci::manifest::{DescriptorKind, MANIFEST_BYTES_MAX, ManifestKind};
 use crate::oci::{AnyDigest, Digest, Endpoint, MediaType, Reference, Repository, Tag, UpstreamFailure};
 use crate::policy::authz::public_by_record;
 use crate::policy::{Authorization, Decision, DenyReason, HitReason, Policy, Revalidation, decide};
-use crate::shared::{RecordPlace, RecordRead, SharedContent, TagState, TagVariant};
+use crate::shared::{ContentState, RecordPlace, RecordRead, SharedContent, TagState, TagVariant};
 use crate::store::manifests::StoredManifest;
 
 pub use self::report::RecordedImage;
@@ -373,12 +373,23 @@ impl ProxyService {
         repository: &Repository,
         manifest: Digest,
     ) -> Option<BTreeSet<Digest>> {
+        let recorded = self.recorded_content(registry, repository, manifest).await?;
+        recorded.is_present().then_some(recorded.children)
+    }
+
+    /// What other caches have recorded about a manifest in the repository.
+    async fn recorded_content(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        manifest: Digest,
+    ) -> Option<ContentState> {
         if !self.shared.has_records() {
             return None;
         }
         let place = registry.record_place(repository);
         let found = self.shared.content_record(&place, manifest).await.found()?;
-        found.state.is_present().then_some(found.state.children)
+        Some(found.state)
     }
 
     /// Learns which children of this manifest other caches have seen in the repository, for a caller with a current grant. So
@@ -454,12 +465,12 @@ impl ProxyService {
     }
 
     /// Brings a manifest that other caches have seen in the repository, with the children that an image needs. Returns whether it is
-    /// there. `is_named`: the record of a tag names it.
+    /// there. `named_at`: when the record of a tag last named it, by the storage's clock. A later deletion outweighs it.
     fn bring_manifest<'a>(
         self: &'a Arc<Self>,
         registry: &'a Arc<UpstreamRegistry>,
         repository: &'a Repository,
-        (digest, is_named): (Digest, bool),
+        (digest, named_at): (Digest, Option<u64>),
         depth: u32,
     ) -> BoxFuture<'a, bool> {
         Box::pin(async move {
@@ -471,10 +482,20 @@ impl ProxyService {
                     None => self.shared.read(content, MANIFEST_BYTES_MAX).await,
                 }
             };
-            let (read, children) =
-                tokio::join!(reading, self.recorded_children(registry, repository, digest));
-            let is_member =
-                is_named || children.is_some() || self.is_member(registry, repository, digest).await;
+            let (read, recorded) = tokio::join!(reading, self.recorded_content(registry, repository, digest));
+            let was_deleted = |named_at| {
+                let recorded = recorded.as_ref();
+                recorded.is_some_and(|recorded| recorded.deleted_at >= named_at)
+            };
+            if named_at.is_some_and(was_deleted) {
+                return false;
+            }
+            let children = recorded
+                .filter(ContentState::is_present)
+                .map(|recorded| recorded.children);
+            let is_member = named_at.is_some()
+                || children.is_some()
+                || self.is_member(registry, repository, digest).await;
             if !is_member || self.is_blocked(registry, repository, &digest) {
                 return false;
             }
@@ -559,7 +580,7 @@ impl ProxyService {
             let images: Vec<_> = of_kind(true)
                 .filter(|image| recorded.contains(image))
                 .take(IMAGES_MAX)
-                .map(|image| self.bring_manifest(registry, repository, (image, false), depth))
+                .map(|image| self.bring_manifest(registry, repository, (image, None), depth))
                 .collect();
             futures_util::future::join_all(images).await;
         }
@@ -661,7 +682,7 @@ impl ReadContext<'_> {
                 Reference::Digest(AnyDigest::Supported(digest)) => {
                     let (registry, repository) = (&self.request.registry, self.repository);
                     proxy
-                        .bring_manifest(registry, repository, (*digest, false), INDEX_DEPTH_MAX)
+                        .bring_manifest(registry, repository, (*digest, None), INDEX_DEPTH_MAX)
                         .await
                 }
                 Reference::Tag(_) | Reference::Digest(AnyDigest::Unsupported(_)) => false,

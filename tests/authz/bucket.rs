@@ -22,7 +22,8 @@ struct Content {
     requests: Vec<String>,
     delay: Duration,
     is_failing: bool,
-    held: Option<tokio::sync::watch::Receiver<bool>>,
+    /// Reads of names with this beginning wait.
+    held: Option<(String, tokio::sync::watch::Receiver<bool>)>,
 }
 
 /// A bucket.
@@ -94,8 +95,13 @@ impl Bucket {
 
     /// Reads wait until `true` is sent.
     pub fn holds_reads(&self) -> tokio::sync::watch::Sender<bool> {
+        self.holds_reads_of("")
+    }
+
+    /// Reads of names with this beginning wait until `true` is sent.
+    pub fn holds_reads_of(&self, prefix: &str) -> tokio::sync::watch::Sender<bool> {
         let (release, held) = tokio::sync::watch::channel(false);
-        self.content.lock().unwrap().held = Some(held);
+        self.content.lock().unwrap().held = Some((prefix.to_owned(), held));
         release
     }
 
@@ -130,7 +136,9 @@ impl View {
         };
         // Lets other tasks run.
         sleep(delay.max(Duration::from_millis(1))).await;
-        if let Some(mut held) = held {
+        if let Some((prefix, mut held)) = held
+            && key.as_str().starts_with(&prefix)
+        {
             let _ = held.wait_for(|is_released| *is_released).await;
         }
         let now = Instant::now();

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::bucket::Bucket;
 use super::cache::{Cache, ClientRequest, Got, PROVEN, SHARED};
 use super::min_age::{REPOSITORY, of, pass, pulled_tag, registry, rules_of, tag};
-use super::registry::{No, OCI_INDEX, Registry};
+use super::registry::{Condition, No, OCI_INDEX, Registry};
 
 const HOUR: Duration = Duration::from_secs(3_600);
 
@@ -164,7 +164,9 @@ async fn record_renews_a_confirmation_of_this_cache() {
     pass(200).await;
     assert_eq!(tag(&second).await, Ok(digest));
     assert_eq!(registry.request_log(), Vec::<String>::new());
-    assert_eq!(bucket.requests().len(), 1, "{:?}", bucket.requests());
+    // The one of the tag, and the one that the repository is public.
+    assert_eq!(bucket.requests().len(), 2, "{:?}", bucket.requests());
+    assert_eq!(bucket.tag_reads(), 1);
     // A tag that moved is fetched from the bucket.
     let new = registry.push(REPOSITORY, "1", "two", &[100]);
     pass(3_600).await;
@@ -336,6 +338,103 @@ async fn push_during_the_read_is_not_undone() {
         tag_requests(&registry) > 0,
         "nothing older than the push is fresh"
     );
+}
+
+/// The record is recent, and from before the push.
+#[tokio::test(start_paused = true)]
+async fn record_from_before_a_push_is_not_used() {
+    for outcome in [Some(WriteOutcome::Succeeded), Some(WriteOutcome::Unknown), None] {
+        let (registry, bucket, _first, _) = recorded().await;
+        pass(600).await;
+        let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+        let pending = second.proxy.begin_write(&second.proven, change()).await;
+        let new = registry.push(REPOSITORY, "1", "two", &[]);
+        match outcome {
+            Some(outcome) => second.proxy.finish_write(pending, outcome).await,
+            None => drop(pending),
+        }
+        pass(60).await;
+        assert_eq!(once(&second).await, new, "{outcome:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn record_from_before_a_push_brings_no_tag_in_outage() {
+    let (registry, bucket, _first, _) = recorded().await;
+    pass(600).await;
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, Duration::ZERO)).await;
+    let pending = second.proxy.begin_write(&second.proven, change()).await;
+    second.proxy.finish_write(pending, WriteOutcome::Succeeded).await;
+    registry.set_condition(Condition::Status(503));
+    let got = second.get(&of("1")).await;
+    assert!(matches!(got, Got::No(_)), "{got:?}");
+}
+
+/// The upstream rejects a write that begins while the image of a record is read.
+#[tokio::test(start_paused = true)]
+async fn rejected_write_during_the_read_evicts_nothing() {
+    let (registry, bucket, first, old) = recorded().await;
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    pull_layers(&second, old).await;
+    let new = registry.push(REPOSITORY, "1", "two", &[100]);
+    pass(3_600).await;
+    pull_layers(&first, new).await;
+    registry.set_condition(Condition::Status(503));
+    let release = bucket.holds_reads_of("v1/manifests/");
+    let writing = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let pending = second.proxy.begin_write(&second.proven, change()).await;
+        release.send_replace(true);
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        second.proxy.finish_write(pending, WriteOutcome::Rejected).await;
+    };
+    let request = of("1");
+    let (got, ()) = tokio::join!(second.get(&request), writing);
+    assert!(matches!(got, Got::Content(found, _) if found == old), "{got:?}");
+    // A tag that is not cached would be brought from the record.
+    let second = second.reload(rules(Policy::IfNewer, Duration::ZERO), false);
+    assert_eq!(once(&second).await, old);
+}
+
+/// Another cache deletes the manifest, and does not know the tag that names it.
+#[tokio::test(start_paused = true)]
+async fn deleted_manifest_is_not_confirmed_by_its_tag() {
+    let (registry, bucket, _first, digest) = recorded().await;
+    pass(60).await;
+    let third = cache(&registry, &bucket, rules(Policy::IfNewer, HOUR));
+    third.get(&of("other")).await;
+    let deletion = WriteEffect::Deleted(REPOSITORY.parse().unwrap(), digest);
+    let pending = third.proxy.begin_write(&third.proven, deletion).await;
+    third.proxy.finish_write(pending, WriteOutcome::Succeeded).await;
+    third.proxy.shared().drain().await;
+    pass(60).await;
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    assert_eq!(once(&second).await, digest);
+    assert_eq!((tag_requests(&registry), bucket.tag_reads()), (1, 1));
+}
+
+/// Authorized clients of another cache renew the record of a tag that has become private.
+#[tokio::test(start_paused = true)]
+async fn denial_elsewhere_ends_the_use_of_tag_records() {
+    let (registry, bucket, first, digest) = recorded().await;
+    registry.user("bob", "b");
+    registry.lets("bob", REPOSITORY);
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    pull_layers(&second, digest).await;
+    registry.state().public.clear();
+    let denied = first.get(&of("1")).await;
+    assert!(matches!(denied, Got::No(_)), "{denied:?}");
+    pass(3_600).await;
+    let bob = ClientRequest {
+        shows: registry.bearer("bob"),
+        ..of("1")
+    };
+    let got = first.get(&bob).await;
+    assert!(matches!(got, Got::Content(..)), "{got:?}");
+    first.proxy.shared().drain().await;
+    pass(10).await;
+    let got = second.get(&of("1")).await;
+    assert!(matches!(got, Got::No(_)), "{got:?}");
 }
 
 #[tokio::test(start_paused = true)]

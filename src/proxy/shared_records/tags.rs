@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::{BRING_TIMEOUT, INDEX_DEPTH_MAX};
 use crate::age;
@@ -86,7 +86,7 @@ impl ReadContext<'_> {
                 let registry = &self.request.registry;
                 let bringing =
                     self.proxy
-                        .bring_manifest(registry, self.repository, (*digest, false), INDEX_DEPTH_MAX);
+                        .bring_manifest(registry, self.repository, (*digest, None), INDEX_DEPTH_MAX);
                 // Otherwise it is not cached.
                 let _is_there = timeout(BRING_TIMEOUT, bringing).await;
             }
@@ -123,6 +123,13 @@ impl ReadContext<'_> {
             since: self.request.since,
             writes: self.request.writes.ended(),
         };
+        let interval = match self.rule.policy {
+            Policy::IfNewer => age_max,
+            _ => ABSENT_INTERVAL,
+        };
+        if !self.is_open_to_records(tag, reader, interval).await {
+            return evidence;
+        }
         let using = || {
             let complete = evidence.state.cached.filter(CachedEntry::is_complete);
             let usage = TagRecordUse {
@@ -132,10 +139,7 @@ impl ReadContext<'_> {
                 writes: self.request.writes,
                 reader,
                 age_max,
-                interval: match self.rule.policy {
-                    Policy::IfNewer => age_max,
-                    _ => ABSENT_INTERVAL,
-                },
+                interval,
                 cached: complete.map(|cached| cached.digest),
             };
             let proxy = Arc::clone(proxy);
@@ -157,10 +161,32 @@ impl ReadContext<'_> {
     }
 }
 
+impl ReadContext<'_> {
+    /// Whether the record of the tag counts for this client: by a right of its own, or if the record of the repository does
+    /// not end the public mark. Otherwise the renewals of authorized clients of other caches would hide a denial. That record
+    /// is read after the one of the tag, so that a slow bucket delays a tag once.
+    async fn is_open_to_records(&self, tag: &Tag, reader: RecordReader, interval: Duration) -> bool {
+        if self.authorization_of_client() != Authorization::Unknown {
+            return true;
+        }
+        let (shared, place) = (
+            &self.proxy.shared,
+            self.request.registry.record_place(self.repository),
+        );
+        let reading = shared.recent_tag_record(&place, tag, reader, interval);
+        if reading.await.is_none() {
+            return false;
+        }
+        let is_public = timeout(shared.wait_max(), self.is_public_in_outage());
+        is_public.await.unwrap_or(false)
+    }
+}
+
 impl ProxyService {
     /// Brings a tag with its image.
     pub(super) async fn bring_tag(self: &Arc<Self>, read: &ReadContext<'_>, tag: &Tag) -> bool {
         let (registry, repository) = (&read.request.registry, read.repository);
+        let began = Instant::now();
         let Some(found) = self
             .shared
             .tag_record(&registry.record_place(repository), tag)
@@ -168,7 +194,11 @@ impl ProxyService {
         else {
             return false;
         };
-        let mut variants = variants_of(&found, self.clock.now());
+        let is_current = |age| {
+            let writes = registry.write_generations();
+            !writes.may_predate_write(repository, (age, began), true)
+        };
+        let mut variants = variants_of(&found, self.clock.now(), is_current);
         let key = TagKey {
             upstream: registry.shared_name(),
             repository: repository.clone(),
@@ -186,7 +216,12 @@ impl ProxyService {
             return false;
         };
         if !self
-            .bring_manifest(registry, repository, (named.digest, true), INDEX_DEPTH_MAX)
+            .bring_manifest(
+                registry,
+                repository,
+                named_in(&found, named.digest),
+                INDEX_DEPTH_MAX,
+            )
             .await
         {
             return false;
@@ -313,6 +348,7 @@ impl ProxyService {
     async fn use_tag_record(self: Arc<Self>, usage: &TagRecordUse) -> bool {
         let TagRecordUse { registry, key, .. } = usage;
         let place = registry.record_place(&key.repository);
+        let began = Instant::now();
         let reading = self
             .shared
             .recent_tag_record(&place, &key.tag, usage.reader, usage.interval);
@@ -320,7 +356,7 @@ impl ProxyService {
             return false;
         };
         let now = self.clock.now();
-        let confirmed = self.confirm(usage, &found, now).await;
+        let confirmed = self.confirm(usage, &found, (began, now)).await;
         if confirmed == Some(false) {
             self.shared.discard_tag_record(&place, &key.tag, usage.reader);
         }
@@ -334,7 +370,7 @@ impl ProxyService {
         self: &Arc<Self>,
         usage: &TagRecordUse,
         found: &Dated<TagState>,
-        now: SystemTime,
+        (began, now): (Instant, SystemTime),
     ) -> Option<bool> {
         let TagRecordUse {
             registry,
@@ -343,7 +379,12 @@ impl ProxyService {
             age_max,
             ..
         } = usage;
-        let variants = variants_of(found, now);
+        // A record from before a push must not undo it, after the push as little as during it.
+        let is_current = |age| {
+            let writes = registry.write_generations();
+            !writes.may_predate_write(&key.repository, (age, began), false)
+        };
+        let variants = variants_of(found, now, is_current);
         let record = TagRecord {
             variants: variants.clone(),
         };
@@ -362,10 +403,13 @@ impl ProxyService {
         let (digest, repository) = (named.digest, &key.repository);
         let is_there = usage.cached == Some(digest)
             || self
-                .bring_manifest(registry, repository, (digest, true), INDEX_DEPTH_MAX)
+                .bring_manifest(registry, repository, named_in(found, digest), INDEX_DEPTH_MAX)
                 .await;
         if !is_there {
             return Some(false);
+        }
+        if !usage.is_current() {
+            return None;
         }
         // A digest whose manifest was not brought must hide no copy.
         let mut same: Vec<_> = variants.into_iter().filter(|one| one.digest == digest).collect();
@@ -374,16 +418,28 @@ impl ProxyService {
         self.record_sight(registry, key, same.last()?, found).await;
         self.record_variants(key, same).await;
         if !usage.is_current() {
-            // As for a response that a write has overtaken.
-            let key = key.clone();
-            let removed = self.store.write(move |store| store.remove_tag(&key)).await;
-            log_store_error(removed, "remove state recorded during a write");
+            self.end_overtaken(usage, now).await;
             return None;
         }
         self.telemetry.shared().record_record("tag", "used");
         tracing::debug!(upstream = registry.name(), image = %format_args!("{repository}:{}", key.tag), %digest,
             "tag confirmed by a record of another cache");
         Some(true)
+    }
+
+    /// Ends a confirmation during which a write began. Only a write that may have taken effect removes the tag, so that a
+    /// client without push access cannot evict it.
+    async fn end_overtaken(&self, usage: &TagRecordUse, now: SystemTime) {
+        let key = usage.key.clone();
+        let has_ended = usage.registry.writes(&key.repository).ended() != usage.writes.ended();
+        let ending = self.store.write(move |store| {
+            if has_ended {
+                store.remove_tag(&key)
+            } else {
+                store.invalidate(&InvalidationKey::from(&key), now)
+            }
+        });
+        log_store_error(ending.await, "end a confirmation recorded during a write");
     }
 
     /// Marks the tag as invalidated if another cache has seen that it was deleted or changed since this one confirmed it.
@@ -416,9 +472,14 @@ impl ProxyService {
 }
 
 /// The statements of a record about a tag, as responses of the upstream to this cache. A variant with a time in the future counts
-/// as never confirmed.
-fn variants_of(found: &Dated<TagState>, now: SystemTime) -> Vec<Variant> {
-    let known = found.state.variants.iter().filter(|variant| variant.at > 0);
+/// as never confirmed. Those of an age that is not `is_current` are left out.
+fn variants_of(
+    found: &Dated<TagState>,
+    now: SystemTime,
+    is_current: impl Fn(Duration) -> bool,
+) -> Vec<Variant> {
+    let known = found.state.variants.iter();
+    let known = known.filter(|variant| variant.at > 0 && is_current(found.age(variant.at)));
     let variants = known.map(|variant| Variant {
         accept: variant.accept,
         digest: variant.digest,
@@ -434,6 +495,16 @@ fn variants_of(found: &Dated<TagState>, now: SystemTime) -> Vec<Variant> {
         history: Vec::new(),
     });
     variants.collect()
+}
+
+/// A digest that the record names, and when it was last confirmed, by the storage's clock.
+fn named_in(found: &Dated<TagState>, digest: Digest) -> (Digest, Option<u64>) {
+    let naming = found
+        .state
+        .variants
+        .iter()
+        .filter(|variant| variant.digest == digest);
+    (digest, naming.map(|variant| variant.at).max())
 }
 
 /// Whether a request under the policy `never` was denied because nothing is cached.
