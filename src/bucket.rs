@@ -202,6 +202,9 @@ pub enum BucketError {
     /// The response is not one of S3.
     #[error("the response of the bucket is malformed")]
     Malformed,
+    /// An object has a name that the client cannot represent, with an empty segment or `..`. With the escaped name.
+    #[error("the bucket has an object with a name that cannot be listed, rename or delete it: {0}")]
+    Name(Arc<str>),
 }
 
 /// Who has to act on a [`BucketError`].
@@ -220,7 +223,7 @@ impl BucketError {
     pub fn fault(&self) -> Fault {
         match self {
             Self::Absent | Self::Unreadable(_) | Self::Exists => Fault::None,
-            Self::Denied(_) | Self::NoBucket | Self::Region(_) => Fault::Operator,
+            Self::Denied(_) | Self::NoBucket | Self::Region(_) | Self::Name(_) => Fault::Operator,
             Self::Credential(_) | Self::Busy(_) | Self::Silent(_) | Self::Malformed => Fault::Service,
         }
     }
@@ -238,6 +241,7 @@ impl BucketError {
             Self::Busy(_) => "busy",
             Self::Silent(_) => "silent",
             Self::Malformed => "malformed",
+            Self::Name(_) => "name",
         }
     }
 }

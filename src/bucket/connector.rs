@@ -35,6 +35,9 @@ const DOCUMENT_BYTES_MAX: usize = 1024 * 1024;
 /// Maximum length of an error code in messages.
 const CODE_BYTES_MAX: usize = 64;
 
+/// Longest name of an object in an error.
+const NAME_CHARS_MAX: usize = 200;
+
 /// The credential service of containers.
 const CONTAINER_SERVICE: &str = "http://169.254.170.2";
 /// The metadata service of virtual machines.
@@ -73,6 +76,9 @@ impl Exchange {
     /// The error of an operation that failed with `error`.
     pub(super) fn error(&self, error: &object_store::Error) -> BucketError {
         use object_store::Error as E;
+        if let E::InvalidPath { source } = error {
+            return BucketError::Name(invalid_name(source));
+        }
         let Some(Outcome {
             for_credential,
             result,
@@ -103,6 +109,19 @@ impl Exchange {
             Ok(result) => result.error(),
         }
     }
+}
+
+/// The name that cannot be a path, without control characters and of a bounded length.
+fn invalid_name(error: &object_store::path::Error) -> Arc<str> {
+    use object_store::path::Error as E;
+    let name = match error {
+        E::EmptySegment { path } | E::BadSegment { path, .. } => path.as_str(),
+        _ => "",
+    };
+    name.escape_debug()
+        .take(NAME_CHARS_MAX)
+        .collect::<String>()
+        .into()
 }
 
 impl StatusResult {

@@ -477,6 +477,27 @@ async fn listing_of_other_objects_is_malformed() {
 }
 
 #[tokio::test]
+async fn folder_marker_is_not_listed() {
+    let keys = ["team-a/v1/".to_owned(), "team-a/v1/blobs/b".to_owned()];
+    let front = front(vec![page("", None, &keys)]).await;
+    let objects = listed(&mut bucket(&front).list("v1", None)).await;
+    assert_eq!(objects, [Ok(("v1/blobs/b".to_owned(), None))]);
+}
+
+#[tokio::test]
+async fn name_that_cannot_be_listed_is_reported() {
+    for (key, escaped) in [
+        ("team-a/v1/blobs//a", "team-a/v1/blobs//a"),
+        ("team-a/v1/../\u{1b}[2J", "team-a/v1/../\\u{1b}[2J"),
+    ] {
+        let front = front(vec![page("", None, &[key.to_owned()])]).await;
+        let objects = listed(&mut bucket(&front).list("v1", None)).await;
+        assert_eq!(objects, [Err(BucketError::Name(escaped.into()))]);
+        assert_eq!(BucketError::Name(escaped.into()).fault(), Fault::Operator);
+    }
+}
+
+#[tokio::test]
 async fn denied_page_ends_the_listing() {
     let denied = "HTTP/1.1 403 Forbidden\r\nContent-Length: 40\r\nConnection: close\r\n\r\n\
         <Error><Code>AccessDenied</Code></Error>";

@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use crate::admin::client::{Client, ClientError};
 use crate::bucket::{BucketError, BucketSettingsError};
 use crate::config::ImageError;
-use crate::shared::maintenance::TagRecordError;
+use crate::shared::maintenance::{ClockError, TagRecordError};
 use crate::terminal::printable;
 
 /// A command for a running cache.
@@ -372,6 +372,9 @@ pub enum CommandError {
     /// The image cannot be parsed.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// The bucket cannot be cleaned by age.
+    #[error(transparent)]
+    Clock(#[from] ClockError),
     /// A tag record cannot be used.
     #[error(transparent)]
     TagRecord(#[from] TagRecordError),

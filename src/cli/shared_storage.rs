@@ -82,10 +82,12 @@ pub struct Gc {
     pub json: bool,
 }
 
+/// A number without a unit would be bytes, and delete everything.
 fn size(text: &str) -> Result<u64, String> {
-    let size = text.parse::<ByteSize>();
+    let has_unit = text.ends_with(|last: char| last.is_ascii_alphabetic());
+    let size = text.parse::<ByteSize>().ok().filter(|_| has_unit);
     size.map(|size| size.as_u64())
-        .map_err(|_| "write a number and its unit, as in 500GiB or 2TiB".to_owned())
+        .ok_or_else(|| "write a number and its unit, as in 500GiB or 2TiB".to_owned())
 }
 
 /// Runs a command for the objects of the bucket. `interrupt` ends a deletion early.

@@ -234,6 +234,7 @@ fn objects_of_the_bucket_are_deleted_with_yes_only() {
         "ifnewer shared gc --older 28",
         "ifnewer shared gc --older",
         "ifnewer shared gc --size much",
+        "ifnewer shared gc --size 500",
         "ifnewer shared policy --read-only --maintenance",
     ] {
         let error = Cli::try_parse_from(wrong.split(' ')).unwrap_err();

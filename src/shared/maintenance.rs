@@ -4,8 +4,10 @@
 //! a cache that needs it fetches it again. All ages are those of the storage's own clock.
 //!
 //! * `kind`: kinds of objects, by their names. `objects`: listing with retries. `inventory`: counts by kind.
-//! * `gc`: rules and their execution. `delete`: deletion at a bounded rate. `image`: the objects and records of one image.
+//! * `gc`: rules and their execution. `clock`: check of the storage's time. `delete`: deletion at a bounded rate.
+//! * `image`: the objects and records of one image.
 
+mod clock;
 mod delete;
 mod gc;
 mod image;
@@ -17,6 +19,7 @@ mod tests;
 
 use std::time::Duration;
 
+pub use self::clock::ClockError;
 pub use self::delete::delete;
 pub use self::gc::{GarbageCollection, GcRules, LEFT_BEHIND_AFTER};
 pub use self::image::{

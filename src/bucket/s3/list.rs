@@ -25,35 +25,46 @@ pub(super) struct Pages {
 
 impl Pages {
     async fn next_object(&mut self) -> Option<Result<Listed, BucketError>> {
-        let next = async { self.stream.next().await.transpose() };
-        let listed = match within(PAGE_TIMEOUT, &self.clock, next).await {
-            Ok((meta, date)) => {
-                // Only the first object of a page has an exchange of its own.
-                self.date = date.or(self.date);
-                self.listed(&meta?)
+        loop {
+            let next = async { self.stream.next().await.transpose() };
+            let listed = match within(PAGE_TIMEOUT, &self.clock, next).await {
+                Ok((meta, date)) => {
+                    // Only the first object of a page has an exchange of its own.
+                    self.date = date.or(self.date);
+                    self.listed(&meta?)
+                }
+                Err(error) => Err(error),
+            };
+            match listed {
+                Ok(None) => {}
+                Ok(Some(listed)) => return Some(Ok(listed)),
+                Err(error) => {
+                    self.stream = futures_util::stream::empty().boxed();
+                    return Some(Err(error));
+                }
             }
-            Err(error) => Err(error),
-        };
-        if listed.is_err() {
-            self.stream = futures_util::stream::empty().boxed();
         }
-        Some(listed)
     }
 
-    fn listed(&self, meta: &ObjectMeta) -> Result<Listed, BucketError> {
+    /// `None`: the marker of the folder `v1/`, which programs with a view of folders write.
+    fn listed(&self, meta: &ObjectMeta) -> Result<Option<Listed>, BucketError> {
         let path = meta.location.as_ref();
         let name = match self.prefix.as_str() {
             "" => Some(path),
             prefix => path.strip_prefix(prefix).and_then(|name| name.strip_prefix('/')),
         };
+        // The crate removes the slash at the end.
+        if name == Some("v1") {
+            return Ok(None);
+        }
         // A storage that lists other objects than those below the prefix.
         let key = name.and_then(ObjectKey::listed).ok_or(BucketError::Malformed)?;
-        Ok(Listed {
+        Ok(Some(Listed {
             key,
             size: meta.size,
             age: age_at(self.date, meta),
             date: self.date,
-        })
+        }))
     }
 }
 

@@ -7,11 +7,11 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt as _;
+use futures_util::{FutureExt as _, StreamExt as _};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::retry_pause;
-use crate::bucket::{BucketError, Listed, ObjectStorage};
+use crate::bucket::{BucketError, Fault, Listed, ObjectStorage};
 
 /// Objects in a batch, and the shortest time of one: 500 a second, of 3,500 that S3 accepts for a prefix.
 pub(super) const BATCH: usize = 50;
@@ -23,6 +23,29 @@ const INTERRUPT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Concurrent requests.
 const CONCURRENCY_MAX: usize = 16;
 
+/// Precision of ages: a page states the time of writing in milliseconds, and a response in seconds.
+const AGE_PRECISION: Duration = Duration::from_secs(2);
+
+/// Which objects are deleted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Deletes {
+    /// All of them.
+    All,
+    /// Those that were not written since they were listed. This takes one more request for each.
+    Unchanged,
+}
+
+/// What became of an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Deletion {
+    /// It was deleted.
+    Deleted,
+    /// It is kept: it was written since it was listed.
+    Rewritten,
+    /// There was no object with this name.
+    Absent,
+}
+
 /// Deletes these objects, and calls `deleted` for each. `interrupt` ends it soon. Returns whether it did.
 pub async fn delete(
     bucket: &Arc<dyn ObjectStorage>,
@@ -32,30 +55,35 @@ pub async fn delete(
 ) -> Result<bool, BucketError> {
     let mut interrupt = std::pin::pin!(interrupt);
     for batch in objects.chunks(BATCH) {
-        if delete_batch(bucket, batch, &mut deleted, interrupt.as_mut()).await? {
+        let done = |listed: &Listed, _| deleted(listed);
+        if delete_batch((bucket, Deletes::All), batch, done, interrupt.as_mut()).await? {
             return Ok(true);
         }
     }
     Ok(false)
 }
 
-/// Deletes a batch, and calls `deleted` for each object that is deleted. `interrupt` ends it soon. Returns whether it did.
-/// After a failure that does not pass, no other deletion begins.
+/// Deletes a batch, and calls `done` for each object. `interrupt` ends it soon. Returns whether it did. After a failure that does not pass, no other deletion begins.
 pub(super) async fn delete_batch(
-    bucket: &Arc<dyn ObjectStorage>,
+    (bucket, deletes): (&Arc<dyn ObjectStorage>, Deletes),
     batch: &[Listed],
-    mut deleted: impl FnMut(&Listed),
+    mut done: impl FnMut(&Listed, Deletion),
     mut interrupt: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<bool, BucketError> {
+    // What came in before begins no deletion.
+    if interrupt.as_mut().now_or_never().is_some() {
+        return Ok(true);
+    }
     let end = Instant::now() + BATCH_TIME;
     let deletions = batch.iter().map(|listed| async move {
-        let deletion = delete_one(bucket, listed).await;
-        deletion.map(|()| listed)
+        let deletion = delete_one(bucket, deletes, listed).await;
+        deletion.map(|deletion| (listed, deletion))
     });
     let mut deletions = futures_util::stream::iter(deletions).buffer_unordered(CONCURRENCY_MAX);
     let deleting = async {
         while let Some(deletion) = deletions.next().await {
-            deleted(deletion?);
+            let (listed, deletion) = deletion?;
+            done(listed, deletion);
         }
         sleep_until(end).await;
         Ok(())
@@ -63,19 +91,24 @@ pub(super) async fn delete_batch(
     let mut deleting = std::pin::pin!(deleting);
     tokio::select! {
         biased;
-        done = &mut deleting => return done.map(|()| false),
+        ended = &mut deleting => return ended.map(|()| false),
         () = &mut interrupt => {}
     }
     // The result of those that take longer is not known.
-    let done = timeout(INTERRUPT_TIMEOUT, deleting).await;
-    done.unwrap_or(Ok(())).map(|()| true)
+    let ended = timeout(INTERRUPT_TIMEOUT, deleting).await;
+    ended.unwrap_or(Ok(())).map(|()| true)
 }
 
-async fn delete_one(bucket: &Arc<dyn ObjectStorage>, listed: &Listed) -> Result<(), BucketError> {
+async fn delete_one(
+    bucket: &Arc<dyn ObjectStorage>,
+    deletes: Deletes,
+    listed: &Listed,
+) -> Result<Deletion, BucketError> {
     let mut failures = 0;
     loop {
-        let Err(error) = bucket.delete(&listed.key).await else {
-            return Ok(());
+        let error = match attempt(bucket, deletes, listed).await {
+            Ok(deletion) => return Ok(deletion),
+            Err(error) => error,
         };
         failures += 1;
         match retry_pause(&error, failures) {
@@ -83,4 +116,28 @@ async fn delete_one(bucket: &Arc<dyn ObjectStorage>, listed: &Listed) -> Result<
             None => return Err(error),
         }
     }
+}
+
+async fn attempt(
+    bucket: &Arc<dyn ObjectStorage>,
+    deletes: Deletes,
+    listed: &Listed,
+) -> Result<Deletion, BucketError> {
+    if deletes == Deletes::Unchanged {
+        match bucket.head(&listed.key).await {
+            Ok(info) if is_unchanged(listed.age, info.age) => {}
+            Ok(_) => return Ok(Deletion::Rewritten),
+            // The marker of a folder, or another operator has deleted it.
+            Err(BucketError::Absent) => return Ok(Deletion::Absent),
+            // No cache can read it.
+            Err(error) if error.fault() == Fault::None => {}
+            Err(error) => return Err(error),
+        }
+    }
+    bucket.delete(&listed.key).await.map(|()| Deletion::Deleted)
+}
+
+/// Whether an object of the age `now` was not written since it was listed with the age `listed`.
+fn is_unchanged(listed: Option<Duration>, now: Option<Duration>) -> bool {
+    matches!((listed, now), (Some(listed), Some(now)) if now + AGE_PRECISION >= listed)
 }

@@ -1,13 +1,16 @@
 //! Garbage collection of the bucket, by age and by total size.
 //!
-//! The rules are pure. An object that is written again between its listing and its deletion is deleted although it is
-//! young: storages have no conditional deletion that all of them support. A cache then fetches it once more.
+//! The rules are pure. Each object is checked again before its deletion, and kept if it was written since it was listed. An
+//! object that is written between the two requests is deleted although it is young: storages have no conditional deletion that
+//! all of them support. A cache then fetches it once more.
 
 use std::collections::BTreeMap;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
-use super::delete::{BATCH, delete_batch};
+use super::clock::{ClockError, check_clock};
+use super::delete::{BATCH, Deletes, Deletion, delete_batch};
 use super::inventory::{Inventory, ROOT};
 use super::kind::ObjectKind;
 use super::objects::Objects;
@@ -122,10 +125,14 @@ pub struct GarbageCollection {
     pub listed: Inventory,
     /// Objects that were deleted, or would be.
     pub deleted: Inventory,
+    /// Objects that were written after they were listed, and are kept.
+    pub rewritten: u64,
     /// Bytes beyond the total size that remain: neither blobs nor manifests, or of unknown age.
     pub excess: u64,
     /// The operator has interrupted it.
     pub is_interrupted: bool,
+    /// The storage has a right time.
+    is_clock_checked: bool,
 }
 
 impl GarbageCollection {
@@ -139,7 +146,7 @@ impl GarbageCollection {
         is_trial: bool,
         mut progress: impl FnMut(&Self),
         interrupt: impl Future<Output = ()>,
-    ) -> Result<(), BucketError> {
+    ) -> Result<(), ClockError> {
         let mut interrupt = std::pin::pin!(interrupt);
         let mut excess = Excess::default();
         if let Some(size_max) = rules.size_max {
@@ -177,11 +184,10 @@ impl GarbageCollection {
             if batch.len() >= BATCH || is_end {
                 if is_trial {
                     for listed in &batch {
-                        self.count_deleted(listed);
+                        self.count_deletion(listed, Deletion::Deleted);
                     }
                 } else {
-                    let count = |listed: &Listed| self.count_deleted(listed);
-                    self.is_interrupted = delete_batch(bucket, &batch, count, interrupt.as_mut()).await?;
+                    self.delete(bucket, &batch, interrupt.as_mut()).await?;
                 }
                 batch.clear();
             }
@@ -190,6 +196,33 @@ impl GarbageCollection {
                 return Ok(());
             }
         }
+    }
+
+    /// Deletes a batch. Before the first one, the time of the storage is checked.
+    async fn delete(
+        &mut self,
+        bucket: &Arc<dyn ObjectStorage>,
+        batch: &[Listed],
+        mut interrupt: Pin<&mut impl Future<Output = ()>>,
+    ) -> Result<(), ClockError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        if !self.is_clock_checked {
+            tokio::select! {
+                biased;
+                () = interrupt.as_mut() => {
+                    self.is_interrupted = true;
+                    return Ok(());
+                }
+                checked = check_clock(bucket) => checked?,
+            }
+            self.is_clock_checked = true;
+        }
+        let count = |listed: &Listed, deletion| self.count_deletion(listed, deletion);
+        let deleting = delete_batch((bucket, Deletes::Unchanged), batch, count, interrupt);
+        self.is_interrupted = deleting.await?;
+        Ok(())
     }
 
     /// The first pass.
@@ -217,7 +250,11 @@ impl GarbageCollection {
         kind
     }
 
-    fn count_deleted(&mut self, listed: &Listed) {
-        self.deleted.add(ObjectKind::of(&listed.key), listed);
+    fn count_deletion(&mut self, listed: &Listed, deletion: Deletion) {
+        match deletion {
+            Deletion::Deleted => self.deleted.add(ObjectKind::of(&listed.key), listed),
+            Deletion::Rewritten => self.rewritten += 1,
+            Deletion::Absent => {}
+        }
     }
 }

@@ -13,6 +13,8 @@ pub(super) struct Objects {
     folder: String,
     listing: Box<dyn Listing>,
     last: Option<ObjectKey>,
+    /// The last name was listed twice.
+    is_twice: bool,
     failures: u32,
     repetition: Repetition,
 }
@@ -24,6 +26,7 @@ impl Objects {
             bucket: Arc::clone(bucket),
             folder: folder.to_owned(),
             last: None,
+            is_twice: false,
             failures: 0,
             repetition: Repetition::default(),
         }
@@ -35,6 +38,12 @@ impl Objects {
             let error = match self.listing.next().await? {
                 Ok(listed) => {
                     self.failures = 0;
+                    // `name` and the marker of a folder `name/`: the client removes the slash.
+                    if self.last.as_ref() == Some(&listed.key) && !self.is_twice {
+                        self.is_twice = true;
+                        continue;
+                    }
+                    self.is_twice = false;
                     if self.repetition.is_seen(&listed.key) {
                         return Some(Err(BucketError::Malformed));
                     }

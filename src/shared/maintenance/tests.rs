@@ -40,6 +40,14 @@ struct Scripted {
     deletions: Mutex<VecDeque<BucketError>>,
     /// Deletions are never answered.
     is_deaf: bool,
+    /// Objects that are written or deleted after they were listed: their ages then.
+    later: Mutex<BTreeMap<String, Option<u64>>>,
+    /// Seconds by which each `Date` is ahead.
+    ahead: u64,
+    /// Objects that were written.
+    written: Mutex<Vec<String>>,
+    /// Names are listed twice, as those of an object and of a marker of a folder.
+    has_markers: bool,
 }
 
 impl Scripted {
@@ -86,8 +94,21 @@ impl ObjectStorage for Scripted {
         Box::pin(async { Err(BucketError::Absent) })
     }
 
-    fn head<'a>(&'a self, _: &'a ObjectKey) -> BucketFuture<'a, ObjectInfo> {
-        Box::pin(async { Err(BucketError::Absent) })
+    fn head<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ObjectInfo> {
+        Box::pin(async move {
+            let listed = self.objects.lock().get(key.as_str()).copied();
+            let (size, age) = listed.ok_or(BucketError::Absent)?;
+            let age = match self.later.lock().get(key.as_str()) {
+                Some(later) => Some((*later).ok_or(BucketError::Absent)?),
+                None => age,
+            };
+            Ok(ObjectInfo {
+                size,
+                etag: None,
+                age: age.map(|age| Duration::from_secs(age + self.ahead)),
+                media_type: None,
+            })
+        })
     }
 
     fn create<'a>(
@@ -103,8 +124,13 @@ impl ObjectStorage for Scripted {
         Box::pin(async { Err(BucketError::Exists) })
     }
 
-    fn put<'a>(&'a self, _: &'a ObjectKey, _: Bytes, _: Option<&'a str>) -> BucketFuture<'a, ()> {
-        Box::pin(async { Err(BucketError::Exists) })
+    fn put<'a>(&'a self, key: &'a ObjectKey, bytes: Bytes, _: Option<&'a str>) -> BucketFuture<'a, ()> {
+        Box::pin(async move {
+            let name = key.as_str().to_owned();
+            self.written.lock().push(name.clone());
+            self.objects.lock().insert(name, (bytes.len() as u64, Some(0)));
+            Ok(())
+        })
     }
 
     fn upload<'a>(&'a self, _: &'a ObjectKey) -> BucketFuture<'a, Box<dyn Upload>> {
@@ -113,10 +139,11 @@ impl ObjectStorage for Scripted {
 
     fn delete<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ()> {
         Box::pin(async move {
-            if self.is_deaf {
+            let is_probe = self.written.lock().contains(&key.as_str().to_owned());
+            if self.is_deaf && !is_probe {
                 std::future::pending::<()>().await;
             }
-            if let Some(error) = self.deletions.lock().pop_front() {
+            if !is_probe && let Some(error) = self.deletions.lock().pop_front() {
                 return Err(error);
             }
             self.objects.lock().remove(key.as_str());
@@ -133,10 +160,13 @@ impl ObjectStorage for Scripted {
             .map(|(name, (size, age))| Listed {
                 key: ObjectKey::listed(name).unwrap(),
                 size: *size,
-                age: age.map(Duration::from_secs),
+                age: age.map(|age| Duration::from_secs(age + self.ahead)),
                 date: Some(UNIX_EPOCH + Duration::from_secs(NOW)),
             });
-        let objects: VecDeque<_> = listed.collect();
+        let times = 1 + usize::from(self.has_markers);
+        let objects: VecDeque<_> = listed
+            .flat_map(|listed| std::iter::repeat_n(listed, times))
+            .collect();
         Box::new(Page {
             again: self.is_repeated.then(|| objects.clone()),
             objects,
@@ -190,7 +220,7 @@ fn rules(older_days: Option<u64>, size_max: Option<u64>) -> GcRules {
     }
 }
 
-async fn collect(bucket: &Arc<Scripted>, rules: &GcRules) -> (GarbageCollection, Result<(), BucketError>) {
+async fn collect(bucket: &Arc<Scripted>, rules: &GcRules) -> (GarbageCollection, Result<(), ClockError>) {
     let mut collection = GarbageCollection::default();
     let storage: Arc<dyn ObjectStorage> = Arc::clone(bucket) as _;
     let never = std::future::pending();
@@ -373,7 +403,7 @@ async fn deletion_is_repeated_unless_it_is_denied() {
     let denied = BucketError::Denied("AccessDenied".into());
     *bucket.deletions.lock() = (0..120).map(|_| denied.clone()).collect();
     let (collection, result) = collect(&bucket, &rules(Some(28), None)).await;
-    assert_eq!((result, collection.deleted.objects()), (Err(denied), 0));
+    assert_eq!((result, collection.deleted.objects()), (Err(denied.into()), 0));
     let tried = 120 - bucket.deletions.lock().len();
     assert!(tried <= 16, "{tried} deletions after the first was denied");
 }
@@ -411,6 +441,59 @@ async fn interrupt_ends_gc_although_deletions_hang() {
         );
         assert_eq!(left == 300, is_deaf);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn object_written_after_its_listing_is_kept() {
+    let (denial, other) = (record("tag", 1), record("tag", 2));
+    let gone = blob(3);
+    let objects = [&denial, &other, &gone].map(|name| (name.clone(), 10, 90 * DAY));
+    let bucket = bucket_of(&objects);
+    *bucket.later.lock() = [(denial.clone(), Some(0)), (gone.clone(), None)].into();
+    let (collection, result) = collect(&bucket, &rules(Some(28), None)).await;
+    result.unwrap();
+    assert_eq!(
+        (collection.deleted.objects(), collection.rewritten),
+        (1, 1),
+        "an absent object is not counted"
+    );
+    let names = bucket.names();
+    assert!(names.contains(&denial) && !names.contains(&other), "{names:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn wrong_time_of_the_storage_deletes_nothing() {
+    for (ahead, is_refused) in [(60, false), (61, true), (90 * DAY, true)] {
+        let bucket = Arc::new(Scripted {
+            ahead,
+            ..Arc::into_inner(bucket_of(&of_every_kind(90 * DAY))).unwrap()
+        });
+        let (collection, result) = collect(&bucket, &rules(Some(2), Some(0))).await;
+        let refusal = Err(ClockError::Ahead(Duration::from_secs(ahead)));
+        let expected = if is_refused { refusal } else { Ok(()) };
+        assert_eq!(result, expected);
+        assert_eq!(collection.deleted.objects() == 0, is_refused);
+        assert_eq!(bucket.names().len(), if is_refused { 7 } else { 1 });
+        assert_eq!(bucket.written.lock().len(), 1, "one probe");
+    }
+    let bucket = bucket_of(&of_every_kind(0));
+    collect(&bucket, &rules(Some(2), None)).await.1.unwrap();
+    assert!(bucket.written.lock().is_empty(), "nothing to delete");
+}
+
+#[tokio::test(start_paused = true)]
+async fn object_with_a_marker_is_counted_once() {
+    let objects: Vec<_> = (0..9).map(|n| (blob(n), 1, 90 * DAY)).collect();
+    let bucket = Arc::new(Scripted {
+        has_markers: true,
+        ..Arc::into_inner(bucket_of(&objects)).unwrap()
+    });
+    let (collection, result) = collect(&bucket, &rules(Some(28), None)).await;
+    result.unwrap();
+    assert_eq!(
+        (collection.listed.objects(), collection.deleted.objects()),
+        (9, 9)
+    );
 }
 
 proptest! {
