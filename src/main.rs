@@ -394,6 +394,7 @@ async fn with_output(
             error @ (CommandError::ReadOnly
             | CommandError::Open(_)
             | CommandError::Image(_)
+            | CommandError::Digest { .. }
             | CommandError::TagRecord(TagRecordError::NoKey)),
         ) => fail(USAGE_ERROR, &error),
         Err(error) => fail(FAILED, &error),

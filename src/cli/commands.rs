@@ -26,6 +26,7 @@ use serde_json::{Value, json};
 use crate::admin::client::{Client, ClientError};
 use crate::bucket::{BucketError, BucketSettingsError};
 use crate::config::ImageError;
+use crate::oci::DigestError;
 use crate::shared::maintenance::{ClockError, TagRecordError};
 use crate::terminal::printable;
 
@@ -375,6 +376,14 @@ pub enum CommandError {
     /// The bucket cannot be cleaned by age.
     #[error(transparent)]
     Clock(#[from] ClockError),
+    /// The text begins like a digest.
+    #[error("`{text}` is not a digest: {error}")]
+    Digest {
+        /// The text.
+        text: String,
+        /// The reason.
+        error: DigestError,
+    },
     /// A tag record cannot be used.
     #[error(transparent)]
     TagRecord(#[from] TagRecordError),

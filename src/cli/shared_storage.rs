@@ -40,7 +40,9 @@ pub enum ObjectCommand {
 /// `ifnewer shared ls`.
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub struct Ls {
-    /// The image, as in docker.io/library/alpine:3.20 or alpine: list its objects and records. A tag needs `key_file`
+    /// The image, as in docker.io/library/alpine:3.20 or alpine: list its objects and records; or a digest: list its objects. A
+    /// tag needs `key_file`
+    #[arg(value_name = "IMAGE|DIGEST")]
     pub image: Option<String>,
     /// Print JSON
     #[arg(long)]
@@ -153,9 +155,9 @@ pub fn policy(shared: &SharedConfig, user: PolicyFor) -> String {
     let mut statements =
         vec![json!({ "Effect": "Allow", "Action": actions, "Resource": format!("{objects}*") })];
     if !is_cache {
-        // Tag records are replaced and not deleted.
-        let records = format!("{objects}records/tag/*");
-        statements.push(json!({ "Effect": "Allow", "Action": "s3:PutObject", "Resource": records }));
+        // Tag records are replaced and not deleted. A probe checks the time of the storage.
+        let written = [format!("{objects}records/tag/*"), format!("{objects}probe/*")];
+        statements.push(json!({ "Effect": "Allow", "Action": "s3:PutObject", "Resource": written }));
         if let Some(fields) = list.as_object_mut() {
             // Without `IfExists`, the right would not cover reads, and AWS would respond 403 for absent objects.
             let folder = json!({ "StringLikeIfExists": { "s3:prefix": format!("{folder}*") } });
@@ -315,7 +317,7 @@ mod tests {
         }
     }
 
-    fn configured(text: &str) -> SharedConfig {
+    pub(super) fn configured(text: &str) -> SharedConfig {
         let variables = [("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b")];
         let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
         let config = Config::gather(&crate::config::Sources {

@@ -133,8 +133,14 @@ async def removed(fleet, registry, bucket, operator, with_key, image):
     code, found, message = await operator.run("rm", f"{NAME}:1", "--blobs")
     fleet.equal("a trial with its blobs", (0, 1 + len(image.blobs)), (code, len(found["objects"])))
     layer = image.layers[1]
+    code, found, message = await operator.run("ls", layer)
+    fleet.equal("the objects of a layer", (0, 1), (code, len(found["objects"])))
+    code, found, message = await operator.run("rm", layer[:-1], "--yes")
+    fleet.equal("a digest that is too short", (2, True), (code, "is not a digest" in message))
     code, found, message = await operator.run("rm", layer, "--yes")
     fleet.equal("the removal of a digest", (0, 1), (code, len(found["objects"])))
+    code, found, message = await operator.run("rm", layer, "--yes")
+    fleet.equal("its second removal finds nothing", (1, []), (code, found["objects"]))
     fleet.check("its object is deleted", not [path for path in bucket.objects("blobs") if path.endswith(layer[7:])])
     code, found, message = await operator.run("rm", "registry.unknown.example/app:1")
     fleet.equal("an unknown upstream", (2, True), (code, "not a configured upstream" in message))
@@ -144,10 +150,10 @@ async def collected(fleet, registry, bucket, operator, image, other):
     records = names(bucket, "records")
     _, found, _ = await operator.run("ls")
     total = found["bytes"]
-    _, found, _ = await operator.run("gc", "--size", str(total))
+    _, found, _ = await operator.run("gc", "--size", f"{total}B")
     fleet.equal("a total size that is not exceeded", 0, found["deleted"]["objects"])
     limit = total - 100_000
-    code, found, message = await operator.run("gc", "--size", str(limit), "--yes")
+    code, found, message = await operator.run("gc", "--size", f"{limit}B", "--yes")
     remaining = found["listed"]["bytes"] - found["deleted"]["bytes"]
     fleet.check("garbage collection by size", code == 0 and found["deleted"]["objects"] >= 1 and remaining <= limit, found)
     # Ages are whole seconds of the storage.

@@ -1,8 +1,12 @@
 //! `ifnewer shared ls IMAGE` and `rm`: one image in the bucket.
 
-use std::sync::Arc;
-use std::time::Duration;
+#[cfg(all(test, feature = "shared"))]
+mod tests;
 
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures_util::FutureExt as _;
 use serde_json::{Value, json};
 
 use super::{Ls, Rm};
@@ -11,11 +15,37 @@ use crate::bucket::{Listed, ObjectStorage};
 use crate::cli::commands::table::Table;
 use crate::cli::commands::{CommandError, Output, Style};
 use crate::config::{Config, ConfiguredImage, SharedConfig};
-use crate::oci::{AnyDigest, Digest, Reference, Tag};
+use crate::oci::{Algorithm, AnyDigest, Digest, Reference, Tag};
 use crate::shared::RecordPlace;
 use crate::shared::maintenance::{
-    BucketImages, ContentFound, ImageObject, ImageObjects, ObjectRole, ObjectState, TagFound, delete,
+    BucketImages, ContentFound, ImageObject, ImageObjects, ObjectState, TagFound, TagRecordError, delete,
 };
+
+/// Meaning of an argument.
+#[derive(Debug)]
+enum Target {
+    Digest(Digest),
+    Image(ConfiguredImage),
+}
+
+impl Target {
+    /// Sends no request. `sha256:…` is never the tag of a repository `sha256`.
+    fn parse(config: &Config, bucket: &BucketImages, text: &str) -> Result<Self, CommandError> {
+        let algorithm = text.split_once(':').map(|(first, _)| first.parse::<Algorithm>());
+        if let Some(Ok(_)) = algorithm {
+            let digest = text.parse::<Digest>().map(Self::Digest);
+            return digest.map_err(|error| CommandError::Digest {
+                text: text.to_owned(),
+                error,
+            });
+        }
+        let image = config.image(text)?;
+        if matches!(image.reference, Reference::Tag(_)) && !bucket.has_key() {
+            return Err(TagRecordError::NoKey.into());
+        }
+        Ok(Self::Image(image))
+    }
+}
 
 /// An image with its objects.
 struct Found {
@@ -27,8 +57,7 @@ struct Found {
 }
 
 impl Found {
-    async fn read(config: &Config, bucket: &BucketImages, text: &str) -> Result<Self, CommandError> {
-        let image = config.image(text)?;
+    async fn read(bucket: &BucketImages, image: ConfiguredImage) -> Result<Self, CommandError> {
         let place = RecordPlace {
             upstream: image.identity.as_str().into(),
             repository: image.repository.clone(),
@@ -134,7 +163,13 @@ pub(super) async fn ls(
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
     let bucket = BucketImages::new(shared.settings(Arc::clone(storage)));
-    let found = Found::read(config, &bucket, text).await?;
+    let found = match Target::parse(config, &bucket, text)? {
+        Target::Digest(digest) => {
+            let objects = bucket.objects_of(&digest).await?;
+            return print_objects(&digest, &objects, args, output);
+        }
+        Target::Image(image) => Found::read(&bucket, image).await?,
+    };
     if args.json {
         return output.json(&found.json());
     }
@@ -171,8 +206,52 @@ pub(super) async fn ls(
         .filter(|object| object.listed().is_none());
     let (missing, all) = (missing.count(), found.objects.objects.len());
     output.line(&format!("{} of {all} objects are in the bucket", all - missing))?;
-    if found.objects.is_truncated {
-        output.line(&output.paint(Style::Warning, "the image has more objects, which are not listed"))?;
+    print_notes(&notes(&found.objects), output)
+}
+
+/// `ifnewer shared ls DIGEST`.
+fn print_objects(
+    digest: &Digest,
+    objects: &[Listed],
+    args: &Ls,
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
+    if args.json {
+        let objects: Vec<_> = objects.iter().map(json_of_listed).collect();
+        return output.json(&json!({ "image": digest.to_string(), "objects": objects }));
+    }
+    let mut table = Table::new(&["object", ">size", ">age"]);
+    for listed in objects {
+        table.row(vec![
+            listed.key.to_string(),
+            bytes(listed.size),
+            listed.age.map_or_else(|| "-".to_owned(), duration),
+        ]);
+    }
+    for line in table.lines() {
+        output.line(&line)?;
+    }
+    output.line(&format!("{digest}: {} objects are in the bucket", objects.len()))
+}
+
+fn json_of_listed(listed: &Listed) -> Value {
+    let age = listed.age.map(|age| age.as_secs());
+    json!({ "object": listed.key.to_string(), "size": listed.size, "age_seconds": age })
+}
+
+/// Gaps in the knowledge of an image, for the operator.
+fn notes(objects: &ImageObjects) -> Vec<String> {
+    let unread = objects.unread_manifests();
+    let unread = (unread > 0)
+        .then(|| format!("{unread} manifests are missing or damaged: what they list is not known"));
+    let truncated = objects.is_truncated;
+    let truncated = truncated.then(|| "the image has more objects, which are not listed".to_owned());
+    unread.into_iter().chain(truncated).collect()
+}
+
+fn print_notes(notes: &[String], output: &mut Output<'_>) -> Result<(), CommandError> {
+    for note in notes {
+        output.line(&output.paint(Style::Warning, &format!("note: {note}")))?;
     }
     Ok(())
 }
@@ -202,28 +281,41 @@ pub(super) async fn rm(
 ) -> Result<(), CommandError> {
     super::refuse_read_only(shared, args.yes)?;
     let bucket = BucketImages::new(shared.settings(Arc::clone(storage)));
+    // A wrong argument ends the command before the first deletion.
+    let targets = args
+        .images
+        .iter()
+        .map(|text| Target::parse(config, &bucket, text));
+    let targets: Vec<_> = targets.collect::<Result<_, _>>()?;
     let mut interrupt = std::pin::pin!(interrupt);
-    for text in &args.images {
-        let Doomed { name, objects, tag } = Doomed::read((config, &bucket), text, args.blobs).await?;
-        if args.yes
-            && let Some((place, tag)) = &tag
-        {
-            bucket.unname(place, tag).await?;
-        }
-        let mut removal = Removal::new(name, tag.is_some());
-        let result = if args.yes {
-            let count = |listed: &Listed| removal.add(listed);
-            delete(storage, &objects, count, interrupt.as_mut()).await
-        } else {
-            for listed in &objects {
-                removal.add(listed);
-            }
-            Ok(false)
+    let (mut printed, mut is_found) = (Ok(()), false);
+    for target in targets {
+        let doomed = tokio::select! {
+            biased;
+            () = interrupt.as_mut() => return Err(interrupted()),
+            doomed = Doomed::read(&bucket, target, args.blobs) => doomed?,
         };
-        removal.print(args, output)?;
-        if result? {
-            return Err(CommandError::Incomplete("interrupted".to_owned()));
+        is_found |= doomed.tag.is_some() || doomed.steps.iter().any(|step| !step.is_empty());
+        let (mut removal, mut result) = (Removal::default(), Ok(()));
+        if args.yes {
+            let deleting = removal.delete((storage, &bucket), &doomed, interrupt.as_mut());
+            result = deleting.await;
+        } else {
+            removal = Removal::trial(&doomed);
         }
+        let output_result = removal.print(&doomed, args, output);
+        // An output that was closed neither hides a failure nor spares the next image.
+        result?;
+        if removal.is_interrupted {
+            return Err(interrupted());
+        }
+        printed = printed.and(output_result);
+    }
+    printed?;
+    if !is_found {
+        return Err(CommandError::Incomplete(
+            "the bucket has no object of these images, and no tag record to replace".to_owned(),
+        ));
     }
     if !args.yes && !args.json {
         output.line(&output.paint(Style::Dim, "nothing was deleted; add --yes to do it"))?;
@@ -231,92 +323,119 @@ pub(super) async fn rm(
     Ok(())
 }
 
+fn interrupted() -> CommandError {
+    CommandError::Incomplete("interrupted".to_owned())
+}
+
 /// What `rm` deletes of one image or digest.
 struct Doomed {
     name: String,
-    objects: Vec<Listed>,
+    /// The objects, by steps one after the other.
+    steps: Vec<Vec<Listed>>,
     /// The tag whose record names a digest.
     tag: Option<(RecordPlace, Tag)>,
+    notes: Vec<String>,
 }
 
 impl Doomed {
-    async fn read(
-        (config, bucket): (&Config, &BucketImages),
-        text: &str,
-        has_blobs: bool,
-    ) -> Result<Self, CommandError> {
-        if let Ok(digest) = text.parse::<Digest>() {
-            return Ok(Self {
-                name: digest.to_string(),
-                objects: bucket.objects_of(&digest).await?,
-                tag: None,
-            });
-        }
-        let found = Found::read(config, bucket, text).await?;
-        // Other images may have the same blobs, and nothing in the bucket says which.
-        let objects = found.objects.objects.iter();
-        let doomed = objects.filter(|object| has_blobs || object.role == ObjectRole::Manifest);
+    async fn read(bucket: &BucketImages, target: Target, has_blobs: bool) -> Result<Self, CommandError> {
+        let image = match target {
+            Target::Digest(digest) => {
+                return Ok(Self {
+                    name: digest.to_string(),
+                    steps: vec![bucket.objects_of(&digest).await?],
+                    tag: None,
+                    notes: Vec::new(),
+                });
+            }
+            Target::Image(image) => image,
+        };
+        let found = Found::read(bucket, image).await?;
         let is_naming = |record: &TagFound| !record.digests.is_empty();
         let named = found
             .tag
             .filter(|(_, record)| record.as_ref().is_some_and(is_naming));
         Ok(Self {
             name: found.image.to_string(),
-            objects: doomed.filter_map(ImageObject::listed).collect(),
+            // Other images may have the same blobs, and nothing in the bucket says which.
+            steps: found.objects.deletion_steps(has_blobs),
             tag: named.map(|(tag, _)| (found.place, tag)),
+            notes: notes(&found.objects),
         })
     }
 }
 
 /// What was deleted of one image or digest, or would be.
+#[derive(Default)]
 struct Removal {
-    name: String,
-    has_tag_record: bool,
-    objects: Vec<(String, u64, Option<Duration>)>,
+    /// The tag record was replaced.
+    is_tag_replaced: bool,
+    is_interrupted: bool,
+    objects: Vec<Listed>,
 }
 
 impl Removal {
-    fn new(name: String, has_tag_record: bool) -> Self {
+    /// What would be deleted.
+    fn trial(doomed: &Doomed) -> Self {
         Self {
-            name,
-            has_tag_record,
-            objects: Vec::new(),
+            is_tag_replaced: doomed.tag.is_some(),
+            is_interrupted: false,
+            objects: doomed.steps.concat(),
         }
     }
 
-    fn add(&mut self, listed: &Listed) {
-        self.objects
-            .push((listed.key.to_string(), listed.size, listed.age));
+    /// Deletes the objects. The tag record is last: until then, the command finds the same objects again.
+    async fn delete(
+        &mut self,
+        (storage, bucket): (&Arc<dyn ObjectStorage>, &BucketImages),
+        doomed: &Doomed,
+        mut interrupt: Pin<&mut impl Future<Output = ()>>,
+    ) -> Result<(), CommandError> {
+        for step in &doomed.steps {
+            let count = |listed: &Listed| self.objects.push(listed.clone());
+            if delete(storage, step, count, interrupt.as_mut()).await? {
+                self.is_interrupted = true;
+                return Ok(());
+            }
+        }
+        let Some((place, tag)) = &doomed.tag else {
+            return Ok(());
+        };
+        if interrupt.as_mut().now_or_never().is_some() {
+            self.is_interrupted = true;
+            return Ok(());
+        }
+        self.is_tag_replaced = bucket.unname(place, tag).await?;
+        Ok(())
     }
 
-    fn print(&self, args: &Rm, output: &mut Output<'_>) -> Result<(), CommandError> {
-        let total: u64 = self.objects.iter().map(|(_, size, _)| size).sum();
+    fn print(&self, doomed: &Doomed, args: &Rm, output: &mut Output<'_>) -> Result<(), CommandError> {
+        let total: u64 = self.objects.iter().map(|listed| listed.size).sum();
         if args.json {
-            let objects = self.objects.iter().map(|(key, size, age)| {
-                json!({ "object": key, "size": size, "age_seconds": age.map(|age| age.as_secs()) })
-            });
+            let objects: Vec<_> = self.objects.iter().map(json_of_listed).collect();
             return output.json(&json!({
-                "image": self.name,
+                "image": doomed.name,
                 "dry_run": !args.yes,
-                "tag_record": self.has_tag_record,
-                "objects": objects.collect::<Vec<_>>(),
+                "interrupted": self.is_interrupted,
+                "tag_record": self.is_tag_replaced,
+                "objects": objects,
                 "bytes": total,
+                "notes": doomed.notes,
             }));
         }
         let verb = if args.yes { "deleted" } else { "would delete" };
-        if self.has_tag_record {
+        for listed in &self.objects {
+            let age = listed.age.map_or_else(|| "-".to_owned(), duration);
+            let (key, size) = (&listed.key, bytes(listed.size));
+            output.line(&format!("{verb} {key}, {size}, written {age} ago"))?;
+        }
+        if self.is_tag_replaced {
             let verb = if args.yes { "replaced" } else { "would replace" };
             output.line(&format!("{verb} the tag record: the tag names nothing"))?;
         }
-        for (key, size, age) in &self.objects {
-            let age = age.map_or_else(|| "-".to_owned(), duration);
-            output.line(&format!("{verb} {key}, {}, written {age} ago", bytes(*size)))?;
-        }
+        print_notes(&doomed.notes, output)?;
         let size = output.paint(Style::Bold, &bytes(total));
-        output.line(&format!(
-            "{}: {size} in {} objects",
-            self.name,
-            self.objects.len()
-        ))
+        let count = self.objects.len();
+        output.line(&format!("{}: {size} in {count} objects", doomed.name))
     }
 }

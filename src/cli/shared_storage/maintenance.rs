@@ -66,6 +66,7 @@ pub(super) async fn gc(
         size_max: args.size,
         keep: shared.keep,
     };
+    let mut printed = Ok(());
     if let Some(older) = args.older
         && older <= shared.keep / 2
         && !args.json
@@ -74,7 +75,7 @@ pub(super) async fn gc(
         let note = format!(
             "note: objects in use are written again at an age of {half}, half of `keep`, so this deletes objects in use too"
         );
-        output.line(&output.paint(Style::Warning, &note))?;
+        printed = output.line(&output.paint(Style::Warning, &note));
     }
     let verb = if args.yes { "deleted" } else { "would delete" };
     let progress = Progress::new(output, args.json);
@@ -85,31 +86,30 @@ pub(super) async fn gc(
     };
     let result = collection.run(bucket, &rules, !args.yes, show, interrupt).await;
     progress.end();
-    if args.json {
+    let result_printed = if args.json {
         output.json(&json!({
             "dry_run": !args.yes,
             "interrupted": collection.is_interrupted,
             "listed": json_of(&collection.listed),
             "deleted": json_of(&collection.deleted),
+            "rewritten": collection.rewritten,
             "bytes_beyond_size": collection.excess,
-        }))?;
+        }))
     } else {
-        print_collection(&collection, verb, output)?;
-        if !args.yes && result.is_ok() {
-            output.line(&output.paint(Style::Dim, "nothing was deleted; add --yes to do it"))?;
-        }
-    }
+        print_collection(&collection, (verb, !args.yes && result.is_ok()), output)
+    };
+    // An output that was closed hides no failure.
     result?;
     if collection.is_interrupted {
         let what = "interrupted: the bucket was not listed to its end".to_owned();
         return Err(CommandError::Incomplete(what));
     }
-    Ok(())
+    printed.and(result_printed)
 }
 
 fn print_collection(
     collection: &GarbageCollection,
-    verb: &str,
+    (verb, is_trial): (&str, bool),
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
     let (listed, deleted) = (&collection.listed, &collection.deleted);
@@ -128,13 +128,23 @@ fn print_collection(
         bytes(listed.bytes()),
         listed.objects(),
     ))?;
+    if collection.rewritten > 0 {
+        output.line(&format!(
+            "{} objects are kept, which were written after they were listed",
+            collection.rewritten
+        ))?;
+    }
     if collection.excess > 0 && !collection.is_interrupted {
         let excess = bytes(collection.excess);
         output.line(&format!(
             "{excess} beyond --size remain: records, or objects of unknown age"
         ))?;
     }
-    note_undated(listed, output)
+    note_undated(listed, output)?;
+    if is_trial {
+        output.line(&output.paint(Style::Dim, "nothing was deleted; add --yes to do it"))?;
+    }
+    Ok(())
 }
 
 fn note_undated(inventory: &Inventory, output: &mut Output<'_>) -> Result<(), CommandError> {
@@ -210,6 +220,38 @@ mod tests {
         let args = Ls { image: None, json };
         ls(("s3://images", &bucket), &args, &mut output).await.unwrap();
         String::from_utf8(out).unwrap()
+    }
+
+    /// Standard output of which the reader has ended.
+    struct Closed;
+
+    impl std::io::Write for Closed {
+        fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+            Err(std::io::ErrorKind::BrokenPipe.into())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn closed_output_hides_no_failure() {
+        let mut output = Output {
+            out: &mut Closed,
+            colour: false,
+            progress: false,
+        };
+        let shared = super::super::tests::configured("[shared]\nbucket = \"s3://images\"\nregion = \"x\"");
+        let args = Gc {
+            older: Some(Duration::from_secs(1)),
+            size: None,
+            yes: true,
+            json: false,
+        };
+        let interrupt = std::future::ready(());
+        let result = gc((&shared, &in_memory()), &args, &mut output, interrupt).await;
+        assert!(matches!(result, Err(CommandError::Incomplete(_))));
     }
 
     /// Storage in memory states no `Date`.

@@ -70,7 +70,7 @@ pub(super) async fn delete_batch(
     mut done: impl FnMut(&Listed, Deletion),
     mut interrupt: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<bool, BucketError> {
-    // What came in before begins no deletion.
+    // An interrupt between two batches begins no deletion.
     if interrupt.as_mut().now_or_never().is_some() {
         return Ok(true);
     }

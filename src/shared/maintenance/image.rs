@@ -3,7 +3,7 @@
 #[cfg(all(test, feature = "shared"))]
 mod tests;
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -102,6 +102,8 @@ pub struct ImageObject {
     pub digest: Digest,
     /// Its role.
     pub role: ObjectRole,
+    /// Number of the indexes above a manifest.
+    pub depth: u32,
     /// The platform that an index states for a manifest.
     pub platform: Option<String>,
     /// Its state.
@@ -139,6 +141,32 @@ pub struct ImageObjects {
     pub is_truncated: bool,
 }
 
+impl ImageObjects {
+    /// The objects that the bucket has, in steps by which they are deleted: what a manifest lists before the manifest, so that
+    /// a deletion that was interrupted can be repeated. Configs and layers only on request.
+    pub fn deletion_steps(&self, has_blobs: bool) -> Vec<Vec<Listed>> {
+        let (mut blobs, mut manifests) = (Vec::new(), BTreeMap::<u32, Vec<Listed>>::new());
+        for object in &self.objects {
+            let Some(listed) = object.listed() else { continue };
+            if object.role == ObjectRole::Manifest {
+                manifests.entry(object.depth).or_default().push(listed);
+            } else if has_blobs {
+                blobs.push(listed);
+            }
+        }
+        let manifests = manifests.into_values().rev();
+        [blobs].into_iter().chain(manifests).collect()
+    }
+
+    /// Number of the manifests of which the bucket does not have the content.
+    pub fn unread_manifests(&self) -> usize {
+        let is_unread = |object: &&ImageObject| {
+            object.role == ObjectRole::Manifest && !matches!(object.state, ObjectState::Present { .. })
+        };
+        self.objects.iter().filter(is_unread).count()
+    }
+}
+
 /// Why a tag record cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TagRecordError {
@@ -170,6 +198,11 @@ impl BucketImages {
         }
     }
 
+    /// Whether there is a key, and so records.
+    pub fn has_key(&self) -> bool {
+        self.active.settings.records.is_some()
+    }
+
     fn bucket(&self) -> &Arc<dyn ObjectStorage> {
         &self.active.settings.bucket
     }
@@ -193,17 +226,20 @@ impl BucketImages {
     }
 
     async fn read_tag(&self, id: &RecordId) -> Result<Option<Dated<TagState>>, TagRecordError> {
-        if self.active.settings.records.is_none() {
+        if !self.has_key() {
             return Err(TagRecordError::NoKey);
         }
         match self.active.read_record(id).await {
             RecordRead::Found(found) => Ok(Some(found)),
             RecordRead::Absent => Ok(None),
             RecordRead::Unread { .. } => {
-                let failure = self.active.reads.lock().failure.clone();
-                Err(TagRecordError::Unread(failure.unwrap_or_else(|| {
-                    "another key has sealed it, or the storage states no time".into()
-                })))
+                let reason = self.active.unread_reason(id).await;
+                let failure = || self.active.reads.lock().failure.clone();
+                Err(TagRecordError::Unread(
+                    reason
+                        .or_else(failure)
+                        .unwrap_or_else(|| "the storage states no time".into()),
+                ))
             }
         }
     }
@@ -240,6 +276,7 @@ impl BucketImages {
             found.objects.push(ImageObject {
                 digest,
                 role: ObjectRole::Manifest,
+                depth,
                 platform,
                 state,
                 content: self.content(place, digest).await,
@@ -268,6 +305,7 @@ impl BucketImages {
             Ok(ImageObject {
                 digest,
                 role,
+                depth: 0,
                 platform: None,
                 state,
                 content: None,

@@ -489,6 +489,25 @@ impl Active {
         Ok(FoundRecord { state, etag, age })
     }
 
+    /// Why a record cannot be read, for the operator. `None`: the object under each of its names is usable.
+    pub(in crate::shared) async fn unread_reason(self: &Arc<Self>, id: &RecordId) -> Option<Arc<str>> {
+        for key in self.records.as_ref()?.names(id) {
+            match self.get_record::<TagState>(&key).await {
+                Ok(found) => match found.state {
+                    Some(Err(Unusable::Later)) => {
+                        return Some("a later version of ifnewer has written it".into());
+                    }
+                    Some(Err(Unusable::Unsealed)) => {
+                        return Some("it is damaged, or another key has sealed it".into());
+                    }
+                    Some(Ok(_)) | None => {}
+                },
+                Err(error) => return Some(error.to_string().into()),
+            }
+        }
+        None
+    }
+
     /// The statement in an object that was read, if it is one.
     fn statement_of<S>(
         &self,

@@ -15,7 +15,7 @@ use crate::bucket::{
     BucketError, BucketFuture, Object, ObjectInfo, ObjectKey, ObjectStorage, StorageClock, Upload, in_memory,
 };
 use crate::oci::{Algorithm, Digest, Tag, UpstreamFailure};
-use crate::shared::maintenance::BucketImages;
+use crate::shared::maintenance::{BucketImages, TagRecordError};
 use crate::shared::{Active, RedirectSettings, SharedSettings};
 use crate::telemetry::Telemetry;
 
@@ -576,6 +576,25 @@ async fn tag_named_during_its_removal_is_removed() {
     );
     assert_eq!(*b.bucket.writes.lock(), 2);
     assert_eq!(a.digest().await, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn tag_record_that_cannot_be_read_has_a_reason() {
+    let [a, b] = caches(["a", "a"], ["p", "p"]);
+    a.confirms(1).await;
+    let (operator, name) = (
+        BucketImages::new(b.active.settings.clone()),
+        "latest".parse().unwrap(),
+    );
+    let key = a.names(&tag()).remove(0);
+    let bytes = Bytes::from_static(b"damaged");
+    b.bucket.inner.put(&key, bytes, None).await.unwrap();
+    let reason = |error: TagRecordError| error.to_string();
+    let error = operator.tag(&place(), &name).await.map_err(reason).unwrap_err();
+    assert!(error.contains("it is damaged"), "{error}");
+    b.bucket.is_silent_for(Duration::from_secs(1));
+    let error = operator.tag(&place(), &name).await.map_err(reason).unwrap_err();
+    assert!(error.contains("the bucket"), "{error}");
 }
 
 #[tokio::test(start_paused = true)]

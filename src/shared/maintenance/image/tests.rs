@@ -103,6 +103,17 @@ async fn objects_of_an_image_are_found_or_missing() {
     assert_eq!(states, expected);
     assert_eq!(found.objects[1].platform.as_deref(), Some("linux/arm64"));
     assert_eq!(found.objects[3].state, ObjectState::Damaged);
+    assert_eq!(found.unread_manifests(), 2);
+    let steps = |has_blobs| {
+        let steps = found.deletion_steps(has_blobs).into_iter();
+        let keys = steps.map(|step| step.into_iter().map(|listed| listed.key).collect::<Vec<_>>());
+        keys.collect::<Vec<_>>()
+    };
+    let blobs = ["config", "layer"].map(|content| ObjectKey::blob(&digest(content)));
+    let children = [one, damaged].map(|child| ObjectKey::manifest(&child));
+    let top = [ObjectKey::manifest(&index)];
+    assert_eq!(steps(true), [blobs.to_vec(), children.to_vec(), top.to_vec()]);
+    assert_eq!(steps(false), [Vec::new(), children.to_vec(), top.to_vec()]);
     assert!(!found.is_truncated);
 }
 
