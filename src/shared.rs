@@ -6,7 +6,7 @@
 //!
 //! * `conditions`: the probe of conditional writes.
 //! * `claim`: which of several caches fetches a blob; `claims` are the requests for that, `lease` keeps a claim, `follow`
-//!   reads what another cache fetches. `manifest_claim`: which of them requests a manifest.
+//!   reads what another cache fetches.
 //! * `redirect`: presigned URLs for clients.
 //! * `breaker`: when the bucket is not asked. `rate`: the cap of requests. `pace`: the minimum rate of a body. `upload`:
 //!   the queue of uploads.
@@ -20,7 +20,6 @@ mod conditions;
 mod follow;
 mod lease;
 pub mod maintenance;
-mod manifest_claim;
 mod pace;
 mod rate;
 mod record;
@@ -45,7 +44,6 @@ pub use self::claims::{ClaimMemory, Entered};
 pub use self::conditions::{Conditions, probe};
 pub use self::follow::Follower;
 pub use self::lease::{Arriving, ArrivingFuture, Lease};
-pub use self::manifest_claim::{ManifestLease, ManifestTurn};
 pub use self::record::{
     CHILDREN_MAX, ContentState, Dated, GrantState, KEYS_MAX, KeyFileError, PublicState, RecordKeys,
     RecordPlace, RecordPrincipal, RecordRead, RecordReader, RecordSettings, TagState, TagVariant,

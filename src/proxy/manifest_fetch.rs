@@ -203,9 +203,8 @@ impl ProxyService {
                     ..
                 } = &upstream_request;
                 let began = Instant::now();
-                let reading = proxy.read_or_claim_manifest(&upstream_request);
-                let (found, claim) = waiters.while_waited_for(reading).await?;
-                match found {
+                let reading = proxy.read_shared_manifest(&upstream_request);
+                match waiters.while_waited_for(reading).await? {
                     SharedManifest::Read(manifest, age) => {
                         let content = SharedContent::Manifest(manifest.digest);
                         let stored = proxy.store_manifest(&upstream_request, Ok(*manifest)).await;
@@ -217,7 +216,7 @@ impl ProxyService {
                         return Some((stored, None));
                     }
                     SharedManifest::Refused(response) => return Some((Err(response), None)),
-                    SharedManifest::Missing | SharedManifest::Absent(_) => {}
+                    SharedManifest::Missing => {}
                 }
                 let sent_at = Instant::now();
                 let caller = Caller {
@@ -253,8 +252,6 @@ impl ProxyService {
                             proxy.learn_children(&upstream_request, manifest, began).await;
                             proxy.shared.offer(SharedContent::Manifest(manifest.digest));
                         }
-                        // After the offer, so that the claim ends with the upload.
-                        drop(claim);
                         (stored, caches)
                     }
                     Err(response) => {

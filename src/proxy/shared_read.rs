@@ -14,7 +14,7 @@ use super::ProxyService;
 use super::manifest_fetch::{UpstreamRequest, verify};
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{AnyDigest, Digest, Endpoint, Reference, UpstreamFailure};
-use crate::shared::{ManifestLease, ManifestTurn, SharedContent, SharedStorage};
+use crate::shared::{SharedContent, SharedStorage};
 use crate::store::manifests::StoredManifest;
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
@@ -34,8 +34,6 @@ pub(super) enum SharedManifest {
     Read(Box<StoredManifest>, Option<Duration>),
     /// It must be fetched from the upstream.
     Missing,
-    /// It may be read there, and the bucket lacks it.
-    Absent(Digest),
     /// This response of the upstream is the result.
     Refused(Arc<UpstreamResponse>),
 }
@@ -114,27 +112,11 @@ impl ProxyService {
             && self.is_member(registry, repository, digest).await
     }
 
-    /// Reads the manifest of this request from the shared storage. If the bucket lacks it, this cache claims it, or waits for
-    /// the cache that has claimed it. With a lease, this cache requests it from the upstream.
-    pub(super) async fn read_or_claim_manifest(
+    /// Reads the manifest of this request from the shared storage, if it may be read there.
+    pub(super) async fn read_shared_manifest(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
-    ) -> (SharedManifest, Option<ManifestLease>) {
-        let began = Instant::now();
-        let digest = match self.read_shared_manifest(upstream_request).await {
-            SharedManifest::Absent(digest) if !self.shared.was_silent_since(began) => digest,
-            SharedManifest::Absent(_) => return (SharedManifest::Missing, None),
-            found => return (found, None),
-        };
-        match self.shared.claim_manifest(digest).await {
-            ManifestTurn::Leads(lease) => (SharedManifest::Missing, Some(lease)),
-            ManifestTurn::Alone => (SharedManifest::Missing, None),
-            ManifestTurn::Written => (self.read_shared_manifest(upstream_request).await, None),
-        }
-    }
-
-    /// Reads the manifest of this request from the shared storage, if it may be read there.
-    async fn read_shared_manifest(self: &Arc<Self>, upstream_request: &UpstreamRequest) -> SharedManifest {
+    ) -> SharedManifest {
         if !self.shared.is_readable() {
             return SharedManifest::Missing;
         }
@@ -161,7 +143,7 @@ impl ProxyService {
         }
         let content = SharedContent::Manifest(digest);
         let Some((bytes, object)) = self.shared.read(content, MANIFEST_BYTES_MAX).await else {
-            return SharedManifest::Absent(digest);
+            return SharedManifest::Missing;
         };
         // The media type is read from the bytes, and not from the bucket's label.
         if let Ok(manifest) = verify(bytes, None, None, &by_digest.endpoint) {

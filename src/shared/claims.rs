@@ -339,7 +339,7 @@ impl Active {
     }
 
     /// Whether the bucket has this content by now.
-    pub(super) async fn has(&self, content: SharedContent) -> bool {
+    async fn has(&self, content: SharedContent) -> bool {
         let began = Instant::now();
         let found = self.settings.bucket.head(&content.key()).await;
         self.record_claim_read("head", &found, began);
@@ -348,7 +348,7 @@ impl Active {
 
     /// Whether claims are used now. If the bucket is not known to keep conditions, or denied a claim before, that is found
     /// out in the background.
-    pub(super) fn may_claim(self: &Arc<Self>) -> bool {
+    fn may_claim(self: &Arc<Self>) -> bool {
         let admission = self.claims.guarded.lock().breaker.admit(Instant::now());
         if matches!(admission, Admission::Later(_)) {
             return false;
@@ -429,7 +429,7 @@ impl Active {
 
     /// Creates a claim. Storages are slow to refuse a create where many caches create at once, so the claim is looked for
     /// meanwhile.
-    pub(super) async fn create_claim(self: &Arc<Self>, key: &ObjectKey, record: &ClaimRecord) -> Written {
+    async fn create_claim(self: &Arc<Self>, key: &ObjectKey, record: &ClaimRecord) -> Written {
         let (active, its_key, its_record) = (Arc::clone(self), key.clone(), record.clone());
         let mut creating = tokio::spawn(async move {
             let (bytes, began) = (its_record.to_bytes().into(), Instant::now());

@@ -352,7 +352,6 @@ impl BucketImages {
             ObjectKey::blob(digest),
             ObjectKey::manifest(digest),
             ObjectKey::claim(digest),
-            ObjectKey::manifest_claim(digest),
         ] {
             match self.bucket().head(&key).await {
                 Ok(info) => found.push(Listed {
