@@ -188,7 +188,8 @@ impl ReadContext<'_> {
                 let shown = (response.map(|response| (upstream_request, response)), now);
                 let registry = &self.request.registry;
                 let mut judged = proxy.judge(registry, self.repository, what, &limit, shown).await;
-                if !judged.is_mature() && !is_blocked && proxy.shared.has_records() {
+                let was_silent = || proxy.shared.was_silent_since(upstream_request.since);
+                if !judged.is_mature() && !is_blocked && proxy.shared.has_records() && !was_silent() {
                     // Boxed, because few requests come here.
                     Box::pin(proxy.learn_first_sight(upstream_request, tag, digest)).await;
                     (candidates, cooling) = self.tag_facts(tag, Some(self.tag_client()), now).await;

@@ -202,7 +202,7 @@ impl ProxyService {
                     caller,
                     ..
                 } = &upstream_request;
-                let began = Instant::now();
+                let began = upstream_request.since;
                 let reading = proxy.read_shared_manifest(&upstream_request);
                 match waiters.while_waited_for(reading).await? {
                     SharedManifest::Read(manifest, age) => {

@@ -8,8 +8,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::Instant;
-
 use super::ProxyService;
 use super::manifest_fetch::{UpstreamRequest, verify};
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
@@ -58,12 +56,11 @@ impl ProxyService {
         if self.is_seen(upstream_request, digest).await {
             return SharedRight::Granted;
         }
-        let began = Instant::now();
         let is_manifest = matches!(upstream_request.endpoint, Endpoint::Manifest { .. });
         if is_manifest && self.is_recorded(upstream_request, digest).await {
             return SharedRight::Granted;
         }
-        if self.shared.was_silent_since(began) {
+        if self.shared.was_silent_since(upstream_request.since) {
             return SharedRight::UpstreamOnly;
         }
         let Some(response) = self.coalesced_head(upstream_request).wait().await else {
@@ -117,7 +114,8 @@ impl ProxyService {
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
     ) -> SharedManifest {
-        if !self.shared.is_readable() {
+        // A request that has waited for the bucket once asks it nothing more.
+        if !self.shared.is_readable() || self.shared.was_silent_since(upstream_request.since) {
             return SharedManifest::Missing;
         }
         let (digest, is_by_tag) = match &upstream_request.endpoint {

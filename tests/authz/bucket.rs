@@ -9,6 +9,7 @@ use ifnewer::bucket::{
     BucketError, BucketFuture, Object, ObjectBody, ObjectChunk, ObjectInfo, ObjectKey, ObjectStorage,
     StorageClock, Upload,
 };
+use ifnewer::oci::UpstreamFailure;
 use ifnewer::shared::{RecordKeys, RecordSettings, RedirectSettings, SharedSettings};
 use tokio::time::{Instant, sleep};
 
@@ -22,6 +23,7 @@ struct Content {
     requests: Vec<String>,
     delay: Duration,
     is_failing: bool,
+    is_silent: bool,
     /// Reads of names with this beginning wait.
     held: Option<(String, tokio::sync::watch::Receiver<bool>)>,
 }
@@ -105,6 +107,12 @@ impl Bucket {
         release
     }
 
+    /// Reads get no response from now on, and fail just before `wait_max`.
+    pub fn falls_silent(&self) {
+        let mut content = self.content.lock().unwrap();
+        (content.is_silent, content.delay) = (true, Duration::from_millis(990));
+    }
+
     pub fn forget_requests(&self) {
         self.content.lock().unwrap().requests.clear();
     }
@@ -149,6 +157,9 @@ impl View {
 
     fn info(&self, key: &ObjectKey) -> Result<(Bytes, ObjectInfo), BucketError> {
         let content = self.bucket.content.lock().unwrap();
+        if content.is_silent {
+            return Err(BucketError::Silent(UpstreamFailure::Timeout));
+        }
         if content.is_failing {
             return Err(BucketError::Busy(503));
         }

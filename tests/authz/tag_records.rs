@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use ifnewer::oci::Digest;
 use ifnewer::policy::Policy;
 use ifnewer::policy::min_age::OnUnknownAge;
@@ -14,7 +15,7 @@ use tokio::time::Instant;
 use super::bucket::Bucket;
 use super::cache::{Cache, ClientRequest, Got, PROVEN, SHARED};
 use super::min_age::{REPOSITORY, of, pass, pulled_tag, registry, rules_of, tag};
-use super::registry::{Condition, No, OCI_INDEX, Registry};
+use super::registry::{Condition, No, OCI_INDEX, Registry, jump};
 
 const HOUR: Duration = Duration::from_secs(3_600);
 
@@ -271,6 +272,63 @@ async fn slow_bucket_delays_a_tag_once() {
     assert_eq!(bucket.tag_reads(), 1);
 }
 
+/// The bucket answers each request shortly before the limit, and the image takes several.
+#[tokio::test(start_paused = true)]
+async fn second_request_waits_no_longer_than_the_first() {
+    let (registry, bucket, first, old) = recorded().await;
+    pull_at(SHARED, &first, old).await;
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    pull_at(SHARED, &second, old).await;
+    let new = registry.push(REPOSITORY, "1", "two", &[100]);
+    pass(3_601).await;
+    pull_at(SHARED, &first, new).await;
+    let mut state = registry.state();
+    let shelf = state.shelves.get_mut(REPOSITORY).unwrap();
+    shelf.tags.insert("1".to_owned(), old);
+    drop(state);
+    bucket.delays(Duration::from_millis(900));
+    let request = ClientRequest {
+        site: SHARED,
+        ..of("1")
+    };
+    let later = async {
+        tokio::time::sleep(Duration::from_millis(950)).await;
+        let began = Instant::now();
+        let got = second.get(&request).await;
+        (got, began.elapsed().as_millis())
+    };
+    let (one, (two, waited)) = tokio::join!(second.get(&request), later);
+    for got in [one, two] {
+        assert!(matches!(got, Got::Content(found, _) if found == old), "{got:?}");
+    }
+    assert!(waited <= 100, "{waited} ms");
+}
+
+#[tokio::test(start_paused = true)]
+async fn silent_bucket_delays_a_cold_tag_once() {
+    let (registry, bucket, _first, digest) = recorded().await;
+    pass(600).await;
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    bucket.falls_silent();
+    let began = Instant::now();
+    assert_eq!(once(&second).await, digest);
+    let waited = began.elapsed().as_millis();
+    assert!((900..1_100).contains(&waited), "{waited} ms");
+}
+
+/// The monotonic clock stands still, and the wall clock does not.
+#[tokio::test(start_paused = true)]
+async fn suspended_host_makes_no_record_younger() {
+    let (registry, bucket, _first, digest) = recorded().await;
+    pass(600).await;
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    assert_eq!(once(&second).await, digest);
+    assert_eq!((tag_requests(&registry), bucket.tag_reads()), (0, 1));
+    jump(3_100);
+    assert_eq!(once(&second).await, digest);
+    assert_eq!((tag_requests(&registry), bucket.tag_reads()), (1, 1));
+}
+
 #[tokio::test(start_paused = true)]
 async fn simultaneous_requests_read_a_record_once() {
     let (registry, bucket, _first, digest) = recorded().await;
@@ -396,21 +454,36 @@ async fn rejected_write_during_the_read_evicts_nothing() {
     assert_eq!(once(&second).await, old);
 }
 
-/// Another cache deletes the manifest, and does not know the tag that names it.
+/// Another cache deletes the manifest, and does not know the tag that names it. Its blobs are cached.
 #[tokio::test(start_paused = true)]
 async fn deleted_manifest_is_not_confirmed_by_its_tag() {
-    let (registry, bucket, _first, digest) = recorded().await;
+    let (registry, bucket, first, old) = recorded().await;
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    pull_layers(&second, old).await;
+    let deleted = {
+        let mut state = registry.state();
+        let shelf = state.shelves.get_mut(REPOSITORY).unwrap();
+        let manifest: Bytes = [&shelf.manifests[&old][..], b" "].concat().into();
+        let digest = super::registry::of(&manifest);
+        shelf.manifests.insert(digest, manifest);
+        shelf.tags.insert("1".to_owned(), digest);
+        digest
+    };
+    pass(3_600).await;
+    pull_layers(&first, deleted).await;
     pass(60).await;
     let third = cache(&registry, &bucket, rules(Policy::IfNewer, HOUR));
     third.get(&of("other")).await;
-    let deletion = WriteEffect::Deleted(REPOSITORY.parse().unwrap(), digest);
+    let deletion = WriteEffect::Deleted(REPOSITORY.parse().unwrap(), deleted);
     let pending = third.proxy.begin_write(&third.proven, deletion).await;
     third.proxy.finish_write(pending, WriteOutcome::Succeeded).await;
     third.proxy.shared().drain().await;
     pass(60).await;
-    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
-    assert_eq!(once(&second).await, digest);
-    assert_eq!((tag_requests(&registry), bucket.tag_reads()), (1, 1));
+    registry.state().request_log.clear();
+    bucket.forget_requests();
+    once(&second).await;
+    assert!(tag_requests(&registry) > 0);
+    assert_eq!(bucket.tag_reads(), 1);
 }
 
 /// Authorized clients of another cache renew the record of a tag that has become private.
@@ -584,6 +657,67 @@ async fn new_cache_does_not_start_the_age_again() {
     // Without the record, the age begins anew.
     let third = Cache::new(&registry, cooling());
     assert_eq!(tag(&third).await, Err("too-young"));
+}
+
+/// `min_age` of three days, with these settings.
+fn cooling_within(max_age: Duration, stale_if_error: Option<Duration>) -> Rules {
+    let default = EffectivePolicy {
+        max_age,
+        stale_if_error,
+        ..cooling().default_for("").clone()
+    };
+    let upstreams = [PROVEN, SHARED].map(|name| (Arc::from(name), PolicyOverrides::default()));
+    Rules::new(default, upstreams, Vec::new()).unwrap()
+}
+
+/// A registry and a bucket with a record of a digest that is four days old.
+async fn recorded_old() -> (Registry, Bucket, Digest) {
+    let (registry, bucket) = (registry(), Bucket::new());
+    let digest = registry.push(REPOSITORY, "1", "one", &[100]);
+    registry.push(REPOSITORY, "other", "other", &[]);
+    let first = cache(&registry, &bucket, cooling());
+    assert_eq!(tag(&first).await, Err("too-young"));
+    pass(4 * DAYS).await;
+    pull_layers(&first, digest).await;
+    (registry, bucket, digest)
+}
+
+/// The record is recent, and its image is not in the bucket.
+#[tokio::test(start_paused = true)]
+async fn record_that_confirms_nothing_has_first_sights() {
+    let (registry, bucket, digest) = recorded_old().await;
+    bucket.loses("v1/manifests/");
+    let rules = cooling_within(HOUR, None);
+    let second = second(&registry, &bucket, rules).await;
+    assert_eq!(once(&second).await, digest);
+    assert!(tag_requests(&registry) > 0);
+    assert_eq!(bucket.tag_reads(), 1);
+}
+
+/// This cache has seen the tag move since the time of the record.
+#[tokio::test(start_paused = true)]
+async fn min_age_makes_no_record_younger() {
+    for (days, served) in [(1, true), (3, false)] {
+        let (registry, bucket) = (registry(), Bucket::new());
+        let old = registry.push(REPOSITORY, "1", "one", &[100]);
+        let first = cache(&registry, &bucket, cooling());
+        let rules = cooling_within(Duration::ZERO, Some(2 * 24 * HOUR));
+        let second = reader(&registry, &bucket, rules);
+        for cache in [&first, &second] {
+            assert_eq!(tag(cache).await, Err("too-young"));
+        }
+        pass(4 * DAYS).await;
+        pull_layers(&first, old).await;
+        pull_layers(&second, old).await;
+        pass(60).await;
+        registry.push(REPOSITORY, "1", "two", &[100]);
+        assert_eq!(once(&second).await, old, "the new one is too young");
+        pass(days * DAYS).await;
+        registry.set_condition(Condition::Status(503));
+        let got = second.get(&of("1")).await;
+        let is_served = matches!(got, Got::Content(found, _) if found == old);
+        assert_eq!(is_served, served, "{days} days: {got:?}");
+    }
 }
 
 async fn bucket_reads_of(registry: &Registry, cache: &Cache, bucket: &Bucket) -> usize {

@@ -3,10 +3,12 @@
 //! A confirmation is stored as that of an earlier response of the upstream, so the decision about it is the usual one. It
 //! never replaces a later confirmation of this cache, and a client causes it only with a current grant.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::time::{Instant, timeout};
+use parking_lot::Mutex;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{BRING_TIMEOUT, INDEX_DEPTH_MAX};
 use crate::age;
@@ -18,9 +20,9 @@ use crate::proxy::manifest_fetch::UpstreamRequest;
 use crate::proxy::pipeline::ReadContext;
 use crate::proxy::{Denied, ProxyResponse, ProxyService, UpstreamRegistry, log_store_error};
 use crate::shared::{Dated, RecordReader, TagState};
-use crate::single_flight::SingleFlight;
+use crate::single_flight::{SharedCall, SingleFlight};
 use crate::store::invalidations::InvalidationKey;
-use crate::store::tags::sightings::{Seen, SightingKey};
+use crate::store::tags::sightings::{Seen, SightTime, SightingKey};
 use crate::store::tags::{TagKey, TagReader, TagRecord, Variant};
 
 /// Precision of an age by the storage's clock: two bounds, of two seconds each.
@@ -34,7 +36,49 @@ const AGE_INTERVAL: Duration = Duration::from_secs(5 * 60);
 
 /// Uses of tag records that run, one for all clients with the same tag and `Accept`. The result says whether the
 /// evidence may have changed.
-pub(in crate::proxy) type TagRecordUses = SingleFlight<(TagKey, u64), bool>;
+#[derive(Default)]
+pub(in crate::proxy) struct TagRecordUses {
+    running: SingleFlight<UseKey, bool>,
+    /// When each began.
+    began: Arc<Mutex<HashMap<UseKey, Instant>>>,
+}
+
+type UseKey = (TagKey, u64);
+
+impl TagRecordUses {
+    /// Joins the use, or begins it. Returns when it began.
+    fn share<F>(&self, key: UseKey, using: impl FnOnce() -> F) -> (SharedCall<bool>, Instant)
+    where
+        F: Future<Output = bool> + Send + 'static,
+    {
+        let call = self.running.share(key.clone(), || {
+            self.began.lock().insert(key.clone(), Instant::now());
+            let running = RunningUse {
+                began: Arc::clone(&self.began),
+                key: key.clone(),
+            };
+            let using = using();
+            async move {
+                let _running = running;
+                using.await
+            }
+        });
+        let began = self.began.lock().get(&key).copied();
+        (call, began.unwrap_or_else(Instant::now))
+    }
+}
+
+/// Removes the beginning of a use at its end.
+struct RunningUse {
+    began: Arc<Mutex<HashMap<UseKey, Instant>>>,
+    key: UseKey,
+}
+
+impl Drop for RunningUse {
+    fn drop(&mut self) {
+        self.began.lock().remove(&self.key);
+    }
+}
 
 /// A use of a tag record before the upstream is asked.
 struct TagRecordUse {
@@ -121,6 +165,7 @@ impl ReadContext<'_> {
         };
         let reader = RecordReader {
             since: self.request.since,
+            now: self.request.now,
             writes: self.request.writes.ended(),
         };
         let interval = match self.rule.policy {
@@ -145,10 +190,11 @@ impl ReadContext<'_> {
             let proxy = Arc::clone(proxy);
             async move { proxy.use_tag_record(&usage).await }
         };
-        let call = proxy
+        let (call, began) = proxy
             .tag_record_uses
             .share((key.clone(), self.request.accept.key()), using);
-        match timeout(proxy.shared.wait_max(), call.wait()).await {
+        // Of all requests that wait for this use, none waits longer than the first.
+        match timeout_at(began + proxy.shared.wait_max(), call.wait()).await {
             Ok(Some(true)) => self.tag_evidence(tag, Some(self.tag_client())).await,
             Ok(_) => evidence,
             Err(_) => {
@@ -260,7 +306,8 @@ impl ProxyService {
             .as_secs()
     }
 
-    /// Records that the upstream named this digest to another cache, and since when.
+    /// Records that the upstream named this digest to another cache, and since when. A sighting of this cache that is later
+    /// than the record stays the last one.
     async fn record_sight(
         &self,
         registry: &UpstreamRegistry,
@@ -276,14 +323,41 @@ impl ProxyService {
             last_modified: None,
             created_at: None,
         };
-        let time = registry.checked_time().time_of_sight(self.clock.now());
-        let sighted = self
-            .store
-            .record_sighting(SightingKey::from(key), seen, time)
-            .await;
-        log_store_error(sighted, "record when the digest was first seen");
+        let time = self.time_of_record(registry, variant);
+        let place = key.clone();
+        let is_later = self.store.read(move |view| {
+            let own = view.tag(&place).ok().flatten();
+            let sightings = view.sightings(&SightingKey::from(&place));
+            own.is_some_and(|own| own.confirmed_at() > time.host)
+                || sightings
+                    .iter()
+                    .any(|other| other.named_at > time.at || other.named_at_by_host > time.host)
+        });
+        if !is_later.await {
+            let sighted = self
+                .store
+                .record_sighting(SightingKey::from(key), seen, time)
+                .await;
+            log_store_error(sighted, "record when the digest was first seen");
+        }
         self.record_earlier_sight(registry, key, variant.digest, found)
             .await;
+    }
+
+    /// When the upstream named a digest to another cache, at the latest, so that no digest is older than it is.
+    fn time_of_record(&self, registry: &UpstreamRegistry, variant: &Variant) -> SightTime {
+        let now = self.clock.now();
+        let host = variant
+            .confirmed_at
+            .checked_add(PRECISION)
+            .unwrap_or(now)
+            .min(now);
+        let age = now.duration_since(host).unwrap_or_default();
+        let at = registry.checked_time().time_of_sight(now).at;
+        SightTime {
+            host,
+            at: at.checked_sub(age).unwrap_or(host),
+        }
     }
 
     /// Records since when other caches have seen the tag name this digest, of which this cache has a sighting.
@@ -317,10 +391,11 @@ impl ProxyService {
         let (registry, repository) = (&upstream_request.registry, &upstream_request.repository);
         let reader = RecordReader {
             since: upstream_request.since,
+            now: upstream_request.arrived_at,
             writes: upstream_request.writes.ended(),
         };
         let place = registry.record_place(repository);
-        let reading = self.shared.recent_tag_record(&place, tag, reader, AGE_INTERVAL);
+        let reading = self.shared.recent_first_sights(&place, tag, reader, AGE_INTERVAL);
         if let Some(found) = reading.await {
             let key = TagKey {
                 upstream: registry.shared_name(),
@@ -394,17 +469,23 @@ impl ProxyService {
             // This cache knows something later.
             let own = view.tag(&place).ok()?;
             let is_later = |own: &TagRecord| own.confirmed_at() > named.confirmed_at;
-            (!own.is_some_and(|own| is_later(&own))).then_some(named)
+            // Sightings outlive an evicted tag.
+            let sightings = view.sightings(&SightingKey::from(&place));
+            let was_other_seen = sightings.iter().any(|other| {
+                other.seen.digest != named.digest && other.named_at_by_host > named.confirmed_at
+            });
+            (!was_other_seen && !own.is_some_and(|own| is_later(&own))).then_some(named)
         });
         let named = resolving.await?;
         if named.is_moved || !age::is_within(named.confirmed_at, *age_max, now) || !usage.is_current() {
             return None;
         }
         let (digest, repository) = (named.digest, &key.repository);
-        let is_there = usage.cached == Some(digest)
-            || self
-                .bring_manifest(registry, repository, named_in(found, digest), INDEX_DEPTH_MAX)
-                .await;
+        let is_there = usage.cached == Some(digest) || {
+            let bringing =
+                self.bring_manifest(registry, repository, named_in(found, digest), INDEX_DEPTH_MAX);
+            timeout(BRING_TIMEOUT, bringing).await.unwrap_or(false)
+        };
         if !is_there {
             return Some(false);
         }

@@ -4,7 +4,7 @@
 //! the read began, so that a slow bucket delays the requests for a tag once.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 use quick_cache::sync::Cache;
@@ -36,9 +36,21 @@ pub(super) struct TagReads {
 pub struct RecordReader {
     /// Its arrival.
     pub since: Instant,
+    /// The same by the wall clock.
+    pub now: SystemTime,
     /// Number of writes to the repository through this cache until then. A record that was read before the last one may be
     /// from before it, and does not count.
     pub writes: u64,
+}
+
+impl RecordReader {
+    /// Time since an earlier request: the longer one, because the monotonic clock stands still while the host is suspended,
+    /// and the wall clock may be set back.
+    fn time_since(&self, earlier: &Self) -> Duration {
+        let elapsed = self.since.saturating_duration_since(earlier.since);
+        let by_wall_clock = self.now.duration_since(earlier.now).unwrap_or_default();
+        elapsed.max(by_wall_clock)
+    }
 }
 
 #[derive(Clone)]
@@ -47,6 +59,8 @@ struct TagRead {
     began: Instant,
     /// The result, and when it was read. `None`: it is being read.
     found: Option<(Found, Instant)>,
+    /// Whether it confirms nothing more. First sights remain.
+    is_spent: bool,
 }
 
 impl Default for TagReads {
@@ -61,7 +75,8 @@ impl Default for TagReads {
 
 /// A read that ended, or one that runs.
 enum Entered {
-    Known(Found, Instant),
+    /// With the time since then, and whether it confirms nothing.
+    Known(Found, Duration, bool),
     Reading(SharedCall<Found>, Instant),
     /// It was read before a write.
     Outdated,
@@ -77,13 +92,18 @@ impl TagReads {
     ) -> Entered {
         let _beginning = self.beginning.lock();
         let last = self.last.get(id);
-        let last = last.filter(|last| reader.since.saturating_duration_since(last.reader.since) < interval);
+        let last = last.filter(|last| reader.time_since(&last.reader) < interval);
         let began = match last {
             Some(last) if last.reader.writes != reader.writes => return Entered::Outdated,
             Some(TagRead {
+                reader: earlier,
                 found: Some((found, at)),
+                is_spent,
                 ..
-            }) => return Entered::Known(found, at),
+            }) => {
+                let elapsed = at.elapsed().max(reader.time_since(&earlier));
+                return Entered::Known(found, elapsed, is_spent);
+            }
             Some(running) => running.began,
             None => {
                 let began = Instant::now();
@@ -91,6 +111,7 @@ impl TagReads {
                     reader,
                     began,
                     found: None,
+                    is_spent: false,
                 };
                 self.last.insert(id.clone(), running);
                 began
@@ -114,14 +135,31 @@ impl TagReads {
             reader,
             began: now,
             found: Some((Arc::clone(found), now)),
+            is_spent: false,
         };
         self.last.insert(id, ended);
+    }
+
+    /// Lets a read that ended confirm nothing more. For one that runs, no later request waits longer than the first.
+    fn spend(&self, id: RecordId, reader: RecordReader) {
+        let _beginning = self.beginning.lock();
+        match self.last.get(&id) {
+            Some(TagRead { found: None, .. }) => {}
+            Some(ended) => self.last.insert(
+                id,
+                TagRead {
+                    is_spent: true,
+                    ..ended
+                },
+            ),
+            None => self.end(id, reader, &Arc::new(RecordRead::Absent)),
+        }
     }
 }
 
 impl SharedStorage {
-    /// The digests that other caches have seen a tag to name. The record is read once in `interval`. `None`: there is none, or it was not
-    /// read in time.
+    /// The digests that other caches have seen a tag to name, to confirm one. The record is read once in `interval`. `None`:
+    /// there is none, it was not read in time, or it was discarded.
     pub async fn recent_tag_record(
         &self,
         place: &RecordPlace,
@@ -129,16 +167,39 @@ impl SharedStorage {
         reader: RecordReader,
         interval: Duration,
     ) -> Option<Dated<TagState>> {
+        let (found, is_spent) = self.tag_record_within(place, tag, reader, interval).await?;
+        (!is_spent).then_some(found)
+    }
+
+    /// The same for the first sights of digests. A record that was discarded has them.
+    pub async fn recent_first_sights(
+        &self,
+        place: &RecordPlace,
+        tag: &Tag,
+        reader: RecordReader,
+        interval: Duration,
+    ) -> Option<Dated<TagState>> {
+        let (found, _) = self.tag_record_within(place, tag, reader, interval).await?;
+        Some(found)
+    }
+
+    async fn tag_record_within(
+        &self,
+        place: &RecordPlace,
+        tag: &Tag,
+        reader: RecordReader,
+        interval: Duration,
+    ) -> Option<(Dated<TagState>, bool)> {
         let active = self.readable()?;
         let records = active.records.as_ref()?;
         let id = place.id(Class::Tag, tag.as_str());
-        let (found, elapsed) = match records.tags.enter(&active, (&id, reader), interval) {
+        let (found, elapsed, is_spent) = match records.tags.enter(&active, (&id, reader), interval) {
             Entered::Outdated => return None,
-            Entered::Known(found, at) => (found, at.elapsed()),
+            Entered::Known(found, elapsed, is_spent) => (found, elapsed, is_spent),
             Entered::Reading(call, began) => {
                 let deadline = began + active.settings.wait_max;
                 let found = timeout_at(deadline, call.wait()).await.ok()??;
-                (found, Duration::ZERO)
+                (found, Duration::ZERO, false)
             }
         };
         // A reload may have replaced the bucket or the key in the meantime.
@@ -148,7 +209,7 @@ impl SharedStorage {
             .as_ref()
             .is_some_and(|now| Arc::ptr_eq(now, &active));
         let found = is_current.then(|| found.as_ref().clone())?.found()?;
-        Some(found.later(elapsed))
+        Some((found.later(elapsed), is_spent))
     }
 
     /// Whether this cache has a key for records.
@@ -165,12 +226,12 @@ impl SharedStorage {
         }
     }
 
-    /// Uses the record of a tag no more, until it is read again.
+    /// Confirms nothing by the record of a tag, until it is read again.
     pub fn discard_tag_record(&self, place: &RecordPlace, tag: &Tag, reader: RecordReader) {
         let active = self.active.load();
         if let Some(records) = active.as_ref().and_then(|active| active.records.as_ref()) {
             let id = place.id(Class::Tag, tag.as_str());
-            records.tags.end(id, reader, &Arc::new(RecordRead::Absent));
+            records.tags.spend(id, reader);
         }
     }
 
