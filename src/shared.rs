@@ -298,6 +298,8 @@ impl SharedStorage {
                 active.probe_claims();
             }
             tokio::spawn(record::work(Arc::clone(active)));
+        }
+        if let Some(active) = &active {
             tokio::spawn(revocations::work(Arc::clone(active)));
         }
         if let Some(previous) = self.active.swap(active) {
@@ -315,10 +317,10 @@ impl SharedStorage {
         let active = self.active.load_full().filter(|active| active.settings.write);
         let records = active.as_ref().and_then(|active| active.records.as_ref());
         let mut dropped = closed.dropped;
-        for (id, update) in closed.urgent {
+        for (id, update, denial) in closed.urgent {
             match records {
                 Some(records) => {
-                    records.updates.push_again(id, update, 0, None);
+                    records.updates.push_again(id, (update, denial), 0, None);
                 }
                 None => dropped.push(id),
             }

@@ -212,7 +212,10 @@ impl ProxyService {
                 self.write_grant(registry, Some(repository), principal, (at, sent_at))
                     .await;
             }
-            self.note_grant(upstream_request, sent_at);
+            // A public repository needs no other right, and its upstream may ignore guessed credentials.
+            if public_since.is_none() {
+                self.note_grant(upstream_request, sent_at);
+            }
         }
         if is_bearer(upstream_request) && !registry.is_shared() && public_since.is_none() {
             self.probe_anonymous(upstream_request, &self.denials.probed_at, PROBE_INTERVAL);
@@ -411,6 +414,20 @@ impl ProxyService {
             grant_key(registry, Some(repository), upstream_request.caller.principal)
         };
         self.denials.denied_at.get(&key)
+    }
+
+    /// How long ago the upstream last denied this principal, or its token service without a repository.
+    pub(super) fn denied_for(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: Option<&Repository>,
+        principal: [u8; 32],
+    ) -> Option<Duration> {
+        let denied = self
+            .denials
+            .denied_at
+            .get(&grant_key(registry, repository, principal))?;
+        Some(denied.elapsed())
     }
 
     /// Key of anonymous access. Also used for requests that the cache sends in its own name (`shared`), because a

@@ -169,6 +169,23 @@ impl<'a> ReadContext<'a> {
         self.grants.granted_at.max(self.grants.account_granted_at)
     }
 
+    /// Time of the latest token that the token service issued to the client's account.
+    pub(super) fn login_time(&self) -> Option<SystemTime> {
+        self.grants.token_issued_at
+    }
+
+    /// This read without the rights of the client.
+    pub(super) fn without_grants(self) -> Self {
+        let grants = GrantEvidence {
+            granted_at: None,
+            token_issued_at: None,
+            account_granted_at: None,
+            recorded_at: None,
+            ..self.grants
+        };
+        Self { grants, ..self }
+    }
+
     /// The response before the checks of [`Self::finish`].
     pub(super) async fn dispatch(&self) -> ProxyResponse {
         match &self.request.endpoint {

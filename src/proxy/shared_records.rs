@@ -628,6 +628,8 @@ impl ReadContext<'_> {
         };
         if is_in_outage && self.ends_revoked_grant().await {
             let read = ReadContext::new(self.proxy, self.request, self.repository).await;
+            // Those that ended, and those that could not be checked.
+            let read = read.without_grants();
             let is_public = read.public_mark().is_some() && read.is_permitted_by_records().await;
             return Some(if is_public {
                 read

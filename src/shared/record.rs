@@ -18,10 +18,10 @@ mod tag_reads;
 pub(super) mod tests;
 
 pub use self::exchange::{Dated, RecordPlace, RecordRead, RecordSettings};
-pub(super) use self::exchange::{PUBLIC_RENEWAL, Records, work};
+pub(super) use self::exchange::{PUBLIC_RENEWAL, Records, SETTLE_TIMEOUT, work};
 pub use self::grant::{GrantState, RecordPrincipal};
 pub(super) use self::key::{CLASS_NAMES, Class};
 pub use self::key::{KEYS_MAX, KeyFileError, RecordKeys};
-pub(super) use self::queue::{Closed, RecordId, Update};
+pub(super) use self::queue::{Closed, Denial, RecordId, Update};
 pub use self::state::{CHILDREN_MAX, ContentState, PublicState, TagState, TagVariant};
 pub use self::tag_reads::RecordReader;

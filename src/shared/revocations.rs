@@ -8,14 +8,16 @@
 mod tests;
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::Mutex as AsyncMutex;
-use tokio::time::{Instant, sleep};
+use tokio::sync::{Mutex as AsyncMutex, MutexGuard};
+use tokio::time::{Instant, sleep, timeout};
 
-use super::record::{Class, GrantState, PUBLIC_RENEWAL, PublicState, RecordId, Update};
+use super::record::{Class, Denial, GrantState, PublicState, RecordId, SETTLE_TIMEOUT, Update};
 use super::{Active, SharedStorage};
 use crate::store::revocations::Revocation;
 use crate::store::{AsyncStore, Store};
@@ -30,23 +32,29 @@ const UNKNOWN_MAX: usize = 256;
 /// Interval at which denials that wait are queued again, in case the queue was full.
 const QUEUE_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
+/// Locks of files. Two denials may have one in common.
+const LOCKS: usize = 64;
+
 /// The list.
 pub(super) struct Revocations {
     store: AsyncStore,
     telemetry: Telemetry,
     waiting: Mutex<HashMap<RecordId, Entry>>,
-    /// Held while a file is read, written or removed, so that no removal follows a later write. Whether the list of earlier
-    /// processes was read.
-    files: AsyncMutex<bool>,
+    /// Taken while the file of a denial is written or removed, by a hash of the denial, so that no removal follows a later
+    /// write.
+    files: [AsyncMutex<()>; LOCKS],
+    /// Taken while the list of earlier processes is read.
+    loading: AsyncMutex<()>,
+    is_tried: AtomicBool,
+    is_loaded: AtomicBool,
 }
 
 struct Entry {
     /// When the denial arrived; after a restart, when the list was read.
     at: Instant,
     is_known: bool,
-    /// Number of the last denial that was added, and of the last one that was given to the queue.
+    /// Number of the last denial that was added.
     added: u64,
-    queued: u64,
 }
 
 impl Revocations {
@@ -55,41 +63,76 @@ impl Revocations {
             store,
             telemetry,
             waiting: Mutex::default(),
-            files: AsyncMutex::default(),
+            files: std::array::from_fn(|_| AsyncMutex::default()),
+            loading: AsyncMutex::default(),
+            is_tried: AtomicBool::new(false),
+            is_loaded: AtomicBool::new(false),
         }
     }
 
-    /// Reads the list of earlier processes, once.
+    /// Waits for the first attempt to read the list of earlier processes. Whether it was read.
+    pub(super) async fn loaded(&self) -> bool {
+        if !self.is_tried.load(Ordering::Acquire) {
+            self.load().await;
+        }
+        self.is_loaded()
+    }
+
+    fn is_loaded(&self) -> bool {
+        self.is_loaded.load(Ordering::Acquire)
+    }
+
+    /// Reads the list of earlier processes, once. If that fails, what could be read counts, and the next call tries again.
     async fn load(&self) {
-        let mut is_loaded = self.files.lock().await;
-        if std::mem::replace(&mut *is_loaded, true) {
+        let _loading = self.loading.lock().await;
+        if self.is_loaded() {
             return;
         }
-        let found = self.store.write(Store::revocations).await;
+        let (found, failure) = self.store.write(Store::revocations).await;
         let now = Instant::now();
         {
             let mut waiting = self.waiting.lock();
             for revocation in found {
+                let is_known = revocation.is_known;
                 waiting.entry(id_of(revocation)).or_insert(Entry {
                     at: now,
-                    is_known: true,
+                    is_known,
                     added: 1,
-                    queued: 0,
                 });
             }
         }
-        drop(is_loaded);
         self.count();
+        match failure {
+            Some(error) => tracing::error!(%error,
+                "failed to read the denials that wait for the shared storage, records open nothing until that succeeds"),
+            None => self.is_loaded.store(true, Ordering::Release),
+        }
+        self.is_tried.store(true, Ordering::Release);
+    }
+
+    /// When a denial that waits for this record arrived, under any key that both cover.
+    pub(super) fn waits_since(&self, id: &RecordId) -> Option<Instant> {
+        let waiting = self.waiting.lock();
+        let same = waiting.iter().filter(|(waiting, _)| is_same(waiting, id));
+        same.map(|(_, entry)| entry.at).max()
+    }
+
+    async fn lock(&self, id: &RecordId) -> Option<MutexGuard<'_, ()>> {
+        let mut hasher = DefaultHasher::new();
+        id.hash(&mut hasher);
+        let at = usize::try_from(hasher.finish() % LOCKS as u64).ok()?;
+        Some(self.files.get(at)?.lock().await)
     }
 
     /// Adds a denial. Durable when this returns its number; `None`: the list is full, or the disk failed.
     async fn add(&self, id: &RecordId, at: Instant, is_known: bool) -> Option<u64> {
-        let _files = self.files.lock().await;
+        let _file = self.lock(id).await;
         {
             let mut waiting = self.waiting.lock();
             if let Some(entry) = waiting.get_mut(id) {
                 entry.added += 1;
                 entry.at = entry.at.max(at);
+                entry.is_known |= is_known;
                 return Some(entry.added);
             }
             let alike = waiting.values().filter(|entry| entry.is_known == is_known);
@@ -101,7 +144,7 @@ impl Revocations {
                 return None;
             }
         }
-        let revocation = revocation_of(id);
+        let revocation = revocation_of(id, is_known);
         let written = self.store.write(move |store| store.put_revocation(&revocation));
         if let Err(error) = written.await {
             tracing::error!(%error, "failed to keep a denial for the shared storage, it is lost at a restart");
@@ -111,36 +154,31 @@ impl Revocations {
             at,
             is_known,
             added: 1,
-            queued: 0,
         };
         self.waiting.lock().insert(id.clone(), entry);
         self.count();
         Some(1)
     }
 
-    /// The denial with this number, and all before it, were given to the queue.
-    fn queued(&self, id: &RecordId, number: u64) {
-        if let Some(entry) = self.waiting.lock().get_mut(id) {
-            entry.queued = entry.queued.max(number);
-        }
-    }
-
-    /// Number of the last denial in an update that is taken from the queue now.
-    pub(super) fn taken(&self, id: &RecordId) -> Option<u64> {
-        self.waiting.lock().get(id).map(|entry| entry.queued)
+    /// Adds a denial as [`Self::add`] does, for at most a second. Afterwards, it is added in the background and queued by
+    /// [`work`].
+    async fn add_soon(self: &Arc<Self>, id: &RecordId, at: Instant, is_known: bool) -> Option<u64> {
+        let (this, id) = (Arc::clone(self), id.clone());
+        let adding = tokio::spawn(async move { this.add(&id, at, is_known).await });
+        timeout(SETTLE_TIMEOUT, adding).await.ok()?.ok()?
     }
 
     /// The bucket has the denials up to the one with this number. If there is no later one, removes the file in the
     /// background.
-    pub(super) fn finish(self: &Arc<Self>, id: &RecordId, taken: u64) {
+    pub(super) fn finish(self: &Arc<Self>, id: &RecordId, number: u64) {
         let (this, id) = (Arc::clone(self), id.clone());
         tokio::spawn(async move {
-            let _files = this.files.lock().await;
-            let is_last = |entry: &Entry| entry.added == taken;
+            let _file = this.lock(&id).await;
+            let is_last = |entry: &Entry| entry.added == number;
             if !this.waiting.lock().get(&id).is_some_and(is_last) {
                 return;
             }
-            let revocation = revocation_of(&id);
+            let revocation = revocation_of(&id, false);
             let removed = this
                 .store
                 .write(move |store| store.remove_revocation(&revocation));
@@ -160,11 +198,16 @@ impl Revocations {
         Some((waiting.len(), first.elapsed()))
     }
 
-    fn all(&self) -> Vec<(RecordId, Instant, u64)> {
+    fn all(&self) -> Vec<(RecordId, Instant, Denial)> {
         let waiting = self.waiting.lock();
-        let all = waiting.iter();
-        all.map(|(id, entry)| (id.clone(), entry.at, entry.added))
-            .collect()
+        let all = waiting.iter().map(|(id, entry)| {
+            let denial = Denial {
+                number: entry.added,
+                is_known: entry.is_known,
+            };
+            (id.clone(), entry.at, denial)
+        });
+        all.collect()
     }
 
     fn count(&self) {
@@ -178,18 +221,26 @@ impl SharedStorage {
     pub(super) async fn deny(&self, id: RecordId, now: Instant, is_known: bool) {
         let mut number = None;
         if is_known {
-            number = self.revocations.add(&id, now, true).await;
+            number = self.revocations.add_soon(&id, now, true).await;
         }
-        self.note(&id, now, PUBLIC_RENEWAL, |at| denial(id.class, at));
-        if let Some(number) = number {
-            self.revocations.queued(&id, number);
-        }
+        let queue = |number: Option<u64>| {
+            let denied = Denial {
+                number: number.unwrap_or(0),
+                is_known,
+            };
+            self.queue_update(
+                (&id, now),
+                |at| denial(id.class, at),
+                |updates, update| updates.push_denial(id.clone(), update, denied),
+            );
+        };
+        queue(number);
         self.settled(&id).await;
-        if !is_known
-            && self.is_update_waiting(&id)
-            && let Some(number) = self.revocations.add(&id, now, false).await
-        {
-            self.revocations.queued(&id, number);
+        if !is_known && self.is_update_waiting(&id) {
+            let number = self.revocations.add_soon(&id, now, false).await;
+            if number.is_some() {
+                queue(number);
+            }
         }
     }
 
@@ -204,14 +255,14 @@ impl SharedStorage {
 pub(super) async fn work(active: Arc<Active>) {
     let Some(records) = &active.records else { return };
     let Some(list) = &records.revocations else { return };
-    list.load().await;
     while !active.uploads.is_closed() {
-        for (id, at, number) in list.all() {
-            // Those of an earlier process arrived before the time 1.
-            let update = denial(id.class, records.time(at).unwrap_or(1));
-            if !records.updates.has(&id) {
-                records.updates.push_again(id.clone(), update, 0, None);
-                list.queued(&id, number);
+        // Reads ask the list too.
+        list.load().await;
+        if active.settings.write {
+            for (id, at, denied) in list.all() {
+                // Those of an earlier process arrived before the time 1.
+                let update = denial(id.class, records.time(at).unwrap_or(1));
+                records.updates.push_denial(id, update, denied);
             }
         }
         sleep(QUEUE_AGAIN_AFTER).await;
@@ -228,11 +279,19 @@ fn denial(class: Class, at: u64) -> Update {
     }
 }
 
-fn revocation_of(id: &RecordId) -> Revocation {
+/// Whether both are one record, under a key that both cover.
+fn is_same(one: &RecordId, other: &RecordId) -> bool {
+    let parts = |id: &RecordId| (id.class, Arc::clone(&id.upstream), id.repository.clone());
+    let mut items = one.item.split(',');
+    parts(one) == parts(other) && items.any(|item| other.item.split(',').any(|other| other == item))
+}
+
+fn revocation_of(id: &RecordId, is_known: bool) -> Revocation {
     Revocation {
         upstream: Arc::clone(&id.upstream),
         repository: id.repository.clone(),
         principal: Arc::clone(&id.item),
+        is_known,
     }
 }
 

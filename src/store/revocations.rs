@@ -20,7 +20,7 @@ const REVOCATIONS_MAX: usize = 4096;
 const TREE: &str = "revocations";
 
 /// A denial that ends a right at other caches.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Revocation {
     /// Identity of the upstream in records.
     pub upstream: Arc<str>,
@@ -28,6 +28,8 @@ pub struct Revocation {
     pub repository: Option<Repository>,
     /// The principal in records; empty for clients without a credential.
     pub principal: Arc<str>,
+    /// This cache had granted what the denial ends.
+    pub is_known: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -35,6 +37,7 @@ struct Record {
     upstream: String,
     repository: String,
     principal: String,
+    is_known: bool,
 }
 
 impl Revocation {
@@ -56,6 +59,7 @@ impl Revocation {
             upstream: record.upstream.into(),
             repository,
             principal: record.principal.into(),
+            is_known: record.is_known,
         })
     }
 }
@@ -68,6 +72,7 @@ impl Store {
             upstream: revocation.upstream.to_string(),
             repository: revocation.repository().to_owned(),
             principal: revocation.principal.to_string(),
+            is_known: revocation.is_known,
         });
         let written = self.fs.write_durable(&path, &record);
         written.map_err(|error| StoreError::io("write", path, &error))
@@ -86,13 +91,20 @@ impl Store {
         }
     }
 
-    /// The revocations of earlier processes. Blocks.
-    pub fn revocations(&self) -> Vec<Revocation> {
-        let mut found = Vec::new();
-        for (path, _) in record_files(self.fs.as_ref(), TREE).filter_map(Result::ok) {
+    /// The revocations of earlier processes, and the first error, if some could not be read. Blocks.
+    pub fn revocations(&self) -> (Vec<Revocation>, Option<StoreError>) {
+        let (mut found, mut failure) = (Vec::new(), None);
+        for listed in record_files(self.fs.as_ref(), TREE) {
             if found.len() >= REVOCATIONS_MAX {
                 break;
             }
+            let path = match listed {
+                Ok((path, _)) => path,
+                Err(error) => {
+                    failure.get_or_insert(StoreError::io("list", TREE, &error));
+                    continue;
+                }
+            };
             match self.fs.read_file(&path, RECORD_BYTES_MAX) {
                 Ok(bytes) => match Revocation::read(&bytes) {
                     Some(revocation) => found.push(revocation),
@@ -104,10 +116,13 @@ impl Store {
                         );
                     }
                 },
-                Err(error) => tracing::error!(path = %path.display(), %error,
-                    "failed to read a revocation, other caches may not get it"),
+                // Removed meanwhile: the shared storage has it.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    failure.get_or_insert(StoreError::io("read", path, &error));
+                }
             }
         }
-        found
+        (found, failure)
     }
 }

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::grant::GrantReads;
 use super::key::{Class, RECORD_BYTES_MAX, RecordKeys, Unusable};
-use super::queue::{Pushed, RecordId, Update, Updates};
+use super::queue::{Denial, Pushed, RecordId, Update, Updates};
 use super::recent::RecentReads;
 use super::state::{ContentState, Merge, PublicState, TagState};
 use super::tag_reads::TagReads;
@@ -45,7 +45,7 @@ const TAG_RENEWAL: Duration = Duration::from_secs(5 * 60);
 pub(in crate::shared) const PUBLIC_RENEWAL: Duration = Duration::from_secs(60 * 60);
 
 /// Longest wait of a response to a write or a denial for its record.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
+pub(in crate::shared) const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Result of a read that was not made because of the limit of requests.
 const CAPPED: &str = "capped";
@@ -101,10 +101,36 @@ impl Records {
     }
 
     /// Removes a denial from the list of those that wait, if no later one was added since.
-    fn finish(&self, id: &RecordId, taken: Option<u64>) {
-        if let (Some(list), Some(taken)) = (&self.revocations, taken) {
-            list.finish(id, taken);
+    fn finish(&self, id: &RecordId, denial: Denial) {
+        if let Some(list) = self.revocations.as_ref().filter(|_| denial.number > 0) {
+            list.finish(id, denial.number);
         }
+    }
+
+    /// What was read, with a denial that waits for the bucket. A denial of an earlier process may be among those that are
+    /// not loaded.
+    pub(super) async fn with_waiting_denial<S: Merge>(
+        &self,
+        id: &RecordId,
+        read: RecordRead<S>,
+        denial: impl FnOnce(u64) -> S,
+    ) -> RecordRead<S> {
+        let (RecordRead::Found(found), Some(list)) = (&read, &self.revocations) else {
+            return read;
+        };
+        if !list.loaded().await {
+            return RecordRead::Unread { is_capped: false };
+        }
+        let Some(since) = list.waits_since(id) else {
+            return read;
+        };
+        let at = found.now.saturating_sub(since.elapsed().as_secs());
+        // Later than it was by as much as `now` may be remembered and rounded.
+        let denial = denial(at.saturating_add(2));
+        RecordRead::Found(Dated {
+            state: found.state.clone().merge(denial, found.now),
+            now: found.now,
+        })
     }
 
     fn path(&self, key: &ObjectKey) -> String {
@@ -240,7 +266,9 @@ impl SharedStorage {
         let Some(records) = &active.records else {
             return unread;
         };
-        records.read.get(&id, active.read_record(&id)).await
+        let read = records.read.get(&id, active.read_record(&id)).await;
+        let denial = |at| PublicState { at, is_public: false };
+        records.with_waiting_denial(&id, read, denial).await
     }
 
     /// Records what a response to a request sent at `since` says about a tag. The times in `state` are set.
@@ -317,6 +345,18 @@ impl SharedStorage {
         renewal: Duration,
         update: impl FnOnce(u64) -> Update,
     ) {
+        self.queue_update((id, since), update, |updates, update| {
+            updates.push(id.clone(), update, renewal.as_secs())
+        });
+    }
+
+    /// Queues an update of what was seen at `since`.
+    pub(in crate::shared) fn queue_update(
+        &self,
+        (id, since): (&RecordId, Instant),
+        update: impl FnOnce(u64) -> Update,
+        push: impl Fn(&Updates, Update) -> Pushed,
+    ) {
         let current = || self.active.load_full().filter(|active| active.settings.write);
         let time = |active: &Arc<Active>| active.records.as_ref()?.time(since);
         let Some(at) = current().as_ref().and_then(time) else {
@@ -327,10 +367,7 @@ impl SharedStorage {
         for _ in 0..2 {
             let Some(active) = current() else { return };
             let Some(records) = &active.records else { return };
-            match records
-                .updates
-                .push(id.clone(), update.clone(), renewal.as_secs())
-            {
+            match push(&records.updates, update.clone()) {
                 Pushed::Queued => return,
                 Pushed::Dropped => {
                     active.telemetry.shared().record_record(class.name(), "dropped");
@@ -526,8 +563,13 @@ impl Active {
         }
     }
 
-    /// Makes a record say `state`, whose times are those of the storage, too.
-    async fn swap<S>(self: &Arc<Self>, id: &RecordId, state: &S, slack: u64) -> Result<Updated, BucketError>
+    /// Makes a record say `state`, whose times are those of the storage, too. `is_new`: also if there is no record.
+    async fn swap<S>(
+        self: &Arc<Self>,
+        id: &RecordId,
+        (state, is_new): (&S, bool),
+        slack: u64,
+    ) -> Result<Updated, BucketError>
     where
         S: Merge + Serialize + DeserializeOwned,
     {
@@ -556,7 +598,7 @@ impl Active {
                 Err(updated) => return Ok(updated),
             };
             let all = merged(known.clone(), earlier.clone(), now());
-            if all.is_none() && !state.is_new() {
+            if all.is_none() && !is_new {
                 return Ok(Updated::NotNeeded);
             }
             // A content record does not change for long, and the bucket deletes old objects.
@@ -609,35 +651,69 @@ impl Active {
             .clock()
             .and_then(|clock| clock.latest(Instant::now()));
         match now {
-            Some(now) => self.swap(id, &TagState::unnamed(now), 0).await.map(drop),
+            Some(now) => self.swap(id, (&TagState::unnamed(now), false), 0).await.map(drop),
             None => Err(BucketError::Malformed),
         }
     }
 
-    async fn update(self: &Arc<Self>, id: &RecordId, update: Update) -> Result<Updated, BucketError> {
+    /// `is_known`: the update records a denial of what this cache had granted.
+    async fn update(
+        self: &Arc<Self>,
+        id: &RecordId,
+        update: Update,
+        is_known: bool,
+    ) -> Result<Updated, BucketError> {
         let Some(records) = &self.records else {
             return Ok(Updated::NotNeeded);
         };
-        let earliest = |at| self.settings.bucket.clock().and_then(|clock| clock.earliest(at));
-        if earliest(records.base).is_none() {
+        let clock = || self.settings.bucket.clock();
+        let earliest = || clock().and_then(|clock| clock.earliest(records.base));
+        if earliest().is_none() {
             // Any response tells the time.
             self.get_record::<PublicState>(&ObjectKey::probe(&[0; 16]))
                 .await?;
         }
-        let Some(base) = earliest(records.base) else {
+        let Some(base) = earliest() else {
             return Ok(Updated::NotNeeded);
         };
+        // A denial counts from its latest possible time, because a success that preceded it must not outlast it.
+        let latest = clock().and_then(|clock| clock.latest(records.base));
+        let base = match &update {
+            Update::Public(_) | Update::Grant(_) if update.is_urgent() => latest.unwrap_or(base),
+            _ => base,
+        };
         let by = |at: u64| base.saturating_add(at).saturating_sub(1);
-        let slack = |renewal: Duration| renewal.as_secs();
         match update {
-            Update::Tag(state) => self.swap(id, &state.shift(by), slack(TAG_RENEWAL)).await,
-            Update::Content(state) => {
-                self.swap(id, &state.shift(by), slack(self.settings.keep / 2))
+            Update::Tag(state) => {
+                self.swap_shifted(id, state.shift(by), (is_known, TAG_RENEWAL))
                     .await
             }
-            Update::Public(state) => self.swap(id, &state.shift(by), slack(PUBLIC_RENEWAL)).await,
-            Update::Grant(state) => self.swap(id, &state.shift(by), slack(PUBLIC_RENEWAL)).await,
+            Update::Content(state) => {
+                let renewal = self.settings.keep / 2;
+                self.swap_shifted(id, state.shift(by), (is_known, renewal)).await
+            }
+            Update::Public(state) => {
+                self.swap_shifted(id, state.shift(by), (is_known, PUBLIC_RENEWAL))
+                    .await
+            }
+            Update::Grant(state) => {
+                self.swap_shifted(id, state.shift(by), (is_known, PUBLIC_RENEWAL))
+                    .await
+            }
         }
+    }
+
+    async fn swap_shifted<S>(
+        self: &Arc<Self>,
+        id: &RecordId,
+        state: S,
+        (is_known, renewal): (bool, Duration),
+    ) -> Result<Updated, BucketError>
+    where
+        S: Merge + Serialize + DeserializeOwned,
+    {
+        let is_new = is_known || state.is_new();
+        self.swap(id, (&state, is_new), renewal.as_secs()).await
     }
 }
 
@@ -657,7 +733,7 @@ impl Active {
         id: &RecordId,
         update: Update,
     ) -> Result<&'static str, BucketError> {
-        self.update(id, update).await.map(|updated| updated.name())
+        self.update(id, update, false).await.map(|updated| updated.name())
     }
 
     pub(super) async fn read_raw<S: Merge + DeserializeOwned>(
@@ -719,20 +795,21 @@ pub(in crate::shared) async fn work(active: Arc<Active>) {
             records.updates.end(id, None);
             return;
         };
-        let taken = records.revocations.as_ref().and_then(|list| list.taken(&id));
+        // Not a later denial, which may have been queued meanwhile.
+        let denial = records.updates.running_denial();
         let attempts = attempts + u32::from(!is_probe);
         let done = if id.class == Class::Content {
-            active.update(&id, update.clone()).await
+            active.update(&id, update.clone(), denial.is_known).await
         } else {
             match active.keeps_conditions().await {
-                Ok(true) => active.update(&id, update.clone()).await,
+                Ok(true) => active.update(&id, update.clone(), denial.is_known).await,
                 Ok(false) => {
                     // Simultaneous writers would bring an earlier statement back.
                     active
                         .telemetry
                         .shared()
                         .record_record(id.class.name(), "unconditional");
-                    records.finish(&id, taken);
+                    records.finish(&id, denial);
                     records.updates.end(id, None);
                     continue;
                 }
@@ -743,7 +820,9 @@ pub(in crate::shared) async fn work(active: Arc<Active>) {
             Ok(updated @ (Updated::Written | Updated::Known)) => (updated.name(), Some(update.clone())),
             Ok(Updated::Lost) if update.is_urgent() => {
                 let due = Some(Instant::now() + pause_after(attempts));
-                records.updates.push_again(id.clone(), update, attempts, due);
+                records
+                    .updates
+                    .push_again(id.clone(), (update, denial), attempts, due);
                 (RETRIED, None)
             }
             Ok(updated) => (updated.name(), None),
@@ -753,7 +832,9 @@ pub(in crate::shared) async fn work(active: Arc<Active>) {
             {
                 tracing::debug!(class = id.class.name(), %error, "failed to write a record, trying again");
                 let due = update.is_urgent().then(|| Instant::now() + pause_after(attempts));
-                records.updates.push_again(id.clone(), update, attempts, due);
+                records
+                    .updates
+                    .push_again(id.clone(), (update, denial), attempts, due);
                 (RETRIED, None)
             }
             Err(error) => {
@@ -762,8 +843,15 @@ pub(in crate::shared) async fn work(active: Arc<Active>) {
             }
         };
         active.telemetry.shared().record_record(id.class.name(), result);
-        if result != RETRIED {
-            records.finish(&id, taken);
+        if matches!(done, Ok(Updated::Later)) && denial != Denial::default() {
+            tracing::error!(
+                class = id.class.name(),
+                "a record of a later version takes no denial of this version, other caches may not get it"
+            );
+        }
+        // Whoever closed the queue has taken an urgent update over, perhaps to another bucket.
+        if result != RETRIED && !active.uploads.is_closed() {
+            records.finish(&id, denial);
         }
         records.updates.end(id, written);
     }

@@ -81,22 +81,27 @@ impl Merge for GrantState {
     }
 }
 
-/// Reads of grant records.
+/// Reads of grant records. Principals that have a right at this cache have reads and a limit of their own, so that a client
+/// with many wrong passwords delays and uses up the other ones only.
 pub(super) struct GrantReads {
+    known: LimitedReads,
+    unknown: LimitedReads,
+}
+
+struct LimitedReads {
     recent: RecentReads<GrantState>,
-    /// Principals that have a right at this cache have a separate limit, so that a client with many wrong passwords
-    /// uses up the other one only.
-    known: Mutex<Rate>,
-    unknown: Mutex<Rate>,
+    rate: Mutex<Rate>,
 }
 
 impl GrantReads {
     pub(super) fn new() -> Self {
-        let rate = || Mutex::new(Rate::new(Instant::now()));
-        Self {
+        let reads = || LimitedReads {
             recent: RecentReads::default(),
-            known: rate(),
-            unknown: rate(),
+            rate: Mutex::new(Rate::new(Instant::now())),
+        };
+        Self {
+            known: reads(),
+            unknown: reads(),
         }
     }
 }
@@ -195,18 +200,24 @@ impl SharedStorage {
             return unread;
         };
         let id = grant_id(upstream, repository, principal);
-        let reading = async {
-            let rate = if is_known {
-                &records.grants.known
-            } else {
-                &records.grants.unknown
-            };
-            if !rate.lock().take(Instant::now()) {
+        let reads = if is_known {
+            &records.grants.known
+        } else {
+            &records.grants.unknown
+        };
+        let read = match reads.recent.lately(&id) {
+            Some(found) => found,
+            // Before the wait for another read.
+            None if !reads.rate.lock().take(Instant::now()) => {
                 active.telemetry.shared().record_request("get", CAPPED, None);
                 return RecordRead::Unread { is_capped: true };
             }
-            active.read_record(&id).await
+            None => reads.recent.get(&id, active.read_record(&id)).await,
         };
-        records.grants.recent.get(&id, reading).await
+        let denial = |at| GrantState {
+            at,
+            is_granted: false,
+        };
+        records.with_waiting_denial(&id, read, denial).await
     }
 }

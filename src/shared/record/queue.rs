@@ -83,6 +83,25 @@ impl Update {
     }
 }
 
+/// The denial that an update records, if it does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in crate::shared) struct Denial {
+    /// Number in the list of denials that wait for the bucket. 0: it is not in the list.
+    pub(in crate::shared) number: u64,
+    /// This cache had granted what it ends. Then it is recorded even if there is no record, because an update of another
+    /// cache may be on its way.
+    pub(in crate::shared) is_known: bool,
+}
+
+impl Denial {
+    fn and(self, other: Self) -> Self {
+        Self {
+            number: self.number.max(other.number),
+            is_known: self.is_known || other.is_known,
+        }
+    }
+}
+
 /// The queue.
 pub(in crate::shared) struct Updates {
     state: Mutex<State>,
@@ -98,19 +117,20 @@ pub(in crate::shared) struct Updates {
 struct State {
     order: VecDeque<RecordId>,
     waiting: HashMap<RecordId, Waiting>,
-    running: Option<(RecordId, Update)>,
+    running: Option<(RecordId, Update, Denial)>,
     is_closed: bool,
 }
 
 impl State {
     fn has(&self, id: &RecordId) -> bool {
-        let is_running = self.running.as_ref().is_some_and(|(running, _)| running == id);
+        let is_running = self.running.as_ref().is_some_and(|(running, ..)| running == id);
         is_running || self.waiting.contains_key(id)
     }
 }
 
 struct Waiting {
     update: Update,
+    denial: Denial,
     attempts: u32,
     /// The next attempt is not made before this time.
     due: Option<Instant>,
@@ -136,7 +156,7 @@ pub(in crate::shared) enum Pushed {
 /// Content of the queue when it was closed.
 pub(in crate::shared) struct Closed {
     /// Denials and deletions.
-    pub(in crate::shared) urgent: Vec<(RecordId, Update)>,
+    pub(in crate::shared) urgent: Vec<(RecordId, Update, Denial)>,
     /// Records whose other updates were dropped.
     pub(in crate::shared) dropped: Vec<RecordId>,
 }
@@ -163,27 +183,48 @@ impl Updates {
         if self.written.get(&id).is_some_and(is_known) {
             return Pushed::Queued;
         }
-        self.enqueue(id, update, (0, None))
+        self.enqueue(id, (update, Denial::default()), (0, None))
+    }
+
+    /// Adds a denial, also if the bucket is known to have it: its end removes it from the list.
+    pub(in crate::shared) fn push_denial(&self, id: RecordId, update: Update, denial: Denial) -> Pushed {
+        self.enqueue(id, (update, denial), (0, None))
     }
 
     /// Adds an update again, after an attempt that failed. The next one is made at `due`.
     pub(in crate::shared) fn push_again(
         &self,
         id: RecordId,
-        update: Update,
+        update: (Update, Denial),
         attempts: u32,
         due: Option<Instant>,
     ) -> Pushed {
         self.enqueue(id, update, (attempts, due))
     }
 
-    fn enqueue(&self, id: RecordId, update: Update, (attempts, due): (u32, Option<Instant>)) -> Pushed {
+    /// The denial that the running update records.
+    pub(in crate::shared) fn running_denial(&self) -> Denial {
+        let state = self.state.lock();
+        state
+            .running
+            .as_ref()
+            .map(|(_, _, denial)| *denial)
+            .unwrap_or_default()
+    }
+
+    fn enqueue(
+        &self,
+        id: RecordId,
+        (update, denial): (Update, Denial),
+        (attempts, due): (u32, Option<Instant>),
+    ) -> Pushed {
         let mut state = self.state.lock();
         if state.is_closed {
             return Pushed::Closed;
         }
         if let Some(waiting) = state.waiting.get_mut(&id) {
             waiting.update = waiting.update.clone().merge(update);
+            waiting.denial = waiting.denial.and(denial);
             return Pushed::Queued;
         }
         let dropped = if state.order.len() >= QUEUED_MAX {
@@ -209,6 +250,7 @@ impl Updates {
         }
         let waiting = Waiting {
             update,
+            denial,
             attempts,
             due,
         };
@@ -233,9 +275,15 @@ impl Updates {
                 let is_due = |id: &RecordId| state.waiting.get(id).is_none_or(|waiting| waiting.is_due(now));
                 let first = state.order.iter().position(is_due);
                 if let Some(id) = first.and_then(|first| state.order.remove(first))
-                    && let Some(Waiting { update, attempts, .. }) = state.waiting.remove(&id)
+                    && let Some(waiting) = state.waiting.remove(&id)
                 {
-                    state.running = Some((id.clone(), update.clone()));
+                    let Waiting {
+                        update,
+                        denial,
+                        attempts,
+                        ..
+                    } = waiting;
+                    state.running = Some((id.clone(), update.clone(), denial));
                     return Some((id, update, attempts));
                 }
                 if state.is_closed {
@@ -272,6 +320,11 @@ impl Updates {
         self.state.lock().has(id)
     }
 
+    #[cfg(all(test, feature = "shared"))]
+    pub(in crate::shared) fn is_running(&self) -> bool {
+        self.state.lock().running.is_some()
+    }
+
     /// Waits until nothing is waiting or running, or until `is_stopped`.
     pub(in crate::shared) async fn drained(&self, is_stopped: impl Fn() -> bool) {
         self.until(|state| is_stopped() || state.order.is_empty() && state.running.is_none())
@@ -297,16 +350,16 @@ impl Updates {
         let mut state = self.state.lock();
         state.is_closed = true;
         let waiting = std::mem::take(&mut state.waiting).into_iter();
-        let waiting = waiting.map(|(id, waiting)| (id, waiting.update));
-        let (mut urgent, others): (Vec<_>, Vec<_>) = waiting.partition(|(_, update)| update.is_urgent());
-        urgent.extend(state.running.clone().filter(|(_, update)| update.is_urgent()));
+        let waiting = waiting.map(|(id, waiting)| (id, waiting.update, waiting.denial));
+        let (mut urgent, others): (Vec<_>, Vec<_>) = waiting.partition(|(_, update, _)| update.is_urgent());
+        urgent.extend(state.running.clone().filter(|(_, update, _)| update.is_urgent()));
         state.order.clear();
         drop(state);
         self.added.notify_waiters();
         self.ended.notify_waiters();
         Closed {
             urgent,
-            dropped: others.into_iter().map(|(id, _)| id).collect(),
+            dropped: others.into_iter().map(|(id, ..)| id).collect(),
         }
     }
 }
@@ -375,7 +428,7 @@ mod tests {
         updates.push(id(1), denied(1), 0);
         let (first, update, _) = updates.next().await.unwrap();
         let due = Instant::now() + std::time::Duration::from_secs(8);
-        updates.push_again(first.clone(), update, 1, Some(due));
+        updates.push_again(first.clone(), (update, Denial::default()), 1, Some(due));
         updates.end(first, None);
         updates.push(id(2), public(1), 0);
         assert_eq!(updates.next().await.unwrap().0, id(2));

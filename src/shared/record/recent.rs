@@ -66,7 +66,8 @@ impl<S: Clone> RecentReads<S> {
         found
     }
 
-    fn lately(&self, id: &RecordId) -> Option<RecordRead<S>> {
+    /// The result of a read within the last second.
+    pub(super) fn lately(&self, id: &RecordId) -> Option<RecordRead<S>> {
         let (found, at) = self.read.get(id)?;
         (at.elapsed() < READ_AGAIN_AFTER).then_some(found)
     }

@@ -33,6 +33,8 @@ pub(in crate::shared) struct Timed {
     /// What others write before the next writes of this cache.
     interlopers: Mutex<Vec<(ObjectKey, Option<Bytes>)>>,
     writes: Mutex<usize>,
+    /// Writes that it still accepts.
+    writes_left: Mutex<usize>,
 }
 
 impl Timed {
@@ -48,14 +50,29 @@ impl Timed {
         *self.silent_until.lock() = Some(Instant::now() + period);
     }
 
-    async fn interlope(&self) {
+    pub(in crate::shared) fn accepts_writes(&self, number: usize) {
+        *self.writes_left.lock() = number;
+    }
+
+    pub(in crate::shared) fn writes(&self) -> usize {
+        *self.writes.lock()
+    }
+
+    async fn interlope(&self) -> Result<(), BucketError> {
         *self.writes.lock() += 1;
+        {
+            let mut left = self.writes_left.lock();
+            *left = left
+                .checked_sub(1)
+                .ok_or(BucketError::Silent(UpstreamFailure::Timeout))?;
+        }
         let next = self.interlopers.lock().pop();
         match next {
             Some((key, Some(bytes))) => self.inner.put(&key, bytes, None).await.unwrap(),
             Some((key, None)) => self.inner.delete(&key).await.unwrap(),
             None => {}
         }
+        Ok(())
     }
 }
 
@@ -83,7 +100,7 @@ impl ObjectStorage for Timed {
         media_type: Option<&'a str>,
     ) -> BucketFuture<'a, Option<String>> {
         Box::pin(async move {
-            self.interlope().await;
+            self.interlope().await?;
             self.inner.create(key, bytes, media_type).await
         })
     }
@@ -95,7 +112,7 @@ impl ObjectStorage for Timed {
         etag: &'a str,
     ) -> BucketFuture<'a, Option<String>> {
         Box::pin(async move {
-            self.interlope().await;
+            self.interlope().await?;
             self.inner.update(key, bytes, etag).await
         })
     }
@@ -141,6 +158,7 @@ pub(in crate::shared) fn settings(
         silent_until: Mutex::default(),
         interlopers: Mutex::default(),
         writes: Mutex::default(),
+        writes_left: Mutex::new(usize::MAX),
     });
     let keys: Vec<String> = digit.split(',').map(|digit| digit.repeat(64)).collect();
     let settings = SharedSettings {

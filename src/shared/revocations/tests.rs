@@ -8,7 +8,7 @@ use tokio::task::{spawn_blocking, yield_now};
 use super::*;
 use crate::bucket::in_memory;
 use crate::shared::record::tests::{Timed, settings};
-use crate::shared::{RecordPrincipal, RecordRead, SharedSettings};
+use crate::shared::{RecordPlace, RecordPrincipal, RecordRead, SharedSettings};
 use crate::store::fs::MemoryFs;
 use crate::store::{Settings, Store};
 
@@ -20,7 +20,7 @@ async fn store(disk: &Arc<MemoryFs>) -> AsyncStore {
 }
 
 async fn files(store: &AsyncStore) -> usize {
-    store.write(|store| store.revocations().len()).await
+    store.write(|store| store.revocations().0.len()).await
 }
 
 fn id(number: usize) -> RecordId {
@@ -42,7 +42,9 @@ async fn list() -> (AsyncStore, Arc<Revocations>) {
 async fn removed(list: &Revocations) {
     for _ in 0..10 {
         yield_now().await;
-        drop(list.files.lock().await);
+        for file in &list.files {
+            drop(file.lock().await);
+        }
     }
 }
 
@@ -51,28 +53,133 @@ async fn removed(list: &Revocations) {
 async fn later_denial_keeps_its_place_in_the_list() {
     let (store, list) = list().await;
     let first = list.add(&id(1), Instant::now(), true).await.unwrap();
-    list.queued(&id(1), first);
-    let taken = list.taken(&id(1)).unwrap();
     let second = list.add(&id(1), Instant::now(), true).await.unwrap();
-    list.finish(&id(1), taken);
+    list.finish(&id(1), first);
     removed(&list).await;
     assert_eq!((files(&store).await, list.status().unwrap().0), (1, 1));
-    list.queued(&id(1), second);
-    let taken = list.taken(&id(1)).unwrap();
-    list.finish(&id(1), taken);
+    list.finish(&id(1), second);
     removed(&list).await;
     assert_eq!((files(&store).await, list.status()), (0, None));
 }
 
 #[tokio::test(start_paused = true)]
-async fn denial_that_is_not_queued_stays_in_the_list() {
+async fn denial_waits_a_second_at_most_for_the_disk() {
     let (store, list) = list().await;
-    list.add(&id(1), Instant::now(), true).await.unwrap();
-    // An earlier update of the record ends.
-    let taken = list.taken(&id(1)).unwrap();
-    list.finish(&id(1), taken);
+    let mut files_in_use = Vec::new();
+    for file in &list.files {
+        files_in_use.push(file.lock().await);
+    }
+    let began = Instant::now();
+    assert_eq!(list.add_soon(&id(1), began, true).await, None);
+    assert_eq!(began.elapsed(), Duration::from_secs(1));
+    drop(files_in_use);
     removed(&list).await;
-    assert_eq!(files(&store).await, 1);
+    assert_eq!((files(&store).await, list.all().len()), (1, 1), "added later");
+}
+
+/// The one bad interleaving: the denial is queued while an earlier update of the record waits for the bucket.
+#[tokio::test(start_paused = true)]
+async fn update_before_a_denial_does_not_remove_it() {
+    let (inner, disk) = (in_memory(), Arc::default());
+    let own = store(&disk).await;
+    let (bucket, configured) = settings(&inner, "a", "p", Instant::now());
+    let shared = shared(&own, (&bucket, configured));
+    let active = shared.active.load_full().unwrap();
+    let principal = shared.principal(b"basic\0alice").unwrap();
+    let place: Arc<str> = Arc::from(PLACE);
+    active.conditions.set(true).unwrap();
+    bucket.is_silent_for(Duration::from_secs(60));
+    within_an_hour(async || {
+        read(&shared, &principal).await;
+        active.is_stopped()
+    })
+    .await;
+    shared.note_grant((&place, None), &principal, Instant::now());
+    // The grant is taken from the queue, and waits until the bucket can be read.
+    let updates = &active.records.as_ref().unwrap().updates;
+    within_an_hour(async || updates.is_running()).await;
+    assert!(active.is_stopped());
+    bucket.accepts_writes(1);
+    shared
+        .revoke_grant((&place, None), &principal, (Instant::now(), true))
+        .await;
+    within_an_hour(async || bucket.writes() > 1).await;
+    removed(&shared.revocations).await;
+    assert_eq!(files(&own).await, 1, "the bucket has the grant only");
+    bucket.accepts_writes(100);
+    within_an_hour(async || shared.status().unwrap().revocations_waiting.is_none()).await;
+    assert!(!read(&shared, &principal).await.unwrap().is_granted);
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiting_denial_overrides_the_record_of_another() {
+    let (inner, disk, started) = (in_memory(), Arc::default(), Instant::now());
+    let (theirs, configured) = settings(&inner, "a", "p", started);
+    let other = shared(&store(&Arc::default()).await, (&theirs, configured));
+    let principal = other.principal(b"basic\0alice").unwrap();
+    let place = Arc::from(PLACE);
+    let public = RecordPlace {
+        upstream: Arc::clone(&place),
+        repository: "team/demo".parse().unwrap(),
+    };
+    other.note_grant((&place, None), &principal, Instant::now());
+    other.note_public(&public, true, Instant::now());
+    other.drain().await;
+    sleep(Duration::from_secs(60)).await;
+
+    let own = store(&disk).await;
+    let (bucket, configured) = settings(&inner, "a", "p", started);
+    let first = shared(&own, (&bucket, configured));
+    assert!(read(&first, &principal).await.unwrap().is_granted);
+    bucket.accepts_writes(0);
+    let now = Instant::now();
+    first.revoke_grant((&place, None), &principal, (now, true)).await;
+    first.revoke_public(&public, now).await;
+    let is_public = async |shared: &SharedStorage| {
+        sleep(Duration::from_secs(2)).await;
+        shared
+            .public_record(&public)
+            .await
+            .found()
+            .unwrap()
+            .state
+            .is_public
+    };
+    assert!(!read(&first, &principal).await.unwrap().is_granted);
+    assert!(!is_public(&first).await);
+    assert!(is_public(&other).await && read(&other, &principal).await.unwrap().is_granted);
+
+    // After a restart that may write nothing.
+    first.configure(None);
+    drop((first, own));
+    let (again, mut configured) = settings(&inner, "a", "p", started);
+    configured.write = false;
+    let born = shared(&store(&disk).await, (&again, configured));
+    assert!(!read(&born, &principal).await.unwrap().is_granted);
+    assert!(!is_public(&born).await);
+    // Granted again later, at another cache.
+    sleep(Duration::from_secs(7200)).await;
+    other.note_grant((&place, None), &principal, Instant::now());
+    other.drain().await;
+    assert!(read(&born, &principal).await.unwrap().is_granted);
+}
+
+#[tokio::test(start_paused = true)]
+async fn known_denial_creates_a_record_against_a_late_grant() {
+    let (inner, started) = (in_memory(), Instant::now());
+    let [first, other] = [(), ()].map(|()| settings(&inner, "a", "p", started));
+    let first = shared(&store(&Arc::default()).await, (&first.0, first.1));
+    let other = shared(&store(&Arc::default()).await, (&other.0, other.1));
+    let principal = first.principal(b"basic\0alice").unwrap();
+    let place = Arc::from(PLACE);
+    let early = Instant::now();
+    sleep(Duration::from_secs(60)).await;
+    let denied = (Instant::now(), true);
+    first.revoke_grant((&place, None), &principal, denied).await;
+    sleep(Duration::from_secs(60)).await;
+    other.note_grant((&place, None), &principal, early);
+    other.drain().await;
+    assert!(!read(&other, &principal).await.unwrap().is_granted);
 }
 
 #[tokio::test(start_paused = true)]

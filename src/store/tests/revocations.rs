@@ -9,6 +9,7 @@ fn revocation(principal: &str, repository: Option<&str>) -> Revocation {
         upstream: "https://registry".into(),
         repository: repository.map(|name| name.parse().unwrap()),
         principal: principal.into(),
+        is_known: repository.is_some(),
     }
 }
 
@@ -27,13 +28,14 @@ fn revocations_survive_a_restart_until_they_are_removed() {
         }
         drop(store);
         let store = fixture.open();
-        let found = store.revocations();
+        let (found, failure) = store.revocations();
+        assert!(failure.is_none(), "{failure:?}");
         assert_eq!(found.len(), 3);
         assert!(all.iter().all(|one| found.contains(one)));
         store.remove_revocation(&all[1]).unwrap();
         store.remove_revocation(&all[1]).unwrap();
         drop(store);
-        assert_eq!(fixture.open().revocations().len(), 2);
+        assert_eq!(fixture.open().revocations().0.len(), 2);
     }
 }
 
@@ -44,8 +46,20 @@ fn damaged_revocation_is_quarantined() {
     store.put_revocation(&revocation("key:1", None)).unwrap();
     let file = fixture.files("revocations").remove(0);
     fixture.fs.write_durable(&file, b"{}").unwrap();
-    assert!(store.revocations().is_empty());
+    assert!(store.revocations().0.is_empty());
     assert_eq!(fixture.files("quarantine").len(), 1);
+}
+
+#[test]
+fn unreadable_folder_of_revocations_is_an_error() {
+    let fixture = Fixture::directory();
+    let store = fixture.open();
+    fixture
+        .fs
+        .write_durable(Path::new("revocations"), b"no folder")
+        .unwrap();
+    let (found, failure) = store.revocations();
+    assert!(found.is_empty() && failure.is_some(), "{found:?}");
 }
 
 #[test]
@@ -62,7 +76,7 @@ fn power_cut_at_any_call_keeps_revocations() {
         drop(store);
         for chance in 0..8 {
             let found = Store::open(&Settings::default(), Arc::new(fs.after_by_chance(chance)), at(9));
-            let found = found.unwrap().revocations();
+            let found = found.unwrap().revocations().0;
             assert!(!is_kept || found.contains(&kept), "{last}");
             assert!(!is_removed || !found.contains(&gone), "{last}");
         }
