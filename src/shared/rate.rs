@@ -7,23 +7,34 @@ use tokio::time::Instant;
 /// Requests of one process to the bucket per second. Storages charge for each.
 pub(super) const REQUESTS_PER_SECOND_MAX: u32 = 200;
 
-/// Token bucket that holds the requests of one second.
+/// Token bucket that holds the requests of one second, or another burst.
 #[derive(Debug)]
 pub(super) struct Rate {
     /// When it was full, or will be.
     full_at: Instant,
+    per_second: u32,
+    burst: u32,
 }
 
 impl Rate {
     pub(super) fn new(now: Instant) -> Self {
-        Self { full_at: now }
+        Self::of(REQUESTS_PER_SECOND_MAX, REQUESTS_PER_SECOND_MAX, now)
+    }
+
+    /// A cap of `per_second`, which must not be 0, after a burst of so many.
+    pub(super) fn of(per_second: u32, burst: u32, now: Instant) -> Self {
+        Self {
+            full_at: now,
+            per_second,
+            burst,
+        }
     }
 
     /// Takes one request. `false`: the cap is reached.
     pub(super) fn take(&mut self, now: Instant) -> bool {
-        let one = Duration::from_secs(1) / REQUESTS_PER_SECOND_MAX;
+        let one = Duration::from_secs(1) / self.per_second;
         let full_at = self.full_at.max(now) + one;
-        if full_at.saturating_duration_since(now) > Duration::from_secs(1) {
+        if full_at.saturating_duration_since(now) > one * self.burst {
             return false;
         }
         self.full_at = full_at;

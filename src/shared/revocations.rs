@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Mutex as AsyncMutex, MutexGuard};
 use tokio::time::{Instant, sleep, timeout};
 
+use super::rate::Rate;
 use super::record::{Class, Denial, GrantState, PublicState, RecordId, SETTLE_TIMEOUT, Update};
 use super::{Active, SharedStorage};
 use crate::store::revocations::Revocation;
@@ -47,6 +48,8 @@ pub(super) struct Revocations {
     loading: AsyncMutex<()>,
     is_tried: AtomicBool,
     is_loaded: AtomicBool,
+    /// Log events that the list is full.
+    reports: Mutex<Rate>,
 }
 
 struct Entry {
@@ -67,6 +70,7 @@ impl Revocations {
             loading: AsyncMutex::default(),
             is_tried: AtomicBool::new(false),
             is_loaded: AtomicBool::new(false),
+            reports: Mutex::new(Rate::of(1, 1, Instant::now())),
         }
     }
 
@@ -138,9 +142,11 @@ impl Revocations {
             let alike = waiting.values().filter(|entry| entry.is_known == is_known);
             if alike.count() >= if is_known { KNOWN_MAX } else { UNKNOWN_MAX } {
                 drop(waiting);
-                tracing::error!(
-                    "too many denials wait for the shared storage, a further one is lost at a restart"
-                );
+                if self.reports.lock().take(Instant::now()) {
+                    tracing::error!(
+                        "too many denials wait for the shared storage, a further one is lost at a restart"
+                    );
+                }
                 return None;
             }
         }
@@ -235,13 +241,21 @@ impl SharedStorage {
             );
         };
         queue(number);
-        self.settled(&id).await;
+        if is_known || self.has_few_unknown() {
+            self.settled(&id).await;
+        }
         if !is_known && self.is_update_waiting(&id) {
             let number = self.revocations.add_soon(&id, now, false).await;
             if number.is_some() {
                 queue(number);
             }
         }
+    }
+
+    fn has_few_unknown(&self) -> bool {
+        let active = self.active.load();
+        let records = active.as_ref().and_then(|active| active.records.as_ref());
+        records.is_none_or(|records| records.updates.has_few_unknown())
     }
 
     fn is_update_waiting(&self, id: &RecordId) -> bool {

@@ -394,6 +394,8 @@ enum Updated {
     Lost,
     /// There is no record that it would change.
     NotNeeded,
+    /// This cache has created as many grant records as it may.
+    Capped,
 }
 
 impl Updated {
@@ -405,6 +407,7 @@ impl Updated {
             Self::Later => "later-version",
             Self::Lost => "lost",
             Self::NotNeeded => "not-needed",
+            Self::Capped => CAPPED,
         }
     }
 }
@@ -580,6 +583,7 @@ impl Active {
         let Some(key) = names.next() else {
             return Ok(Updated::NotNeeded);
         };
+        let is_granted = state.is_new();
         let latest = || self.settings.bucket.clock()?.latest(Instant::now());
         let now = || latest().unwrap_or(u64::MAX);
         // What the other keys have sealed is said under the first name too, before those keys are removed.
@@ -615,6 +619,9 @@ impl Active {
                 if next == known {
                     return Ok(Updated::Superseded);
                 }
+            }
+            if id.class == Class::Grant && is_granted && found.etag.is_none() && !records.may_create_grant() {
+                return Ok(Updated::Capped);
             }
             let bytes = records.settings.keys.seal(&records.path(&key), &next).into();
             let began = Instant::now();

@@ -23,6 +23,10 @@ use crate::shared::rate::Rate;
 /// Result of a read that was not made because of the limit of requests.
 const CAPPED: &str = "capped";
 
+/// Grant records that one cache creates per second, after a burst.
+const CREATIONS_PER_SECOND: u32 = 10;
+const CREATIONS_BURST: u32 = 200;
+
 /// A client in grant records, by its credential.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct RecordPrincipal(Arc<str>);
@@ -86,6 +90,8 @@ impl Merge for GrantState {
 pub(super) struct GrantReads {
     known: LimitedReads,
     unknown: LimitedReads,
+    /// Records that this cache creates: an upstream may accept any credential.
+    creations: Mutex<Rate>,
 }
 
 struct LimitedReads {
@@ -102,11 +108,17 @@ impl GrantReads {
         Self {
             known: reads(),
             unknown: reads(),
+            creations: Mutex::new(Rate::of(CREATIONS_PER_SECOND, CREATIONS_BURST, Instant::now())),
         }
     }
 }
 
 impl Records {
+    /// Whether a grant may get a record now. A later confirmation creates it otherwise.
+    pub(super) fn may_create_grant(&self) -> bool {
+        self.grants.creations.lock().take(Instant::now())
+    }
+
     pub(super) fn has_grants(&self) -> bool {
         self.settings.grants
     }

@@ -1,10 +1,12 @@
 //! Queue of updates of records, one entry per record: an update that waits is merged with the next one.
 //!
 //! Nothing waits for an update, except a response to a write or a denial, for a moment. If the queue is full, the oldest
-//! entry is dropped: another confirmation brings it again.
+//! entry is dropped: another confirmation brings it again. Denials of unknown credentials, which anyone can cause, have a
+//! limited place and rate.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use quick_cache::sync::Cache;
@@ -15,9 +17,19 @@ use super::grant::GrantState;
 use super::key::Class;
 use super::state::{ContentState, Merge, PublicState, TagState};
 use crate::oci::Repository;
+use crate::shared::rate::Rate;
 
 /// Entries in the queue.
 const QUEUED_MAX: usize = 4096;
+
+/// Denials of credentials that this cache has not authorized. Anyone can cause them.
+const UNKNOWN_MAX: usize = 1024;
+
+/// Such denials that are written per second, and at once.
+const UNKNOWN_PER_SECOND: u32 = 20;
+
+/// With so many such denials in the queue, no response waits for another one.
+const UNKNOWN_FEW: usize = 8;
 
 /// Records of which is remembered what the bucket has.
 const WRITTEN_MAX: usize = 16_384;
@@ -113,18 +125,147 @@ pub(in crate::shared) struct Updates {
     written: Cache<RecordId, (Update, Instant)>,
 }
 
-#[derive(Default)]
+/// Order of updates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rank {
+    /// Denials of what this cache had granted, and deletions.
+    Urgent,
+    Other,
+    /// Denials of other credentials, in turn with the other updates, and at a limited rate.
+    Unknown,
+}
+
+impl Rank {
+    fn of(id: &RecordId, update: &Update, denial: Denial) -> Self {
+        let is_of_client = matches!(id.class, Class::Grant | Class::Public);
+        if !update.is_urgent() {
+            Self::Other
+        } else if is_of_client && !denial.is_known {
+            Self::Unknown
+        } else {
+            Self::Urgent
+        }
+    }
+}
+
 struct State {
-    order: VecDeque<RecordId>,
+    urgent: VecDeque<RecordId>,
+    others: VecDeque<RecordId>,
+    unknown: VecDeque<RecordId>,
+    unknown_rate: Rate,
+    /// It is the turn of an unknown denial.
+    is_unknown_next: bool,
     waiting: HashMap<RecordId, Waiting>,
     running: Option<(RecordId, Update, Denial)>,
     is_closed: bool,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            urgent: VecDeque::new(),
+            others: VecDeque::new(),
+            unknown: VecDeque::new(),
+            unknown_rate: Rate::of(UNKNOWN_PER_SECOND, UNKNOWN_PER_SECOND, Instant::now()),
+            is_unknown_next: false,
+            waiting: HashMap::new(),
+            running: None,
+            is_closed: false,
+        }
+    }
 }
 
 impl State {
     fn has(&self, id: &RecordId) -> bool {
         let is_running = self.running.as_ref().is_some_and(|(running, ..)| running == id);
         is_running || self.waiting.contains_key(id)
+    }
+
+    fn of_rank(&mut self, rank: Rank) -> &mut VecDeque<RecordId> {
+        match rank {
+            Rank::Urgent => &mut self.urgent,
+            Rank::Other => &mut self.others,
+            Rank::Unknown => &mut self.unknown,
+        }
+    }
+
+    /// Merges an update with the one of the same record that waits.
+    fn merge(&mut self, id: &RecordId, update: Update, denial: Denial) {
+        let Some(waiting) = self.waiting.get_mut(id) else {
+            return;
+        };
+        let before = Rank::of(id, &waiting.update, waiting.denial);
+        waiting.update = waiting.update.clone().merge(update);
+        waiting.denial = waiting.denial.and(denial);
+        let after = Rank::of(id, &waiting.update, waiting.denial);
+        if before != after {
+            self.of_rank(before).retain(|other| other != id);
+            self.of_rank(after).push_back(id.clone());
+        }
+    }
+
+    /// Makes room for an update: unknown denials are dropped first, then the oldest. `Err`: there is none for this one.
+    fn make_room(&mut self, rank: Rank) -> Result<Option<RecordId>, ()> {
+        let is_full = self.waiting.len() >= QUEUED_MAX;
+        if rank == Rank::Unknown {
+            return if is_full || self.unknown.len() >= UNKNOWN_MAX {
+                Err(())
+            } else {
+                Ok(None)
+            };
+        }
+        if !is_full {
+            return Ok(None);
+        }
+        let unknown = self.unknown.pop_back();
+        let dropped = unknown
+            .or_else(|| self.others.pop_front())
+            .or_else(|| self.urgent.pop_front());
+        if let Some(dropped) = &dropped {
+            self.waiting.remove(dropped);
+        }
+        Ok(dropped)
+    }
+
+    /// Removes the next entry that is due from its queue.
+    fn take(&mut self, now: Instant) -> Option<RecordId> {
+        let ranks = if self.is_unknown_next {
+            [Rank::Urgent, Rank::Unknown, Rank::Other]
+        } else {
+            [Rank::Urgent, Rank::Other, Rank::Unknown]
+        };
+        for rank in ranks {
+            let (queue, waiting) = match rank {
+                Rank::Urgent => (&mut self.urgent, &self.waiting),
+                Rank::Other => (&mut self.others, &self.waiting),
+                Rank::Unknown => (&mut self.unknown, &self.waiting),
+            };
+            let is_due = |id: &RecordId| waiting.get(id).is_none_or(|waiting| waiting.is_due(now));
+            let Some(first) = queue.iter().position(is_due) else {
+                continue;
+            };
+            if rank == Rank::Unknown && !self.unknown_rate.take(now) {
+                continue;
+            }
+            self.is_unknown_next = rank == Rank::Other;
+            return queue.remove(first);
+        }
+        None
+    }
+
+    /// When the next entry may be due.
+    fn next_due(&self, now: Instant) -> Option<Instant> {
+        let soon = now + Duration::from_secs(1) / UNKNOWN_PER_SECOND;
+        let due = self.waiting.values().map(|waiting| match waiting.due {
+            Some(due) if due > now => due,
+            // An unknown denial beyond the rate.
+            _ => soon,
+        });
+        due.min()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_none()
     }
 }
 
@@ -222,32 +363,18 @@ impl Updates {
         if state.is_closed {
             return Pushed::Closed;
         }
-        if let Some(waiting) = state.waiting.get_mut(&id) {
-            waiting.update = waiting.update.clone().merge(update);
-            waiting.denial = waiting.denial.and(denial);
+        if state.waiting.contains_key(&id) {
+            state.merge(&id, update, denial);
+            drop(state);
+            // It may be due now.
+            self.added.notify_one();
             return Pushed::Queued;
         }
-        let dropped = if state.order.len() >= QUEUED_MAX {
-            // Behind the urgent ones, the oldest is not the first.
-            let is_urgent = |id: &RecordId| {
-                state
-                    .waiting
-                    .get(id)
-                    .is_some_and(|waiting| waiting.update.is_urgent())
-            };
-            let oldest = state.order.iter().position(|id| !is_urgent(id)).unwrap_or(0);
-            state.order.remove(oldest)
-        } else {
-            None
+        let rank = Rank::of(&id, &update, denial);
+        let Ok(dropped) = state.make_room(rank) else {
+            return Pushed::Dropped;
         };
-        if let Some(dropped) = &dropped {
-            state.waiting.remove(dropped);
-        }
-        if update.is_urgent() {
-            state.order.push_front(id.clone());
-        } else {
-            state.order.push_back(id.clone());
-        }
+        state.of_rank(rank).push_back(id.clone());
         let waiting = Waiting {
             update,
             denial,
@@ -272,9 +399,7 @@ impl Updates {
             let next_due = {
                 let mut state = self.state.lock();
                 let now = Instant::now();
-                let is_due = |id: &RecordId| state.waiting.get(id).is_none_or(|waiting| waiting.is_due(now));
-                let first = state.order.iter().position(is_due);
-                if let Some(id) = first.and_then(|first| state.order.remove(first))
+                if let Some(id) = state.take(now)
                     && let Some(waiting) = state.waiting.remove(&id)
                 {
                     let Waiting {
@@ -289,7 +414,7 @@ impl Updates {
                 if state.is_closed {
                     return None;
                 }
-                state.waiting.values().filter_map(|waiting| waiting.due).min()
+                state.next_due(now)
             };
             match next_due {
                 Some(due) => {
@@ -315,6 +440,11 @@ impl Updates {
         self.until(|state| !state.has(id)).await;
     }
 
+    /// Whether few denials wait that anyone can cause, so that a response may wait for another one.
+    pub(in crate::shared) fn has_few_unknown(&self) -> bool {
+        self.state.lock().unknown.len() <= UNKNOWN_FEW
+    }
+
     /// Whether an update of this record is waiting or running.
     pub(in crate::shared) fn has(&self, id: &RecordId) -> bool {
         self.state.lock().has(id)
@@ -327,8 +457,7 @@ impl Updates {
 
     /// Waits until nothing is waiting or running, or until `is_stopped`.
     pub(in crate::shared) async fn drained(&self, is_stopped: impl Fn() -> bool) {
-        self.until(|state| is_stopped() || state.order.is_empty() && state.running.is_none())
-            .await;
+        self.until(|state| is_stopped() || state.is_empty()).await;
     }
 
     async fn until(&self, is_reached: impl Fn(&State) -> bool) {
@@ -353,7 +482,9 @@ impl Updates {
         let waiting = waiting.map(|(id, waiting)| (id, waiting.update, waiting.denial));
         let (mut urgent, others): (Vec<_>, Vec<_>) = waiting.partition(|(_, update, _)| update.is_urgent());
         urgent.extend(state.running.clone().filter(|(_, update, _)| update.is_urgent()));
-        state.order.clear();
+        for rank in [Rank::Urgent, Rank::Other, Rank::Unknown] {
+            state.of_rank(rank).clear();
+        }
         drop(state);
         self.added.notify_waiters();
         self.ended.notify_waiters();
@@ -391,10 +522,7 @@ mod tests {
         assert_eq!(updates.next().await, Some((id(1), public(7), 0)));
         updates.end(id(1), Some(public(7)));
         updates.push(id(1), public(67), 60);
-        assert!(
-            updates.state.lock().order.is_empty(),
-            "the bucket has it, up to 60 s"
-        );
+        assert!(updates.state.lock().is_empty(), "the bucket has it, up to 60 s");
         updates.push(id(1), public(68), 60);
         assert_eq!(updates.next().await, Some((id(1), public(68), 0)));
         updates.end(id(1), None);
@@ -427,7 +555,7 @@ mod tests {
         let updates = Updates::default();
         updates.push(id(1), denied(1), 0);
         let (first, update, _) = updates.next().await.unwrap();
-        let due = Instant::now() + std::time::Duration::from_secs(8);
+        let due = Instant::now() + Duration::from_secs(8);
         updates.push_again(first.clone(), (update, Denial::default()), 1, Some(due));
         updates.end(first, None);
         updates.push(id(2), public(1), 0);
@@ -437,12 +565,53 @@ mod tests {
         assert_eq!(Instant::now(), due);
     }
 
+    fn known() -> Denial {
+        Denial {
+            number: 1,
+            is_known: true,
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn guessed_passwords_delay_no_other_update() {
+        let updates = Updates::default();
+        for number in 0..UNKNOWN_MAX {
+            let pushed = updates.push_denial(id(number), denied(1), Denial::default());
+            assert_eq!(pushed, Pushed::Queued);
+        }
+        let further = updates.push_denial(id(UNKNOWN_MAX), denied(1), Denial::default());
+        assert_eq!(further, Pushed::Dropped);
+        assert!(!updates.has_few_unknown());
+        for number in 5000..5010 {
+            updates.push(id(number), public(1), 0);
+        }
+        updates.push_denial(id(6001), denied(1), known());
+        updates.push_denial(id(6002), denied(1), known());
+        // One of the first becomes known.
+        updates.push_denial(id(700), denied(2), known());
+        let began = Instant::now();
+        let mut order = Vec::new();
+        for _ in 0..5 {
+            let taken = updates.next().await.unwrap().0;
+            updates.end(taken.clone(), None);
+            order.push(taken);
+        }
+        assert_eq!(order, [id(6001), id(6002), id(700), id(5000), id(0)]);
+        for _ in 0..118 {
+            let taken = updates.next().await.unwrap().0;
+            updates.end(taken, None);
+        }
+        let took = began.elapsed();
+        assert!((4..6).contains(&took.as_secs()), "20 a second: {took:?}");
+    }
+
     #[tokio::test]
     async fn closed_queue_hands_over_denials() {
         let updates = Updates::default();
-        for (number, update) in [(1, denied(1)), (2, denied(2)), (3, public(3))] {
-            updates.push(id(number), update, 0);
+        for number in [1, 2] {
+            updates.push_denial(id(number), denied(1), known());
         }
+        updates.push(id(3), public(3), 0);
         let running = updates.next().await.unwrap().0;
         let closed = updates.close();
         assert_eq!(closed.dropped, [id(3)]);

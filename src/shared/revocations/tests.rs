@@ -112,6 +112,20 @@ async fn update_before_a_denial_does_not_remove_it() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn upstream_that_accepts_any_password_fills_no_bucket() {
+    let (bucket, configured) = settings(&in_memory(), "a", "p", Instant::now());
+    let shared = shared(&store(&Arc::default()).await, (&bucket, configured));
+    shared.active.load_full().unwrap().conditions.set(true).unwrap();
+    let place: Arc<str> = Arc::from(PLACE);
+    for number in 0..400 {
+        let principal = shared.principal(format!("basic\0{number}").as_bytes()).unwrap();
+        shared.note_grant((&place, None), &principal, Instant::now());
+    }
+    shared.drain().await;
+    assert!((200..220).contains(&bucket.writes()), "{}", bucket.writes());
+}
+
+#[tokio::test(start_paused = true)]
 async fn waiting_denial_overrides_the_record_of_another() {
     let (inner, disk, started) = (in_memory(), Arc::default(), Instant::now());
     let (theirs, configured) = settings(&inner, "a", "p", started);
