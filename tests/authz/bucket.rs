@@ -13,6 +13,8 @@ use ifnewer::oci::UpstreamFailure;
 use ifnewer::shared::{RecordKeys, RecordSettings, RedirectSettings, SharedSettings};
 use tokio::time::{Instant, sleep};
 
+use super::registry::now;
+
 /// The bucket's clock when it is made, decades behind those of the caches.
 const START: Duration = Duration::from_secs(883_612_800);
 
@@ -24,6 +26,10 @@ struct Content {
     delay: Duration,
     is_failing: bool,
     is_silent: bool,
+    /// Blobs stop after the first half of the rest.
+    stalls: bool,
+    /// How far its clock was set forward.
+    stepped: Duration,
     /// Reads of names with this beginning wait.
     held: Option<(String, tokio::sync::watch::Receiver<bool>)>,
 }
@@ -33,6 +39,8 @@ struct Content {
 pub struct Bucket {
     content: Arc<Mutex<Content>>,
     started: Instant,
+    /// Its clock when it is made.
+    start: Duration,
 }
 
 /// The bucket as one cache sees it.
@@ -48,7 +56,27 @@ impl Bucket {
         Bucket {
             content: Arc::default(),
             started: Instant::now(),
+            start: START,
         }
+    }
+
+    /// A bucket whose clock is right.
+    pub fn with_right_clock() -> Bucket {
+        Bucket {
+            start: now().duration_since(SystemTime::UNIX_EPOCH).unwrap(),
+            ..Bucket::new()
+        }
+    }
+
+    /// Sets the bucket's clock to this much more than that of its start.
+    pub fn steps(&self, by: Duration) {
+        self.content.lock().unwrap().stepped = by;
+    }
+
+    /// Sets the bucket's clock right.
+    pub fn sets_clock_right(&self) {
+        let now = now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        self.steps(now - self.start - self.started.elapsed());
     }
 
     /// Settings of a cache with the key of this digit.
@@ -93,6 +121,19 @@ impl Bucket {
     /// Reads fail from now on.
     pub fn fails(&self) {
         self.content.lock().unwrap().is_failing = true;
+    }
+
+    /// The bucket has this object.
+    pub fn puts(&self, key: &ObjectKey, bytes: Bytes) {
+        let mut content = self.content.lock().unwrap();
+        content.versions += 1;
+        let version = content.versions;
+        content.objects.insert(key.to_string(), (bytes, version));
+    }
+
+    /// Blobs stop after the first half of the rest.
+    pub fn stalls(&self) {
+        self.content.lock().unwrap().stalls = true;
     }
 
     /// Reads wait until `true` is sent.
@@ -150,8 +191,9 @@ impl View {
             let _ = held.wait_for(|is_released| *is_released).await;
         }
         let now = Instant::now();
-        let elapsed = (now - self.bucket.started) + self.ahead;
-        let date = SystemTime::UNIX_EPOCH + START + Duration::from_secs(elapsed.as_secs());
+        let stepped = self.bucket.content.lock().unwrap().stepped;
+        let elapsed = (now - self.bucket.started) + self.ahead + stepped;
+        let date = SystemTime::UNIX_EPOCH + self.bucket.start + Duration::from_secs(elapsed.as_secs());
         self.clock.learn(date, now, now);
     }
 
@@ -197,12 +239,22 @@ impl View {
 
 type BucketResult = Result<Option<String>, BucketError>;
 
-struct Body(Option<Bytes>);
+struct Body {
+    bytes: Option<Bytes>,
+    stalls: bool,
+}
 
 impl ObjectBody for Body {
     fn chunk(&mut self) -> ObjectChunk<'_> {
-        let chunk = self.0.take().map(Ok);
-        Box::pin(async { chunk })
+        let (chunk, stalls) = (self.bytes.take(), self.stalls);
+        Box::pin(async move {
+            match chunk {
+                Some(bytes) if stalls => Some(Ok(bytes.slice(..bytes.len() / 2))),
+                Some(bytes) => Some(Ok(bytes)),
+                None if stalls => std::future::pending().await,
+                None => None,
+            }
+        })
     }
 }
 
@@ -212,9 +264,13 @@ impl ObjectStorage for View {
             self.begin("GET", key).await;
             let (bytes, info) = self.info(key)?;
             let rest = bytes.slice(usize::try_from(from).unwrap()..);
+            let stalls = self.bucket.content.lock().unwrap().stalls && key.as_str().starts_with("v1/blobs/");
             Ok(Object {
                 info,
-                body: Box::new(Body(Some(rest))),
+                body: Box::new(Body {
+                    bytes: Some(rest),
+                    stalls,
+                }),
             })
         })
     }

@@ -46,6 +46,8 @@ pub struct Cache {
     pub accepts_all: bool,
     /// The whole `Accept` of clients, in place of the image type and of [`Self::takes_indexes`].
     pub accept: Option<&'static str>,
+    /// The bytes of a download that clients read: from the first number up to, not including, the second.
+    pub within: Option<(u64, u64)>,
     pub offline: Offline,
 }
 
@@ -185,6 +187,7 @@ impl Cache {
             takes_indexes: false,
             accepts_all: false,
             accept: None,
+            within: None,
             offline,
         }
     }
@@ -336,7 +339,7 @@ impl Cache {
                 (!client_request.head).then(|| manifest.bytes.clone()),
             ),
             ProxyResponse::ManifestHead { digest, .. } => Got::Content(digest, None),
-            ProxyResponse::Blob { digest, content, .. } => match read_body(content).await {
+            ProxyResponse::Blob { digest, content, .. } => match read_body(content, self.within).await {
                 Ok(bytes) => Got::Content(digest, bytes),
                 Err(why) => Got::No(why),
             },
@@ -348,7 +351,7 @@ impl Cache {
     }
 }
 
-async fn read_body(content: BlobBody) -> Result<Option<Bytes>, &'static str> {
+async fn read_body(content: BlobBody, within: Option<(u64, u64)>) -> Result<Option<Bytes>, &'static str> {
     let mut bytes = BytesMut::new();
     match content {
         // No shared storage is configured, so none is a redirect.
@@ -362,6 +365,9 @@ async fn read_body(content: BlobBody) -> Result<Option<Bytes>, &'static str> {
             }
         }
         BlobBody::Download(mut reader) => {
+            if let Some((start, end)) = within {
+                reader = reader.within(start, end);
+            }
             while let Some(chunk) = reader.next().await {
                 bytes.extend_from_slice(&chunk.map_err(|_| "broken")?);
             }

@@ -17,10 +17,10 @@ use super::cache::{Cache, ClientRequest, Got, PROVEN, SHARED};
 use super::min_age::{REPOSITORY, of, pass, pulled_tag, registry, rules_of, tag};
 use super::registry::{Condition, No, OCI_INDEX, Registry, jump};
 
-const HOUR: Duration = Duration::from_secs(3_600);
+pub const HOUR: Duration = Duration::from_secs(3_600);
 
 /// No minimum age, and this policy.
-fn rules(policy: Policy, max_age: Duration) -> Rules {
+pub fn rules(policy: Policy, max_age: Duration) -> Rules {
     let none = rules_of(0, policy, OnUnknownAge::Refuse);
     let default = EffectivePolicy {
         max_age,
@@ -30,7 +30,7 @@ fn rules(policy: Policy, max_age: Duration) -> Rules {
     Rules::new(default, upstreams, Vec::new()).unwrap()
 }
 
-fn cache(registry: &Registry, bucket: &Bucket, rules: Rules) -> Cache {
+pub fn cache(registry: &Registry, bucket: &Bucket, rules: Rules) -> Cache {
     behind(registry, bucket.settings("a"), rules)
 }
 
@@ -41,7 +41,7 @@ fn behind(registry: &Registry, settings: SharedSettings, rules: Rules) -> Cache 
 }
 
 /// A cache that only reads.
-fn reader(registry: &Registry, bucket: &Bucket, rules: Rules) -> Cache {
+pub fn reader(registry: &Registry, bucket: &Bucket, rules: Rules) -> Cache {
     let settings = SharedSettings {
         write: false,
         ..bucket.settings("a")
@@ -50,7 +50,7 @@ fn reader(registry: &Registry, bucket: &Bucket, rules: Rules) -> Cache {
 }
 
 /// A registry with the tag, a bucket with its image and its record, and the cache that wrote them.
-async fn recorded() -> (Registry, Bucket, Cache, Digest) {
+pub async fn recorded() -> (Registry, Bucket, Cache, Digest) {
     let (registry, bucket) = (registry(), Bucket::new());
     let digest = registry.push(REPOSITORY, "1", "one", &[100]);
     registry.push(REPOSITORY, "other", "other", &[]);
@@ -60,7 +60,7 @@ async fn recorded() -> (Registry, Bucket, Cache, Digest) {
 }
 
 /// Pulls the tag with its blobs, until the bucket has all of it.
-async fn pull_layers(cache: &Cache, digest: Digest) {
+pub async fn pull_layers(cache: &Cache, digest: Digest) {
     pull_at(PROVEN, cache, digest).await;
 }
 
@@ -87,7 +87,7 @@ async fn pull_at(site: &'static str, cache: &Cache, digest: Digest) {
 }
 
 /// A second cache, to which the repository is known to be public by another tag.
-async fn second(registry: &Registry, bucket: &Bucket, rules: Rules) -> Cache {
+pub async fn second(registry: &Registry, bucket: &Bucket, rules: Rules) -> Cache {
     let second = reader(registry, bucket, rules);
     second.get(&of("other")).await;
     registry.state().request_log.clear();
@@ -534,7 +534,7 @@ async fn push_through_another_cache_ends_a_confirmation() {
 const DAYS: i64 = 86_400;
 
 /// [`rules`] that serve a tag as long as this after its confirmation.
-fn rules_within(policy: Policy, stale_if_error: Option<Duration>) -> Rules {
+pub fn rules_within(policy: Policy, stale_if_error: Option<Duration>) -> Rules {
     let default = EffectivePolicy {
         stale_if_error,
         ..rules(policy, Duration::ZERO).default_for("").clone()
@@ -636,7 +636,7 @@ fn cooling() -> Rules {
 
 #[tokio::test(start_paused = true)]
 async fn new_cache_does_not_start_the_age_again() {
-    let (registry, bucket) = (registry(), Bucket::new());
+    let (registry, bucket) = (registry(), Bucket::with_right_clock());
     let digest = registry.push(REPOSITORY, "1", "one", &[100]);
     let first = cache(&registry, &bucket, cooling());
     assert_eq!(tag(&first).await, Err("too-young"));
@@ -672,7 +672,7 @@ fn cooling_within(max_age: Duration, stale_if_error: Option<Duration>) -> Rules 
 
 /// A registry and a bucket with a record of a digest that is four days old.
 async fn recorded_old() -> (Registry, Bucket, Digest) {
-    let (registry, bucket) = (registry(), Bucket::new());
+    let (registry, bucket) = (registry(), Bucket::with_right_clock());
     let digest = registry.push(REPOSITORY, "1", "one", &[100]);
     registry.push(REPOSITORY, "other", "other", &[]);
     let first = cache(&registry, &bucket, cooling());
@@ -698,7 +698,7 @@ async fn record_that_confirms_nothing_has_first_sights() {
 #[tokio::test(start_paused = true)]
 async fn min_age_makes_no_record_younger() {
     for (days, served) in [(1, true), (3, false)] {
-        let (registry, bucket) = (registry(), Bucket::new());
+        let (registry, bucket) = (registry(), Bucket::with_right_clock());
         let old = registry.push(REPOSITORY, "1", "one", &[100]);
         let first = cache(&registry, &bucket, cooling());
         let rules = cooling_within(Duration::ZERO, Some(2 * 24 * HOUR));
@@ -730,7 +730,7 @@ async fn bucket_reads_of(registry: &Registry, cache: &Cache, bucket: &Bucket) ->
 
 #[tokio::test(start_paused = true)]
 async fn record_from_the_future_makes_no_digest_older() {
-    let (registry, bucket) = (registry(), Bucket::new());
+    let (registry, bucket) = (registry(), Bucket::with_right_clock());
     registry.push(REPOSITORY, "1", "one", &[100]);
     let ahead = bucket.settings_ahead("a", 24 * 30 * HOUR);
     let liar = behind(&registry, ahead, cooling());
@@ -745,7 +745,7 @@ async fn record_from_the_future_makes_no_digest_older() {
 /// Each digest has its own age, and a foreign key states none.
 #[tokio::test(start_paused = true)]
 async fn first_sight_is_of_one_digest_and_one_key() {
-    let (registry, bucket) = (registry(), Bucket::new());
+    let (registry, bucket) = (registry(), Bucket::with_right_clock());
     let old = registry.push(REPOSITORY, "1", "one", &[100]);
     let first = cache(&registry, &bucket, cooling());
     assert_eq!(tag(&first).await, Err("too-young"));
@@ -765,4 +765,40 @@ async fn first_sight_is_of_one_digest_and_one_key() {
         .insert("1".to_owned(), old);
     let foreign = behind(&registry, bucket.settings("b"), cooling());
     assert_eq!(tag(&foreign).await, Err("too-young"));
+}
+
+/// The storage's clock is set forward by mistake, and later right again.
+#[tokio::test(start_paused = true)]
+async fn step_of_the_storages_clock_ages_no_digest() {
+    let (registry, bucket) = (registry(), Bucket::with_right_clock());
+    let digest = registry.push(REPOSITORY, "1", "one", &[100]);
+    let first = cache(&registry, &bucket, cooling());
+    for _ in 0..2 {
+        assert_eq!(tag(&first).await, Err("too-young"));
+        pass(600).await;
+        first.proxy.shared().drain().await;
+    }
+    bucket.steps(30 * 24 * HOUR);
+    let second = reader(&registry, &bucket, cooling());
+    assert_eq!(tag(&second).await, Err("too-young"));
+    bucket.steps(Duration::ZERO);
+    pass(3 * DAYS - 1_000).await;
+    let third = reader(&registry, &bucket, cooling());
+    assert_eq!(tag(&third).await, Ok(digest), "by the record");
+}
+
+/// When the record is read, the clock is right again.
+#[tokio::test(start_paused = true)]
+async fn first_sight_by_a_slow_storage_is_not_written() {
+    let (registry, bucket) = (registry(), Bucket::new());
+    registry.push(REPOSITORY, "1", "one", &[100]);
+    let first = cache(&registry, &bucket, cooling());
+    for _ in 0..2 {
+        assert_eq!(tag(&first).await, Err("too-young"));
+        pass(600).await;
+        first.proxy.shared().drain().await;
+    }
+    bucket.sets_clock_right();
+    let second = reader(&registry, &bucket, cooling());
+    assert_eq!(tag(&second).await, Err("too-young"));
 }

@@ -281,14 +281,18 @@ impl ProxyService {
         true
     }
 
-    /// Seconds since this cache first saw the tag name this digest, until the request was sent.
+    /// Seconds since this cache first saw the tag name this digest, until the request was sent. `None`: the storage's clock
+    /// shows another time, so that another cache could compare the first sight with nothing.
     pub(super) async fn seen_for(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
         tag: &Tag,
         digest: Digest,
-    ) -> u64 {
+    ) -> Option<u64> {
         let (registry, repository) = (&upstream_request.registry, &upstream_request.repository);
+        if !self.trusts_storage_clock(registry) {
+            return None;
+        }
         let key = SightingKey {
             upstream: registry.shared_name(),
             repository: repository.clone(),
@@ -301,9 +305,16 @@ impl ProxyService {
         // A clock that was set ahead makes no digest older for other caches.
         let (first, now) = (first.await, registry.checked_time().bound(self.clock.now()));
         let seen = first.and_then(|first| now.duration_since(first).ok());
-        seen.unwrap_or_default()
-            .saturating_sub(upstream_request.since.elapsed())
-            .as_secs()
+        let seen = seen.unwrap_or_default();
+        Some(seen.saturating_sub(upstream_request.since.elapsed()).as_secs())
+    }
+
+    /// Whether the storage's clock shows the time of this host, as checked by the registry's. A clock that was set ahead, or a
+    /// storage that states a wrong time, would make digests older.
+    fn trusts_storage_clock(&self, registry: &UpstreamRegistry) -> bool {
+        let time = registry.checked_time();
+        let now = time.time_of_sight(time.bound(self.clock.now())).at;
+        self.shared.agrees_with_clock(now)
     }
 
     /// Records that the upstream named this digest to another cache, and since when. A sighting of this cache that is later
@@ -323,7 +334,7 @@ impl ProxyService {
             last_modified: None,
             created_at: None,
         };
-        let time = self.time_of_record(registry, variant);
+        let time = self.time_of_record(registry, variant, found);
         let place = key.clone();
         let is_later = self.store.read(move |view| {
             let own = view.tag(&place).ok().flatten();
@@ -345,7 +356,12 @@ impl ProxyService {
     }
 
     /// When the upstream named a digest to another cache, at the latest, so that no digest is older than it is.
-    fn time_of_record(&self, registry: &UpstreamRegistry, variant: &Variant) -> SightTime {
+    fn time_of_record(
+        &self,
+        registry: &UpstreamRegistry,
+        variant: &Variant,
+        found: &Dated<TagState>,
+    ) -> SightTime {
         let now = self.clock.now();
         let host = variant
             .confirmed_at
@@ -354,9 +370,11 @@ impl ProxyService {
             .min(now);
         let age = now.duration_since(host).unwrap_or_default();
         let at = registry.checked_time().time_of_sight(now).at;
+        // As a first sight: otherwise the digest counts as seen now.
+        let is_dated = self.trusts_storage_clock(registry) && found.seen_for(&variant.digest).is_some();
         SightTime {
             host,
-            at: at.checked_sub(age).unwrap_or(host),
+            at: at.checked_sub(age).filter(|_| is_dated).unwrap_or(at),
         }
     }
 
@@ -368,6 +386,9 @@ impl ProxyService {
         digest: Digest,
         found: &Dated<TagState>,
     ) {
+        if !self.trusts_storage_clock(registry) {
+            return;
+        }
         let time = registry.checked_time().time_of_sight(self.clock.now());
         let seen = found.seen_for(&digest).map(|seen| seen.saturating_sub(PRECISION));
         let Some(first) = seen.and_then(|seen| time.at.checked_sub(seen)) else {

@@ -4,7 +4,7 @@
 //! version that was read. If the write is refused, the cache reads again. So every record says at least what it said before.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -43,6 +43,10 @@ const TAG_RENEWAL: Duration = Duration::from_secs(5 * 60);
 
 /// Age at which an unchanged public repository is recorded again. It counts for `grant_ttl_offline`, 12 hours.
 pub(in crate::shared) const PUBLIC_RENEWAL: Duration = Duration::from_secs(60 * 60);
+
+/// Difference between the storage's clock and that of a host up to which times in records are compared with other times.
+/// The clocks of hosts that synchronize them differ by less than a second.
+const CLOCK_DIFFERENCE_MAX: Duration = Duration::from_secs(5 * 60);
 
 /// Longest wait of a response to a write or a denial for its record.
 pub(in crate::shared) const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -194,13 +198,13 @@ impl<S> Dated<S> {
 }
 
 impl Dated<TagState> {
-    /// Time since the tag was first seen to name this digest, by any cache. `None`: none has seen it.
+    /// Time since the tag was first seen to name this digest, by any cache. `None`: none has stated it.
     pub fn seen_for(&self, digest: &Digest) -> Option<Duration> {
         let variants = self.state.variants.iter();
         let naming = variants.filter(|variant| variant.digest == *digest && variant.at > 0);
-        let seen = naming.map(|variant| {
-            self.age(variant.at)
-                .saturating_add(Duration::from_secs(variant.seen_for))
+        let seen = naming.filter_map(|variant| {
+            let before = Duration::from_secs(variant.seen_for?);
+            Some(self.age(variant.at).saturating_add(before))
         });
         seen.max()
     }
@@ -238,6 +242,14 @@ impl SharedStorage {
         active
             .as_ref()
             .is_some_and(|active| active.settings.write && active.records.is_some())
+    }
+
+    /// Whether the storage's clock shows the time `own` of this host now, within [`CLOCK_DIFFERENCE_MAX`].
+    pub fn agrees_with_clock(&self, own: SystemTime) -> bool {
+        let active = self.active.load();
+        let clock = active.as_ref().and_then(|active| active.settings.bucket.clock());
+        let difference = clock.and_then(|clock| clock.difference(own, Instant::now()));
+        difference.is_some_and(|difference| difference <= CLOCK_DIFFERENCE_MAX)
     }
 
     /// What other caches have seen a tag to name. `None` also if the record cannot be read.

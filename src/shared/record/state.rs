@@ -60,15 +60,10 @@ pub struct TagVariant {
     pub accepts_indexes: bool,
     /// When the request was sent to which the upstream gave this response, in seconds.
     pub at: u64,
-    /// Seconds from the first time that the tag was seen to name the digest until `at`. Records of earlier versions lack it;
-    /// then it was first seen at `at`, as far as is known.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub seen_for: u64,
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde calls")]
-fn is_zero(number: &u64) -> bool {
-    *number == 0
+    /// Seconds from the first time that the tag was seen to name the digest until `at`. `None`: not known, because a cache of
+    /// an earlier version wrote it, or one whose clock differed from the storage's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seen_for: Option<u64>,
 }
 
 impl TagVariant {
@@ -79,14 +74,14 @@ impl TagVariant {
         }
         Self {
             at: 0,
-            seen_for: 0,
+            seen_for: None,
             ..self
         }
     }
 
-    /// When the digest was first seen; negative before the first time that the clock can show.
-    fn first_seen_at(&self) -> i128 {
-        i128::from(self.at) - i128::from(self.seen_for)
+    /// When the digest was first seen, if that is known; negative before the first time that the clock can show.
+    fn first_seen_at(&self) -> Option<i128> {
+        Some(i128::from(self.at) - i128::from(self.seen_for?))
     }
 
     /// The later one of two responses for one set of media types. If both name the same digest, it was seen since the earlier
@@ -99,9 +94,8 @@ impl TagVariant {
         };
         // At the time 0 the digest was never seen.
         if later.digest == earlier.digest && earlier.at > 0 {
-            let since_earlier = earlier
-                .seen_for
-                .saturating_add(later.at.saturating_sub(earlier.at));
+            let between = later.at.saturating_sub(earlier.at);
+            let since_earlier = earlier.seen_for.map(|seen| seen.saturating_add(between));
             later.seen_for = later.seen_for.max(since_earlier);
         }
         later
@@ -161,11 +155,16 @@ impl Merge for TagState {
     }
 
     fn covers(&self, other: &Self, slack: u64) -> bool {
+        let is_older = |known: Option<i128>, seen: Option<i128>| match (known, seen) {
+            (_, None) => true,
+            (None, Some(_)) => false,
+            (Some(known), Some(seen)) => known <= seen + i128::from(slack),
+        };
         let has = |variant: &TagVariant| {
             self.variants.iter().any(|known| {
                 (known.accept, known.digest) == (variant.accept, variant.digest)
                     && known.at.saturating_add(slack) >= variant.at
-                    && known.first_seen_at() <= variant.first_seen_at() + i128::from(slack)
+                    && is_older(known.first_seen_at(), variant.first_seen_at())
             })
         };
         self.unnamed_at >= other.unnamed_at && other.variants.iter().all(has)
@@ -371,12 +370,13 @@ mod tests {
             media_type: "application/vnd.oci.image.index.v1+json".parse().unwrap(),
             accepts_indexes: true,
             at,
-            seen_for: 0,
+            seen_for: Some(0),
         }
     }
 
     fn tag_states() -> impl Strategy<Value = TagState> {
-        let variants = proptest::collection::vec((0_u64..3, 0_u8..3, 1_u64..12, 0_u64..9), 0..3);
+        let seen_for = proptest::option::of(0_u64..9);
+        let variants = proptest::collection::vec((0_u64..3, 0_u8..3, 1_u64..12, seen_for), 0..3);
         (0_u64..12, variants).prop_map(|(unnamed_at, variants)| {
             let variants = variants
                 .into_iter()
@@ -397,7 +397,12 @@ mod tests {
     fn without_first_sights(state: TagState) -> TagState {
         let variants = state.variants.into_iter();
         TagState {
-            variants: variants.map(|one| TagVariant { seen_for: 0, ..one }).collect(),
+            variants: variants
+                .map(|one| TagVariant {
+                    seen_for: None,
+                    ..one
+                })
+                .collect(),
             ..state
         }
     }
@@ -441,12 +446,13 @@ mod tests {
         #[test]
         fn merge_makes_no_digest_older_than_stated(one in tag_states(), two in tag_states()) {
             let stated: Vec<_> = one.variants.iter().chain(&two.variants).cloned().collect();
-            for variant in one.merge(two, NOW).variants.iter().filter(|variant| variant.at > 0) {
+            let merged = one.merge(two, NOW);
+            for variant in merged.variants.iter().filter(|variant| variant.seen_for.is_some()) {
                 let same = stated.iter().filter(|stated| {
                     (stated.accept, stated.digest) == (variant.accept, variant.digest) && stated.at <= NOW
                 });
-                let earliest = same.map(TagVariant::first_seen_at).min();
-                prop_assert!(earliest.is_some_and(|earliest| variant.first_seen_at() >= earliest));
+                let earliest = same.filter_map(TagVariant::first_seen_at).min();
+                prop_assert!(earliest.is_some() && variant.first_seen_at() >= earliest);
             }
         }
 
@@ -482,24 +488,49 @@ mod tests {
             })
         };
         let merged = |one: TagState, other| one.merge(other, NOW).variants[0].seen_for;
-        assert_eq!(merged(seen(1, 3, 0), seen(1, 9, 0)), 6, "confirmed before");
-        assert_eq!(merged(seen(1, 3, 100), seen(1, 9, 0)), 106);
-        assert_eq!(merged(seen(1, 3, 100), seen(1, 9, 200)), 200);
-        assert_eq!(merged(seen(1, 3, 100), seen(2, 9, 1)), 1, "another digest");
-        assert_eq!(merged(seen(1, NOW + 1, 100), seen(1, 9, 1)), 1, "from the future");
-        assert_eq!(merged(seen(1, 0, 0), seen(1, 9, 1)), 1, "never confirmed");
-        assert!(!seen(1, 9, 0).covers(&seen(1, 9, 301), 300), "news");
-        assert!(seen(1, 9, 0).covers(&seen(1, 9, 300), 300));
+        assert_eq!(
+            merged(seen(1, 3, Some(0)), seen(1, 9, Some(0))),
+            Some(6),
+            "confirmed before"
+        );
+        assert_eq!(merged(seen(1, 3, Some(100)), seen(1, 9, None)), Some(106));
+        assert_eq!(merged(seen(1, 3, Some(100)), seen(1, 9, Some(200))), Some(200));
+        assert_eq!(
+            merged(seen(1, 3, Some(100)), seen(2, 9, Some(1))),
+            Some(1),
+            "another digest"
+        );
+        assert_eq!(
+            merged(seen(1, NOW + 1, Some(100)), seen(1, 9, Some(1))),
+            Some(1),
+            "from the future"
+        );
+        assert_eq!(
+            merged(seen(1, 0, Some(0)), seen(1, 9, Some(1))),
+            Some(1),
+            "never confirmed"
+        );
+        assert_eq!(
+            merged(seen(1, 3, None), seen(1, 9, None)),
+            None,
+            "by no trusted clock"
+        );
+        assert_eq!(merged(seen(1, 3, None), seen(1, 9, Some(1))), Some(1));
+        assert!(!seen(1, 9, None).covers(&seen(1, 9, Some(0)), 300), "news");
+        assert!(seen(1, 9, Some(0)).covers(&seen(1, 9, None), 300));
+        assert!(!seen(1, 9, Some(0)).covers(&seen(1, 9, Some(301)), 300), "news");
+        assert!(seen(1, 9, Some(0)).covers(&seen(1, 9, Some(300)), 300));
     }
 
     #[test]
     fn record_of_an_earlier_version_has_no_first_sight() {
-        let earlier = serde_json::to_string(&variant(1, 1, 5)).unwrap();
+        let unseen = TagVariant {
+            seen_for: None,
+            ..variant(1, 1, 5)
+        };
+        let earlier = serde_json::to_string(&unseen).unwrap();
         assert!(!earlier.contains("seen_for"), "{earlier}");
-        assert_eq!(
-            serde_json::from_str::<TagVariant>(&earlier).unwrap(),
-            variant(1, 1, 5)
-        );
+        assert_eq!(serde_json::from_str::<TagVariant>(&earlier).unwrap(), unseen);
     }
 
     #[test]

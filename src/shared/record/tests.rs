@@ -220,7 +220,7 @@ fn variant(number: u8) -> TagVariant {
         media_type: "application/vnd.oci.image.manifest.v1+json".parse().unwrap(),
         accepts_indexes: true,
         at: 0,
-        seen_for: 0,
+        seen_for: None,
     }
 }
 
