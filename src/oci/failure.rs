@@ -53,6 +53,8 @@ pub enum UpstreamFailure {
     Unverifiable,
     /// The operator switched offline mode on.
     Offline,
+    /// The policy `never` forbids requests to it, and the shared storage has failed.
+    PolicyNever,
     /// The request was abandoned before its result was known.
     Abandoned,
     /// Too many requests of this client are queued for it.
@@ -88,6 +90,7 @@ impl UpstreamFailure {
             Self::DigestMismatch => "digest-mismatch",
             Self::Unverifiable => "unverifiable",
             Self::Offline => "offline",
+            Self::PolicyNever => "policy-never",
             Self::Abandoned => "abandoned",
             Self::ClientQueueFull => "client-queue-full",
             Self::QueueFull => "queue-full",
@@ -208,6 +211,7 @@ impl fmt::Display for UpstreamFailure {
             Self::DigestMismatch => "sent bytes that do not match their digest",
             Self::Unverifiable => "sent a manifest whose digest cannot be verified (docker's signed schema 1)",
             Self::Offline => "is not contacted in offline mode",
+            Self::PolicyNever => "is not contacted under the policy `never`",
             Self::Abandoned => "did not respond before the request was abandoned",
             Self::ClientQueueFull => "has too many queued requests of this client",
             Self::QueueFull => "has too many queued requests",

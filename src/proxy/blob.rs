@@ -23,7 +23,7 @@ use crate::download::{AHEAD_BYTES_MAX, DownloadError, JoinOptions, Joined, Reade
 use crate::oci::{AnyDigest, Digest, MediaType, RangeRequest, UpstreamFailure};
 use crate::policy::{
     Authorization, CacheState, CachedEntry, Completeness, ContentKind, Decision, DenyReason, HitReason,
-    MissReason, Revalidation, decide,
+    MissReason, Policy, Revalidation, decide,
 };
 use crate::queue::{AcquireError, Class, Demand, Peer};
 use crate::shared::{REDIRECT_BYTES_MIN, RedirectClient, SharedContent};
@@ -587,11 +587,10 @@ impl BlobRequest<'_> {
         };
         let failure = match opened.await {
             Ok(size) => {
-                let reader = reader.with_range_source(UpstreamSource::new(
-                    self.proxy,
-                    self.upstream_request(),
-                    self.digest,
-                ));
+                if self.may_ask_upstream() {
+                    let source = UpstreamSource::new(self.proxy, self.upstream_request(), self.digest);
+                    reader = reader.with_range_source(source);
+                }
                 return Ok(self.respond(BlobBody::Download(reader), size, reason));
             }
             Err(failure) => failure,
@@ -605,6 +604,12 @@ impl BlobRequest<'_> {
                 Ok(deny_uncached(state, revalidated))
             }
             DownloadError::NotStarted(_) | DownloadError::Abandoned => Err(failure),
+            DownloadError::Unstorable(_) | DownloadError::Store(_) | DownloadError::DiskFailed(_)
+                if !self.may_ask_upstream() =>
+            {
+                tracing::warn!(digest = %self.digest, %failure, "failed to store blob, which policy forbids to forward");
+                Err(failure)
+            }
             DownloadError::Unstorable(fault) => {
                 tracing::warn!(digest = %self.digest, %fault, "failed to store blob, forwarding it instead");
                 Ok(self.pass_through(state).await)
@@ -620,6 +625,11 @@ impl BlobRequest<'_> {
             )),
             DownloadError::Store(_) | DownloadError::DiskFailed(_) => Ok(self.pass_through(state).await),
         }
+    }
+
+    /// Whether any request may reach the upstream.
+    fn may_ask_upstream(&self) -> bool {
+        self.rule.policy != Policy::Never
     }
 
     /// Forwards the upstream's bytes and verifies them in transit. Used if the disk cannot store the blob, or if only

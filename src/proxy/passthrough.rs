@@ -9,7 +9,7 @@ use super::pipeline::{ReadContext, denied};
 use super::{ProxyResponse, Request};
 pub use crate::download::VerifyingStream;
 use crate::oci::{Endpoint, MediaType, Reference, UpstreamFailure};
-use crate::policy::DenyReason;
+use crate::policy::{ContentKind, Decision, DenyReason, decide};
 use crate::queue::{Class, Demand};
 use crate::upstream::{ResponseKind, ResponseStream, UpstreamResponse};
 
@@ -29,6 +29,9 @@ pub struct Passthrough {
 impl ReadContext<'_> {
     /// Fetches content that cannot be verified. It is never stored, so each request goes upstream.
     pub(super) async fn fetch_uncached(&self, size_max: u64) -> ProxyResponse {
+        if let Decision::Deny(refusal) = decide(&self.state(ContentKind::Blob, None, true)) {
+            return denied(refusal, None, false);
+        }
         let sent_at = Instant::now();
         let Request {
             registry,

@@ -474,6 +474,9 @@ impl ProxyService {
         depth: u32,
     ) -> BoxFuture<'a, bool> {
         Box::pin(async move {
+            if self.is_blocked(registry, repository, &digest) {
+                return false;
+            }
             let known = self.cached_manifest(registry, repository, &digest).await;
             let content = SharedContent::Manifest(digest);
             let reading = async {
@@ -482,23 +485,26 @@ impl ProxyService {
                     None => self.shared.read(content, MANIFEST_BYTES_MAX).await,
                 }
             };
-            let (read, recorded) = tokio::join!(reading, self.recorded_content(registry, repository, digest));
-            let was_deleted = |named_at| {
-                let recorded = recorded.as_ref();
-                recorded.is_some_and(|recorded| recorded.deleted_at >= named_at)
+            let recording = self.recorded_content(registry, repository, digest);
+            let present = |recorded: Option<ContentState>| {
+                let recorded = recorded.filter(ContentState::is_present)?;
+                Some(recorded.children)
             };
-            if named_at.is_some_and(was_deleted) {
-                return false;
-            }
-            let children = recorded
-                .filter(ContentState::is_present)
-                .map(|recorded| recorded.children);
-            let is_member = named_at.is_some()
-                || children.is_some()
-                || self.is_member(registry, repository, digest).await;
-            if !is_member || self.is_blocked(registry, repository, &digest) {
-                return false;
-            }
+            let (read, children) = if let Some(named_at) = named_at {
+                let (read, recorded) = tokio::join!(reading, recording);
+                let deleted_at = recorded.as_ref().map(|recorded| recorded.deleted_at);
+                if deleted_at.is_some_and(|deleted_at| deleted_at >= named_at) {
+                    return false;
+                }
+                (read, present(recorded))
+            } else {
+                let children = present(recording.await);
+                // The time of a read would tell a client whether the bucket has a manifest of another repository.
+                if children.is_none() && !self.is_member(registry, repository, digest).await {
+                    return false;
+                }
+                (reading.await, children)
+            };
             let manifest = match (known, read) {
                 (Some(manifest), _) => manifest,
                 (None, Some((bytes, object))) => {
@@ -619,12 +625,8 @@ impl ReadContext<'_> {
         let is_in_outage = match given {
             Given::Nothing => return None,
             Given::Stale => true,
-            // While the upstream responds, it is asked before the mark expires. Under `never`, only the record shows that
-            // a mark of its own kind still counts.
-            Given::Cached => {
-                self.known_outage().is_some()
-                    || self.rule.policy == Policy::Never && self.public_mark() == Some(public_by_record())
-            }
+            // While the upstream responds, it is asked before the mark expires. Under `never`, only a record can end a mark.
+            Given::Cached => self.known_outage().is_some() || self.rule.policy == Policy::Never,
         };
         if is_in_outage && self.ends_revoked_grant().await {
             let read = ReadContext::new(self.proxy, self.request, self.repository).await;

@@ -252,7 +252,7 @@ impl Source for UpstreamSource {
             return Ok(stream);
         }
         if !self.may_ask_upstream {
-            return Err(UpstreamResponse::unavailable(UpstreamFailure::Offline));
+            return Err(UpstreamResponse::unavailable(UpstreamFailure::PolicyNever));
         }
         if let Some(stream) = self.enter_claim(from, began).await? {
             return Ok(stream);

@@ -123,6 +123,7 @@ impl RequestOutcome {
             | UpstreamFailure::RevalidateTimeout
             | UpstreamFailure::BreakerOpen
             | UpstreamFailure::Offline
+            | UpstreamFailure::PolicyNever
             | UpstreamFailure::CacheCredential
             | UpstreamFailure::Abandoned
             | UpstreamFailure::ClientQueueFull

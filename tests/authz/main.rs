@@ -8,6 +8,7 @@
 //! * `min_age`, `min_age_by_digest`: ages of digests, with a wall clock that is stepped.
 //! * `scheduled_refresh`: tags revalidated in the background. `scheduled_refresh_races`: what happens while one runs.
 //!   `scheduled_refresh_use`: what counts as a use of a tag.
+//! * `never`: the policy `never` with records of other caches.
 //! * `shared_grants`: a walk over two caches with one bucket and grant records.
 //! * `tag_records`: records of other caches about a tag, in a shared `bucket`.
 //! * `hostile_fronts`: hosts that respond in the registry's place. `timing`: whether the time of a denial reveals
@@ -37,6 +38,7 @@ mod lifecycle;
 mod min_age;
 mod min_age_by_digest;
 mod model;
+mod never;
 mod random_walk;
 mod registry;
 mod scheduled_refresh;

@@ -124,19 +124,25 @@ impl ReadContext<'_> {
         match reference {
             Reference::Tag(tag) if !tag.is_referrers_tag() => {
                 let evidence = read.tag_evidence(tag, Some(read.tag_client())).await;
-                read.with_tag_record(tag, evidence).await;
+                match evidence.state.cached {
+                    // The blobs that the bucket was seen to have count for a minute.
+                    Some(cached) if !cached.is_complete() => read.bring_again(cached.digest).await,
+                    _ => drop(read.with_tag_record(tag, evidence).await),
+                }
             }
-            Reference::Digest(AnyDigest::Supported(digest)) => {
-                let registry = &self.request.registry;
-                let bringing =
-                    self.proxy
-                        .bring_manifest(registry, self.repository, (*digest, None), INDEX_DEPTH_MAX);
-                // Otherwise it is not cached.
-                let _is_there = timeout(BRING_TIMEOUT, bringing).await;
-            }
+            Reference::Digest(AnyDigest::Supported(digest)) => read.bring_again(*digest).await,
             Reference::Tag(_) | Reference::Digest(AnyDigest::Unsupported(_)) => {}
         }
         read.manifest_of_upstream(reference).await
+    }
+
+    /// Brings a manifest that the repository has, with its image. A manifest that cannot be read is not cached.
+    async fn bring_again(&self, digest: Digest) {
+        let registry = &self.request.registry;
+        let bringing = self
+            .proxy
+            .bring_manifest(registry, self.repository, (digest, None), INDEX_DEPTH_MAX);
+        let _is_there = timeout(BRING_TIMEOUT, bringing).await;
     }
 
     /// This read with the grants of now, if the client may read the repository by a right that this cache remembers, or by

@@ -275,6 +275,7 @@ fn failure_status(cause: UpstreamFailure) -> (StatusCode, ErrorCode) {
         UpstreamFailure::BreakerOpen
         | UpstreamFailure::Abandoned
         | UpstreamFailure::Offline
+        | UpstreamFailure::PolicyNever
         | UpstreamFailure::Status(503) => (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable),
         _ => (StatusCode::BAD_GATEWAY, ErrorCode::Unavailable),
     }
