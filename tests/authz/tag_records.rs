@@ -282,10 +282,11 @@ async fn second_request_waits_no_longer_than_the_first() {
     let new = registry.push(REPOSITORY, "1", "two", &[100]);
     pass(3_601).await;
     pull_at(SHARED, &first, new).await;
-    let mut state = registry.state();
-    let shelf = state.shelves.get_mut(REPOSITORY).unwrap();
-    shelf.tags.insert("1".to_owned(), old);
-    drop(state);
+    {
+        let mut state = registry.state();
+        let shelf = state.shelves.get_mut(REPOSITORY).unwrap();
+        shelf.tags.insert("1".to_owned(), old);
+    }
     bucket.delays(Duration::from_millis(900));
     let request = ClientRequest {
         site: SHARED,

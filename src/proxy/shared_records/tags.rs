@@ -47,7 +47,7 @@ type UseKey = (TagKey, u64);
 
 impl TagRecordUses {
     /// Joins the use, or begins it. Returns when it began.
-    fn share<F>(&self, key: UseKey, using: impl FnOnce() -> F) -> (SharedCall<bool>, Instant)
+    fn share<F>(&self, key: &UseKey, using: impl FnOnce() -> F) -> (SharedCall<bool>, Instant)
     where
         F: Future<Output = bool> + Send + 'static,
     {
@@ -63,7 +63,7 @@ impl TagRecordUses {
                 using.await
             }
         });
-        let began = self.began.lock().get(&key).copied();
+        let began = self.began.lock().get(key).copied();
         (call, began.unwrap_or_else(Instant::now))
     }
 }
@@ -198,7 +198,7 @@ impl ReadContext<'_> {
         };
         let (call, began) = proxy
             .tag_record_uses
-            .share((key.clone(), self.request.accept.key()), using);
+            .share(&(key.clone(), self.request.accept.key()), using);
         // Of all requests that wait for this use, none waits longer than the first.
         match timeout_at(began + proxy.shared.wait_max(), call.wait()).await {
             Ok(Some(true)) => self.tag_evidence(tag, Some(self.tag_client())).await,
