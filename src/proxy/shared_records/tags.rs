@@ -615,12 +615,13 @@ fn named_in(found: &Dated<TagState>, digest: Digest) -> (Digest, Option<u64>) {
     (digest, naming.map(|variant| variant.at).max())
 }
 
-/// Whether a request under the policy `never` was denied because nothing is cached.
+/// Whether a request under the policy `never` was denied because nothing is cached, or because this cache has not
+/// seen the manifest in the public repository.
 fn is_not_cached(outcome: &ProxyResponse) -> bool {
     matches!(
         outcome,
         ProxyResponse::Denied(Denied {
-            reason: DenyReason::NotCached,
+            reason: DenyReason::NotCached | DenyReason::NotAuthorized,
             ..
         })
     )
