@@ -207,10 +207,10 @@ pub enum BucketError {
     Name(Arc<str>),
 }
 
-/// Who has to act on a [`BucketError`].
+/// The party that must act on a [`BucketError`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Nobody: an expected response.
+    /// None: an expected response.
     None,
     /// The operator: the settings, the credential or its rights are wrong. Another attempt has the same result.
     Operator,
@@ -219,7 +219,7 @@ pub enum Fault {
 }
 
 impl BucketError {
-    /// Who has to act.
+    /// The party that must act.
     pub fn fault(&self) -> Fault {
         match self {
             Self::Absent | Self::Unreadable(_) | Self::Exists => Fault::None,
@@ -320,7 +320,7 @@ impl fmt::Display for ObjectKey {
 /// A pending operation on a bucket.
 pub type BucketFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, BucketError>> + Send + 'a>>;
 
-/// What is known of an object.
+/// Properties of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObjectInfo {
     /// Size in bytes.
@@ -335,7 +335,7 @@ pub struct ObjectInfo {
 
 /// An object that is being read.
 pub struct Object {
-    /// What is known of it.
+    /// Its properties.
     pub info: ObjectInfo,
     /// Its bytes from the requested offset on. A truncated body is an error.
     pub body: Box<dyn ObjectBody>,

@@ -200,7 +200,7 @@ struct Guarded {
 
 /// An object that is being read.
 pub struct SharedObject {
-    /// What is known of it.
+    /// Its properties.
     pub info: ObjectInfo,
     key: ObjectKey,
     object: Object,

@@ -29,7 +29,7 @@ use crate::store::access_times::ContentId;
 use crate::trace_context::TraceContext;
 use crate::upstream::{Caller, UpstreamResponse};
 
-/// A read of one repository, and what is known about its client.
+/// A read of one repository, and the rights of its client.
 pub(super) struct ReadContext<'a> {
     pub(super) proxy: &'a Arc<ProxyService>,
     pub(super) request: &'a Request,

@@ -365,7 +365,7 @@ impl Doomed {
     }
 }
 
-/// What was deleted of one image or digest, or would be.
+/// The deletion of one image or digest, or its trial.
 #[derive(Default)]
 struct Removal {
     /// The tag record was replaced.

@@ -23,7 +23,7 @@ pub const LEFT_BEHIND_AFTER: Duration = Duration::from_secs(24 * 60 * 60);
 /// Hours that are distinguished by the limit of the total size: seven years. Older objects count as of that age.
 const HOURS_MAX: u64 = 65_536;
 
-/// What is deleted.
+/// The rules of deletion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GcRules {
     /// Blobs, manifests and records of a greater age are deleted.

@@ -1,4 +1,4 @@
-//! One image in the bucket: what its tag record says, and which of its objects the bucket has.
+//! One image in the bucket: the statement of its tag record, and its objects.
 
 #[cfg(all(test, feature = "shared"))]
 mod tests;

@@ -111,7 +111,7 @@ impl Records {
         }
     }
 
-    /// What was read, with a denial that waits for the bucket. A denial of an earlier process may be among those that are
+    /// A record that was read, with a denial that waits for the bucket. A denial of an earlier process may be among those that are
     /// not loaded.
     pub(super) async fn with_waiting_denial<S: Merge>(
         &self,
@@ -362,7 +362,7 @@ impl SharedStorage {
         });
     }
 
-    /// Queues an update of what was seen at `since`.
+    /// Queues an update by an observation at `since`.
     pub(in crate::shared) fn queue_update(
         &self,
         (id, since): (&RecordId, Instant),
