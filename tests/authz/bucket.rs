@@ -76,7 +76,8 @@ impl Bucket {
     /// Sets the bucket's clock right.
     pub fn sets_clock_right(&self) {
         let now = now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
-        self.steps(now - self.start - self.started.elapsed());
+        let shown = self.start + self.started.elapsed();
+        self.steps(now.checked_sub(shown).unwrap());
     }
 
     /// Settings of a cache with the key of this digit.
