@@ -347,7 +347,7 @@ async fn simultaneous_requests_read_a_record_once() {
             "{got:?}"
         );
     }
-    // A client with another `Accept` uses what was read.
+    // A client with another `Accept` uses the same read.
     second.accept = Some(OCI_INDEX);
     let _denied = second.get(&of("1")).await;
     assert_eq!(bucket.tag_reads(), 1);
@@ -655,7 +655,7 @@ async fn new_cache_does_not_start_the_age_again() {
         0,
         "it has learned it"
     );
-    // Without the record, the age begins anew.
+    // Without the record, the age begins again.
     let third = Cache::new(&registry, cooling());
     assert_eq!(tag(&third).await, Err("too-young"));
 }
