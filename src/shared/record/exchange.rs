@@ -244,7 +244,7 @@ impl SharedStorage {
             .is_some_and(|active| active.settings.write && active.records.is_some())
     }
 
-    /// Whether the storage's clock shows the time `own` of this host now, within [`CLOCK_DIFFERENCE_MAX`].
+    /// Whether the storage's clock shows the time `own` of this host now, within five minutes.
     pub fn agrees_with_clock(&self, own: SystemTime) -> bool {
         let active = self.active.load();
         let clock = active.as_ref().and_then(|active| active.settings.bucket.clock());
