@@ -92,7 +92,7 @@ const WRITE_STEPS_MAX: usize = 32;
 
 /// Concurrent lookups of blobs on the disk before a download, and as many starts of transfers there. Further ones wait
 /// without a thread. Without a limit, 600 requests at once took up to 512 threads.
-const STARTS_MAX: usize = 64;
+const STARTS_MAX: usize = 24;
 
 /// Bytes between network and disk, of all transfers together.
 const QUEUED_BYTES_MAX: usize = 16 * 1024 * 1024;

@@ -17,10 +17,10 @@ use super::invalidations::InvalidationKey;
 use super::{Evictions, HealthIssue, Limits, ScrubTotals, Store, Usage, View};
 
 /// Maximum concurrent disk reads. Further reads wait without a thread.
-const READS_MAX: usize = 64;
+const READS_MAX: usize = 48;
 
 /// Maximum concurrent writes. Most of their time is an fsync.
-const WRITES_MAX: usize = 64;
+const WRITES_MAX: usize = 32;
 
 /// Maximum concurrent waits for the index. After one has timed out, the others fail fast.
 const INDEX_WAITS_MAX: usize = 32;
