@@ -111,6 +111,7 @@ impl Proxy {
         }
         for blob in &image.blobs {
             self.until_kept(&blob.digest).await;
+            self.until_known(&blob.digest).await;
         }
         reply
     }
@@ -162,6 +163,16 @@ impl Proxy {
             }
         })
         .await
+    }
+
+    /// Waits until a file names the repository of this digest, so that a kill cannot lose it.
+    async fn until_known(&self, digest: &str) {
+        crate::registry::within("the membership to be on the disk", async {
+            while !self.setup.has_member(digest) {
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+        })
+        .await;
     }
 
     /// Sends this many requests that need no upstream. Earlier requests have been handled by then.

@@ -154,6 +154,15 @@ impl Setup {
         files.find(|path| path.file_name().is_some_and(|name| name == hex))
     }
 
+    /// Whether the file of a repository has this digest.
+    pub fn has_member(&self, digest: &str) -> bool {
+        let mut files = files_below(&self.data().join("seen")).into_iter();
+        files.any(|path| {
+            let lines = std::fs::read(path).unwrap_or_default();
+            String::from_utf8_lossy(&lines).contains(digest)
+        })
+    }
+
     /// The text of the configuration file.
     pub fn toml(&self) -> String {
         let folder = self.folder.path();

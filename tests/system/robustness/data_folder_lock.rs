@@ -31,7 +31,7 @@ async fn a_process_that_was_killed_leaves_no_lock() {
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Proxy::over(&upstream).await;
     proxy.pull("library/demo", "latest", &image).await;
-    // It starts again. Whether a kill loses what was served a moment before is the subject of tests/crash.
     let proxy = proxy.crash().await;
-    proxy.pull("library/demo", "latest", &image).await;
+    upstream.refuses();
+    proxy.pull("library/demo", "latest", &image).await.is_stale();
 }
