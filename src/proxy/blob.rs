@@ -410,6 +410,7 @@ impl BlobRequest<'_> {
         }
         let cause = match last.as_deref() {
             Some(DownloadError::NotStarted(response)) => response.cause(),
+            _ if !self.may_ask_upstream() => UpstreamFailure::PolicyNever,
             _ => UpstreamFailure::Abandoned,
         };
         denied(DenyReason::UpstreamUnavailable(cause), None, false)

@@ -228,9 +228,12 @@ impl Active {
         if !self.settings.claims || is_small || self.is_refused(&entering.content.key()) {
             return Entered::Alone;
         }
-        // A bucket that was silent about the blob is not asked for its claim.
-        let is_silent = since.elapsed() >= self.settings.wait_max;
-        if is_silent || !entering.memory.admit() || !self.may_claim() {
+        // The client has waited for the blob in vain: it does not wait for the claim too.
+        if since.elapsed() >= self.settings.wait_max {
+            self.telemetry.shared().record_claim(Alone::Unavailable.name());
+            return Entered::Alone;
+        }
+        if !entering.memory.admit() || !self.may_claim() {
             return Entered::Alone;
         }
         let Some(guard) = self.claims.leases.register(digest) else {

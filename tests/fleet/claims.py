@@ -58,8 +58,8 @@ async def at_once(fleet, registry, bucket):
     took = await asyncio.gather(*pulls)
     fleet.check(f"{HOSTS} cold caches, {len(pulls)} pulls at once", all(took), took)
     late = int(sum([await metric(cache, 'ifnewer_shared_claims_total{result="unavailable"}') for cache in hosts]))
-    # On a busy machine. Such a cache fetches the blob itself.
-    fleet.at_most("claims that the bucket did not answer in time", late, 0, bound=HOSTS)
+    # A cache whose claim is late fetches the blob itself. That depends on the load of the machine.
+    fleet.at_most("claims that the bucket did not answer in time", late, 0, bound=HOSTS // 2)
     gets = [at_registry.count(f"GET .*/blobs/{digest}") for digest in image.layers]
     fleet.at_most(f"GETs at the registry for {len(gets)} layers", sum(gets), len(gets), bound=len(gets) + late)
     more = late * max(sizes) / sum(sizes)

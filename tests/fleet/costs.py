@@ -1,6 +1,7 @@
 """What pulls cost: numbers of requests, a tag that moves under many caches, and memory."""
 
 import asyncio
+import itertools
 import json
 import re
 
@@ -110,7 +111,7 @@ async def moving(fleet, registry, bucket, key):
 
     await asyncio.gather(move(), watch(), *(confirm(cache) for cache in hosts))
     fleet.equal("a tag that moves: failed requests", [], failures)
-    back = max(earlier - later for at, later in enumerate(seen) for earlier in seen[max(0, at - 1):at + 1])
+    back = max(latest - now for latest, now in zip(itertools.accumulate(seen, max), seen, strict=True))
     fleet.at_most(f"its record, read {len(seen)} times, names a digest of s before", back * MOVE_S, CLOCK_S, bound=CLOCK_S)
     fleet.equal("the record names the last digest", MOVES - 1, (await asyncio.to_thread(read))[-1])
     lost = sum([await metric(cache, 'ifnewer_shared_records_total{class="tag",result="lost"}') for cache in hosts])

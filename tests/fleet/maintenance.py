@@ -202,6 +202,7 @@ async def many(fleet, bucket, operator):
     out, status = await reading, listing.wait()
     blobs = [kind["objects"] for kind in json.loads(out)["kinds"] if kind["kind"] == "blobs"]
     fleet.equal("an inventory of several pages", (0, [MANY + kept]), (status, blobs))
+    fleet.check("its memory was read", peak_mib > 0)
     fleet.at_most("its memory", peak_mib, RSS_MAX_MIB, "MiB")
     running = operator.start("gc", "--older", "1s", "--yes")
     await until(lambda: len(bucket.objects("blobs")) < MANY, 20, 0.1)

@@ -311,12 +311,12 @@ pub(super) async fn rm(
         }
         printed = printed.and(output_result);
     }
-    printed?;
     if !is_found {
         return Err(CommandError::Incomplete(
             "the bucket has no object of these images, and no tag record to replace".to_owned(),
         ));
     }
+    printed?;
     if !args.yes && !args.json {
         output.line(&output.paint(Style::Dim, "nothing was deleted; add --yes to do it"))?;
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use crate::oci::{Digest, Reference, Repository};
 use crate::proxy::{ProxyService, UpstreamRegistry};
@@ -37,10 +37,13 @@ impl ProxyService {
         if !self.shared.has_record_key() {
             return None;
         }
-        let place = &registry.record_place(repository);
+        let (place, until) = (
+            &registry.record_place(repository),
+            Instant::now() + REPORT_TIMEOUT,
+        );
         let content = async |digest| {
             let reading = self.shared.content_record(place, digest);
-            (digest, or_unread(reading).await)
+            (digest, or_unread(until, reading).await)
         };
         let of_tag = async {
             let Reference::Tag(tag) = reference else {
@@ -53,7 +56,7 @@ impl ProxyService {
                     None => (None, None),
                 };
             };
-            let found = or_unread(self.shared.read_tag_record(place, tag)).await;
+            let found = or_unread(until, self.shared.read_tag_record(place, tag)).await;
             let named = match &found {
                 RecordRead::Found(found) => found.state.variants.first().map(|variant| variant.digest),
                 RecordRead::Absent | RecordRead::Unread { .. } => None,
@@ -67,7 +70,7 @@ impl ProxyService {
             if !registry.has_public_records() {
                 return None;
             }
-            Some(or_unread(self.shared.public_record(place)).await)
+            Some(or_unread(until, self.shared.public_record(place)).await)
         };
         let ((tag, content), public) = tokio::join!(of_tag, of_repository);
         Some(RecordedImage { tag, content, public })
@@ -90,7 +93,7 @@ impl ProxyService {
     }
 }
 
-async fn or_unread<S>(reading: impl Future<Output = RecordRead<S>>) -> RecordRead<S> {
-    let read = timeout(REPORT_TIMEOUT, reading).await;
+async fn or_unread<S>(until: Instant, reading: impl Future<Output = RecordRead<S>>) -> RecordRead<S> {
+    let read = timeout_at(until, reading).await;
     read.unwrap_or(RecordRead::Unread { is_capped: false })
 }

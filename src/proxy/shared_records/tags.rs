@@ -178,7 +178,10 @@ impl ReadContext<'_> {
             Policy::IfNewer => age_max,
             _ => ABSENT_INTERVAL,
         };
-        if !self.is_open_to_records(tag, reader, interval).await {
+        // For all reads of the bucket together.
+        let until = Instant::now() + proxy.shared.wait_max();
+        let opening = timeout_at(until, self.is_open_to_records(tag, reader, interval));
+        if !opening.await.unwrap_or(false) {
             return evidence;
         }
         let using = || {
@@ -200,7 +203,7 @@ impl ReadContext<'_> {
             .tag_record_uses
             .share(&(key.clone(), self.request.accept.key()), using);
         // Of all requests that wait for this use, none waits longer than the first.
-        match timeout_at(began + proxy.shared.wait_max(), call.wait()).await {
+        match timeout_at(until.min(began + proxy.shared.wait_max()), call.wait()).await {
             Ok(Some(true)) => self.tag_evidence(tag, Some(self.tag_client())).await,
             Ok(_) => evidence,
             Err(_) => {
@@ -229,8 +232,7 @@ impl ReadContext<'_> {
         if reading.await.is_none() {
             return false;
         }
-        let is_public = timeout(shared.wait_max(), self.is_public_in_outage());
-        is_public.await.unwrap_or(false)
+        self.is_public_in_outage().await
     }
 }
 

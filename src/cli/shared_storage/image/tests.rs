@@ -190,8 +190,11 @@ async fn image_that_the_bucket_does_not_have_is_reported() {
         text.contains("note: 1 manifests are missing or damaged"),
         "{text}"
     );
-    let result = remove(&bucket, &[&absent.to_string()], &mut Vec::new(), pending()).await;
-    assert!(matches!(result, Err(CommandError::Incomplete(_))), "{result:?}");
+    let name = absent.to_string();
+    for out in [&mut Vec::new() as &mut dyn Write, &mut Closed] {
+        let result = remove(&bucket, &[&name], out, pending()).await;
+        assert!(matches!(result, Err(CommandError::Incomplete(_))), "{result:?}");
+    }
 }
 
 #[tokio::test]
