@@ -35,7 +35,7 @@ use crate::upstream::{Origin, ProxyChoice, SettingsError, Transport};
 pub(crate) use s3::in_memory;
 
 /// Size of a part of a multipart upload. S3 allows no part below 5 MiB but the last one.
-pub const PART_BYTES: usize = 8 * 1024 * 1024;
+pub const PART_BYTES: usize = 5 * 1024 * 1024;
 
 /// Maximum number of parts of an upload in S3.
 const PARTS_MAX: u64 = 10_000;

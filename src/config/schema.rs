@@ -231,7 +231,7 @@ sections! {
         claims: bool = "true", "Whether a blob that several caches lack is fetched by one of them, while the others read what it fetches from the bucket. With write = false, this cache reads and never fetches for others.";
         keep: Lifetime = r#""28d""#, "Age at which the bucket's lifecycle rule deletes objects. One that is read at more than half of it is written again.";
         first_byte_timeout: Timeout = r#""1s""#, "Time that a request for missing content waits for the bucket before it goes on to the upstream.";
-        uploads_max: Count<64> = "3", "Maximum concurrent uploads. Each has a part of 8 MiB in memory.";
+        uploads_max: Count<64> = "3", "Maximum concurrent uploads. Each has a part of 5 MiB in memory.";
         key_file: Option<FilePath>, "File with the key of the records, 64 hexadecimal digits; further lines are keys that are replaced or will be. With the same key, caches share which digest a tag names and which repositories are public: for outages, `max_age`, `if-not-present`, `never` and `min_age`. Only its owner may access the file. Unset: no records. Read again on SIGHUP.";
         grants: bool = "false", "Whether caches also share which clients the upstreams have authorized, by password or by account (`local_tokens`), so that a private image is served in an outage by a cache that has not seen the client, for `grant_ttl_offline`; and which clients were denied since. Requires `key_file`; give all caches the same value. See docs/shared.md, grants of private repositories, first.";
         encryption: EncryptionChoice = r#""bucket""#, "Encryption at rest: \"bucket\" (the default of the bucket), \"sse-s3\", or \"sse-kms\" with `kms_key`.";

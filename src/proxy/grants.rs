@@ -503,8 +503,6 @@ impl ProxyService {
     }
 }
 
-impl RecentDenials {}
-
 /// Writes while holding the lock. The lock is released after the write, even if the caller was dropped.
 async fn write_holding_lock<T: Send + 'static>(
     store: &AsyncStore,

@@ -12,13 +12,14 @@ mod tags;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures_util::StreamExt as _;
 use futures_util::future::BoxFuture;
 use quick_cache::sync::Cache;
 use tokio::time::{Instant, timeout};
 
+use self::grant::EndedRights;
 use super::evidence::Evidence;
 use super::manifest::ManifestRequest;
 use super::manifest_fetch::{UpstreamRequest, verify};
@@ -628,10 +629,19 @@ impl ReadContext<'_> {
             // While the upstream responds, it is asked before the mark expires. Under `never`, only a record can end a mark.
             Given::Cached => self.known_outage().is_some() || self.rule.policy == Policy::Never,
         };
-        if is_in_outage && self.ends_revoked_grant().await {
+        let ended = if is_in_outage {
+            self.ends_revoked_grant().await
+        } else {
+            EndedRights::default()
+        };
+        if ended.any() {
+            // Without those that ended.
             let read = ReadContext::new(self.proxy, self.request, self.repository).await;
-            // Those that ended, and those that could not be checked.
-            let read = read.without_grants();
+            let read = if ended.is_capped() {
+                read.without_grants()
+            } else {
+                read
+            };
             let is_public = read.public_mark().is_some() && read.is_permitted_by_records().await;
             return Some(if is_public {
                 read
@@ -719,7 +729,7 @@ impl ReadContext<'_> {
     /// another one remembers, by a public mark of this cache, or by the record of another cache that the repository is
     /// public. A later record of a denial ends such a right.
     pub(super) async fn is_permitted_by_records(&self) -> bool {
-        if self.authorization_of_client() != Authorization::Unknown && !self.ends_revoked_grant().await {
+        if self.has_own_right().await {
             return true;
         }
         // Both records are read at once.
@@ -727,15 +737,34 @@ impl ReadContext<'_> {
         is_granted || is_public
     }
 
+    /// Whether this cache remembers a right of the client that no recorded denial ends.
+    async fn has_own_right(&self) -> bool {
+        if self.authorization_of_client() == Authorization::Unknown {
+            return false;
+        }
+        let ended = self.ends_revoked_grant().await;
+        if ended.any() && !ended.is_capped() {
+            let read = ReadContext::new(self.proxy, self.request, self.repository).await;
+            return read.authorization_of_client() != Authorization::Unknown;
+        }
+        !ended.any()
+    }
+
+    /// The public mark, if it is not by the record of another cache.
+    fn own_public_mark(&self) -> Option<SystemTime> {
+        self.public_mark().filter(|since| *since != public_by_record())
+    }
+
     async fn is_public_in_outage(&self) -> bool {
-        let own_mark = self.public_mark().filter(|since| *since != public_by_record());
+        let own_mark = self.own_public_mark();
         if !self.may_use_public_records() {
             return own_mark.is_some();
         }
         let (registry, repository) = (&self.request.registry, self.repository);
         let place = registry.record_place(repository);
         let now = Instant::now();
-        let found = match self.proxy.shared.public_record(&place).await {
+        let reading = self.proxy.shared.public_record(&place, own_mark.is_some());
+        let found = match reading.await {
             RecordRead::Found(found) => found,
             RecordRead::Absent => return own_mark.is_some(),
             // What expired needs the record. What did not, needs it as little as while the bucket is unavailable; but no

@@ -133,10 +133,11 @@ impl Revocations {
         let _file = self.lock(id).await;
         {
             let mut waiting = self.waiting.lock();
-            if let Some(entry) = waiting.get_mut(id) {
+            if let Some(entry) = waiting.get_mut(id)
+                && (entry.is_known || !is_known)
+            {
                 entry.added += 1;
                 entry.at = entry.at.max(at);
-                entry.is_known |= is_known;
                 return Some(entry.added);
             }
             let alike = waiting.values().filter(|entry| entry.is_known == is_known);
@@ -156,14 +157,12 @@ impl Revocations {
             tracing::error!(%error, "failed to keep a denial for the shared storage, it is lost at a restart");
             return None;
         }
-        let entry = Entry {
-            at,
-            is_known,
-            added: 1,
-        };
+        // An entry of an unknown client became one of a known client.
+        let added = self.waiting.lock().get(id).map_or(0, |entry| entry.added) + 1;
+        let entry = Entry { at, is_known, added };
         self.waiting.lock().insert(id.clone(), entry);
         self.count();
-        Some(1)
+        Some(added)
     }
 
     /// Adds a denial as [`Self::add`] does, for at most a second. Afterwards, it is added in the background and queued by
@@ -241,10 +240,12 @@ impl SharedStorage {
             );
         };
         queue(number);
-        if is_known || self.has_few_unknown() {
+        let waits = is_known || self.has_few_unknown();
+        if waits {
             self.settled(&id).await;
         }
-        if !is_known && self.is_update_waiting(&id) {
+        // Many wrong passwords write no files while the bucket accepts their denials.
+        if !is_known && (waits || self.are_writes_stopped()) && self.is_update_waiting(&id) {
             let number = self.revocations.add_soon(&id, now, false).await;
             if number.is_some() {
                 queue(number);
@@ -256,6 +257,11 @@ impl SharedStorage {
         let active = self.active.load();
         let records = active.as_ref().and_then(|active| active.records.as_ref());
         records.is_none_or(|records| records.updates.has_few_unknown())
+    }
+
+    fn are_writes_stopped(&self) -> bool {
+        let active = self.active.load();
+        active.as_ref().is_some_and(|active| active.is_stopped())
     }
 
     fn is_update_waiting(&self, id: &RecordId) -> bool {

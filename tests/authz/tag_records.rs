@@ -511,6 +511,35 @@ async fn denial_elsewhere_ends_the_use_of_tag_records() {
     assert!(matches!(got, Got::No(_)), "{got:?}");
 }
 
+/// A client whose grant has expired, as it is denied elsewhere.
+#[tokio::test(start_paused = true)]
+async fn expired_grant_alone_opens_no_tag_record() {
+    let (registry, bucket, first, _digest) = recorded().await;
+    let users = ["alice", "bob"].map(|name| {
+        registry.user(name, name);
+        registry.lets(name, REPOSITORY);
+        ClientRequest {
+            shows: registry.bearer(name),
+            ..of("1")
+        }
+    });
+    let [alice, bob] = users;
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    let got = second.get(&bob).await;
+    assert!(matches!(got, Got::Content(..)), "{got:?}");
+    registry.state().public.clear();
+    registry.revokes("bob", REPOSITORY);
+    let denied = first.get(&of("1")).await;
+    assert!(matches!(denied, Got::No(_)), "{denied:?}");
+    pass(3_600).await;
+    let got = first.get(&alice).await;
+    assert!(matches!(got, Got::Content(..)), "{got:?}");
+    first.proxy.shared().drain().await;
+    pass(10).await;
+    let got = second.get(&bob).await;
+    assert!(matches!(got, Got::No(_)), "{got:?}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn push_through_another_cache_ends_a_confirmation() {
     let (registry, bucket, first, old) = recorded().await;

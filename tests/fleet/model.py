@@ -31,7 +31,7 @@ HOST_IMAGES, REGIONAL_IMAGES = 60, 1_500
 
 # List prices of S3 in dollars for 1,000 requests.
 GET_PRICE, PUT_PRICE = 0.0004, 0.005
-PARTS = 4  # an upload of a layer of 30 MiB, in parts of 8 MiB
+PARTS = 6  # an upload of a layer of 30 MiB, in parts of 5 MiB
 
 # The claim of a layer, without followers: its read, a look each second, and the writes of a download of a few seconds.
 CLAIM_GETS, CLAIM_PUTS = 6, 2

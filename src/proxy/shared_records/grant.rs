@@ -51,7 +51,7 @@ struct RecordedRights {
 
 /// Rights of this cache that end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct EndedRights {
+pub(in crate::proxy) struct EndedRights {
     /// The grants in the repository, of the client and its account.
     repository: bool,
     /// The login of the account.
@@ -61,8 +61,14 @@ struct EndedRights {
 }
 
 impl EndedRights {
-    fn any(self) -> bool {
+    /// Whether one ended, or none counts.
+    pub(in crate::proxy) fn any(self) -> bool {
         self.repository || self.login || self.is_capped
+    }
+
+    /// Whether no grant counts for this request, because the records were not read.
+    pub(in crate::proxy) fn is_capped(self) -> bool {
+        self.is_capped
     }
 }
 
@@ -318,11 +324,11 @@ impl ReadContext<'_> {
         (read.authorization_of_client() != Authorization::Unknown).then_some(read)
     }
 
-    /// Ends the rights of this client that are older than a denial which another cache recorded. Returns whether there is
-    /// one, so that the request must be decided again, by [`Self::without_ended`].
-    pub(in crate::proxy) async fn ends_revoked_grant(&self) -> bool {
+    /// Ends the rights of this client that are older than a denial which another cache recorded. If there is one, the
+    /// request must be decided again.
+    pub(in crate::proxy) async fn ends_revoked_grant(&self) -> EndedRights {
         if self.authorization_of_client() == Authorization::Unknown {
-            return false;
+            return EndedRights::default();
         }
         let rights = self.recorded_rights(true).await;
         let now = self.proxy.clock.now();
@@ -338,7 +344,7 @@ impl ReadContext<'_> {
         if let Some(account) = self.own_account().filter(|_| ended.login) {
             self.proxy.revoke(registry, None, account).await;
         }
-        ended.any()
+        ended
     }
 }
 

@@ -70,7 +70,7 @@ impl ProxyService {
             if !registry.has_public_records() {
                 return None;
             }
-            Some(or_unread(until, self.shared.public_record(place)).await)
+            Some(or_unread(until, self.shared.public_record(place, false)).await)
         };
         let ((tag, content), public) = tokio::join!(of_tag, of_repository);
         Some(RecordedImage { tag, content, public })

@@ -19,7 +19,7 @@ use crate::proxy::invalidation::WriteSnapshot;
 use crate::proxy::manifest_fetch::UpstreamRequest;
 use crate::proxy::pipeline::ReadContext;
 use crate::proxy::{Denied, ProxyResponse, ProxyService, UpstreamRegistry, log_store_error};
-use crate::shared::{Dated, RecordReader, TagState};
+use crate::shared::{Dated, RecordRead, RecordReader, TagState};
 use crate::single_flight::{SharedCall, SingleFlight};
 use crate::store::invalidations::InvalidationKey;
 use crate::store::tags::sightings::{Seen, SightTime, SightingKey};
@@ -217,11 +217,12 @@ impl ReadContext<'_> {
 }
 
 impl ReadContext<'_> {
-    /// Whether the record of the tag counts for this client: by a right of its own, or if the record of the repository does
-    /// not end the public mark. Otherwise the renewals of authorized clients of other caches would hide a denial. That record
-    /// is read after the one of the tag, so that a slow bucket delays a tag once.
+    /// Whether the record of the tag counts for this client: by a current grant of its own, or if the record of the
+    /// repository is read and does not end the public mark. Otherwise the renewals of authorized clients of other caches
+    /// would hide a denial. That record is read after the one of the tag, so that a slow bucket delays a tag once.
     async fn is_open_to_records(&self, tag: &Tag, reader: RecordReader, interval: Duration) -> bool {
-        if self.authorization_of_client() != Authorization::Unknown {
+        let (is_never, own) = (self.rule.policy == Policy::Never, self.authorization_of_client());
+        if own == Authorization::Granted || is_never && own != Authorization::Unknown {
             return true;
         }
         let (shared, place) = (
@@ -232,7 +233,14 @@ impl ReadContext<'_> {
         if reading.await.is_none() {
             return false;
         }
-        self.is_public_in_outage().await
+        // The upstream responds, so a record that is not read costs one request to it.
+        let is_read = async {
+            let read = shared
+                .public_record(&place, self.own_public_mark().is_some())
+                .await;
+            !matches!(read, RecordRead::Unread { .. })
+        };
+        (is_never || !self.may_use_public_records() || is_read.await) && self.is_public_in_outage().await
     }
 }
 
@@ -537,13 +545,15 @@ impl ProxyService {
         Some(true)
     }
 
-    /// Ends a confirmation during which a write began. Only a write that may have taken effect removes the tag, so that a
+    /// Ends a confirmation during which a write began. Only a write that the registry accepted removes the tag, so that a
     /// client without push access cannot evict it.
     async fn end_overtaken(&self, usage: &TagRecordUse, now: SystemTime) {
-        let key = usage.key.clone();
-        let has_ended = usage.registry.writes(&key.repository).ended() != usage.writes.ended();
+        let (key, began) = (usage.key.clone(), usage.reader.since);
+        let writes = usage.registry.write_generations();
+        let since = (began.elapsed(), Instant::now());
+        let was_accepted = writes.may_predate_write(&key.repository, since, true);
         let ending = self.store.write(move |store| {
-            if has_ended {
+            if was_accepted {
                 store.remove_tag(&key)
             } else {
                 store.invalidate(&InvalidationKey::from(&key), now)

@@ -14,13 +14,12 @@ use tokio::time::{Instant, sleep, timeout};
 use super::grant::GrantReads;
 use super::key::{Class, RECORD_BYTES_MAX, RecordKeys, Unusable};
 use super::queue::{Denial, Pushed, RecordId, Update, Updates};
-use super::recent::RecentReads;
+use super::recent::LimitedReads;
 use super::state::{ContentState, Merge, PublicState, TagState};
 use super::tag_reads::TagReads;
 use crate::bucket::{BucketError, Fault, ObjectKey};
 use crate::oci::{Digest, Repository, Tag, UpstreamFailure};
 use crate::shared::breaker::Outcome;
-use crate::shared::rate::Rate;
 use crate::shared::revocations::Revocations;
 use crate::shared::upload::admitted;
 use crate::shared::{Active, READ_TIMEOUT, SharedStorage};
@@ -74,10 +73,10 @@ pub(in crate::shared) struct Records {
     pub(in crate::shared) updates: Updates,
     /// The time 1 of this cache. A reload keeps it, and so the times of the updates that are taken over.
     pub(in crate::shared) base: Instant,
-    /// Public records that were read.
-    read: RecentReads<PublicState>,
     /// Public records have a cap of their own: what denies must be read while other reads are at the cap.
-    rate: Mutex<Rate>,
+    public: LimitedReads<PublicState>,
+    /// The storage's time of `base`, when its clock last agreed with that of this host.
+    agreed: Mutex<Option<u64>>,
     /// Tag records that were read before the upstream was asked.
     pub(super) tags: TagReads,
     pub(super) grants: GrantReads,
@@ -91,8 +90,8 @@ impl Records {
             settings,
             updates: Updates::default(),
             base: Instant::now(),
-            read: RecentReads::default(),
-            rate: Mutex::new(Rate::new(Instant::now())),
+            public: LimitedReads::new(),
+            agreed: Mutex::default(),
             tags: TagReads::default(),
             grants: GrantReads::new(),
             revocations: None,
@@ -122,7 +121,8 @@ impl Records {
         let (RecordRead::Found(found), Some(list)) = (&read, &self.revocations) else {
             return read;
         };
-        if !list.loaded().await {
+        // A disk that hangs must not hold the clients of an outage.
+        if !timeout(SETTLE_TIMEOUT, list.loaded()).await.unwrap_or(false) {
             return RecordRead::Unread { is_capped: false };
         }
         let Some(since) = list.waits_since(id) else {
@@ -249,7 +249,11 @@ impl SharedStorage {
         let active = self.active.load();
         let clock = active.as_ref().and_then(|active| active.settings.bucket.clock());
         let difference = clock.and_then(|clock| clock.difference(own, Instant::now()));
-        difference.is_some_and(|difference| difference <= CLOCK_DIFFERENCE_MAX)
+        let agrees = difference.is_some_and(|difference| difference <= CLOCK_DIFFERENCE_MAX);
+        if agrees && let Some(records) = active.as_ref().and_then(|active| active.records.as_ref()) {
+            *records.agreed.lock() = clock.and_then(|clock| clock.earliest(records.base));
+        }
+        agrees
     }
 
     /// What other caches have seen a tag to name. `None` also if the record cannot be read.
@@ -269,8 +273,8 @@ impl SharedStorage {
         }
     }
 
-    /// Whether other caches have seen a repository to be public.
-    pub async fn public_record(&self, place: &RecordPlace) -> RecordRead<PublicState> {
+    /// Whether other caches have seen a repository to be public. `is_known`: it is for this cache.
+    pub async fn public_record(&self, place: &RecordPlace, is_known: bool) -> RecordRead<PublicState> {
         let unread = RecordRead::Unread { is_capped: false };
         let (Some(active), id) = (self.readable(), place.id(Class::Public, "")) else {
             return unread;
@@ -278,7 +282,8 @@ impl SharedStorage {
         let Some(records) = &active.records else {
             return unread;
         };
-        let read = records.read.get(&id, active.read_record(&id)).await;
+        let reading = records.public.get((&id, is_known), active.read_record(&id));
+        let read = active.counted(reading.await);
         let denial = |at| PublicState { at, is_public: false };
         records.with_waiting_denial(&id, read, denial).await
     }
@@ -434,18 +439,20 @@ impl Active {
         self.reads.lock().breaker.open_since().is_some()
     }
 
-    /// Whether a record may be read now. Reads of grant records are counted before.
-    fn may_read_record(&self, records: &Records, class: Class, key: &ObjectKey) -> bool {
+    /// Whether a record may be read now. Public records and grant records have a limit of their own.
+    fn may_read_record(&self, class: Class, key: &ObjectKey) -> bool {
         match class {
-            Class::Tag | Class::Content => return self.may_read(key),
-            Class::Grant => return true,
-            Class::Public => {}
+            Class::Tag | Class::Content => self.may_read(key),
+            Class::Grant | Class::Public => true,
         }
-        let may = records.rate.lock().take(Instant::now());
-        if !may {
+    }
+
+    /// Counts a read that was not made because of the limit.
+    pub(super) fn counted<S>(&self, read: RecordRead<S>) -> RecordRead<S> {
+        if let RecordRead::Unread { is_capped: true } = read {
             self.telemetry.shared().record_request("get", CAPPED, None);
         }
-        may
+        read
     }
 
     /// Reads a record under each of its names.
@@ -461,7 +468,7 @@ impl Active {
         }
         let names = records.names(id);
         let reads = names.iter().map(|key| async move {
-            if !self.may_read_record(records, id.class, key) {
+            if !self.may_read_record(id.class, key) {
                 return Err(CAPPED);
             }
             let found = self.get_record::<S>(key).await;
@@ -704,6 +711,15 @@ impl Active {
         let by = |at: u64| base.saturating_add(at).saturating_sub(1);
         match update {
             Update::Tag(state) => {
+                // Otherwise the age of a digest would contain a step of the storage's clock while the update waited.
+                let agreed = *records.agreed.lock();
+                let has_stepped =
+                    agreed.is_none_or(|agreed| agreed.abs_diff(base) > CLOCK_DIFFERENCE_MAX.as_secs());
+                let state = if has_stepped {
+                    state.without_sights()
+                } else {
+                    state
+                };
                 self.swap_shifted(id, state.shift(by), (is_known, TAG_RENEWAL))
                     .await
             }

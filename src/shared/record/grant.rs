@@ -13,15 +13,12 @@ use tokio::time::Instant;
 use super::exchange::{RecordRead, Records};
 use super::key::Class;
 use super::queue::{RecordId, Update};
-use super::recent::RecentReads;
+use super::recent::LimitedReads;
 use super::state::{Merge, PublicState};
 use super::{PUBLIC_RENEWAL, RecordPlace};
 use crate::oci::Repository;
 use crate::shared::SharedStorage;
 use crate::shared::rate::Rate;
-
-/// Result of a read that was not made because of the limit of requests.
-const CAPPED: &str = "capped";
 
 /// Grant records that one cache creates per second, after a burst.
 const CREATIONS_PER_SECOND: u32 = 10;
@@ -85,29 +82,17 @@ impl Merge for GrantState {
     }
 }
 
-/// Reads of grant records. Principals that have a right at this cache have reads and a limit of their own, so that a client
-/// with many wrong passwords delays and uses up the other ones only.
+/// Reads and creations of grant records.
 pub(super) struct GrantReads {
-    known: LimitedReads,
-    unknown: LimitedReads,
+    reads: LimitedReads<GrantState>,
     /// Records that this cache creates: an upstream may accept any credential.
     creations: Mutex<Rate>,
 }
 
-struct LimitedReads {
-    recent: RecentReads<GrantState>,
-    rate: Mutex<Rate>,
-}
-
 impl GrantReads {
     pub(super) fn new() -> Self {
-        let reads = || LimitedReads {
-            recent: RecentReads::default(),
-            rate: Mutex::new(Rate::new(Instant::now())),
-        };
         Self {
-            known: reads(),
-            unknown: reads(),
+            reads: LimitedReads::new(),
             creations: Mutex::new(Rate::of(CREATIONS_PER_SECOND, CREATIONS_BURST, Instant::now())),
         }
     }
@@ -212,20 +197,8 @@ impl SharedStorage {
             return unread;
         };
         let id = grant_id(upstream, repository, principal);
-        let reads = if is_known {
-            &records.grants.known
-        } else {
-            &records.grants.unknown
-        };
-        let read = match reads.recent.lately(&id) {
-            Some(found) => found,
-            // Before the wait for another read.
-            None if !reads.rate.lock().take(Instant::now()) => {
-                active.telemetry.shared().record_request("get", CAPPED, None);
-                return RecordRead::Unread { is_capped: true };
-            }
-            None => reads.recent.get(&id, active.read_record(&id)).await,
-        };
+        let reading = records.grants.reads.get((&id, is_known), active.read_record(&id));
+        let read = active.counted(reading.await);
         let denial = |at| GrantState {
             at,
             is_granted: false,

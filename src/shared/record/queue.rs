@@ -321,10 +321,18 @@ impl Updates {
             let is_lately = slack == 0 || since.elapsed().as_secs() < slack;
             is_lately && written.covers(&update, slack)
         };
-        if self.written.get(&id).is_some_and(is_known) {
+        if self.written.get(&id).is_some_and(is_known) || self.is_running(&id, &update, slack) {
             return Pushed::Queued;
         }
         self.enqueue(id, (update, Denial::default()), (0, None))
+    }
+
+    /// Whether the update that runs says as much. If that one fails, another confirmation brings this one again.
+    fn is_running(&self, id: &RecordId, update: &Update, slack: u64) -> bool {
+        let state = self.state.lock();
+        let says_as_much =
+            |(running, known, _): &(RecordId, Update, Denial)| running == id && known.covers(update, slack);
+        !state.is_closed && state.running.as_ref().is_some_and(says_as_much)
     }
 
     /// Adds a denial, also if the bucket is known to have it: its end removes it from the list.
@@ -451,7 +459,7 @@ impl Updates {
     }
 
     #[cfg(all(test, feature = "shared"))]
-    pub(in crate::shared) fn is_running(&self) -> bool {
+    pub(in crate::shared) fn has_running(&self) -> bool {
         self.state.lock().running.is_some()
     }
 
@@ -531,6 +539,19 @@ mod tests {
             updates.next().await.is_some(),
             "it is not known what the bucket has"
         );
+    }
+
+    #[tokio::test]
+    async fn update_that_a_running_one_covers_is_not_queued() {
+        let updates = Updates::default();
+        updates.push(id(1), public(5), 60);
+        let (running, update, _) = updates.next().await.unwrap();
+        updates.push(id(1), public(60), 60);
+        assert!(updates.state.lock().waiting.is_empty());
+        updates.push(id(1), denied(60), 0);
+        assert!(updates.has(&id(1)));
+        updates.end(running, Some(update));
+        assert_eq!(updates.next().await, Some((id(1), denied(60), 0)));
     }
 
     #[tokio::test]

@@ -1,15 +1,18 @@
-//! Memory of records that were read: one request reads a record for all, and a later denial counts after a second.
+//! Memory of records that were read: one request reads a record for all, and a later denial counts after a second. Reads
+//! have a limit, and those for requests without a right at this cache one of their own.
 
 use std::future::Future;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::Instant;
 
 use super::exchange::RecordRead;
 use super::queue::RecordId;
+use crate::shared::rate::Rate;
 
 /// How long a record that was read counts. A denial that another cache records counts here after this time.
 const READ_AGAIN_AFTER: Duration = Duration::from_secs(1);
@@ -20,30 +23,51 @@ const READ_MAX: usize = 4096;
 /// Concurrent reads.
 const READERS_MAX: usize = 64;
 
+/// Reads of one class. Requests that could guess names or passwords delay and use up only those of each other.
+pub(super) struct LimitedReads<S> {
+    known: RecentReads<S>,
+    unknown: RecentReads<S>,
+}
+
 /// Records of one class that were read lately.
-pub(super) struct RecentReads<S> {
+struct RecentReads<S> {
     /// Results of reads, and their time.
     read: Cache<RecordId, (RecordRead<S>, Instant)>,
     /// One reader of a record at a time, by a hash of the record.
     readers: [AsyncMutex<()>; READERS_MAX],
+    rate: Mutex<Rate>,
 }
 
-impl<S: Clone> Default for RecentReads<S> {
-    fn default() -> Self {
+impl<S: Clone> LimitedReads<S> {
+    pub(super) fn new() -> Self {
         Self {
-            read: Cache::new(READ_MAX),
-            readers: std::array::from_fn(|_| AsyncMutex::default()),
+            known: RecentReads::new(),
+            unknown: RecentReads::new(),
         }
+    }
+
+    /// The result of a read within the last second, else that of `reading`, unless the limit is reached. `is_known`: the
+    /// record is about a right of this cache.
+    pub(super) async fn get(
+        &self,
+        (id, is_known): (&RecordId, bool),
+        reading: impl Future<Output = RecordRead<S>>,
+    ) -> RecordRead<S> {
+        let reads = if is_known { &self.known } else { &self.unknown };
+        reads.get(id, reading).await
     }
 }
 
 impl<S: Clone> RecentReads<S> {
-    /// The result of a read within the last second, else that of `reading`.
-    pub(super) async fn get(
-        &self,
-        id: &RecordId,
-        reading: impl Future<Output = RecordRead<S>>,
-    ) -> RecordRead<S> {
+    fn new() -> Self {
+        Self {
+            read: Cache::new(READ_MAX),
+            readers: std::array::from_fn(|_| AsyncMutex::default()),
+            rate: Mutex::new(Rate::new(Instant::now())),
+        }
+    }
+
+    async fn get(&self, id: &RecordId, reading: impl Future<Output = RecordRead<S>>) -> RecordRead<S> {
         if let Some(found) = self.lately(id) {
             return found;
         }
@@ -54,6 +78,10 @@ impl<S: Clone> RecentReads<S> {
         let _reading = reader.lock().await;
         if let Some(found) = self.lately(id) {
             return found;
+        }
+        // Of the requests that wait for one read, one counts.
+        if !self.rate.lock().take(Instant::now()) {
+            return RecordRead::Unread { is_capped: true };
         }
         let began = Instant::now();
         let found = reading.await;
@@ -67,7 +95,7 @@ impl<S: Clone> RecentReads<S> {
     }
 
     /// The result of a read within the last second.
-    pub(super) fn lately(&self, id: &RecordId) -> Option<RecordRead<S>> {
+    fn lately(&self, id: &RecordId) -> Option<RecordRead<S>> {
         let (found, at) = self.read.get(id)?;
         (at.elapsed() < READ_AGAIN_AFTER).then_some(found)
     }
@@ -77,5 +105,57 @@ impl<S: Clone> RecentReads<S> {
         id.hash(&mut hasher);
         let at = usize::try_from(hasher.finish() % READERS_MAX as u64).ok()?;
         self.readers.get(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use futures_util::future::join_all;
+
+    use super::super::key::Class;
+    use super::*;
+
+    fn id(item: usize) -> RecordId {
+        RecordId {
+            class: Class::Grant,
+            upstream: Arc::from("site"),
+            repository: None,
+            item: Arc::from(item.to_string()),
+        }
+    }
+
+    async fn read(reads: &LimitedReads<u8>, item: usize, is_known: bool) -> (RecordRead<u8>, bool) {
+        let mut is_read = false;
+        let reading = async {
+            tokio::task::yield_now().await;
+            is_read = true;
+            RecordRead::Absent
+        };
+        let found = reads.get((&id(item), is_known), reading).await;
+        (found, is_read)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn simultaneous_requests_count_as_one_read() {
+        let reads = LimitedReads::new();
+        let all = join_all((0..300).map(|_| read(&reads, 1, true))).await;
+        assert!(all.iter().all(|(found, _)| *found == RecordRead::Absent));
+        assert_eq!(all.iter().filter(|(_, is_read)| *is_read).count(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn unknown_names_use_up_only_their_own_limit() {
+        let reads = LimitedReads::new();
+        let capped = RecordRead::Unread { is_capped: true };
+        let all = join_all((0..300).map(|item| read(&reads, item, false))).await;
+        assert_eq!(all.iter().filter(|(_, is_read)| *is_read).count(), 200);
+        assert_eq!(all.iter().filter(|(found, _)| *found == capped).count(), 100);
+        assert_eq!(read(&reads, 1_000, true).await, (RecordRead::Absent, true));
+        // What was capped is not remembered.
+        tokio::time::advance(Duration::from_millis(500)).await;
+        let item = all.iter().position(|(found, _)| *found == capped).unwrap();
+        assert_eq!(read(&reads, item, false).await, (RecordRead::Absent, true));
     }
 }

@@ -177,6 +177,14 @@ impl Merge for TagState {
 }
 
 impl TagState {
+    /// This without first sights.
+    pub(in crate::shared) fn without_sights(mut self) -> Self {
+        for variant in &mut self.variants {
+            variant.seen_for = None;
+        }
+        self
+    }
+
     /// This with every time set.
     pub(in crate::shared) fn at(self, at: u64) -> Self {
         let is_unnamed = self.variants.is_empty();

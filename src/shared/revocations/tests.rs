@@ -97,7 +97,7 @@ async fn update_before_a_denial_does_not_remove_it() {
     shared.note_grant((&place, None), &principal, Instant::now());
     // The grant is taken from the queue, and waits until the bucket can be read.
     let updates = &active.records.as_ref().unwrap().updates;
-    within_an_hour(async || updates.is_running()).await;
+    within_an_hour(async || updates.has_running()).await;
     assert!(active.is_stopped());
     bucket.accepts_writes(1);
     shared
@@ -152,7 +152,7 @@ async fn waiting_denial_overrides_the_record_of_another() {
     let is_public = async |shared: &SharedStorage| {
         sleep(Duration::from_secs(2)).await;
         shared
-            .public_record(&public)
+            .public_record(&public, true)
             .await
             .found()
             .unwrap()
