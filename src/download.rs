@@ -62,9 +62,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
-use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
+use crate::blocking::Operation;
 use crate::oci::{Digest, Repository, UpstreamFailure};
 use crate::queue::{AcquireError, Demand, Permit, Queue, QueueFull, Waiter, Waiters};
 use crate::store::blobs::{BlobHandle, Mismatch};
@@ -87,13 +87,6 @@ pub const WITHHELD_BYTES: u64 = 64 * 1024;
 /// Ranges far ahead that are fetched at once. Further ones wait for the transfer.
 const AHEAD_RANGES_MAX: usize = 16;
 
-/// Concurrent write steps of all transfers. Each occupies a thread of the blocking pool.
-const WRITE_STEPS_MAX: usize = 32;
-
-/// Concurrent lookups of blobs on the disk before a download, and as many starts of transfers there. Further ones wait
-/// without a thread. Without a limit, 600 requests at once took up to 512 threads.
-const STARTS_MAX: usize = 24;
-
 /// Bytes between network and disk, of all transfers together.
 const QUEUED_BYTES_MAX: usize = 16 * 1024 * 1024;
 
@@ -113,7 +106,7 @@ struct Shared {
     left: Notify,
     queue: Queue,
     lookups: Arc<Semaphore>,
-    starts: Arc<Semaphore>,
+    files: Arc<Semaphore>,
     write_steps: Arc<Semaphore>,
     queued_bytes: Arc<Semaphore>,
     ahead_permits: Arc<Semaphore>,
@@ -305,9 +298,9 @@ impl Downloads {
             running: Mutex::default(),
             left: Notify::new(),
             queue: Queue::shared("downloads", transfers_max),
-            lookups: Arc::new(Semaphore::new(STARTS_MAX)),
-            starts: Arc::new(Semaphore::new(STARTS_MAX)),
-            write_steps: Arc::new(Semaphore::new(WRITE_STEPS_MAX)),
+            lookups: Operation::BlobLookup.permits(),
+            files: Operation::DownloadFile.permits(),
+            write_steps: Operation::DownloadWrite.permits(),
             queued_bytes: Arc::new(Semaphore::new(QUEUED_BYTES_MAX)),
             ahead_permits: Arc::new(Semaphore::new(AHEAD_RANGES_MAX)),
             parallel,
@@ -365,20 +358,6 @@ impl Downloads {
     pub fn count(&self) -> usize {
         self.shared.running.lock().downloads.len()
     }
-}
-
-/// Runs an operation on a blocking thread, which keeps a permit until it ends. `None`: the runtime ends.
-async fn on_thread<T: Send + 'static>(
-    permits: &Arc<Semaphore>,
-    operation: impl FnOnce() -> T + Send + 'static,
-) -> Option<T> {
-    // The semaphore is never closed.
-    let permit = Arc::clone(permits).acquire_owned().await.ok();
-    let running = spawn_blocking(move || {
-        let _permit = permit;
-        operation()
-    });
-    running.await.ok()
 }
 
 impl Shared {

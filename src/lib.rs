@@ -8,7 +8,7 @@
 //! The layers, from the inside out. Each may use those before it, which `tests/layers.rs` checks:
 //!
 //! 1. [`oci`]: values and grammar of the protocol; [`trace_context`]: W3C Trace Context; [`clock`]. Pure. And
-//!    [`terminal`]: the only writer to standard output and standard error.
+//!    [`terminal`]: the only writer to standard output and standard error; [`blocking`]: threads for blocking operations.
 //! 2. [`policy`]: the decision, and [`policy::authz`]: authorization. Pure, without a clock.
 //! 3. [`store`] (disk), [`upstream`] (network to registries), [`bucket`] (object storage), [`telemetry`] (logs, metrics, decision log),
 //!    [`queue`] (admission), [`single_flight`] (request coalescing).
@@ -24,6 +24,7 @@
 pub mod admin;
 pub mod age;
 pub mod archive;
+pub mod blocking;
 pub mod bucket;
 pub mod ca;
 pub mod cli;

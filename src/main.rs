@@ -19,7 +19,7 @@ use ifnewer::setup::{Applied, RootFs, SetupError};
 use ifnewer::shared::RecordKeys;
 use ifnewer::shared::maintenance::TagRecordError;
 use ifnewer::telemetry::Telemetry;
-use ifnewer::{admin, ca, cli, demo, doctor, setup, terminal};
+use ifnewer::{admin, blocking, ca, cli, demo, doctor, setup, terminal};
 use listenfd::ListenFd;
 use tracing_subscriber::EnvFilter;
 
@@ -402,7 +402,11 @@ async fn with_output(
 }
 
 fn block_on(command: impl Future<Output = ExitCode>) -> ExitCode {
-    match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .max_blocking_threads(blocking::THREADS_MAX)
+        .build();
+    match runtime {
         Ok(runtime) => {
             let code = runtime.block_on(command);
             // Downloads without readers are aborted. Their partial files are resumed after the next start.

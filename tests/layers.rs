@@ -43,6 +43,7 @@ const MODULES: &[Module] = &[
     module("age", 1, &[], &["oci", "clock"]),
     module("trace_context", 1, &["oci"], &[]),
     module("terminal", 1, &[], &[]),
+    module("blocking", 1, &[], &["oci", "clock"]),
     // Decisions. Time is an argument.
     module("policy", 2, &[], &["clock"]),
     // Resources. They use neither decisions nor each other, except that all may wait in a queue and that a bucket is

@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::watch;
 
 use super::state::{Download, DownloadGuard, Progress};
-use super::{Downloads, JoinOptions, Joined, Leader, Reader, Requester, Shared, on_thread};
+use super::{Downloads, JoinOptions, Joined, Leader, Reader, Requester, Shared};
+use crate::blocking::run;
 use crate::oci::Digest;
 use crate::queue::Waiters;
 
@@ -58,9 +59,9 @@ impl Downloads {
                 return Joined::Cached(cached);
             }
             let store = Arc::clone(&self.shared.store);
-            let cached = on_thread(&self.shared.lookups, move || store.blob(&digest)).await;
+            let cached = run(&self.shared.lookups, move || store.blob(&digest)).await;
             // A store error counts as a miss. The transfer meets the same error and reports it.
-            if let Some(Ok(Some(cached))) = cached {
+            if let Ok(Ok(Some(cached))) = cached {
                 return Joined::Cached(cached);
             }
             if let Some(joined) = lookup.enter(&requester, options) {

@@ -21,12 +21,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::task::{JoinSet, spawn_blocking};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::fetch::QUEUE_BYTES_MAX;
 use super::{ByteStream, RangeSource, Source};
+use crate::blocking::run;
 use crate::queue::{Class, Demand, Permit, Queue, Waiters};
 use crate::store::fs::FsFile;
 
@@ -301,10 +302,8 @@ impl Transfer {
 
     /// Writes a batch. Returns whether that succeeded; the first stream meets the same disk and reports it.
     async fn write(&self, mut offset: u64, batch: Batch) -> bool {
-        // The semaphore is never closed.
-        let _step = self.write_steps.acquire().await;
         let file = Arc::clone(&self.file);
-        let written = spawn_blocking(move || {
+        let written = run(&self.write_steps, move || {
             batch.chunks.iter().try_for_each(|chunk| {
                 file.write_at(chunk, offset)?;
                 offset += chunk.len() as u64;

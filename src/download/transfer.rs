@@ -6,14 +6,14 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::fetch::{FetchError, Fetcher, QUEUE_CHUNKS_MAX, WriterQueue};
 use super::parallel::{self, Helpers};
 use super::state::{Attempt, Download, DownloadGuard, DownloadInfo};
 use super::writer::Writer;
-use super::{DownloadError, Source, Stream, on_thread};
+use super::{DownloadError, Source, Stream};
+use crate::blocking;
 use crate::oci::{Hasher, UpstreamFailure};
 use crate::queue::AcquireError;
 use crate::store::StoreError;
@@ -85,8 +85,8 @@ struct OpenedTransfer {
 
 async fn begin<S: Source>(guard: &DownloadGuard, source: &mut S) -> Result<OpenedTransfer, DownloadError> {
     let (store, digest) = (Arc::clone(&guard.shared.store), guard.download.digest);
-    let partial = on_thread(&guard.shared.starts, move || store.take_partial(&digest)).await;
-    if let Some(Some(partial)) = partial
+    let partial = blocking::run(&guard.shared.files, move || store.take_partial(&digest)).await;
+    if let Ok(Some(partial)) = partial
         && let Some(opened) = resume_partial(guard, source, partial).await?
     {
         return Ok(opened);
@@ -142,7 +142,9 @@ async fn resume_partial<S: Source>(
     });
     // Readers get the verified prefix at once, while the upstream's bytes wait in the connection.
     let download = Arc::clone(&guard.download);
-    let read = spawn_blocking(move || partial.reverify(|bytes| download.publish(bytes)));
+    let read = blocking::run(&guard.shared.files, move || {
+        partial.reverify(|bytes| download.publish(bytes))
+    });
     let Ok(Some(resumed)) = read.await else {
         return Err(DownloadError::Abandoned);
     };
@@ -179,9 +181,9 @@ async fn start(
         guard.download.digest,
         stream.total,
     );
-    let ingest = match on_thread(&guard.shared.starts, move || store.begin(&digest, total)).await {
-        Some(Ok(ingest)) => ingest,
-        Some(Err(fault)) => {
+    let ingest = match blocking::run(&guard.shared.files, move || store.begin(&digest, total)).await {
+        Ok(Ok(ingest)) => ingest,
+        Ok(Err(fault)) => {
             // A disk that is full or read-only stays so, and has descriptors.
             let is_from_upstream = !guard.download.is_led_elsewhere.load(Ordering::Relaxed);
             if is_from_upstream && matches!(fault, StoreError::Io { .. }) {
@@ -189,7 +191,7 @@ async fn start(
             }
             return Err(DownloadError::Unstorable(fault));
         }
-        None => return Err(DownloadError::Abandoned),
+        Err(_) => return Err(DownloadError::Abandoned),
     };
     guard.download.begin(DownloadInfo {
         size: total,
@@ -311,7 +313,7 @@ fn helpers(guard: &DownloadGuard, resumed: &Resumed, total: Option<u64>) -> Opti
 /// Makes the blob durable and renames it to its digest. The readers can read all bytes already, so after a disk failure
 /// here the only loss is that a later request downloads the blob again.
 async fn commit(guard: &DownloadGuard, ingest: Ingest, verified: Verified) {
-    let committed = spawn_blocking(move || ingest.commit(verified)).await;
+    let committed = blocking::run(&guard.shared.files, move || ingest.commit(verified)).await;
     if let Ok(Err(fault)) = committed {
         tracing::error!(digest = %guard.download.digest, %fault, "failed to store a verified blob");
     }

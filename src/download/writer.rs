@@ -5,11 +5,11 @@ use std::mem;
 use std::sync::Arc;
 
 use tokio::sync::{Semaphore, mpsc};
-use tokio::task::spawn_blocking;
 
 use super::fetch::{QUEUE_CHUNKS_MAX, WriterMsg};
 use super::state::Download;
 use super::{DiskFailed, DownloadError};
+use crate::blocking::run;
 use crate::oci::Hasher;
 use crate::store::StoreError;
 use crate::store::blobs::Verified;
@@ -65,23 +65,20 @@ impl Writer {
         let mut batch = Vec::new();
         while messages.recv_many(&mut batch, QUEUE_CHUNKS_MAX).await > 0 {
             let batch = mem::take(&mut batch);
-            // The semaphore is never closed.
-            let step = steps.acquire().await;
-            let stepped = spawn_blocking(move || {
+            let stepped = run(&steps, move || {
                 let ended = self.step(batch);
                 (self, ended)
             });
             let Ok((writer, ended)) = stepped.await else {
                 return Err(DownloadError::Abandoned);
             };
-            drop(step);
             match ended {
                 Some(ended) => return ended,
                 None => self = writer,
             }
         }
         // Fetching stopped early and has the reason. The partial download remains for the next request.
-        let _left = spawn_blocking(move || drop(self)).await;
+        let _left = run(&steps, move || drop(self)).await;
         Err(DownloadError::Abandoned)
     }
 

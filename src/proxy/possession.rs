@@ -4,15 +4,16 @@
 //! then also by a login page. A login page cannot return the first bytes of the blob. They are requested with the
 //! principal's own credential and compared, which costs a few KiB instead of the whole blob.
 
+use std::io;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use quick_cache::sync::Cache;
-use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use super::manifest_fetch::UpstreamRequest;
 use super::{BlobBody, ProxyService, UpstreamRegistry};
+use crate::blocking;
 use crate::download::Reader;
 use crate::oci::{Digest, Repository, UpstreamFailure};
 use crate::store::blobs::BlobHandle;
@@ -90,18 +91,18 @@ impl Sample {
         let (size, file) = (handle.size, Arc::clone(&handle.file));
         async move {
             let length = usize::try_from(size.min(SAMPLE_BYTES)).ok()?;
-            let read = spawn_blocking(move || {
+            let read = blocking::read_file(move || {
                 let mut bytes = BytesMut::zeroed(length);
                 let mut at = 0;
-                while at < length {
-                    match file.read_at(bytes.get_mut(at..)?, at as u64) {
-                        Ok(read) if read > 0 => at += read,
-                        _ => return None,
+                while let Some(rest) = bytes.get_mut(at..).filter(|rest| !rest.is_empty()) {
+                    match file.read_at(rest, at as u64)? {
+                        0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                        read => at += read,
                     }
                 }
-                Some(Self(bytes.freeze()))
+                Ok(bytes.freeze())
             });
-            read.await.ok()?
+            read.await.ok().map(Self)
         }
     }
 

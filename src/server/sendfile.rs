@@ -10,7 +10,6 @@
 //! Measured with 300 MiB blobs and nginx in the same run: 512 KiB per placeholder cost least.
 
 use std::collections::VecDeque;
-use std::future::Future;
 use std::io::{self, IoSlice};
 use std::os::fd::BorrowedFd;
 use std::pin::Pin;
@@ -19,14 +18,15 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::Instant;
 
 use super::listener::AcceptedStream;
+use crate::blocking;
 use crate::store::file_read::FileRange;
 use crate::store::fs::FsFile;
 
@@ -80,7 +80,7 @@ pub(crate) struct FileSender {
     position: u64,
     end: u64,
     queue: SendfileQueue,
-    loading: Option<JoinHandle<io::Result<()>>>,
+    loading: Option<BoxFuture<'static, io::Result<()>>>,
 }
 
 impl FileSender {
@@ -119,15 +119,15 @@ impl FileSender {
                 Ok(true) => {}
                 Ok(false) => {
                     let range = range.clone();
-                    self.loading = Some(spawn_blocking(move || range.load()));
+                    self.loading = Some(blocking::read_file(move || range.load()));
                 }
                 Err(error) => return Poll::Ready(Some(Err(error))),
             }
         }
         if let Some(loading) = &mut self.loading {
-            let loaded = ready!(Pin::new(loading).poll(context));
+            let loaded = ready!(loading.as_mut().poll(context));
             self.loading = None;
-            if let Err(error) = loaded.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into())) {
+            if let Err(error) = loaded {
                 return Poll::Ready(Some(Err(error)));
             }
         }
@@ -140,7 +140,7 @@ impl FileSender {
 pub(super) struct SendfileStream {
     stream: AcceptedStream,
     queue: SendfileQueue,
-    loading: Option<JoinHandle<io::Result<()>>>,
+    loading: Option<BoxFuture<'static, io::Result<()>>>,
 }
 
 impl SendfileStream {
@@ -187,22 +187,18 @@ impl SendfileStream {
             queued.cached_at = Instant::now();
             if !queued.range.is_cached().map_err(failed_read)? {
                 let range = queued.range.clone();
-                self.loading = Some(spawn_blocking(move || range.load()));
+                self.loading = Some(blocking::read_file(move || range.load()));
             }
         }
         let Some(loading) = &mut self.loading else {
             return Poll::Ready(Ok(()));
         };
-        let loaded = ready!(Pin::new(loading).poll(context));
+        let loaded = ready!(loading.as_mut().poll(context));
         self.loading = None;
         if let Some(queued) = self.queue.0.lock().front_mut() {
             queued.cached_at = Instant::now();
         }
-        Poll::Ready(
-            loaded
-                .unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
-                .map_err(failed_read),
-        )
+        Poll::Ready(loaded.map_err(failed_read))
     }
 
     /// Sends bytes that a file range follows, so that the kernel may put both into one packet.

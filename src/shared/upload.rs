@@ -10,11 +10,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
-use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout_at};
 
 use super::breaker::Admission;
 use super::{Active, SharedContent};
+use crate::blocking;
 use crate::bucket::{BucketError, Fault, ObjectInfo, ObjectKey, PART_BYTES, part_bytes};
 use crate::oci::{Digest, Hasher};
 use crate::store::AsyncStore;
@@ -417,7 +417,7 @@ async fn put_parts(
 async fn read_part(blob: &BlobHandle, offset: u64, length: usize) -> Result<Bytes, UploadError> {
     let blob = blob.clone();
     let left = usize::try_from(blob.size.saturating_sub(offset)).unwrap_or(usize::MAX);
-    let read = spawn_blocking(move || -> io::Result<Vec<u8>> {
+    let read = blocking::read_file(move || {
         let mut bytes = vec![0; length.min(left)];
         let mut filled = 0;
         while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
@@ -431,7 +431,7 @@ async fn read_part(blob: &BlobHandle, offset: u64, length: usize) -> Result<Byte
         Ok(bytes)
     });
     match read.await {
-        Ok(Ok(bytes)) => Ok(bytes.into()),
+        Ok(bytes) => Ok(Bytes::from(bytes)),
         _ => Err(UploadError::Store),
     }
 }

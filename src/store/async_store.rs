@@ -1,8 +1,7 @@
 //! Async API of the store, the only one for tasks that serve requests.
 //!
 //! Reads that memory can answer return at once. Everything else runs on a blocking thread, and only its caller waits.
-//! Reads and writes have separate permits, so that neither a slow disk nor one kind of operation occupies all blocking
-//! threads of the runtime.
+//! Reads and writes have separate permits.
 
 use std::future::pending;
 use std::panic::resume_unwind;
@@ -10,20 +9,12 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::{JoinError, spawn_blocking};
+use tokio::task::JoinError;
 
 use super::access_times::ContentId;
 use super::invalidations::InvalidationKey;
 use super::{Evictions, HealthIssue, Limits, ScrubTotals, Store, Usage, View};
-
-/// Maximum concurrent disk reads. Further reads wait without a thread.
-const READS_MAX: usize = 48;
-
-/// Maximum concurrent writes. Most of their time is an fsync.
-const WRITES_MAX: usize = 32;
-
-/// Maximum concurrent waits for the index. After one has timed out, the others fail fast.
-const INDEX_WAITS_MAX: usize = 32;
+use crate::blocking::{Operation, run_with};
 
 /// Async handle of the store. Cheap to clone.
 #[derive(Clone)]
@@ -39,9 +30,9 @@ impl AsyncStore {
     pub fn new(store: Arc<Store>) -> Self {
         Self {
             store,
-            reads: Arc::new(Semaphore::new(READS_MAX)),
-            writes: Arc::new(Semaphore::new(WRITES_MAX)),
-            index_waits: Arc::new(Semaphore::new(INDEX_WAITS_MAX)),
+            reads: Operation::StoreRead.permits(),
+            writes: Operation::StoreWrite.permits(),
+            index_waits: Operation::IndexWait.permits(),
         }
     }
 
@@ -93,12 +84,7 @@ impl AsyncStore {
         operation: impl FnOnce(&Store) -> T + Send + 'static,
     ) -> T {
         let store = Arc::clone(&self.store);
-        let work = spawn_blocking(move || {
-            // The permit is released when the operation ends, not when the caller is cancelled.
-            let _permit = permit;
-            operation(&store)
-        });
-        finished(work.await).await
+        finished(run_with(permit, move || operation(&store)).await).await
     }
 
     /// The blocking API, for threads that may block. On an async worker its calls panic in debug builds.

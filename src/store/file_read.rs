@@ -7,11 +7,10 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
+use super::fs::FsFile;
+use crate::blocking;
 use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::task::spawn_blocking;
-
-use super::fs::FsFile;
 
 /// Maximum bytes per read.
 pub const READ_CHUNK_BYTES: usize = 256 * 1024;
@@ -128,9 +127,7 @@ pub async fn read_chunk(
     match read_nowait(file.as_ref(), offset, length, buffers) {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
             let (file, buffers) = (Arc::clone(file), buffers.clone());
-            spawn_blocking(move || read_blocking(file.as_ref(), offset, length, &buffers))
-                .await
-                .unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
+            blocking::read_file(move || read_blocking(file.as_ref(), offset, length, &buffers)).await
         }
         done => done,
     }
@@ -183,9 +180,7 @@ impl FileRange {
         if self.is_cached()? {
             return Ok(self);
         }
-        spawn_blocking(move || self.load().map(|()| self))
-            .await
-            .unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
+        blocking::read_file(move || self.load().map(|()| self)).await
     }
 
     /// Reads the range into the page cache. Blocks.

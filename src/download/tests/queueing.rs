@@ -1,7 +1,5 @@
 //! Queued downloads: permits, the lookup before the lock, and abandoned transfers.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use super::*;
 use crate::queue::AcquireError;
 
@@ -100,50 +98,13 @@ fn t12_transfers_hold_no_thread_between_write_steps() {
             take(&mut reader, 100_000).await;
             all.push((reader, wire, blob));
         }
-        spawn_blocking(|| ()).await.unwrap();
+        tokio::task::spawn_blocking(|| ()).await.unwrap();
         for (mut reader, wire, blob) in all {
             send(&wire, &blob[150_000..]);
             drop(wire);
             while let Some(bytes) = reader.next().await {
                 bytes.unwrap();
             }
-        }
-    });
-}
-
-/// One thread beside those of the permits is enough for everything else.
-#[test]
-fn t12_lookups_on_a_hanging_disk_leave_threads() {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .max_blocking_threads(STARTS_MAX + 1)
-        .build()
-        .unwrap();
-    runtime.block_on(async {
-        let permits = Arc::new(Semaphore::new(STARTS_MAX));
-        let (release, hang) = std::sync::mpsc::channel::<()>();
-        let hang = Arc::new(Mutex::new(hang));
-        let mut looks = tokio::task::JoinSet::new();
-        let begun = Arc::new(AtomicUsize::new(0));
-        for _ in 0..2 * STARTS_MAX {
-            let (permits, hang) = (Arc::clone(&permits), Arc::clone(&hang));
-            let begun = Arc::clone(&begun);
-            looks.spawn(async move {
-                begun.fetch_add(1, Ordering::Relaxed);
-                on_thread(&permits, move || hang.lock().recv()).await
-            });
-        }
-        while begun.load(Ordering::Relaxed) < 2 * STARTS_MAX {
-            tokio::task::yield_now().await;
-        }
-        let other = spawn_blocking(|| ());
-        tokio::time::timeout(Duration::from_secs(20), other)
-            .await
-            .expect("a thread is free")
-            .unwrap();
-        drop(release);
-        while let Some(looked) = looks.join_next().await {
-            assert!(looked.unwrap().is_some());
         }
     });
 }

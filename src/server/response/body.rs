@@ -9,10 +9,11 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use http_body::{Frame, SizeHint};
 use quick_cache::sync::Cache;
-use tokio::task::{JoinHandle, spawn_blocking};
 
+use crate::blocking;
 use crate::download::{DownloadError, Piece, Reader};
 use crate::oci::{Digest, Hasher, Repository, UpstreamFailure};
 use crate::proxy::StreamedList;
@@ -497,7 +498,7 @@ struct File {
     end: u64,
     buffers: BufferPool,
     telemetry: Telemetry,
-    waiting: Option<JoinHandle<io::Result<Bytes>>>,
+    waiting: Option<BoxFuture<'static, io::Result<Bytes>>>,
 }
 
 impl File {
@@ -511,9 +512,9 @@ impl File {
             .min(step_bytes);
         let read = match &mut self.waiting {
             Some(waiting) => {
-                let read = ready!(Pin::new(waiting).poll(context));
+                let read = ready!(waiting.as_mut().poll(context));
                 self.waiting = None;
-                read.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
+                read
             }
             None => read_nowait(self.from.as_ref(), self.position, wanted, &self.buffers),
         };
@@ -521,12 +522,10 @@ impl File {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 let (file, buffers, position) = (Arc::clone(&self.from), self.buffers.clone(), self.position);
                 let read = move || read_blocking(file.as_ref(), position, wanted, &buffers);
-                let waiting = self.waiting.insert(spawn_blocking(read));
-                let read = ready!(Pin::new(waiting).poll(context));
+                let waiting = self.waiting.insert(blocking::read_file(read));
+                let read = ready!(waiting.as_mut().poll(context));
                 self.waiting = None;
-                Poll::Ready(Some(
-                    self.advance(read.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))),
-                ))
+                Poll::Ready(Some(self.advance(read)))
             }
             read => Poll::Ready(Some(self.advance(read))),
         }
