@@ -117,6 +117,7 @@ impl Found {
             "tag_record": tag.flatten(),
             "objects": self.objects.objects.iter().map(json_of).collect::<Vec<_>>(),
             "truncated": self.objects.is_truncated,
+            "notes": notes(&self.objects),
         })
     }
 }
@@ -241,12 +242,20 @@ fn json_of_listed(listed: &Listed) -> Value {
 
 /// Gaps in the knowledge of an image, for the operator.
 fn notes(objects: &ImageObjects) -> Vec<String> {
-    let unread = objects.unread_manifests();
-    let unread = (unread > 0)
-        .then(|| format!("{unread} manifests are missing or damaged: what they list is not known"));
+    let counted = [
+        (objects.unread_manifests(), "manifests are missing or damaged"),
+        (objects.unparsed_manifests, "manifests cannot be parsed"),
+        (objects.deep_indexes, "indexes are nested too deep"),
+        (
+            objects.unsupported_manifests,
+            "manifests have digests of an unsupported algorithm",
+        ),
+    ];
+    let counted = counted.into_iter().filter(|(count, _)| *count > 0);
+    let unknown = counted.map(|(count, what)| format!("{count} {what}: what they list is not known"));
     let truncated = objects.is_truncated;
     let truncated = truncated.then(|| "the image has more objects, which are not listed".to_owned());
-    unread.into_iter().chain(truncated).collect()
+    unknown.chain(truncated).collect()
 }
 
 fn print_notes(notes: &[String], output: &mut Output<'_>) -> Result<(), CommandError> {
@@ -288,7 +297,7 @@ pub(super) async fn rm(
         .map(|text| Target::parse(config, &bucket, text));
     let targets: Vec<_> = targets.collect::<Result<_, _>>()?;
     let mut interrupt = std::pin::pin!(interrupt);
-    let (mut printed, mut is_found) = (Ok(()), false);
+    let (mut printed, mut is_found, mut is_known) = (Ok(()), false, true);
     for target in targets {
         let doomed = tokio::select! {
             biased;
@@ -296,6 +305,7 @@ pub(super) async fn rm(
             doomed = Doomed::read(&bucket, target, args.blobs) => doomed?,
         };
         is_found |= doomed.tag.is_some() || doomed.steps.iter().any(|step| !step.is_empty());
+        is_known &= !doomed.has_unknown_objects;
         let (mut removal, mut result) = (Removal::default(), Ok(()));
         if args.yes {
             let deleting = removal.delete((storage, &bucket), &doomed, interrupt.as_mut());
@@ -320,6 +330,12 @@ pub(super) async fn rm(
     if !args.yes && !args.json {
         output.line(&output.paint(Style::Dim, "nothing was deleted; add --yes to do it"))?;
     }
+    if !is_known {
+        return Err(CommandError::Incomplete(
+            "the bucket may have more objects of these images: the notes name what could not be read"
+                .to_owned(),
+        ));
+    }
     Ok(())
 }
 
@@ -335,6 +351,8 @@ struct Doomed {
     /// The tag whose record names a digest.
     tag: Option<(RecordPlace, Tag)>,
     notes: Vec<String>,
+    /// The image may have other objects, which remain.
+    has_unknown_objects: bool,
 }
 
 impl Doomed {
@@ -346,6 +364,7 @@ impl Doomed {
                     steps: vec![bucket.objects_of(&digest).await?],
                     tag: None,
                     notes: Vec::new(),
+                    has_unknown_objects: false,
                 });
             }
             Target::Image(image) => image,
@@ -361,6 +380,7 @@ impl Doomed {
             steps: found.objects.deletion_steps(has_blobs),
             tag: named.map(|(tag, _)| (found.place, tag)),
             notes: notes(&found.objects),
+            has_unknown_objects: found.objects.has_unknown_objects(),
         })
     }
 }

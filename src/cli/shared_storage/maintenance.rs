@@ -93,7 +93,7 @@ pub(super) async fn gc(
             "listed": json_of(&collection.listed),
             "deleted": json_of(&collection.deleted),
             "rewritten": collection.rewritten,
-            "bytes_beyond_size": collection.excess,
+            "bytes_beyond_size": collection.excess(),
         }))
     } else {
         print_collection(&collection, (verb, !args.yes && result.is_ok()), output)
@@ -134,10 +134,10 @@ fn print_collection(
             collection.rewritten
         ))?;
     }
-    if collection.excess > 0 && !collection.is_interrupted {
-        let excess = bytes(collection.excess);
+    if collection.excess() > 0 && !collection.is_interrupted {
+        let excess = bytes(collection.excess());
         output.line(&format!(
-            "{excess} beyond --size remain: records, or objects of unknown age"
+            "{excess} beyond --size remain: records, objects of unknown age, or objects that were written meanwhile"
         ))?;
     }
     note_undated(listed, output)?;

@@ -5,6 +5,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::{FutureExt as _, StreamExt as _};
@@ -17,7 +18,7 @@ use crate::bucket::{BucketError, Fault, Listed, ObjectStorage};
 pub(super) const BATCH: usize = 50;
 const BATCH_TIME: Duration = Duration::from_millis(100);
 
-/// Longest wait for the deletions that run when the operator interrupts them.
+/// Longest wait for the deletions that run when the operator interrupts them, or after one has failed.
 const INTERRUPT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Concurrent requests.
@@ -63,7 +64,8 @@ pub async fn delete(
     Ok(false)
 }
 
-/// Deletes a batch, and calls `done` for each object. `interrupt` ends it soon. Returns whether it did. After a failure that does not pass, no other deletion begins.
+/// Deletes a batch, and calls `done` for each object. `interrupt` ends it soon. Returns whether it did. After a failure that
+/// does not pass, no other deletion begins, and `done` is called for those that run.
 pub(super) async fn delete_batch(
     (bucket, deletes): (&Arc<dyn ObjectStorage>, Deletes),
     batch: &[Listed],
@@ -75,15 +77,33 @@ pub(super) async fn delete_batch(
         return Ok(true);
     }
     let end = Instant::now() + BATCH_TIME;
-    let deletions = batch.iter().map(|listed| async move {
-        let deletion = delete_one(bucket, deletes, listed).await;
+    let is_failed = &AtomicBool::new(false);
+    let deletions = batch.iter().take_while(|_| !is_failed.load(Ordering::Relaxed));
+    let deletions = deletions.map(|listed| async move {
+        let deletion = delete_one((bucket, deletes), listed, is_failed).await;
         deletion.map(|deletion| (listed, deletion))
     });
     let mut deletions = futures_util::stream::iter(deletions).buffer_unordered(CONCURRENCY_MAX);
     let deleting = async {
         while let Some(deletion) = deletions.next().await {
-            let (listed, deletion) = deletion?;
-            done(listed, deletion);
+            let error = match deletion {
+                Ok((listed, deletion)) => {
+                    done(listed, deletion);
+                    continue;
+                }
+                Err(error) => error,
+            };
+            is_failed.store(true, Ordering::Relaxed);
+            let running = async {
+                while let Some(deletion) = deletions.next().await {
+                    if let Ok((listed, deletion)) = deletion {
+                        done(listed, deletion);
+                    }
+                }
+            };
+            // The result of those that take longer is not known.
+            let _ = timeout(INTERRUPT_TIMEOUT, running).await;
+            return Err(error);
         }
         sleep_until(end).await;
         Ok(())
@@ -99,10 +119,11 @@ pub(super) async fn delete_batch(
     ended.unwrap_or(Ok(())).map(|()| true)
 }
 
+/// Deletes an object, with retries until another deletion has failed.
 async fn delete_one(
-    bucket: &Arc<dyn ObjectStorage>,
-    deletes: Deletes,
+    (bucket, deletes): (&Arc<dyn ObjectStorage>, Deletes),
     listed: &Listed,
+    is_failed: &AtomicBool,
 ) -> Result<Deletion, BucketError> {
     let mut failures = 0;
     loop {
@@ -114,6 +135,9 @@ async fn delete_one(
         match retry_pause(&error, failures) {
             Some(pause) => sleep(pause).await,
             None => return Err(error),
+        }
+        if is_failed.load(Ordering::Relaxed) {
+            return Err(error);
         }
     }
 }

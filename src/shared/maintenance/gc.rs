@@ -53,13 +53,19 @@ impl GcRules {
 struct Hours {
     blobs: BTreeMap<u64, u64>,
     /// Bytes of everything that is not expired.
+    current: u64,
+    /// Bytes of everything.
     total: u64,
 }
 
 impl Hours {
-    /// Fails if a storage states more hours than there can be.
-    fn add(&mut self, kind: ObjectKind, listed: &Listed) -> Result<(), BucketError> {
+    /// Adds an object. Fails if a storage states more hours than there can be.
+    fn add(&mut self, kind: ObjectKind, listed: &Listed, is_expired: bool) -> Result<(), BucketError> {
         self.total = self.total.saturating_add(listed.size);
+        if is_expired {
+            return Ok(());
+        }
+        self.current = self.current.saturating_add(listed.size);
         if let Some(hour) = hour_of(kind, listed) {
             let bytes = self.blobs.entry(hour).or_default();
             *bytes = bytes.saturating_add(listed.size);
@@ -69,7 +75,7 @@ impl Hours {
     }
 
     fn excess(&self, size_max: u64) -> Excess {
-        let bytes = self.total.saturating_sub(size_max);
+        let bytes = self.current.saturating_sub(size_max);
         let (mut before, mut last_hour) = (0_u64, None);
         for (hour, of_hour) in &self.blobs {
             if before >= bytes {
@@ -78,15 +84,21 @@ impl Hours {
             last_hour = Some((*hour, bytes - before));
             before = before.saturating_add(*of_hour);
         }
-        Excess { bytes, last_hour }
+        Excess {
+            total: self.total,
+            size_max,
+            last_hour,
+        }
     }
 }
 
 /// The oldest blobs and manifests beyond a total size.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Excess {
-    /// Bytes that remain to be deleted.
-    bytes: u64,
+    /// Bytes of all objects, without those that were deleted.
+    total: u64,
+    /// The total size that is allowed.
+    size_max: u64,
     /// The last hour of which objects are deleted, and how many of its bytes.
     last_hour: Option<(u64, u64)>,
 }
@@ -98,13 +110,19 @@ impl Excess {
             return false;
         };
         let is_taken = hour < *last || hour == *last && *of_last > 0;
-        if is_taken {
-            self.bytes = self.bytes.saturating_sub(listed.size);
-        }
         if is_taken && hour == *last {
             *of_last = of_last.saturating_sub(listed.size);
         }
         is_taken
+    }
+
+    /// An object is gone, or was kept, so that others of the last hour are deleted instead.
+    fn count(&mut self, listed: &Listed, deletion: Deletion) {
+        match (deletion, &mut self.last_hour) {
+            (Deletion::Deleted | Deletion::Absent, _) => self.total = self.total.saturating_sub(listed.size),
+            (Deletion::Rewritten, Some((_, of_last))) => *of_last = of_last.saturating_add(listed.size),
+            (Deletion::Rewritten, None) => {}
+        }
     }
 }
 
@@ -127,8 +145,8 @@ pub struct GarbageCollection {
     pub deleted: Inventory,
     /// Objects that were written after they were listed, and are kept.
     pub rewritten: u64,
-    /// Bytes beyond the total size that remain: neither blobs nor manifests, or of unknown age.
-    pub excess: u64,
+    /// The limit of the total size, if there is one and the bucket was listed to its end.
+    excess: Option<Excess>,
     /// The operator has interrupted it.
     pub is_interrupted: bool,
     /// The storage has a right time.
@@ -136,6 +154,12 @@ pub struct GarbageCollection {
 }
 
 impl GarbageCollection {
+    /// Bytes beyond the total size that remain: neither blobs nor manifests, of unknown age, or written since they were listed.
+    pub fn excess(&self) -> u64 {
+        self.excess
+            .map_or(0, |excess| excess.total.saturating_sub(excess.size_max))
+    }
+
     /// Lists the bucket and deletes by the rules; with a limit of the total size, it lists the bucket before that too.
     /// `is_trial`: deletes nothing. `progress` is called after each object that was listed. `interrupt` ends it after the
     /// deletions that run. After a failure, this says what was deleted before.
@@ -148,7 +172,6 @@ impl GarbageCollection {
         interrupt: impl Future<Output = ()>,
     ) -> Result<(), ClockError> {
         let mut interrupt = std::pin::pin!(interrupt);
-        let mut excess = Excess::default();
         if let Some(size_max) = rules.size_max {
             let counting = self.count(bucket, rules, &mut progress);
             let hours = tokio::select! {
@@ -159,7 +182,7 @@ impl GarbageCollection {
                 self.is_interrupted = true;
                 return Ok(());
             };
-            excess = hours.excess(size_max);
+            self.excess = Some(hours.excess(size_max));
             self.listed = Inventory::default();
         }
         let mut objects = Objects::new(bucket, ROOT);
@@ -176,7 +199,12 @@ impl GarbageCollection {
             let is_end = next.is_none();
             if let Some(listed) = next {
                 let kind = self.count_listed(&listed);
-                if rules.is_expired(kind, listed.age) || excess.take(kind, &listed) {
+                let mut is_excess = || {
+                    self.excess
+                        .as_mut()
+                        .is_some_and(|excess| excess.take(kind, &listed))
+                };
+                if rules.is_expired(kind, listed.age) || is_excess() {
                     batch.push(listed);
                 }
                 progress(self);
@@ -192,7 +220,6 @@ impl GarbageCollection {
                 batch.clear();
             }
             if is_end || self.is_interrupted {
-                self.excess = excess.bytes;
                 return Ok(());
             }
         }
@@ -236,9 +263,7 @@ impl GarbageCollection {
         while let Some(listed) = objects.next().await {
             let listed = listed?;
             let kind = self.count_listed(&listed);
-            if !rules.is_expired(kind, listed.age) {
-                hours.add(kind, &listed)?;
-            }
+            hours.add(kind, &listed, rules.is_expired(kind, listed.age))?;
             progress(self);
         }
         Ok(hours)
@@ -251,6 +276,9 @@ impl GarbageCollection {
     }
 
     fn count_deletion(&mut self, listed: &Listed, deletion: Deletion) {
+        if let Some(excess) = &mut self.excess {
+            excess.count(listed, deletion);
+        }
         match deletion {
             Deletion::Deleted => self.deleted.add(ObjectKind::of(&listed.key), listed),
             Deletion::Rewritten => self.rewritten += 1,

@@ -139,6 +139,12 @@ pub struct ImageObjects {
     pub objects: Vec<ImageObject>,
     /// The image has more objects than are listed here.
     pub is_truncated: bool,
+    /// Number of the manifests that the bucket has and that cannot be parsed wholly.
+    pub unparsed_manifests: usize,
+    /// Number of the indexes nested so deep that what they list was not read.
+    pub deep_indexes: usize,
+    /// Number of the manifests that are listed with a digest of an unsupported algorithm, so that no cache stores them.
+    pub unsupported_manifests: usize,
 }
 
 impl ImageObjects {
@@ -156,6 +162,16 @@ impl ImageObjects {
         }
         let manifests = manifests.into_values().rev();
         [blobs].into_iter().chain(manifests).collect()
+    }
+
+    /// Whether the bucket may have objects of the image that are not listed here. A missing manifest is not counted: caches store
+    /// the manifests of an index that clients request.
+    pub fn has_unknown_objects(&self) -> bool {
+        let is_damaged = |object: &ImageObject| {
+            object.role == ObjectRole::Manifest && object.state == ObjectState::Damaged
+        };
+        let not_read = self.unparsed_manifests + self.deep_indexes + self.unsupported_manifests;
+        self.is_truncated || not_read > 0 || self.objects.iter().any(is_damaged)
     }
 
     /// Number of the manifests of which the bucket does not have the content.
@@ -273,6 +289,8 @@ impl BucketImages {
         let mut blobs = Vec::new();
         while let Some((digest, platform, depth)) = manifests.pop_front() {
             let (state, manifest) = self.manifest(digest).await?;
+            let is_unparsed = manifest.is_none() && matches!(state, ObjectState::Present { .. });
+            found.unparsed_manifests += usize::from(is_unparsed);
             found.objects.push(ImageObject {
                 digest,
                 role: ObjectRole::Manifest,
@@ -282,9 +300,14 @@ impl BucketImages {
                 content: self.content(place, digest).await,
             });
             let Some(manifest) = manifest else { continue };
-            let is_nested = manifest.kind != ManifestKind::Index || depth < INDEX_DEPTH_MAX;
-            for child in manifest.descriptors.iter().filter(|_| is_nested) {
+            if manifest.kind == ManifestKind::Index && depth >= INDEX_DEPTH_MAX {
+                found.deep_indexes += 1;
+                continue;
+            }
+            found.unparsed_manifests += usize::from(manifest.unparsed > 0);
+            for child in &manifest.descriptors {
                 let AnyDigest::Supported(digest) = child.digest else {
+                    found.unsupported_manifests += usize::from(role_of(child) == ObjectRole::Manifest);
                     continue;
                 };
                 if known.len() >= OBJECTS_MAX {

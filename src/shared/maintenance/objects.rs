@@ -1,4 +1,7 @@
 //! Listing of a folder of the bucket, with retries. It has one page in memory, whatever the number of objects.
+//!
+//! A storage that ignores the name from which a listing goes on would list the same objects after each retry, so that is an
+//! error.
 
 use std::sync::Arc;
 
@@ -16,6 +19,8 @@ pub(super) struct Objects {
     /// The last name was listed twice.
     is_twice: bool,
     failures: u32,
+    /// A page was requested again, and no name has followed.
+    is_resumed: bool,
     repetition: Repetition,
 }
 
@@ -28,6 +33,7 @@ impl Objects {
             last: None,
             is_twice: false,
             failures: 0,
+            is_resumed: false,
             repetition: Repetition::default(),
         }
     }
@@ -37,13 +43,15 @@ impl Objects {
         loop {
             let error = match self.listing.next().await? {
                 Ok(listed) => {
-                    self.failures = 0;
+                    if std::mem::take(&mut self.is_resumed) && self.precedes_last(&listed.key) {
+                        return Some(Err(BucketError::Malformed));
+                    }
                     // `name` and the marker of a folder `name/`: the client removes the slash.
                     if self.last.as_ref() == Some(&listed.key) && !self.is_twice {
                         self.is_twice = true;
                         continue;
                     }
-                    self.is_twice = false;
+                    (self.is_twice, self.failures) = (false, 0);
                     if self.repetition.is_seen(&listed.key) {
                         return Some(Err(BucketError::Malformed));
                     }
@@ -58,7 +66,14 @@ impl Objects {
             };
             sleep(pause).await;
             self.listing = self.bucket.list(&self.folder, self.last.as_ref());
+            (self.is_resumed, self.is_twice) = (true, false);
         }
+    }
+
+    /// Whether a name is before the last one, also if it is a marker of a folder.
+    fn precedes_last(&self, key: &ObjectKey) -> bool {
+        let is_before = |last: &ObjectKey| format!("{key}/").as_str() <= last.as_str();
+        self.last.as_ref().is_some_and(is_before)
     }
 }
 

@@ -40,6 +40,10 @@ struct Scripted {
     deletions: Mutex<VecDeque<BucketError>>,
     /// Deletions are never answered.
     is_deaf: bool,
+    /// Time from a deletion to its response.
+    deletion_time: Duration,
+    /// A listing begins at the first object, whatever was requested.
+    ignores_offset: bool,
     /// Objects that are written or deleted after they were listed: their ages then.
     later: Mutex<BTreeMap<String, Option<u64>>>,
     /// Seconds by which each `Date` is ahead.
@@ -147,6 +151,9 @@ impl ObjectStorage for Scripted {
                 return Err(error);
             }
             self.objects.lock().remove(key.as_str());
+            if !is_probe {
+                tokio::time::sleep(self.deletion_time).await;
+            }
             Ok(())
         })
     }
@@ -156,7 +163,9 @@ impl ObjectStorage for Scripted {
         let listed = objects
             .iter()
             .filter(|(name, _)| name.starts_with(&format!("{folder}/")))
-            .filter(|(name, _)| after.is_none_or(|after| name.as_str() > after.as_str()))
+            .filter(|(name, _)| {
+                self.ignores_offset || after.is_none_or(|after| name.as_str() > after.as_str())
+            })
             .map(|(name, (size, age))| Listed {
                 key: ObjectKey::listed(name).unwrap(),
                 size: *size,
@@ -315,7 +324,7 @@ async fn object_without_an_age_is_kept() {
         (collection.deleted.objects(), collection.listed.undated()),
         (0, 1)
     );
-    assert_eq!(collection.excess, 10);
+    assert_eq!(collection.excess(), 10);
 }
 
 #[tokio::test(start_paused = true)]
@@ -336,7 +345,59 @@ async fn size_below_that_of_records_is_reported() {
     let bucket = bucket_of(&objects);
     let (collection, result) = collect(&bucket, &rules(None, Some(10))).await;
     result.unwrap();
-    assert_eq!((collection.deleted.bytes(), collection.excess), (70, 20));
+    assert_eq!((collection.deleted.bytes(), collection.excess()), (70, 20));
+}
+
+#[tokio::test(start_paused = true)]
+async fn rewritten_object_does_not_count_as_freed() {
+    // 60 objects of one hour in two batches. All of the first batch were rewritten.
+    let mut names: Vec<_> = (0..60).map(blob).collect();
+    names.sort();
+    let objects: Vec<_> = names.iter().map(|name| (name.clone(), 100, DAY)).collect();
+    let bucket = bucket_of(&objects);
+    let rewritten = names.iter().take(50);
+    *bucket.later.lock() = rewritten.map(|name| (name.clone(), Some(0))).collect();
+    let (collection, result) = collect(&bucket, &rules(None, Some(1000))).await;
+    result.unwrap();
+    let counts = (collection.rewritten, collection.deleted.objects());
+    assert_eq!(counts, (50, 10), "those after them are deleted instead");
+    assert_eq!(collection.excess(), 4000);
+
+    // An object that was not to remain, and remains.
+    let bucket = bucket_of(&[(blob(1), 100, 90 * DAY), (blob(2), 100, 0)]);
+    *bucket.later.lock() = [(blob(1), Some(0))].into();
+    let (collection, result) = collect(&bucket, &rules(Some(28), Some(150))).await;
+    result.unwrap();
+    assert_eq!((collection.rewritten, collection.excess()), (1, 50));
+}
+
+#[tokio::test(start_paused = true)]
+async fn storage_that_ignores_the_offset_ends_the_listing() {
+    for (failed_after, expected) in [(1, Ok(9)), (2, Err(BucketError::Malformed))] {
+        let objects: Vec<_> = (0..9).map(|n| (blob(n), 1, DAY)).collect();
+        let bucket = Scripted {
+            ignores_offset: true,
+            ..Arc::into_inner(bucket_of(&objects)).unwrap()
+        };
+        *bucket.listings.lock() = (0..100).map(|_| (failed_after, SILENT)).collect();
+        if expected.is_ok() {
+            bucket.listings.lock().truncate(1);
+        }
+        let bucket: Arc<dyn ObjectStorage> = Arc::new(bucket);
+        let mut listed = 0;
+        let result = take_inventory(&bucket, |_| listed += 1).await;
+        assert_eq!(result.map(|inventory| inventory.objects()), expected);
+        assert_eq!(listed, expected.unwrap_or(2), "no object is counted twice");
+    }
+    // The listing never comes further than its first name.
+    let bucket = bucket_of(&[(blob(1), 1, DAY), (blob(2), 1, DAY)]);
+    let bucket = Scripted {
+        ignores_offset: true,
+        ..Arc::into_inner(bucket).unwrap()
+    };
+    *bucket.listings.lock() = (0..100).map(|_| (1, SILENT)).collect();
+    let bucket: Arc<dyn ObjectStorage> = Arc::new(bucket);
+    assert_eq!(take_inventory(&bucket, |_| {}).await, Err(SILENT));
 }
 
 #[tokio::test(start_paused = true)]
@@ -402,6 +463,22 @@ async fn deletion_is_repeated_unless_it_is_denied() {
     assert_eq!((result, collection.deleted.objects()), (Err(denied.into()), 0));
     let tried = 120 - bucket.deletions.lock().len();
     assert!(tried <= 16, "{tried} deletions after the first was denied");
+}
+
+#[tokio::test(start_paused = true)]
+async fn failure_hides_no_deletion_in_flight() {
+    let objects: Vec<_> = (0..120).map(|n| (blob(n), 1, 90 * DAY)).collect();
+    let bucket = Scripted {
+        deletion_time: Duration::from_secs(1),
+        ..Arc::into_inner(bucket_of(&objects)).unwrap()
+    };
+    let bucket = Arc::new(bucket);
+    let denied = BucketError::Denied("AccessDenied".into());
+    *bucket.deletions.lock() = [denied.clone()].into();
+    let (collection, result) = collect(&bucket, &rules(Some(28), None)).await;
+    assert_eq!(result, Err(denied.into()));
+    let deleted = 120 - bucket.names().len() as u64;
+    assert_eq!((collection.deleted.objects(), deleted), (15, 15));
 }
 
 #[tokio::test(start_paused = true)]

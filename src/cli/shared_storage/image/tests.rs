@@ -197,6 +197,23 @@ async fn image_that_the_bucket_does_not_have_is_reported() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn removal_of_an_image_known_in_part_is_incomplete() {
+    let bucket = in_memory();
+    let (one, mut keys) = image(&bucket, "one").await;
+    let broken = "no manifest";
+    put(&bucket, ObjectKey::manifest(&digest(broken)), broken).await;
+    keys.push(ObjectKey::manifest(&digest(broken)));
+    let names = [digest(broken), one].map(|digest| format!("alpine@{digest}"));
+    let (mut out, names) = (Vec::new(), names.each_ref().map(String::as_str));
+    let result = remove(&bucket, &names, &mut out, pending()).await;
+    let text = String::from_utf8(out).unwrap();
+    assert!(text.contains("note: 1 manifests cannot be parsed"), "{text}");
+    assert!(matches!(result, Err(CommandError::Incomplete(_))), "{result:?}");
+    let left = present(&bucket, &keys).await;
+    assert!(!left.contains(&true), "what is known is deleted: {left:?}");
+}
+
 #[tokio::test]
 async fn objects_of_a_digest_are_listed() {
     let bucket = in_memory();

@@ -114,7 +114,48 @@ async fn objects_of_an_image_are_found_or_missing() {
     let top = [ObjectKey::manifest(&index)];
     assert_eq!(steps(true), [blobs.to_vec(), children.to_vec(), top.to_vec()]);
     assert_eq!(steps(false), [Vec::new(), children.to_vec(), top.to_vec()]);
-    assert!(!found.is_truncated);
+    assert!(
+        !found.is_truncated && found.has_unknown_objects(),
+        "one is damaged"
+    );
+}
+
+#[tokio::test]
+async fn manifests_that_cannot_be_followed_are_counted() {
+    let bucket = in_memory();
+    let whole = manifest("config", &["layer"]);
+    let missing = digest("no such manifest");
+    let unsupported = |list: &str| {
+        let hex = "ab".repeat(48);
+        let children = format!(r#"[{{"digest": "sha384:{hex}", "size": 5}}]"#);
+        format!(r#"{{"schemaVersion": 2, "{list}": {children}}}"#)
+    };
+    let wrong_layer = r#"{"schemaVersion": 2, "layers": [{"digest": 1}]}"#;
+    let mut deep = put_manifest(&bucket, &index(&[missing])).await;
+    for _ in 0..2 {
+        deep = put_manifest(&bucket, &index(&[deep])).await;
+    }
+    // Unparsed manifests, deep indexes, manifests with unsupported digests.
+    for (content, expected) in [
+        (whole.as_str(), [0, 0, 0]),
+        (&index(&[missing]), [0, 0, 0]),
+        ("no manifest", [1, 0, 0]),
+        (wrong_layer, [1, 0, 0]),
+        (&index(&[deep]), [0, 1, 0]),
+        (&unsupported("manifests"), [0, 0, 1]),
+        // No cache stores such a layer.
+        (&unsupported("layers"), [0, 0, 0]),
+    ] {
+        let top = put_manifest(&bucket, content).await;
+        let found = images(&bucket).objects(&place(), &[top]).await.unwrap();
+        let counts = [
+            found.unparsed_manifests,
+            found.deep_indexes,
+            found.unsupported_manifests,
+        ];
+        assert_eq!(counts, expected, "{content}");
+        assert_eq!(found.has_unknown_objects(), expected != [0; 3], "{content}");
+    }
 }
 
 #[tokio::test]
@@ -133,6 +174,7 @@ async fn index_that_lists_itself_or_too_much_ends() {
     let large = put_manifest(&bucket, &manifest("config", &layers)).await;
     let found = images(&bucket).objects(&place(), &[large]).await.unwrap();
     assert_eq!((found.objects.len(), found.is_truncated), (OBJECTS_MAX, true));
+    assert!(found.has_unknown_objects());
 }
 
 #[tokio::test]
