@@ -31,6 +31,8 @@ pub(super) struct SharedView {
     pub(super) writes_stopped: Option<Stopped>,
     /// Uploads that are queued or running.
     pub(super) uploads_waiting: u64,
+    /// Denials by an upstream that the bucket does not have yet. Null: none.
+    pub(super) revocations_waiting: Option<Revocations>,
     pub(super) since_start: SharedCounters,
 }
 
@@ -40,6 +42,15 @@ pub(super) struct SharedView {
 pub(super) struct Stopped {
     pub(super) seconds: u64,
     pub(super) failure: String,
+}
+
+/// Denials by an upstream that the bucket does not have yet. Until then, other caches may honour what they end, in an outage.
+#[derive(Serialize, ToSchema)]
+#[schema(as = SharedRevocations)]
+pub(super) struct Revocations {
+    pub(super) count: u64,
+    /// Age of the oldest one. After a restart it counts from the start of the process.
+    pub(super) oldest_seconds: u64,
 }
 
 /// Use of the bucket since the start.
@@ -71,6 +82,10 @@ pub(super) fn view(admin: &Admin) -> Option<SharedView> {
         seconds: since.as_secs(),
         failure: failure.to_string(),
     };
+    let waiting = |(count, oldest): (usize, Duration)| Revocations {
+        count: count as u64,
+        oldest_seconds: oldest.as_secs(),
+    };
     Some(SharedView {
         name: status.name.to_string(),
         write: status.write,
@@ -78,6 +93,7 @@ pub(super) fn view(admin: &Admin) -> Option<SharedView> {
         reads_stopped: status.reads_stopped.map(stopped),
         writes_stopped: status.writes_stopped.map(stopped),
         uploads_waiting: counts.uploads_waiting,
+        revocations_waiting: status.revocations_waiting.map(waiting),
         since_start: SharedCounters {
             objects_read: counts.objects_read,
             received_bytes: counts.received_bytes,

@@ -141,8 +141,14 @@ impl Revocations {
                 return Some(entry.added);
             }
             let alike = waiting.values().filter(|entry| entry.is_known == is_known);
-            if alike.count() >= if is_known { KNOWN_MAX } else { UNKNOWN_MAX } {
+            let (count_max, reason) = if is_known {
+                (KNOWN_MAX, "full")
+            } else {
+                (UNKNOWN_MAX, "full-unknown")
+            };
+            if alike.count() >= count_max {
                 drop(waiting);
+                self.telemetry.shared().record_unlisted_revocation(reason);
                 if self.reports.lock().take(Instant::now()) {
                     tracing::error!(
                         "too many denials wait for the shared storage, a further one is lost at a restart"
@@ -154,6 +160,7 @@ impl Revocations {
         let revocation = revocation_of(id, is_known);
         let written = self.store.write(move |store| store.put_revocation(&revocation));
         if let Err(error) = written.await {
+            self.telemetry.shared().record_unlisted_revocation("disk");
             tracing::error!(%error, "failed to keep a denial for the shared storage, it is lost at a restart");
             return None;
         }

@@ -33,6 +33,11 @@ struct ResultLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabels {
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RecordLabels {
     class: &'static str,
     result: &'static str,
@@ -75,6 +80,7 @@ pub struct SharedMetrics {
     uploads_waiting: Gauge<u64, AtomicU64>,
     records: Family<RecordLabels, Counter>,
     revocations_waiting: Gauge<u64, AtomicU64>,
+    revocations_unlisted: Family<ReasonLabels, Counter>,
     wrong: Counter,
     redirects: Counter,
     up: Family<BucketLabels, Gauge<u64, AtomicU64>>,
@@ -93,6 +99,7 @@ impl Default for SharedMetrics {
             uploads_waiting: Gauge::default(),
             records: Family::default(),
             revocations_waiting: Gauge::default(),
+            revocations_unlisted: Family::default(),
             wrong: Counter::default(),
             redirects: Counter::default(),
             up: Family::default(),
@@ -147,6 +154,13 @@ impl SharedMetrics {
     /// Sets the number of denials that the bucket does not have yet.
     pub fn set_revocations_waiting(&self, denials: u64) {
         self.revocations_waiting.set(denials);
+    }
+
+    /// Counts a denial that waits in memory only, by the reason why the list on the disk lacks it.
+    pub fn record_unlisted_revocation(&self, reason: &'static str) {
+        self.revocations_unlisted
+            .get_or_create(&ReasonLabels { reason })
+            .inc();
     }
 
     /// Counts an object with wrong bytes.
@@ -248,6 +262,11 @@ impl SharedMetrics {
             "shared_revocations_waiting",
             "Denials by an upstream that the bucket does not have yet. Other caches may honour what they end, in an outage",
             self.revocations_waiting.clone(),
+        );
+        registry.register(
+            "shared_revocations_unlisted",
+            "Denials that wait for the bucket in memory only and are lost at a restart, by reason",
+            self.revocations_unlisted.clone(),
         );
         registry.register(
             "shared_wrong_objects",

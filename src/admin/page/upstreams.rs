@@ -75,6 +75,11 @@ fn shared_storage(shared: &SharedView) -> Markup {
                         @if counts.uploads_lost > 0 { ", " (counts.uploads_lost) " lost" }
                     }
                 }
+                @if let Some(waiting) = &shared.revocations_waiting {
+                    div.dim {
+                        (waiting.count) " denials wait, for " (duration(Duration::from_secs(waiting.oldest_seconds)))
+                    }
+                }
                 @if counts.wrong_objects > 0 { div.dim { (counts.wrong_objects) " objects with wrong bytes" } }
             }
             div.end {

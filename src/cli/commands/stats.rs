@@ -114,8 +114,13 @@ fn shared_line(shared: &Value) -> String {
             text(stopped, "failure")
         ))
     });
+    let denials = shared.get("revocations_waiting").filter(|one| one.is_object());
+    let denials = denials.map(|denials| {
+        let since = duration(Duration::from_secs(number(denials, "oldest_seconds")));
+        format!("; {} denials wait, for {since}", number(denials, "count"))
+    });
     format!(
-        "shared storage {}: {}; {} objects read ({}), {} written ({}), {} waiting",
+        "shared storage {}: {}; {} objects read ({}), {} written ({}), {} waiting{}",
         text(shared, "name"),
         stopped.as_deref().unwrap_or("ok"),
         number(&counts, "objects_read"),
@@ -123,6 +128,7 @@ fn shared_line(shared: &Value) -> String {
         number(&counts, "objects_uploaded"),
         bytes(number(&counts, "sent_bytes")),
         number(shared, "uploads_waiting"),
+        denials.unwrap_or_default(),
     )
 }
 

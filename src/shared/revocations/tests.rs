@@ -11,6 +11,7 @@ use crate::shared::record::tests::{Timed, settings};
 use crate::shared::{RecordPlace, RecordPrincipal, RecordRead, SharedSettings};
 use crate::store::fs::MemoryFs;
 use crate::store::{Settings, Store};
+use crate::telemetry::Gauges;
 
 /// A store in memory that outlives a process.
 async fn store(disk: &Arc<MemoryFs>) -> AsyncStore {
@@ -205,6 +206,36 @@ async fn guessed_passwords_fill_no_list_of_denials() {
     assert_eq!(list.add(&id(UNKNOWN_MAX), Instant::now(), false).await, None);
     assert!(list.add(&id(UNKNOWN_MAX), Instant::now(), true).await.is_some());
     assert_eq!(files(&store).await, UNKNOWN_MAX + 1);
+    assert_eq!(unlisted(&list), [r#"reason="full-unknown"} 1"#]);
+}
+
+/// The counts of denials that wait in memory only, by reason.
+fn unlisted(list: &Revocations) -> Vec<String> {
+    let text = list.telemetry.prometheus_text(&Gauges::default());
+    let counts = text.lines().filter_map(|line| {
+        let labels = line.strip_prefix("ifnewer_shared_revocations_unlisted_total{")?;
+        Some(labels.to_owned())
+    });
+    counts.collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn denial_that_is_not_on_the_disk_is_counted() {
+    let disk = Arc::default();
+    let list = Revocations::new(store(&disk).await, Telemetry::new());
+    assert!(list.add(&id(0), Instant::now(), true).await.is_some());
+    assert_eq!(unlisted(&list), Vec::<String>::new());
+    disk.set_bytes_max(0);
+    assert_eq!(list.add(&id(1), Instant::now(), true).await, None);
+    assert_eq!(unlisted(&list), [r#"reason="disk"} 1"#]);
+    disk.set_bytes_max(u64::MAX);
+    for number in 1..KNOWN_MAX {
+        assert!(list.add(&id(number), Instant::now(), true).await.is_some());
+    }
+    assert_eq!(list.add(&id(KNOWN_MAX), Instant::now(), true).await, None);
+    let mut counts = unlisted(&list);
+    counts.sort();
+    assert_eq!(counts, [r#"reason="disk"} 1"#, r#"reason="full"} 1"#]);
 }
 
 /// The shared storage of one process.

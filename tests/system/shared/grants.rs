@@ -202,6 +202,12 @@ async fn waiting_denial() -> (Upstream, Bucket, Image, Proxy) {
     bucket.set(Mode::ReadOnly);
     assert_eq!(alice(first.manifest(DEMO, "latest")).await.status, 403);
     assert_eq!(metric(&first, WAITING).await, "1");
+    let storage = first.admin("/api/v1/shared").await.json()["storage"].clone();
+    let waiting = &storage["revocations_waiting"];
+    assert_eq!(waiting["count"], 1, "{storage}");
+    assert!(waiting["oldest_seconds"].as_u64().unwrap() < 60, "{storage}");
+    let page = String::from_utf8(first.admin("/").await.body.to_vec()).unwrap();
+    assert!(page.contains("1 denials wait, for"), "{page}");
     (upstream, bucket, image, first)
 }
 
@@ -211,6 +217,8 @@ async fn is_delivered(upstream: &Upstream, bucket: &Bucket, image: &Image, first
     first
         .until("the denial", |first| first.admin("/metrics"), is_empty)
         .await;
+    let storage = first.admin("/api/v1/shared").await.json()["storage"].clone();
+    assert_eq!(storage["revocations_waiting"], serde_json::Value::Null);
     upstream.refuses();
     let born = cache(bucket, upstream).await;
     is_refused_everything(&born, image, alice).await;
