@@ -1,7 +1,9 @@
 //! Object storage: the bucket of the shared storage, by the API of S3.
 //!
-//! A bucket holds bytes that several caches share, each object under a name made of its digest. It is trusted with
-//! nothing: whoever reads an object verifies its digest, and a deletion at any moment is safe.
+//! A bucket has bytes that several caches share. A blob and a manifest are named by their digest, which each reader verifies, and
+//! may be deleted at any moment, because caches fetch them again; except that the bucket may have the only copy in an outage and
+//! under the policy `never`. A record is named and sealed by a key. The deletion of one may take back a denial or the deletion of
+//! a tag that it states.
 //!
 //! * `clock`: the storage's time of day. `listing`: its objects, page by page.
 //! * `s3`: the API, over the crate `object_store`. `connector`: its HTTP client, which is that of upstreams. Both exist

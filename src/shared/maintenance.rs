@@ -1,7 +1,9 @@
 //! Maintenance of the bucket by an operator: inventory and garbage collection.
 //!
-//! Nothing here runs in a cache, and no cache has to be stopped for it. A blob or a manifest may be deleted at any moment:
-//! a cache that needs it fetches it again. All ages are those of the storage's own clock.
+//! Nothing here runs in a cache, and no cache has to be stopped for it. A cache that needs a deleted blob or manifest fetches it
+//! again; in an outage of the upstream and under the policy `never`, it cannot. Caches that serve it from their disks do not write
+//! it again. A redirect to it fails. Records are deleted only above the age `keep`, and a tag record is replaced. All ages
+//! are those of the storage's own clock.
 //!
 //! * `kind`: kinds of objects, by their names. `objects`: listing with retries. `inventory`: counts by kind.
 //! * `gc`: rules and their execution. `clock`: check of the storage's time. `delete`: deletion at a bounded rate.
