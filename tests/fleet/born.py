@@ -1,6 +1,5 @@
 """A cache that starts with an empty disk in an outage, and serves what other caches have recorded in the bucket."""
 
-import asyncio
 import os
 import subprocess
 
@@ -9,7 +8,7 @@ from fleet import basic
 from kit.client import blob, get, manifest, pull
 from kit.content import Image
 from kit.process import plain_environment
-from shared import metric, uploaded
+from shared import recorded, uploaded
 
 NAME = "library/app"
 ALICE = {"Authorization": basic("alice")}
@@ -31,7 +30,7 @@ async def run(fleet):
     fleet.check("a pull before the outage", await pull(first.address, NAME, "1", public))
     fleet.check("a private pull before the outage", await pull(first.address, "team/app", "1", private, headers=ALICE))
     fleet.check("the objects are uploaded", await uploaded(first, len(public.blobs) + len(private.blobs) + 2))
-    fleet.check("the records are written", await recorded(first))
+    fleet.check("the records are written", await recorded(first, "tag", "content", "public", "grant"))
     registry.refuse()
 
     born = host(fleet, registry, bucket, with_key)
@@ -68,14 +67,3 @@ def foreign(fleet, registry, bucket):
     key.write_text("ab" * 32)
     key.chmod(0o600)
     return host(fleet, registry, bucket, f'key_file = "{key}"')
-
-
-async def recorded(cache):
-    """The tag, content and public record of the public image, and the grant record of the private one, at least."""
-    for _ in range(300):
-        counts = [await metric(cache, f'ifnewer_shared_records_total{{class="{kind}",result="written"}}')
-                  for kind in ("tag", "content", "public", "grant")]
-        if min(counts) >= 1:
-            return True
-        await asyncio.sleep(0.1)
-    return False

@@ -14,7 +14,7 @@ from kit.content import Image
 from kit.lab import until
 from kit.process import plain_environment
 from relay import Relay
-from shared import image, metric, unchanged, uploaded
+from shared import image, metric, recorded, unchanged, until_conditional, uploaded
 
 NAME = "library/app"
 
@@ -150,17 +150,6 @@ def shifted(library, minutes):
     return {"LD_PRELOAD": str(library), "SKEW_S": str(60 * minutes)}
 
 
-async def recorded(cache):
-    counts = {}
-    for _ in range(300):
-        for kind in ("tag", "content", "public"):
-            counts[kind] = await metric(cache, f'ifnewer_shared_records_total{{class="{kind}",result="written"}}')
-        if min(counts.values()) >= 1:
-            return True
-        await asyncio.sleep(0.1)
-    return False
-
-
 async def forged(fleet, registry, bucket, key):
     """Objects that no cache has written."""
     claims = {
@@ -173,8 +162,7 @@ async def forged(fleet, registry, bucket, key):
         ).encode(),
     }
     cache = host(fleet, registry, bucket, key)
-    found = await eventually(lambda: metric(cache, "ifnewer_shared_conditional"), 1)
-    fleet.equal("forged claims: claims are used", 1, found)
+    fleet.check("forged claims: claims are used", await until_conditional(cache))
     for number, (what, content) in enumerate(claims.items()):
         pushed = registry.push_image(NAME, f"forged-{number}", small(f"forged {number}"))
         hexadecimal = pushed.layers[0].removeprefix("sha256:")

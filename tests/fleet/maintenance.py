@@ -15,7 +15,7 @@ from kit.client import get, manifest, pull
 from kit.content import Image
 from kit.lab import until
 from kit.process import plain_environment
-from shared import metric, uploaded
+from shared import recorded, uploaded
 
 NAME = "library/app"
 MANY = 2500
@@ -35,7 +35,7 @@ async def run(fleet):
         fleet.check(f"a pull of tag {tag}", await pull(first.address, NAME, tag, content))
     count = len({*image.blobs, *other.blobs}) + 2
     fleet.check("the objects are uploaded", await uploaded(first, count))
-    fleet.check("the tag records are written", await recorded(first, 2))
+    fleet.check("the tag records are written", await recorded(first, "tag", count=2))
     first.stop()
     operator = Operator(first)
 
@@ -66,9 +66,11 @@ class Operator:
         return done.returncode, json.loads(out or b"null"), err.decode()
 
 
-async def recorded(cache, count):
-    for _ in range(300):
-        if await metric(cache, 'ifnewer_shared_records_total{class="tag",result="written"}') >= count:
+async def aged(operator, count):
+    """Waits until so many blobs and manifests are older than a second. Ages are whole seconds of the storage."""
+    for _ in range(100):
+        _, found, _ = await operator.run("gc", "--older", "1s")
+        if found["deleted"]["objects"] == count:
             return True
         await asyncio.sleep(0.1)
     return False
@@ -129,7 +131,7 @@ async def removed(fleet, registry, bucket, operator, with_key, image):
     fleet.check("after the outage the tag is pulled", await pull(born.address, NAME, "1", image))
     fleet.equal("its GETs at the registry", 1, at_registry.count("GET "))
     fleet.check("the manifest is in the bucket again", await until(lambda: gone <= names(bucket, "manifests"), 20, 0.2))
-    fleet.check("so is the tag record", await recorded(born, 1))
+    fleet.check("so is the tag record", await recorded(born, "tag"))
     born.stop()
 
     code, found, message = await operator.run("rm", f"{NAME}:1", "--blobs")
@@ -158,9 +160,8 @@ async def collected(fleet, registry, bucket, operator, image, other):
     code, found, message = await operator.run("gc", "--size", f"{limit}B", "--yes")
     remaining = found["listed"]["bytes"] - found["deleted"]["bytes"]
     fleet.check("garbage collection by size", code == 0 and found["deleted"]["objects"] >= 1 and remaining <= limit, found)
-    # Ages are whole seconds of the storage.
-    await asyncio.sleep(2.1)
     before = names(bucket, "blobs", "manifests")
+    fleet.check("the others are older than a second", await aged(operator, len(before)))
     code, found, message = await operator.run("gc", "--older", "1s")
     fleet.equal("a trial by age", (0, len(before)), (code, found["deleted"]["objects"]))
     fleet.equal("it deletes nothing", before, names(bucket, "blobs", "manifests"))
@@ -184,7 +185,7 @@ def memory_peak_mib(pid):
 
 async def many(fleet, bucket, operator):
     """Several pages, and an interruption."""
-    kept = len(names(bucket, "blobs"))
+    kept, manifests = len(names(bucket, "blobs")), len(names(bucket, "manifests"))
 
     def write():
         for number in range(MANY):
@@ -192,7 +193,7 @@ async def many(fleet, bucket, operator):
             bucket.write(f"team-a/v1/blobs/sha256/{hex_[:2]}/{hex_}", b"x")
 
     await asyncio.to_thread(write)
-    await asyncio.sleep(2.1)
+    fleet.check("they are older than a second", await aged(operator, MANY + kept + manifests))
     listing = operator.start("ls")
     reading, peak_mib = asyncio.create_task(asyncio.to_thread(listing.stdout.read)), 0
     # The maximum that wait4 reports contains the process that started it.

@@ -68,6 +68,26 @@ async def uploaded(cache, count):
     return False
 
 
+async def recorded(cache, *classes, count=1):
+    """Waits until this cache has written so many records of each class."""
+    for _ in range(300):
+        written = [await metric(cache, f'ifnewer_shared_records_total{{class="{name}",result="written"}}')
+                   for name in classes or ("tag", "content", "public")]
+        if min(written) >= count:
+            return True
+        await asyncio.sleep(0.1)
+    return False
+
+
+async def until_conditional(cache):
+    """Waits until this cache knows that the bucket keeps conditions: without, there are no claims."""
+    for _ in range(300):
+        if await metric(cache, "ifnewer_shared_conditional") == 1:
+            return True
+        await asyncio.sleep(0.1)
+    return False
+
+
 async def warm(fleet, registry, bucket):
     pushed = registry.push_image(NAME, "1", image("warm", layer_bytes=15_000_000))
     first = host(fleet, registry, bucket)
