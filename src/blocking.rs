@@ -6,6 +6,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::sync::Semaphore;
@@ -13,6 +14,9 @@ use tokio::task::{JoinError, JoinHandle, spawn_blocking};
 
 /// Threads of the runtime for blocking operations.
 pub const THREADS_MAX: usize = 176;
+
+/// Time after which an idle thread ends. Each has a stack and a cache of the allocator.
+pub const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(1);
 
 /// Threads that no kind of operation takes: for host names, passwords, certificates and files of credentials.
 const RESERVE: usize = 16;

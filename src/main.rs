@@ -405,6 +405,7 @@ fn block_on(command: impl Future<Output = ExitCode>) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .max_blocking_threads(blocking::THREADS_MAX)
+        .thread_keep_alive(blocking::THREAD_KEEP_ALIVE)
         .build();
     match runtime {
         Ok(runtime) => {

@@ -153,6 +153,8 @@ impl Manifest {
         manifest.add_all(raw.blobs, DescriptorKind::Layer);
         manifest.add_all(raw.fs_layers, DescriptorKind::Layer);
         manifest.add_all(raw.manifests, DescriptorKind::Manifest);
+        // It stays in memory, and a descriptor has some 300 bytes.
+        manifest.descriptors.shrink_to_fit();
         Ok(manifest)
     }
 

@@ -33,6 +33,19 @@ fn roles(manifest: &Manifest) -> Vec<(DescriptorKind, AnyDigest)> {
 }
 
 #[test]
+fn manifest_in_memory_has_no_spare_capacity() {
+    let digest = format!("sha256:{}", "a".repeat(64));
+    let text = format!(
+        r#"{{"schemaVersion":2,"config":{{"digest":"{digest}"}},"layers":[{{"digest":"{digest}"}}]}}"#
+    );
+    let manifest = Manifest::read(text.as_bytes()).unwrap();
+    assert_eq!(
+        (manifest.descriptors.len(), manifest.descriptors.capacity()),
+        (2, 2)
+    );
+}
+
+#[test]
 fn image_lists_config_and_layers_in_order() {
     let image = read(&json!({
         "schemaVersion": 2,

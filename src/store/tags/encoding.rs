@@ -42,6 +42,7 @@ impl TagRecord {
             variants.push(unpack(&mut packed)?);
         }
         variants.truncate(VARIANTS_MAX);
+        variants.shrink_to_fit();
         Some(Self { variants })
     }
 }
@@ -200,6 +201,17 @@ mod tests {
         .len();
         for length in (1..full_length).filter(|length| *length != first) {
             assert_eq!(TagRecord::from_index(&packed[..length]), None, "{length}");
+        }
+    }
+
+    #[test]
+    fn record_in_memory_has_no_spare_capacity() {
+        let mut record = record();
+        record.variants.truncate(1);
+        let indexed = TagRecord::from_index(&record.to_index(4000)).unwrap();
+        let merged = TagRecord::from_variants(record.variants);
+        for variants in [indexed.variants, merged.variants] {
+            assert_eq!(variants.capacity(), 1);
         }
     }
 

@@ -74,6 +74,8 @@ impl TagRecord {
             let repeated = (0..variants.len()).rev().find(is_repeated);
             variants.remove(repeated.unwrap_or(VARIANTS_MAX));
         }
+        // Most tags have one, and it stays in memory.
+        variants.shrink_to_fit();
         Self { variants }
     }
 

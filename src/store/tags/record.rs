@@ -255,13 +255,10 @@ impl TagRecord {
     }
 
     fn from_records(records: &[VariantRecord]) -> Self {
-        Self {
-            variants: records
-                .iter()
-                .filter_map(Variant::from_record)
-                .take(VARIANTS_MAX)
-                .collect(),
-        }
+        let known = records.iter().filter_map(Variant::from_record);
+        let mut variants: Vec<_> = known.take(VARIANTS_MAX).collect();
+        variants.shrink_to_fit();
+        Self { variants }
     }
 
     fn to_records(&self) -> Vec<VariantRecord> {

@@ -248,6 +248,7 @@ impl Sightings {
             }
         }
         all.sort_by_key(|sighting| Reverse(sighting.named_at));
+        all.shrink_to_fit();
         Self {
             all,
             ..Self::default()
@@ -294,6 +295,8 @@ impl Sightings {
             &seen.digest,
             &record.map(TagRecord::digests).unwrap_or_default(),
         );
+        // Most tags have one, and it stays in memory.
+        all.shrink_to_fit();
         Some(Self {
             all,
             ..Self::default()

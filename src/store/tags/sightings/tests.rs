@@ -72,6 +72,12 @@ fn variant(name: &str, first_seen: u64, confirmed_at: SystemTime) -> Variant {
 }
 
 #[test]
+fn sightings_in_memory_have_no_spare_capacity() {
+    let sightings = Sightings::default().with(&seen("a"), None, at(0)).unwrap();
+    assert_eq!((sightings.all.len(), sightings.all.capacity()), (1, 1));
+}
+
+#[test]
 fn unchanged_tag_adds_no_sighting() {
     let sightings = after(&[(seen("a"), 0), (seen("b"), 10)]);
     assert_eq!(sightings.with(&seen("b"), None, at(1_000)), None);
