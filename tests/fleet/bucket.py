@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import statistics
 import subprocess
 import time
 import urllib.error
@@ -124,11 +125,21 @@ class Bucket:
 
     def download(self, paths, port):
         """Seconds that curl needs for these objects, one after the other over one connection."""
-        urls = [argument for path in paths for argument in ("-o", "/dev/null", f"{endpoint(port)}/{NAME}/{path}")]
-        signed = ["--aws-sigv4", "aws:amz:us-east-1:s3", "--user", f"{KEY}:{SECRET}"]
         began = time.monotonic()
-        subprocess.run(["curl", "-sSf", *signed, *urls], check=True, env=plain_environment())
+        curl("-f", paths, port)
         return time.monotonic() - began
+
+    def first_byte_s(self, paths, port):
+        """Median time to the first byte of the responses for these objects, one after the other over one connection."""
+        return statistics.median(float(line) for line in curl("-w%{time_starttransfer}\n", paths, port).split())
+
+
+def curl(option, paths, port):
+    """The output of GETs of these objects, signed as those of a cache."""
+    urls = [argument for path in paths for argument in ("-o", "/dev/null", f"{endpoint(port)}/{NAME}/{path}")]
+    signed = ["--aws-sigv4", "aws:amz:us-east-1:s3", "--user", f"{KEY}:{SECRET}"]
+    done = subprocess.run(["curl", "-sS", option, *signed, *urls], check=True, env=plain_environment(), stdout=subprocess.PIPE)
+    return done.stdout.decode()
 
 
 def endpoint(port):

@@ -20,6 +20,7 @@ import maintenance
 import outage
 import shared
 import sidecars
+import times
 from fleet import Fleet
 from kit import scenarios
 
@@ -34,6 +35,7 @@ SCENARIOS = {
     "born": born.run,
     "faults": faults.run,
     "costs": costs.run,
+    "times": times.run,
     "liar": liar.run,
     "maintenance": maintenance.run,
     "compose": compose.run,
