@@ -7,12 +7,14 @@
 //!
 //! * `clock`: the storage's time of day. `listing`: its objects, page by page.
 //! * `s3`: the API, over the crate `object_store`. `connector`: its HTTP client, which is that of upstreams. Both exist
-//!   only in builds with the feature `shared`.
+//!   only in builds with the feature `shared`. `over`: fakes of tests.
 
 mod clock;
 #[cfg(feature = "shared")]
 mod connector;
 mod listing;
+#[cfg(all(test, feature = "shared"))]
+pub(crate) mod over;
 #[cfg(feature = "shared")]
 mod s3;
 #[cfg(all(test, feature = "shared"))]

@@ -9,12 +9,28 @@ use tokio::time::sleep;
 
 use super::redirect::RETRY_PERIOD;
 use super::*;
-use crate::bucket::{BucketFuture, ObjectBody, ObjectChunk, StorageClock, Upload};
+use crate::bucket::over::{Memory, Over};
+use crate::bucket::{BucketFuture, ObjectBody, ObjectChunk, StorageClock};
 use crate::clock::Clock;
 use crate::oci::Algorithm;
 
 const MIB: u64 = 1024 * 1024;
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Settings of a cache over this bucket, without claims, records and redirects.
+pub(in crate::shared) fn settings_over(bucket: Arc<dyn ObjectStorage>) -> SharedSettings {
+    SharedSettings {
+        bucket,
+        name: "s3://images".into(),
+        write: true,
+        claims: false,
+        wait_max: Duration::from_secs(1),
+        keep: 28 * DAY,
+        uploads_max: 1,
+        records: None,
+        redirect: RedirectSettings::default(),
+    }
+}
 
 /// Pauses, each with the bytes that follow. If they are fewer than the object has, nothing follows.
 type Script = Vec<(u64, u64)>;
@@ -27,6 +43,8 @@ struct Scripted {
     /// Bodies of the next reads. The last one is repeated.
     bodies: Mutex<VecDeque<Result<Script, BucketError>>>,
     puts: Mutex<usize>,
+    /// Objects that no test reads.
+    others: Memory,
 }
 
 impl Scripted {
@@ -59,7 +77,11 @@ impl ObjectBody for Body {
     }
 }
 
-impl ObjectStorage for Scripted {
+impl Over for Scripted {
+    fn inner(&self) -> &dyn ObjectStorage {
+        &*self.others
+    }
+
     fn get<'a>(&'a self, key: &'a ObjectKey, from: u64) -> BucketFuture<'a, Object> {
         Box::pin(async move {
             let script = {
@@ -74,7 +96,7 @@ impl ObjectStorage for Scripted {
                 left: self.size - from,
             };
             Ok(Object {
-                info: self.head(key).await?,
+                info: Over::head(self, key).await?,
                 body: Box::new(body),
             })
         })
@@ -99,20 +121,8 @@ impl ObjectStorage for Scripted {
         Box::pin(async { Err(BucketError::Exists) })
     }
 
-    fn update<'a>(&'a self, _: &'a ObjectKey, _: Bytes, _: &'a str) -> BucketFuture<'a, Option<String>> {
-        Box::pin(async { Err(BucketError::Exists) })
-    }
-
     fn put<'a>(&'a self, _: &'a ObjectKey, _: Bytes, _: Option<&'a str>) -> BucketFuture<'a, ()> {
         *self.puts.lock() += 1;
-        Box::pin(async { Ok(()) })
-    }
-
-    fn upload<'a>(&'a self, _: &'a ObjectKey) -> BucketFuture<'a, Box<dyn Upload>> {
-        Box::pin(async { Err(BucketError::Exists) })
-    }
-
-    fn delete<'a>(&'a self, _: &'a ObjectKey) -> BucketFuture<'a, ()> {
         Box::pin(async { Ok(()) })
     }
 
@@ -136,22 +146,16 @@ fn aged(size: u64, age: Duration, bodies: Vec<Result<Script, BucketError>>) -> (
         clock: StorageClock::default(),
         bodies: Mutex::new(bodies.into()),
         puts: Mutex::default(),
+        others: Memory::default(),
     });
     bucket.set_clock(0);
     let settings = SharedSettings {
-        bucket: Arc::clone(&bucket) as Arc<dyn ObjectStorage>,
-        name: "s3://images".into(),
-        write: true,
-        claims: false,
-        wait_max: Duration::from_secs(1),
-        keep: 28 * DAY,
-        uploads_max: 1,
-        records: None,
         redirect: RedirectSettings {
             mode: RedirectMode::Always,
             valid: Duration::from_secs(60),
             host: "storage.example.org".into(),
         },
+        ..settings_over(Arc::clone(&bucket) as Arc<dyn ObjectStorage>)
     };
     (
         bucket,

@@ -10,10 +10,12 @@ use bytes::Bytes;
 use tokio::time::sleep;
 
 use super::*;
-use crate::bucket::{BucketFuture, Object, ObjectInfo, ObjectStorage, Upload, in_memory};
+use crate::bucket::over::Over;
+use crate::bucket::{BucketFuture, Object, ObjectStorage, in_memory};
 use crate::oci::Algorithm;
+use crate::shared::tests::settings_over;
 use crate::shared::upload::{Item, Mode};
-use crate::shared::{ArrivingFuture, RedirectSettings, SharedSettings};
+use crate::shared::{ArrivingFuture, SharedSettings};
 use crate::telemetry::Telemetry;
 
 const SIZE: usize = 8 * 1024 * 1024;
@@ -42,16 +44,16 @@ impl Faulty {
     }
 }
 
-impl ObjectStorage for Faulty {
+impl Over for Faulty {
+    fn inner(&self) -> &dyn ObjectStorage {
+        &*self.inner
+    }
+
     fn get<'a>(&'a self, key: &'a ObjectKey, from: u64) -> BucketFuture<'a, Object> {
         Box::pin(async move {
             sleep(self.latency).await;
             self.inner.get(key, from).await
         })
-    }
-
-    fn head<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ObjectInfo> {
-        self.inner.head(key)
     }
 
     fn create<'a>(
@@ -68,15 +70,6 @@ impl ObjectStorage for Faulty {
             sleep(Duration::from_secs(self.delays.1)).await;
             created
         })
-    }
-
-    fn update<'a>(
-        &'a self,
-        key: &'a ObjectKey,
-        bytes: Bytes,
-        etag: &'a str,
-    ) -> BucketFuture<'a, Option<String>> {
-        self.inner.update(key, bytes, etag)
     }
 
     fn put<'a>(
@@ -99,28 +92,16 @@ impl ObjectStorage for Faulty {
             putting.await.unwrap()
         })
     }
-
-    fn upload<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, Box<dyn Upload>> {
-        self.inner.upload(key)
-    }
-
-    fn delete<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ()> {
-        self.inner.delete(key)
-    }
 }
 
 /// One cache over a bucket.
 fn cache_with(bucket: Arc<dyn ObjectStorage>, write: bool) -> Arc<Active> {
     let settings = SharedSettings {
-        bucket,
-        name: "s3://images".into(),
         write,
         claims: true,
         wait_max: WITHIN,
         keep: Duration::from_secs(1000),
-        uploads_max: 1,
-        records: None,
-        redirect: RedirectSettings::default(),
+        ..settings_over(bucket)
     };
     let active = Arc::new(Active::new(settings, &Arc::default(), Telemetry::new()));
     active.conditions.set(true).unwrap();

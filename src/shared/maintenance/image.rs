@@ -141,7 +141,7 @@ pub struct ImageObjects {
     pub is_truncated: bool,
     /// Number of the manifests that the bucket has and that cannot be parsed wholly.
     pub unparsed_manifests: usize,
-    /// Number of the indexes nested so deep that what they list was not read.
+    /// Number of the indexes nested so deep that their children were not read.
     pub deep_indexes: usize,
     /// Number of the manifests that are listed with a digest of an unsupported algorithm, so that no cache stores them.
     pub unsupported_manifests: usize,

@@ -14,9 +14,8 @@ use parking_lot::Mutex;
 use proptest::prelude::*;
 
 use super::*;
-use crate::bucket::{
-    BucketFuture, Listed, Listing, ListingNext, Object, ObjectInfo, ObjectKey, ObjectStorage, Upload,
-};
+use crate::bucket::over::{Memory, Over};
+use crate::bucket::{BucketFuture, Listed, Listing, ListingNext, ObjectInfo, ObjectKey, ObjectStorage};
 use crate::oci::{Algorithm, Digest, UpstreamFailure};
 
 const HOUR: u64 = 3600;
@@ -27,6 +26,19 @@ const NOW: u64 = 100_000 * HOUR;
 
 const SILENT: BucketError = BucketError::Silent(UpstreamFailure::Timeout);
 
+/// The names in a listing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Order {
+    #[default]
+    Right,
+    /// The listing begins again and again.
+    Repeated,
+    /// It begins at the first object, whatever was requested.
+    IgnoresOffset,
+    /// Names are listed twice, as those of an object and of a marker of a folder.
+    WithMarkers,
+}
+
 /// A bucket of which objects are listed and deleted.
 #[derive(Default)]
 struct Scripted {
@@ -34,24 +46,21 @@ struct Scripted {
     objects: Mutex<BTreeMap<String, (u64, Option<u64>)>>,
     /// After so many objects, a listing fails with this error. For each listing.
     listings: Mutex<VecDeque<(usize, BucketError)>>,
-    /// The listing begins again and again.
-    is_repeated: bool,
+    order: Order,
     /// Results of the next deletions.
     deletions: Mutex<VecDeque<BucketError>>,
     /// Deletions are never answered.
     is_deaf: bool,
     /// Time from a deletion to its response.
     deletion_time: Duration,
-    /// A listing begins at the first object, whatever was requested.
-    ignores_offset: bool,
     /// Objects that are written or deleted after they were listed: their ages then.
     later: Mutex<BTreeMap<String, Option<u64>>>,
     /// Seconds by which each `Date` is ahead.
     ahead: u64,
     /// Objects that were written.
     written: Mutex<Vec<String>>,
-    /// Names are listed twice, as those of an object and of a marker of a folder.
-    has_markers: bool,
+    /// Objects that no test lists.
+    others: Memory,
 }
 
 impl Scripted {
@@ -93,9 +102,9 @@ impl Listing for Page {
     }
 }
 
-impl ObjectStorage for Scripted {
-    fn get<'a>(&'a self, _: &'a ObjectKey, _: u64) -> BucketFuture<'a, Object> {
-        Box::pin(async { Err(BucketError::Absent) })
+impl Over for Scripted {
+    fn inner(&self) -> &dyn ObjectStorage {
+        &*self.others
     }
 
     fn head<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ObjectInfo> {
@@ -115,19 +124,6 @@ impl ObjectStorage for Scripted {
         })
     }
 
-    fn create<'a>(
-        &'a self,
-        _: &'a ObjectKey,
-        _: Bytes,
-        _: Option<&'a str>,
-    ) -> BucketFuture<'a, Option<String>> {
-        Box::pin(async { Err(BucketError::Exists) })
-    }
-
-    fn update<'a>(&'a self, _: &'a ObjectKey, _: Bytes, _: &'a str) -> BucketFuture<'a, Option<String>> {
-        Box::pin(async { Err(BucketError::Exists) })
-    }
-
     fn put<'a>(&'a self, key: &'a ObjectKey, bytes: Bytes, _: Option<&'a str>) -> BucketFuture<'a, ()> {
         Box::pin(async move {
             let name = key.as_str().to_owned();
@@ -135,10 +131,6 @@ impl ObjectStorage for Scripted {
             self.objects.lock().insert(name, (bytes.len() as u64, Some(0)));
             Ok(())
         })
-    }
-
-    fn upload<'a>(&'a self, _: &'a ObjectKey) -> BucketFuture<'a, Box<dyn Upload>> {
-        Box::pin(async { Err(BucketError::Exists) })
     }
 
     fn delete<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ()> {
@@ -164,7 +156,7 @@ impl ObjectStorage for Scripted {
             .iter()
             .filter(|(name, _)| name.starts_with(&format!("{folder}/")))
             .filter(|(name, _)| {
-                self.ignores_offset || after.is_none_or(|after| name.as_str() > after.as_str())
+                self.order == Order::IgnoresOffset || after.is_none_or(|after| name.as_str() > after.as_str())
             })
             .map(|(name, (size, age))| Listed {
                 key: ObjectKey::listed(name).unwrap(),
@@ -172,12 +164,12 @@ impl ObjectStorage for Scripted {
                 age: age.map(|age| Duration::from_secs(age + self.ahead)),
                 date: Some(UNIX_EPOCH + Duration::from_secs(NOW)),
             });
-        let times = 1 + usize::from(self.has_markers);
+        let times = 1 + usize::from(self.order == Order::WithMarkers);
         let objects: VecDeque<_> = listed
             .flat_map(|listed| std::iter::repeat_n(listed, times))
             .collect();
         Box::new(Page {
-            again: self.is_repeated.then(|| objects.clone()),
+            again: (self.order == Order::Repeated).then(|| objects.clone()),
             objects,
             failure: self.listings.lock().pop_front(),
         })
@@ -376,7 +368,7 @@ async fn storage_that_ignores_the_offset_ends_the_listing() {
     for (failed_after, expected) in [(1, Ok(9)), (2, Err(BucketError::Malformed))] {
         let objects: Vec<_> = (0..9).map(|n| (blob(n), 1, DAY)).collect();
         let bucket = Scripted {
-            ignores_offset: true,
+            order: Order::IgnoresOffset,
             ..Arc::into_inner(bucket_of(&objects)).unwrap()
         };
         *bucket.listings.lock() = (0..100).map(|_| (failed_after, SILENT)).collect();
@@ -392,7 +384,7 @@ async fn storage_that_ignores_the_offset_ends_the_listing() {
     // The listing never comes further than its first name.
     let bucket = bucket_of(&[(blob(1), 1, DAY), (blob(2), 1, DAY)]);
     let bucket = Scripted {
-        ignores_offset: true,
+        order: Order::IgnoresOffset,
         ..Arc::into_inner(bucket).unwrap()
     };
     *bucket.listings.lock() = (0..100).map(|_| (1, SILENT)).collect();
@@ -437,7 +429,7 @@ async fn storage_that_repeats_pages_ends_the_listing() {
         let objects: Vec<_> = (0..count).map(|n| (blob(n), 1, DAY)).collect();
         let bucket = bucket_of(&objects);
         let bucket: Arc<dyn ObjectStorage> = Arc::new(Scripted {
-            is_repeated: true,
+            order: Order::Repeated,
             ..Arc::into_inner(bucket).unwrap()
         });
         let mut listed = 0;
@@ -558,7 +550,7 @@ async fn wrong_time_of_the_storage_deletes_nothing() {
 async fn object_with_a_marker_is_counted_once() {
     let objects: Vec<_> = (0..9).map(|n| (blob(n), 1, 90 * DAY)).collect();
     let bucket = Arc::new(Scripted {
-        has_markers: true,
+        order: Order::WithMarkers,
         ..Arc::into_inner(bucket_of(&objects)).unwrap()
     });
     let (collection, result) = collect(&bucket, &rules(Some(28), None)).await;

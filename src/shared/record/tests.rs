@@ -11,12 +11,12 @@ use tokio::time::{Instant, advance};
 use super::key::Class;
 use super::queue::{RecordId, Update};
 use super::*;
-use crate::bucket::{
-    BucketError, BucketFuture, Object, ObjectInfo, ObjectKey, ObjectStorage, StorageClock, Upload, in_memory,
-};
+use crate::bucket::over::Over;
+use crate::bucket::{BucketError, BucketFuture, Object, ObjectKey, ObjectStorage, StorageClock, in_memory};
 use crate::oci::{Algorithm, Digest, Tag, UpstreamFailure};
 use crate::shared::maintenance::{BucketImages, TagRecordError};
-use crate::shared::{Active, RedirectSettings, SharedSettings};
+use crate::shared::tests::settings_over;
+use crate::shared::{Active, SharedSettings};
 use crate::telemetry::Telemetry;
 
 /// Time at the storage when it is made.
@@ -76,7 +76,11 @@ impl Timed {
     }
 }
 
-impl ObjectStorage for Timed {
+impl Over for Timed {
+    fn inner(&self) -> &dyn ObjectStorage {
+        &*self.inner
+    }
+
     fn get<'a>(&'a self, key: &'a ObjectKey, from: u64) -> BucketFuture<'a, Object> {
         if self
             .silent_until
@@ -87,10 +91,6 @@ impl ObjectStorage for Timed {
         }
         self.tick();
         self.inner.get(key, from)
-    }
-
-    fn head<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ObjectInfo> {
-        self.inner.head(key)
     }
 
     fn create<'a>(
@@ -115,23 +115,6 @@ impl ObjectStorage for Timed {
             self.interlope().await?;
             self.inner.update(key, bytes, etag).await
         })
-    }
-
-    fn put<'a>(
-        &'a self,
-        key: &'a ObjectKey,
-        bytes: Bytes,
-        media_type: Option<&'a str>,
-    ) -> BucketFuture<'a, ()> {
-        self.inner.put(key, bytes, media_type)
-    }
-
-    fn upload<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, Box<dyn Upload>> {
-        self.inner.upload(key)
-    }
-
-    fn delete<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ()> {
-        self.inner.delete(key)
     }
 
     fn clock(&self) -> Option<&StorageClock> {
@@ -162,19 +145,12 @@ pub(in crate::shared) fn settings(
     });
     let keys: Vec<String> = digit.split(',').map(|digit| digit.repeat(64)).collect();
     let settings = SharedSettings {
-        bucket: Arc::clone(&bucket) as Arc<dyn ObjectStorage>,
-        name: "s3://images".into(),
-        write: true,
-        keep: Duration::from_secs(28 * 24 * 3600),
-        uploads_max: 1,
-        redirect: RedirectSettings::default(),
-        claims: false,
-        wait_max: Duration::from_secs(1),
         records: Some(RecordSettings {
             keys: RecordKeys::parse(&keys.join("\n")).unwrap(),
             prefix: prefix.into(),
             grants: true,
         }),
+        ..settings_over(Arc::clone(&bucket) as Arc<dyn ObjectStorage>)
     };
     (bucket, settings)
 }

@@ -6,27 +6,16 @@
 )]
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 
 use super::*;
 use crate::bucket::in_memory;
 use crate::oci::Algorithm;
-use crate::shared::RedirectSettings;
+use crate::shared::tests::settings_over;
 
 fn images(bucket: &Arc<dyn ObjectStorage>) -> BucketImages {
-    BucketImages::new(SharedSettings {
-        bucket: Arc::clone(bucket),
-        name: "s3://images".into(),
-        write: true,
-        claims: false,
-        wait_max: Duration::from_secs(1),
-        keep: Duration::from_secs(28 * 24 * 3600),
-        uploads_max: 1,
-        records: None,
-        redirect: RedirectSettings::default(),
-    })
+    BucketImages::new(settings_over(Arc::clone(bucket)))
 }
 
 fn place() -> RecordPlace {
