@@ -18,6 +18,9 @@ use super::registry::now;
 /// The bucket's clock when it is made, decades behind those of the caches.
 const START: Duration = Duration::from_secs(883_612_800);
 
+/// Limit of the client for a read: `wait_max`, and later than a caller that waits as long itself.
+const READ_TIMEOUT: Duration = Duration::from_millis(1_001);
+
 #[derive(Default)]
 struct Content {
     objects: BTreeMap<String, (Bytes, u64)>,
@@ -175,7 +178,7 @@ impl Bucket {
 }
 
 impl View {
-    async fn begin(&self, method: &str, key: &ObjectKey) {
+    async fn begin(&self, method: &str, key: &ObjectKey) -> Result<(), BucketError> {
         let (delay, held) = {
             let mut content = self.bucket.content.lock().unwrap();
             content.requests.push(format!("{method} {key}"));
@@ -185,7 +188,10 @@ impl View {
             }
         };
         // Lets other tasks run.
-        sleep(delay.max(Duration::from_millis(1))).await;
+        sleep(delay.clamp(Duration::from_millis(1), READ_TIMEOUT)).await;
+        if delay > READ_TIMEOUT {
+            return Err(BucketError::Silent(UpstreamFailure::Timeout));
+        }
         if let Some((prefix, mut held)) = held
             && key.as_str().starts_with(&prefix)
         {
@@ -196,6 +202,7 @@ impl View {
         let elapsed = (now - self.bucket.started) + self.ahead + stepped;
         let date = SystemTime::UNIX_EPOCH + self.bucket.start + Duration::from_secs(elapsed.as_secs());
         self.clock.learn(date, now, now);
+        Ok(())
     }
 
     fn info(&self, key: &ObjectKey) -> Result<(Bytes, ObjectInfo), BucketError> {
@@ -262,7 +269,7 @@ impl ObjectBody for Body {
 impl ObjectStorage for View {
     fn get<'a>(&'a self, key: &'a ObjectKey, from: u64) -> BucketFuture<'a, Object> {
         Box::pin(async move {
-            self.begin("GET", key).await;
+            self.begin("GET", key).await?;
             let (bytes, info) = self.info(key)?;
             let rest = bytes.slice(usize::try_from(from).unwrap()..);
             let stalls = self.bucket.content.lock().unwrap().stalls && key.as_str().starts_with("v1/blobs/");
@@ -278,7 +285,7 @@ impl ObjectStorage for View {
 
     fn head<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ObjectInfo> {
         Box::pin(async move {
-            self.begin("HEAD", key).await;
+            self.begin("HEAD", key).await?;
             Ok(self.info(key)?.1)
         })
     }
@@ -290,7 +297,7 @@ impl ObjectStorage for View {
         _: Option<&'a str>,
     ) -> BucketFuture<'a, Option<String>> {
         Box::pin(async move {
-            self.begin("CREATE", key).await;
+            self.begin("CREATE", key).await?;
             self.write(key, bytes, |found| found.is_none())
         })
     }
@@ -302,14 +309,14 @@ impl ObjectStorage for View {
         etag: &'a str,
     ) -> BucketFuture<'a, Option<String>> {
         Box::pin(async move {
-            self.begin("UPDATE", key).await;
+            self.begin("UPDATE", key).await?;
             self.write(key, bytes, |found| found == Some(etag))
         })
     }
 
     fn put<'a>(&'a self, key: &'a ObjectKey, bytes: Bytes, _: Option<&'a str>) -> BucketFuture<'a, ()> {
         Box::pin(async move {
-            self.begin("PUT", key).await;
+            self.begin("PUT", key).await?;
             self.write(key, bytes, |_| true).map(drop)
         })
     }
@@ -321,7 +328,7 @@ impl ObjectStorage for View {
 
     fn delete<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ()> {
         Box::pin(async move {
-            self.begin("DELETE", key).await;
+            self.begin("DELETE", key).await?;
             let mut content = self.bucket.content.lock().unwrap();
             content.objects.remove(key.as_str());
             Ok(())
