@@ -10,7 +10,7 @@ from fleet import Requests
 from kit.client import blob, get, manifest, pull
 from kit.content import Image
 from kit.lab import until
-from shared import metric
+from shared import metric, until_conditional
 
 HOSTS, CLIENTS = 8, 4
 NAME = "library/app"
@@ -37,13 +37,10 @@ def claimed(bucket):
 
 
 async def ready(fleet, registry, bucket, count):
-    """Caches that know whether the bucket keeps conditions: without, there are no claims."""
+    """Caches that may claim."""
     hosts = [host(fleet, registry, bucket) for _ in range(count)]
     for cache in hosts:
-        for _ in range(300):
-            if await metric(cache, "ifnewer_shared_conditional") == 1:
-                break
-            await asyncio.sleep(0.1)
+        await until_conditional(cache)
     return hosts
 
 

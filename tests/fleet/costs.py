@@ -7,11 +7,11 @@ import re
 
 from bucket import Bucket, host
 from fleet import Requests
-from faults import record_key, recorded
+from faults import record_key
 from kit.client import LOCAL, get, manifest, pull
 from kit.content import Image
 from kit.lab import until
-from shared import image, metric, uploaded
+from shared import image, metric, recorded, until_conditional, uploaded
 
 NAME = "library/app"
 LAYERS = 10
@@ -68,13 +68,6 @@ async def requests(fleet, registry, bucket, key):
     fleet.equal("its requests to the bucket", before, await operations(second))
     first.stop()
     second.stop()
-
-
-async def until_conditional(cache):
-    for _ in range(300):
-        if await metric(cache, "ifnewer_shared_conditional") == 1:
-            return
-        await asyncio.sleep(0.1)
 
 
 async def moving(fleet, registry, bucket, key):
