@@ -12,8 +12,8 @@ use futures_util::future::BoxFuture;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinHandle, spawn_blocking};
 
-/// Threads of the runtime for blocking operations.
-pub const THREADS_MAX: usize = 176;
+/// Threads of the runtime for blocking operations: those of all kinds, and the reserve.
+pub const THREADS_MAX: usize = 160 + RESERVE;
 
 /// Time after which an idle thread ends. Each has a stack and a cache of the allocator.
 pub const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(1);
@@ -41,16 +41,6 @@ pub enum Operation {
 }
 
 impl Operation {
-    const ALL: [Self; 7] = [
-        Self::StoreRead,
-        Self::StoreWrite,
-        Self::IndexWait,
-        Self::BlobLookup,
-        Self::DownloadFile,
-        Self::DownloadWrite,
-        Self::FileRead,
-    ];
-
     /// Maximum concurrent operations of this kind.
     pub const fn threads_max(self) -> usize {
         match self {
@@ -65,15 +55,6 @@ impl Operation {
         Arc::new(Semaphore::new(self.threads_max()))
     }
 }
-
-const _: () = {
-    let (mut at, mut sum) = (0, RESERVE);
-    while at < Operation::ALL.len() {
-        sum += Operation::ALL[at].threads_max();
-        at += 1;
-    }
-    assert!(sum <= THREADS_MAX, "each kind has its threads");
-};
 
 /// Runs an operation on a blocking thread, which keeps a permit until the operation ends, also if the caller is cancelled.
 pub async fn run<T: Send + 'static>(
@@ -122,6 +103,22 @@ mod tests {
 
     use super::*;
 
+    const ALL: [Operation; 7] = [
+        Operation::StoreRead,
+        Operation::StoreWrite,
+        Operation::IndexWait,
+        Operation::BlobLookup,
+        Operation::DownloadFile,
+        Operation::DownloadWrite,
+        Operation::FileRead,
+    ];
+
+    #[test]
+    fn each_kind_of_operation_has_its_threads() {
+        let threads: usize = ALL.map(Operation::threads_max).iter().sum();
+        assert_eq!(threads + RESERVE, THREADS_MAX);
+    }
+
     /// A disk that answers nothing takes all threads of its kinds. Names are still resolved.
     #[test]
     fn hanging_disk_leaves_threads_for_the_rest() {
@@ -133,7 +130,7 @@ mod tests {
         let released = Arc::new(parking_lot::Mutex::new(released));
         runtime.block_on(async {
             let (mut running, begun) = (Vec::new(), Arc::new(AtomicUsize::new(0)));
-            for operation in Operation::ALL {
+            for operation in ALL {
                 let permits = operation.permits();
                 for _ in 0..operation.threads_max() + 8 {
                     let (permits, released) = (Arc::clone(&permits), Arc::clone(&released));
@@ -145,7 +142,7 @@ mod tests {
                     running.push(tokio::spawn(async move { run(&permits, hangs).await }));
                 }
             }
-            let kinds = Operation::ALL.map(Operation::threads_max);
+            let kinds = ALL.map(Operation::threads_max);
             while begun.load(Ordering::Relaxed) < kinds.iter().sum() {
                 yield_now().await;
             }

@@ -8,10 +8,10 @@
 //! The layers, from the inside out. Each may use those before it, which `tests/layers.rs` checks:
 //!
 //! 1. [`oci`]: values and grammar of the protocol; [`trace_context`]: W3C Trace Context; [`clock`]. Pure. And
-//!    [`terminal`]: the only writer to standard output and standard error; [`blocking`]: threads for blocking operations.
+//!    [`terminal`]: the only writer to standard output and standard error.
 //! 2. [`policy`]: the decision, and [`policy::authz`]: authorization. Pure, without a clock.
 //! 3. [`store`] (disk), [`upstream`] (network to registries), [`bucket`] (object storage), [`telemetry`] (logs, metrics, decision log),
-//!    [`queue`] (admission), [`single_flight`] (request coalescing).
+//!    [`queue`] (admission), [`single_flight`] (request coalescing), [`blocking`] (threads for blocking operations).
 //! 4. [`download`]: one transfer per blob with many readers; [`shared`]: storage that several caches share; [`archive`]: export and import of images as files.
 //! 5. [`proxy`]: the pull-through request pipeline.
 //! 6. [`server`] and [`admin`] (network to clients), [`config`], [`cli`] (with the commands that use the admin

@@ -43,12 +43,12 @@ const MODULES: &[Module] = &[
     module("age", 1, &[], &["oci", "clock"]),
     module("trace_context", 1, &["oci"], &[]),
     module("terminal", 1, &[], &[]),
-    module("blocking", 1, &[], &["oci", "clock"]),
     // Decisions. Time is an argument.
     module("policy", 2, &[], &["clock"]),
-    // Resources. They use neither decisions nor each other, except that all may wait in a queue and that a bucket is
+    // Resources. They use neither decisions nor each other, except that all may wait in a queue or for a thread, and that a bucket is
     // requested by the HTTP client for upstreams.
-    module("store", 3, &[], &["policy", "clock"]),
+    module("blocking", 3, &[], &["oci", "policy", "clock"]),
+    module("store", 3, &["blocking"], &["policy", "clock"]),
     module("queue", 3, &[], &["oci", "clock", "trace_context", "policy"]),
     module("upstream", 3, &["queue"], &["policy", "clock"]),
     module("bucket", 3, &["upstream"], &["policy", "clock"]),
