@@ -15,6 +15,7 @@
 //! * `round_robin`: round robin over keys.
 
 mod demand;
+mod pause;
 mod round_robin;
 mod scheduler;
 mod waiters;
@@ -32,6 +33,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 pub use self::demand::{Class, Demand, Peer, flow};
+pub use self::pause::Pause;
 use self::scheduler::{Entry, Grant, LimitHit, Limits, PermitId, Scheduler, Ticket};
 pub use self::waiters::{ABANDON_GRACE, Waiter, Waiters};
 

@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::scheduler::{Entry, PermitId, Ticket};
-use super::{AcquireError, Class, Demand, Permit, QueueFull, Receiver, Shared};
+use super::{AcquireError, Class, Demand, Pause, Permit, QueueFull, Receiver, Shared};
 
 /// How long an upstream request continues without a waiting client. Its response mostly arrives within that
 /// time, which keeps the connection reusable. It also keeps a client that disconnects at once from causing more
@@ -29,6 +29,7 @@ pub struct Waiters(Arc<Inner>);
 struct Inner {
     state: Mutex<State>,
     changed: Notify,
+    pause: Pause,
 }
 
 #[derive(Default)]
@@ -203,6 +204,11 @@ impl Waiters {
     /// that.
     pub fn close_unless_client(&self) -> bool {
         self.close_if(|state| !state.serves_client())
+    }
+
+    /// Pauses of the work.
+    pub fn pause(&self) -> &Pause {
+        &self.0.pause
     }
 
     /// Whether the work waits for a permit.
