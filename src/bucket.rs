@@ -270,6 +270,12 @@ impl ObjectKey {
         Self::of("claims", digest)
     }
 
+    /// The claim of a cache over the request of a manifest.
+    pub fn manifest_claim(digest: &Digest) -> ObjectKey {
+        let ObjectKey(claim) = Self::of("claims", digest);
+        ObjectKey(claim.replacen("claims/", "claims/m-", 1))
+    }
+
     /// The claim of no blob, by which a process with this unique id finds out whether claims can be written.
     pub fn claim_probe(id: &str) -> ObjectKey {
         ObjectKey(format!("v1/claims/probe/{id}"))

@@ -6,7 +6,7 @@
 //!
 //! * `conditions`: the probe of conditional writes.
 //! * `claim`: which of several caches fetches a blob; `claims` are the requests for that, `lease` keeps a claim, `follow`
-//!   reads what another cache fetches.
+//!   reads what another cache fetches. `manifest_claim`: which of them requests a manifest.
 //! * `redirect`: presigned URLs for clients.
 //! * `breaker`: when the bucket is not asked. `rate`: the cap of requests. `pace`: the minimum rate of a body. `upload`:
 //!   the queue of uploads.
@@ -20,6 +20,7 @@ mod conditions;
 mod follow;
 mod lease;
 pub mod maintenance;
+mod manifest_claim;
 mod pace;
 mod rate;
 mod record;
@@ -44,6 +45,7 @@ pub use self::claims::{ClaimMemory, Entered};
 pub use self::conditions::{Conditions, probe};
 pub use self::follow::Follower;
 pub use self::lease::{Arriving, ArrivingFuture, Lease};
+pub use self::manifest_claim::{ManifestLease, ManifestTurn};
 pub use self::record::{
     CHILDREN_MAX, ContentState, Dated, GrantState, KEYS_MAX, KeyFileError, PublicState, RecordKeys,
     RecordPlace, RecordPrincipal, RecordRead, RecordReader, RecordSettings, TagState, TagVariant,
@@ -95,7 +97,7 @@ pub struct SharedSettings {
     pub name: Arc<str>,
     /// Whether this cache writes to it.
     pub write: bool,
-    /// Whether blobs are claimed, so that one of several caches fetches them.
+    /// Whether blobs and manifests are claimed, so that one of several caches fetches them.
     pub claims: bool,
     /// Longest time that a client waits for the bucket's first byte.
     pub wait_max: Duration,
@@ -196,6 +198,15 @@ struct Refusal {
 struct Guarded {
     breaker: Breaker,
     failure: Option<Arc<str>>,
+}
+
+/// Why content was not read from the bucket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unread {
+    /// The bucket lacks it.
+    Absent,
+    /// The bucket was not asked, did not answer, or sent something else.
+    Unavailable,
 }
 
 /// An object that is being read.
@@ -346,9 +357,15 @@ impl SharedStorage {
         self.readable()?.open(content, from).await
     }
 
-    /// Reads this content completely, if it has at most `bytes_max` bytes.
-    pub async fn read(&self, content: SharedContent, bytes_max: usize) -> Option<(Bytes, SharedObject)> {
-        self.readable()?.read(content, bytes_max).await
+    /// Reads this content completely, if it has at most `bytes_max` bytes. Fails if the bucket lacks it or cannot be read
+    /// now.
+    pub async fn read(
+        &self,
+        content: SharedContent,
+        bytes_max: usize,
+    ) -> Result<(Bytes, SharedObject), Unread> {
+        let active = self.readable().ok_or(Unread::Unavailable)?;
+        active.read(content, bytes_max).await
     }
 
     /// Whether the bucket has this content. What it has is remembered for a minute, what it lacks is not.
@@ -440,19 +457,9 @@ impl SharedStorage {
     }
 
     fn enqueue(&self, content: SharedContent, mode: Mode) {
-        let Some(active) = self.active.load_full().filter(|active| active.settings.write) else {
-            return;
-        };
-        let refusal = active.refused.get(&content.key());
-        let is_wrong = refusal.is_some_and(|refusal| refusal.is_wrong);
-        let mode = if is_wrong { Mode::Replace } else { mode };
-        let dropped = active.uploads.push(Item::new(content, mode));
-        if dropped {
-            self.telemetry.shared().record_upload("dropped");
+        if let Some(active) = self.active.load_full().filter(|active| active.settings.write) {
+            active.enqueue(Item::new(content, active.mode_for(content, mode)));
         }
-        self.telemetry
-            .shared()
-            .set_uploads_waiting(active.uploads.waiting() as u64);
     }
 
     /// Waits until no upload is queued or running, or until the bucket does not accept them.
@@ -514,8 +521,12 @@ impl Active {
     }
 
     async fn open_key(self: &Arc<Self>, key: ObjectKey, from: u64) -> Option<SharedObject> {
+        self.try_open(key, from).await.ok()
+    }
+
+    async fn try_open(self: &Arc<Self>, key: ObjectKey, from: u64) -> Result<SharedObject, Unread> {
         if !self.may_read(&key) {
-            return None;
+            return Err(Unread::Unavailable);
         }
         let began = Instant::now();
         let opened = self.settings.bucket.get(&key, from).await;
@@ -525,8 +536,11 @@ impl Active {
             Err(_) => self.record_read("get", &opened, began.elapsed()),
         }
         self.refuse_unreadable(&key, &opened);
-        let object = opened.ok()?;
-        Some(SharedObject {
+        let object = opened.map_err(|error| match error {
+            BucketError::Absent => Unread::Absent,
+            _ => Unread::Unavailable,
+        })?;
+        Ok(SharedObject {
             info: object.info.clone(),
             key,
             object,
@@ -541,11 +555,12 @@ impl Active {
         self: &Arc<Self>,
         content: SharedContent,
         bytes_max: usize,
-    ) -> Option<(Bytes, SharedObject)> {
-        let mut object = self.open(content, 0).await?;
+    ) -> Result<(Bytes, SharedObject), Unread> {
+        let mut object = self.try_open(content.key(), 0).await?;
         let size = usize::try_from(object.info.size)
             .ok()
-            .filter(|size| *size <= bytes_max)?;
+            .filter(|size| *size <= bytes_max)
+            .ok_or(Unread::Unavailable)?;
         let mut bytes = Vec::with_capacity(size);
         let reading = async {
             while let Some(chunk) = object.chunk().await {
@@ -555,10 +570,30 @@ impl Active {
         };
         let Ok(read) = timeout(READ_TIMEOUT, reading).await else {
             object.fail(&BucketError::Silent(UpstreamFailure::Timeout));
-            return None;
+            return Err(Unread::Unavailable);
         };
-        read?;
-        Some((bytes.into(), object))
+        read.ok_or(Unread::Unavailable)?;
+        Ok((bytes.into(), object))
+    }
+
+    fn enqueue(&self, item: Item) {
+        let dropped = self.uploads.push(item);
+        if dropped {
+            self.telemetry.shared().record_upload("dropped");
+        }
+        self.telemetry
+            .shared()
+            .set_uploads_waiting(self.uploads.waiting() as u64);
+    }
+
+    /// How this content is written: over an object that had wrong bytes, if there is one.
+    fn mode_for(&self, content: SharedContent, mode: Mode) -> Mode {
+        let refusal = self.refused.get(&content.key());
+        if refusal.is_some_and(|refusal| refusal.is_wrong) {
+            Mode::Replace
+        } else {
+            mode
+        }
     }
 
     fn refuse(&self, key: &ObjectKey, period: Duration, is_wrong: bool) {

@@ -139,7 +139,8 @@ impl ProxyService {
             endpoint,
             ..upstream_request.clone()
         };
-        self.fetch_manifest(upstream_request)
+        // The client waits for the probe with a deadline, after which an earlier image is served.
+        self.fetch_manifest_at_once(upstream_request)
             .await
             .map_err(|response| response.cause())
     }

@@ -2,6 +2,8 @@
 
 use std::ops::Deref;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout_at};
@@ -105,6 +107,8 @@ pub(super) struct ManifestRequest<'a> {
     began: Instant,
     /// If there is a cached fallback, the time at which it is served instead of a response of the upstream.
     deadline: Instant,
+    /// Microseconds that it waited for other caches, which do not count.
+    paused: AtomicU64,
 }
 
 impl<'a> Deref for ManifestRequest<'a> {
@@ -122,7 +126,13 @@ impl<'a> ManifestRequest<'a> {
             read,
             began,
             deadline: began + read.rule.revalidate_timeout,
+            paused: AtomicU64::new(0),
         }
+    }
+
+    /// The deadline, later by the time of waits for other caches.
+    fn deadline(&self) -> Instant {
+        self.deadline + Duration::from_micros(self.paused.load(Ordering::Relaxed))
     }
 
     fn upstream_request(&self) -> UpstreamRequest {
@@ -357,15 +367,16 @@ impl<'a> ManifestRequest<'a> {
         if fallback.manifest.digest == manifest.digest {
             return Ok(());
         }
+        let deadline = self.deadline();
         let mut upstream_request = self.upstream_request();
-        upstream_request.caller.wait_deadline = Some(self.deadline);
+        upstream_request.caller.wait_deadline = Some(deadline);
         // Prefetches get a third of the time. The rest is for probes of the blobs whose prefetches are still queued.
         let prefetch_wait = self.rule.prefetch.then(|| self.rule.revalidate_timeout / 3);
         let checking = self
             .proxy
             .probe_layers(upstream_request, prefetch_wait, manifest, &fallback.manifest);
         // Running probes continue, and the next request uses their results.
-        let checked = timeout_at(self.deadline, checking).await;
+        let checked = timeout_at(deadline, checking).await;
         checked.unwrap_or(Err(UpstreamFailure::RevalidateTimeout))
     }
 
@@ -411,7 +422,7 @@ impl<'a> ManifestRequest<'a> {
         }
         let fetched = if has_fallback {
             let (upstream, started_at) = (self.request.registry.upstream(), Instant::now());
-            let remaining = self.deadline.saturating_duration_since(started_at);
+            let remaining = self.deadline().saturating_duration_since(started_at);
             let wait = match upstream.wait_limit(
                 &upstream_request.caller,
                 (&upstream_request.endpoint, false),
@@ -420,11 +431,14 @@ impl<'a> ManifestRequest<'a> {
                 Ok(wait) => wait,
                 Err(cause) => return self.serve_fallback(evidence, cause, None),
             };
-            upstream_request.caller.wait_deadline = Some(self.deadline);
+            upstream_request.caller.wait_deadline = Some(self.deadline());
             let (caller, endpoint) = (upstream_request.caller.clone(), upstream_request.endpoint.clone());
-            if let Ok(fetched) =
-                timeout_at(started_at + wait, self.proxy.fetch_manifest(upstream_request)).await
-            {
+            let fetching = self
+                .proxy
+                .fetch_manifest_within(upstream_request, (started_at, wait));
+            let (fetched, paused) = fetching.await;
+            self.paused.fetch_add(micros(paused), Ordering::Relaxed);
+            if let Some(fetched) = fetched {
                 fetched
             } else {
                 // The fetch continues, and the next request uses its result.
@@ -607,6 +621,10 @@ impl<'a> ManifestRequest<'a> {
         };
         ProxyResponse::Manifest(Arc::clone(manifest), info)
     }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Reason to fetch a manifest that was to be served with the reason `served` and is no longer cached.

@@ -1,12 +1,13 @@
 //! Manifest fetch: coalesced `GET`, verification against digest and media type, storage.
 
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::HeaderValue;
 use quick_cache::sync::Cache;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use super::concurrency::detached;
 use super::invalidation::WriteSnapshot;
@@ -22,9 +23,13 @@ use crate::oci::{
 use crate::policy::{Authorization, Revalidation};
 use crate::queue::{Class, Demand};
 use crate::shared::SharedContent;
+use crate::single_flight::SharedCall;
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::TagKey;
 use crate::upstream::{Caller, Credential, ResponseKind, ResponseStream, UpstreamResponse};
+
+/// Share of the time of a request with a cached copy that a wait for another cache takes at most, as a divisor.
+const PAUSE_SHARE: u32 = 3;
 
 /// A request to the upstream on behalf of a client.
 #[derive(Clone)]
@@ -185,11 +190,57 @@ impl ProxyService {
         self: &Arc<Self>,
         upstream_request: UpstreamRequest,
     ) -> Result<Arc<StoredManifest>, Arc<UpstreamResponse>> {
-        let key = CoalesceKey::new(self, &upstream_request);
         let upstream_caches = upstream_request.upstream_caches.clone();
+        let call = self.coalesced_manifest(upstream_request);
+        received(call, &upstream_caches).await
+    }
+
+    /// The same without a wait for another cache that requests the manifest.
+    pub(super) async fn fetch_manifest_at_once(
+        self: &Arc<Self>,
+        upstream_request: UpstreamRequest,
+    ) -> Result<Arc<StoredManifest>, Arc<UpstreamResponse>> {
+        let upstream_caches = upstream_request.upstream_caches.clone();
+        let call = self.coalesced_manifest(upstream_request);
+        call.waiters().pause().end_by(Instant::now());
+        received(call, &upstream_caches).await
+    }
+
+    /// The same within a time, after which a cached copy is served. A wait for another cache that requests the manifest takes
+    /// at most a third of the time, and is not counted: otherwise it would be the reason that an earlier image is served
+    /// although the upstream responds. Also returns how long it was. `None`: the time is over, and the fetch continues.
+    pub(super) async fn fetch_manifest_within(
+        self: &Arc<Self>,
+        upstream_request: UpstreamRequest,
+        (began, within): (Instant, Duration),
+    ) -> (
+        Option<Result<Arc<StoredManifest>, Arc<UpstreamResponse>>>,
+        Duration,
+    ) {
+        let upstream_caches = upstream_request.upstream_caches.clone();
+        let call = self.coalesced_manifest(upstream_request);
+        let waiters = call.waiters().clone();
+        let before = waiters.pause().total(Instant::now());
+        waiters.pause().end_by(began + within / PAUSE_SHARE);
+        let mut fetching = pin!(received(call, &upstream_caches));
+        let in_time = timeout_at(began + within, fetching.as_mut()).await;
+        let paused = waiters.pause().total(Instant::now()).saturating_sub(before);
+        let fetched = match in_time {
+            Ok(fetched) => Some(fetched),
+            Err(_) => timeout_at(began + within + paused, fetching).await.ok(),
+        };
+        (fetched, paused)
+    }
+
+    /// One coalesced `GET` for all callers with the same key.
+    fn coalesced_manifest(
+        self: &Arc<Self>,
+        upstream_request: UpstreamRequest,
+    ) -> SharedCall<FetchedManifest> {
+        let key = CoalesceKey::new(self, &upstream_request);
         let is_fabricated = self.may_be_fabricated(&upstream_request);
         let demand = upstream_request.demand(is_fabricated);
-        let call = self.manifests.share_for(key, demand, |waiters| {
+        self.manifests.share_for(key, demand, |waiters| {
             if !is_fabricated {
                 waiters.detach();
             }
@@ -203,8 +254,9 @@ impl ProxyService {
                     ..
                 } = &upstream_request;
                 let began = upstream_request.since;
-                let reading = proxy.read_shared_manifest(&upstream_request);
-                match waiters.while_waited_for(reading).await? {
+                let reading = proxy.read_or_claim_manifest(&upstream_request, &waiters);
+                let (found, lease) = waiters.while_waited_for(reading).await?;
+                match found {
                     SharedManifest::Read(manifest, age) => {
                         let content = SharedContent::Manifest(manifest.digest);
                         let stored = proxy.store_manifest(&upstream_request, Ok(*manifest)).await;
@@ -216,7 +268,7 @@ impl ProxyService {
                         return Some((stored, None));
                     }
                     SharedManifest::Refused(response) => return Some((Err(response), None)),
-                    SharedManifest::Missing => {}
+                    SharedManifest::Absent(_) | SharedManifest::Missing => {}
                 }
                 let sent_at = Instant::now();
                 let caller = Caller {
@@ -250,7 +302,9 @@ impl ProxyService {
                         let stored = proxy.store_manifest(&upstream_request, received).await;
                         if let Ok(manifest) = &stored {
                             proxy.learn_children(&upstream_request, manifest, began).await;
-                            proxy.shared.offer(SharedContent::Manifest(manifest.digest));
+                            if !lease.is_some_and(|lease| lease.stored(manifest.digest)) {
+                                proxy.shared.offer(SharedContent::Manifest(manifest.digest));
+                            }
                         }
                         (stored, caches)
                     }
@@ -260,14 +314,7 @@ impl ProxyService {
                     }
                 })
             }
-        });
-        let Some((stored, caches)) = call.wait().await else {
-            return Err(Arc::new(UpstreamResponse::unavailable(
-                UpstreamFailure::Abandoned,
-            )));
-        };
-        upstream_caches.record(caches.as_ref());
-        stored
+        })
     }
 
     /// Replaces a stale `GET` response. If the `GET` by tag returned a digest that the tag had before, a lagging
@@ -452,6 +499,20 @@ impl ProxyService {
             received
         }
     }
+}
+
+/// Result of a call that this request waits for.
+async fn received(
+    call: SharedCall<FetchedManifest>,
+    upstream_caches: &UpstreamCaches,
+) -> Result<Arc<StoredManifest>, Arc<UpstreamResponse>> {
+    let Some((stored, caches)) = call.wait().await else {
+        return Err(Arc::new(UpstreamResponse::unavailable(
+            UpstreamFailure::Abandoned,
+        )));
+    };
+    upstream_caches.record(caches.as_ref());
+    stored
 }
 
 fn by_tag(endpoint: &Endpoint) -> bool {

@@ -133,7 +133,7 @@ impl ProxyService {
             return Some(response);
         }
         Some(
-            match Box::pin(self.fetch_manifest(upstream_request.clone())).await {
+            match Box::pin(self.fetch_manifest_at_once(upstream_request.clone())).await {
                 Ok(manifest) => Arc::new(UpstreamResponse {
                     kind: if self.is_authorized(upstream_request).await {
                         ResponseKind::Digest(manifest.digest)

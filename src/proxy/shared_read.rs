@@ -12,7 +12,8 @@ use super::ProxyService;
 use super::manifest_fetch::{UpstreamRequest, verify};
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{AnyDigest, Digest, Endpoint, Reference, UpstreamFailure};
-use crate::shared::{SharedContent, SharedStorage};
+use crate::queue::Waiters;
+use crate::shared::{ManifestLease, ManifestTurn, SharedContent, SharedStorage, Unread};
 use crate::store::manifests::StoredManifest;
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
@@ -30,6 +31,8 @@ pub(super) enum SharedRight {
 pub(super) enum SharedManifest {
     /// Verified, with the age of its object if the storage states it.
     Read(Box<StoredManifest>, Option<Duration>),
+    /// It may be read there, and the bucket lacks it.
+    Absent(Digest),
     /// It must be fetched from the upstream.
     Missing,
     /// This response of the upstream is the result.
@@ -109,11 +112,33 @@ impl ProxyService {
             && self.is_member(registry, repository, digest).await
     }
 
-    /// Reads the manifest of this request from the shared storage, if it may be read there.
-    pub(super) async fn read_shared_manifest(
+    /// Reads the manifest of this request from the shared storage. If the bucket lacks it, this cache claims it, or waits for
+    /// the cache that has claimed it, as long as all requests that wait for the result may. With a lease, this cache requests
+    /// it from the upstream.
+    pub(super) async fn read_or_claim_manifest(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
-    ) -> SharedManifest {
+        waiters: &Waiters,
+    ) -> (SharedManifest, Option<ManifestLease>) {
+        let digest = match self.read_shared_manifest(upstream_request).await {
+            SharedManifest::Absent(digest) => digest,
+            found => return (found, None),
+        };
+        let claiming = async {
+            match self.shared.claim_manifest(digest).await {
+                ManifestTurn::Leads(lease) => (SharedManifest::Missing, Some(lease)),
+                ManifestTurn::Alone => (SharedManifest::Missing, None),
+                // The right is established again: it may have ended meanwhile.
+                ManifestTurn::Written => (self.read_shared_manifest(upstream_request).await, None),
+            }
+        };
+        // Boxed, because most requests find the manifest.
+        let claimed = waiters.pause().run(Box::pin(claiming)).await;
+        claimed.unwrap_or((SharedManifest::Missing, None))
+    }
+
+    /// Reads the manifest of this request from the shared storage, if it may be read there.
+    async fn read_shared_manifest(self: &Arc<Self>, upstream_request: &UpstreamRequest) -> SharedManifest {
         // A request that has waited for the bucket once asks it nothing more.
         if !self.shared.is_readable() || self.shared.was_silent_since(upstream_request.since) {
             return SharedManifest::Missing;
@@ -140,8 +165,10 @@ impl ProxyService {
             SharedRight::Refused(_) | SharedRight::UpstreamOnly => return SharedManifest::Missing,
         }
         let content = SharedContent::Manifest(digest);
-        let Some((bytes, object)) = self.shared.read(content, MANIFEST_BYTES_MAX).await else {
-            return SharedManifest::Missing;
+        let (bytes, object) = match self.shared.read(content, MANIFEST_BYTES_MAX).await {
+            Ok(read) => read,
+            Err(Unread::Absent) => return SharedManifest::Absent(digest),
+            Err(Unread::Unavailable) => return SharedManifest::Missing,
         };
         // The media type is read from the bytes, and not from the bucket's label.
         if let Ok(manifest) = verify(bytes, None, None, &by_digest.endpoint) {

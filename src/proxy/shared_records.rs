@@ -483,7 +483,7 @@ impl ProxyService {
             let reading = async {
                 match &known {
                     Some(_) => None,
-                    None => self.shared.read(content, MANIFEST_BYTES_MAX).await,
+                    None => self.shared.read(content, MANIFEST_BYTES_MAX).await.ok(),
                 }
             };
             let recording = self.recorded_content(registry, repository, digest);

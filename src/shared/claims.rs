@@ -20,6 +20,7 @@ use super::breaker::{Admission, Outcome, Transition};
 use super::claim::{Alone, BootId, ClaimRecord, Entry, Look, RECORD_BYTES_MAX, Step, Watch, Written};
 use super::follow::Follower;
 use super::lease::Lease;
+use super::manifest_claim::ManifestClaims;
 use super::rate::Rate;
 use super::{Active, Arriving, Guarded, SharedContent, SharedObject, SharedStorage, WRONG_PERIOD, note};
 use crate::bucket::{BucketError, Fault, ObjectKey};
@@ -33,6 +34,9 @@ const ENTRIES_MAX: u32 = 6;
 
 /// Leases that upload parts at once. Each has a part in memory.
 const PUBLISHERS_MAX: usize = 3;
+
+/// Leases of one process, of blobs and manifests. Each has a task.
+const LEASES_MAX: usize = 1024;
 
 /// Longest time for a create. The client that waits for it goes on to the upstream before.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -87,7 +91,7 @@ pub enum Entered {
 /// The claims that this process holds.
 pub(super) struct Leases {
     pub(super) me: BootId,
-    held: Mutex<HashSet<Digest>>,
+    held: Mutex<HashSet<SharedContent>>,
     /// Set at shutdown.
     closing: watch::Sender<bool>,
     ended: Notify,
@@ -96,7 +100,7 @@ pub(super) struct Leases {
 /// A registered lease. Dropping it deregisters.
 pub(super) struct LeaseGuard {
     leases: Arc<Leases>,
-    digest: Digest,
+    content: SharedContent,
 }
 
 impl Default for Leases {
@@ -111,12 +115,17 @@ impl Default for Leases {
 }
 
 impl Leases {
-    /// Registers a lease. `None`: this process has one for the blob, or is about to end.
-    fn register(self: &Arc<Self>, digest: Digest) -> Option<LeaseGuard> {
-        let is_new = !*self.closing.borrow() && self.held.lock().insert(digest);
+    /// Registers a lease. `None`: this process has one for the content, has too many, or is about to end.
+    pub(super) fn register(self: &Arc<Self>, content: SharedContent) -> Option<LeaseGuard> {
+        if *self.closing.borrow() {
+            return None;
+        }
+        let mut held = self.held.lock();
+        let is_new = held.len() < LEASES_MAX && held.insert(content);
+        drop(held);
         is_new.then(|| LeaseGuard {
             leases: Arc::clone(self),
-            digest,
+            content,
         })
     }
 
@@ -124,7 +133,7 @@ impl Leases {
         self.closing.subscribe()
     }
 
-    async fn close(&self) {
+    pub(super) async fn close(&self) {
         self.closing.send_replace(true);
         let ended = async {
             loop {
@@ -143,7 +152,7 @@ impl Leases {
 
 impl Drop for LeaseGuard {
     fn drop(&mut self) {
-        self.leases.held.lock().remove(&self.digest);
+        self.leases.held.lock().remove(&self.content);
         self.leases.ended.notify_waiters();
     }
 }
@@ -156,6 +165,7 @@ pub(super) struct Claims {
     /// Cap of looks, apart from that of reads: waiting downloads must not take the reads of others.
     rate: Mutex<Rate>,
     is_probing: AtomicBool,
+    pub(super) manifests: ManifestClaims,
 }
 
 impl Claims {
@@ -166,7 +176,13 @@ impl Claims {
             guarded: Mutex::default(),
             rate: Mutex::new(Rate::new(Instant::now())),
             is_probing: AtomicBool::new(false),
+            manifests: ManifestClaims::default(),
         }
+    }
+
+    /// Whether the cap of looks admits one more.
+    pub(super) fn may_look(&self) -> bool {
+        self.rate.lock().take(Instant::now())
     }
 }
 
@@ -224,7 +240,6 @@ struct Entering {
 impl Active {
     async fn enter(self: &Arc<Self>, entering: Entering, since: Instant) -> Entered {
         let is_small = entering.stated.is_some_and(|stated| stated < CLAIMED_BYTES_MIN);
-        let digest = entering.content.digest();
         if !self.settings.claims || is_small || self.is_refused(&entering.content.key()) {
             return Entered::Alone;
         }
@@ -236,7 +251,7 @@ impl Active {
         if !entering.memory.admit() || !self.may_claim() {
             return Entered::Alone;
         }
-        let Some(guard) = self.claims.leases.register(digest) else {
+        let Some(guard) = self.claims.leases.register(entering.content) else {
             return Entered::Alone;
         };
         let (sender, mut entered) = oneshot::channel();
@@ -342,7 +357,7 @@ impl Active {
     }
 
     /// Whether the bucket has this content by now.
-    async fn has(&self, content: SharedContent) -> bool {
+    pub(super) async fn has(&self, content: SharedContent) -> bool {
         let began = Instant::now();
         let found = self.settings.bucket.head(&content.key()).await;
         self.record_claim_read("head", &found, began);
@@ -351,7 +366,7 @@ impl Active {
 
     /// Whether claims are used now. If the bucket is not known to keep conditions, or denied a claim before, that is found
     /// out in the background.
-    fn may_claim(self: &Arc<Self>) -> bool {
+    pub(super) fn may_claim(self: &Arc<Self>) -> bool {
         let admission = self.claims.guarded.lock().breaker.admit(Instant::now());
         if matches!(admission, Admission::Later(_)) {
             return false;
@@ -399,7 +414,7 @@ impl Active {
 
     /// Reads a claim.
     pub(super) async fn look(&self, key: &ObjectKey) -> Look {
-        if self.is_refused(key) || !self.claims.rate.lock().take(Instant::now()) {
+        if self.is_refused(key) || !self.claims.may_look() {
             return Look::Failed;
         }
         let began = Instant::now();
@@ -434,14 +449,7 @@ impl Active {
     /// meanwhile.
     async fn create_claim(self: &Arc<Self>, key: &ObjectKey, record: &ClaimRecord) -> Written {
         let (active, its_key, its_record) = (Arc::clone(self), key.clone(), record.clone());
-        let mut creating = tokio::spawn(async move {
-            let (bytes, began) = (its_record.to_bytes().into(), Instant::now());
-            let creating = active.settings.bucket.create(&its_key, bytes, None);
-            let silent = Err(BucketError::Silent(UpstreamFailure::Timeout));
-            let created = timeout(CREATE_TIMEOUT, creating).await.unwrap_or(silent);
-            active.record_claim("claim-put", &created, began);
-            written(created)
-        });
+        let mut creating = tokio::spawn(async move { active.send_create(&its_key, &its_record).await });
         loop {
             tokio::select! {
                 created = &mut creating => return created.unwrap_or(Written::Unknown),
@@ -467,6 +475,16 @@ impl Active {
             });
             return Written::Refused;
         }
+    }
+
+    /// Sends the request that creates a claim.
+    pub(super) async fn send_create(&self, key: &ObjectKey, record: &ClaimRecord) -> Written {
+        let (bytes, began) = (record.to_bytes().into(), Instant::now());
+        let creating = self.settings.bucket.create(key, bytes, None);
+        let silent = Err(BucketError::Silent(UpstreamFailure::Timeout));
+        let created = timeout(CREATE_TIMEOUT, creating).await.unwrap_or(silent);
+        self.record_claim("claim-put", &created, began);
+        written(created)
     }
 
     /// Writes a claim over the version `over`.

@@ -237,7 +237,7 @@ async fn timeout_of_a_complete_read_is_a_silence() {
     let drip = vec![(1, 1); 8];
     let (_, active) = scripted(8, vec![Ok(drip)]);
     for number in 0..3 {
-        assert!(active.read(content(number), 100).await.is_none());
+        assert!(active.read(content(number), 100).await.is_err());
     }
     assert!(is_open(&active));
 }

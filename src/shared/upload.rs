@@ -166,6 +166,17 @@ impl Uploads {
         }
     }
 
+    /// Takes an entry that may be queued out of turn. `false`: its content is running, or the queue is closed.
+    fn start(&self, item: Item) -> bool {
+        let mut state = self.state.lock();
+        if state.is_closed || state.running.contains(&item.content) {
+            return false;
+        }
+        state.queue.retain(|queued| queued.content != item.content);
+        state.running.push(item.content);
+        true
+    }
+
     /// Ends an upload, and queues it again if `again`.
     fn end(&self, item: Item, again: bool) {
         let mut state = self.state.lock();
@@ -210,30 +221,51 @@ pub(super) async fn work(active: Arc<Active>, store: AsyncStore) {
         };
         // While the bucket accepts nothing, an upload waits however often it is the probe.
         item.attempts += u32::from(!is_probe);
-        let result = upload(&active, &store, item).await;
-        let (name, again) = match &result {
-            Ok(()) => ("done", false),
-            Err(UploadError::Bucket(BucketError::Exists)) => ("present", false),
-            Err(UploadError::Store) => ("evicted", false),
-            Err(UploadError::Damaged) => ("damaged", false),
-            Err(UploadError::Bucket(error)) => {
-                let again = error.fault() != Fault::None && (is_probe || item.attempts < ATTEMPTS_MAX);
-                tracing::debug!(content = %item.content.key(), %error, again, "failed to upload to the shared storage");
-                (if again { "retried" } else { "failed" }, again)
-            }
-        };
-        active.telemetry.shared().record_upload(name);
-        if result.is_ok() {
-            // The right bytes are there now.
-            active.refused.remove(&item.content.key());
-        }
-        active.uploads.end(item, again);
-        // Otherwise the gauge is that of another bucket.
-        if !active.uploads.is_closed() {
-            let waiting = active.uploads.waiting() as u64;
-            active.telemetry.shared().set_uploads_waiting(waiting);
-        }
+        attempt(&active, &store, item, is_probe).await;
     }
+}
+
+/// Uploads this content beside the queue, so that it waits for no other upload. Returns whether the bucket has it then.
+/// Otherwise it is in the queue, unless no further attempt would succeed.
+pub(super) async fn upload_at_once(active: &Active, store: &AsyncStore, content: SharedContent) -> bool {
+    let item = Item::new(content, active.mode_for(content, Mode::Create));
+    if active.writes_open_since().is_some() {
+        active.enqueue(item);
+        return false;
+    }
+    if !active.uploads.start(item) {
+        return false;
+    }
+    let item = Item { attempts: 1, ..item };
+    attempt(active, store, item, false).await
+}
+
+/// One attempt to upload an entry that is running. Returns whether the bucket has the content then.
+async fn attempt(active: &Active, store: &AsyncStore, item: Item, is_probe: bool) -> bool {
+    let result = upload(active, store, item).await;
+    let (name, again) = match &result {
+        Ok(()) => ("done", false),
+        Err(UploadError::Bucket(BucketError::Exists)) => ("present", false),
+        Err(UploadError::Store) => ("evicted", false),
+        Err(UploadError::Damaged) => ("damaged", false),
+        Err(UploadError::Bucket(error)) => {
+            let again = error.fault() != Fault::None && (is_probe || item.attempts < ATTEMPTS_MAX);
+            tracing::debug!(content = %item.content.key(), %error, again, "failed to upload to the shared storage");
+            (if again { "retried" } else { "failed" }, again)
+        }
+    };
+    active.telemetry.shared().record_upload(name);
+    if result.is_ok() {
+        // The right bytes are there now.
+        active.refused.remove(&item.content.key());
+    }
+    active.uploads.end(item, again);
+    // Otherwise the gauge is that of another bucket.
+    if !active.uploads.is_closed() {
+        let waiting = active.uploads.waiting() as u64;
+        active.telemetry.shared().set_uploads_waiting(waiting);
+    }
+    matches!(name, "done" | "present")
 }
 
 /// Waits until the bucket may be written to. Whether the upload is a probe; `None`: the queue was closed.

@@ -244,7 +244,7 @@ impl SharedMetrics {
         );
         registry.register(
             "shared_claims",
-            "Claims of blobs in the bucket, by result",
+            "Claims of blobs and manifests in the bucket, by result",
             self.claims.clone(),
         );
         registry.register_with_unit(

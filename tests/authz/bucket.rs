@@ -167,6 +167,13 @@ impl Bucket {
         self.content.lock().unwrap().requests.clone()
     }
 
+    /// Names of the objects that begin with this.
+    pub fn names(&self, prefix: &str) -> Vec<String> {
+        let content = self.content.lock().unwrap();
+        let names = content.objects.keys().filter(|name| name.starts_with(prefix));
+        names.cloned().collect()
+    }
+
     /// How often the record of a tag was read.
     pub fn tag_reads(&self) -> usize {
         let requests = self.requests();

@@ -10,6 +10,7 @@
 //!   `scheduled_refresh_use`: what counts as a use of a tag.
 //! * `never`: the policy `never` with records of other caches.
 //! * `shared_grants`: a walk over two caches with one bucket and grant records.
+//! * `manifest_claims`: one of several caches over a bucket requests a manifest.
 //! * `tag_records`: records of other caches about a tag, in a shared `bucket`.
 //! * `hostile_fronts`: hosts that respond in the registry's place. `timing`: whether the time of a denial reveals
 //!   what is cached. `counting_disk`: a disk that counts its reads. `slow_disk`: a disk with a blocked call.
@@ -35,6 +36,7 @@ mod cases;
 mod counting_disk;
 mod hostile_fronts;
 mod lifecycle;
+mod manifest_claims;
 mod min_age;
 mod min_age_by_digest;
 mod model;

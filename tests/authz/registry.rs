@@ -149,6 +149,8 @@ pub struct State {
     /// Requests whose method and path begin with one of these are answered only when they are released, with the state
     /// at their arrival.
     pub held: Vec<String>,
+    /// Requests whose method and path begin with this are answered after this time.
+    pub slow: Option<(String, Duration)>,
     /// Whether requests for manifests are redirected to another host, which sends them with their digest.
     pub redirects_manifests: bool,
     /// Manifests for which it responds 404 to a request whose `Accept` does not list their exact media type.
@@ -197,6 +199,7 @@ impl Registry {
             last_modified: BTreeMap::new(),
             date: None,
             held: Vec::new(),
+            slow: None,
             redirects_manifests: false,
             needs_listed_type: BTreeSet::new(),
             broken: BTreeSet::new(),
@@ -229,6 +232,11 @@ impl Registry {
     /// Holds the responses to requests whose method and path begin with `prefix`.
     pub fn hold(&self, prefix: &str) {
         self.state().held.push(prefix.to_owned());
+    }
+
+    /// Answers requests whose method and path begin with `prefix` after this time.
+    pub fn slows(&self, prefix: &str, by: Duration) {
+        self.state().slow = Some((prefix.to_owned(), by));
     }
 
     /// Sends the held responses, and holds no more.
@@ -374,8 +382,12 @@ impl Registry {
         }
         let line = format!("{} {}", request.method(), request.uri().path());
         while self.is_held(&line) && changed.changed().await.is_ok() {}
+        let slow = self.state().slow.clone();
+        let by = slow
+            .filter(|(prefix, _)| line.starts_with(prefix))
+            .map(|(_, by)| by);
         // Lets other tasks run.
-        tokio::time::sleep(Duration::from_millis(1)).await;
+        tokio::time::sleep(by.unwrap_or_default().max(Duration::from_millis(1))).await;
         // A cancelled request never reaches this.
         self.state()
             .responses

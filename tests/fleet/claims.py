@@ -59,6 +59,11 @@ async def at_once(fleet, registry, bucket):
     fleet.at_most("claims that the bucket did not answer in time", late, 0, bound=HOSTS // 2)
     gets = [at_registry.count(f"GET .*/blobs/{digest}") for digest in image.layers]
     fleet.at_most(f"GETs at the registry for {len(gets)} layers", sum(gets), len(gets), bound=len(gets) + late)
+    slow = 0
+    for result in ("manifest-late", "manifest-slow"):
+        counts = [await metric(cache, f'ifnewer_shared_claims_total{{result="{result}"}}') for cache in hosts]
+        slow += int(sum(counts))
+    fleet.at_most("GETs of the manifest at the registry", at_registry.count("GET .*/manifests/"), 1, bound=1 + slow)
     more = late * max(sizes) / sum(sizes)
     fleet.at_most("bytes at the registry, in images", at_registry.times(image), 1.001, bound=1.001 + more)
     took = sorted(each or 1e9 for each in took)

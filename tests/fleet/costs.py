@@ -53,9 +53,11 @@ async def requests(fleet, registry, bucket, key):
     counts = [at_registry.count(what) for what in ("HEAD .*/manifests/", "GET .*/manifests/", "HEAD .*/blobs/", "GET .*/blobs/")]
     fleet.equal("its requests at the registry: HEAD and GET of manifests, of blobs", [1, 1, blobs, blobs], counts)
     # Those of claims that depend on time are not counted.
-    exact = {"get": blobs + 1, "create": blobs + 1, "head": LAYERS, "claim-delete": LAYERS, "record": 4, "record-create": 3}
+    exact = {"get": blobs + 1, "create": blobs + 1, "head": LAYERS, "claim-delete": LAYERS + 1, "record": 4, "record-create": 3}
     now = await operations(first)
     fleet.equal("its requests to the bucket", exact, {name: now.get(name, 0) - before.get(name, 0) for name in exact})
+    won = await metric(first, 'ifnewer_shared_claims_total{result="manifest-won"}')
+    fleet.equal("its claims of manifests, each one create and one deletion", 1, won)
 
     second = host(fleet, registry, bucket, f"{key}\nwrite = false")
     at_registry = Requests(registry)
@@ -63,6 +65,14 @@ async def requests(fleet, registry, bucket, key):
     counts = (at_registry.count("HEAD "), at_registry.count("GET "))
     fleet.equal("its requests at the registry: HEAD, GET", (1, 0), counts)
     fleet.equal("its requests to the bucket", {"get": blobs + 1, "record": 1}, await operations(second))
+    third = host(fleet, registry, bucket, key)
+    await until_conditional(third)
+    before = await operations(third)
+    fleet.check("the same by a cache that may claim", await pull(third.address, NAME, "counted", pushed))
+    now = await operations(third)
+    claims = {name: now[name] - before.get(name, 0) for name in now if name.startswith("claim") or name == "get"}
+    fleet.equal("its reads, and its requests for claims", {"get": blobs + 1}, {name: count for name, count in claims.items() if count})
+    third.stop()
     before = await operations(second)
     fleet.check("a warm pull", await pull(second.address, NAME, "counted", pushed))
     fleet.equal("its requests to the bucket", before, await operations(second))

@@ -35,6 +35,8 @@ PARTS = 6  # an upload of a layer of 30 MiB, in parts of 5 MiB
 
 # The claim of a layer, without followers: its read, a look each second, and the writes of a download of a few seconds.
 CLAIM_GETS, CLAIM_PUTS = 6, 2
+# That of a manifest: one write. Deletions cost nothing.
+MANIFEST_CLAIM_PUTS = 1
 
 # A tag record is renewed at this age.
 RENEWAL_S = 300
@@ -129,7 +131,8 @@ class Form:
         self.registry.add(second, IMAGE_BYTES * new // BLOBS, head=heads, get=MANIFESTS, blob=new)
         layers = new - 1
         self.bucket.add(second, get=layers * CLAIM_GETS)
-        self.bucket.add(second, put=MANIFESTS + 1 + layers * (PARTS + 2 + CLAIM_PUTS) + records)
+        manifests = MANIFESTS * (1 + MANIFEST_CLAIM_PUTS)
+        self.bucket.add(second, put=manifests + 1 + layers * (PARTS + 2 + CLAIM_PUTS) + records)
 
     def dollars(self):
         return (self.bucket.count["get"] * GET_PRICE + self.bucket.count["put"] * PUT_PRICE) / 1000

@@ -375,6 +375,7 @@ impl BucketImages {
             ObjectKey::blob(digest),
             ObjectKey::manifest(digest),
             ObjectKey::claim(digest),
+            ObjectKey::manifest_claim(digest),
         ] {
             match self.bucket().head(&key).await {
                 Ok(info) => found.push(Listed {

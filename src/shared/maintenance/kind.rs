@@ -36,7 +36,8 @@ impl ObjectKind {
             "blobs" => digest(rest).map(|_| Self::Blob),
             "manifests" => digest(rest).map(|_| Self::Manifest),
             "claims" if rest.strip_prefix("probe/").is_some_and(is_word) => Some(Self::Probe),
-            "claims" => digest(rest).map(|_| Self::Claim),
+            // `m-`: of a manifest.
+            "claims" => digest(rest.strip_prefix("m-").unwrap_or(rest)).map(|_| Self::Claim),
             "parts" => {
                 let (blob, start) = rest.rsplit_once('/')?;
                 let is_start = !start.is_empty() && start.bytes().all(|byte| byte.is_ascii_digit());

@@ -247,6 +247,10 @@ fn kind_is_read_from_the_whole_name() {
     ];
     assert_eq!(names, expected);
     assert_eq!(of(ObjectKey::claim_probe("ab12").as_str()), ObjectKind::Probe);
+    assert_eq!(
+        of(ObjectKey::manifest_claim(&digest(1)).as_str()),
+        ObjectKind::Claim
+    );
     assert_eq!(of(&record("later", 1)).name(), "records/other");
     let hex = digest(1).hex();
     for foreign in [

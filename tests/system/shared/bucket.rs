@@ -304,6 +304,14 @@ impl Bucket {
         }
     }
 
+    /// Waits until no cache has a claim. Those of manifests outlive their uploads by a second.
+    pub async fn has_no_claims(&self) {
+        self.until("the end of all claims", |bucket| {
+            bucket.names("claims").is_empty()
+        })
+        .await;
+    }
+
     async fn serve(&self, request: Request<Incoming>) -> Reply {
         let (head, body) = request.into_parts();
         let query = head.uri.query().unwrap_or_default();

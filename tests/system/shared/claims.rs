@@ -30,6 +30,7 @@ impl Pair {
         for proxy in [&one, &other] {
             proxy.manifest(DEMO, "latest").await.is_image(&image);
         }
+        bucket.has_no_claims().await;
         Pair {
             layer: image.layer(0).clone(),
             upstream,

@@ -26,6 +26,7 @@ async fn warm_bucket(image: Image) -> (Upstream, Bucket, Image, Proxy) {
     let first = bucket.behind(Setup::over(&upstream)).start().await;
     first.pull(DEMO, "latest", &image).await;
     bucket.has(digests(&image)).await;
+    bucket.has_no_claims().await;
     let second = bucket.behind(Setup::over(&upstream)).start().await;
     upstream.clear_log();
     bucket.forget_asked();
@@ -165,6 +166,7 @@ async fn bucket_gives_nothing_to_clients_without_a_right() {
     let alice = |ask: crate::proxy::Ask| ask.basic("alice", "a-secret");
     first.pull_with("acme/app", "1", &image, alice).await;
     bucket.has(digests(&image)).await;
+    bucket.has_no_claims().await;
     let second = bucket.behind(Setup::over(&upstream)).start().await;
     bucket.forget_asked();
     let bob = |ask: crate::proxy::Ask| ask.basic("bob", "b-secret");
@@ -202,6 +204,7 @@ async fn requests_do_not_tell_what_the_bucket_has() {
     let alice = |ask: crate::proxy::Ask| ask.basic("alice", "a-secret");
     first.pull_with("acme/app", "1", &image, alice).await;
     bucket.has(digests(&image)).await;
+    bucket.has_no_claims().await;
     let second = bucket.behind(Setup::over(&upstream)).start().await;
     let bob = |ask: crate::proxy::Ask| ask.basic("bob", "b-secret");
     second.pull_with("bob/own", "1", &own, bob).await;

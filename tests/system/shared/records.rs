@@ -39,6 +39,7 @@ async fn recorded() -> (Upstream, Bucket, Image, Proxy) {
     let first = cache(&bucket, &upstream).start().await;
     first.pull(DEMO, "latest", &image).await;
     bucket.has(digests(&image)).await;
+    bucket.has_no_claims().await;
     has_records(&bucket, [1, 1, 1]).await;
     (upstream, bucket, image, first)
 }
@@ -109,6 +110,7 @@ async fn cache_born_in_an_outage_refuses_a_private_image() {
     let first = cache(&bucket, &upstream).start().await;
     first.pull_with(DEMO, "latest", &image, alice).await;
     bucket.has(digests(&image)).await;
+    bucket.has_no_claims().await;
     has_records(&bucket, [1, 1, 0]).await;
     upstream.refuses();
     let second = cache(&bucket, &upstream).start().await;
