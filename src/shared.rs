@@ -41,7 +41,7 @@ use quick_cache::sync::Cache;
 use tokio::sync::OnceCell;
 use tokio::time::{Instant, sleep_until, timeout};
 
-pub use self::claims::{ClaimMemory, Entered};
+pub use self::claims::{ClaimMemory, ClaimRead, Entered};
 pub use self::conditions::{Conditions, probe};
 pub use self::follow::Follower;
 pub use self::lease::{Arriving, ArrivingFuture, Lease};

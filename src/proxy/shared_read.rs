@@ -8,14 +8,54 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use quick_cache::sync::Cache;
+use tokio::time::Instant;
+
 use super::ProxyService;
 use super::manifest_fetch::{UpstreamRequest, verify};
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
-use crate::oci::{AnyDigest, Digest, Endpoint, Reference, UpstreamFailure};
+use crate::oci::{AnyDigest, Digest, Endpoint, Reference, Repository, UpstreamFailure};
 use crate::queue::Waiters;
 use crate::shared::{ManifestLease, ManifestTurn, SharedContent, SharedStorage, Unread};
 use crate::store::manifests::StoredManifest;
 use crate::upstream::{ResponseKind, UpstreamResponse};
+
+/// How long a repository of which the bucket lacked content probably has more such content.
+const LACKING_PERIOD: Duration = Duration::from_secs(60);
+
+/// Repositories that are remembered.
+const LACKING_MAX: usize = 4096;
+
+/// Repositories of which the bucket lacked the last content that was read: a pull that is cold everywhere.
+pub(super) struct Lacking(Cache<(Arc<str>, Repository), Instant>);
+
+impl Default for Lacking {
+    fn default() -> Self {
+        Self(Cache::new(LACKING_MAX))
+    }
+}
+
+impl Lacking {
+    pub(super) fn place(upstream_request: &UpstreamRequest) -> (Arc<str>, Repository) {
+        let UpstreamRequest {
+            registry, repository, ..
+        } = upstream_request;
+        (registry.shared_name(), repository.clone())
+    }
+
+    pub(super) fn record(&self, place: (Arc<str>, Repository), is_absent: bool) {
+        if is_absent {
+            self.0.insert(place, Instant::now());
+        } else {
+            self.0.remove(&place);
+        }
+    }
+
+    pub(super) fn is_likely(&self, place: &(Arc<str>, Repository)) -> bool {
+        let since = self.0.get(place);
+        since.is_some_and(|since| since.elapsed() < LACKING_PERIOD)
+    }
+}
 
 /// From where a request by digest may be served.
 pub(super) enum SharedRight {
@@ -165,7 +205,10 @@ impl ProxyService {
             SharedRight::Refused(_) | SharedRight::UpstreamOnly => return SharedManifest::Missing,
         }
         let content = SharedContent::Manifest(digest);
-        let (bytes, object) = match self.shared.read(content, MANIFEST_BYTES_MAX).await {
+        let read = self.shared.read(content, MANIFEST_BYTES_MAX).await;
+        let place = Lacking::place(upstream_request);
+        self.lacking.record(place, matches!(read, Err(Unread::Absent)));
+        let (bytes, object) = match read {
             Ok(read) => read,
             Err(Unread::Absent) => return SharedManifest::Absent(digest),
             Err(Unread::Unavailable) => return SharedManifest::Missing,

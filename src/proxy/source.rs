@@ -12,11 +12,11 @@ use tokio::time::Instant;
 
 use super::ProxyService;
 use super::manifest_fetch::UpstreamRequest;
-use super::shared_read::SharedRight;
+use super::shared_read::{Lacking, SharedRight};
 use crate::download::{self, ByteStream, DownloadError, Leader, Observer, RangeSource, Source, Stream};
 use crate::oci::{CacheHeaders, Digest, UpstreamFailure};
 use crate::queue::{Class, Demand, Waiters};
-use crate::shared::{ClaimMemory, Lease, SharedContent, SharedObject};
+use crate::shared::{ClaimMemory, ClaimRead, Lease, SharedContent, SharedObject};
 use crate::telemetry::{self, SpanKind};
 use crate::upstream::{Credential, RangeSpec, ResponseKind, ResponseStream, UpstreamResponse, UrlIndex};
 
@@ -63,6 +63,8 @@ struct SharedReading {
     age: Option<Duration>,
     is_used: Arc<AtomicBool>,
     claims: ClaimMemory,
+    /// A read of the claim that began with that of the blob.
+    claim_read: Option<ClaimRead>,
     /// Whether bytes came from the parts of another cache.
     is_followed: bool,
 }
@@ -146,17 +148,25 @@ impl UpstreamSource {
         let stated = Source::stated_size(self);
         let reading = self.shared.as_mut()?;
         reading.opens += 1;
-        let content = SharedContent::Blob(self.digest);
+        let (content, shared) = (SharedContent::Blob(self.digest), &self.proxy.shared);
+        let lacking = &self.proxy.lacking;
+        let place = Lacking::place(&self.upstream_request);
+        // The claim is needed if the blob is absent, and its read costs a round trip more afterwards.
+        if self.may_ask_upstream && lacking.is_likely(&place) {
+            reading.claim_read = shared.read_claim(self.digest, stated);
+        }
         let opened = match reading.opens {
-            ..=SHARED_OPENS_MAX => self.proxy.shared.open(content, from).await,
+            ..=SHARED_OPENS_MAX => shared.open(content, from).await,
             _ => None,
         };
+        lacking.record(place, opened.is_none());
         // An object of another size than stated is damaged, unless the manifest is wrong.
         let opened = opened.filter(|object| stated.is_none_or(|stated| stated == object.info.size));
         let Some(object) = opened else {
             reading.opens = SHARED_OPENS_MAX;
             return None;
         };
+        reading.claim_read = None;
         Some(self.shared_stream(from, object))
     }
 

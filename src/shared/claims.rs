@@ -15,6 +15,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::breaker::{Admission, Outcome, Transition};
 use super::claim::{Alone, BootId, ClaimRecord, Entry, Look, RECORD_BYTES_MAX, Step, Watch, Written};
@@ -75,6 +76,9 @@ impl ClaimMemory {
         !remembered.is_barred && remembered.entries <= ENTRIES_MAX
     }
 }
+
+/// A read of a claim that began with the read of its blob. Dropping it ends it.
+pub struct ClaimRead(AbortOnDropHandle<Look>);
 
 /// Result of entering a claim.
 pub enum Entered {
@@ -187,12 +191,24 @@ impl Claims {
 }
 
 impl SharedStorage {
+    /// Begins to read the claim of a blob of which the bucket probably lacks the content. `stated`: its size by a manifest.
+    /// `None` if the claim would not be used.
+    pub fn read_claim(&self, digest: Digest, stated: Option<u64>) -> Option<ClaimRead> {
+        let active = self.readable()?;
+        let are_kept = !active.settings.write || active.conditions.get().copied().unwrap_or(false);
+        if !are_kept || !active.is_claimed(&SharedContent::Blob(digest), stated) {
+            return None;
+        }
+        let reading = async move { active.look(&ObjectKey::claim(&digest)).await };
+        Some(ClaimRead(AbortOnDropHandle::new(tokio::spawn(reading))))
+    }
+
     /// Enters the claim of a blob that the bucket lacks, to read or fetch it from the byte `from` on. `stated`: its size by
-    /// a manifest. `since`: when the client began to wait for the bucket.
+    /// a manifest. `begun`: a read of the claim. `since`: when the client began to wait for the bucket.
     pub async fn enter(
         &self,
         (digest, from): (Digest, u64),
-        stated: Option<u64>,
+        (stated, begun): (Option<u64>, Option<ClaimRead>),
         (memory, arriving): (&ClaimMemory, Arc<dyn Arriving>),
         since: Instant,
     ) -> Entered {
@@ -202,6 +218,7 @@ impl SharedStorage {
                     content: SharedContent::Blob(digest),
                     from,
                     stated,
+                    begun,
                     memory: memory.clone(),
                     arriving,
                 };
@@ -233,14 +250,20 @@ struct Entering {
     content: SharedContent,
     from: u64,
     stated: Option<u64>,
+    begun: Option<ClaimRead>,
     memory: ClaimMemory,
     arriving: Arc<dyn Arriving>,
 }
 
 impl Active {
+    /// Whether content of this size is fetched with a claim.
+    fn is_claimed(&self, content: &SharedContent, stated: Option<u64>) -> bool {
+        let is_small = stated.is_some_and(|stated| stated < CLAIMED_BYTES_MIN);
+        self.settings.claims && !is_small && !self.is_refused(&content.key())
+    }
+
     async fn enter(self: &Arc<Self>, entering: Entering, since: Instant) -> Entered {
-        let is_small = entering.stated.is_some_and(|stated| stated < CLAIMED_BYTES_MIN);
-        if !self.settings.claims || is_small || self.is_refused(&entering.content.key()) {
+        if !self.is_claimed(&entering.content, entering.stated) {
             return Entered::Alone;
         }
         // The client has waited for the blob in vain: it does not wait for the claim too.
@@ -294,6 +317,7 @@ impl Active {
             content,
             from,
             stated,
+            mut begun,
             memory,
             arriving,
         } = entering;
@@ -306,7 +330,10 @@ impl Active {
         let held = loop {
             step = match step {
                 Step::Look => {
-                    let look = self.look(&key).await;
+                    let look = match begun.take() {
+                        Some(ClaimRead(reading)) => reading.await.unwrap_or(Look::Failed),
+                        None => self.look(&key).await,
+                    };
                     answered.send_replace(());
                     memory.watching(|watch| entry.looked(look, watch, Instant::now()))
                 }

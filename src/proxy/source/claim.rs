@@ -38,10 +38,16 @@ impl UpstreamSource {
         loop {
             let reading = self.shared.as_mut()?;
             let arriving: Arc<dyn Arriving> = Arc::new(ArrivingBlob(observer.clone()));
+            let begun = reading.claim_read.take();
             let entered = self
                 .proxy
                 .shared
-                .enter((self.digest, from), stated, (&reading.claims, arriving), began)
+                .enter(
+                    (self.digest, from),
+                    (stated, begun),
+                    (&reading.claims, arriving),
+                    began,
+                )
                 .await;
             match entered {
                 Entered::Alone => return None,

@@ -166,10 +166,20 @@ async fn enter(cache: &Arc<Active>, file: &Arc<File>, memory: &ClaimMemory) -> E
 }
 
 async fn enter_since(since: Instant, cache: &Arc<Active>, file: &Arc<File>, memory: &ClaimMemory) -> Entered {
+    enter_with(None, since, cache, (file, memory)).await
+}
+
+async fn enter_with(
+    begun: Option<ClaimRead>,
+    since: Instant,
+    cache: &Arc<Active>,
+    (file, memory): (&Arc<File>, &ClaimMemory),
+) -> Entered {
     let entering = Entering {
         content: SharedContent::Blob(file.digest()),
         from: 0,
         stated: Some(SIZE as u64),
+        begun,
         memory: memory.clone(),
         arriving: Arc::clone(file) as Arc<dyn Arriving>,
     };
@@ -686,4 +696,29 @@ async fn wrong_parts_bar_the_claims_of_the_blob() {
         enter(&cache, &file, &ClaimMemory::default()).await,
         Entered::Alone
     ));
+}
+
+/// Its read began with that of the blob, so it takes no further round trip.
+#[tokio::test(start_paused = true)]
+async fn claim_that_was_read_before_is_not_read_again() {
+    let (began, file) = (Instant::now(), File::new());
+    let bucket: Arc<dyn ObjectStorage> = Arc::new(Faulty {
+        latency: Duration::from_millis(100),
+        ..Arc::into_inner(slow_to_create((0, 0))).unwrap()
+    });
+    let (owner, other) = (cache(&bucket), cache(&bucket));
+    let read_of = |cache: &Arc<Active>| {
+        let (cache, digest) = (Arc::clone(cache), file.digest());
+        let reading = async move { cache.look(&ObjectKey::claim(&digest)).await };
+        Some(ClaimRead(AbortOnDropHandle::new(tokio::spawn(reading))))
+    };
+    let begun = read_of(&owner);
+    sleep(Duration::from_millis(100)).await;
+    let memory = ClaimMemory::default();
+    let entered = enter_with(begun, began, &owner, (&file, &memory)).await;
+    assert!(matches!(entered, Entered::Leads(_)));
+    assert_eq!(began.elapsed(), Duration::from_millis(200));
+    let entered = enter_with(read_of(&other), Instant::now(), &other, (&file, &memory)).await;
+    assert!(matches!(entered, Entered::Follows(_)));
+    assert_eq!(began.elapsed(), Duration::from_millis(300));
 }
