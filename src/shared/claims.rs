@@ -204,11 +204,11 @@ impl SharedStorage {
     }
 
     /// Enters the claim of a blob that the bucket lacks, to read or fetch it from the byte `from` on. `stated`: its size by
-    /// a manifest. `begun`: a read of the claim. `since`: when the client began to wait for the bucket.
+    /// a manifest. `claim_read`: a read of the claim. `since`: when the client began to wait for the bucket.
     pub async fn enter(
         &self,
         (digest, from): (Digest, u64),
-        (stated, begun): (Option<u64>, Option<ClaimRead>),
+        (stated, claim_read): (Option<u64>, Option<ClaimRead>),
         (memory, arriving): (&ClaimMemory, Arc<dyn Arriving>),
         since: Instant,
     ) -> Entered {
@@ -218,7 +218,7 @@ impl SharedStorage {
                     content: SharedContent::Blob(digest),
                     from,
                     stated,
-                    begun,
+                    claim_read,
                     memory: memory.clone(),
                     arriving,
                 };
@@ -250,7 +250,7 @@ struct Entering {
     content: SharedContent,
     from: u64,
     stated: Option<u64>,
-    begun: Option<ClaimRead>,
+    claim_read: Option<ClaimRead>,
     memory: ClaimMemory,
     arriving: Arc<dyn Arriving>,
 }
@@ -317,7 +317,7 @@ impl Active {
             content,
             from,
             stated,
-            mut begun,
+            mut claim_read,
             memory,
             arriving,
         } = entering;
@@ -330,7 +330,7 @@ impl Active {
         let held = loop {
             step = match step {
                 Step::Look => {
-                    let look = match begun.take() {
+                    let look = match claim_read.take() {
                         Some(ClaimRead(reading)) => reading.await.unwrap_or(Look::Failed),
                         None => self.look(&key).await,
                     };

@@ -38,13 +38,13 @@ impl UpstreamSource {
         loop {
             let reading = self.shared.as_mut()?;
             let arriving: Arc<dyn Arriving> = Arc::new(ArrivingBlob(observer.clone()));
-            let begun = reading.claim_read.take();
+            let claim_read = reading.claim_read.take();
             let entered = self
                 .proxy
                 .shared
                 .enter(
                     (self.digest, from),
-                    (stated, begun),
+                    (stated, claim_read),
                     (&reading.claims, arriving),
                     began,
                 )

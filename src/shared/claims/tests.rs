@@ -170,7 +170,7 @@ async fn enter_since(since: Instant, cache: &Arc<Active>, file: &Arc<File>, memo
 }
 
 async fn enter_with(
-    begun: Option<ClaimRead>,
+    claim_read: Option<ClaimRead>,
     since: Instant,
     cache: &Arc<Active>,
     (file, memory): (&Arc<File>, &ClaimMemory),
@@ -179,7 +179,7 @@ async fn enter_with(
         content: SharedContent::Blob(file.digest()),
         from: 0,
         stated: Some(SIZE as u64),
-        begun,
+        claim_read,
         memory: memory.clone(),
         arriving: Arc::clone(file) as Arc<dyn Arriving>,
     };
@@ -712,10 +712,10 @@ async fn claim_that_was_read_before_is_not_read_again() {
         let reading = async move { cache.look(&ObjectKey::claim(&digest)).await };
         Some(ClaimRead(AbortOnDropHandle::new(tokio::spawn(reading))))
     };
-    let begun = read_of(&owner);
+    let claim_read = read_of(&owner);
     sleep(Duration::from_millis(100)).await;
     let memory = ClaimMemory::default();
-    let entered = enter_with(begun, began, &owner, (&file, &memory)).await;
+    let entered = enter_with(claim_read, began, &owner, (&file, &memory)).await;
     assert!(matches!(entered, Entered::Leads(_)));
     assert_eq!(began.elapsed(), Duration::from_millis(200));
     let entered = enter_with(read_of(&other), Instant::now(), &other, (&file, &memory)).await;
