@@ -26,7 +26,7 @@ mod rate;
 mod record;
 mod redirect;
 mod revocations;
-#[cfg(test)]
+#[cfg(all(test, feature = "shared"))]
 mod tests;
 mod upload;
 
