@@ -11,9 +11,10 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinHandle, spawn_blocking};
+use tokio_util::task::AbortOnDropHandle;
 
 /// Threads of the runtime for blocking operations: those of all kinds, and the reserve.
-pub const THREADS_MAX: usize = 160 + RESERVE;
+pub const THREADS_MAX: usize = 162 + RESERVE;
 
 /// Time after which an idle thread ends. Each has a stack and a cache of the allocator.
 pub const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(1);
@@ -32,8 +33,12 @@ pub enum Operation {
     IndexWait,
     /// Lookups of blobs before a download.
     BlobLookup,
-    /// Starts, resumptions and commits of downloads.
-    DownloadFile,
+    /// Starts of downloads.
+    DownloadStart,
+    /// Resumptions of downloads, which read what has arrived before.
+    DownloadResumption,
+    /// Commits of downloads.
+    DownloadCommit,
     /// Writes of bytes that arrive, with their hash.
     DownloadWrite,
     /// Reads of bytes of blobs that the page cache lacks.
@@ -45,8 +50,11 @@ impl Operation {
     pub const fn threads_max(self) -> usize {
         match self {
             Self::StoreRead => 32,
-            Self::StoreWrite | Self::IndexWait | Self::DownloadWrite | Self::FileRead => 24,
-            Self::BlobLookup | Self::DownloadFile => 16,
+            Self::StoreWrite | Self::IndexWait | Self::DownloadWrite => 24,
+            Self::BlobLookup | Self::FileRead => 16,
+            Self::DownloadStart => 12,
+            Self::DownloadResumption => 6,
+            Self::DownloadCommit => 8,
         }
     }
 
@@ -84,10 +92,14 @@ static FILE_READS: Semaphore = Semaphore::const_new(Operation::FileRead.threads_
 pub fn read_file<T: Send + 'static>(
     read: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> BoxFuture<'static, io::Result<T>> {
-    Box::pin(async move {
+    // In a task of its own: a permit that a caller received and does not use yet would be missing to the others.
+    let reading = AbortOnDropHandle::new(tokio::spawn(async move {
         // The semaphore is never closed.
         let permit = FILE_READS.acquire().await.ok();
-        let done = run_with(permit, read).await;
+        run_with(permit, read).await
+    }));
+    Box::pin(async move {
+        let done = reading.await.and_then(|read| read);
         done.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
     })
 }
@@ -103,12 +115,14 @@ mod tests {
 
     use super::*;
 
-    const ALL: [Operation; 7] = [
+    const ALL: [Operation; 9] = [
         Operation::StoreRead,
         Operation::StoreWrite,
         Operation::IndexWait,
         Operation::BlobLookup,
-        Operation::DownloadFile,
+        Operation::DownloadStart,
+        Operation::DownloadResumption,
+        Operation::DownloadCommit,
         Operation::DownloadWrite,
         Operation::FileRead,
     ];

@@ -352,9 +352,10 @@ impl SharedStorage {
         (!is_open).then_some(active)
     }
 
-    /// Opens this content at the byte `from`. `None` if the bucket lacks it or cannot be read now.
-    pub async fn open(&self, content: SharedContent, from: u64) -> Option<SharedObject> {
-        self.readable()?.open(content, from).await
+    /// Opens this content at the byte `from`. Fails if the bucket lacks it or cannot be read now.
+    pub async fn open(&self, content: SharedContent, from: u64) -> Result<SharedObject, Unread> {
+        let active = self.readable().ok_or(Unread::Unavailable)?;
+        active.try_open(content.key(), from).await
     }
 
     /// Reads this content completely, if it has at most `bytes_max` bytes. Fails if the bucket lacks it or cannot be read

@@ -85,7 +85,7 @@ struct OpenedTransfer {
 
 async fn begin<S: Source>(guard: &DownloadGuard, source: &mut S) -> Result<OpenedTransfer, DownloadError> {
     let (store, digest) = (Arc::clone(&guard.shared.store), guard.download.digest);
-    let partial = blocking::run(&guard.shared.files, move || store.take_partial(&digest)).await;
+    let partial = blocking::run(&guard.shared.starts, move || store.take_partial(&digest)).await;
     if let Ok(Some(partial)) = partial
         && let Some(opened) = resume_partial(guard, source, partial).await?
     {
@@ -142,7 +142,7 @@ async fn resume_partial<S: Source>(
     });
     // Readers get the verified prefix at once, while the upstream's bytes wait in the connection.
     let download = Arc::clone(&guard.download);
-    let read = blocking::run(&guard.shared.files, move || {
+    let read = blocking::run(&guard.shared.resumptions, move || {
         partial.reverify(|bytes| download.publish(bytes))
     });
     let Ok(Some(resumed)) = read.await else {
@@ -181,7 +181,7 @@ async fn start(
         guard.download.digest,
         stream.total,
     );
-    let ingest = match blocking::run(&guard.shared.files, move || store.begin(&digest, total)).await {
+    let ingest = match blocking::run(&guard.shared.starts, move || store.begin(&digest, total)).await {
         Ok(Ok(ingest)) => ingest,
         Ok(Err(fault)) => {
             // A disk that is full or read-only stays so, and has descriptors.
@@ -313,7 +313,7 @@ fn helpers(guard: &DownloadGuard, resumed: &Resumed, total: Option<u64>) -> Opti
 /// Makes the blob durable and renames it to its digest. The readers can read all bytes already, so after a disk failure
 /// here the only loss is that a later request downloads the blob again.
 async fn commit(guard: &DownloadGuard, ingest: Ingest, verified: Verified) {
-    let committed = blocking::run(&guard.shared.files, move || ingest.commit(verified)).await;
+    let committed = blocking::run(&guard.shared.commits, move || ingest.commit(verified)).await;
     if let Ok(Err(fault)) = committed {
         tracing::error!(digest = %guard.download.digest, %fault, "failed to store a verified blob");
     }

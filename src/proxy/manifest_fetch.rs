@@ -271,8 +271,11 @@ impl ProxyService {
                     SharedManifest::Absent(_) | SharedManifest::Missing => {}
                 }
                 let sent_at = Instant::now();
+                let paused = waiters.pause().total(sent_at);
                 let caller = Caller {
                     waiters: Some(waiters.clone()),
+                    // A wait for another cache leaves a rate limit as much time as before.
+                    wait_deadline: caller.wait_deadline.map(|deadline| deadline + paused),
                     ..caller.clone()
                 };
                 let getting = registry.upstream().get(&caller, endpoint, accept, None);
@@ -301,10 +304,11 @@ impl ProxyService {
                         }
                         let stored = proxy.store_manifest(&upstream_request, received).await;
                         if let Ok(manifest) = &stored {
-                            proxy.learn_children(&upstream_request, manifest, began).await;
+                            // First, because other caches wait for it.
                             if !lease.is_some_and(|lease| lease.stored(manifest.digest)) {
                                 proxy.shared.offer(SharedContent::Manifest(manifest.digest));
                             }
+                            proxy.learn_children(&upstream_request, manifest, began).await;
                         }
                         (stored, caches)
                     }

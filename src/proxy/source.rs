@@ -16,7 +16,7 @@ use super::shared_read::{Lacking, SharedRight};
 use crate::download::{self, ByteStream, DownloadError, Leader, Observer, RangeSource, Source, Stream};
 use crate::oci::{CacheHeaders, Digest, UpstreamFailure};
 use crate::queue::{Class, Demand, Waiters};
-use crate::shared::{ClaimMemory, ClaimRead, Lease, SharedContent, SharedObject};
+use crate::shared::{ClaimMemory, ClaimRead, Lease, SharedContent, SharedObject, Unread};
 use crate::telemetry::{self, SpanKind};
 use crate::upstream::{Credential, RangeSpec, ResponseKind, ResponseStream, UpstreamResponse, UrlIndex};
 
@@ -148,6 +148,10 @@ impl UpstreamSource {
         let stated = Source::stated_size(self);
         let reading = self.shared.as_mut()?;
         reading.opens += 1;
+        if reading.opens > SHARED_OPENS_MAX {
+            reading.opens = SHARED_OPENS_MAX;
+            return None;
+        }
         let (content, shared) = (SharedContent::Blob(self.digest), &self.proxy.shared);
         let lacking = &self.proxy.lacking;
         let place = Lacking::place(&self.upstream_request);
@@ -155,13 +159,12 @@ impl UpstreamSource {
         if self.may_ask_upstream && lacking.is_likely(&place) {
             reading.claim_read = shared.read_claim(self.digest, stated);
         }
-        let opened = match reading.opens {
-            ..=SHARED_OPENS_MAX => shared.open(content, from).await,
-            _ => None,
-        };
-        lacking.record(place, opened.is_none());
+        let opened = shared.open(content, from).await;
+        lacking.record(place, matches!(opened, Err(Unread::Absent)));
         // An object of another size than stated is damaged, unless the manifest is wrong.
-        let opened = opened.filter(|object| stated.is_none_or(|stated| stated == object.info.size));
+        let opened = opened
+            .ok()
+            .filter(|object| stated.is_none_or(|stated| stated == object.info.size));
         let Some(object) = opened else {
             reading.opens = SHARED_OPENS_MAX;
             return None;

@@ -78,7 +78,10 @@ impl ClaimMemory {
 }
 
 /// A read of a claim that began with the read of its blob. Dropping it ends it.
-pub struct ClaimRead(AbortOnDropHandle<Look>);
+pub struct ClaimRead {
+    reading: AbortOnDropHandle<Look>,
+    active: Arc<Active>,
+}
 
 /// Result of entering a claim.
 pub enum Entered {
@@ -196,11 +199,11 @@ impl SharedStorage {
     pub fn read_claim(&self, digest: Digest, stated: Option<u64>) -> Option<ClaimRead> {
         let active = self.readable()?;
         let are_kept = !active.settings.write || active.conditions.get().copied().unwrap_or(false);
-        if !are_kept || !active.is_claimed(&SharedContent::Blob(digest), stated) {
+        let is_stopped = active.claims.guarded.lock().breaker.open_since().is_some();
+        if !are_kept || is_stopped || !active.is_claimed(&SharedContent::Blob(digest), stated) {
             return None;
         }
-        let reading = async move { active.look(&ObjectKey::claim(&digest)).await };
-        Some(ClaimRead(AbortOnDropHandle::new(tokio::spawn(reading))))
+        Some(active.read_claim(digest))
     }
 
     /// Enters the claim of a blob that the bucket lacks, to read or fetch it from the byte `from` on. `stated`: its size by
@@ -256,6 +259,26 @@ struct Entering {
 }
 
 impl Active {
+    fn read_claim(self: Arc<Self>, digest: Digest) -> ClaimRead {
+        let active = Arc::clone(&self);
+        let reading = async move { active.look(&ObjectKey::claim(&digest)).await };
+        ClaimRead {
+            reading: AbortOnDropHandle::new(tokio::spawn(reading)),
+            active: self,
+        }
+    }
+
+    /// The result of a read that began before the lease was registered.
+    async fn looked(self: &Arc<Self>, read: ClaimRead) -> Option<Look> {
+        // A reload may have replaced the bucket.
+        let is_same = Arc::ptr_eq(self, &read.active);
+        let look = read.reading.await.ok().filter(|_| is_same)?;
+        let me = &self.claims.leases.me;
+        // A claim of an earlier download of this process may be about to be deleted.
+        let is_own = matches!(&look, Look::Present { record: Some(record), .. } if record.is_of(me));
+        (!is_own).then_some(look)
+    }
+
     /// Whether content of this size is fetched with a claim.
     fn is_claimed(&self, content: &SharedContent, stated: Option<u64>) -> bool {
         let is_small = stated.is_some_and(|stated| stated < CLAIMED_BYTES_MIN);
@@ -330,8 +353,12 @@ impl Active {
         let held = loop {
             step = match step {
                 Step::Look => {
-                    let look = match claim_read.take() {
-                        Some(ClaimRead(reading)) => reading.await.unwrap_or(Look::Failed),
+                    let read = match claim_read.take() {
+                        Some(read) => self.looked(read).await,
+                        None => None,
+                    };
+                    let look = match read {
+                        Some(look) => look,
                         None => self.look(&key).await,
                     };
                     answered.send_replace(());

@@ -117,14 +117,21 @@ async fn keep(
         stored = stored => stored.is_ok(),
         () = &mut closed => false,
     };
-    if is_stored && upload(&active, &store, digest).await {
-        tokio::select! {
-            () = sleep(LINGER) => {}
-            () = &mut closed => {}
+    let mut ending = std::pin::pin!(async {
+        if is_stored && upload(&active, &store, digest).await {
+            sleep(LINGER).await;
         }
-    }
+    });
+    let has_ended = tokio::select! {
+        () = &mut ending => true,
+        () = &mut closed => false,
+    };
     active.delete_of_claim(&ObjectKey::manifest_claim(&digest)).await;
     drop(guard);
+    if !has_ended {
+        // The upload continues, as those of the queue do.
+        ending.await;
+    }
 }
 
 async fn upload(active: &Active, store: &AsyncStore, digest: Digest) -> bool {

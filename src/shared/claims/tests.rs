@@ -707,11 +707,7 @@ async fn claim_that_was_read_before_is_not_read_again() {
         ..Arc::into_inner(slow_to_create((0, 0))).unwrap()
     });
     let (owner, other) = (cache(&bucket), cache(&bucket));
-    let read_of = |cache: &Arc<Active>| {
-        let (cache, digest) = (Arc::clone(cache), file.digest());
-        let reading = async move { cache.look(&ObjectKey::claim(&digest)).await };
-        Some(ClaimRead(AbortOnDropHandle::new(tokio::spawn(reading))))
-    };
+    let read_of = |cache: &Arc<Active>| Some(Arc::clone(cache).read_claim(file.digest()));
     let claim_read = read_of(&owner);
     sleep(Duration::from_millis(100)).await;
     let memory = ClaimMemory::default();
@@ -721,4 +717,22 @@ async fn claim_that_was_read_before_is_not_read_again() {
     let entered = enter_with(read_of(&other), Instant::now(), &other, (&file, &memory)).await;
     assert!(matches!(entered, Entered::Follows(_)));
     assert_eq!(began.elapsed(), Duration::from_millis(300));
+}
+
+/// The read began before the claim of an earlier download of this cache was deleted.
+#[tokio::test(start_paused = true)]
+async fn own_claim_that_was_read_before_is_read_again() {
+    let (bucket, file) = (in_memory(), File::new());
+    let cache = cache(&bucket);
+    let earlier = lead(&cache, &file).await;
+    let mut claim_read = Arc::clone(&cache).read_claim(file.digest());
+    let look = (&mut claim_read.reading).await.unwrap();
+    claim_read.reading = AbortOnDropHandle::new(tokio::spawn(async { look }));
+    drop(earlier);
+    sleep(WITHIN).await;
+    assert!(!exists(&bucket, ObjectKey::claim(&file.digest())).await);
+    let memory = ClaimMemory::default();
+    let _lease = enter_with(Some(claim_read), Instant::now(), &cache, (&file, &memory)).await;
+    sleep(WITHIN).await;
+    assert!(exists(&bucket, ObjectKey::claim(&file.digest())).await);
 }
