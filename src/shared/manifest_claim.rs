@@ -117,20 +117,21 @@ async fn keep(
         stored = stored => stored.is_ok(),
         () = &mut closed => false,
     };
-    let mut ending = std::pin::pin!(async {
-        if is_stored && upload(&active, &store, digest).await {
+    let mut uploading = std::pin::pin!(async {
+        if upload(&active, &store, digest).await {
             sleep(LINGER).await;
         }
     });
-    let has_ended = tokio::select! {
-        () = &mut ending => true,
-        () = &mut closed => false,
-    };
+    let continues = is_stored
+        && tokio::select! {
+            () = &mut uploading => false,
+            () = &mut closed => true,
+        };
     active.delete_of_claim(&ObjectKey::manifest_claim(&digest)).await;
     drop(guard);
-    if !has_ended {
-        // The upload continues, as those of the queue do.
-        ending.await;
+    if continues {
+        // As the uploads of the queue do.
+        uploading.await;
     }
 }
 
