@@ -43,18 +43,24 @@ pub enum Operation {
     DownloadWrite,
     /// Reads of bytes of blobs that the page cache lacks.
     FileRead,
+    /// Records of which URLs of an upstream have served which repositories.
+    ServedUrls,
+    /// Requests to the admin API.
+    Admin,
 }
 
 impl Operation {
     /// Maximum concurrent operations of this kind.
     pub const fn threads_max(self) -> usize {
         match self {
-            Self::StoreRead => 32,
+            Self::StoreRead => 28,
             Self::StoreWrite | Self::IndexWait | Self::DownloadWrite => 24,
-            Self::BlobLookup | Self::FileRead => 16,
-            Self::DownloadStart => 12,
-            Self::DownloadResumption => 6,
+            Self::FileRead => 16,
+            Self::BlobLookup => 14,
+            Self::DownloadStart => 10,
             Self::DownloadCommit => 8,
+            Self::DownloadResumption | Self::Admin => 6,
+            Self::ServedUrls => 2,
         }
     }
 
@@ -115,7 +121,7 @@ mod tests {
 
     use super::*;
 
-    const ALL: [Operation; 9] = [
+    const ALL: [Operation; 11] = [
         Operation::StoreRead,
         Operation::StoreWrite,
         Operation::IndexWait,
@@ -125,6 +131,8 @@ mod tests {
         Operation::DownloadCommit,
         Operation::DownloadWrite,
         Operation::FileRead,
+        Operation::ServedUrls,
+        Operation::Admin,
     ];
 
     #[test]

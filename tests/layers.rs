@@ -50,7 +50,7 @@ const MODULES: &[Module] = &[
     module("blocking", 3, &[], &["oci", "policy", "clock"]),
     module("store", 3, &["blocking"], &["policy", "clock"]),
     module("queue", 3, &[], &["oci", "clock", "trace_context", "policy"]),
-    module("upstream", 3, &["queue"], &["policy", "clock"]),
+    module("upstream", 3, &["blocking", "queue"], &["policy", "clock"]),
     module("bucket", 3, &["upstream"], &["policy", "clock"]),
     module("telemetry", 3, &[], &["clock"]),
     module("single_flight", 3, &["queue"], &["oci", "clock", "policy"]),

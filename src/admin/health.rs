@@ -13,12 +13,12 @@ use http::header::CONTENT_TYPE;
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, Method, StatusCode};
 use tokio::sync::Semaphore;
-use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 
 use super::Admin;
 use super::metrics::{OPENMETRICS, PLAIN_METRICS, wants_openmetrics};
 use super::response::Problem;
+use crate::blocking;
 
 /// Interval of the worker heartbeat.
 const BEAT_EVERY: Duration = Duration::from_secs(1);
@@ -179,16 +179,7 @@ async fn read<T: Send + 'static>(
     within: Duration,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Option<T> {
-    let reading = async {
-        let permit = Arc::clone(kind).acquire_owned().await.ok()?;
-        let done = spawn_blocking(move || {
-            let done = work();
-            drop(permit);
-            done
-        });
-        done.await.ok()
-    };
-    timeout(within, reading).await.ok().flatten()
+    timeout(within, blocking::run(kind, work)).await.ok()?.ok()
 }
 
 #[cfg(test)]

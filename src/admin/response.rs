@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
+use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll};
 
 use axum::Json;
@@ -16,11 +17,11 @@ use http::{HeaderName, HeaderValue, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
 use serde::Serialize;
-use tokio::sync::mpsc;
-use tokio::task::spawn_blocking;
+use tokio::sync::{Semaphore, mpsc};
 use utoipa::ToSchema;
 
 use crate::archive::pipe::Chunk;
+use crate::blocking::{self, Operation};
 
 /// Content type of a problem document (RFC 9457).
 pub(super) const PROBLEM: &str = "application/problem+json";
@@ -158,11 +159,14 @@ impl From<crate::store::StoreError> for Problem {
     }
 }
 
+/// Permits of [`Operation::Admin`].
+static PERMITS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Operation::Admin.permits());
+
 /// Runs blocking work on a blocking thread.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
-    spawn_blocking(work)
+    blocking::run(&PERMITS, work)
         .await
         .unwrap_or_else(|_| Err(Problem::task_failed()))
 }

@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout_at};
 use super::manifest_fetch::UpstreamRequest;
 use super::prefetch::StartedDownloads;
 use super::{ProxyService, UpstreamRegistry};
-use crate::oci::{AnyDigest, Digest, Endpoint, Reference, Repository, UpstreamFailure};
+use crate::oci::{AnyDigest, Digest, Endpoint, Repository, UpstreamFailure};
 use crate::store::manifests::StoredManifest;
 
 /// Concurrent probes for one image.
@@ -77,7 +77,7 @@ impl ProxyService {
             .platforms_in_use(registry, repository, manifest, fallback)
             .await
         {
-            let child = self.child_manifest(&upstream_request, digest).await?;
+            let child = self.child_manifest_at_once(&upstream_request, digest).await?;
             self.probe_blobs(&upstream_request, prefetch_wait, &child).await?;
         }
         self.probed_images.0.insert(image, now);
@@ -115,11 +115,41 @@ impl ProxyService {
             .collect()
     }
 
+    /// A manifest that an index or a tag names, from the store or the upstream.
     pub(super) async fn child_manifest(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
         digest: Digest,
     ) -> Result<Arc<StoredManifest>, UpstreamFailure> {
+        if let Some(manifest) = self.cached_child(upstream_request, digest).await {
+            return Ok(manifest);
+        }
+        let fetched = self
+            .fetch_manifest(upstream_request.clone().by_digest(digest))
+            .await;
+        fetched.map_err(|response| response.cause())
+    }
+
+    /// The same for a client that gets an earlier image after a deadline, so without a wait for another cache.
+    pub(super) async fn child_manifest_at_once(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        digest: Digest,
+    ) -> Result<Arc<StoredManifest>, UpstreamFailure> {
+        if let Some(manifest) = self.cached_child(upstream_request, digest).await {
+            return Ok(manifest);
+        }
+        let fetched = self
+            .fetch_manifest_at_once(upstream_request.clone().by_digest(digest))
+            .await;
+        fetched.map_err(|response| response.cause())
+    }
+
+    async fn cached_child(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        digest: Digest,
+    ) -> Option<Arc<StoredManifest>> {
         let stored = self.read_cache(
             &upstream_request.registry,
             &upstream_request.repository,
@@ -128,21 +158,7 @@ impl ProxyService {
                 stored.flatten()
             },
         );
-        if let Some(manifest) = stored.await {
-            return Ok(manifest);
-        }
-        let endpoint = Endpoint::Manifest {
-            repository: upstream_request.repository.clone(),
-            reference: Reference::Digest(AnyDigest::Supported(digest)),
-        };
-        let upstream_request = UpstreamRequest {
-            endpoint,
-            ..upstream_request.clone()
-        };
-        // The client waits for the probe with a deadline, after which an earlier image is served.
-        self.fetch_manifest_at_once(upstream_request)
-            .await
-            .map_err(|response| response.cause())
+        stored.await
     }
 
     async fn probe_blobs(

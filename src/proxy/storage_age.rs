@@ -171,7 +171,7 @@ impl ProxyService {
         digest: Digest,
         trust_created: bool,
     ) -> Option<ConfigAge> {
-        let manifest = self.child_manifest(upstream_request, digest).await.ok()?;
+        let manifest = self.child_manifest_at_once(upstream_request, digest).await.ok()?;
         let images = match manifest.manifest.kind {
             ManifestKind::Image => vec![manifest],
             ManifestKind::Index => {
@@ -188,7 +188,11 @@ impl ProxyService {
                 for image in images {
                     let digest = *image.digest.supported()?;
                     let upstream_request = upstream_request.clone().by_digest(digest);
-                    found.push(self.child_manifest(&upstream_request, digest).await.ok()?);
+                    found.push(
+                        self.child_manifest_at_once(&upstream_request, digest)
+                            .await
+                            .ok()?,
+                    );
                 }
                 found
             }

@@ -4,16 +4,17 @@
 //! to everyone, is skipped. If all URLs are skipped, the last response counts. A denial by a URL that served the
 //! repository before is final: this URL has the repository, so it denies this caller.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use http::StatusCode;
 use quick_cache::sync::Cache;
-use tokio::task::spawn_blocking;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::origin::Origin;
 use super::rate_limit::Pause;
 use super::response::{ResponseKind, UpstreamResponse};
+use crate::blocking::{self, Operation};
 use crate::oci::endpoint::Endpoint;
 use crate::oci::failure::UpstreamFailure;
 use crate::oci::name::Repository;
@@ -142,6 +143,9 @@ pub trait ServedStore: Send + Sync {
     fn record_served(&self, upstream: &str, url: &str, repository: &Repository);
 }
 
+/// Permits of [`Operation::ServedUrls`], for all upstreams.
+static PERMITS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Operation::ServedUrls.permits());
+
 /// Which URLs of an upstream have served which repositories. Used only with several URLs.
 pub(super) struct ServedHistory {
     known: Cache<(String, Repository), ()>,
@@ -189,7 +193,7 @@ impl ServedHistory {
         self.known.insert(key.clone(), ());
         if let Some(durable) = self.durable.clone() {
             let upstream = upstream.to_owned();
-            let noting = spawn_blocking(move || durable.record_served(&upstream, &key.0, &key.1));
+            let noting = blocking::run(&PERMITS, move || durable.record_served(&upstream, &key.0, &key.1));
             if noting.await.is_err() {
                 tracing::error!(%origin, "failed to record that a URL served a repository");
             }
@@ -205,7 +209,9 @@ impl ServedHistory {
             return false;
         };
         let upstream = upstream.to_owned();
-        let has = spawn_blocking(move || durable.has_served(&upstream, &key.0, &key.1).then_some(key));
+        let has = blocking::run(&PERMITS, move || {
+            durable.has_served(&upstream, &key.0, &key.1).then_some(key)
+        });
         // If the store fails, treat the denial as final: skipping it could reveal another URL's content.
         let Ok(has) = has.await else { return true };
         if let Some(key) = has {

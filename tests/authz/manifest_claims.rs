@@ -13,7 +13,7 @@ use super::bucket::Bucket;
 use super::cache::{Cache, ClientRequest, Got};
 use super::min_age::{REPOSITORY, gets_of, of, registry, rules_of};
 use super::random_walk::basic;
-use super::registry::Registry;
+use super::registry::{Condition, Registry};
 
 /// As the rules of these tests say.
 const REVALIDATE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -133,6 +133,30 @@ async fn wait_for_a_claim_never_brings_an_earlier_image() {
         let within = REVALIDATE_TIMEOUT.max(Duration::from_millis(millis) + waited + SECOND / 10);
         assert!(took < within, "{millis} ms: {took:?}");
     }
+}
+
+/// The `HEAD` ends after 0.8 s, the wait after 1.2 s, and then the registry denies one `GET` for a second. Without the wait,
+/// the next `GET` would be within `revalidate_timeout`.
+#[tokio::test(start_paused = true)]
+async fn wait_for_a_claim_takes_no_time_from_a_rate_limit() {
+    let (registry, bucket) = (registry(), Bucket::new());
+    let earlier = registry.push(REPOSITORY, "1", "one", &[]);
+    let cache = cache(&registry, &bucket).await;
+    super::min_age::pull(&cache, earlier).await;
+    assert_eq!(got(&cache, &of("1")).await, Ok(earlier));
+    let digest = registry.push(REPOSITORY, "1", "two", &[]);
+    claims(&bucket, digest);
+    registry.slows("HEAD /v2/acme/app/manifests/", SECOND * 8 / 10);
+    let (began, request) = (Instant::now(), of("1"));
+    let limiting = async {
+        tokio::time::sleep(SECOND).await;
+        registry.set_condition(Condition::Status(429));
+        tokio::time::sleep(SECOND / 2).await;
+        registry.set_condition(Condition::Healthy);
+    };
+    let (found, ()) = tokio::join!(got(&cache, &request), limiting);
+    assert_eq!(found, Ok(digest), "{:?}", registry.request_log());
+    assert!(began.elapsed() > REVALIDATE_TIMEOUT, "{:?}", began.elapsed());
 }
 
 /// Without the wait, the earlier image would be served too.
