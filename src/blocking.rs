@@ -14,13 +14,13 @@ use tokio::task::{JoinError, JoinHandle, spawn_blocking};
 use tokio_util::task::AbortOnDropHandle;
 
 /// Threads of the runtime for blocking operations: those of all kinds, and the reserve.
-pub const THREADS_MAX: usize = 162 + RESERVE;
+pub const THREADS_MAX: usize = 170 + RESERVE;
 
 /// Time after which an idle thread ends. Each has a stack and a cache of the allocator.
 pub const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(1);
 
-/// Threads that no kind of operation takes: for host names, passwords, certificates and files of credentials.
-const RESERVE: usize = 16;
+/// Threads for operations that have limits of their own, or are rare: passwords, certificates, files of credentials.
+const RESERVE: usize = 8;
 
 /// A kind of blocking operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,16 +47,18 @@ pub enum Operation {
     ServedUrls,
     /// Requests to the admin API.
     Admin,
+    /// Lookups of host names.
+    NameLookup,
 }
 
 impl Operation {
     /// Maximum concurrent operations of this kind.
     pub const fn threads_max(self) -> usize {
         match self {
-            Self::StoreRead => 28,
-            Self::StoreWrite | Self::IndexWait | Self::DownloadWrite => 24,
+            Self::StoreRead | Self::StoreWrite | Self::IndexWait | Self::DownloadWrite => 24,
             Self::FileRead => 16,
             Self::BlobLookup => 14,
+            Self::NameLookup => 12,
             Self::DownloadStart => 10,
             Self::DownloadCommit => 8,
             Self::DownloadResumption | Self::Admin => 6,
@@ -121,7 +123,7 @@ mod tests {
 
     use super::*;
 
-    const ALL: [Operation; 11] = [
+    const ALL: [Operation; 12] = [
         Operation::StoreRead,
         Operation::StoreWrite,
         Operation::IndexWait,
@@ -133,6 +135,7 @@ mod tests {
         Operation::FileRead,
         Operation::ServedUrls,
         Operation::Admin,
+        Operation::NameLookup,
     ];
 
     #[test]

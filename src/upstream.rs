@@ -43,6 +43,7 @@ mod health;
 mod http_client;
 pub mod ip_scope;
 mod location;
+mod name_lookup;
 mod no_proxy;
 mod observer;
 pub mod origin;

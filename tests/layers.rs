@@ -169,6 +169,7 @@ const HTTP: &[&str] = &[
     "upstream/forward.rs",
     "upstream/plain_client.rs",
     "upstream/tcp.rs",
+    "upstream/name_lookup.rs",
     "upstream/proxy_rules.rs",
     "doctor/http_probe.rs",
 ];

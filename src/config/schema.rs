@@ -228,7 +228,7 @@ sections! {
         credentials: CredentialChoice = r#""environment""#, "Source of the credential: \"environment\" (the standard variables AWS_*: access key, web identity, container credentials), or \"instance\" (the metadata service of the virtual machine).";
         credentials_file: Option<FilePath>, "File with the id of the access key and the secret key, a line each; instead of `credentials`. Read again on SIGHUP.";
         write: bool = "true", "Whether this cache writes to the bucket.";
-        claims: bool = "true", "Whether a blob or a manifest that several caches lack is fetched by one of them, while the others read what it fetches from the bucket. With write = false, this cache reads and never fetches for others.";
+        claims: bool = "true", "Whether a blob or a manifest that several caches lack is fetched by one of them, while the others read what it fetches from the bucket. With write = false, this cache reads blobs that others fetch, requests manifests itself, and never fetches for others.";
         keep: Lifetime = r#""28d""#, "Age at which the bucket's lifecycle rule deletes objects. One that is read at more than half of it is written again.";
         first_byte_timeout: Timeout = r#""1s""#, "Time that a request for missing content waits for the bucket before it goes on to the upstream.";
         uploads_max: Count<64> = "3", "Maximum concurrent uploads. Each has a part of 5 MiB in memory.";

@@ -31,6 +31,9 @@ use crate::upstream::{Caller, Credential, ResponseKind, ResponseStream, Upstream
 /// Share of the time of a request with a cached copy that a wait for another cache takes at most, as a divisor.
 const PAUSE_SHARE: u32 = 3;
 
+/// A shorter wait for another cache is none: the create of a claim alone may take as long.
+const PAUSE_MIN: Duration = Duration::from_millis(300);
+
 /// A request to the upstream on behalf of a client.
 #[derive(Clone)]
 pub(super) struct UpstreamRequest {
@@ -221,7 +224,9 @@ impl ProxyService {
         let call = self.coalesced_manifest(upstream_request);
         let waiters = call.waiters().clone();
         let before = waiters.pause().total(Instant::now());
-        waiters.pause().end_by(began + within / PAUSE_SHARE);
+        let share = within / PAUSE_SHARE;
+        let pause = if share < PAUSE_MIN { Duration::ZERO } else { share };
+        waiters.pause().end_by(began + pause);
         let mut fetching = pin!(received(call, &upstream_caches));
         let in_time = timeout_at(began + within, fetching.as_mut()).await;
         let paused = waiters.pause().total(Instant::now()).saturating_sub(before);

@@ -30,7 +30,9 @@ use crate::oci::manifest::{DescriptorKind, MANIFEST_BYTES_MAX, ManifestKind};
 use crate::oci::{AnyDigest, Digest, Endpoint, MediaType, Reference, Repository, Tag, UpstreamFailure};
 use crate::policy::authz::public_by_record;
 use crate::policy::{Authorization, Decision, DenyReason, HitReason, Policy, Revalidation, decide};
-use crate::shared::{ContentState, RecordPlace, RecordRead, SharedContent, TagState, TagVariant};
+use crate::shared::{
+    ContentState, PublicState, RecordPlace, RecordRead, SharedContent, TagState, TagVariant,
+};
 use crate::store::manifests::StoredManifest;
 
 pub use self::report::RecordedImage;
@@ -756,20 +758,30 @@ impl ReadContext<'_> {
     }
 
     async fn is_public_in_outage(&self) -> bool {
-        let own_mark = self.own_public_mark();
+        let (began, read) = (Instant::now(), self.public_record().await);
+        self.is_public_by(read, began).await
+    }
+
+    /// The record of the repository. `None` if it does not count here.
+    async fn public_record(&self) -> Option<RecordRead<PublicState>> {
         if !self.may_use_public_records() {
-            return own_mark.is_some();
+            return None;
         }
+        let place = self.request.registry.record_place(self.repository);
+        let is_known = self.own_public_mark().is_some();
+        Some(self.proxy.shared.public_record(&place, is_known).await)
+    }
+
+    /// Whether the repository is public by this record, whose read began at `began`, and by the marks of this cache.
+    async fn is_public_by(&self, read: Option<RecordRead<PublicState>>, began: Instant) -> bool {
+        let own_mark = self.own_public_mark();
         let (registry, repository) = (&self.request.registry, self.repository);
-        let place = registry.record_place(repository);
-        let now = Instant::now();
-        let reading = self.proxy.shared.public_record(&place, own_mark.is_some());
-        let found = match reading.await {
-            RecordRead::Found(found) => found,
-            RecordRead::Absent => return own_mark.is_some(),
+        let found = match read {
+            Some(RecordRead::Found(found)) => found,
+            None | Some(RecordRead::Absent) => return own_mark.is_some(),
             // What expired needs the record. What did not, needs it as little as while the bucket is unavailable; but no
             // client can use up the requests for the record of another.
-            RecordRead::Unread { is_capped } => {
+            Some(RecordRead::Unread { is_capped }) => {
                 return !is_capped
                     && own_mark.is_some()
                     && self.authorization(true) == Authorization::Granted;
@@ -782,7 +794,7 @@ impl ReadContext<'_> {
             return own_mark.is_some();
         } else if self.public_mark().is_none() {
             self.proxy
-                .import_public_mark(registry, repository, age, now)
+                .import_public_mark(registry, repository, age, began)
                 .await;
         }
         // Unless a denial came in between.

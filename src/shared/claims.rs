@@ -505,15 +505,20 @@ impl Active {
         let (active, its_key, its_record) = (Arc::clone(self), key.clone(), record.clone());
         let mut creating = tokio::spawn(async move { active.send_create(&its_key, &its_record).await });
         loop {
-            tokio::select! {
+            let looking = async {
+                sleep(CREATE_LOOK).await;
+                self.look(key).await
+            };
+            let look = tokio::select! {
+                biased;
                 created = &mut creating => return created.unwrap_or(Written::Unknown),
-                () = sleep(CREATE_LOOK) => {}
-            }
+                look = looking => look,
+            };
             let Look::Present {
                 etag,
                 record: Some(found),
                 ..
-            } = self.look(key).await
+            } = look
             else {
                 continue;
             };
@@ -583,7 +588,7 @@ impl Active {
         match (note(&self.claims.guarded, Outcome::of(result), error), error) {
             (Transition::Opened, Some(error)) => {
                 tracing::warn!(bucket = %self.settings.name, %error,
-                    "shared storage accepts no claims, several caches may fetch a blob at once");
+                    "shared storage accepts no claims, several caches may fetch a blob or a manifest at once");
             }
             (Transition::Closed(after), _) => {
                 tracing::info!(bucket = %self.settings.name, seconds = after.as_secs(),

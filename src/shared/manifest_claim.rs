@@ -15,7 +15,7 @@ use quick_cache::sync::Cache;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::breaker::{Admission, Breaker, Outcome};
+use super::breaker::{Admission, Breaker, Outcome, Transition};
 use super::claim::{ClaimRecord, Look, Written};
 use super::claims::LeaseGuard;
 use super::upload::upload_at_once;
@@ -117,28 +117,21 @@ async fn keep(
         stored = stored => stored.is_ok(),
         () = &mut closed => false,
     };
-    let mut uploading = std::pin::pin!(async {
-        if upload(&active, &store, digest).await {
-            sleep(LINGER).await;
-        }
-    });
-    let continues = is_stored
-        && tokio::select! {
-            () = &mut uploading => false,
-            () = &mut closed => true,
+    if is_stored {
+        let uploading = async {
+            let (content, permits) = (SharedContent::Manifest(digest), &active.claims.manifests.uploads);
+            if upload_at_once(&active, &store, content, permits).await {
+                sleep(LINGER).await;
+            }
         };
+        tokio::select! {
+            () = uploading => {}
+            // Claims are handed over after the uploads of a shutdown.
+            () = &mut closed => {}
+        }
+    }
     active.delete_of_claim(&ObjectKey::manifest_claim(&digest)).await;
     drop(guard);
-    if continues {
-        // As the uploads of the queue do.
-        uploading.await;
-    }
-}
-
-async fn upload(active: &Active, store: &AsyncStore, digest: Digest) -> bool {
-    // The semaphore is never closed.
-    let _permit = active.claims.manifests.uploads.acquire().await;
-    upload_at_once(active, store, SharedContent::Manifest(digest)).await
 }
 
 /// Result of the create of a claim.
@@ -191,8 +184,7 @@ impl Active {
         }
         let creating = self.created_or_found(digest, store, guard);
         let created = timeout_at(began + CREATE_WAIT, creating).await;
-        let outcome = created.as_ref().map_or(Outcome::Silent, |_| Outcome::Answered);
-        claims.manifests.breaker.lock().record(outcome, Instant::now());
+        self.record_create(created.is_ok());
         let look = match created {
             Ok(Created::Lease(lease)) => {
                 self.telemetry.shared().record_claim("manifest-won");
@@ -210,6 +202,29 @@ impl Active {
             Ok(Err(reason)) => self.alone(digest, reason),
             // Recorded by `Following`.
             Err(_) => ManifestTurn::Alone,
+        }
+    }
+
+    fn record_create(&self, is_in_time: bool) {
+        let outcome = if is_in_time {
+            Outcome::Answered
+        } else {
+            Outcome::Silent
+        };
+        let transition = self
+            .claims
+            .manifests
+            .breaker
+            .lock()
+            .record(outcome, Instant::now());
+        match transition {
+            Transition::Opened => tracing::warn!(bucket = %self.settings.name,
+                "shared storage is slow to create claims, several caches may request a manifest at once"),
+            Transition::Closed(after) => {
+                tracing::info!(bucket = %self.settings.name, seconds = after.as_secs(),
+                "shared storage creates claims in time again")
+            }
+            Transition::None => {}
         }
     }
 
@@ -235,12 +250,15 @@ impl Active {
             drop(sender.send(created));
         });
         loop {
-            tokio::select! {
+            let looking = async {
+                sleep(LOOK).await;
+                self.look(&ObjectKey::manifest_claim(&digest)).await
+            };
+            let look = tokio::select! {
                 biased;
                 created = &mut created => return created.unwrap_or(Created::Not(Look::Failed)),
-                () = sleep(LOOK) => {}
-            }
-            let look = self.look(&ObjectKey::manifest_claim(&digest)).await;
+                look = looking => look,
+            };
             if let Look::Present { record, .. } = &look
                 && !record
                     .as_ref()
@@ -274,10 +292,14 @@ impl Active {
     /// nothing is to be waited for.
     async fn follow_manifest(&self, content: SharedContent, mut look: Look) -> Result<(), &'static str> {
         let key = ObjectKey::manifest_claim(&content.digest());
+        let etag = match &look {
+            Look::Present { etag, .. } => Some(etag.clone()),
+            Look::Absent | Look::Failed => None,
+        };
         let mut following = Following {
             active: self,
             key: &key,
-            etag: None,
+            etag,
         };
         loop {
             // After the read of the claim, because its owner deletes it after the upload.

@@ -108,7 +108,7 @@ impl Revocations {
         self.count();
         match failure {
             Some(error) => tracing::error!(%error,
-                "failed to read the denials that wait for the shared storage, records open nothing until that succeeds"),
+                "failed to read the denials that wait for the shared storage, records give no right until that succeeds"),
             None => self.is_loaded.store(true, Ordering::Release),
         }
         self.is_tried.store(true, Ordering::Release);
@@ -133,12 +133,13 @@ impl Revocations {
         let _file = self.lock(id).await;
         {
             let mut waiting = self.waiting.lock();
-            if let Some(entry) = waiting.get_mut(id)
-                && (entry.is_known || !is_known)
-            {
+            if let Some(entry) = waiting.get_mut(id) {
+                // Also if the entry of an unknown client cannot become one of a known client.
                 entry.added += 1;
                 entry.at = entry.at.max(at);
-                return Some(entry.added);
+                if entry.is_known || !is_known {
+                    return Some(entry.added);
+                }
             }
             let alike = waiting.values().filter(|entry| entry.is_known == is_known);
             let (count_max, reason) = if is_known {
@@ -151,7 +152,7 @@ impl Revocations {
                 self.telemetry.shared().record_unlisted_revocation(reason);
                 if self.reports.lock().take(Instant::now()) {
                     tracing::error!(
-                        "too many denials wait for the shared storage, a further one is lost at a restart"
+                        "too many denials wait for the shared storage, a further one is lost if this cache restarts before the bucket has it"
                     );
                 }
                 return None;
@@ -161,13 +162,19 @@ impl Revocations {
         let written = self.store.write(move |store| store.put_revocation(&revocation));
         if let Err(error) = written.await {
             self.telemetry.shared().record_unlisted_revocation("disk");
-            tracing::error!(%error, "failed to keep a denial for the shared storage, it is lost at a restart");
+            tracing::error!(%error, "failed to keep a denial for the shared storage, it is lost if this cache restarts before the bucket has it");
             return None;
         }
-        // An entry of an unknown client became one of a known client.
-        let added = self.waiting.lock().get(id).map_or(0, |entry| entry.added) + 1;
-        let entry = Entry { at, is_known, added };
-        self.waiting.lock().insert(id.clone(), entry);
+        let added = {
+            let mut waiting = self.waiting.lock();
+            let entry = waiting.entry(id.clone()).or_insert(Entry {
+                at,
+                is_known,
+                added: 1,
+            });
+            entry.is_known |= is_known;
+            entry.added
+        };
         self.count();
         Some(added)
     }

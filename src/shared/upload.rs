@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
 use super::breaker::Admission;
@@ -65,6 +65,15 @@ pub(super) struct Uploads {
     ended: Notify,
     /// The bucket accepts uploads again, or the queue was closed.
     resumed: Notify,
+}
+
+/// Result of taking an entry out of turn.
+enum Start {
+    Taken,
+    /// Its content is being uploaded.
+    Running,
+    /// The settings were replaced, or the process ends.
+    Closed,
 }
 
 #[derive(Default)]
@@ -166,15 +175,18 @@ impl Uploads {
         }
     }
 
-    /// Takes an entry that may be queued out of turn. `false`: its content is running, or the queue is closed.
-    fn start(&self, item: Item) -> bool {
+    /// Takes an entry that may be queued out of turn.
+    fn start(&self, item: Item) -> Start {
         let mut state = self.state.lock();
-        if state.is_closed || state.running.contains(&item.content) {
-            return false;
+        if state.is_closed {
+            return Start::Closed;
+        }
+        if state.running.contains(&item.content) {
+            return Start::Running;
         }
         state.queue.retain(|queued| queued.content != item.content);
         state.running.push(item.content);
-        true
+        Start::Taken
     }
 
     /// Ends an upload, and queues it again if `again`.
@@ -225,18 +237,30 @@ pub(super) async fn work(active: Arc<Active>, store: AsyncStore) {
     }
 }
 
-/// Uploads this content beside the queue, so that it waits for no other upload. Returns whether the bucket has it then.
-/// Otherwise it is in the queue, unless no further attempt would succeed.
-pub(super) async fn upload_at_once(active: &Active, store: &AsyncStore, content: SharedContent) -> bool {
+/// Uploads this content beside the queue, with one of these permits. Returns whether the bucket has it then. Otherwise it is in
+/// the queue, unless no further attempt would succeed or the queue is closed.
+pub(super) async fn upload_at_once(
+    active: &Active,
+    store: &AsyncStore,
+    content: SharedContent,
+    permits: &Semaphore,
+) -> bool {
     let item = Item::new(content, active.mode_for(content, Mode::Create));
     if active.writes_open_since().is_some() {
         active.enqueue(item);
         return false;
     }
-    if !active.uploads.start(item) {
-        return false;
+    match active.uploads.start(item) {
+        Start::Taken => {}
+        Start::Running => {
+            active.uploads.over(content).await;
+            return active.has(content).await;
+        }
+        Start::Closed => return false,
     }
     let item = Item { attempts: 1, ..item };
+    // The semaphore is never closed. A shutdown waits for this upload too, because it counts as running.
+    let _permit = permits.acquire().await;
     attempt(active, store, item, false).await
 }
 

@@ -10,12 +10,13 @@ use std::time::Duration;
 
 use http::Uri;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::client::legacy::connect::dns::{GaiResolver, Name};
+use hyper_util::client::legacy::connect::dns::Name;
 use rustix::io::Errno;
 use tokio::time::sleep;
 use tower_service::Service;
 
 use super::dialer::{DialError, DialFuture, DialedStream, Dialer};
+use super::name_lookup::SystemResolver;
 use super::origin::address;
 use super::redirect_rules::AddressLimit;
 use super::tls::io_cause;
@@ -43,7 +44,7 @@ impl Dialer for TcpDialer {
                 return Err(DialError::scope_denied(refused));
             }
             let mut tcp = HttpConnector::new_with_resolver(Resolver {
-                system: GaiResolver::new(),
+                system: SystemResolver,
                 limit,
             });
             tcp.enforce_http(false);

@@ -77,7 +77,7 @@ fn shared_storage(shared: &SharedView) -> Markup {
                 }
                 @if let Some(waiting) = &shared.revocations_waiting {
                     div.dim {
-                        (waiting.count) " denials wait, for " (duration(Duration::from_secs(waiting.oldest_seconds)))
+                        (waiting.count) " denials not in the bucket, the oldest for " (duration(Duration::from_secs(waiting.oldest_seconds)))
                     }
                 }
                 @if counts.wrong_objects > 0 { div.dim { (counts.wrong_objects) " objects with wrong bytes" } }

@@ -332,7 +332,7 @@ pub(super) async fn rm(
     }
     if !is_known {
         return Err(CommandError::Incomplete(
-            "the bucket may have more objects of these images: the notes name what could not be read"
+            "the bucket may have more objects of these images, as the notes say; `ifnewer shared gc --older` deletes them by age"
                 .to_owned(),
         ));
     }

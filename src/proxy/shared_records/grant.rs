@@ -138,7 +138,7 @@ impl RecordedRights {
         EndedRights {
             repository: is_older(latest_grant, self.repository) || is_older(latest_grant, login_denial),
             login: login.is_some() && is_older(login, login_denial),
-            is_capped: self.all() == RecordedGrant::Capped,
+            is_capped: [Some(self.repository), self.login].contains(&Some(RecordedGrant::Capped)),
         }
     }
 }
@@ -401,6 +401,13 @@ mod tests {
             login: None,
         };
         assert!(!silent.ends(Some(at(990)), None, at(1000)).any());
+        // An earlier denial in the repository does not tell whether the login was denied later.
+        let rights = RecordedRights {
+            repository: RecordedGrant::Denied(Duration::from_secs(500)),
+            login: Some(RecordedGrant::Capped),
+        };
+        let ended = rights.ends(Some(at(990)), None, at(1000));
+        assert!(ended.is_capped() && !ended.repository, "{ended:?}");
     }
 
     #[test]

@@ -233,14 +233,10 @@ impl ReadContext<'_> {
         if reading.await.is_none() {
             return false;
         }
+        let (began, read) = (Instant::now(), self.public_record().await);
         // The upstream responds, so a record that is not read costs one request to it.
-        let is_read = async {
-            let read = shared
-                .public_record(&place, self.own_public_mark().is_some())
-                .await;
-            !matches!(read, RecordRead::Unread { .. })
-        };
-        (is_never || !self.may_use_public_records() || is_read.await) && self.is_public_in_outage().await
+        let is_unread = matches!(read, Some(RecordRead::Unread { .. }));
+        (is_never || !is_unread) && self.is_public_by(read, began).await
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use tokio::sync::Mutex as AsyncMutex;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::exchange::RecordRead;
 use super::queue::RecordId;
@@ -75,7 +75,10 @@ impl<S: Clone> RecentReads<S> {
         let Some(reader) = self.reader(id) else {
             return RecordRead::Unread { is_capped: false };
         };
-        let _reading = reader.lock().await;
+        // A slow bucket delays no request longer than what was read counts.
+        let Ok(_reading) = timeout(READ_AGAIN_AFTER, reader.lock()).await else {
+            return RecordRead::Unread { is_capped: true };
+        };
         if let Some(found) = self.lately(id) {
             return found;
         }
