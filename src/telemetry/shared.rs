@@ -89,6 +89,18 @@ pub struct SharedMetrics {
     follow_wait: Histogram,
 }
 
+/// Reasons why the list of denials on the disk lacks one.
+const UNLISTED_REASONS: [&str; 3] = ["full", "full-unknown", "disk"];
+
+/// Counters that begin at 0, so that an alert sees the first increase.
+fn from_zero(reasons: &[&'static str]) -> Family<ReasonLabels, Counter> {
+    let counters = Family::<ReasonLabels, Counter>::default();
+    for reason in reasons {
+        drop(counters.get_or_create(&ReasonLabels { reason }));
+    }
+    counters
+}
+
 impl Default for SharedMetrics {
     fn default() -> Self {
         Self {
@@ -99,7 +111,7 @@ impl Default for SharedMetrics {
             uploads_waiting: Gauge::default(),
             records: Family::default(),
             revocations_waiting: Gauge::default(),
-            revocations_unlisted: Family::default(),
+            revocations_unlisted: from_zero(&UNLISTED_REASONS),
             wrong: Counter::default(),
             redirects: Counter::default(),
             up: Family::default(),

@@ -206,6 +206,14 @@ async fn unauthorized_client_causes_no_claim() {
         assert!(began.elapsed() < SECOND / 10, "{:?}", began.elapsed());
     }
     assert_eq!(claim_requests(&bucket), 0);
+    registry.user("alice", "alice-secret");
+    registry.lets("alice", REPOSITORY);
+    let request = ClientRequest {
+        shows: basic("alice", "alice-secret"),
+        ..of("1")
+    };
+    assert_eq!(got(&cache, &request).await, Ok(digest));
+    assert!(claim_requests(&bucket) > 0, "an authorized one does");
 }
 
 /// The bad interleaving: the right of a client ends while it waits, and then the bucket has the manifest.

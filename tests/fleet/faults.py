@@ -162,7 +162,7 @@ async def forged(fleet, registry, bucket, key):
         ).encode(),
     }
     cache = host(fleet, registry, bucket, key)
-    fleet.check("forged claims: claims are used", await until_conditional(cache))
+    await until_conditional(cache)
     for number, (what, content) in enumerate(claims.items()):
         pushed = registry.push_image(NAME, f"forged-{number}", small(f"forged {number}"))
         hexadecimal = pushed.layers[0].removeprefix("sha256:")

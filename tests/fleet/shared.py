@@ -83,9 +83,9 @@ async def until_conditional(cache):
     """Waits until this cache knows that the bucket keeps conditions: without, there are no claims."""
     for _ in range(300):
         if await metric(cache, "ifnewer_shared_conditional") == 1:
-            return True
+            return
         await asyncio.sleep(0.1)
-    return False
+    raise RuntimeError("the cache does not use claims")
 
 
 async def warm(fleet, registry, bucket):

@@ -5,9 +5,8 @@ import statistics
 import time
 
 from bucket import Bucket, host
-from costs import until_conditional
 from kit.client import blob, get, manifest
-from shared import image, uploaded
+from shared import image, metric, until_conditional, uploaded
 
 NAME = "library/app"
 LAYERS, LARGE_BYTES = 12, 100_000_000
@@ -45,6 +44,9 @@ async def run(fleet):
     goal = round(2 * trip_ms + 3, 1)
     note = f"; a request to the bucket: {trip_ms:.1f}"
     fleet.at_most("cold everywhere, the first byte of a layer after that of a direct pull, in ms", through - direct, goal, note=note, bound=BOUND * goal)
+
+    won = await metric(first, 'ifnewer_shared_claims_total{result="won"}')
+    fleet.check("its layers are claimed", won >= LAYERS, won)
 
     registry.rule("slow", path="/blobs/", bytes_per_s=RATE)
     times = [(await get(address, blob(NAME, large.layers[0]), keep=False)).seconds for address in (source, first.address)]

@@ -117,7 +117,10 @@ fn shared_line(shared: &Value) -> String {
     let denials = shared.get("revocations_waiting").filter(|one| one.is_object());
     let denials = denials.map(|denials| {
         let since = duration(Duration::from_secs(number(denials, "oldest_seconds")));
-        format!("; {} denials not in the bucket, the oldest for {since}", number(denials, "count"))
+        format!(
+            "; {} denials not in the bucket, the oldest for {since}",
+            number(denials, "count")
+        )
     });
     format!(
         "shared storage {}: {}; {} objects read ({}), {} written ({}), {} waiting{}",

@@ -7,11 +7,13 @@ use bytes::Bytes;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::*;
-use crate::bucket::{BucketFuture, Object, ObjectInfo, ObjectStorage, Upload, in_memory};
+use crate::bucket::over::Over;
+use crate::bucket::{BucketFuture, Object, ObjectInfo, ObjectStorage, in_memory};
 use crate::oci::Algorithm;
+use crate::shared::SharedSettings;
 use crate::shared::claim::BootId;
 use crate::shared::claims::Leases;
-use crate::shared::{RedirectSettings, SharedSettings};
+use crate::shared::tests::settings_over;
 use crate::store::fs::MemoryFs;
 use crate::store::{Settings, Store};
 use crate::telemetry::Telemetry;
@@ -29,6 +31,8 @@ struct Manner {
     read: Duration,
     /// Age of all objects.
     age: Option<Duration>,
+    /// Time of the create of a manifest.
+    uploads: Duration,
 }
 
 /// A bucket in memory.
@@ -82,7 +86,11 @@ impl Scripted {
     }
 }
 
-impl ObjectStorage for Scripted {
+impl Over for Scripted {
+    fn inner(&self) -> &dyn ObjectStorage {
+        &*self.inner
+    }
+
     fn get<'a>(&'a self, key: &'a ObjectKey, from: u64) -> BucketFuture<'a, Object> {
         Box::pin(async move {
             let age = self.read("GET", key).await;
@@ -108,34 +116,16 @@ impl ObjectStorage for Scripted {
         Box::pin(async move {
             self.requests.lock().push(format!("CREATE {key}"));
             let is_claim = key.as_str().contains("/claims/");
-            let (before, after) = self.manner.lock().create;
-            sleep(before * u32::from(is_claim)).await;
+            let Manner {
+                create: (before, after),
+                uploads,
+                ..
+            } = *self.manner.lock();
+            sleep(if is_claim { before } else { uploads }).await;
             let created = self.inner.create(key, bytes, media_type).await;
             sleep(after * u32::from(is_claim)).await;
             created
         })
-    }
-
-    fn update<'a>(
-        &'a self,
-        key: &'a ObjectKey,
-        bytes: Bytes,
-        etag: &'a str,
-    ) -> BucketFuture<'a, Option<String>> {
-        self.inner.update(key, bytes, etag)
-    }
-
-    fn put<'a>(
-        &'a self,
-        key: &'a ObjectKey,
-        bytes: Bytes,
-        media_type: Option<&'a str>,
-    ) -> BucketFuture<'a, ()> {
-        self.inner.put(key, bytes, media_type)
-    }
-
-    fn upload<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, Box<dyn Upload>> {
-        self.inner.upload(key)
     }
 
     fn delete<'a>(&'a self, key: &'a ObjectKey) -> BucketFuture<'a, ()> {
@@ -162,15 +152,8 @@ impl Cache {
 
     async fn with(bucket: &Arc<Scripted>, change: impl FnOnce(&mut SharedSettings)) -> Self {
         let mut settings = SharedSettings {
-            bucket: Arc::clone(bucket) as Arc<dyn ObjectStorage>,
-            name: "s3://images".into(),
-            write: true,
             claims: true,
-            wait_max: Duration::from_secs(1),
-            keep: Duration::from_secs(1000),
-            uploads_max: 1,
-            records: None,
-            redirect: RedirectSettings::default(),
+            ..settings_over(Arc::clone(bucket) as Arc<dyn ObjectStorage>)
         };
         change(&mut settings);
         let leases = Arc::default();
@@ -520,4 +503,41 @@ async fn no_claims_where_they_are_off_or_capped() {
         assert_eq!(cache.does().await, ("alone", Duration::ZERO));
     }
     assert_eq!(*bucket.requests.lock(), Vec::<String>::new());
+}
+
+/// The one bad interleaving: the reply to a create arrives while the claim is looked for.
+#[tokio::test(start_paused = true)]
+async fn create_that_is_answered_during_a_look_wins() {
+    let bucket = Scripted::new(Manner {
+        create: (MILLI * 160, Duration::ZERO),
+        read: MILLI * 200,
+        ..Manner::default()
+    });
+    let owner = Cache::new(&bucket).await;
+    assert_eq!(owner.does().await, ("leads", MILLI * 160));
+}
+
+/// The queue has begun to upload the manifest for another request.
+#[tokio::test(start_paused = true)]
+async fn claim_lasts_while_the_queue_uploads_the_manifest() {
+    let bucket = Scripted::new(Manner::default());
+    let owner = Cache::new(&bucket).await;
+    let lease = owner.leads().await;
+    owner.stores().await;
+    let (active, store) = (Arc::clone(&owner.active), owner.store.clone());
+    bucket.manner.lock().uploads = Duration::from_secs(2);
+    owner.active.enqueue(crate::shared::upload::Item::new(
+        SharedContent::Manifest(digest()),
+        crate::shared::upload::Mode::Create,
+    ));
+    let queue = tokio::spawn(crate::shared::upload::work(active, store));
+    settle().await;
+    assert!(lease.stored(digest()));
+    sleep(Duration::from_secs(1)).await;
+    assert!(bucket.has_claim().await && !bucket.has_manifest().await);
+    sleep(Duration::from_secs(1) + LINGER / 2).await;
+    assert!(bucket.has_claim().await && bucket.has_manifest().await);
+    sleep(LINGER).await;
+    assert!(!bucket.has_claim().await);
+    queue.abort();
 }

@@ -148,6 +148,19 @@ mod tests {
         assert_eq!(all.iter().filter(|(_, is_read)| *is_read).count(), 1);
     }
 
+    /// The bucket answers no read.
+    #[tokio::test(start_paused = true)]
+    async fn request_waits_a_second_for_another_read() {
+        let reads = Arc::new(LimitedReads::<u8>::new());
+        let first = Arc::clone(&reads);
+        tokio::spawn(async move { first.get((&id(1), true), std::future::pending()).await });
+        tokio::task::yield_now().await;
+        let began = Instant::now();
+        let (found, is_read) = read(&reads, 1, true).await;
+        assert_eq!((found, is_read), (RecordRead::Unread { is_capped: true }, false));
+        assert_eq!(began.elapsed(), READ_AGAIN_AFTER);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn unknown_names_use_up_only_their_own_limit() {
         let reads = LimitedReads::new();

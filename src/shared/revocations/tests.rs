@@ -209,12 +209,33 @@ async fn guessed_passwords_fill_no_list_of_denials() {
     assert_eq!(unlisted(&list), [r#"reason="full-unknown"} 1"#]);
 }
 
+/// The list of known denials is full. The entry stays one of an unknown client, with the later time.
+#[tokio::test(start_paused = true)]
+async fn denial_that_cannot_become_known_raises_the_time() {
+    let (_, list) = list().await;
+    for number in 0..KNOWN_MAX {
+        assert!(list.add(&id(number), Instant::now(), true).await.is_some());
+    }
+    let unknown = id(KNOWN_MAX);
+    let number = list.add(&unknown, Instant::now(), false).await.unwrap();
+    sleep(Duration::from_secs(10)).await;
+    let now = Instant::now();
+    assert_eq!(list.add(&unknown, now, true).await, None);
+    assert_eq!(list.waits_since(&unknown), Some(now));
+    list.finish(&unknown, number);
+    assert_eq!(
+        list.waits_since(&unknown),
+        Some(now),
+        "the bucket has the earlier one"
+    );
+}
+
 /// The counts of denials that wait in memory only, by reason.
 fn unlisted(list: &Revocations) -> Vec<String> {
     let text = list.telemetry.prometheus_text(&Gauges::default());
     let counts = text.lines().filter_map(|line| {
         let labels = line.strip_prefix("ifnewer_shared_revocations_unlisted_total{")?;
-        Some(labels.to_owned())
+        (!labels.ends_with("} 0")).then(|| labels.to_owned())
     });
     counts.collect()
 }

@@ -207,7 +207,10 @@ async fn waiting_denial() -> (Upstream, Bucket, Image, Proxy) {
     assert_eq!(waiting["count"], 1, "{storage}");
     assert!(waiting["oldest_seconds"].as_u64().unwrap() < 60, "{storage}");
     let page = String::from_utf8(first.admin("/").await.body.to_vec()).unwrap();
-    assert!(page.contains("1 denials not in the bucket, the oldest for"), "{page}");
+    assert!(
+        page.contains("1 denials not in the bucket, the oldest for"),
+        "{page}"
+    );
     (upstream, bucket, image, first)
 }
 
