@@ -220,10 +220,8 @@ impl Active {
         match transition {
             Transition::Opened => tracing::warn!(bucket = %self.settings.name,
                 "shared storage is slow to create claims, several caches may request a manifest at once"),
-            Transition::Closed(after) => {
-                tracing::info!(bucket = %self.settings.name, seconds = after.as_secs(),
-                "shared storage creates claims in time again")
-            }
+            Transition::Closed(after) => tracing::info!(bucket = %self.settings.name,
+                seconds = after.as_secs(), "shared storage creates claims in time again"),
             Transition::None => {}
         }
     }

@@ -131,18 +131,15 @@ mod tests {
 
     use super::*;
 
+    const FIXED: fn(&str) -> io::Result<Vec<SocketAddr>> = |_| Ok(vec![([192, 0, 2, 1], 0).into()]);
     static COUNT: AtomicUsize = AtomicUsize::new(0);
 
     fn counted(name: &str) -> io::Result<Vec<SocketAddr>> {
         COUNT.fetch_add(1, Ordering::Relaxed);
         match name {
             "absent" => Err(io::Error::from_raw_os_error(24)),
-            _ => fixed(name),
+            _ => FIXED(name),
         }
-    }
-
-    fn fixed(_: &str) -> io::Result<Vec<SocketAddr>> {
-        Ok(vec![([192, 0, 2, 1], 0).into()])
     }
 
     #[tokio::test]
@@ -158,7 +155,7 @@ mod tests {
 
     #[tokio::test]
     async fn names_that_wait_have_a_limit() {
-        let lookups = Arc::new(Lookups::new(fixed));
+        let lookups = Arc::new(Lookups::new(FIXED));
         for number in 0..NAMES_MAX {
             lookups.join(&format!("name{number}")).unwrap();
         }
@@ -169,7 +166,7 @@ mod tests {
     /// The runtime of the lookup has ended, as at the end of a test.
     #[test]
     fn lookup_that_was_dropped_blocks_no_other() {
-        let lookups = Arc::new(Lookups::new(fixed));
+        let lookups = Arc::new(Lookups::new(FIXED));
         let runtime = || tokio::runtime::Builder::new_current_thread().build().unwrap();
         let first = runtime();
         let lookup = first.block_on(async { lookups.join("registry").unwrap() });
