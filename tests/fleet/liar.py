@@ -1,4 +1,5 @@
-"""A storage that ignores conditions: rclone. Its objects are used; claims and the records that need an order are not."""
+"""Storages that ignore conditions: rclone, and s3s-fs if S3S_FS names it. Their objects are used; claims and the records that
+need an order are not."""
 
 import asyncio
 import os
@@ -19,17 +20,26 @@ HOSTS = 4
 START_S = 30
 
 
-class Rclone:
+def rclone(port, data):
+    serve = ["serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}", data]
+    return [os.environ["RCLONE"], *serve]
+
+
+def s3s_fs(port, data):
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    return [os.environ["S3S_FS"], *address, "--access-key", KEY, "--secret-key", SECRET, data]
+
+
+class Folder:
     """A folder with the API of S3."""
 
-    def __init__(self, fleet):
-        self.folder = pathlib.Path(os.environ["SCRATCH"]) / f"{fleet.number}-rclone"
+    def __init__(self, fleet, server):
+        self.folder = pathlib.Path(os.environ["SCRATCH"]) / f"{fleet.number}-{server.__name__}"
         (self.folder / "data" / NAME).mkdir(parents=True)
         self.port = free_port()
-        serve = ["serve", "s3", "--addr", f"127.0.0.1:{self.port}", "--auth-key", f"{KEY},{SECRET}", self.folder / "data"]
         with (self.folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
-                [os.environ["RCLONE"], *serve], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                server(self.port, self.folder / "data"), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 env={**plain_environment(), "HOME": str(self.folder)},
             )
         fleet.programs.append(self)
@@ -54,13 +64,19 @@ class Rclone:
 
 
 async def run(fleet):
-    bucket, registry = Rclone(fleet), fleet.registry()
+    await over(fleet, rclone)
+    if "S3S_FS" in os.environ:
+        await over(fleet, s3s_fs)
+
+
+async def over(fleet, server):
+    bucket, registry = Folder(fleet, server), fleet.registry()
     await bucket.until_ready()
     key = record_key(bucket)
     pushed = registry.push_image(IMAGE, "1", image("liar", 4))
     hosts = [host(fleet, registry, bucket, key) for _ in range(HOSTS)]
     took = await asyncio.gather(*(pull(cache.address, IMAGE, "1", pushed) for cache in hosts))
-    fleet.check(f"{HOSTS} pulls at once", all(took), took)
+    fleet.check(f"{server.__name__}: {HOSTS} pulls at once", all(took), took)
     wanted = {digest.removeprefix("sha256:") for digest in (pushed.digest, pushed.config, *pushed.layers)}
     are_there = await until(lambda: wanted <= {path.name for kind in ("blobs", "manifests") for path in bucket.objects(kind)}, 20, 0.2)
     fleet.check("its objects are uploaded", are_there)
