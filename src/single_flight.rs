@@ -106,6 +106,20 @@ where
         }
     }
 
+    /// Like [`Self::share_for`], for work that takes its place in a queue with the waiting requests it gets: while it is
+    /// queued it ends with the last of them, and once begun it runs to its end.
+    pub fn share_queued<F, W>(&self, key: K, demand: Demand, work: W) -> SharedCall<V>
+    where
+        W: FnOnce(Waiters) -> F,
+        F: Future<Output = V> + Send + 'static,
+    {
+        self.share_for(key, demand, |waiters| {
+            waiters.detach();
+            let work = work(waiters.clone());
+            async move { waiters.while_waited_for(work).await }
+        })
+    }
+
     /// Number of calls in progress.
     pub fn count(&self) -> usize {
         self.running.lock().len()

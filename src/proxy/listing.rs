@@ -178,17 +178,19 @@ impl ReadContext<'_> {
 }
 
 impl ProxyService {
-    /// A coalesced tag list request, stored under `key` if given. The request continues if its client leaves.
+    /// A coalesced tag list request, stored under `key` if given. Once sent, the request continues if its clients leave.
     pub(super) async fn coalesced_tags(
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
         key: Option<ListingKey>,
     ) -> Result<FetchedList, ListError> {
+        let call_key = (CoalesceKey::new(self, upstream_request), key.is_some());
         let call = self
             .tag_lists
-            .share((CoalesceKey::new(self, upstream_request), key.is_some()), || {
-                let (proxy, upstream_request, key) =
+            .share_queued(call_key, upstream_request.demand(false), |waiters| {
+                let (proxy, mut upstream_request, key) =
                     (Arc::clone(self), upstream_request.clone(), key.clone());
+                upstream_request.caller.waiters = Some(waiters);
                 async move {
                     match proxy.fetch_tags(&upstream_request, key).await {
                         Ok(FetchedList::Buffered(listing)) => SharedList::Buffered(listing),

@@ -327,12 +327,14 @@ impl<'a> ReferrersRequest<'a> {
 
     /// Fetches the list. With a fallback, waits at most `wait`; the fetch continues.
     async fn fetch_list(&self, wait: Duration) -> super::listing::ListResult {
-        let upstream_request = self.read.upstream_request();
-        let shared = (
+        let mut upstream_request = self.read.upstream_request();
+        let call_key = (
             CoalesceKey::new(self.read.proxy, &upstream_request),
             self.may_store(),
         );
-        let call = self.read.proxy.lists.share(shared, || {
+        let demand = upstream_request.demand(false);
+        let call = self.read.proxy.lists.share_queued(call_key, demand, |waiters| {
+            upstream_request.caller.waiters = Some(waiters);
             let key = self.may_store().then(|| self.key.clone());
             let proxy = Arc::clone(self.read.proxy);
             async move { proxy.fetch_list(&upstream_request, key).await }

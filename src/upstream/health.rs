@@ -20,7 +20,6 @@
 //!
 //! A registry may send a 401 before it looks anything up, so a 401 only shows that something responds.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -31,9 +30,11 @@ use crate::oci::failure::UpstreamFailure;
 use crate::oci::name::Repository;
 
 mod breaker;
+mod pending;
 mod scope;
 
 use breaker::{Bounded, Breaker, FailureMode, Granularity};
+use pending::{PendingRequests, SentRequest};
 pub use scope::{FailureScope, RequestKind};
 
 /// How long a caller with a cached copy waits for a suspected or slow upstream.
@@ -150,37 +151,6 @@ pub(super) struct FailingScope {
     pub(super) is_half_open: bool,
 }
 
-/// A sent request without a final response.
-#[derive(Debug)]
-struct PendingRequest {
-    kind: RequestKind,
-    endpoint: Endpoint,
-    principal: [u8; 32],
-    /// `None` while nothing is in flight (a credential helper runs).
-    waiting_on: Option<WaitingOn>,
-    /// When it started waiting for that peer.
-    since: Instant,
-    /// When a caller's wait for it last timed out.
-    counted_at: Option<Instant>,
-}
-
-/// The peer whose response is missing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum WaitingOn {
-    Registry,
-    TokenService,
-}
-
-impl PendingRequest {
-    /// The kind of request that is missing a response: token requests have their own.
-    fn waiting_kind(&self) -> Option<RequestKind> {
-        self.waiting_on.map(|peer| match peer {
-            WaitingOn::Registry => self.kind,
-            WaitingOn::TokenService => RequestKind::Token,
-        })
-    }
-}
-
 /// State of one kind of request, over all repositories.
 #[derive(Debug, Default)]
 struct KindHealth {
@@ -215,8 +185,7 @@ pub(super) struct FailureDetector {
     connection: Option<Breaker>,
     kinds: [KindHealth; RequestKind::COUNT],
     repositories: Bounded<(RequestKind, Repository), RepositoryHealth>,
-    pending: HashMap<u64, PendingRequest>,
-    next: u64,
+    pending: PendingRequests,
 }
 
 impl Default for FailureDetector {
@@ -225,18 +194,9 @@ impl Default for FailureDetector {
             connection: None,
             kinds: std::array::from_fn(|_| KindHealth::default()),
             repositories: Bounded::new(REPOSITORIES_MAX),
-            pending: HashMap::new(),
-            next: 0,
+            pending: PendingRequests::default(),
         }
     }
-}
-
-/// A sent request, for attributing its outcome.
-#[derive(Clone, Copy)]
-struct SentRequest<'a> {
-    kind: RequestKind,
-    endpoint: &'a Endpoint,
-    principal: [u8; 32],
 }
 
 /// A request that a caller with a cached copy is about to send.
@@ -257,34 +217,22 @@ impl FailureDetector {
         principal: [u8; 32],
         now: Instant,
     ) -> u64 {
-        let id = self.next;
-        self.next += 1;
-        let pending = PendingRequest {
+        self.pending.add(SentRequest {
             kind,
             endpoint: endpoint.clone(),
             principal,
-            waiting_on: Some(WaitingOn::Registry),
             since: now,
-            counted_at: None,
-        };
-        self.pending.insert(id, pending);
-        id
+        })
     }
 
     /// Pauses or resumes a request while the cache itself is busy, e.g. with a credential helper.
     pub(super) fn set_paused(&mut self, id: u64, is_paused: bool, now: Instant) {
-        if let Some(pending) = self.pending.get_mut(&id) {
-            pending.waiting_on = (!is_paused).then_some(WaitingOn::Registry);
-            pending.since = now;
-        }
+        self.pending.set_paused(id, is_paused, now);
     }
 
     /// The request now waits for the token service.
     pub(super) fn waiting_for_token(&mut self, id: u64, now: Instant) {
-        if let Some(pending) = self.pending.get_mut(&id) {
-            pending.waiting_on = Some(WaitingOn::TokenService);
-            pending.since = now;
-        }
+        self.pending.waiting_for_token(id, now);
     }
 
     /// Records the outcome of the token request; the request continues.
@@ -294,44 +242,19 @@ impl FailureDetector {
         ended: RequestOutcome,
         now: Instant,
     ) -> Vec<BreakerChange> {
-        let Some(pending) = self.pending.get_mut(&id) else {
-            return Vec::new();
-        };
-        let since = std::mem::replace(&mut pending.since, now);
-        pending.waiting_on = Some(WaitingOn::Registry);
-        let (endpoint, principal) = (pending.endpoint.clone(), pending.principal);
-        let sent = SentRequest {
-            kind: RequestKind::Token,
-            endpoint: &endpoint,
-            principal,
-        };
-        self.record(sent, ended, (since, now))
+        let sent = self.pending.token_finished(id, now);
+        sent.map_or_else(Vec::new, |sent| self.record(&sent, ended, now))
     }
 
     /// Records the outcome of a request.
     pub(super) fn finish(&mut self, id: u64, ended: RequestOutcome, now: Instant) -> Vec<BreakerChange> {
-        match self.pending.remove(&id) {
-            Some(PendingRequest {
-                kind,
-                endpoint,
-                principal,
-                since,
-                ..
-            }) => {
-                let sent = SentRequest {
-                    kind,
-                    endpoint: &endpoint,
-                    principal,
-                };
-                self.record(sent, ended, (since, now))
-            }
-            None => Vec::new(),
-        }
+        let sent = self.pending.remove(id);
+        sent.map_or_else(Vec::new, |sent| self.record(&sent, ended, now))
     }
 
     /// The request was cancelled without an outcome.
     pub(super) fn cancel(&mut self, id: u64) {
-        self.pending.remove(&id);
+        self.pending.remove(id);
     }
 
     /// Records that a caller waited `waited` for this principal's request without a response. A request that is still
@@ -343,45 +266,18 @@ impl FailureDetector {
         waited: Duration,
         now: Instant,
     ) -> Vec<BreakerChange> {
-        let mut timed_out = Vec::new();
-        for pending in self.pending.values_mut() {
-            let is_same = pending.principal == principal && pending.endpoint == *endpoint;
-            let is_old = now.saturating_duration_since(pending.since) >= waited / 2;
-            // Several callers may wait for one request; it counts as one failure.
-            let is_counted = pending
-                .counted_at
-                .is_some_and(|at| at >= pending.since && now.saturating_duration_since(at) < SHORT_WAIT / 2);
-            if let Some(kind) = pending
-                .waiting_kind()
-                .filter(|_| is_same && is_old && !is_counted)
-            {
-                pending.counted_at = Some(now);
-                timed_out.push((kind, pending.since));
-            }
-        }
-        let mut changes = Vec::new();
-        for (kind, since) in timed_out {
-            let sent = SentRequest {
-                kind,
-                endpoint,
-                principal,
-            };
-            changes.extend(self.record(
-                sent,
-                RequestOutcome::NoResponse(UpstreamFailure::RevalidateTimeout),
-                (since, now),
-            ));
-        }
-        changes
+        let kinds = &self.kinds;
+        let is_suspected = |kind: RequestKind| kind.of(kinds).breaker.is_some();
+        let overdue = self
+            .pending
+            .overdue((principal, endpoint), waited, is_suspected, now);
+        let ended = RequestOutcome::NoResponse(UpstreamFailure::RevalidateTimeout);
+        let changes = overdue.iter().map(|sent| self.record(sent, ended, now));
+        changes.collect::<Vec<_>>().concat()
     }
 
-    fn record(
-        &mut self,
-        sent: SentRequest<'_>,
-        ended: RequestOutcome,
-        (since, now): (Instant, Instant),
-    ) -> Vec<BreakerChange> {
-        let SentRequest { kind, endpoint, .. } = sent;
+    fn record(&mut self, sent: &SentRequest, ended: RequestOutcome, now: Instant) -> Vec<BreakerChange> {
+        let (kind, endpoint) = (sent.kind, &sent.endpoint);
         let mut changes = Vec::new();
         match ended {
             RequestOutcome::Unknown => return changes,
@@ -394,10 +290,10 @@ impl FailureDetector {
                 }
             }
             RequestOutcome::NoResponse(cause) => {
-                self.record_no_response(sent, cause, (since, now), &mut changes);
+                self.record_no_response(sent, cause, now, &mut changes);
             }
             RequestOutcome::ServerError(cause) => {
-                self.record_response(kind, endpoint, (since, now), &mut changes);
+                self.record_response(sent, now, &mut changes);
                 self.record_failure(sent, (FailureMode::Error, cause), now, &mut changes);
             }
             RequestOutcome::Denied => {
@@ -414,7 +310,7 @@ impl FailureDetector {
                 });
             }
             RequestOutcome::Response => {
-                self.record_response(kind, endpoint, (since, now), &mut changes);
+                self.record_response(sent, now, &mut changes);
                 self.update_repository(kind, endpoint, |entry, scope| {
                     if entry
                         .breaker
@@ -430,19 +326,16 @@ impl FailureDetector {
     }
 
     /// Any response closes the scope of all connections and that of its kind of request.
-    fn record_response(
-        &mut self,
-        kind: RequestKind,
-        endpoint: &Endpoint,
-        (since, now): (Instant, Instant),
-        changes: &mut Vec<BreakerChange>,
-    ) {
-        let took = now.saturating_duration_since(since);
+    fn record_response(&mut self, sent: &SentRequest, now: Instant, changes: &mut Vec<BreakerChange>) {
+        let (kind, endpoint) = (sent.kind, &sent.endpoint);
+        let took = now.saturating_duration_since(sent.since);
         close(&mut self.connection, FailureScope::Connection, changes);
         let by_kind = self.kind_health_mut(kind);
         close(&mut by_kind.breaker, FailureScope::Kind(kind), changes);
         by_kind.responded_at = Some(now);
-        let is_outpaced = by_kind.took.is_some_and(|(quick, at)| at > since && quick < took);
+        let is_outpaced = by_kind
+            .took
+            .is_some_and(|(quick, at)| at > sent.since && quick < took);
         if !is_outpaced {
             by_kind.took = Some((took, now));
         }
@@ -465,15 +358,15 @@ impl FailureDetector {
 
     fn record_no_response(
         &mut self,
-        sent: SentRequest<'_>,
+        sent: &SentRequest,
         cause: UpstreamFailure,
-        (since, now): (Instant, Instant),
+        now: Instant,
         changes: &mut Vec<BreakerChange>,
     ) {
-        let SentRequest { kind, endpoint, .. } = sent;
+        let (kind, endpoint) = (sent.kind, &sent.endpoint);
         self.record_failure(sent, (FailureMode::NoResponse, cause), now, changes);
         let by_kind = self.kind_health_mut(kind);
-        if by_kind.responded_at.is_some_and(|at| at > since) {
+        if by_kind.responded_at.is_some_and(|at| at > sent.since) {
             return;
         }
         let last_fast = by_kind
@@ -499,12 +392,12 @@ impl FailureDetector {
     /// Records a failure in one repository.
     fn record_failure(
         &mut self,
-        sent: SentRequest<'_>,
+        sent: &SentRequest,
         (mode, cause): (FailureMode, UpstreamFailure),
         now: Instant,
         changes: &mut Vec<BreakerChange>,
     ) {
-        let SentRequest { kind, endpoint, .. } = sent;
+        let (kind, endpoint) = (sent.kind, &sent.endpoint);
         let principal = match mode {
             FailureMode::Error => Some(sent.principal),
             FailureMode::NoResponse => principal(sent, cause),
@@ -767,7 +660,7 @@ fn wait_for(breaker: &mut Option<Breaker>, query: &WaitQuery<'_>, now: Instant) 
 }
 
 /// The principal, if the upstream may have closed the connection because of its credential.
-fn principal(sent: SentRequest<'_>, cause: UpstreamFailure) -> Option<[u8; 32]> {
+fn principal(sent: &SentRequest, cause: UpstreamFailure) -> Option<[u8; 32]> {
     (cause == UpstreamFailure::ConnectionReset).then_some(sent.principal)
 }
 

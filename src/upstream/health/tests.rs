@@ -360,6 +360,43 @@ fn t05_hanging_request_is_waited_for_once() {
     );
 }
 
+/// Two waits of `SHORT_WAIT` after a timeout, each for another tag, whose request is sent this late.
+fn wait_after_requests_sent_late(late: [Duration; 2]) -> WaitLimit {
+    let mut world = World::new();
+    world.expires(&tag("a"));
+    for (name, late) in ["b", "c"].into_iter().zip(late) {
+        let tag = tag(name);
+        world.now += late;
+        world.detector.sent(RequestKind::Head, &tag, [0; 32], world.now);
+        world.now += SHORT_WAIT - late;
+        world
+            .detector
+            .record_timeout([0; 32], &tag, SHORT_WAIT, world.now);
+    }
+    world.wait_for(RequestKind::Head, &tag("d"))
+}
+
+#[test]
+fn t05_request_sent_late_counts_with_the_next_timeout() {
+    let late = SHORT_WAIT * 9 / 10;
+    let soon = Duration::ZERO;
+    assert_eq!(wait_after_requests_sent_late([soon, soon]), WaitLimit::None);
+    assert_eq!(wait_after_requests_sent_late([late, soon]), WaitLimit::None);
+    assert_eq!(wait_after_requests_sent_late([soon, late]), WaitLimit::Short);
+}
+
+#[test]
+fn t05_late_request_with_a_response_counts_nothing() {
+    let mut world = World::new();
+    let (a, b) = (tag("a"), tag("b"));
+    let id = world.detector.sent(RequestKind::Head, &a, [0; 32], world.now);
+    world.detector.record_timeout([0; 32], &a, BUDGET, world.now);
+    world.now += BUDGET;
+    world.detector.finish(id, RequestOutcome::Response, world.now);
+    world.detector.record_timeout([0; 32], &b, BUDGET, world.now);
+    assert_eq!(world.detector.failing().count(), 0);
+}
+
 #[test]
 fn t05_callers_sharing_a_request_count_one_failure() {
     let (mut world, tag) = (World::new(), tag("a"));
@@ -471,6 +508,38 @@ fn t05_token_service_fails_apart_from_the_registry() {
         .token_finished(id, RequestOutcome::Response, world.now);
     assert_eq!(closed.len(), 1, "{closed:?}");
     assert!(world.detector.open_breaker().is_none());
+}
+
+/// The registry sends its 401 after this share of the wait. Returns the scopes that fail.
+fn failing_after_challenge_at(challenge: Duration, waits: &[Duration]) -> Vec<(FailureScope, bool)> {
+    let mut world = World::new();
+    for (n, waited) in waits.iter().enumerate() {
+        let tag = tag(&format!("library/{n}"));
+        let id = world.detector.sent(RequestKind::Head, &tag, [0; 32], world.now);
+        world.now += challenge;
+        world.detector.waiting_for_token(id, world.now);
+        world.now += *waited - challenge;
+        world.detector.record_timeout([0; 32], &tag, *waited, world.now);
+    }
+    let failing = world.detector.failing();
+    let of_kind = failing.filter(|failing| matches!(failing.scope, FailureScope::Kind(_)));
+    of_kind
+        .map(|failing| (failing.scope, failing.open_since.is_some()))
+        .collect()
+}
+
+#[test]
+fn t05_silent_token_service_opens_despite_a_late_401() {
+    let token = FailureScope::Kind(RequestKind::Token);
+    let challenge = SHORT_WAIT * 8 / 10;
+    let failing = failing_after_challenge_at(challenge, &[BUDGET, SHORT_WAIT, SHORT_WAIT]);
+    assert_eq!(failing, [(token, true)]);
+}
+
+#[test]
+fn t05_slow_401_alone_does_not_blame_the_token_service() {
+    let failing = failing_after_challenge_at(BUDGET * 9 / 10, &[BUDGET]);
+    assert_eq!(failing, []);
 }
 
 #[test]

@@ -274,6 +274,44 @@ async fn t11_different_tag_lists_keep_no_tag_waiting() {
     }
 }
 
+async fn until_queued(proxy: &Proxy, count: u64) {
+    let is_reached = |reply: &Reply| {
+        let text = String::from_utf8_lossy(&reply.body);
+        let lines = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("ifnewer_queue_waiting_requests{queue=\"requests\""));
+        let waiting = lines.map(|line| line.split(' ').next_back().unwrap().parse::<u64>().unwrap());
+        waiting.sum::<u64>() == count
+    };
+    proxy
+        .until("the queue", |proxy| proxy.admin("/metrics"), is_reached)
+        .await;
+}
+
+#[tokio::test]
+async fn t08_list_whose_client_left_the_queue_is_not_fetched() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push(&repository(0), "1", Image::with_layers(&["layer"]));
+    // One permit for lists.
+    let limits = "[limits]\ndownloads_per_upstream_max = 1\n";
+    let proxy = Setup::over(&upstream).tail(limits).start().await;
+    proxy.pull(&repository(0), "1", &image).await;
+    let gate = upstream.holds_answers(is_list);
+    let first = tokio::spawn(list(&proxy, 0).into_reply());
+    gate.reached().await;
+    let page = |count: u64| proxy.get(&format!("/v2/{}/tags/list?n={count}", repository(0)));
+    let leaving = tokio::spawn(page(7).into_reply());
+    until_queued(&proxy, 1).await;
+    leaving.abort();
+    until_queued(&proxy, 0).await;
+    gate.release();
+    assert_eq!(first.await.unwrap().status, 200);
+    assert_eq!(page(8).await.status, 200);
+    let lists = upstream.requests().into_iter().filter(is_list);
+    let queries: Vec<_> = lists.map(|seen| seen.query.unwrap_or_default()).collect();
+    assert_eq!(queries, ["", "n=8"]);
+}
+
 #[tokio::test]
 async fn t11_cached_lists_are_served_while_upstream_hangs() {
     let upstream = Upstream::start().await;
