@@ -3,7 +3,9 @@
 //! The bucket decides nothing. A client gets bytes from there exactly where it would get the bytes of another client's
 //! download: it has a current grant in the repository, and the upstream was seen to have the digest there. Anything else
 //! is requested from the upstream, and nothing is looked up in the bucket before. So neither the requests nor their
-//! time tell a client what the bucket has.
+//! time tell a client what the bucket has. There is one exception: while the upstream is requested by `HEAD` for a blob
+//! that a manifest of the repository references, the bucket is read ahead, unless the last such `HEAD` was denied. The
+//! client gets a denial without waiting for the bucket.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +27,9 @@ const LACKING_PERIOD: Duration = Duration::from_secs(60);
 
 /// Repositories that are remembered.
 const LACKING_MAX: usize = 4096;
+
+/// Upstreams that are remembered.
+const CONFIRMING_MAX: usize = 256;
 
 /// Repositories of which the bucket lacked the last content that was read: a pull that is cold everywhere.
 pub(super) struct Lacking(Cache<(Arc<str>, Repository), Instant>);
@@ -54,6 +59,29 @@ impl Lacking {
     pub(super) fn is_likely(&self, place: &(Arc<str>, Repository)) -> bool {
         let since = self.0.get(place);
         since.is_some_and(|since| since.elapsed() < LACKING_PERIOD)
+    }
+}
+
+/// Upstreams whose last response to a `HEAD` for a right confirmed the digest.
+pub(super) struct Confirming(Cache<Arc<str>, ()>);
+
+impl Default for Confirming {
+    fn default() -> Self {
+        Self(Cache::new(CONFIRMING_MAX))
+    }
+}
+
+impl Confirming {
+    fn record(&self, upstream: Arc<str>, right: &SharedRight) {
+        if matches!(right, SharedRight::Granted) {
+            self.0.insert(upstream, ());
+        } else {
+            self.0.remove(&upstream);
+        }
+    }
+
+    fn is_likely(&self, upstream: &Arc<str>) -> bool {
+        self.0.get(upstream).is_some()
     }
 }
 
@@ -93,19 +121,57 @@ impl ProxyService {
         upstream_request: &UpstreamRequest,
         digest: Digest,
     ) -> SharedRight {
+        match self.known_right(upstream_request, digest).await {
+            Some(right) => right,
+            None => self.requested_right(upstream_request, digest).await,
+        }
+    }
+
+    /// The same if no request to the upstream is needed.
+    pub(super) async fn known_right(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        digest: Digest,
+    ) -> Option<SharedRight> {
         if !self.shared.is_readable() || !self.is_authorized(upstream_request).await {
-            return SharedRight::UpstreamOnly;
+            return Some(SharedRight::UpstreamOnly);
         }
         if self.is_seen(upstream_request, digest).await {
-            return SharedRight::Granted;
+            return Some(SharedRight::Granted);
         }
         let is_manifest = matches!(upstream_request.endpoint, Endpoint::Manifest { .. });
         if is_manifest && self.is_recorded(upstream_request, digest).await {
-            return SharedRight::Granted;
+            return Some(SharedRight::Granted);
         }
-        if self.shared.was_silent_since(upstream_request.since) {
-            return SharedRight::UpstreamOnly;
+        let was_silent = self.shared.was_silent_since(upstream_request.since);
+        was_silent.then_some(SharedRight::UpstreamOnly)
+    }
+
+    /// Whether the bucket may be read while the upstream is requested. Otherwise a client could have it read for any digest.
+    pub(super) fn is_read_ahead(&self, upstream_request: &UpstreamRequest, digest: Digest) -> bool {
+        let upstream = upstream_request.registry.shared_name();
+        self.is_referenced(upstream_request, digest) && self.confirming.is_likely(&upstream)
+    }
+
+    /// The same after a `HEAD` to the upstream.
+    pub(super) async fn requested_right(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        digest: Digest,
+    ) -> SharedRight {
+        let right = self.right_by_head(upstream_request, digest).await;
+        if self.is_referenced(upstream_request, digest) {
+            self.confirming
+                .record(upstream_request.registry.shared_name(), &right);
         }
+        right
+    }
+
+    async fn right_by_head(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        digest: Digest,
+    ) -> SharedRight {
         let Some(response) = self.coalesced_head(upstream_request).wait().await else {
             let abandoned = UpstreamResponse::unavailable(UpstreamFailure::Abandoned);
             return SharedRight::Refused(Arc::new(abandoned));

@@ -3,12 +3,15 @@
 
 mod claim;
 
+use std::future::ready;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures_util::future::{Either, select};
 use http::StatusCode;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::ProxyService;
 use super::manifest_fetch::UpstreamRequest;
@@ -50,6 +53,13 @@ pub(super) struct UpstreamSource {
 
 /// Times that a blob is opened in the shared storage. After that the upstream continues it.
 const SHARED_OPENS_MAX: u32 = 2;
+
+/// Longest time that a blob stays open in the shared storage while the upstream has not confirmed it. Opened blobs
+/// count as requests to the bucket.
+const OPEN_AHEAD_MAX: Duration = Duration::from_millis(500);
+
+/// The opening of a blob in the shared storage.
+type Opening = Pin<Box<dyn Future<Output = Result<SharedObject, Unread>> + Send>>;
 
 /// The part of a download that is read from the shared storage.
 #[derive(Default)]
@@ -124,47 +134,91 @@ impl UpstreamSource {
         }
     }
 
-    /// Establishes whether the blob may be read from the shared storage. `Err`: the upstream has refused it.
-    async fn permit_shared(&mut self) -> Result<(), UpstreamResponse> {
-        let Some(reading) = self.shared.as_mut().filter(|reading| !reading.is_permitted) else {
-            return Ok(());
-        };
-        let deciding = Box::pin(self.proxy.shared_right(&self.upstream_request, self.digest));
-        let right = match &self.waiters {
+    /// Establishes whether the blob may be read from the shared storage. `Err`: the upstream has refused it. Also returns
+    /// the blob if it was opened there ahead.
+    async fn permit_shared(&mut self, from: u64) -> Result<Option<Opening>, UpstreamResponse> {
+        if self.shared.as_ref().is_none_or(|reading| reading.is_permitted) {
+            return Ok(None);
+        }
+        let waiters = self.waiters.clone();
+        let deciding = Box::pin(self.shared_right(from));
+        let decided = match waiters {
             Some(waiters) => waiters.while_waited_for(deciding).await,
             None => Some(deciding.await),
         };
-        match right {
-            Some(SharedRight::Granted) => reading.is_permitted = true,
-            Some(SharedRight::UpstreamOnly) => self.shared = None,
-            Some(SharedRight::Refused(response)) => return Err(response.as_ref().clone()),
-            None => return Err(UpstreamResponse::unavailable(UpstreamFailure::Abandoned)),
+        match decided {
+            Some((SharedRight::Granted, ahead)) => {
+                if let Some(reading) = &mut self.shared {
+                    reading.is_permitted = true;
+                }
+                Ok(ahead)
+            }
+            Some((SharedRight::UpstreamOnly, _)) => {
+                self.shared = None;
+                Ok(None)
+            }
+            Some((SharedRight::Refused(response), _)) => Err(response.as_ref().clone()),
+            None => Err(UpstreamResponse::unavailable(UpstreamFailure::Abandoned)),
         }
-        Ok(())
+    }
+
+    async fn shared_right(&mut self, from: u64) -> (SharedRight, Option<Opening>) {
+        let proxy = Arc::clone(&self.proxy);
+        if let Some(known) = proxy.known_right(&self.upstream_request, self.digest).await {
+            return (known, None);
+        }
+        let opening = if proxy.is_read_ahead(&self.upstream_request, self.digest) {
+            self.begin_shared(from)
+        } else {
+            None
+        };
+        let deciding = Box::pin(proxy.requested_right(&self.upstream_request, self.digest));
+        let Some(opening) = opening else {
+            return (deciding.await, None);
+        };
+        match select(deciding, opening).await {
+            Either::Left((right, opening)) => (right, Some(opening)),
+            Either::Right((opened, mut deciding)) => match timeout(OPEN_AHEAD_MAX, &mut deciding).await {
+                Ok(right) => (right, Some(Box::pin(ready(opened)))),
+                Err(_) => {
+                    drop(opened);
+                    (deciding.await, None)
+                }
+            },
+        }
+    }
+
+    /// Begins to open the blob in the shared storage. `None` if the upstream must send it, or the rest of it.
+    fn begin_shared(&mut self, from: u64) -> Option<Opening> {
+        let stated = Source::stated_size(self);
+        let reading = self.shared.as_mut()?;
+        if reading.opens >= SHARED_OPENS_MAX {
+            return None;
+        }
+        reading.opens += 1;
+        let (content, shared) = (SharedContent::Blob(self.digest), Arc::clone(&self.proxy.shared));
+        // The claim is needed if the blob is absent, and its read costs a round trip more afterwards.
+        let place = Lacking::place(&self.upstream_request);
+        if self.may_ask_upstream && self.proxy.lacking.is_likely(&place) {
+            reading.claim_read = shared.read_claim(self.digest, stated);
+        }
+        Some(Box::pin(async move { shared.open(content, from).await }))
     }
 
     /// Opens the blob in the shared storage. `None` if the upstream must send it, or the rest of it.
-    async fn open_shared(&mut self, from: u64) -> Option<Stream> {
-        let stated = Source::stated_size(self);
-        let reading = self.shared.as_mut()?;
-        reading.opens += 1;
-        if reading.opens > SHARED_OPENS_MAX {
-            reading.opens = SHARED_OPENS_MAX;
-            return None;
-        }
-        let (content, shared) = (SharedContent::Blob(self.digest), &self.proxy.shared);
-        let lacking = &self.proxy.lacking;
+    async fn open_shared(&mut self, from: u64, ahead: Option<Opening>) -> Option<Stream> {
+        let opening = ahead.or_else(|| self.begin_shared(from))?;
+        let opened = opening.await;
         let place = Lacking::place(&self.upstream_request);
-        // The claim is needed if the blob is absent, and its read costs a round trip more afterwards.
-        if self.may_ask_upstream && lacking.is_likely(&place) {
-            reading.claim_read = shared.read_claim(self.digest, stated);
-        }
-        let opened = shared.open(content, from).await;
-        lacking.record(place, matches!(opened, Err(Unread::Absent)));
+        self.proxy
+            .lacking
+            .record(place, matches!(opened, Err(Unread::Absent)));
         // An object of another size than stated is damaged, unless the manifest is wrong.
+        let stated = Source::stated_size(self);
         let opened = opened
             .ok()
             .filter(|object| stated.is_none_or(|stated| stated == object.info.size));
+        let reading = self.shared.as_mut()?;
         let Some(object) = opened else {
             reading.opens = SHARED_OPENS_MAX;
             return None;
@@ -259,9 +313,9 @@ impl UpstreamSource {
 
 impl Source for UpstreamSource {
     async fn open(&mut self, from: u64) -> Result<Stream, UpstreamResponse> {
-        self.permit_shared().await?;
+        let ahead = self.permit_shared(from).await?;
         let began = Instant::now();
-        if let Some(stream) = self.open_shared(from).await {
+        if let Some(stream) = self.open_shared(from, ahead).await {
             return Ok(stream);
         }
         if !self.may_ask_upstream {

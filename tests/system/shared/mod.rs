@@ -9,7 +9,7 @@ mod redirect;
 use bucket::{Bucket, Mode};
 
 use crate::proxy::{Proxy, Setup};
-use crate::registry::{Front, Image, Upstream};
+use crate::registry::{Blob, Front, Image, Seen, Upstream};
 
 const DEMO: &str = "library/demo";
 const MIB: usize = 1024 * 1024;
@@ -255,6 +255,58 @@ async fn unavailable_head_is_the_result_of_the_request() {
     assert!(reply.status >= 500, "{reply:#?}");
     assert_eq!((upstream.blob_gets(layer), bucket.count("GET", layer)), (0, 0));
     upstream.recovers();
+}
+
+fn is_blob_head(seen: &Seen) -> bool {
+    seen.method == "HEAD" && seen.path.contains("/blobs/")
+}
+
+/// A cache whose upstream has confirmed the first of two layers, and the second one.
+async fn confirmed() -> (Upstream, Bucket, Proxy, Blob) {
+    let image = Image::with_layers(&["first", "second"]);
+    let (upstream, bucket, image, second) = warm_bucket(image).await;
+    second.manifest(DEMO, "latest").await.is_image(&image);
+    second
+        .blob(DEMO, &image.layer(0).digest)
+        .await
+        .is_blob(image.layer(0));
+    let layer = image.layer(1).clone();
+    (upstream, bucket, second, layer)
+}
+
+#[tokio::test]
+async fn bucket_is_read_while_the_upstream_confirms_a_blob() {
+    let (upstream, bucket, second, layer) = confirmed().await;
+    let gate = upstream.holds_answers(is_blob_head);
+    let pull = tokio::spawn(second.blob(DEMO, &layer.digest).into_reply());
+    bucket
+        .until("a read", |bucket| bucket.count("GET", &layer.digest) == 1)
+        .await;
+    gate.release();
+    let reply = pull.await.unwrap();
+    assert_eq!(
+        reply.is_blob(&layer).cache_status(),
+        "ifnewer; hit; detail=shared"
+    );
+    assert_eq!(bucket.count("GET", &layer.digest), 1);
+    assert_eq!(upstream.blob_gets(&layer.digest), 0);
+}
+
+#[tokio::test]
+async fn denial_waits_for_no_bucket_that_is_read_ahead() {
+    let (upstream, bucket, second, layer) = confirmed().await;
+    bucket.set(Mode::Silent);
+    upstream.answers(|seen| seen.path.contains("/blobs/"), 404);
+    let reply = second.blob(DEMO, &layer.digest).await;
+    assert_eq!(reply.status, 404, "{reply:#?}");
+    // The read was not waited for, so it has no result.
+    let silent = "ifnewer_shared_requests_total{op=\"get\",result=\"silent\"}";
+    assert!(["", "0"].contains(&metric(&second, silent).await.as_str()));
+    // The next blob is not read ahead.
+    bucket.set(Mode::Normal);
+    bucket.forget_asked();
+    assert_eq!(second.blob(DEMO, &layer.digest).await.status, 404);
+    assert_eq!(bucket.count("GET", &layer.digest), 0);
 }
 
 /// Whatever the bucket does, pulls succeed and the local cache is whole.
