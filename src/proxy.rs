@@ -28,6 +28,7 @@ mod blob;
 mod challenge_template;
 mod concurrency;
 mod cooling;
+mod deadline;
 mod digest_age;
 mod evidence;
 mod grants;

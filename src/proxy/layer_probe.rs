@@ -15,6 +15,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
+use super::deadline::Deadline;
 use super::manifest_fetch::UpstreamRequest;
 use super::prefetch::StartedDownloads;
 use super::{ProxyService, UpstreamRegistry};
@@ -58,8 +59,8 @@ impl ProxyService {
         self: &Arc<Self>,
         upstream_request: UpstreamRequest,
         prefetch_wait: Option<Duration>,
-        manifest: &Arc<StoredManifest>,
-        fallback: &Arc<StoredManifest>,
+        (manifest, fallback): (&Arc<StoredManifest>, &Arc<StoredManifest>),
+        deadline: &Deadline,
     ) -> Result<(), UpstreamFailure> {
         let (registry, repository) = (&upstream_request.registry, &upstream_request.repository);
         let image: Image = (registry.shared_name(), repository.clone(), manifest.digest);
@@ -77,7 +78,9 @@ impl ProxyService {
             .platforms_in_use(registry, repository, manifest, fallback)
             .await
         {
-            let child = self.child_manifest_at_once(&upstream_request, digest).await?;
+            let child = self
+                .child_manifest_within(&upstream_request, digest, deadline)
+                .await?;
             self.probe_blobs(&upstream_request, prefetch_wait, &child).await?;
         }
         self.probed_images.0.insert(image, now);
@@ -143,6 +146,26 @@ impl ProxyService {
             .fetch_manifest_at_once(upstream_request.clone().by_digest(digest))
             .await;
         fetched.map_err(|response| response.cause())
+    }
+
+    /// The same before a deadline.
+    async fn child_manifest_within(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        digest: Digest,
+        deadline: &Deadline,
+    ) -> Result<Arc<StoredManifest>, UpstreamFailure> {
+        if let Some(manifest) = self.cached_child(upstream_request, digest).await {
+            return Ok(manifest);
+        }
+        let (by_digest, began) = (upstream_request.clone().by_digest(digest), Instant::now());
+        let within = deadline.at().saturating_duration_since(began);
+        let fetched = self
+            .fetch_manifest_within(by_digest, (began, within), deadline)
+            .await;
+        fetched
+            .ok_or(UpstreamFailure::RevalidateTimeout)?
+            .map_err(|response| response.cause())
     }
 
     async fn cached_child(

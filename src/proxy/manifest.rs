@@ -2,12 +2,11 @@
 
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
+use super::deadline::Deadline;
 use super::evidence::{CachedManifest, Candidates, Evidence};
 use super::manifest_fetch::UpstreamRequest;
 use super::pipeline::{ReadContext, denied, denied_after};
@@ -105,10 +104,8 @@ impl ReadContext<'_> {
 pub(super) struct ManifestRequest<'a> {
     read: &'a ReadContext<'a>,
     began: Instant,
-    /// If there is a cached fallback, the time at which it is served instead of a response of the upstream.
-    deadline: Instant,
-    /// Microseconds that it waited for other caches, which do not count.
-    paused: AtomicU64,
+    /// Used if there is a cached fallback.
+    deadline: Deadline,
 }
 
 impl<'a> Deref for ManifestRequest<'a> {
@@ -125,14 +122,8 @@ impl<'a> ManifestRequest<'a> {
         Self {
             read,
             began,
-            deadline: began + read.rule.revalidate_timeout,
-            paused: AtomicU64::new(0),
+            deadline: Deadline::new(began, read.rule.revalidate_timeout),
         }
-    }
-
-    /// The deadline, later by the time of waits for other caches.
-    fn deadline(&self) -> Instant {
-        self.deadline + Duration::from_micros(self.paused.load(Ordering::Relaxed))
     }
 
     fn upstream_request(&self) -> UpstreamRequest {
@@ -225,7 +216,7 @@ impl<'a> ManifestRequest<'a> {
             let upstream_request = self.upstream_request();
             // Boxed, so that the future of all other requests stays small.
             evidence =
-                Box::pin(self.with_ages(&upstream_request, self.deadline, evidence, &revalidated)).await;
+                Box::pin(self.with_ages(&upstream_request, self.deadline.at(), evidence, &revalidated)).await;
         }
         let evidence = &evidence;
         match decide(&evidence.state) {
@@ -367,16 +358,16 @@ impl<'a> ManifestRequest<'a> {
         if fallback.manifest.digest == manifest.digest {
             return Ok(());
         }
-        let deadline = self.deadline();
         let mut upstream_request = self.upstream_request();
-        upstream_request.caller.wait_deadline = Some(deadline);
+        upstream_request.caller.wait_deadline = Some(self.deadline.at());
         // Prefetches get a third of the time. The rest is for probes of the blobs whose prefetches are still queued.
         let prefetch_wait = self.rule.prefetch.then(|| self.rule.revalidate_timeout / 3);
+        let images = (manifest, &fallback.manifest);
         let checking = self
             .proxy
-            .probe_layers(upstream_request, prefetch_wait, manifest, &fallback.manifest);
+            .probe_layers(upstream_request, prefetch_wait, images, &self.deadline);
         // Running probes continue, and the next request uses their results.
-        let checked = timeout_at(deadline, checking).await;
+        let checked = self.deadline.run(checking).await;
         checked.unwrap_or(Err(UpstreamFailure::RevalidateTimeout))
     }
 
@@ -422,7 +413,7 @@ impl<'a> ManifestRequest<'a> {
         }
         let fetched = if has_fallback {
             let (upstream, started_at) = (self.request.registry.upstream(), Instant::now());
-            let remaining = self.deadline().saturating_duration_since(started_at);
+            let remaining = self.deadline.at().saturating_duration_since(started_at);
             let wait = match upstream.wait_limit(
                 &upstream_request.caller,
                 (&upstream_request.endpoint, false),
@@ -431,14 +422,12 @@ impl<'a> ManifestRequest<'a> {
                 Ok(wait) => wait,
                 Err(cause) => return self.serve_fallback(evidence, cause, None),
             };
-            upstream_request.caller.wait_deadline = Some(self.deadline());
+            upstream_request.caller.wait_deadline = Some(self.deadline.at());
             let (caller, endpoint) = (upstream_request.caller.clone(), upstream_request.endpoint.clone());
-            let fetching = self
-                .proxy
-                .fetch_manifest_within(upstream_request, (started_at, wait));
-            let (fetched, paused) = fetching.await;
-            self.paused.fetch_add(micros(paused), Ordering::Relaxed);
-            if let Some(fetched) = fetched {
+            let fetching =
+                self.proxy
+                    .fetch_manifest_within(upstream_request, (started_at, wait), &self.deadline);
+            if let Some(fetched) = fetching.await {
                 fetched
             } else {
                 // The fetch continues, and the next request uses its result.
@@ -621,10 +610,6 @@ impl<'a> ManifestRequest<'a> {
         };
         ProxyResponse::Manifest(Arc::clone(manifest), info)
     }
-}
-
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Reason to fetch a manifest that was to be served with the reason `served` and is no longer cached.

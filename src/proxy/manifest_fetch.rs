@@ -10,6 +10,7 @@ use quick_cache::sync::Cache;
 use tokio::time::{Instant, timeout_at};
 
 use super::concurrency::detached;
+use super::deadline::Deadline;
 use super::invalidation::WriteSnapshot;
 use super::shared_read::SharedManifest;
 use super::{ProxyService, Request, UpstreamCaches, UpstreamRegistry};
@@ -27,12 +28,6 @@ use crate::single_flight::SharedCall;
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::TagKey;
 use crate::upstream::{Caller, Credential, ResponseKind, ResponseStream, UpstreamResponse};
-
-/// Share of the time of a request with a cached copy that a wait for another cache takes at most, as a divisor.
-const PAUSE_SHARE: u32 = 3;
-
-/// A shorter wait for another cache is none: the create of a claim alone may take as long.
-const PAUSE_MIN: Duration = Duration::from_millis(300);
 
 /// A request to the upstream on behalf of a client.
 #[derive(Clone)]
@@ -209,32 +204,28 @@ impl ProxyService {
         received(call, &upstream_caches).await
     }
 
-    /// The same within a time, after which a cached copy is served. A wait for another cache that requests the manifest takes
-    /// at most a third of the time, and is not counted: otherwise it would be the reason that an earlier image is served
-    /// although the upstream responds. Also returns how long it was. `None`: the time is over, and the fetch continues.
+    /// The same within a time, after which a cached copy is served. A wait for another cache moves `deadline`, and the end of
+    /// this time too. `None`: the time is over, and the fetch continues.
     pub(super) async fn fetch_manifest_within(
         self: &Arc<Self>,
         upstream_request: UpstreamRequest,
         (began, within): (Instant, Duration),
-    ) -> (
-        Option<Result<Arc<StoredManifest>, Arc<UpstreamResponse>>>,
-        Duration,
-    ) {
+        deadline: &Deadline,
+    ) -> Option<Result<Arc<StoredManifest>, Arc<UpstreamResponse>>> {
         let upstream_caches = upstream_request.upstream_caches.clone();
         let call = self.coalesced_manifest(upstream_request);
         let waiters = call.waiters().clone();
         let before = waiters.pause().total(Instant::now());
-        let share = within / PAUSE_SHARE;
-        let pause = if share < PAUSE_MIN { Duration::ZERO } else { share };
-        waiters.pause().end_by(began + pause);
+        let allowed = deadline.allow_pause(within);
+        waiters.pause().end_by(began + allowed);
         let mut fetching = pin!(received(call, &upstream_caches));
         let in_time = timeout_at(began + within, fetching.as_mut()).await;
         let paused = waiters.pause().total(Instant::now()).saturating_sub(before);
-        let fetched = match in_time {
+        deadline.end_pause(allowed, paused);
+        match in_time {
             Ok(fetched) => Some(fetched),
             Err(_) => timeout_at(began + within + paused, fetching).await.ok(),
-        };
-        (fetched, paused)
+        }
     }
 
     /// One coalesced `GET` for all callers with the same key.

@@ -178,13 +178,13 @@ impl UpstreamSource {
         };
         match select(deciding, opening).await {
             Either::Left((right, opening)) => (right, Some(opening)),
-            Either::Right((opened, mut deciding)) => match timeout(OPEN_AHEAD_MAX, &mut deciding).await {
-                Ok(right) => (right, Some(Box::pin(ready(opened)))),
-                Err(_) => {
-                    drop(opened);
-                    (deciding.await, None)
+            Either::Right((opened, mut deciding)) => {
+                if let Ok(right) = timeout(OPEN_AHEAD_MAX, &mut deciding).await {
+                    return (right, Some(Box::pin(ready(opened))));
                 }
-            },
+                drop(opened);
+                (deciding.await, None)
+            }
         }
     }
 

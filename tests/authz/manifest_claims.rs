@@ -108,6 +108,28 @@ async fn moved_tag_is_requested_once_by_caches_with_a_copy() {
     assert_eq!(gets_of_tag(&registry) + gets_of(&registry, digest), 1);
 }
 
+/// The same for the image of the platform in use, which is requested before the moved index is served.
+#[tokio::test(start_paused = true)]
+async fn image_of_a_moved_index_is_requested_once() {
+    let (registry, bucket) = (registry(), Bucket::new());
+    let earlier = registry.push_index(REPOSITORY, "1", "one", &["amd64"]);
+    let (mut one, mut two) = (cache(&registry, &bucket).await, cache(&registry, &bucket).await);
+    for cache in [&mut one, &mut two] {
+        cache.takes_indexes = true;
+        assert_eq!(got(cache, &of("1")).await, Ok(earlier[0]));
+        super::min_age::pull(cache, earlier[1]).await;
+    }
+    tokio::time::sleep(2 * SECOND).await;
+    let moved = registry.push_index(REPOSITORY, "1", "two", &["amd64"]);
+    registry.slows(MANIFESTS, Duration::from_millis(200));
+    registry.state().request_log.clear();
+    let request = of("1");
+    let both = tokio::join!(got(&one, &request), got(&two, &request));
+    assert_eq!(both, (Ok(moved[0]), Ok(moved[0])));
+    assert_eq!(gets_of_tag(&registry) + gets_of(&registry, moved[0]), 1);
+    assert_eq!(gets_of(&registry, moved[1]), 1);
+}
+
 /// The bad interleaving: a claim is left behind, and the tag moves. The registry responds within `revalidate_timeout`, so its
 /// image is served and not the earlier one.
 #[tokio::test(start_paused = true)]

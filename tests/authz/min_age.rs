@@ -123,10 +123,12 @@ pub async fn pull(cache: &Cache, digest: Digest) {
     };
     assert_eq!(found, digest);
     let manifest: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
-    let config = manifest["config"]["digest"].as_str().unwrap();
-    let path = format!("/v2/{REPOSITORY}/blobs/{config}");
-    let got = cache.get(&ClientRequest { path, ..of("1") }).await;
-    assert!(matches!(got, Got::Content(..)), "{got:?}");
+    let layers = manifest["layers"].as_array().unwrap();
+    for blob in layers.iter().chain([&manifest["config"]]) {
+        let path = format!("/v2/{REPOSITORY}/blobs/{}", blob["digest"].as_str().unwrap());
+        let got = cache.get(&ClientRequest { path, ..of("1") }).await;
+        assert!(matches!(got, Got::Content(..)), "{got:?}");
+    }
     tokio::time::sleep(Duration::from_secs(1)).await;
 }
 

@@ -366,9 +366,10 @@ fn wait_after_requests_sent_late(late: [Duration; 2]) -> WaitLimit {
     world.expires(&tag("a"));
     for (name, late) in ["b", "c"].into_iter().zip(late) {
         let tag = tag(name);
+        let ends = world.now + SHORT_WAIT;
         world.now += late;
         world.detector.sent(RequestKind::Head, &tag, [0; 32], world.now);
-        world.now += SHORT_WAIT - late;
+        world.now = ends;
         world
             .detector
             .record_timeout([0; 32], &tag, SHORT_WAIT, world.now);
@@ -516,9 +517,10 @@ fn failing_after_challenge_at(challenge: Duration, waits: &[Duration]) -> Vec<(F
     for (n, waited) in waits.iter().enumerate() {
         let tag = tag(&format!("library/{n}"));
         let id = world.detector.sent(RequestKind::Head, &tag, [0; 32], world.now);
+        let ends = world.now + *waited;
         world.now += challenge;
         world.detector.waiting_for_token(id, world.now);
-        world.now += *waited - challenge;
+        world.now = ends;
         world.detector.record_timeout([0; 32], &tag, *waited, world.now);
     }
     let failing = world.detector.failing();
