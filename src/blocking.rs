@@ -14,13 +14,13 @@ use tokio::task::{JoinError, JoinHandle, spawn_blocking};
 use tokio_util::task::AbortOnDropHandle;
 
 /// Threads of the runtime for blocking operations: those of all kinds, and the reserve.
-pub const THREADS_MAX: usize = 170 + RESERVE;
+pub const THREADS_MAX: usize = 174 + RESERVE;
 
 /// Time after which an idle thread ends. Each has a stack and a cache of the allocator.
 pub const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(1);
 
-/// Threads for operations that have limits of their own, or are rare: passwords, certificates, files of credentials.
-const RESERVE: usize = 8;
+/// Threads for operations that have limits of their own: 2 for passwords, 2 for exports, 1 for maintenance, 1 for certificates.
+const RESERVE: usize = 6;
 
 /// A kind of blocking operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,8 +43,12 @@ pub enum Operation {
     DownloadWrite,
     /// Reads of bytes of blobs that the page cache lacks.
     FileRead,
-    /// Records of which URLs of an upstream have served which repositories.
-    ServedUrls,
+    /// Writes of which URLs of an upstream have served which repositories.
+    ServedUrlsWrite,
+    /// Reads of the same.
+    ServedUrlsRead,
+    /// Reads of credential files.
+    CredentialFile,
     /// Requests to the admin API.
     Admin,
     /// Lookups of host names.
@@ -62,7 +66,7 @@ impl Operation {
             Self::DownloadStart => 10,
             Self::DownloadCommit => 8,
             Self::DownloadResumption | Self::Admin => 6,
-            Self::ServedUrls => 2,
+            Self::ServedUrlsWrite | Self::ServedUrlsRead | Self::CredentialFile => 2,
         }
     }
 
@@ -123,7 +127,7 @@ mod tests {
 
     use super::*;
 
-    const ALL: [Operation; 12] = [
+    const ALL: [Operation; 14] = [
         Operation::StoreRead,
         Operation::StoreWrite,
         Operation::IndexWait,
@@ -133,7 +137,9 @@ mod tests {
         Operation::DownloadCommit,
         Operation::DownloadWrite,
         Operation::FileRead,
-        Operation::ServedUrls,
+        Operation::ServedUrlsWrite,
+        Operation::ServedUrlsRead,
+        Operation::CredentialFile,
         Operation::Admin,
         Operation::NameLookup,
     ];
@@ -144,7 +150,7 @@ mod tests {
         assert_eq!(threads + RESERVE, THREADS_MAX);
     }
 
-    /// A disk that answers nothing takes all threads of its kinds. Names are still resolved.
+    /// Operations that answer nothing take all threads of their kinds. Passwords are still checked.
     #[test]
     fn hanging_disk_leaves_threads_for_the_rest() {
         let runtime = Builder::new_current_thread()

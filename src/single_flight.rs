@@ -106,8 +106,8 @@ where
         }
     }
 
-    /// Like [`Self::share_for`], for work that takes its place in a queue with the waiting requests it gets: while it is
-    /// queued it ends with the last of them, and once begun it runs to its end.
+    /// Like [`Self::share_for`], for work that takes its place in a queue with the waiting requests it gets: it ends with the
+    /// last of them while it is queued, and only then.
     pub fn share_queued<F, W>(&self, key: K, demand: Demand, work: W) -> SharedCall<V>
     where
         W: FnOnce(Waiters) -> F,

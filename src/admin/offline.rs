@@ -60,17 +60,18 @@ impl Admin {
     /// Switches offline mode and persists it. Returns the previous state.
     pub(super) async fn switch_offline(&self, on: bool) -> Result<bool, Problem> {
         let was = self.offline.set(on);
-        // Before the wait, because a client that leaves ends this task.
         if was != on {
             tracing::warn!(offline = on, "offline mode switched by the operator");
         }
         let registry = self.registry.load_full();
-        blocking(move || {
+        let persisting = blocking(move || {
             if let Err(fault) = registry.proxy.store().blocking().persist_offline(on) {
                 tracing::error!(%fault, offline = on, "failed to persist offline mode");
             }
             Ok(was)
-        })
-        .await
+        });
+        // In a task of its own, because a client may leave.
+        let persisted = tokio::spawn(persisting).await;
+        persisted.unwrap_or_else(|_| Err(Problem::task_failed()))
     }
 }

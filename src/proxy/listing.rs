@@ -116,7 +116,7 @@ impl ReadContext<'_> {
                         state = state_with(stored.as_ref());
                     }
                     if state.has_fallback() {
-                        // The request continues, and the next caller uses its result.
+                        // Once sent, the request continues, and the next caller uses its result.
                         Err((
                             Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout),
                             None,

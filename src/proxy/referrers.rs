@@ -325,7 +325,7 @@ impl<'a> ReferrersRequest<'a> {
         upstream.record_timeout(&self.read.caller, &self.read.request.endpoint, waited);
     }
 
-    /// Fetches the list. With a fallback, waits at most `wait`; the fetch continues.
+    /// Fetches the list. With a fallback, waits at most `wait`; once sent, the fetch continues.
     async fn fetch_list(&self, wait: Duration) -> super::listing::ListResult {
         let mut upstream_request = self.read.upstream_request();
         let call_key = (

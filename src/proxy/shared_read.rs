@@ -4,8 +4,8 @@
 //! download: it has a current grant in the repository, and the upstream was seen to have the digest there. Anything else
 //! is requested from the upstream, and nothing is looked up in the bucket before. So neither the requests nor their
 //! time tell a client what the bucket has. There is one exception: while the upstream is requested by `HEAD` for a blob
-//! that a manifest of the repository references, the bucket is read ahead, unless the last such `HEAD` was denied. The
-//! client gets a denial without waiting for the bucket.
+//! that a manifest of the repository references, the bucket is read ahead, if the upstream confirmed the last such request
+//! at once. The client gets a denial without waiting for the bucket.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,6 +27,9 @@ const LACKING_PERIOD: Duration = Duration::from_secs(60);
 
 /// Repositories that are remembered.
 const LACKING_MAX: usize = 4096;
+
+/// Longest time that a blob stays open in the bucket while the upstream has not confirmed it.
+pub(super) const AHEAD_MAX: Duration = Duration::from_secs(1);
 
 /// Upstreams that are remembered.
 const CONFIRMING_MAX: usize = 256;
@@ -62,7 +65,7 @@ impl Lacking {
     }
 }
 
-/// Upstreams whose last response to a `HEAD` for a right confirmed the digest.
+/// Upstreams whose last response to a `HEAD` for a right confirmed the digest within [`AHEAD_MAX`].
 pub(super) struct Confirming(Cache<Arc<str>, ()>);
 
 impl Default for Confirming {
@@ -72,8 +75,8 @@ impl Default for Confirming {
 }
 
 impl Confirming {
-    fn record(&self, upstream: Arc<str>, right: &SharedRight) {
-        if matches!(right, SharedRight::Granted) {
+    fn record(&self, upstream: Arc<str>, right: &SharedRight, took: Duration) {
+        if matches!(right, SharedRight::Granted) && took < AHEAD_MAX {
             self.0.insert(upstream, ());
         } else {
             self.0.remove(&upstream);
@@ -159,10 +162,11 @@ impl ProxyService {
         upstream_request: &UpstreamRequest,
         digest: Digest,
     ) -> SharedRight {
+        let began = Instant::now();
         let right = self.right_by_head(upstream_request, digest).await;
         if self.is_referenced(upstream_request, digest) {
             self.confirming
-                .record(upstream_request.registry.shared_name(), &right);
+                .record(upstream_request.registry.shared_name(), &right, began.elapsed());
         }
         right
     }

@@ -4,18 +4,17 @@
 mod claim;
 
 use std::future::ready;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures_util::future::{Either, select};
+use futures_util::future::{BoxFuture, Either, select};
 use http::StatusCode;
 use tokio::time::{Instant, timeout};
 
 use super::ProxyService;
 use super::manifest_fetch::UpstreamRequest;
-use super::shared_read::{Lacking, SharedRight};
+use super::shared_read::{AHEAD_MAX, Lacking, SharedRight};
 use crate::download::{self, ByteStream, DownloadError, Leader, Observer, RangeSource, Source, Stream};
 use crate::oci::{CacheHeaders, Digest, UpstreamFailure};
 use crate::queue::{Class, Demand, Waiters};
@@ -54,12 +53,8 @@ pub(super) struct UpstreamSource {
 /// Times that a blob is opened in the shared storage. After that the upstream continues it.
 const SHARED_OPENS_MAX: u32 = 2;
 
-/// Longest time that a blob stays open in the shared storage while the upstream has not confirmed it. Opened blobs
-/// count as requests to the bucket.
-const OPEN_AHEAD_MAX: Duration = Duration::from_millis(500);
-
 /// The opening of a blob in the shared storage.
-type Opening = Pin<Box<dyn Future<Output = Result<SharedObject, Unread>> + Send>>;
+type Opening = BoxFuture<'static, Result<SharedObject, Unread>>;
 
 /// The part of a download that is read from the shared storage.
 #[derive(Default)]
@@ -67,6 +62,8 @@ struct SharedReading {
     /// Whether the caller's right to read there is established.
     is_permitted: bool,
     opens: u32,
+    /// When the last opening began.
+    opened_at: Option<Instant>,
     /// Whether the bytes since the last opening at byte 0 came from there.
     is_from_start: bool,
     /// Age of the object, if it was read and the storage states it.
@@ -176,16 +173,14 @@ impl UpstreamSource {
         let Some(opening) = opening else {
             return (deciding.await, None);
         };
-        match select(deciding, opening).await {
-            Either::Left((right, opening)) => (right, Some(opening)),
-            Either::Right((opened, mut deciding)) => {
-                if let Ok(right) = timeout(OPEN_AHEAD_MAX, &mut deciding).await {
-                    return (right, Some(Box::pin(ready(opened))));
-                }
-                drop(opened);
-                (deciding.await, None)
-            }
+        let (right, ahead) = with_opening(deciding, opening).await;
+        if ahead.is_none()
+            && let Some(reading) = &mut self.shared
+        {
+            reading.opens -= 1;
+            reading.claim_read = None;
         }
+        (right, ahead)
     }
 
     /// Begins to open the blob in the shared storage. `None` if the upstream must send it, or the rest of it.
@@ -196,6 +191,7 @@ impl UpstreamSource {
             return None;
         }
         reading.opens += 1;
+        reading.opened_at = Some(Instant::now());
         let (content, shared) = (SharedContent::Blob(self.digest), Arc::clone(&self.proxy.shared));
         // The claim is needed if the blob is absent, and its read costs a round trip more afterwards.
         let place = Lacking::place(&self.upstream_request);
@@ -314,7 +310,8 @@ impl UpstreamSource {
 impl Source for UpstreamSource {
     async fn open(&mut self, from: u64) -> Result<Stream, UpstreamResponse> {
         let ahead = self.permit_shared(from).await?;
-        let began = Instant::now();
+        let opened_at = self.shared.as_ref().and_then(|reading| reading.opened_at);
+        let began = opened_at.filter(|_| ahead.is_some()).unwrap_or_else(Instant::now);
         if let Some(stream) = self.open_shared(from, ahead).await {
             return Ok(stream);
         }
@@ -480,6 +477,25 @@ impl Source for UpstreamSource {
     }
 }
 
+/// The right, and what was opened while it was being established. What stayed open for [`AHEAD_MAX`] is dropped.
+async fn with_opening<R, T: Send + 'static, E: Send + 'static>(
+    deciding: impl Future<Output = R> + Unpin,
+    opening: BoxFuture<'static, Result<T, E>>,
+) -> (R, Option<BoxFuture<'static, Result<T, E>>>) {
+    let (opened, mut deciding) = match select(deciding, opening).await {
+        Either::Left((right, opening)) => return (right, Some(opening)),
+        Either::Right((opened, deciding)) => (opened, deciding),
+    };
+    if opened.is_ok() {
+        let Ok(right) = timeout(AHEAD_MAX, &mut deciding).await else {
+            drop(opened);
+            return (deciding.await, None);
+        };
+        return (right, Some(Box::pin(ready(opened))));
+    }
+    (deciding.await, Some(Box::pin(ready(opened))))
+}
+
 /// Bytes of a blob in the shared storage.
 struct SharedBody(SharedObject);
 
@@ -512,5 +528,36 @@ impl RangeSource for UpstreamSource {
                 && self.total.is_none_or(|total| fetched.total == Some(total));
             is_part.then(|| Box::new(fetched) as Box<dyn ByteStream>)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+    use tokio::time::sleep;
+
+    use super::*;
+
+    const BUCKET: Duration = Duration::from_millis(20);
+
+    /// What the opening gives once the upstream has answered after this time.
+    async fn opened_ahead(upstream: Duration, object: Result<u8, u8>) -> Option<Result<u8, u8>> {
+        let opening = async move {
+            sleep(BUCKET).await;
+            object
+        };
+        let (answered, ahead) = with_opening(Box::pin(sleep(upstream)), opening.boxed()).await;
+        assert_eq!(answered, ());
+        Some(ahead?.await)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn opened_blob_is_dropped_if_the_upstream_is_slow() {
+        let (soon, late) = (AHEAD_MAX / 2, AHEAD_MAX * 2);
+        assert_eq!(opened_ahead(Duration::ZERO, Ok(1)).await, Some(Ok(1)));
+        assert_eq!(opened_ahead(soon, Ok(1)).await, Some(Ok(1)));
+        assert_eq!(opened_ahead(late, Ok(1)).await, None);
+        // A failure keeps nothing open, and the bucket is not asked again.
+        assert_eq!(opened_ahead(late, Err(2)).await, Some(Err(2)));
     }
 }

@@ -113,6 +113,15 @@ impl ClaimRecord {
         }
     }
 
+    /// A claim of which this process has written so many others. Some storages derive the version from the bytes, and a version
+    /// that was waited for in vain is not waited for again.
+    pub(super) fn numbered(me: &BootId, number: u64) -> Self {
+        Self {
+            beat: number,
+            ..Self::new(me)
+        }
+    }
+
     /// `None` if these bytes are no claim.
     pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
         let record: Self = serde_json::from_slice(bytes).ok()?;

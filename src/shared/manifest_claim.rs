@@ -8,6 +8,7 @@
 mod tests;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -65,6 +66,8 @@ pub(super) struct ManifestClaims {
     /// Versions of claims that were waited for in vain.
     vain: Cache<ObjectKey, String>,
     uploads: Semaphore,
+    /// Claims that this process has created.
+    created: AtomicU64,
 }
 
 impl Default for ManifestClaims {
@@ -73,6 +76,7 @@ impl Default for ManifestClaims {
             breaker: Mutex::default(),
             vain: Cache::new(VAIN_MAX),
             uploads: Semaphore::new(UPLOADS_MAX),
+            created: AtomicU64::new(0),
         }
     }
 }
@@ -274,7 +278,8 @@ impl Active {
         guard: LeaseGuard,
     ) -> Created {
         let (key, me) = (ObjectKey::manifest_claim(&digest), &self.claims.leases.me);
-        let written = self.send_create(&key, &ClaimRecord::new(me)).await;
+        let number = self.claims.manifests.created.fetch_add(1, Ordering::Relaxed);
+        let written = self.send_create(&key, &ClaimRecord::numbered(me, number)).await;
         if !matches!(written, Written::Done(_)) {
             let look = self.look(&key).await;
             // Otherwise the reply to the create was lost.

@@ -140,6 +140,18 @@ impl Uploads {
         }
     }
 
+    /// Waits until this content is not being uploaded. After a failed attempt it is queued again, for an unknown time.
+    async fn attempted(&self, content: SharedContent) {
+        loop {
+            let mut ended = std::pin::pin!(self.ended.notified());
+            ended.as_mut().enable();
+            if !self.state.lock().running.contains(&content) {
+                return;
+            }
+            ended.await;
+        }
+    }
+
     /// Waits until this content is neither queued nor running.
     pub(super) async fn over(&self, content: SharedContent) {
         loop {
@@ -253,7 +265,7 @@ pub(super) async fn upload_at_once(
     match active.uploads.start(item) {
         Start::Taken => {}
         Start::Running => {
-            active.uploads.over(content).await;
+            active.uploads.attempted(content).await;
             return active.has(content).await;
         }
         Start::Closed => return false,
@@ -261,6 +273,11 @@ pub(super) async fn upload_at_once(
     let item = Item { attempts: 1, ..item };
     // The semaphore is never closed. A shutdown waits for this upload too, because it counts as running.
     let _permit = permits.acquire().await;
+    if active.uploads.is_closed() || active.writes_open_since().is_some() {
+        active.uploads.end(item, true);
+        active.telemetry.shared().record_upload("retried");
+        return false;
+    }
     attempt(active, store, item, false).await
 }
 

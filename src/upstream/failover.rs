@@ -144,7 +144,10 @@ pub trait ServedStore: Send + Sync {
 }
 
 /// Permits of [`Operation::ServedUrls`], for all upstreams.
-static PERMITS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Operation::ServedUrls.permits());
+static WRITES: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Operation::ServedUrlsWrite.permits());
+
+/// Permits of [`Operation::ServedUrlsRead`].
+static READS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Operation::ServedUrlsRead.permits());
 
 /// Which URLs of an upstream have served which repositories. Used only with several URLs.
 pub(super) struct ServedHistory {
@@ -190,14 +193,17 @@ impl ServedHistory {
         if self.known.get(&key).is_some() {
             return;
         }
-        self.known.insert(key.clone(), ());
         if let Some(durable) = self.durable.clone() {
-            let upstream = upstream.to_owned();
-            let noting = blocking::run(&PERMITS, move || durable.record_served(&upstream, &key.0, &key.1));
-            if noting.await.is_err() {
+            let (upstream, key) = (upstream.to_owned(), key.clone());
+            // In a task of its own, because a client may leave.
+            let noting = tokio::spawn(async move {
+                blocking::run(&WRITES, move || durable.record_served(&upstream, &key.0, &key.1)).await
+            });
+            if !matches!(noting.await, Ok(Ok(()))) {
                 tracing::error!(%origin, "failed to record that a URL served a repository");
             }
         }
+        self.known.insert(key, ());
     }
 
     async fn has_served(&self, upstream: &str, origin: &Origin, repository: &Repository) -> bool {
@@ -209,7 +215,7 @@ impl ServedHistory {
             return false;
         };
         let upstream = upstream.to_owned();
-        let has = blocking::run(&PERMITS, move || {
+        let has = blocking::run(&READS, move || {
             durable.has_served(&upstream, &key.0, &key.1).then_some(key)
         });
         // If the store fails, treat the denial as final: skipping it could reveal another URL's content.

@@ -2,7 +2,7 @@
 //!
 //! A lookup occupies a thread until the name server answers or the resolver gives up, which takes longer than any
 //! connection waits. So a name server that says nothing occupies one thread for each name, and at most those of
-//! [`Operation::NameLookup`].
+//! [`Operation::NameLookup`]. A lookup that waits for a thread ends with its last caller.
 
 use std::collections::HashMap;
 use std::io;
@@ -10,16 +10,21 @@ use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use hyper_util::client::legacy::connect::dns::Name;
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::{Instant, timeout};
 use tower_service::Service;
 
 use crate::blocking::{self, Operation};
 
 /// Names that are looked up or wait for that. An upstream may redirect to any name.
 const NAMES_MAX: usize = 1024;
+
+/// Time after which a second lookup of the name begins. Less than the time for a connection to a bucket.
+const REPEAT_AFTER: Duration = Duration::from_millis(300);
 
 /// Lookups of the process.
 static LOOKUPS: LazyLock<Arc<Lookups>> = LazyLock::new(|| Arc::new(Lookups::new(system)));
@@ -50,20 +55,36 @@ fn system(name: &str) -> io::Result<Vec<SocketAddr>> {
 }
 
 struct Lookups {
-    running: Mutex<HashMap<String, watch::Receiver<Option<Found>>>>,
+    running: Mutex<HashMap<String, Lookup>>,
     permits: Arc<Semaphore>,
     resolve: fn(&str) -> io::Result<Vec<SocketAddr>>,
 }
+
+/// The lookup of one name, for all that wait for it.
+struct Lookup {
+    found: Sender,
+    began: Instant,
+    is_repeated: bool,
+}
+
+type Sender = Arc<watch::Sender<Option<Found>>>;
 
 /// A running lookup. Dropping it, also at the end of a runtime, lets the next one of the name begin.
 struct Running {
     lookups: Arc<Lookups>,
     name: String,
+    found: Sender,
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.lookups.running.lock().remove(&self.name);
+        let mut running = self.lookups.running.lock();
+        if running
+            .get(&self.name)
+            .is_some_and(|lookup| Arc::ptr_eq(&lookup.found, &self.found))
+        {
+            running.remove(&self.name);
+        }
     }
 }
 
@@ -77,8 +98,14 @@ impl Lookups {
     }
 
     async fn addresses(self: &Arc<Self>, name: &str) -> io::Result<Vec<SocketAddr>> {
-        let mut lookup = self.join(name)?;
-        let found = lookup.wait_for(Option::is_some).await.ok();
+        let mut found = self.join(name)?;
+        if timeout(REPEAT_AFTER, found.wait_for(Option::is_some))
+            .await
+            .is_err()
+        {
+            self.repeat(name);
+        }
+        let found = found.wait_for(Option::is_some).await.ok();
         match found.and_then(|found| found.clone()) {
             Some(Ok(found)) => Ok(found),
             Some(Err(error)) => Err(shared(&error)),
@@ -86,31 +113,82 @@ impl Lookups {
         }
     }
 
-    /// Joins the lookup of this name, or begins one. It continues when its callers have left: the next one may join.
+    /// Joins the lookup of this name, or begins one.
     fn join(self: &Arc<Self>, name: &str) -> io::Result<watch::Receiver<Option<Found>>> {
         let mut running = self.running.lock();
         if let Some(lookup) = running.get(name) {
-            return Ok(lookup.clone());
+            let found = lookup.found.subscribe();
+            drop(running);
+            self.repeat(name);
+            return Ok(found);
         }
         if running.len() >= NAMES_MAX {
             return Err(io::Error::other("too many host names are being looked up"));
         }
-        let (sender, lookup) = watch::channel(None);
-        running.insert(name.to_owned(), lookup.clone());
+        let (sender, found) = watch::channel(None);
+        let sender = Arc::new(sender);
+        let lookup = Lookup {
+            found: Arc::clone(&sender),
+            began: Instant::now(),
+            is_repeated: false,
+        };
+        running.insert(name.to_owned(), lookup);
         drop(running);
-        let guard = Running {
+        self.start(name, sender, None);
+        Ok(found)
+    }
+
+    /// Looks the name up once more if that takes long: a reply may be lost, and the resolver repeats its request after 5 s.
+    fn repeat(self: &Arc<Self>, name: &str) {
+        let mut running = self.running.lock();
+        let Some(lookup) = running
+            .get_mut(name)
+            .filter(|lookup| !lookup.is_repeated && lookup.began.elapsed() >= REPEAT_AFTER)
+        else {
+            return;
+        };
+        // Other names have precedence.
+        if let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() {
+            lookup.is_repeated = true;
+            let found = Arc::clone(&lookup.found);
+            drop(running);
+            self.start(name, found, Some(permit));
+        }
+    }
+
+    fn start(self: &Arc<Self>, name: &str, found: Sender, permit: Option<OwnedSemaphorePermit>) {
+        let running = Running {
             lookups: Arc::clone(self),
             name: name.to_owned(),
+            found: Arc::clone(&found),
         };
         tokio::spawn(async move {
-            let (name, resolve) = (guard.name.clone(), guard.lookups.resolve);
-            let found = blocking::run(&guard.lookups.permits, move || resolve(&name)).await;
-            let found = found.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()));
+            let lookups = Arc::clone(&running.lookups);
+            let permit = match permit {
+                Some(permit) => Some(permit),
+                // The semaphore is never closed.
+                None => Arc::clone(&lookups.permits).acquire_owned().await.ok(),
+            };
+            if lookups.is_abandoned(&running) {
+                return;
+            }
+            let (name, resolve) = (running.name.clone(), lookups.resolve);
+            let result = blocking::run_with(permit, move || resolve(&name)).await;
+            let result = result.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()));
             // Before the result is known, so that no later caller gets it.
-            drop(guard);
-            sender.send_replace(Some(found.map_err(Arc::new)));
+            drop(running);
+            found.send_replace(Some(result.map_err(Arc::new)));
         });
-        Ok(lookup)
+    }
+
+    /// Whether no caller waits. Then none joins this lookup any more.
+    fn is_abandoned(&self, lookup: &Running) -> bool {
+        let mut running = self.running.lock();
+        let is_abandoned = lookup.found.receiver_count() == 0;
+        if is_abandoned {
+            running.remove(&lookup.name);
+        }
+        is_abandoned
     }
 }
 
@@ -156,18 +234,63 @@ mod tests {
     #[tokio::test]
     async fn names_that_wait_have_a_limit() {
         let lookups = Arc::new(Lookups::new(FIXED));
-        for number in 0..NAMES_MAX {
-            lookups.join(&format!("name{number}")).unwrap();
-        }
+        let waiting: Vec<_> = (0..NAMES_MAX)
+            .map(|number| lookups.join(&format!("name{number}")).unwrap())
+            .collect();
         assert!(lookups.join("further").is_err());
         assert!(lookups.join("name1").is_ok());
+        drop(waiting);
+    }
+
+    /// The reply to the first request is lost.
+    #[tokio::test(start_paused = true)]
+    async fn slow_lookup_is_repeated_once() {
+        static CALLS: AtomicUsize = AtomicUsize::new(0);
+        fn first_hangs(name: &str) -> io::Result<Vec<SocketAddr>> {
+            match CALLS.fetch_add(1, Ordering::Relaxed) {
+                0 => {
+                    while CALLS.load(Ordering::Relaxed) < 2 {
+                        std::thread::yield_now();
+                    }
+                    Err(io::ErrorKind::TimedOut.into())
+                }
+                _ => FIXED(name),
+            }
+        }
+        let lookups = Arc::new(Lookups::new(first_hangs));
+        let later = async {
+            while CALLS.load(Ordering::Relaxed) == 0 {
+                tokio::task::yield_now().await;
+            }
+            // The clock does not advance by itself while a blocking operation runs.
+            tokio::time::advance(REPEAT_AFTER).await;
+        };
+        let (one, other) = (lookups.addresses("registry"), lookups.addresses("registry"));
+        let (one, other, ()) = tokio::join!(one, other, later);
+        assert_eq!(one.is_ok(), other.is_ok());
+        assert_eq!(CALLS.load(Ordering::Relaxed), 2);
+    }
+
+    #[tokio::test]
+    async fn lookup_without_a_caller_takes_no_thread() {
+        let lookups = Arc::new(Lookups::new(|_| unreachable!("it was abandoned")));
+        let all = Arc::clone(&lookups.permits);
+        let permits = all.acquire_many(12).await.unwrap();
+        drop(lookups.join("registry").unwrap());
+        drop(permits);
+        while !lookups.running.lock().is_empty() {
+            tokio::task::yield_now().await;
+        }
     }
 
     /// The runtime of the lookup has ended, as at the end of a test.
     #[test]
     fn lookup_that_was_dropped_blocks_no_other() {
         let lookups = Arc::new(Lookups::new(FIXED));
-        let runtime = || tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let runtime = || {
+            let mut builder = tokio::runtime::Builder::new_current_thread();
+            builder.enable_time().build().unwrap()
+        };
         let first = runtime();
         let lookup = first.block_on(async { lookups.join("registry").unwrap() });
         drop(first);

@@ -17,6 +17,9 @@ use crate::shared::rate::Rate;
 /// How long a record that was read counts. A denial that another cache records counts here after this time.
 const READ_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
+/// Longest wait for the read of another request: for one that began before, and for its own.
+const WAIT_MAX: Duration = Duration::from_secs(2);
+
 /// Records that were read and are remembered.
 const READ_MAX: usize = 4096;
 
@@ -68,18 +71,19 @@ impl<S: Clone> RecentReads<S> {
     }
 
     async fn get(&self, id: &RecordId, reading: impl Future<Output = RecordRead<S>>) -> RecordRead<S> {
-        if let Some(found) = self.lately(id) {
+        let arrived = Instant::now();
+        if let Some(found) = self.lately(id, arrived) {
             return found;
         }
         // One of the requests that need the record reads it.
         let Some(reader) = self.reader(id) else {
             return RecordRead::Unread { is_capped: false };
         };
-        // A slow bucket delays no request longer than what was read counts.
-        let Ok(_reading) = timeout(READ_AGAIN_AFTER, reader.lock()).await else {
-            return RecordRead::Unread { is_capped: true };
+        // A bucket that is slower counts as one that does not answer.
+        let Ok(_reading) = timeout(WAIT_MAX, reader.lock()).await else {
+            return RecordRead::Unread { is_capped: false };
         };
-        if let Some(found) = self.lately(id) {
+        if let Some(found) = self.lately(id, arrived) {
             return found;
         }
         // Of the requests that wait for one read, one counts.
@@ -97,10 +101,10 @@ impl<S: Clone> RecentReads<S> {
         found
     }
 
-    /// The result of a read within the last second.
-    fn lately(&self, id: &RecordId) -> Option<RecordRead<S>> {
+    /// The result of a read that began within the second before the request arrived, or after that.
+    fn lately(&self, id: &RecordId, arrived: Instant) -> Option<RecordRead<S>> {
         let (found, at) = self.read.get(id)?;
-        (at.elapsed() < READ_AGAIN_AFTER).then_some(found)
+        (arrived.saturating_duration_since(at) < READ_AGAIN_AFTER).then_some(found)
     }
 
     fn reader(&self, id: &RecordId) -> Option<&AsyncMutex<()>> {
@@ -150,15 +154,34 @@ mod tests {
 
     /// The bucket answers no read.
     #[tokio::test(start_paused = true)]
-    async fn request_waits_a_second_for_another_read() {
+    async fn request_waits_two_seconds_for_another_read() {
         let reads = Arc::new(LimitedReads::<u8>::new());
         let first = Arc::clone(&reads);
         tokio::spawn(async move { first.get((&id(1), true), std::future::pending()).await });
         tokio::task::yield_now().await;
         let began = Instant::now();
         let (found, is_read) = read(&reads, 1, true).await;
-        assert_eq!((found, is_read), (RecordRead::Unread { is_capped: true }, false));
-        assert_eq!(began.elapsed(), READ_AGAIN_AFTER);
+        assert_eq!((found, is_read), (RecordRead::Unread { is_capped: false }, false));
+        assert_eq!(began.elapsed(), WAIT_MAX);
+    }
+
+    /// The read takes longer than its result counts. Requests that wait for it get the result.
+    #[tokio::test(start_paused = true)]
+    async fn slow_read_answers_those_that_wait_for_it() {
+        let reads = Arc::new(LimitedReads::new());
+        let first = Arc::clone(&reads);
+        let slow = async {
+            tokio::time::sleep(WAIT_MAX * 3 / 4).await;
+            RecordRead::Absent
+        };
+        tokio::spawn(async move { first.get((&id(1), true), slow).await });
+        tokio::task::yield_now().await;
+        let all = join_all((0..20).map(|_| read(&reads, 1, true))).await;
+        assert!(
+            all.iter().all(|each| *each == (RecordRead::Absent, false)),
+            "{all:?}"
+        );
+        assert_eq!(read(&reads, 1, true).await, (RecordRead::Absent, true));
     }
 
     #[tokio::test(start_paused = true)]

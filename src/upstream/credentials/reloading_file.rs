@@ -4,21 +4,25 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
-use tokio::task::spawn_blocking;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 use super::CredentialUnavailable;
+use crate::blocking::{self, Operation};
 
 /// Minimum interval between two checks of the file.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Maximum size of the file.
 const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+/// Permits of [`Operation::CredentialFile`].
+static PERMITS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Operation::CredentialFile.permits());
 
 /// Parses the file, or describes the error without quoting the text.
 type Parse<T> = Box<dyn Fn(&str) -> Result<T, String> + Send + Sync>;
@@ -74,7 +78,7 @@ impl<T> ReloadingFile<T> {
             return Ok(value);
         }
         let (path, known) = (self.path.clone(), self.loaded.lock().version);
-        let read = spawn_blocking(move || read_if_changed(&path, known)).await;
+        let read = blocking::run(&PERMITS, move || read_if_changed(&path, known)).await;
         let update = match read {
             Ok(Ok(None)) => Ok(None),
             Ok(Ok(Some((version, text)))) => (self.parse)(&text).map(|value| Some((version, value))),

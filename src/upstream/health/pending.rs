@@ -32,8 +32,8 @@ struct PendingRequest {
     waiting_on: Option<WaitingOn>,
     /// When it was sent. A pause begins anew.
     sent_at: Instant,
-    /// How long a caller waited for it in vain.
-    timed_out: Option<Duration>,
+    /// How long a caller waited for it in vain, and when that wait ended.
+    timed_out: Option<(Duration, Instant)>,
     /// When such a wait was last counted as a failure.
     counted_at: Option<Instant>,
 }
@@ -113,7 +113,7 @@ impl PendingRequests {
         for pending in self.requests.values_mut() {
             let is_same = pending.request.principal == principal && pending.request.endpoint == *endpoint;
             if is_same {
-                pending.timed_out = Some(waited);
+                pending.timed_out = Some((waited, now));
             }
             if let Some(kind) = pending.waiting_kind()
                 && pending.is_overdue(is_suspected(kind), now)
@@ -139,16 +139,14 @@ impl PendingRequest {
         })
     }
 
-    /// Whether a wait timed out, and at least half of it was due to the peer. Once the peer is suspected, the time until
-    /// the registry's 401 counts as the token service's: a short wait may have room for no more than the 401.
+    /// Whether a wait for this peer timed out, and at least half of it was due to the peer. Once a token service is
+    /// suspected, the time until the registry's 401 counts as its own: a short wait may have room for no more than the 401.
     fn is_overdue(&self, is_suspected: bool, now: Instant) -> bool {
-        let since = if is_suspected {
-            self.sent_at
-        } else {
-            self.request.since
-        };
+        let is_token = self.waiting_on == Some(WaitingOn::TokenService);
+        let (began, since) = (self.request.since, self.sent_at);
+        let since = if is_suspected && is_token { since } else { began };
         self.timed_out
-            .is_some_and(|waited| now.saturating_duration_since(since) >= waited / 2)
+            .is_some_and(|(waited, at)| at >= began && now.saturating_duration_since(since) >= waited / 2)
     }
 
     /// Whether it already counts as a failure. Several callers may wait for one request at a time.

@@ -386,6 +386,33 @@ fn t05_request_sent_late_counts_with_the_next_timeout() {
     assert_eq!(wait_after_requests_sent_late([soon, late]), WaitLimit::Short);
 }
 
+/// The bad interleaving: tokens arrive late, and a wait ends just after the registry got the requests.
+#[test]
+fn t05_wait_for_a_token_is_no_failure_of_the_registry() {
+    let mut world = World::new();
+    world.expires(&tag("a"));
+    let names = ["b", "c", "d"].map(tag);
+    let ids = names.each_ref().map(|tag| {
+        let id = world.detector.sent(RequestKind::Head, tag, [0; 32], world.now);
+        world.detector.waiting_for_token(id, world.now);
+        id
+    });
+    world.now += SHORT_WAIT;
+    for tag in &names {
+        world.detector.record_timeout([0; 32], tag, SHORT_WAIT, world.now);
+    }
+    for id in ids {
+        world
+            .detector
+            .token_finished(id, RequestOutcome::Response, world.now);
+    }
+    let e = tag("e");
+    world.detector.sent(RequestKind::Head, &e, [0; 32], world.now);
+    world.now += Duration::from_millis(1);
+    world.detector.record_timeout([0; 32], &e, SHORT_WAIT, world.now);
+    assert_eq!(world.wait_for(RequestKind::Head, &tag("f")), WaitLimit::Short);
+}
+
 #[test]
 fn t05_late_request_with_a_response_counts_nothing() {
     let mut world = World::new();
