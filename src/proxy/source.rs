@@ -62,8 +62,8 @@ struct SharedReading {
     /// Whether the caller's right to read there is established.
     is_permitted: bool,
     opens: u32,
-    /// When the last opening began.
-    opened_at: Option<Instant>,
+    /// When the last opening began, until the bucket has answered it.
+    unanswered_since: Option<Instant>,
     /// Whether the bytes since the last opening at byte 0 came from there.
     is_from_start: bool,
     /// Age of the object, if it was read and the storage states it.
@@ -191,7 +191,7 @@ impl UpstreamSource {
             return None;
         }
         reading.opens += 1;
-        reading.opened_at = Some(Instant::now());
+        reading.unanswered_since = Some(Instant::now());
         let (content, shared) = (SharedContent::Blob(self.digest), Arc::clone(&self.proxy.shared));
         // The claim is needed if the blob is absent, and its read costs a round trip more afterwards.
         let place = Lacking::place(&self.upstream_request);
@@ -209,12 +209,15 @@ impl UpstreamSource {
         self.proxy
             .lacking
             .record(place, matches!(opened, Err(Unread::Absent)));
-        // An object of another size than stated is damaged, unless the manifest is wrong.
         let stated = Source::stated_size(self);
+        let reading = self.shared.as_mut()?;
+        if !matches!(opened, Err(Unread::Unavailable)) {
+            reading.unanswered_since = None;
+        }
+        // An object of another size than stated is damaged, unless the manifest is wrong.
         let opened = opened
             .ok()
             .filter(|object| stated.is_none_or(|stated| stated == object.info.size));
-        let reading = self.shared.as_mut()?;
         let Some(object) = opened else {
             reading.opens = SHARED_OPENS_MAX;
             return None;
@@ -310,11 +313,12 @@ impl UpstreamSource {
 impl Source for UpstreamSource {
     async fn open(&mut self, from: u64) -> Result<Stream, UpstreamResponse> {
         let ahead = self.permit_shared(from).await?;
-        let opened_at = self.shared.as_ref().and_then(|reading| reading.opened_at);
-        let began = opened_at.filter(|_| ahead.is_some()).unwrap_or_else(Instant::now);
+        let permitted_at = Instant::now();
         if let Some(stream) = self.open_shared(from, ahead).await {
             return Ok(stream);
         }
+        let unanswered_since = self.shared.as_ref().and_then(|reading| reading.unanswered_since);
+        let began = unanswered_since.unwrap_or(permitted_at);
         if !self.may_ask_upstream {
             return Err(UpstreamResponse::unavailable(UpstreamFailure::PolicyNever));
         }

@@ -263,7 +263,7 @@ fn is_blob_head(seen: &Seen) -> bool {
 
 /// A cache whose upstream has confirmed the first of two layers, and the second one.
 async fn confirmed() -> (Upstream, Bucket, Proxy, Blob) {
-    let image = Image::with_layers(&["first", "second"]);
+    let image = Image::with_layers(&[vec![1; 100], vec![2; MIB]]);
     let (upstream, bucket, image, second) = warm_bucket(image).await;
     second.manifest(DEMO, "latest").await.is_image(&image);
     second
@@ -313,6 +313,19 @@ async fn denial_waits_for_no_bucket_that_is_read_ahead() {
     assert_eq!(bucket.count("GET", &layer.digest), 0);
     gate.release();
     pull.await.unwrap().is_blob(&layer);
+}
+
+/// Otherwise a client would wait for the blob, and then for the claim.
+#[tokio::test]
+async fn silent_bucket_that_is_read_ahead_is_asked_once() {
+    let (upstream, bucket, second, layer) = confirmed().await;
+    bucket.set(Mode::Silent);
+    bucket.forget_asked();
+    second.blob(DEMO, &layer.digest).await.is_blob(&layer);
+    let asked = bucket.requests_of(&layer.digest);
+    let reads: Vec<_> = asked.iter().filter(|asked| asked.method == "GET").collect();
+    assert_eq!(reads.len(), 1, "{reads:?}");
+    assert_eq!(upstream.blob_gets(&layer.digest), 1);
 }
 
 /// Whatever the bucket does, pulls succeed and the local cache is whole.
