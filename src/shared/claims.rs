@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -336,6 +337,28 @@ impl Active {
         guard: LeaseGuard,
         answered: watch::Sender<()>,
     ) -> Entered {
+        let (key, mut left) = (ObjectKey::claim(&entering.content.digest()), None);
+        let entered = self.entered_with(entering, guard, answered, &mut left).await;
+        if let Some(creating) = left {
+            let active = Arc::clone(self);
+            tokio::spawn(async move {
+                // Created after all, when the other claim was gone.
+                if let Ok(Written::Done(_)) = creating.await {
+                    active.delete_of_claim(&key).await;
+                }
+            });
+        }
+        entered
+    }
+
+    /// `left`: a create whose result was not waited for.
+    async fn entered_with(
+        self: &Arc<Self>,
+        entering: Entering,
+        guard: LeaseGuard,
+        answered: watch::Sender<()>,
+        left: &mut Option<JoinHandle<Written>>,
+    ) -> Entered {
         let Entering {
             content,
             from,
@@ -366,7 +389,7 @@ impl Active {
                 }
                 Step::Create(record) => {
                     let began = Instant::now();
-                    let writing = self.create_claim(&key, &record);
+                    let writing = self.create_claim(&key, &record, left);
                     let (written, found) = tokio::join!(writing, self.has(content));
                     answered.send_replace(());
                     (is_takeover, is_there) = (false, found);
@@ -500,10 +523,16 @@ impl Active {
     }
 
     /// Creates a claim. Storages are slow to refuse a create where many caches create at once, so the claim is looked for
-    /// meanwhile.
-    async fn create_claim(self: &Arc<Self>, key: &ObjectKey, record: &ClaimRecord) -> Written {
+    /// meanwhile. An earlier create that is `left` comes first: with two of them, this cache could delete its own claim.
+    async fn create_claim(
+        self: &Arc<Self>,
+        key: &ObjectKey,
+        record: &ClaimRecord,
+        left: &mut Option<JoinHandle<Written>>,
+    ) -> Written {
         let (active, its_key, its_record) = (Arc::clone(self), key.clone(), record.clone());
-        let mut creating = tokio::spawn(async move { active.send_create(&its_key, &its_record).await });
+        let create = async move { active.send_create(&its_key, &its_record).await };
+        let mut creating = left.take().unwrap_or_else(|| tokio::spawn(create));
         loop {
             let looking = async {
                 sleep(CREATE_LOOK).await;
@@ -525,13 +554,7 @@ impl Active {
             if found.is_of(&self.claims.leases.me) {
                 return Written::Done(etag);
             }
-            let (active, key) = (Arc::clone(self), key.clone());
-            tokio::spawn(async move {
-                // Created after all, when the other claim was gone.
-                if let Ok(Written::Done(_)) = creating.await {
-                    active.delete_of_claim(&key).await;
-                }
-            });
+            *left = Some(creating);
             return Written::Refused;
         }
     }

@@ -498,6 +498,29 @@ async fn claim_won_too_late_is_deleted() {
 }
 
 /// It answers each request within the limit, and all of them together take longer.
+/// The bad interleaving: the claim of another cache is found while a slow create is on its way, and then it is gone.
+#[tokio::test(start_paused = true)]
+async fn left_create_is_awaited_before_another_one() {
+    let slow = slow_to_create((1, 0));
+    let bucket: Arc<dyn ObjectStorage> = Arc::clone(&slow) as Arc<dyn ObjectStorage>;
+    let (cache, file) = (cache(&bucket), File::new());
+    let key = ObjectKey::claim(&file.digest());
+    let foreign = ClaimRecord::new(&BootId::random());
+    slow.inner
+        .create(&key, foreign.to_bytes().into(), None)
+        .await
+        .unwrap();
+    let (own, mut left) = (ClaimRecord::new(&cache.claims.leases.me), None);
+    let refused = cache.create_claim(&key, &own, &mut left).await;
+    assert!(matches!(refused, Written::Refused) && left.is_some());
+    slow.inner.delete(&key).await.unwrap();
+    let created = cache.create_claim(&key, &own, &mut left).await;
+    assert!(matches!(created, Written::Done(_)) && left.is_none());
+    sleep(Duration::from_secs(5)).await;
+    assert!(exists(&bucket, key).await);
+    assert_eq!(*slow.created.lock(), 1);
+}
+
 #[tokio::test(start_paused = true)]
 async fn slow_bucket_that_answers_is_waited_for_twice_as_long() {
     for (millis, leads) in [(700, true), (1100, false)] {
