@@ -35,7 +35,7 @@ pub enum Operation {
     BlobLookup,
     /// Starts of downloads.
     DownloadStart,
-    /// Resumptions of downloads, which read what has arrived before.
+    /// Resumptions of downloads, which read the bytes that arrived before.
     DownloadResumption,
     /// Commits of downloads.
     DownloadCommit,

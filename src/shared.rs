@@ -369,7 +369,7 @@ impl SharedStorage {
         active.read(content, bytes_max).await
     }
 
-    /// Whether the bucket has this content. What it has is remembered for a minute, what it lacks is not.
+    /// Whether the bucket has this content. Presence is remembered for a minute, absence is not.
     pub async fn has(&self, content: SharedContent) -> bool {
         self.had_lately(&content.digest()) || self.size_of(content).await.is_some()
     }

@@ -44,7 +44,7 @@ pub(super) struct Stopped {
     pub(super) failure: String,
 }
 
-/// Denials by an upstream that the bucket does not have yet. Until then, other caches may honour what they end, in an outage.
+/// Denials by an upstream that the bucket does not have yet. Until then, other caches may honour the ended rights in an outage.
 #[derive(Serialize, ToSchema)]
 #[schema(as = SharedRevocations)]
 pub(super) struct Revocations {

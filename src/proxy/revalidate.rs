@@ -85,7 +85,7 @@ impl ReadContext<'_> {
                 if let Ok(response) = tokio::time::timeout(wait, asking).await {
                     response
                 } else {
-                    // A request that is still queued here says nothing about the upstream's health.
+                    // A request that is still queued here is no evidence about the upstream.
                     if !waiters.is_queued() {
                         upstream.record_timeout(&upstream_request.caller, &upstream_request.endpoint, wait);
                     }

@@ -481,7 +481,7 @@ impl Source for UpstreamSource {
     }
 }
 
-/// The right, and what was opened while it was being established. What stayed open for [`AHEAD_MAX`] is dropped.
+/// The right, and the opening that ran while it was established. An object that stayed open for [`AHEAD_MAX`] is dropped.
 async fn with_opening<R, T: Send + 'static, E: Send + 'static>(
     deciding: impl Future<Output = R> + Unpin,
     opening: BoxFuture<'static, Result<T, E>>,

@@ -141,7 +141,7 @@ async fn keep(
 /// Result of the create of a claim.
 enum Created {
     Lease(ManifestLease),
-    /// What was found instead.
+    /// The claim of another cache, or none.
     Not(Look),
 }
 
@@ -291,7 +291,7 @@ impl Active {
         Created::Lease(ManifestLease::start(self, store, digest, guard))
     }
 
-    /// Waits until the bucket has the manifest, beginning with what is at the key of its claim. Fails with the reason if
+    /// Waits until the bucket has the manifest, beginning with the content at the key of its claim. Fails with the reason if
     /// nothing is to be waited for.
     async fn follow_manifest(&self, content: SharedContent, mut look: Look) -> Result<(), &'static str> {
         let key = ObjectKey::manifest_claim(&content.digest());

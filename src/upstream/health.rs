@@ -258,7 +258,7 @@ impl FailureDetector {
     }
 
     /// Records that a caller waited `waited` for this principal's request without a response. A request that is still
-    /// queued says nothing about the upstream. Requests that were sent late for their own callers may count now.
+    /// queued is no evidence about the upstream. Requests that were sent late for their own callers may count now.
     pub(super) fn record_timeout(
         &mut self,
         principal: [u8; 32],

@@ -1,7 +1,7 @@
 //! Lookups of host names by the resolver of the system, one of a name at a time for all connections that need it.
 //!
 //! A lookup occupies a thread until the name server answers or the resolver gives up, which takes longer than any
-//! connection waits. So a name server that says nothing occupies one thread for each name, and at most those of
+//! connection waits. So a name server that does not answer occupies one thread for each name, and at most those of
 //! [`Operation::NameLookup`]. A lookup that waits for a thread ends with its last caller.
 
 use std::collections::HashMap;
@@ -113,7 +113,7 @@ impl Lookups {
         }
     }
 
-    /// Joins the lookup of this name, or begins one.
+    /// Joins a running lookup of this name, or begins one.
     fn join(self: &Arc<Self>, name: &str) -> io::Result<watch::Receiver<Option<Found>>> {
         let mut running = self.running.lock();
         if let Some(lookup) = running.get(name) {
@@ -283,7 +283,7 @@ mod tests {
         }
     }
 
-    /// The runtime of the lookup has ended, as at the end of a test.
+    /// The runtime of its task has ended, as at the end of a test.
     #[test]
     fn lookup_that_was_dropped_blocks_no_other() {
         let lookups = Arc::new(Lookups::new(FIXED));

@@ -136,7 +136,7 @@ fn hour_of(kind: ObjectKind, listed: &Listed) -> Option<u64> {
     Some(now.saturating_sub(age) / 3600)
 }
 
-/// A garbage collection: what it listed and deleted so far.
+/// A garbage collection: its lists and deletions so far.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GarbageCollection {
     /// Objects that were listed in the last pass.

@@ -178,7 +178,7 @@ impl Cache {
         self.active.manifest_turn(digest(), &self.store).await
     }
 
-    /// What it does, and the time until then.
+    /// Its turn, and the time until then.
     async fn does(&self) -> (&'static str, Duration) {
         let began = Instant::now();
         let name = match self.turn().await {

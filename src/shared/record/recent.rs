@@ -192,7 +192,7 @@ mod tests {
         assert_eq!(all.iter().filter(|(_, is_read)| *is_read).count(), 200);
         assert_eq!(all.iter().filter(|(found, _)| *found == capped).count(), 100);
         assert_eq!(read(&reads, 1_000, true).await, (RecordRead::Absent, true));
-        // What was capped is not remembered.
+        // A capped read is not remembered.
         tokio::time::advance(Duration::from_millis(500)).await;
         let item = all.iter().position(|(found, _)| *found == capped).unwrap();
         assert_eq!(read(&reads, item, false).await, (RecordRead::Absent, true));

@@ -30,7 +30,7 @@ struct PendingRequest {
     request: SentRequest,
     /// `None` while nothing is in flight (a credential helper runs).
     waiting_on: Option<WaitingOn>,
-    /// When it was sent. A pause begins anew.
+    /// When it was sent. A pause resets it.
     sent_at: Instant,
     /// How long a caller waited for it in vain, and when that wait ended.
     timed_out: Option<(Duration, Instant)>,
