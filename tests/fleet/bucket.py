@@ -1,5 +1,7 @@
 """A real bucket: SeaweedFS with the API of S3."""
 
+import hashlib
+import hmac
 import json
 import os
 import pathlib
@@ -140,6 +142,23 @@ def curl(option, paths, port):
     signed = ["--aws-sigv4", "aws:amz:us-east-1:s3", "--user", f"{KEY}:{SECRET}"]
     done = subprocess.run(["curl", "-sS", option, *signed, *urls], check=True, env=plain_environment(), stdout=subprocess.PIPE)
     return done.stdout.decode()
+
+
+def signed(path, port):
+    """Headers of a GET of this object, by AWS Signature Version 4."""
+    now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    scope = f"{now[:8]}/us-east-1/s3/aws4_request"
+    headers = {"host": f"127.0.0.1:{port}", "x-amz-content-sha256": "UNSIGNED-PAYLOAD", "x-amz-date": now}
+    names = ";".join(headers)
+    lines = [f"{name}:{value}" for name, value in headers.items()]
+    canonical = "\n".join(["GET", f"/{NAME}/{path}", "", *lines, "", names, "UNSIGNED-PAYLOAD"])
+    to_sign = "\n".join(["AWS4-HMAC-SHA256", now, scope, hashlib.sha256(canonical.encode()).hexdigest()])
+    key = f"AWS4{SECRET}".encode()
+    for part in [*scope.split("/"), to_sign]:
+        key = hmac.digest(key, part.encode(), "sha256")
+    credential = f"Credential={KEY}/{scope}, SignedHeaders={names}, Signature={key.hex()}"
+    headers["Host"] = headers.pop("host")
+    return {**headers, "Authorization": f"AWS4-HMAC-SHA256 {credential}"}
 
 
 def endpoint(port):
