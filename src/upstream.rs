@@ -449,11 +449,12 @@ impl Upstream {
 
     /// Records that a caller with a cached copy waited `waited` for a response that did not arrive.
     pub fn record_timeout(&self, caller: &Caller, endpoint: &Endpoint, waited: Duration) {
+        let needs_token = self.0.auth_client.needs_token(&self.0.urls, caller, endpoint);
         let Some(mut health) = self.0.health() else { return };
         let now = Instant::now();
         let changes = health
             .detector
-            .record_timeout(caller.principal, endpoint, waited, now);
+            .record_timeout(caller.principal, (endpoint, needs_token), waited, now);
         self.0.apply_changes(&mut health, changes);
     }
 

@@ -262,7 +262,7 @@ impl FailureDetector {
     pub(super) fn record_timeout(
         &mut self,
         principal: [u8; 32],
-        endpoint: &Endpoint,
+        (endpoint, needs_token): (&Endpoint, bool),
         waited: Duration,
         now: Instant,
     ) -> Vec<BreakerChange> {
@@ -270,7 +270,7 @@ impl FailureDetector {
         let is_suspected = |kind: RequestKind| kind.of(kinds).breaker.is_some();
         let overdue = self
             .pending
-            .overdue((principal, endpoint), waited, is_suspected, now);
+            .overdue((principal, endpoint, needs_token), waited, is_suspected, now);
         let ended = RequestOutcome::NoResponse(UpstreamFailure::RevalidateTimeout);
         let changes = overdue.iter().map(|sent| self.record(sent, ended, now));
         changes.collect::<Vec<_>>().concat()

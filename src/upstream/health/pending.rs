@@ -101,14 +101,17 @@ impl PendingRequests {
 
     /// The requests whose missing response is a failure, after a caller waited `waited` for the one of this principal
     /// and endpoint. A request that was sent late is not among them. It is at a later timeout, if its response is then
-    /// still missing. `is_suspected`: whether this kind of request failed before.
+    /// still missing. `needs_token`: whether the registry sends a 401 first. `is_suspected`: whether this kind of request failed
+    /// before.
     pub(super) fn overdue(
         &mut self,
-        (principal, endpoint): ([u8; 32], &Endpoint),
+        (principal, endpoint, needs_token): ([u8; 32], &Endpoint, bool),
         waited: Duration,
         is_suspected: impl Fn(RequestKind) -> bool,
         now: Instant,
     ) -> Vec<SentRequest> {
+        // The wait may be too short for the 401 alone, and then the token is missing too.
+        let blames_token = needs_token && is_suspected(RequestKind::Token);
         let mut overdue = Vec::new();
         for pending in self.requests.values_mut() {
             let is_same = pending.request.principal == principal && pending.request.endpoint == *endpoint;
@@ -120,6 +123,11 @@ impl PendingRequests {
                 && !pending.is_counted(is_same, now)
             {
                 pending.counted_at = Some(now);
+                let kind = if is_same && blames_token {
+                    RequestKind::Token
+                } else {
+                    kind
+                };
                 overdue.push(SentRequest {
                     kind,
                     ..pending.request.clone()

@@ -109,7 +109,9 @@ impl World {
     ) -> Vec<BreakerChange> {
         if event == ExpiredQueued {
             self.now += LATE;
-            return self.detector.record_timeout(principal, endpoint, LATE, self.now);
+            return self
+                .detector
+                .record_timeout(principal, (endpoint, false), LATE, self.now);
         }
         let id = self.detector.sent(kind, endpoint, principal, self.now);
         self.now += match event {
@@ -122,7 +124,9 @@ impl World {
             Failed => RequestOutcome::ServerError(UpstreamFailure::Status(500)),
             TimedOut => RequestOutcome::NoResponse(UpstreamFailure::Timeout),
             Expired => {
-                let changes = self.detector.record_timeout(principal, endpoint, LATE, self.now);
+                let changes = self
+                    .detector
+                    .record_timeout(principal, (endpoint, false), LATE, self.now);
                 self.detector.cancel(id);
                 return changes;
             }
@@ -288,7 +292,9 @@ fn t04_other_responses_confine_timeout_to_its_repository() {
         world.now += Duration::from_secs(1);
         world.happens_to(Answered, (RequestKind::Head, &b, [1; 32]));
         world.now += Duration::from_secs(1);
-        world.detector.record_timeout([0; 32], &a, BUDGET, world.now);
+        world
+            .detector
+            .record_timeout([0; 32], (&a, false), BUDGET, world.now);
         world.detector.cancel(id);
         assert_eq!(world.wait_for(RequestKind::Head, &b), WaitLimit::Full);
     }
@@ -310,7 +316,9 @@ fn t05_twenty_unresponsive_images_cost_one_timeout() {
         };
         world.detector.sent(RequestKind::Head, &image, [0; 32], world.now);
         world.now += waited;
-        world.detector.record_timeout([0; 32], &image, waited, world.now);
+        world
+            .detector
+            .record_timeout([0; 32], (&image, false), waited, world.now);
     }
     assert_eq!(
         waits[..4],
@@ -347,7 +355,9 @@ fn t05_hanging_request_is_waited_for_once() {
             WaitLimit::None => continue,
         };
         world.now += waited;
-        world.detector.record_timeout([0; 32], &tag, waited, world.now);
+        world
+            .detector
+            .record_timeout([0; 32], (&tag, false), waited, world.now);
     }
     assert_eq!(
         waits,
@@ -372,7 +382,7 @@ fn wait_after_requests_sent_late(late: [Duration; 2]) -> WaitLimit {
         world.now = ends;
         world
             .detector
-            .record_timeout([0; 32], &tag, SHORT_WAIT, world.now);
+            .record_timeout([0; 32], (&tag, false), SHORT_WAIT, world.now);
     }
     world.wait_for(RequestKind::Head, &tag("d"))
 }
@@ -399,7 +409,9 @@ fn t05_wait_for_a_token_is_no_failure_of_the_registry() {
     });
     world.now += SHORT_WAIT;
     for tag in &names {
-        world.detector.record_timeout([0; 32], tag, SHORT_WAIT, world.now);
+        world
+            .detector
+            .record_timeout([0; 32], (tag, false), SHORT_WAIT, world.now);
     }
     for id in ids {
         world
@@ -409,7 +421,9 @@ fn t05_wait_for_a_token_is_no_failure_of_the_registry() {
     let e = tag("e");
     world.detector.sent(RequestKind::Head, &e, [0; 32], world.now);
     world.now += Duration::from_millis(1);
-    world.detector.record_timeout([0; 32], &e, SHORT_WAIT, world.now);
+    world
+        .detector
+        .record_timeout([0; 32], (&e, false), SHORT_WAIT, world.now);
     assert_eq!(world.wait_for(RequestKind::Head, &tag("f")), WaitLimit::Short);
 }
 
@@ -418,10 +432,14 @@ fn t05_late_request_with_a_response_counts_nothing() {
     let mut world = World::new();
     let (a, b) = (tag("a"), tag("b"));
     let id = world.detector.sent(RequestKind::Head, &a, [0; 32], world.now);
-    world.detector.record_timeout([0; 32], &a, BUDGET, world.now);
+    world
+        .detector
+        .record_timeout([0; 32], (&a, false), BUDGET, world.now);
     world.now += BUDGET;
     world.detector.finish(id, RequestOutcome::Response, world.now);
-    world.detector.record_timeout([0; 32], &b, BUDGET, world.now);
+    world
+        .detector
+        .record_timeout([0; 32], (&b, false), BUDGET, world.now);
     assert_eq!(world.detector.failing().count(), 0);
 }
 
@@ -431,7 +449,9 @@ fn t05_callers_sharing_a_request_count_one_failure() {
     world.detector.sent(RequestKind::Head, &tag, [0; 32], world.now);
     world.now += BUDGET;
     for _ in 0..10 {
-        world.detector.record_timeout([0; 32], &tag, BUDGET, world.now);
+        world
+            .detector
+            .record_timeout([0; 32], (&tag, false), BUDGET, world.now);
     }
     assert_eq!(world.wait_for(RequestKind::Head, &tag), WaitLimit::Short);
 }
@@ -509,7 +529,7 @@ fn t05_token_service_fails_apart_from_the_registry() {
         world.now += BUDGET;
         world
             .detector
-            .record_timeout([0; 32], &tag(name), BUDGET, world.now);
+            .record_timeout([0; 32], (&tag(name), false), BUDGET, world.now);
         world.detector.cancel(id);
     }
     let c = tag("c");
@@ -548,7 +568,9 @@ fn failing_after_challenge_at(challenge: Duration, waits: &[Duration]) -> Vec<(F
         world.now += challenge;
         world.detector.waiting_for_token(id, world.now);
         world.now = ends;
-        world.detector.record_timeout([0; 32], &tag, *waited, world.now);
+        world
+            .detector
+            .record_timeout([0; 32], (&tag, false), *waited, world.now);
     }
     let failing = world.detector.failing();
     let of_kind = failing.filter(|failing| matches!(failing.scope, FailureScope::Kind(_)));
@@ -563,6 +585,26 @@ fn t05_silent_token_service_opens_despite_a_late_401() {
     let challenge = SHORT_WAIT * 8 / 10;
     let failing = failing_after_challenge_at(challenge, &[BUDGET, SHORT_WAIT, SHORT_WAIT]);
     assert_eq!(failing, [(token, true)]);
+}
+
+/// On a busy host, the short wait ends before the 401.
+#[test]
+fn t05_silent_token_service_opens_before_the_401() {
+    let mut world = World::new();
+    for (n, waited) in [BUDGET, SHORT_WAIT, SHORT_WAIT].into_iter().enumerate() {
+        let tag = tag(&format!("library/{n}"));
+        let id = world.detector.sent(RequestKind::Head, &tag, [0; 32], world.now);
+        if n == 0 {
+            world.detector.waiting_for_token(id, world.now);
+        }
+        world.now += waited;
+        world
+            .detector
+            .record_timeout([0; 32], (&tag, true), waited, world.now);
+        world.detector.waiting_for_token(id, world.now);
+    }
+    let open = world.detector.open_breaker().unwrap();
+    assert_eq!(open.scope, FailureScope::Kind(RequestKind::Token));
 }
 
 #[test]
