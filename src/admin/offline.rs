@@ -70,7 +70,7 @@ impl Admin {
             }
             Ok(was)
         });
-        // In a task of its own, because a client may leave.
+        // In a task of its own: the mode is set already, and the client may leave.
         let persisted = tokio::spawn(persisting).await;
         persisted.unwrap_or_else(|_| Err(Problem::task_failed()))
     }

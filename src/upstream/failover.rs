@@ -143,7 +143,7 @@ pub trait ServedStore: Send + Sync {
     fn record_served(&self, upstream: &str, url: &str, repository: &Repository);
 }
 
-/// Permits of [`Operation::ServedUrls`], for all upstreams.
+/// Permits of [`Operation::ServedUrlsWrite`], for all upstreams.
 static WRITES: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Operation::ServedUrlsWrite.permits());
 
 /// Permits of [`Operation::ServedUrlsRead`].
@@ -193,9 +193,10 @@ impl ServedHistory {
         if self.known.get(&key).is_some() {
             return;
         }
+        self.known.insert(key.clone(), ());
         if let Some(durable) = self.durable.clone() {
-            let (upstream, key) = (upstream.to_owned(), key.clone());
-            // In a task of its own, because a client may leave.
+            let upstream = upstream.to_owned();
+            // In a task of its own: no later caller writes it if the client leaves.
             let noting = tokio::spawn(async move {
                 blocking::run(&WRITES, move || durable.record_served(&upstream, &key.0, &key.1)).await
             });
@@ -203,7 +204,6 @@ impl ServedHistory {
                 tracing::error!(%origin, "failed to record that a URL served a repository");
             }
         }
-        self.known.insert(key, ());
     }
 
     async fn has_served(&self, upstream: &str, origin: &Origin, repository: &Repository) -> bool {
@@ -311,5 +311,38 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[derive(Default)]
+    struct Written(parking_lot::Mutex<usize>, tokio::sync::Notify);
+
+    impl ServedStore for Written {
+        fn has_served(&self, _: &str, _: &str, _: &Repository) -> bool {
+            false
+        }
+
+        fn record_served(&self, _: &str, _: &str, _: &Repository) {
+            *self.0.lock() += 1;
+            self.1.notify_one();
+        }
+    }
+
+    /// The caller leaves while the record waits for a thread.
+    #[tokio::test]
+    async fn record_of_a_url_is_written_if_its_client_leaves() {
+        let written = Arc::new(Written::default());
+        let history = ServedHistory::new(Some(Arc::clone(&written) as Arc<dyn ServedStore>));
+        let origin = "https://registry.example".parse::<Origin>().unwrap();
+        let endpoint = Endpoint::Blob {
+            repository: "team/app".parse().unwrap(),
+            digest: crate::oci::Digest::of(crate::oci::Algorithm::Sha256, b"x").into(),
+        };
+        let all = WRITES.acquire_many(2).await.unwrap();
+        let recording = history.record("registry", &origin, &endpoint);
+        assert!(futures_util::FutureExt::now_or_never(recording).is_none());
+        drop(all);
+        written.1.notified().await;
+        history.record("registry", &origin, &endpoint).await;
+        assert_eq!(*written.0.lock(), 1);
     }
 }

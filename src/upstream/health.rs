@@ -259,6 +259,7 @@ impl FailureDetector {
 
     /// Records that a caller waited `waited` for this principal's request without a response. A request that is still
     /// queued is no evidence about the upstream. Requests that were sent late for their own callers may count now.
+    /// `needs_token`: whether a token must be fetched first if the registry requires one.
     pub(super) fn record_timeout(
         &mut self,
         principal: [u8; 32],

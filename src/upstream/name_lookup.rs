@@ -76,15 +76,29 @@ struct Running {
     found: Sender,
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        let mut running = self.lookups.running.lock();
-        if running
-            .get(&self.name)
-            .is_some_and(|lookup| Arc::ptr_eq(&lookup.found, &self.found))
-        {
+impl Running {
+    /// Ends the lookup for further callers, unless it ended before and another one has begun.
+    fn end(&self, running: &mut HashMap<String, Lookup>) {
+        let current = running.get(&self.name);
+        if current.is_some_and(|lookup| Arc::ptr_eq(&lookup.found, &self.found)) {
             running.remove(&self.name);
         }
+    }
+
+    /// Ends the lookup if no caller waits.
+    fn end_if_abandoned(&self) -> bool {
+        let mut running = self.lookups.running.lock();
+        let is_abandoned = self.found.receiver_count() == 0;
+        if is_abandoned {
+            self.end(&mut running);
+        }
+        is_abandoned
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.end(&mut self.lookups.running.lock());
     }
 }
 
@@ -169,7 +183,7 @@ impl Lookups {
                 // The semaphore is never closed.
                 None => Arc::clone(&lookups.permits).acquire_owned().await.ok(),
             };
-            if lookups.is_abandoned(&running) {
+            if running.end_if_abandoned() {
                 return;
             }
             let (name, resolve) = (running.name.clone(), lookups.resolve);
@@ -179,16 +193,6 @@ impl Lookups {
             drop(running);
             found.send_replace(Some(result.map_err(Arc::new)));
         });
-    }
-
-    /// Whether no caller waits. Then none joins this lookup any more.
-    fn is_abandoned(&self, lookup: &Running) -> bool {
-        let mut running = self.running.lock();
-        let is_abandoned = lookup.found.receiver_count() == 0;
-        if is_abandoned {
-            running.remove(&lookup.name);
-        }
-        is_abandoned
     }
 }
 

@@ -150,11 +150,14 @@ impl PendingRequest {
     /// Whether a wait for this peer timed out, and at least half of it was due to the peer. Once a token service is
     /// suspected, the time until the registry's 401 counts as its own: a short wait may have room for no more than the 401.
     fn is_overdue(&self, is_suspected: bool, now: Instant) -> bool {
-        let is_token = self.waiting_on == Some(WaitingOn::TokenService);
-        let (began, since) = (self.request.since, self.sent_at);
-        let since = if is_suspected && is_token { since } else { began };
-        self.timed_out
-            .is_some_and(|(waited, at)| at >= began && now.saturating_duration_since(since) >= waited / 2)
+        let began = self.request.since;
+        let counts_from = match self.waiting_on {
+            Some(WaitingOn::TokenService) if is_suspected => self.sent_at,
+            _ => began,
+        };
+        self.timed_out.is_some_and(|(waited, at)| {
+            at >= began && now.saturating_duration_since(counts_from) >= waited / 2
+        })
     }
 
     /// Whether it already counts as a failure. Several callers may wait for one request at a time.
