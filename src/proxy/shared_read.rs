@@ -150,12 +150,6 @@ impl ProxyService {
         was_silent.then_some(SharedRight::UpstreamOnly)
     }
 
-    /// Whether the bucket may be read while the upstream is requested. Otherwise a client could have it read for any digest.
-    pub(super) fn is_read_ahead(&self, upstream_request: &UpstreamRequest, digest: Digest) -> bool {
-        let upstream = upstream_request.registry.shared_name();
-        self.is_referenced(upstream_request, digest) && self.confirming.is_likely(&upstream)
-    }
-
     /// The same after a `HEAD` to the upstream.
     pub(super) async fn requested_right(
         self: &Arc<Self>,
@@ -169,6 +163,12 @@ impl ProxyService {
                 .record(upstream_request.registry.shared_name(), &right, began.elapsed());
         }
         right
+    }
+
+    /// Whether the bucket may be read while the upstream is requested: not for a digest that the client made up.
+    pub(super) fn is_read_ahead(&self, upstream_request: &UpstreamRequest, digest: Digest) -> bool {
+        let upstream = upstream_request.registry.shared_name();
+        self.is_referenced(upstream_request, digest) && self.confirming.is_likely(&upstream)
     }
 
     async fn right_by_head(
@@ -290,5 +290,26 @@ impl ProxyService {
             self.shared.report_wrong(content);
             SharedManifest::Missing
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bucket_is_read_ahead_after_a_quick_confirmation_only() {
+        let (confirming, upstream) = (Confirming::default(), Arc::<str>::from("registry"));
+        assert!(!confirming.is_likely(&upstream));
+        for (right, took, expected) in [
+            (SharedRight::Granted, AHEAD_MAX / 2, true),
+            (SharedRight::Granted, AHEAD_MAX, false),
+            (SharedRight::Granted, Duration::ZERO, true),
+            (SharedRight::UpstreamOnly, Duration::ZERO, false),
+        ] {
+            confirming.record(Arc::clone(&upstream), &right, took);
+            assert_eq!(confirming.is_likely(&upstream), expected);
+        }
+        assert!(!confirming.is_likely(&Arc::from("another")));
     }
 }

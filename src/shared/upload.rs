@@ -83,12 +83,17 @@ struct State {
     is_closed: bool,
 }
 
+impl State {
+    fn is_queued(&self, content: SharedContent) -> bool {
+        self.queue.iter().any(|queued| queued.content == content)
+    }
+}
+
 impl Uploads {
     /// Adds an entry, unless its content is queued or running. Returns whether the oldest entry was dropped for it.
     pub(super) fn push(&self, item: Item) -> bool {
         let mut state = self.state.lock();
-        let is_queued = state.queue.iter().any(|queued| queued.content == item.content);
-        if state.is_closed || is_queued || state.running.contains(&item.content) {
+        if state.is_closed || state.is_queued(item.content) || state.running.contains(&item.content) {
             return false;
         }
         let is_full = state.queue.len() >= QUEUED_MAX;
@@ -130,39 +135,28 @@ impl Uploads {
 
     /// Waits until nothing is queued or running, or until `is_stopped`.
     pub(super) async fn drained(&self, is_stopped: impl Fn() -> bool) {
-        loop {
-            let mut ended = std::pin::pin!(self.ended.notified());
-            ended.as_mut().enable();
-            if self.waiting() == 0 || is_stopped() {
-                return;
-            }
-            ended.await;
-        }
-    }
-
-    /// Waits until this content is not being uploaded. After a failed attempt it is queued again, for an unknown time.
-    async fn attempted(&self, content: SharedContent) {
-        loop {
-            let mut ended = std::pin::pin!(self.ended.notified());
-            ended.as_mut().enable();
-            if !self.state.lock().running.contains(&content) {
-                return;
-            }
-            ended.await;
-        }
+        self.until(|state| (state.queue.is_empty() && state.running.is_empty()) || is_stopped())
+            .await;
     }
 
     /// Waits until this content is neither queued nor running.
     pub(super) async fn over(&self, content: SharedContent) {
+        self.until(|state| !state.is_queued(content) && !state.running.contains(&content))
+            .await;
+    }
+
+    /// Waits until this content is not being uploaded. After a failed attempt it is queued again, for an unknown time.
+    async fn attempted(&self, content: SharedContent) {
+        self.until(|state| !state.running.contains(&content)).await;
+    }
+
+    /// Waits until the end of an upload leaves such a state.
+    async fn until(&self, is_reached: impl Fn(&State) -> bool) {
         loop {
             let mut ended = std::pin::pin!(self.ended.notified());
             ended.as_mut().enable();
-            {
-                let state = self.state.lock();
-                let is_queued = state.queue.iter().any(|queued| queued.content == content);
-                if !is_queued && !state.running.contains(&content) {
-                    return;
-                }
+            if is_reached(&self.state.lock()) {
+                return;
             }
             ended.await;
         }
@@ -273,9 +267,11 @@ pub(super) async fn upload_at_once(
     let item = Item { attempts: 1, ..item };
     // The semaphore is never closed. A shutdown waits for this upload too, because it counts as running.
     let _permit = permits.acquire().await;
-    if active.uploads.is_closed() || active.writes_open_since().is_some() {
+    let is_closed = active.uploads.is_closed();
+    if is_closed || active.writes_open_since().is_some() {
         active.uploads.end(item, true);
-        active.telemetry.shared().record_upload("retried");
+        let result = if is_closed { "dropped" } else { "retried" };
+        active.telemetry.shared().record_upload(result);
         return false;
     }
     attempt(active, store, item, false).await

@@ -8,8 +8,8 @@ use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::*;
 use crate::bucket::over::Over;
-use crate::bucket::{BucketFuture, Object, ObjectInfo, ObjectStorage, in_memory};
-use crate::oci::Algorithm;
+use crate::bucket::{BucketError, BucketFuture, Object, ObjectInfo, ObjectStorage, in_memory};
+use crate::oci::{Algorithm, UpstreamFailure};
 use crate::shared::SharedSettings;
 use crate::shared::claim::BootId;
 use crate::shared::claims::Leases;
@@ -497,7 +497,7 @@ async fn no_claims_where_they_are_off_or_capped() {
     let capped = Cache::new(&bucket).await;
     while capped.active.claims.may_look() {}
     let denied = Cache::new(&bucket).await;
-    let refused = Err::<(), _>(crate::bucket::BucketError::Denied("AccessDenied".into()));
+    let refused = Err::<(), _>(BucketError::Denied("AccessDenied".into()));
     denied.active.record_claim("claim-put", &refused, Instant::now());
     for cache in [reads, off, capped, denied] {
         assert_eq!(cache.does().await, ("alone", Duration::ZERO));
@@ -540,4 +540,30 @@ async fn claim_lasts_while_the_queue_uploads_the_manifest() {
     sleep(LINGER).await;
     assert!(!bucket.has_claim().await);
     queue.abort();
+}
+
+/// The bad interleaving: writes stop, or the settings are replaced, while a manifest waits for a permit.
+#[tokio::test(start_paused = true)]
+async fn upload_that_waited_heeds_a_bucket_without_writes() {
+    for is_closed in [false, true] {
+        let bucket = Scripted::new(Manner::default());
+        let owner = Cache::new(&bucket).await;
+        owner.stores().await;
+        let (active, content) = (&owner.active, SharedContent::Manifest(digest()));
+        let permits = Semaphore::new(0);
+        let mut upload = std::pin::pin!(upload_at_once(active, &owner.store, content, &permits));
+        assert!(futures_util::FutureExt::now_or_never(upload.as_mut()).is_none());
+        if is_closed {
+            active.uploads.close();
+        } else {
+            let silent = Err::<(), _>(BucketError::Silent(UpstreamFailure::Timeout));
+            for _ in 0..3 {
+                active.record_write("create", &silent, Duration::ZERO);
+            }
+        }
+        permits.add_permits(1);
+        assert!(!upload.await);
+        assert_eq!(bucket.count("CREATE v1/manifests"), 0);
+        assert_eq!(active.uploads.waiting(), usize::from(!is_closed));
+    }
 }

@@ -37,8 +37,15 @@ struct RecentReads<S> {
     /// Results of reads, and their time.
     read: Cache<RecordId, (RecordRead<S>, Instant)>,
     /// One reader of a record at a time, by a hash of the record.
-    readers: [AsyncMutex<()>; READERS_MAX],
+    readers: [Reader; READERS_MAX],
     rate: Mutex<Rate>,
+}
+
+#[derive(Default)]
+struct Reader {
+    lock: AsyncMutex<()>,
+    /// The record that is being read.
+    current: Mutex<Option<RecordId>>,
 }
 
 impl<S: Clone> LimitedReads<S> {
@@ -65,7 +72,7 @@ impl<S: Clone> RecentReads<S> {
     fn new() -> Self {
         Self {
             read: Cache::new(READ_MAX),
-            readers: std::array::from_fn(|_| AsyncMutex::default()),
+            readers: std::array::from_fn(|_| Reader::default()),
             rate: Mutex::new(Rate::new(Instant::now())),
         }
     }
@@ -79,10 +86,13 @@ impl<S: Clone> RecentReads<S> {
         let Some(reader) = self.reader(id) else {
             return RecordRead::Unread { is_capped: false };
         };
-        // A bucket that is slower counts as one that does not answer.
-        let Ok(_reading) = timeout(WAIT_MAX, reader.lock()).await else {
-            return RecordRead::Unread { is_capped: false };
+        let Ok(_reading) = timeout(WAIT_MAX, reader.lock.lock()).await else {
+            // A bucket that is slower counts as one that does not answer. But no client can make this read wait by reads of
+            // other records.
+            let is_capped = reader.current.lock().as_ref() != Some(id);
+            return RecordRead::Unread { is_capped };
         };
+        *reader.current.lock() = Some(id.clone());
         if let Some(found) = self.lately(id, arrived) {
             return found;
         }
@@ -107,7 +117,7 @@ impl<S: Clone> RecentReads<S> {
         (arrived.saturating_duration_since(at) < READ_AGAIN_AFTER).then_some(found)
     }
 
-    fn reader(&self, id: &RecordId) -> Option<&AsyncMutex<()>> {
+    fn reader(&self, id: &RecordId) -> Option<&Reader> {
         let mut hasher = DefaultHasher::new();
         id.hash(&mut hasher);
         let at = usize::try_from(hasher.finish() % READERS_MAX as u64).ok()?;
@@ -163,6 +173,19 @@ mod tests {
         let (found, is_read) = read(&reads, 1, true).await;
         assert_eq!((found, is_read), (RecordRead::Unread { is_capped: false }, false));
         assert_eq!(began.elapsed(), WAIT_MAX);
+    }
+
+    /// Another record with the same hash is read, and the bucket does not answer.
+    #[tokio::test(start_paused = true)]
+    async fn read_behind_another_record_is_capped() {
+        let reads = Arc::new(LimitedReads::<u8>::new());
+        let slot = |item| reads.known.reader(&id(item)).map(std::ptr::from_ref);
+        let other = (2..10_000).find(|item| slot(*item) == slot(1)).unwrap();
+        let first = Arc::clone(&reads);
+        tokio::spawn(async move { first.get((&id(other), true), std::future::pending()).await });
+        tokio::task::yield_now().await;
+        let found = read(&reads, 1, true).await;
+        assert_eq!(found, (RecordRead::Unread { is_capped: true }, false));
     }
 
     /// The read takes longer than its result counts. Requests that wait for it get the result.

@@ -296,8 +296,14 @@ async fn bucket_is_read_while_the_upstream_confirms_a_blob() {
 async fn denial_waits_for_no_bucket_that_is_read_ahead() {
     let (upstream, bucket, second, layer) = confirmed().await;
     bucket.set(Mode::Silent);
-    upstream.answers(|seen| seen.path.contains("/blobs/"), 404);
-    let reply = second.blob(DEMO, &layer.digest).await;
+    upstream.deletes_blob(DEMO, &layer.digest);
+    let gate = upstream.holds_answers(is_blob_head);
+    let pull = tokio::spawn(second.blob(DEMO, &layer.digest).into_reply());
+    bucket
+        .until("a read", |bucket| bucket.count("GET", &layer.digest) == 1)
+        .await;
+    gate.release();
+    let reply = pull.await.unwrap();
     assert_eq!(reply.status, 404, "{reply:#?}");
     // The read was not waited for, so it has no result.
     let silent = "ifnewer_shared_requests_total{op=\"get\",result=\"silent\"}";
@@ -312,7 +318,7 @@ async fn denial_waits_for_no_bucket_that_is_read_ahead() {
     second.has_turned(20).await;
     assert_eq!(bucket.count("GET", &layer.digest), 0);
     gate.release();
-    pull.await.unwrap().is_blob(&layer);
+    assert_eq!(pull.await.unwrap().status, 404);
 }
 
 /// Otherwise a client would wait for the blob, and then for the claim.
