@@ -8,6 +8,7 @@ use std::sync::Arc;
 use http::HeaderValue;
 use quick_cache::sync::Cache;
 
+use super::layer_probe::ClaimWait;
 use super::manifest_fetch::UpstreamRequest;
 use super::pipeline::ReadContext;
 use super::prefetch::ContentKey;
@@ -156,7 +157,10 @@ impl ProxyService {
             accept: Accept::manifests(),
             ..upstream_request.clone()
         };
-        let stored = match self.child_manifest(&upstream_request, digest).await {
+        let stored = match self
+            .child_manifest(&upstream_request, digest, ClaimWait::Full)
+            .await
+        {
             Ok(stored) => stored,
             Err(cause) => {
                 tracing::debug!(%digest, %cause, "failed to prefetch attestation");

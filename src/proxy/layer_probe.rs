@@ -51,6 +51,16 @@ impl Default for ProbedImages {
     }
 }
 
+/// Wait for another cache that requests the same manifest from the upstream.
+#[derive(Clone, Copy)]
+pub(super) enum ClaimWait<'a> {
+    /// As long as such a wait takes at most.
+    Full,
+    /// Of a client that gets an earlier image after this deadline.
+    Within(&'a Deadline),
+    None,
+}
+
 impl ProxyService {
     /// `Ok` unless the upstream is known to lack content of `manifest`; otherwise the failure. `fallback` is the
     /// image that would be served instead. With `prefetch_wait` the missing blobs are prefetched, and the probe waits
@@ -79,7 +89,7 @@ impl ProxyService {
             .await
         {
             let child = self
-                .child_manifest_within(&upstream_request, digest, deadline)
+                .child_manifest(&upstream_request, digest, ClaimWait::Within(deadline))
                 .await?;
             self.probe_blobs(&upstream_request, prefetch_wait, &child).await?;
         }
@@ -123,56 +133,8 @@ impl ProxyService {
         self: &Arc<Self>,
         upstream_request: &UpstreamRequest,
         digest: Digest,
+        wait: ClaimWait<'_>,
     ) -> Result<Arc<StoredManifest>, UpstreamFailure> {
-        if let Some(manifest) = self.cached_child(upstream_request, digest).await {
-            return Ok(manifest);
-        }
-        let fetched = self
-            .fetch_manifest(upstream_request.clone().by_digest(digest))
-            .await;
-        fetched.map_err(|response| response.cause())
-    }
-
-    /// The same for a client that gets an earlier image after a deadline, so without a wait for another cache.
-    pub(super) async fn child_manifest_at_once(
-        self: &Arc<Self>,
-        upstream_request: &UpstreamRequest,
-        digest: Digest,
-    ) -> Result<Arc<StoredManifest>, UpstreamFailure> {
-        if let Some(manifest) = self.cached_child(upstream_request, digest).await {
-            return Ok(manifest);
-        }
-        let fetched = self
-            .fetch_manifest_at_once(upstream_request.clone().by_digest(digest))
-            .await;
-        fetched.map_err(|response| response.cause())
-    }
-
-    /// The same before a deadline.
-    async fn child_manifest_within(
-        self: &Arc<Self>,
-        upstream_request: &UpstreamRequest,
-        digest: Digest,
-        deadline: &Deadline,
-    ) -> Result<Arc<StoredManifest>, UpstreamFailure> {
-        if let Some(manifest) = self.cached_child(upstream_request, digest).await {
-            return Ok(manifest);
-        }
-        let (by_digest, began) = (upstream_request.clone().by_digest(digest), Instant::now());
-        let within = deadline.at().saturating_duration_since(began);
-        let fetched = self
-            .fetch_manifest_within(by_digest, (began, within), deadline)
-            .await;
-        fetched
-            .ok_or(UpstreamFailure::RevalidateTimeout)?
-            .map_err(|response| response.cause())
-    }
-
-    async fn cached_child(
-        self: &Arc<Self>,
-        upstream_request: &UpstreamRequest,
-        digest: Digest,
-    ) -> Option<Arc<StoredManifest>> {
         let stored = self.read_cache(
             &upstream_request.registry,
             &upstream_request.repository,
@@ -181,7 +143,22 @@ impl ProxyService {
                 stored.flatten()
             },
         );
-        stored.await
+        if let Some(manifest) = stored.await {
+            return Ok(manifest);
+        }
+        let by_digest = upstream_request.clone().by_digest(digest);
+        let fetched = match wait {
+            ClaimWait::Full => self.fetch_manifest(by_digest).await,
+            ClaimWait::None => self.fetch_manifest_at_once(by_digest).await,
+            ClaimWait::Within(deadline) => {
+                let began = Instant::now();
+                let within = deadline.at().saturating_duration_since(began);
+                self.fetch_manifest_within(by_digest, (began, within), deadline)
+                    .await
+                    .ok_or(UpstreamFailure::RevalidateTimeout)?
+            }
+        };
+        fetched.map_err(|response| response.cause())
     }
 
     async fn probe_blobs(

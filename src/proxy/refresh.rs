@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::evidence::Candidates;
+use super::layer_probe::ClaimWait;
 use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::Revalidated;
 use super::{ProxyService, Request};
@@ -141,7 +142,10 @@ impl ProxyService {
                 .platforms_in_use(registry, repository, &manifest, &fallback)
                 .await
             {
-                match proxy.child_manifest(&upstream_request, digest).await {
+                match proxy
+                    .child_manifest(&upstream_request, digest, ClaimWait::Full)
+                    .await
+                {
                     Ok(child) => drop(proxy.prefetch(upstream_request.clone(), &child).await),
                     Err(cause) => {
                         tracing::debug!(%digest, %cause, "failed to prefetch platform");

@@ -12,6 +12,7 @@ use quick_cache::sync::Cache;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::ProxyService;
+use super::layer_probe::ClaimWait;
 use super::manifest_fetch::UpstreamRequest;
 use crate::oci::manifest::{Descriptor, DescriptorKind, ManifestKind, MediaType, Platform};
 use crate::oci::{Accept, Digest, Endpoint, Reference};
@@ -171,7 +172,8 @@ impl ProxyService {
         digest: Digest,
         trust_created: bool,
     ) -> Option<ConfigAge> {
-        let manifest = self.child_manifest_at_once(upstream_request, digest).await.ok()?;
+        let wait = ClaimWait::None;
+        let manifest = self.child_manifest(upstream_request, digest, wait).await.ok()?;
         let images = match manifest.manifest.kind {
             ManifestKind::Image => vec![manifest],
             ManifestKind::Index => {
@@ -188,11 +190,8 @@ impl ProxyService {
                 for image in images {
                     let digest = *image.digest.supported()?;
                     let upstream_request = upstream_request.clone().by_digest(digest);
-                    found.push(
-                        self.child_manifest_at_once(&upstream_request, digest)
-                            .await
-                            .ok()?,
-                    );
+                    let image = self.child_manifest(&upstream_request, digest, wait);
+                    found.push(image.await.ok()?);
                 }
                 found
             }

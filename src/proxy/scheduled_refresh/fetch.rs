@@ -10,6 +10,7 @@ use super::{ProxyService, RefreshResult};
 use crate::oci::manifest::{DescriptorKind, ManifestKind};
 use crate::oci::{Digest, UpstreamFailure};
 use crate::proxy::evidence::Candidates;
+use crate::proxy::layer_probe::ClaimWait;
 use crate::proxy::manifest_fetch::UpstreamRequest;
 use crate::store::View;
 use crate::store::manifests::StoredManifest;
@@ -156,7 +157,7 @@ impl ProxyService {
         if !self.may_refresh(request) {
             return Err(FetchStop::Paused);
         }
-        Ok(self.child_manifest(request, digest).await?)
+        Ok(self.child_manifest(request, digest, ClaimWait::Full).await?)
     }
 
     /// Fetches the content of an image, and of an index the platforms of which `previous` was pulled. The tag is not
