@@ -48,6 +48,15 @@ async fn got(cache: &Cache, request: &ClientRequest) -> Result<Digest, &'static 
     }
 }
 
+/// A cache with the earlier image of a tag, the digest of that image, and the digest that the tag names now.
+async fn with_moved_tag(registry: &Registry, bucket: &Bucket) -> (Cache, Digest, Digest) {
+    let earlier = registry.push(REPOSITORY, "1", "one", &[]);
+    let cache = cache(registry, bucket).await;
+    super::min_age::pull(&cache, earlier).await;
+    assert_eq!(got(&cache, &of("1")).await, Ok(earlier));
+    (cache, earlier, registry.push(REPOSITORY, "1", "two", &[]))
+}
+
 /// Another cache has claimed this manifest a moment ago.
 fn claims(bucket: &Bucket, digest: Digest) {
     let claim = r#"{"owner":"x","beat":0,"size":null,"received":0,"published":0,"wanted":false}"#;
@@ -136,11 +145,7 @@ async fn image_of_a_moved_index_is_requested_once() {
 async fn wait_for_a_claim_never_brings_an_earlier_image() {
     for millis in [100, 1_200, 1_700] {
         let (registry, bucket) = (registry(), Bucket::new());
-        let earlier = registry.push(REPOSITORY, "1", "one", &[]);
-        let cache = cache(&registry, &bucket).await;
-        super::min_age::pull(&cache, earlier).await;
-        assert_eq!(got(&cache, &of("1")).await, Ok(earlier));
-        let digest = registry.push(REPOSITORY, "1", "two", &[]);
+        let (cache, _, digest) = with_moved_tag(&registry, &bucket).await;
         claims(&bucket, digest);
         bucket.forget_requests();
         registry.slows(MANIFESTS, Duration::from_millis(millis));
@@ -162,11 +167,7 @@ async fn wait_for_a_claim_never_brings_an_earlier_image() {
 #[tokio::test(start_paused = true)]
 async fn wait_for_a_claim_takes_no_time_from_a_rate_limit() {
     let (registry, bucket) = (registry(), Bucket::new());
-    let earlier = registry.push(REPOSITORY, "1", "one", &[]);
-    let cache = cache(&registry, &bucket).await;
-    super::min_age::pull(&cache, earlier).await;
-    assert_eq!(got(&cache, &of("1")).await, Ok(earlier));
-    let digest = registry.push(REPOSITORY, "1", "two", &[]);
+    let (cache, _, digest) = with_moved_tag(&registry, &bucket).await;
     claims(&bucket, digest);
     registry.slows("HEAD /v2/acme/app/manifests/", SECOND * 8 / 10);
     let (began, request) = (Instant::now(), of("1"));
@@ -185,11 +186,8 @@ async fn wait_for_a_claim_takes_no_time_from_a_rate_limit() {
 #[tokio::test(start_paused = true)]
 async fn wait_for_a_claim_lets_no_slow_registry_delay_longer() {
     let (registry, bucket) = (registry(), Bucket::new());
-    let earlier = registry.push(REPOSITORY, "1", "one", &[]);
-    let cache = cache(&registry, &bucket).await;
-    super::min_age::pull(&cache, earlier).await;
-    assert_eq!(got(&cache, &of("1")).await, Ok(earlier));
-    claims(&bucket, registry.push(REPOSITORY, "1", "two", &[]));
+    let (cache, earlier, digest) = with_moved_tag(&registry, &bucket).await;
+    claims(&bucket, digest);
     registry.slows(MANIFESTS, Duration::from_secs(20));
     let began = Instant::now();
     assert_eq!(got(&cache, &of("1")).await, Ok(earlier));
