@@ -219,7 +219,8 @@ pub(crate) fn run_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<(Runni
             folder = folder.display()
         ),
     )?;
-    let mut command = Command::new(std::env::var_os("IFNEWER").ok_or("IFNEWER names no program: see benches/run")?);
+    let mut command =
+        Command::new(std::env::var_os("IFNEWER").ok_or("IFNEWER names no program: see benches/run")?);
     command.arg("serve").arg("--config").arg(&file);
     let mut running = Running::start(&mut command, folder)?;
     let address = running.wait_until(folder, || announced(folder))?;
