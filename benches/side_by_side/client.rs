@@ -4,6 +4,7 @@ use crate::Outcome;
 use crate::content::{Image, MANIFEST_TYPE, blob, manifest_by_tag, named};
 use crate::servers::Server;
 use rustix::net::{RecvFlags, recv};
+use rustls::client::Resumption;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, IpAddr, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
@@ -79,15 +80,16 @@ impl Endpoint {
     }
 }
 
-/// Trusts one CA and uses TLS 1.3 only, so that both servers do the same work.
+/// Trusts one CA and uses TLS 1.3 only, without resumption, so that both servers do the same work.
 pub(crate) fn trusting(authority: &Path) -> Outcome<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(authority)?)?;
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
+    let mut config = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_root_certificates(roots)
         .with_no_client_auth();
+    config.resumption = Resumption::disabled();
     Ok(Arc::new(config))
 }
 
@@ -358,11 +360,46 @@ fn content_length(path: &str, head: &str) -> Outcome<u64> {
     Ok(length.1.trim().parse()?)
 }
 
+/// Result of a number of full TLS handshakes.
+pub(crate) struct Handshakes {
+    pub(crate) count: f64,
+    pub(crate) cpu_seconds: f64,
+}
+
+/// TLS 1.3 handshakes without resumption, one after another on each of a few threads.
+pub(crate) fn handshakes(server: &Server, window: Duration) -> Outcome<Handshakes> {
+    const THREADS: usize = 4;
+    let (count, over, before) = (AtomicU64::new(0), AtomicBool::new(false), server.cpu_seconds()?);
+    std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..THREADS)
+            .map(|_| {
+                scope.spawn(|| -> Outcome<()> {
+                    while !over.load(Ordering::Relaxed) {
+                        server.tls.connect()?;
+                        count.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        std::thread::sleep(window);
+        over.store(true, Ordering::Relaxed);
+        clients
+            .into_iter()
+            .try_for_each(|client| client.join().map_err(|_| "a client panicked")?)
+    })?;
+    Ok(Handshakes {
+        count: count.into_inner() as f64,
+        cpu_seconds: server.cpu_seconds()? - before,
+    })
+}
+
 /// Result of wrk.
 pub(crate) struct Replied {
     pub(crate) requests: f64,
     pub(crate) seconds: f64,
     pub(crate) cpu_seconds: f64,
+    pub(crate) p99_ms: f64,
 }
 
 /// Small responses over plain HTTP, by wrk with one thread and these header lines.
@@ -376,7 +413,7 @@ pub(crate) fn wrk(
     let before = server.cpu_seconds()?;
     let output = Command::new("wrk")
         .args(["--threads", "1", "--connections", &connections.to_string()])
-        .args(["--duration", &format!("{}s", window.as_secs())])
+        .args(["--duration", &format!("{}s", window.as_secs()), "--latency"])
         .args(["--header", &format!("Accept: {MANIFEST_TYPE}")])
         .args(lines.iter().flat_map(|line| ["--header", line]))
         .arg(format!("http://{}{path}", server.plain.address))
@@ -399,7 +436,24 @@ pub(crate) fn wrk(
         requests,
         seconds: requests / rate,
         cpu_seconds,
+        p99_ms: p99_ms(&text).ok_or("wrk did not say a 99th percentile")?,
     })
+}
+
+/// From `     99%    7.85ms`, in `us`, `ms` or `s`.
+fn p99_ms(said: &str) -> Option<f64> {
+    let mut words = said.split_whitespace();
+    words.find(|word| *word == "99%")?;
+    let time = words.next()?;
+    let at = time.find(|c: char| c.is_ascii_alphabetic())?;
+    let (number, unit) = time.split_at(at);
+    let scale = match unit {
+        "us" => 1e-3,
+        "ms" => 1.0,
+        "s" => 1e3,
+        _ => return None,
+    };
+    Some(number.parse::<f64>().ok()? * scale)
 }
 
 fn word_before<'s>(said: &'s str, mark: &str) -> Outcome<&'s str> {

@@ -8,7 +8,7 @@
 //! absolute targets, because they would measure the machine.
 //!
 //! Run it by `benches/run`, which installs the others and wrk. `--quick`: shorter windows; `--rounds N`;
-//! `--stampede`, `--access`: only that part; `--strict`: exit 1 if a target is missed. Wrong bytes always exit 1.
+//! `--small`, `--stampede`, `--access`: only that part; `--strict`: exit 1 if a target is missed. Wrong bytes always exit 1.
 
 #![allow(clippy::print_stdout, reason = "the table is the product")]
 #![allow(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
@@ -26,7 +26,7 @@ mod table;
 
 use client::{Endpoint, Scheme};
 use content::{Content, blob, manifest_by_digest, manifest_by_tag};
-use servers::{Server, Sites};
+use servers::{FRESH, Server, Sites};
 use std::time::Duration;
 use table::{Better, Row, Table};
 
@@ -54,6 +54,7 @@ struct Plan {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Part {
     Access,
+    Small,
     Stampede,
 }
 
@@ -74,14 +75,18 @@ fn main() -> Outcome<()> {
     let mut table = Table::new();
     if plan.only.is_none() {
         warm_blob(&plan, &sites, &content, &mut table)?;
+    }
+    if plan.runs(Part::Small) {
         small_replies(&plan, &sites, &content, &mut table)?;
+    }
+    if plan.only.is_none() {
         cold_blob(&sites, &content, &mut table)?;
         memory(&plan, &sites, &content, &mut table)?;
     }
-    if plan.only != Some(Part::Stampede) {
+    if plan.runs(Part::Access) {
         access::access(&plan, &sites, &content, &mut table)?;
     }
-    if plan.only != Some(Part::Access) {
+    if plan.runs(Part::Stampede) {
         stampede::stampede(&plan, scratch.path(), &sites, &content, &mut table)?;
     }
     table.print();
@@ -98,6 +103,10 @@ fn load() -> Outcome<String> {
 }
 
 impl Plan {
+    fn runs(&self, part: Part) -> bool {
+        self.only.is_none_or(|only| only == part)
+    }
+
     fn from_arguments() -> Outcome<Self> {
         let mut plan = Plan {
             window: Duration::from_secs(4),
@@ -128,6 +137,7 @@ impl Plan {
                 }
                 "--stampede" => plan.only = Some(Part::Stampede),
                 "--access" => plan.only = Some(Part::Access),
+                "--small" => plan.only = Some(Part::Small),
                 "--strict" => plan.strict = true,
                 "--bench" => {} // cargo bench says so to every harness
                 other => return Err(format!("unknown argument {other}").into()),
@@ -200,29 +210,53 @@ fn warm_blob(plan: &Plan, sites: &Sites, content: &Content, table: &mut Table) -
     Ok(())
 }
 
-/// A manifest by digest (no revalidation) and by tag (revalidated by HEAD; nginx does not revalidate and serves as a
-/// bound).
+/// Small responses: beside nginx, which serves a file without a decision, and beside hyper with nothing behind it.
 fn small_replies(plan: &Plan, sites: &Sites, content: &Content, table: &mut Table) -> Outcome<()> {
+    let image = &content.image;
+    let by_tag = manifest_by_tag(image.tag);
+    let fresh = format!("{by_tag}?ns={FRESH}");
+    client::expect_digest(&sites.ifnewer.plain, &fresh, &image.manifest)?;
+    let by_digest = manifest_by_digest(&image.manifest);
+    let small = blob(&image.config);
+    client::expect_digest(&sites.ifnewer.plain, &small, &image.config)?;
     let kinds = [
-        ("digest", manifest_by_digest(&content.image.manifest), Some(1.0)),
-        ("tag", manifest_by_tag(content.image.tag), None),
+        ("manifest by digest", &by_digest, &by_digest, Some(1.0), 1.45),
+        ("manifest by tag within max_age", &fresh, &by_tag, None, 1.7),
+        ("manifest by tag, revalidated", &by_tag, &by_tag, None, 1.95),
+        ("blob of 80 B", &small, &small, None, 1.4),
     ];
-    for (by, path, target) in kinds {
-        let what = format!("manifest by {by}, {CLIENTS} connections");
-        let mut rate = Row::new(format!("{what}: requests/s"), Better::Higher);
-        let mut cost = Row::new(format!("{what}: CPU µs each"), Better::Lower);
-        if let Some(ratio) = target {
+    for (what, path, file, beside_nginx, beside_hyper) in kinds {
+        let what = format!("{what}, {CLIENTS} conn.");
+        let mut rate = Row::new(format!("{what}, nginx: requests/s"), Better::Higher);
+        let mut cost = Row::new(format!("{what}, nginx: CPU µs each"), Better::Lower);
+        if let Some(ratio) = beside_nginx {
             cost = cost.target_ratio(ratio);
         }
+        let mut slowest = Row::new(format!("{what}, nginx: p99, ms"), Better::Lower).target_ratio(1.2);
+        let mut over_hyper =
+            Row::new(format!("{what}, bare hyper: CPU µs each"), Better::Lower).target_ratio(beside_hyper);
         for _ in 0..plan.rounds {
-            let a = client::wrk(&sites.ifnewer, &path, &[], CLIENTS, plan.window)?;
-            let b = client::wrk(&sites.nginx, &path, &[], CLIENTS, plan.window)?;
-            rate.round(a.requests / a.seconds, b.requests / b.seconds);
-            cost.round(a.cpu_seconds * 1e6 / a.requests, b.cpu_seconds * 1e6 / b.requests);
+            let ours = client::wrk(&sites.ifnewer, path, &[], CLIENTS, plan.window)?;
+            let nginx = client::wrk(&sites.nginx, file, &[], CLIENTS, plan.window)?;
+            let hyper = client::wrk(&sites.bare_hyper, "/", &[], CLIENTS, plan.window)?;
+            let each = |replied: &client::Replied| replied.cpu_seconds * 1e6 / replied.requests;
+            rate.round(ours.requests / ours.seconds, nginx.requests / nginx.seconds);
+            cost.round(each(&ours), each(&nginx));
+            slowest.round(ours.p99_ms, nginx.p99_ms);
+            over_hyper.round(each(&ours), each(&hyper));
         }
-        table.add(rate);
-        table.add(cost);
+        for row in [rate, cost, slowest, over_hyper] {
+            table.add(row);
+        }
     }
+    let mut handshakes =
+        Row::new("TLS 1.3 handshakes per CPU s, nginx".to_owned(), Better::Higher).target_ratio(1.0);
+    for _ in 0..plan.rounds {
+        let ours = client::handshakes(&sites.ifnewer, plan.window)?;
+        let nginx = client::handshakes(&sites.nginx, plan.window)?;
+        handshakes.round(ours.count / ours.cpu_seconds, nginx.count / nginx.cpu_seconds);
+    }
+    table.add(handshakes);
     Ok(())
 }
 

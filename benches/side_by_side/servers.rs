@@ -20,6 +20,8 @@ pub(crate) struct Sites {
     pub(crate) nginx: Server,
     /// The same nginx with `sendfile_max_chunk 512k`, the fastest setting found for large files.
     pub(crate) nginx_in_small_steps: Server,
+    /// hyper that serves 512 bytes, over plain HTTP.
+    pub(crate) bare_hyper: Server,
     /// 50 MB/s a connection.
     pub(crate) upstream_slow: Endpoint,
     /// As fast as the machine, for other caches started in front of it.
@@ -72,6 +74,12 @@ impl Sites {
             plain,
         )?);
         let trust = trusting(&certs.join("ca.pem"))?;
+        let (hyper, address) = run_bare_hyper(&scratch.join("bare_hyper"))?;
+        let bare_hyper = Server {
+            plain: Endpoint::plain(address),
+            tls: Endpoint::plain(address),
+            running: Arc::new(hyper),
+        };
         let nginx_in_small_steps = Server {
             plain: Endpoint::plain(small_steps),
             tls: Endpoint::tls(tls, Arc::clone(&trust)),
@@ -87,6 +95,7 @@ impl Sites {
             ifnewer_slow,
             nginx,
             nginx_in_small_steps,
+            bare_hyper,
             upstream_slow: Endpoint::plain(slow),
             upstream: fast,
             upstream_log: log,
@@ -204,6 +213,9 @@ fn start_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<Server> {
 /// The same upstream with `auth = "shared"`.
 pub(crate) const SHARED: &str = "shared.test";
 
+/// The same upstream with a `max_age`.
+pub(crate) const FRESH: &str = "fresh.test";
+
 /// ifnewer with only its upstream and listen addresses configured.
 pub(crate) fn run_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<(Running, SocketAddr)> {
     std::fs::create_dir_all(folder)?;
@@ -215,7 +227,8 @@ pub(crate) fn run_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<(Runni
              [listen]\nregistry = [\"127.0.0.1:0\"]\nadmin = \"127.0.0.1:0\"\n\
              [tls]\nfolder = \"{folder}/certs\"\n\
              [upstream.\"docker.io\"]\nurl = \"http://{upstream}\"\n\
-             [upstream.\"{SHARED}\"]\nurl = \"http://{upstream}\"\nauth = \"shared\"\n",
+             [upstream.\"{SHARED}\"]\nurl = \"http://{upstream}\"\nauth = \"shared\"\n\
+             [upstream.\"{FRESH}\"]\nurl = \"http://{upstream}\"\nmax_age = \"1h\"\n",
             folder = folder.display()
         ),
     )?;
@@ -227,10 +240,19 @@ pub(crate) fn run_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<(Runni
     Ok((running, address))
 }
 
-/// The address in `registry listening on ADDRESS`.
+/// The baseline of small responses (benches/bare_hyper).
+fn run_bare_hyper(folder: &Path) -> Outcome<(Running, SocketAddr)> {
+    std::fs::create_dir_all(folder)?;
+    let program = std::env::var_os("BARE_HYPER").ok_or("BARE_HYPER names no program: see benches/run")?;
+    let mut running = Running::start(&mut Command::new(program), folder)?;
+    let address = running.wait_until(folder, || announced(folder))?;
+    Ok((running, address))
+}
+
+/// The address in `listening on ADDRESS`; of ifnewer, that of the registry, which it reports first.
 fn announced(folder: &Path) -> Option<SocketAddr> {
     let output = program_output(folder);
-    let (_, after) = output.split_once("registry listening on ")?;
+    let (_, after) = output.split_once("listening on ")?;
     after
         .split(|c: char| c.is_whitespace() || c == '"')
         .next()?
