@@ -2,7 +2,7 @@
 //! configuration error.
 
 use std::fmt::Display;
-use std::io::Write;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -19,6 +19,7 @@ use ifnewer::setup::{Applied, RootFs, SetupError};
 use ifnewer::shared::RecordKeys;
 use ifnewer::shared::maintenance::TagRecordError;
 use ifnewer::telemetry::Telemetry;
+use ifnewer::terminal::{LogBuffer, LogThread};
 use ifnewer::{admin, blocking, ca, cli, demo, doctor, setup, terminal};
 use listenfd::ListenFd;
 use tracing_subscriber::EnvFilter;
@@ -108,12 +109,22 @@ fn main() -> ExitCode {
             if cfg!(not(feature = "jemalloc")) {
                 limit_heap();
             }
-            init_logging(&config.log);
-            let descriptors = raise_fd_limit();
-            disable_core_dumps();
             // Before any thread starts, because it reads and clears environment variables.
             let inherited = inherited_sockets();
-            block_on(cmd_serve(cli.options, config, inherited, descriptors))
+            let log = match init_logging(&config.log) {
+                Ok(log) => log,
+                Err(error) => {
+                    return fail(FAILED, &format!("failed to start the thread of the log: {error}"));
+                }
+            };
+            let descriptors = raise_fd_limit();
+            disable_core_dumps();
+            block_on(async {
+                let served = cmd_serve(cli.options, config, inherited, descriptors).await;
+                // The reason of a failure is the last line.
+                drop(log);
+                served.unwrap_or_else(|(code, why)| fail(code, &why))
+            })
         }
     }
 }
@@ -180,13 +191,13 @@ async fn cmd_serve(
     config: Config,
     inherited: InheritedSockets,
     descriptors: usize,
-) -> ExitCode {
+) -> Result<ExitCode, (u8, Box<dyn Display>)> {
     let telemetry = Telemetry::new();
     #[cfg(feature = "otlp")]
     let recording = match cli::otlp_endpoint() {
         Some(collector) => match otlp::start(&collector, &telemetry) {
             Ok(recording) => Some(recording),
-            Err(error) => return fail(USAGE_ERROR, &error),
+            Err(error) => return Err((USAGE_ERROR, Box::new(error))),
         },
         None => None,
     };
@@ -210,14 +221,14 @@ async fn cmd_serve(
         recording.finish().await;
     }
     match served {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => Ok(ExitCode::SUCCESS),
         Err(
             error @ (RunError::AdminExposed(_)
             | RunError::AdminToken(_)
             | RunError::Tls(_)
             | RunError::Upstream { .. }),
-        ) => fail(USAGE_ERROR, &error),
-        Err(error) => fail(FAILED, &error),
+        ) => Err((USAGE_ERROR, Box::new(error))),
+        Err(error) => Err((FAILED, Box::new(error))),
     }
 }
 
@@ -387,7 +398,7 @@ async fn with_output(
     match command(&mut output).await {
         Ok(()) => ExitCode::SUCCESS,
         // The reader of the output has closed it: `ifnewer ls | head`.
-        Err(CommandError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+        Err(CommandError::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             ExitCode::SUCCESS
         }
         Err(
@@ -418,14 +429,17 @@ fn block_on(command: impl Future<Output = ExitCode>) -> ExitCode {
     }
 }
 
-fn init_logging(log: &Log) {
+/// Starts the log. Its lines are written until the returned value is dropped.
+fn init_logging(log: &Log) -> io::Result<LogThread> {
     // The level was validated with the configuration.
     let filter = EnvFilter::try_new(&log.level).unwrap_or_else(|_| EnvFilter::new("info"));
     let colour = terminal::is_stderr_terminal();
+    let buffer = LogBuffer::default();
+    let thread = buffer.write_to(io::stderr())?;
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(colour)
-        .with_writer(terminal::Log { colour });
+        .with_writer(terminal::Log { colour, buffer });
     match log.format {
         LogFormat::Human => {
             let fields = terminal::LogFields;
@@ -433,6 +447,7 @@ fn init_logging(log: &Log) {
         }
         LogFormat::Json => subscriber.json().init(),
     }
+    Ok(thread)
 }
 
 fn fail(code: u8, why: &dyn Display) -> ExitCode {

@@ -5,6 +5,7 @@
 //! characters, bidirectional overrides and zero-width characters are written as JSON escapes (`\u001b`): readable as
 //! text and exact in JSON. Colours of this program are passed through if enabled.
 
+mod log_buffer;
 mod log_fields;
 
 use std::borrow::Cow;
@@ -12,6 +13,7 @@ use std::io::{self, IsTerminal, Write};
 
 use tracing_subscriber::fmt::MakeWriter;
 
+pub use log_buffer::{LogBuffer, LogThread};
 pub use log_fields::LogFields;
 
 /// Length of the longest incomplete colour sequence, which is buffered until it is complete.
@@ -42,18 +44,20 @@ pub fn is_stderr_terminal() -> bool {
     io::stderr().is_terminal()
 }
 
-/// Log writer: standard error, with or without colours.
-#[derive(Clone, Copy, Debug)]
+/// Log writer: a buffer of standard error, with or without colours.
+#[derive(Clone)]
 pub struct Log {
     /// Whether colour sequences are passed through.
     pub colour: bool,
+    /// The lines on their way to standard error.
+    pub buffer: LogBuffer,
 }
 
 impl<'a> MakeWriter<'a> for Log {
-    type Writer = Printable<io::Stderr>;
+    type Writer = Printable<LogBuffer>;
 
     fn make_writer(&'a self) -> Self::Writer {
-        Printable::new(io::stderr(), self.colour)
+        Printable::new(self.buffer.clone(), self.colour)
     }
 }
 

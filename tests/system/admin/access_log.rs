@@ -1,9 +1,12 @@
 //! Access log: one record per request, written when the response has ended.
 
 use crate::download::corruption::{SIZE, overwrite, with_a_layer};
-use crate::proxy::{Ask, Proxy};
+use crate::proxy::{Ask, Proxy, Setup};
 use crate::registry::{Blob, Image, Upstream};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::Value;
+use std::fs::File;
+use std::io::Read as _;
 
 /// The line of the access log about a blob.
 async fn line(proxy: &Proxy, blob: &Blob) -> String {
@@ -43,6 +46,29 @@ fn incomplete(text: &str, ended: &str) -> u64 {
     let name = format!("ifnewer_response_incomplete_total{{ended=\"{ended}\"}} ");
     let line = text.lines().find_map(|line| line.strip_prefix(&name));
     line.unwrap_or_else(|| panic!("no {name}")).parse().unwrap()
+}
+
+#[tokio::test]
+async fn log_that_is_not_read_delays_no_pull() {
+    const PULLS: usize = 600;
+    let upstream = Upstream::start().await;
+    upstream.push("library/demo", "latest", Image::of_noise(9, 10));
+    let setup = Setup::over(&upstream).default_keys("max_age = \"1h\"");
+    let pipe = setup.folder().join("log");
+    mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    // Also open for writing, so that neither this nor the program waits for the other end.
+    let mut reader = File::options().read(true).write(true).open(&pipe).unwrap();
+    let redirected = format!("exec \"$@\" 2>'{}'", pipe.display());
+    let proxy = setup.through(&["sh", "-c", &redirected, "sh"]).start().await;
+    for _ in 0..PULLS {
+        assert_eq!(proxy.manifest("library/demo", "latest").await.status, 200);
+    }
+    // A pipe holds 64 KiB, and each line has more than 200 bytes.
+    let mut read = vec![0; 64 * 1024];
+    reader.read_exact(&mut read).unwrap();
+    let line = b"request served upstream=";
+    assert!(read.windows(line.len()).filter(|part| part == line).count() > 100);
+    reader.read_exact(&mut read[..PULLS * 200 - 64 * 1024]).unwrap();
 }
 
 #[tokio::test]
