@@ -2,7 +2,8 @@
 //! for one with `auth = "shared"`. The pairs differ in nothing else. A small blob shows it best; a large one is the
 //! real use.
 
-use crate::client::{Scheme, stream, wrk};
+use crate::client::{stream, wrk};
+use crate::connection::Scheme;
 use crate::content::{Content, blob, manifest_by_tag};
 use crate::servers::{SHARED, Sites};
 use crate::table::{Better, Row, Table};

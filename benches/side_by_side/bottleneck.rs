@@ -20,10 +20,15 @@ pub(crate) struct Bottleneck {
 
 struct Line {
     upstream: SocketAddr,
+    pace: Pace,
+    passed: Arc<AtomicU64>,
+}
+
+/// A rate, kept by all that wait for their turn.
+pub(crate) struct Pace {
     bytes_per_second: f64,
     /// Earliest time of the next byte.
     next: Mutex<Instant>,
-    passed: Arc<AtomicU64>,
 }
 
 impl Bottleneck {
@@ -33,8 +38,7 @@ impl Bottleneck {
         let passed = Arc::new(AtomicU64::new(0));
         let line = Arc::new(Line {
             upstream,
-            bytes_per_second,
-            next: Mutex::new(Instant::now()),
+            pace: Pace::new(bytes_per_second),
             passed: Arc::clone(&passed),
         });
         std::thread::spawn(move || {
@@ -75,13 +79,22 @@ impl Line {
             if count == 0 {
                 return Ok(());
             }
-            self.wait_for_turn(count);
+            self.pace.wait_for_turn(count);
             to.write_all(buffer.get(..count).unwrap_or_default())?;
             self.passed.fetch_add(count as u64, Ordering::Relaxed);
         }
     }
+}
 
-    fn wait_for_turn(&self, count: usize) {
+impl Pace {
+    pub(crate) fn new(bytes_per_second: f64) -> Self {
+        Pace {
+            bytes_per_second,
+            next: Mutex::new(Instant::now()),
+        }
+    }
+
+    pub(crate) fn wait_for_turn(&self, count: usize) {
         let now = Instant::now();
         let turn = {
             let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);

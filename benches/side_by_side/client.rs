@@ -1,97 +1,18 @@
 //! Cheap clients: one thread per connection that reads and discards, and wrk for small responses.
 
 use crate::Outcome;
-use crate::content::{Image, MANIFEST_TYPE, blob, manifest_by_tag, named};
+use crate::connection::{Connection, Endpoint, Scheme};
+use crate::content::{Image, Layered, MANIFEST_TYPE, blob, manifest_by_tag, named};
 use crate::servers::Server;
-use rustix::net::{RecvFlags, recv};
-use rustls::client::Resumption;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, IpAddr, ServerName};
-use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use sha2::{Digest, Sha256};
-use std::fmt;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::path::Path;
 use std::process::Command;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 const STEP_BYTES: usize = 256 * 1024;
-const HEAD_BYTES_MAX: usize = 16 * 1024;
-const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Excluded from a window, for connection setup.
 const RAMP: Duration = Duration::from_millis(300);
-
-#[derive(Clone, Copy)]
-pub(crate) enum Scheme {
-    Plain,
-    Tls,
-}
-
-impl fmt::Display for Scheme {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Scheme::Plain => "plain",
-            Scheme::Tls => "TLS 1.3",
-        })
-    }
-}
-
-/// Address and CA of a server.
-#[derive(Clone)]
-pub(crate) struct Endpoint {
-    address: SocketAddr,
-    trust: Option<Arc<ClientConfig>>,
-}
-
-impl Endpoint {
-    pub(crate) fn plain(address: SocketAddr) -> Self {
-        Endpoint { address, trust: None }
-    }
-
-    pub(crate) fn tls(address: SocketAddr, trust: Arc<ClientConfig>) -> Self {
-        Endpoint {
-            address,
-            trust: Some(trust),
-        }
-    }
-
-    fn connect(&self) -> Outcome<Connection> {
-        let tcp = TcpStream::connect(self.address)?;
-        tcp.set_nodelay(true)?;
-        tcp.set_read_timeout(Some(SILENCE_MAX))?;
-        let Some(trust) = &self.trust else {
-            return Ok(Connection {
-                bare: Some(tcp.try_clone()?),
-                stream: Box::new(tcp),
-            });
-        };
-        let name = ServerName::IpAddress(IpAddr::from(self.address.ip()));
-        let mut stream = StreamOwned::new(ClientConnection::new(Arc::clone(trust), name)?, tcp);
-        while stream.conn.is_handshaking() {
-            stream.conn.complete_io(&mut stream.sock)?;
-        }
-        Ok(Connection {
-            bare: None,
-            stream: Box::new(stream),
-        })
-    }
-}
-
-/// Trusts one CA and uses TLS 1.3 only, without resumption, so that both servers do the same work.
-pub(crate) fn trusting(authority: &Path) -> Outcome<Arc<ClientConfig>> {
-    let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_file(authority)?)?;
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut config = ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    config.resumption = Resumption::disabled();
-    Ok(Arc::new(config))
-}
 
 /// Result of a measurement window.
 pub(crate) struct Streamed {
@@ -125,9 +46,14 @@ pub(crate) fn stream(
                     connected.wait();
                     let (mut connection, mut buffer) = (connection?, vec![0; STEP_BYTES]);
                     while !over.load(Ordering::Relaxed) {
-                        let mut left = connection.ask(path, &mut buffer, |part| count(&read, part))?.left;
+                        let count = |part: &[u8]| {
+                            read.fetch_add(part.len() as u64, Ordering::Relaxed);
+                        };
+                        let mut left = connection.ask(path, &mut buffer, count)?.left;
                         while left > 0 && !over.load(Ordering::Relaxed) {
-                            left -= count(&read, connection.read_some(left, &mut buffer)?);
+                            let part = connection.read_some(left, &mut buffer)?;
+                            count(part);
+                            left -= part.len() as u64;
                         }
                     }
                     Ok(())
@@ -155,11 +81,6 @@ pub(crate) fn stream(
     })
 }
 
-fn count(total: &AtomicU64, part: &[u8]) -> u64 {
-    total.fetch_add(part.len() as u64, Ordering::Relaxed);
-    part.len() as u64
-}
-
 /// Result of one download.
 pub(crate) struct Timed {
     pub(crate) first_byte: Duration,
@@ -168,7 +89,20 @@ pub(crate) struct Timed {
 
 /// One download on a connection of its own, its body discarded.
 pub(crate) fn one(endpoint: &Endpoint, path: &str) -> Outcome<Timed> {
-    let (mut connection, mut buffer) = (endpoint.connect()?, vec![0; STEP_BYTES]);
+    timed(&mut endpoint.connect()?, path)
+}
+
+/// A connection on which a client has read what comes before the layers.
+pub(crate) fn after_manifest(endpoint: &Endpoint, image: &Layered) -> Outcome<Connection> {
+    let mut connection = endpoint.connect()?;
+    connection.read_all(&manifest_by_tag(image.tag))?;
+    connection.read_all(&blob(&image.config))?;
+    Ok(connection)
+}
+
+/// One download on an open connection, its body discarded.
+pub(crate) fn timed(connection: &mut Connection, path: &str) -> Outcome<Timed> {
+    let mut buffer = vec![0; STEP_BYTES];
     let began = Instant::now();
     let mut first_byte = None;
     let mut left = connection
@@ -176,7 +110,6 @@ pub(crate) fn one(endpoint: &Endpoint, path: &str) -> Outcome<Timed> {
             if !part.is_empty() {
                 first_byte = Some(began.elapsed());
             }
-            part.len() as u64
         })?
         .left;
     while left > 0 {
@@ -217,7 +150,7 @@ pub(crate) fn pull(
     let (mut connection, mut buffer) = (connection?, vec![0; STEP_BYTES]);
     let began = Instant::now();
     for path in [manifest_by_tag(image.tag), blob(&image.config)] {
-        let mut left = connection.ask(&path, &mut buffer, |part| part.len() as u64)?.left;
+        let mut left = connection.ask(&path, &mut buffer, |_| ())?.left;
         while left > 0 {
             left -= connection.read_some(left, &mut buffer)?.len() as u64;
         }
@@ -234,15 +167,16 @@ pub(crate) fn pull(
             hash.update(part);
         }
         received += part.len() as u64;
-        part.len() as u64
     };
     let mut left = connection.ask(&blob(&image.layer), &mut buffer, &mut seen)?.left;
     while left > 0 {
-        left -= if hashed {
-            seen(connection.read_some(left, &mut buffer)?)
+        let part = if hashed {
+            connection.read_some(left, &mut buffer)?
         } else {
-            seen(connection.discard_some(left, &mut buffer)?)
+            connection.discard_some(left, &mut buffer)?
         };
+        seen(part);
+        left -= part.len() as u64;
     }
     let took = began.elapsed();
     if received != image.layer_bytes {
@@ -258,12 +192,7 @@ pub(crate) fn pull(
 pub(crate) fn expect_digest(endpoint: &Endpoint, path: &str, digest: &str) -> Outcome<()> {
     let (mut connection, mut buffer) = (endpoint.connect()?, vec![0; STEP_BYTES]);
     let mut hash = Sha256::new();
-    let mut left = connection
-        .ask(path, &mut buffer, |part| {
-            hash.update(part);
-            part.len() as u64
-        })?
-        .left;
+    let mut left = connection.ask(path, &mut buffer, |part| hash.update(part))?.left;
     while left > 0 {
         let part = connection.read_some(left, &mut buffer)?;
         hash.update(part);
@@ -275,89 +204,6 @@ pub(crate) fn expect_digest(endpoint: &Endpoint, path: &str, digest: &str) -> Ou
     } else {
         Err(format!("{}{path}: wrong bytes: {got}", endpoint.address).into())
     }
-}
-
-struct Connection {
-    stream: Box<dyn Stream>,
-    /// The raw connection, without a layer in between.
-    bare: Option<TcpStream>,
-}
-
-trait Stream: Read + Write {}
-impl<T: Read + Write> Stream for T {}
-
-/// A response whose head was read and this much of whose body was not.
-struct PendingBody {
-    left: u64,
-}
-
-impl Connection {
-    /// Sends a GET and reads the head. Body bytes read with it are passed to `taken`, which returns their length.
-    fn ask(
-        &mut self,
-        path: &str,
-        buffer: &mut [u8],
-        mut taken: impl FnMut(&[u8]) -> u64,
-    ) -> Outcome<PendingBody> {
-        let request = format!("GET {path} HTTP/1.1\r\nHost: bench\r\nAccept: {MANIFEST_TYPE}\r\n\r\n");
-        self.stream.write_all(request.as_bytes())?;
-        self.stream.flush()?;
-        let mut filled = 0;
-        loop {
-            let room = buffer
-                .get_mut(filled..HEAD_BYTES_MAX)
-                .ok_or("a head that does not end")?;
-            let more = self.stream.read(room)?;
-            if more == 0 {
-                return Err(format!("{path}: closed before the head ended").into());
-            }
-            filled += more;
-            let got = buffer.get(..filled).unwrap_or_default();
-            if let Some(end) = got.windows(4).position(|four| four == b"\r\n\r\n") {
-                let (head, body) = got.split_at(end + 4);
-                let length = content_length(path, std::str::from_utf8(head)?)?;
-                return Ok(PendingBody {
-                    left: length - taken(body),
-                });
-            }
-        }
-    }
-
-    fn read_some<'b>(&mut self, left: u64, buffer: &'b mut [u8]) -> Outcome<&'b [u8]> {
-        let limit = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
-        let room = buffer.get_mut(..limit).unwrap_or_default();
-        let more = self.stream.read(room)?;
-        if more == 0 {
-            return Err(format!("a body ended {left} bytes short").into());
-        }
-        Ok(buffer.get(..more).unwrap_or_default())
-    }
-
-    /// Like `read_some`, but the bytes are discarded in the kernel. Only the returned length is meaningful.
-    fn discard_some<'b>(&mut self, left: u64, buffer: &'b mut [u8]) -> Outcome<&'b [u8]> {
-        let Some(bare) = &self.bare else {
-            return self.read_some(left, buffer);
-        };
-        let limit = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
-        let room = buffer.get_mut(..limit).unwrap_or_default();
-        let (_, more) = recv(bare, room, RecvFlags::TRUNC)?;
-        if more == 0 {
-            return Err(format!("a body ended {left} bytes short").into());
-        }
-        Ok(buffer.get(..more).unwrap_or_default())
-    }
-}
-
-fn content_length(path: &str, head: &str) -> Outcome<u64> {
-    if !head.starts_with("HTTP/1.1 200 ") {
-        return Err(format!("{path}: {}", head.lines().next().unwrap_or_default()).into());
-    }
-    let length = head
-        .lines()
-        .filter_map(|line| line.split_once(':'))
-        .find(|(name, _)| name.eq_ignore_ascii_case("content-length"))
-        .ok_or_else(|| format!("{path}: no Content-Length"))?;
-    Ok(length.1.trim().parse()?)
 }
 
 /// Result of a number of full TLS handshakes.

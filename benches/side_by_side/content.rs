@@ -35,10 +35,8 @@ impl Content {
     /// Writes the repository below `scratch`. Every blob is incompressible and of its own bytes.
     pub(crate) fn make(scratch: &Path, blob_bytes: u64, cold: usize) -> Outcome<Self> {
         let root = scratch.join("www");
-        let repository = root.join("v2").join(REPOSITORY);
+        let repository = make_repository(&root)?;
         let blobs = repository.join("blobs");
-        std::fs::create_dir_all(&blobs)?;
-        std::fs::create_dir_all(repository.join("manifests"))?;
         let image = |tag, seed| {
             Image::make(
                 &repository,
@@ -62,24 +60,91 @@ impl Content {
 
 impl Image {
     fn make(repository: &Path, tag: &'static str, layer: String, layer_bytes: u64) -> Outcome<Self> {
-        let config = br#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]}}"#;
-        let config_digest = digest_of(config);
-        std::fs::write(repository.join("blobs").join(&config_digest), config)?;
-        let manifest = format!(
-            r#"{{"schemaVersion":2,"mediaType":"{MANIFEST_TYPE}","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{config_digest}","size":{}}},"layers":[{{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":"{layer}","size":{layer_bytes}}}]}}"#,
-            config.len(),
-        );
-        let digest = digest_of(manifest.as_bytes());
-        std::fs::write(repository.join("manifests").join(tag), &manifest)?;
-        std::fs::write(repository.join("manifests").join(&digest), &manifest)?;
+        let (manifest, config) = write_manifest(repository, tag, &[&layer], layer_bytes)?;
         Ok(Image {
             tag,
-            manifest: digest,
-            config: config_digest,
+            manifest,
+            config,
             layer,
             layer_bytes,
         })
     }
+}
+
+/// A tag and layers of one size.
+pub(crate) struct Layered {
+    pub(crate) tag: &'static str,
+    pub(crate) manifest: String,
+    pub(crate) config: String,
+    pub(crate) layers: Vec<String>,
+    pub(crate) layer_bytes: u64,
+}
+
+impl Layered {
+    /// Writes the image into the repository below `root`. The layers' bytes are those of the seeds from `seed` on.
+    pub(crate) fn make(
+        root: &Path,
+        tag: &'static str,
+        seed: u64,
+        count: u64,
+        layer_bytes: u64,
+    ) -> Outcome<Self> {
+        let repository = make_repository(root)?;
+        let blobs = repository.join("blobs");
+        let layers = (seed..seed + count)
+            .map(|seed| write_noise(&blobs, seed, layer_bytes))
+            .collect::<Outcome<Vec<_>>>()?;
+        let names: Vec<&str> = layers.iter().map(String::as_str).collect();
+        let (manifest, config) = write_manifest(&repository, tag, &names, layer_bytes)?;
+        Ok(Layered {
+            tag,
+            manifest,
+            config,
+            layers,
+            layer_bytes,
+        })
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.layer_bytes * self.layers.len() as u64
+    }
+}
+
+fn make_repository(root: &Path) -> Outcome<PathBuf> {
+    let repository = root.join("v2").join(REPOSITORY);
+    for folder in ["blobs", "manifests"] {
+        std::fs::create_dir_all(repository.join(folder))?;
+    }
+    Ok(repository)
+}
+
+/// Writes a manifest under its digest and a tag, and its config. Returns the digests of both.
+fn write_manifest(
+    repository: &Path,
+    tag: &str,
+    layers: &[&str],
+    layer_bytes: u64,
+) -> Outcome<(String, String)> {
+    let config = br#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]}}"#;
+    let config_digest = digest_of(config);
+    std::fs::write(repository.join("blobs").join(&config_digest), config)?;
+    let layers: Vec<String> = layers
+        .iter()
+        .map(|layer| {
+            format!(
+                r#"{{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":"{layer}","size":{layer_bytes}}}"#
+            )
+        })
+        .collect();
+    let manifest = format!(
+        r#"{{"schemaVersion":2,"mediaType":"{MANIFEST_TYPE}","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{config_digest}","size":{}}},"layers":[{}]}}"#,
+        config.len(),
+        layers.join(","),
+    );
+    let digest = digest_of(manifest.as_bytes());
+    std::fs::write(repository.join("manifests").join(tag), &manifest)?;
+    std::fs::write(repository.join("manifests").join(&digest), &manifest)?;
+    Ok((digest, config_digest))
 }
 
 /// The path of a manifest by its tag.

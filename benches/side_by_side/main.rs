@@ -8,7 +8,8 @@
 //! absolute targets, because they would measure the machine.
 //!
 //! Run it by `benches/run`, which installs the others and wrk. `--quick`: shorter windows; `--rounds N`;
-//! `--small`, `--stampede`, `--access`: only that part; `--strict`: exit 1 if a target is missed. Wrong bytes always exit 1.
+//! `--small`, `--stampede`, `--access`: only that part; `--cold-parallel`: a part that the other runs leave out;
+//! `--strict`: exit 1 if a target is missed. Wrong bytes always exit 1.
 
 #![allow(clippy::print_stdout, reason = "the table is the product")]
 #![allow(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
@@ -16,17 +17,22 @@
 
 mod access;
 mod bottleneck;
+mod chunks;
 mod client;
+mod cold;
+mod connection;
 mod content;
+mod distance;
 mod peers;
 mod program;
 mod servers;
 mod stampede;
 mod table;
 
-use client::{Endpoint, Scheme};
+use connection::{Endpoint, Scheme};
 use content::{Content, blob, manifest_by_digest, manifest_by_tag};
 use servers::{FRESH, Server, Sites};
+use std::path::Path;
 use std::time::Duration;
 use table::{Better, Row, Table};
 
@@ -54,6 +60,7 @@ struct Plan {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Part {
     Access,
+    ColdParallel,
     Small,
     Stampede,
 }
@@ -63,31 +70,12 @@ fn main() -> Outcome<()> {
     // Other load affects every figure, so a run that started or ended under load reports it.
     println!("load average before: {}", load()?);
     let scratch = tempfile::tempdir()?;
-    println!(
-        "making {} blobs of {} MiB",
-        plan.cold_rounds + 2,
-        BLOB_BYTES / MIB
-    );
-    let content = Content::make(scratch.path(), BLOB_BYTES, plan.cold_rounds)?;
-    let sites = Sites::start(scratch.path(), &content)?;
-    check_bytes(&sites, &content)?;
-
     let mut table = Table::new();
-    if plan.only.is_none() {
-        warm_blob(&plan, &sites, &content, &mut table)?;
-    }
-    if plan.runs(Part::Small) {
-        small_replies(&plan, &sites, &content, &mut table)?;
-    }
-    if plan.only.is_none() {
-        cold_blob(&sites, &content, &mut table)?;
-        memory(&plan, &sites, &content, &mut table)?;
-    }
-    if plan.runs(Part::Access) {
-        access::access(&plan, &sites, &content, &mut table)?;
-    }
-    if plan.runs(Part::Stampede) {
-        stampede::stampede(&plan, scratch.path(), &sites, &content, &mut table)?;
+    match plan.only {
+        Some(Part::ColdParallel) => cold::cold_parallel(&plan, scratch.path(), &mut table)?,
+        None | Some(Part::Access | Part::Small | Part::Stampede) => {
+            beside_others(&plan, scratch.path(), &mut table)?;
+        }
     }
     table.print();
     println!("load average after: {}", load()?);
@@ -96,6 +84,35 @@ fn main() -> Outcome<()> {
     } else {
         Ok(())
     }
+}
+
+/// The parts that share one image and one set of programs.
+fn beside_others(plan: &Plan, scratch: &Path, table: &mut Table) -> Outcome<()> {
+    println!(
+        "making {} blobs of {} MiB",
+        plan.cold_rounds + 2,
+        BLOB_BYTES / MIB
+    );
+    let content = Content::make(scratch, BLOB_BYTES, plan.cold_rounds)?;
+    let sites = Sites::start(scratch, &content)?;
+    check_bytes(&sites, &content)?;
+    if plan.only.is_none() {
+        warm_blob(plan, &sites, &content, table)?;
+    }
+    if plan.runs(Part::Small) {
+        small_replies(plan, &sites, &content, table)?;
+    }
+    if plan.only.is_none() {
+        cold_blob(&sites, &content, table)?;
+        memory(plan, &sites, &content, table)?;
+    }
+    if plan.runs(Part::Access) {
+        access::access(plan, &sites, &content, table)?;
+    }
+    if plan.runs(Part::Stampede) {
+        stampede::stampede(plan, scratch, &sites, &content, table)?;
+    }
+    Ok(())
 }
 
 fn load() -> Outcome<String> {
@@ -135,6 +152,7 @@ impl Plan {
                     plan.cold_rounds = plan.rounds;
                     plan.stampede_rounds = plan.rounds;
                 }
+                "--cold-parallel" => plan.only = Some(Part::ColdParallel),
                 "--stampede" => plan.only = Some(Part::Stampede),
                 "--access" => plan.only = Some(Part::Access),
                 "--small" => plan.only = Some(Part::Small),

@@ -1,7 +1,7 @@
 //! The caches in the stampede, each started empty: ifnewer and its alternatives.
 
 use crate::Outcome;
-use crate::client::Endpoint;
+use crate::connection::Endpoint;
 use crate::program::{Running, free_address};
 use crate::servers::{run_ifnewer, start_nginx};
 use std::fmt;

@@ -1,7 +1,7 @@
 //! The compared programs: the upstream, two ifnewer, and nginx with the same files.
 
 use crate::Outcome;
-use crate::client::{Endpoint, trusting};
+use crate::connection::{Endpoint, trusting};
 use crate::content::{Content, MANIFEST_TYPE, manifest_by_digest, manifest_by_tag};
 use crate::program::{Running, free_address, program_output};
 use std::fmt::Write as _;
@@ -41,13 +41,15 @@ impl Sites {
     pub(crate) fn start(scratch: &Path, content: &Content) -> Outcome<Self> {
         let (fast, slow) = (free_address()?, free_address()?);
         let log = scratch.join("upstream.log");
+        let images = [&content.image, &content.herd_image].map(|image| (image.tag, &*image.manifest));
+        let site = |listen: &str, blob_options: &str| site(&content.root, &images, listen, blob_options);
         let upstream = start_nginx(
             &scratch.join("upstream"),
             &format!(
                 "access_log {} combined; {} {}",
                 log.display(),
-                site(content, &format!("listen {fast};"), ""),
-                site(content, &format!("listen {slow};"), "limit_rate 50000000;")
+                site(&format!("listen {fast};"), ""),
+                site(&format!("listen {slow};"), "limit_rate 50000000;")
             ),
             fast,
         )?;
@@ -64,12 +66,8 @@ impl Sites {
             &scratch.join("nginx"),
             &format!(
                 "access_log off; {} {}",
-                site(content, &listen, ""),
-                site(
-                    content,
-                    &format!("listen {small_steps};"),
-                    "sendfile_max_chunk 512k;"
-                )
+                site(&listen, ""),
+                site(&format!("listen {small_steps};"), "sendfile_max_chunk 512k;")
             ),
             plain,
         )?);
@@ -143,15 +141,14 @@ impl Server {
     }
 }
 
-/// nginx as a registry of one repository: static files with the right headers.
-fn site(content: &Content, listen: &str, blob_options: &str) -> String {
+/// nginx as a registry of one repository: static files with the right headers. `images`: tag and manifest of each.
+pub(crate) fn site(root: &Path, images: &[(&str, &str)], listen: &str, blob_options: &str) -> String {
     let mut manifests = String::new();
-    for image in [&content.image, &content.herd_image] {
-        for path in [manifest_by_tag(image.tag), manifest_by_digest(&image.manifest)] {
+    for (tag, manifest) in images {
+        for path in [manifest_by_tag(tag), manifest_by_digest(manifest)] {
             let _ = write!(
                 manifests,
-                "location = {path} {{ default_type {MANIFEST_TYPE}; add_header Docker-Content-Digest {}; }}",
-                image.manifest
+                "location = {path} {{ default_type {MANIFEST_TYPE}; add_header Docker-Content-Digest {manifest}; }}",
             );
         }
     }
@@ -161,7 +158,7 @@ fn site(content: &Content, listen: &str, blob_options: &str) -> String {
            {manifests}
            location /v2/library/bench/blobs/ {{ default_type application/octet-stream; {blob_options} }}
          }}",
-        root = content.root.display(),
+        root = root.display(),
     )
 }
 
@@ -240,7 +237,7 @@ pub(crate) fn run_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<(Runni
     Ok((running, address))
 }
 
-/// The baseline of small responses (benches/bare_hyper).
+/// The baseline of small responses (`benches/bare_hyper`).
 fn run_bare_hyper(folder: &Path) -> Outcome<(Running, SocketAddr)> {
     std::fs::create_dir_all(folder)?;
     let program = std::env::var_os("BARE_HYPER").ok_or("BARE_HYPER names no program: see benches/run")?;

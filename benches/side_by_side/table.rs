@@ -10,8 +10,9 @@ pub(crate) enum Better {
 }
 
 /// The reference of a ratio.
-#[derive(Clone, Copy)]
-enum Target {
+#[derive(Clone, Copy, Default)]
+pub(crate) enum Target {
+    #[default]
     None,
     /// ifnewer ÷ other.
     Ratio(f64),
@@ -65,6 +66,10 @@ impl Row {
         }
     }
 
+    pub(crate) fn target(self, target: Target) -> Self {
+        Row { target, ..self }
+    }
+
     pub(crate) fn round(&mut self, ours: f64, theirs: f64) {
         self.ours.push(ours);
         self.theirs.push(theirs);
@@ -101,7 +106,7 @@ impl Row {
         }
     }
 
-    fn target(&self) -> String {
+    fn limit(&self) -> String {
         let sign = match self.better {
             Better::Higher => '≥',
             Better::Lower => '≤',
@@ -110,7 +115,7 @@ impl Row {
             Target::None => String::from("-"),
             Target::Ratio(limit) => format!("{sign} {limit} ×"),
             Target::Difference(limit) => format!("{sign} +{limit}"),
-            Target::AtMost(limit) => format!("{sign} {limit}"),
+            Target::AtMost(limit) => format!("{sign} {}", (limit * 1e3).round() / 1e3),
         }
     }
 
@@ -133,7 +138,7 @@ impl Row {
         let _ = write!(
             line,
             " {ours:>9} {theirs:>9} {ratio:>8} {:>9}  {verdict}",
-            self.target()
+            self.limit()
         );
         line.trim_end().to_owned()
     }
