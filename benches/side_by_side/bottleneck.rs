@@ -4,7 +4,7 @@
 use crate::Outcome;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,16 +12,17 @@ const STEP_BYTES: usize = 64 * 1024;
 /// Burst allowed after an idle time.
 const CATCH_UP_MAX: Duration = Duration::from_millis(20);
 
-/// A listener that runs until the process ends.
+/// A listener that runs until the process ends. Its connections are closed on drop.
 pub(crate) struct Bottleneck {
     pub(crate) address: SocketAddr,
-    passed: Arc<AtomicU64>,
+    line: Arc<Line>,
 }
 
 struct Line {
     upstream: SocketAddr,
     pace: Pace,
-    passed: Arc<AtomicU64>,
+    passed: AtomicU64,
+    is_closed: AtomicBool,
 }
 
 /// A rate, kept by all that wait for their turn.
@@ -35,24 +36,31 @@ impl Bottleneck {
     pub(crate) fn before(upstream: SocketAddr, bytes_per_second: f64) -> Outcome<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
-        let passed = Arc::new(AtomicU64::new(0));
         let line = Arc::new(Line {
             upstream,
             pace: Pace::new(bytes_per_second),
-            passed: Arc::clone(&passed),
+            passed: AtomicU64::new(0),
+            is_closed: AtomicBool::new(false),
         });
+        let shared = Arc::clone(&line);
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
-                let line = Arc::clone(&line);
+                let line = Arc::clone(&shared);
                 std::thread::spawn(move || line.pass_on(&client));
             }
         });
-        Ok(Bottleneck { address, passed })
+        Ok(Bottleneck { address, line })
     }
 
     /// Response bytes so far, including heads.
     pub(crate) fn passed(&self) -> u64 {
-        self.passed.load(Ordering::Relaxed)
+        self.line.passed.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Bottleneck {
+    fn drop(&mut self) {
+        self.line.is_closed.store(true, Ordering::Relaxed);
     }
 }
 
@@ -76,7 +84,7 @@ impl Line {
         let mut buffer = vec![0; STEP_BYTES];
         loop {
             let count = from.read(&mut buffer)?;
-            if count == 0 {
+            if count == 0 || self.is_closed.load(Ordering::Relaxed) {
                 return Ok(());
             }
             self.pace.wait_for_turn(count);

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const STEP_BYTES: usize = 256 * 1024;
+/// Some caches send nothing to most clients until one has everything.
+const PULL_SILENCE_MAX: Duration = Duration::from_secs(120);
 /// Excluded from a window, for connection setup.
 const RAMP: Duration = Duration::from_millis(300);
 
@@ -123,6 +125,30 @@ pub(crate) fn timed(connection: &mut Connection, path: &str) -> Outcome<Timed> {
     })
 }
 
+/// A small response of any status.
+pub(crate) struct Reply {
+    pub(crate) status: u16,
+    pub(crate) body: Vec<u8>,
+    pub(crate) took: Duration,
+}
+
+/// One request on a connection of its own.
+pub(crate) fn reply(endpoint: &Endpoint, path: &str) -> Outcome<Reply> {
+    let (began, mut buffer, mut body) = (Instant::now(), vec![0; STEP_BYTES], Vec::new());
+    let mut connection = endpoint.connect()?;
+    let mut response = connection.request(path, None, &mut buffer, |part| body.extend_from_slice(part))?;
+    while response.left > 0 {
+        let part = connection.read_some(response.left, &mut buffer)?;
+        body.extend_from_slice(part);
+        response.left -= part.len() as u64;
+    }
+    Ok(Reply {
+        status: response.status,
+        body,
+        took: began.elapsed(),
+    })
+}
+
 /// Many at once, one download each.
 pub(crate) fn herd(endpoint: &Endpoint, path: &str, clients: usize) -> Outcome<()> {
     std::thread::scope(|scope| {
@@ -145,7 +171,7 @@ pub(crate) fn pull(
     hashed: bool,
     first_byte: &AtomicU64,
 ) -> Outcome<Duration> {
-    let connection = endpoint.connect();
+    let connection = endpoint.connect_for(PULL_SILENCE_MAX);
     ready.wait();
     let (mut connection, mut buffer) = (connection?, vec![0; STEP_BYTES]);
     let began = Instant::now();

@@ -256,7 +256,7 @@ impl Case<'_> {
         let before = self.line.passed();
         let cache = Kind::Ifnewer.start(scratch, self.line.address)?;
         let timed = (self.client)(&cache.endpoint, self.image).map_err(|e| format!("{}: {e}", self.what))?;
-        let peak_mib = cache.running.peak_memory_mib()?;
+        let peak_mib = cache.peak_memory_mib()?;
         for layer in &self.image.layers {
             expect_digest(&cache.endpoint, &blob(layer), layer)?;
         }

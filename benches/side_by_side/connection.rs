@@ -15,7 +15,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 const HEAD_BYTES_MAX: usize = 16 * 1024;
-const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// Most clients wait this long for the next bytes.
+pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(30);
 
 #[derive(Clone, Copy)]
 pub(crate) enum Scheme {
@@ -52,9 +53,14 @@ impl Endpoint {
     }
 
     pub(crate) fn connect(&self) -> Outcome<Connection> {
+        self.connect_for(SILENCE_MAX)
+    }
+
+    /// For a client that waits this long for the next bytes.
+    pub(crate) fn connect_for(&self, silence_max: Duration) -> Outcome<Connection> {
         let tcp = TcpStream::connect(self.address)?;
         tcp.set_nodelay(true)?;
-        tcp.set_read_timeout(Some(SILENCE_MAX))?;
+        tcp.set_read_timeout(Some(silence_max))?;
         let Some(trust) = &self.trust else {
             return Ok(Connection {
                 bare: Some(tcp.try_clone()?),
@@ -149,10 +155,16 @@ impl Connection {
             if let Some(end) = got.windows(4).position(|four| four == b"\r\n\r\n") {
                 let (head, body) = got.split_at(end + 4);
                 let head = std::str::from_utf8(head)?;
-                let length = content_length(head).ok_or_else(|| format!("{path}: no Content-Length"))?;
+                let status = status(head).ok_or_else(|| format!("{path}: not HTTP/1.1"))?;
+                let length = match content_length(head) {
+                    Some(length) => length,
+                    // The bodies of errors are not read.
+                    None if status >= 400 => body.len() as u64,
+                    None => return Err(format!("{path}: no Content-Length").into()),
+                };
                 taken(body);
                 return Ok(Response {
-                    status: status(head).ok_or_else(|| format!("{path}: not HTTP/1.1"))?,
+                    status,
                     left: length - body.len() as u64,
                 });
             }

@@ -8,8 +8,8 @@
 //! absolute targets, because they would measure the machine.
 //!
 //! Run it by `benches/run`, which installs the others and wrk. `--quick`: shorter windows; `--rounds N`;
-//! `--small`, `--stampede`, `--access`: only that part; `--cold-parallel`: a part that the other runs leave out;
-//! `--strict`: exit 1 if a target is missed. Wrong bytes always exit 1.
+//! `--small`, `--stampede`, `--access`: only that part; `--cold-parallel`, `--comparison`: a part that the other runs
+//! leave out; `--strict`: exit 1 if a target is missed. Wrong bytes always exit 1.
 
 #![allow(clippy::print_stdout, reason = "the table is the product")]
 #![allow(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
@@ -20,6 +20,7 @@ mod bottleneck;
 mod chunks;
 mod client;
 mod cold;
+mod comparison;
 mod connection;
 mod content;
 mod distance;
@@ -49,6 +50,7 @@ struct Plan {
     rounds: usize,
     cold_rounds: usize,
     stampede_rounds: usize,
+    comparison_rounds: usize,
     /// Time limit of docker-registry in a stampede.
     patience: Duration,
     strict: bool,
@@ -61,6 +63,7 @@ struct Plan {
 enum Part {
     Access,
     ColdParallel,
+    Comparison,
     Small,
     Stampede,
 }
@@ -73,6 +76,7 @@ fn main() -> Outcome<()> {
     let mut table = Table::new();
     match plan.only {
         Some(Part::ColdParallel) => cold::cold_parallel(&plan, scratch.path(), &mut table)?,
+        Some(Part::Comparison) => return comparison::comparison(&plan, scratch.path()),
         None | Some(Part::Access | Part::Small | Part::Stampede) => {
             beside_others(&plan, scratch.path(), &mut table)?;
         }
@@ -130,6 +134,7 @@ impl Plan {
             rounds: 3,
             cold_rounds: 3,
             stampede_rounds: 3,
+            comparison_rounds: 1,
             patience: Duration::from_secs(60),
             strict: false,
             only: None,
@@ -151,8 +156,10 @@ impl Plan {
                     plan.rounds = arguments.next().ok_or("--rounds needs a number")?.parse()?;
                     plan.cold_rounds = plan.rounds;
                     plan.stampede_rounds = plan.rounds;
+                    plan.comparison_rounds = plan.rounds;
                 }
                 "--cold-parallel" => plan.only = Some(Part::ColdParallel),
+                "--comparison" => plan.only = Some(Part::Comparison),
                 "--stampede" => plan.only = Some(Part::Stampede),
                 "--access" => plan.only = Some(Part::Access),
                 "--small" => plan.only = Some(Part::Small),

@@ -27,6 +27,22 @@ impl Running {
         Ok(Running(child))
     }
 
+    /// Suspends it and its workers: the kernel still accepts connections, and nothing answers.
+    pub(crate) fn suspend(&self) -> Outcome<()> {
+        self.signal(Signal::STOP)
+    }
+
+    fn signal(&self, signal: Signal) -> Outcome<()> {
+        for pid in self.processes()? {
+            let pid = i32::try_from(pid)
+                .ok()
+                .and_then(Pid::from_raw)
+                .ok_or("no process id")?;
+            kill_process(pid, signal)?;
+        }
+        Ok(())
+    }
+
     /// Retries until there is a response.
     pub(crate) fn wait_until<T>(&mut self, folder: &Path, ready: impl Fn() -> Option<T>) -> Outcome<T> {
         let began = Instant::now();
@@ -107,6 +123,8 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        // A suspended process would not notice the other signal.
+        let _ = self.signal(Signal::CONT);
         if let Some(pid) = i32::try_from(self.0.id()).ok().and_then(Pid::from_raw) {
             let _ = kill_process(pid, Signal::TERM);
         }

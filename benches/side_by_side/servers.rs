@@ -4,6 +4,7 @@ use crate::Outcome;
 use crate::connection::{Endpoint, trusting};
 use crate::content::{Content, MANIFEST_TYPE, manifest_by_digest, manifest_by_tag};
 use crate::program::{Running, free_address, program_output};
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -229,12 +230,15 @@ pub(crate) fn run_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<(Runni
             folder = folder.display()
         ),
     )?;
-    let mut command =
-        Command::new(std::env::var_os("IFNEWER").ok_or("IFNEWER names no program: see benches/run")?);
+    let mut command = Command::new(ifnewer_program()?);
     command.arg("serve").arg("--config").arg(&file);
     let mut running = Running::start(&mut command, folder)?;
     let address = running.wait_until(folder, || announced(folder))?;
     Ok((running, address))
+}
+
+pub(crate) fn ifnewer_program() -> Outcome<OsString> {
+    Ok(std::env::var_os("IFNEWER").ok_or("IFNEWER names no program: see benches/run")?)
 }
 
 /// The baseline of small responses (`benches/bare_hyper`).

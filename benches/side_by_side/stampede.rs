@@ -19,30 +19,30 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Barrier, mpsc};
 use std::time::{Duration, Instant};
 
-const CLIENTS: usize = 100;
-const LINE_BYTES_PER_SECOND: f64 = 40e6;
+pub(crate) const CLIENTS: usize = 100;
+pub(crate) const LINE_BYTES_PER_SECOND: f64 = 40e6;
 const PATIENCE: Duration = Duration::from_secs(120);
 /// No first byte yet.
 const NEVER: u64 = u64::MAX;
 
 /// The source of the bytes and their counter.
-enum Line<'s> {
+pub(crate) enum Line<'s> {
     Limited(Bottleneck),
     Unlimited(&'s Sites),
 }
 
 /// Results of one stampede.
-struct StampedeResult {
+pub(crate) struct StampedeResult {
     /// Every client got the complete image.
-    done: bool,
+    pub(crate) done: bool,
     /// The first failure of a client's pull.
-    failure: Option<String>,
-    last_seconds: f64,
+    pub(crate) failure: Option<String>,
+    pub(crate) last_seconds: f64,
     /// Bytes sent by the upstream, in multiples of the image.
-    upstream: f64,
+    pub(crate) upstream: f64,
     /// From the first client's first byte of the layer to the last client's.
     first_bytes_ms: f64,
-    peak_mib: f64,
+    pub(crate) peak_mib: f64,
     /// Of the cache.
     cpu_seconds: f64,
 }
@@ -54,8 +54,7 @@ pub(crate) fn stampede(
     content: &Content,
     table: &mut Table,
 ) -> Outcome<()> {
-    let limited = Line::Limited(Bottleneck::before(sites.upstream, LINE_BYTES_PER_SECOND)?);
-    for line in [limited, Line::Unlimited(sites)] {
+    for line in [Line::limited(sites.upstream)?, Line::Unlimited(sites)] {
         let run = |kind, clients, patience| line.run(kind, clients, patience, scratch, content);
         let (mut alone, mut ours, mut nginx, mut registry) = (vec![], vec![], vec![], vec![]);
         for _ in 0..plan.stampede_rounds {
@@ -136,6 +135,13 @@ fn compare(
 }
 
 impl Line<'_> {
+    pub(crate) fn limited(upstream: SocketAddr) -> Outcome<Self> {
+        Ok(Line::Limited(Bottleneck::before(
+            upstream,
+            LINE_BYTES_PER_SECOND,
+        )?))
+    }
+
     fn name(&self) -> String {
         match self {
             Line::Limited(_) => format!("{} MB/s", LINE_BYTES_PER_SECOND / 1e6),
@@ -157,7 +163,7 @@ impl Line<'_> {
         }
     }
 
-    fn run(
+    pub(crate) fn run(
         &self,
         kind: Kind,
         clients: usize,
@@ -186,8 +192,8 @@ impl Line<'_> {
                     Err(e) => failure = failure.take().or(Some(format!("{kind}: {e}"))),
                 }
             }
-            let (waited, running) = (began.elapsed(), &cache.running);
-            let (peak, cpu) = (running.peak_memory_mib()?, running.cpu_seconds()?);
+            let waited = began.elapsed();
+            let (peak, cpu) = (cache.peak_memory_mib()?, cache.cpu_seconds()?);
             // Stops clients that still read, and lets the upstream log their requests.
             drop(cache);
             Ok((peak, cpu, waited))

@@ -179,7 +179,7 @@ fn count(all: &[bool], wanted: bool) -> usize {
     all.iter().filter(|one| **one == wanted).count()
 }
 
-fn median(mut figures: Vec<f64>) -> f64 {
+pub(crate) fn median(mut figures: Vec<f64>) -> f64 {
     figures.sort_by(f64::total_cmp);
     figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
 }
