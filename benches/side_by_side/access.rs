@@ -2,11 +2,12 @@
 //! for one with `auth = "shared"`. The pairs differ in nothing else. A small blob shows it best; a large one is the
 //! real use.
 
-use crate::client::{stream, wrk};
+use crate::client::stream;
 use crate::connection::Scheme;
 use crate::content::{Content, blob, manifest_by_tag};
 use crate::servers::{SHARED, Sites};
 use crate::table::{Better, Row, Table};
+use crate::wrk::wrk;
 use crate::{CLIENTS, Outcome, Plan, client};
 
 /// Sent to both. Only one checks it.

@@ -1,16 +1,16 @@
-//! Cheap clients: one thread per connection that reads and discards, and wrk for small responses.
+//! Cheap clients: one thread per connection that reads and discards.
 
 use crate::Outcome;
 use crate::connection::{Connection, Endpoint, Scheme};
-use crate::content::{Image, Layered, MANIFEST_TYPE, blob, manifest_by_tag, named};
+use crate::content::{Image, Layered, blob, manifest_by_tag, named};
 use crate::servers::Server;
 use sha2::{Digest, Sha256};
-use std::process::Command;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-const STEP_BYTES: usize = 256 * 1024;
+/// Size of a client's buffer.
+pub(crate) const STEP_BYTES: usize = 256 * 1024;
 /// Some caches send nothing to most clients until one has everything.
 const PULL_SILENCE_MAX: Duration = Duration::from_secs(120);
 /// Excluded from a window, for connection setup.
@@ -216,8 +216,13 @@ pub(crate) fn pull(
 
 /// One download whose every byte is checked.
 pub(crate) fn expect_digest(endpoint: &Endpoint, path: &str, digest: &str) -> Outcome<()> {
-    let (mut connection, mut buffer) = (endpoint.connect()?, vec![0; STEP_BYTES]);
-    let mut hash = Sha256::new();
+    expect_digest_on(&mut endpoint.connect()?, path, digest)
+        .map_err(|e| format!("{}: {e}", endpoint.address).into())
+}
+
+/// The same on an open connection.
+pub(crate) fn expect_digest_on(connection: &mut Connection, path: &str, digest: &str) -> Outcome<()> {
+    let (mut hash, mut buffer) = (Sha256::new(), vec![0; STEP_BYTES]);
     let mut left = connection.ask(path, &mut buffer, |part| hash.update(part))?.left;
     while left > 0 {
         let part = connection.read_some(left, &mut buffer)?;
@@ -228,7 +233,7 @@ pub(crate) fn expect_digest(endpoint: &Endpoint, path: &str, digest: &str) -> Ou
     if got == digest {
         Ok(())
     } else {
-        Err(format!("{}{path}: wrong bytes: {got}", endpoint.address).into())
+        Err(format!("{path}: wrong bytes: {got}").into())
     }
 }
 
@@ -264,73 +269,4 @@ pub(crate) fn handshakes(server: &Server, window: Duration) -> Outcome<Handshake
         count: count.into_inner() as f64,
         cpu_seconds: server.cpu_seconds()? - before,
     })
-}
-
-/// Result of wrk.
-pub(crate) struct Replied {
-    pub(crate) requests: f64,
-    pub(crate) seconds: f64,
-    pub(crate) cpu_seconds: f64,
-    pub(crate) p99_ms: f64,
-}
-
-/// Small responses over plain HTTP, by wrk with one thread and these header lines.
-pub(crate) fn wrk(
-    server: &Server,
-    path: &str,
-    lines: &[&str],
-    connections: usize,
-    window: Duration,
-) -> Outcome<Replied> {
-    let before = server.cpu_seconds()?;
-    let output = Command::new("wrk")
-        .args(["--threads", "1", "--connections", &connections.to_string()])
-        .args(["--duration", &format!("{}s", window.as_secs()), "--latency"])
-        .args(["--header", &format!("Accept: {MANIFEST_TYPE}")])
-        .args(lines.iter().flat_map(|line| ["--header", line]))
-        .arg(format!("http://{}{path}", server.plain.address))
-        .output()
-        .map_err(|e| format!("wrk: {e}"))?;
-    let cpu_seconds = server.cpu_seconds()? - before;
-    let text = String::from_utf8_lossy(&output.stdout);
-    if !output.status.success() || text.contains("Non-2xx") || text.contains("Socket errors") {
-        return Err(format!("wrk on {path}: {text}").into());
-    }
-    // "  123456 requests in 2.00s, 98.76MB read" and "Requests/sec:  61728.00"
-    let requests: f64 = word_before(&text, " requests in ")?.parse()?;
-    let rate: f64 = text
-        .rsplit("Requests/sec:")
-        .next()
-        .and_then(|rest| rest.split_whitespace().next())
-        .ok_or("wrk text no rate")?
-        .parse()?;
-    Ok(Replied {
-        requests,
-        seconds: requests / rate,
-        cpu_seconds,
-        p99_ms: p99_ms(&text).ok_or("wrk did not say a 99th percentile")?,
-    })
-}
-
-/// From `     99%    7.85ms`, in `us`, `ms` or `s`.
-fn p99_ms(said: &str) -> Option<f64> {
-    let mut words = said.split_whitespace();
-    words.find(|word| *word == "99%")?;
-    let time = words.next()?;
-    let at = time.find(|c: char| c.is_ascii_alphabetic())?;
-    let (number, unit) = time.split_at(at);
-    let scale = match unit {
-        "us" => 1e-3,
-        "ms" => 1.0,
-        "s" => 1e3,
-        _ => return None,
-    };
-    Some(number.parse::<f64>().ok()? * scale)
-}
-
-fn word_before<'s>(said: &'s str, mark: &str) -> Outcome<&'s str> {
-    let (before, _) = said
-        .split_once(mark)
-        .ok_or_else(|| format!("wrk did not say{mark}"))?;
-    Ok(before.rsplit(char::is_whitespace).next().unwrap_or_default())
 }

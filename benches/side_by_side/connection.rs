@@ -65,6 +65,8 @@ impl Endpoint {
             return Ok(Connection {
                 bare: Some(tcp.try_clone()?),
                 stream: Box::new(tcp),
+                host: self.address,
+                lines: String::new(),
             });
         };
         let name = ServerName::IpAddress(IpAddr::from(self.address.ip()));
@@ -75,6 +77,8 @@ impl Endpoint {
         Ok(Connection {
             bare: None,
             stream: Box::new(stream),
+            host: self.address,
+            lines: String::new(),
         })
     }
 }
@@ -97,6 +101,10 @@ pub(crate) struct Connection {
     stream: Box<dyn Stream>,
     /// The raw connection, without a layer in between.
     bare: Option<TcpStream>,
+    /// Named in each request.
+    host: SocketAddr,
+    /// Additional header lines of each request.
+    lines: String,
 }
 
 trait Stream: Read + Write {}
@@ -109,6 +117,25 @@ pub(crate) struct Response {
 }
 
 impl Connection {
+    /// Adds a header line to each request.
+    pub(crate) fn with_line(mut self, line: &str) -> Self {
+        self.lines.push_str(line);
+        self.lines.push_str("\r\n");
+        self
+    }
+
+    /// A complete 200 whose body is discarded in the kernel. Returns the body's length.
+    pub(crate) fn fetch(&mut self, path: &str, buffer: &mut [u8]) -> Outcome<u64> {
+        let mut received = 0;
+        let mut left = self.ask(path, buffer, |part| received = part.len() as u64)?.left;
+        while left > 0 {
+            let more = self.discard_some(left, buffer)?.len() as u64;
+            left -= more;
+            received += more;
+        }
+        Ok(received)
+    }
+
     /// Sends a GET and reads the head of a 200. Body bytes read with it are passed to `taken`.
     pub(crate) fn ask(
         &mut self,
@@ -138,7 +165,9 @@ impl Connection {
         mut taken: impl FnMut(&[u8]),
     ) -> Outcome<Response> {
         let range = range.map_or_else(String::new, |range| format!("Range: {range}\r\n"));
-        let request = format!("GET {path} HTTP/1.1\r\nHost: bench\r\nAccept: {MANIFEST_TYPE}\r\n{range}\r\n");
+        let (host, lines) = (self.host, &self.lines);
+        let request =
+            format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nAccept: {MANIFEST_TYPE}\r\n{range}{lines}\r\n");
         self.stream.write_all(request.as_bytes())?;
         self.stream.flush()?;
         let mut filled = 0;

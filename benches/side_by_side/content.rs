@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-const REPOSITORY: &str = "library/bench";
+pub(crate) const REPOSITORY: &str = "library/bench";
 /// The type of the one manifest.
 pub(crate) const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 
@@ -163,7 +163,7 @@ pub(crate) fn blob(digest: &str) -> String {
 }
 
 /// Writes xorshift64* bytes from `seed` under their digest, which is returned.
-fn write_noise(folder: &Path, seed: u64, bytes: u64) -> Outcome<String> {
+pub(crate) fn write_noise(folder: &Path, seed: u64, bytes: u64) -> Outcome<String> {
     let unnamed = folder.join("unnamed");
     let mut file = std::fs::File::create(&unnamed)?;
     let mut hash = Sha256::new();

@@ -10,6 +10,8 @@
 //! Run it by `benches/run`, which installs the others and wrk. `--quick`: shorter windows; `--rounds N`;
 //! `--small`, `--stampede`, `--access`: only that part; `--cold-parallel`, `--comparison`: a part that the other runs
 //! leave out; `--strict`: exit 1 if a target is missed. Wrong bytes always exit 1.
+//! `--scale`: instead, how the cost of ifnewer alone grows (`scale`); `--long`: with its largest steps;
+//! `--axis NAME`: only that axis; `--plot FILE.svg`: its results as a plot.
 
 #![allow(clippy::print_stdout, reason = "the table is the product")]
 #![allow(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
@@ -26,14 +28,16 @@ mod content;
 mod distance;
 mod peers;
 mod program;
+mod scale;
 mod servers;
 mod stampede;
 mod table;
+mod wrk;
 
 use connection::{Endpoint, Scheme};
 use content::{Content, blob, manifest_by_digest, manifest_by_tag};
 use servers::{FRESH, Server, Sites};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use table::{Better, Row, Table};
 
@@ -56,6 +60,18 @@ struct Plan {
     strict: bool,
     /// Only this part.
     only: Option<Part>,
+    scale: ScaleOptions,
+}
+
+/// Options of `--scale`.
+#[derive(Default)]
+struct ScaleOptions {
+    /// With the largest steps.
+    long: bool,
+    /// Only the axis of this name.
+    axis: Option<String>,
+    /// The file of the plot.
+    plot: Option<PathBuf>,
 }
 
 /// A part that can run alone.
@@ -64,6 +80,7 @@ enum Part {
     Access,
     ColdParallel,
     Comparison,
+    Scale,
     Small,
     Stampede,
 }
@@ -73,9 +90,10 @@ fn main() -> Outcome<()> {
     // Other load affects every figure, so a run that started or ended under load reports it.
     println!("load average before: {}", load()?);
     let scratch = tempfile::tempdir()?;
-    let mut table = Table::new();
+    let mut table = Table::new(["ifnewer", "other"]);
     match plan.only {
         Some(Part::ColdParallel) => cold::cold_parallel(&plan, scratch.path(), &mut table)?,
+        Some(Part::Scale) => table = scale::scale(&plan, scratch.path())?,
         Some(Part::Comparison) => return comparison::comparison(&plan, scratch.path()),
         None | Some(Part::Access | Part::Small | Part::Stampede) => {
             beside_others(&plan, scratch.path(), &mut table)?;
@@ -138,6 +156,7 @@ impl Plan {
             patience: Duration::from_secs(60),
             strict: false,
             only: None,
+            scale: ScaleOptions::default(),
         };
         let mut arguments = std::env::args().skip(1);
         while let Some(argument) = arguments.next() {
@@ -163,10 +182,17 @@ impl Plan {
                 "--stampede" => plan.only = Some(Part::Stampede),
                 "--access" => plan.only = Some(Part::Access),
                 "--small" => plan.only = Some(Part::Small),
+                "--scale" => plan.only = Some(Part::Scale),
+                "--long" => plan.scale.long = true,
+                "--axis" => plan.scale.axis = Some(arguments.next().ok_or("--axis needs a name")?),
+                "--plot" => plan.scale.plot = Some(arguments.next().ok_or("--plot needs a file")?.into()),
                 "--strict" => plan.strict = true,
                 "--bench" => {} // cargo bench says so to every harness
                 other => return Err(format!("unknown argument {other}").into()),
             }
+        }
+        if plan.only == Some(Part::Scale) && !plan.scale.long {
+            plan.window /= 2; // It has many steps.
         }
         Ok(plan)
     }
@@ -261,10 +287,10 @@ fn small_replies(plan: &Plan, sites: &Sites, content: &Content, table: &mut Tabl
         let mut over_hyper =
             Row::new(format!("{what}, bare hyper: CPU µs each"), Better::Lower).target_ratio(beside_hyper);
         for _ in 0..plan.rounds {
-            let ours = client::wrk(&sites.ifnewer, path, &[], CLIENTS, plan.window)?;
-            let nginx = client::wrk(&sites.nginx, file, &[], CLIENTS, plan.window)?;
-            let hyper = client::wrk(&sites.bare_hyper, "/", &[], CLIENTS, plan.window)?;
-            let each = |replied: &client::Replied| replied.cpu_seconds * 1e6 / replied.requests;
+            let ours = wrk::wrk(&sites.ifnewer, path, &[], CLIENTS, plan.window)?;
+            let nginx = wrk::wrk(&sites.nginx, file, &[], CLIENTS, plan.window)?;
+            let hyper = wrk::wrk(&sites.bare_hyper, "/", &[], CLIENTS, plan.window)?;
+            let each = |replied: &wrk::Replied| replied.cpu_seconds * 1e6 / replied.requests;
             rate.round(ours.requests / ours.seconds, nginx.requests / nginx.seconds);
             cost.round(each(&ours), each(&nginx));
             slowest.round(ours.p99_ms, nginx.p99_ms);

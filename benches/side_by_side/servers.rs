@@ -216,6 +216,18 @@ pub(crate) const FRESH: &str = "fresh.test";
 
 /// ifnewer with only its upstream and listen addresses configured.
 pub(crate) fn run_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<(Running, SocketAddr)> {
+    start_configured(
+        folder,
+        &format!(
+            "[upstream.\"docker.io\"]\nurl = \"http://{upstream}\"\n\
+             [upstream.\"{SHARED}\"]\nurl = \"http://{upstream}\"\nauth = \"shared\"\n\
+             [upstream.\"{FRESH}\"]\nurl = \"http://{upstream}\"\nmax_age = \"1h\"\n"
+        ),
+    )
+}
+
+/// ifnewer with these sections of its configuration in addition to its listen addresses.
+pub(crate) fn start_configured(folder: &Path, sections: &str) -> Outcome<(Running, SocketAddr)> {
     std::fs::create_dir_all(folder)?;
     let file = folder.join("ifnewer.toml");
     std::fs::write(
@@ -223,17 +235,14 @@ pub(crate) fn run_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<(Runni
         format!(
             "data = \"{folder}/data\"\ndefault_upstream = \"docker.io\"\n\
              [listen]\nregistry = [\"127.0.0.1:0\"]\nadmin = \"127.0.0.1:0\"\n\
-             [tls]\nfolder = \"{folder}/certs\"\n\
-             [upstream.\"docker.io\"]\nurl = \"http://{upstream}\"\n\
-             [upstream.\"{SHARED}\"]\nurl = \"http://{upstream}\"\nauth = \"shared\"\n\
-             [upstream.\"{FRESH}\"]\nurl = \"http://{upstream}\"\nmax_age = \"1h\"\n",
+             [tls]\nfolder = \"{folder}/certs\"\n{sections}",
             folder = folder.display()
         ),
     )?;
     let mut command = Command::new(ifnewer_program()?);
     command.arg("serve").arg("--config").arg(&file);
     let mut running = Running::start(&mut command, folder)?;
-    let address = running.wait_until(folder, || announced(folder))?;
+    let address = running.wait_until(folder, || announced(folder, "registry listening on "))?;
     Ok((running, address))
 }
 
@@ -246,14 +255,14 @@ fn run_bare_hyper(folder: &Path) -> Outcome<(Running, SocketAddr)> {
     std::fs::create_dir_all(folder)?;
     let program = std::env::var_os("BARE_HYPER").ok_or("BARE_HYPER names no program: see benches/run")?;
     let mut running = Running::start(&mut Command::new(program), folder)?;
-    let address = running.wait_until(folder, || announced(folder))?;
+    let address = running.wait_until(folder, || announced(folder, "listening on "))?;
     Ok((running, address))
 }
 
-/// The address in `listening on ADDRESS`; of ifnewer, that of the registry, which it reports first.
-fn announced(folder: &Path) -> Option<SocketAddr> {
+/// The address after this text in the output.
+pub(crate) fn announced(folder: &Path, text: &str) -> Option<SocketAddr> {
     let output = program_output(folder);
-    let (_, after) = output.split_once("listening on ")?;
+    let (_, after) = output.split_once(text)?;
     after
         .split(|c: char| c.is_whitespace() || c == '"')
         .next()?

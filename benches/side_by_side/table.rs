@@ -32,7 +32,11 @@ pub(crate) struct Row {
 }
 
 /// All measures of a run.
-pub(crate) struct Table(Vec<Row>);
+pub(crate) struct Table {
+    /// Headings of the two columns of figures.
+    heads: [&'static str; 2],
+    rows: Vec<Row>,
+}
 
 impl Row {
     pub(crate) fn new(what: String, better: Better) -> Self {
@@ -145,24 +149,28 @@ impl Row {
 }
 
 impl Table {
-    pub(crate) fn new() -> Self {
-        Table(Vec::new())
+    pub(crate) fn new(heads: [&'static str; 2]) -> Self {
+        Table {
+            heads,
+            rows: Vec::new(),
+        }
     }
 
     pub(crate) fn add(&mut self, row: Row) {
         println!("measured: {}", row.line());
-        self.0.push(row);
+        self.rows.push(row);
     }
 
     pub(crate) fn print(&self) {
+        let [ours, theirs] = self.heads;
         println!(
-            "\n{:<66} {:>9} {:>9} {:>8} {:>9}",
-            "", "ifnewer", "other", "ratio", "target"
+            "\n{:<66} {ours:>9} {theirs:>9} {:>8} {:>9}",
+            "", "ratio", "target"
         );
-        for row in &self.0 {
+        for row in &self.rows {
             println!("{}", row.line());
         }
-        let targets: Vec<bool> = self.0.iter().filter_map(Row::met).collect();
+        let targets: Vec<bool> = self.rows.iter().filter_map(Row::met).collect();
         println!(
             "\ntargets: {} met, {} not met",
             count(&targets, true),
@@ -171,7 +179,7 @@ impl Table {
     }
 
     pub(crate) fn all_met(&self) -> bool {
-        self.0.iter().filter_map(Row::met).all(|met| met)
+        self.rows.iter().filter_map(Row::met).all(|met| met)
     }
 }
 
