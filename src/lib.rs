@@ -7,7 +7,7 @@
 //!
 //! The layers, from the inside out. Each may use those before it, which `tests/layers.rs` checks:
 //!
-//! 1. [`oci`]: values and grammar of the protocol; [`trace_context`]: W3C Trace Context; [`clock`]. Pure. And
+//! 1. [`oci`]: values and grammar of the protocol; [`trace_context`]: W3C Trace Context; [`clock`]; [`fast_map`]. Pure. And
 //!    [`terminal`]: the only writer to standard output and standard error.
 //! 2. [`policy`]: the decision, and [`policy::authz`]: authorization. Pure, without a clock.
 //! 3. [`store`] (disk), [`upstream`] (network to registries), [`bucket`] (object storage), [`telemetry`] (logs, metrics, decision log),
@@ -33,6 +33,7 @@ pub mod config;
 pub mod demo;
 pub mod doctor;
 pub mod download;
+pub mod fast_map;
 pub mod oci;
 #[cfg(feature = "otlp")]
 pub mod otlp;

@@ -19,7 +19,7 @@ use ifnewer::setup::{Applied, RootFs, SetupError};
 use ifnewer::shared::RecordKeys;
 use ifnewer::shared::maintenance::TagRecordError;
 use ifnewer::telemetry::Telemetry;
-use ifnewer::terminal::{LogBuffer, LogThread};
+use ifnewer::terminal::LogThread;
 use ifnewer::{admin, blocking, ca, cli, demo, doctor, setup, terminal};
 use listenfd::ListenFd;
 use tracing_subscriber::EnvFilter;
@@ -398,9 +398,7 @@ async fn with_output(
     match command(&mut output).await {
         Ok(()) => ExitCode::SUCCESS,
         // The reader of the output has closed it: `ifnewer ls | head`.
-        Err(CommandError::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
-            ExitCode::SUCCESS
-        }
+        Err(CommandError::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(
             error @ (CommandError::ReadOnly
             | CommandError::Open(_)
@@ -434,12 +432,11 @@ fn init_logging(log: &Log) -> io::Result<LogThread> {
     // The level was validated with the configuration.
     let filter = EnvFilter::try_new(&log.level).unwrap_or_else(|_| EnvFilter::new("info"));
     let colour = terminal::is_stderr_terminal();
-    let buffer = LogBuffer::default();
-    let thread = buffer.write_to(io::stderr())?;
+    let (writer, thread) = terminal::Log::start(colour)?;
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(colour)
-        .with_writer(terminal::Log { colour, buffer });
+        .with_writer(writer);
     match log.format {
         LogFormat::Human => {
             let fields = terminal::LogFields;

@@ -246,7 +246,7 @@ pub enum BlobBody {
     /// The blob's file.
     File(BlobHandle),
     /// A running download.
-    Download(Reader),
+    Download(Box<Reader>),
     /// The shared storage, at this URL.
     Redirect(HeaderValue),
     /// The upstream, because the disk cannot store the blob.

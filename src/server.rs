@@ -153,10 +153,10 @@ impl RegistryService {
         };
         let (upstream_registry, _, route) = parsed.subject();
         record.set_route(Some(upstream_registry), route);
-        let by_path = |kind| (kind, access_log::printable_path(&head.uri));
         match parsed {
             ParsedRequest::Read(mut read) => {
-                record.set_subject(access_log::subject(&read.request.endpoint));
+                let (kind, image) = access_log::subject(&read.request.endpoint);
+                record.set_subject(kind, image);
                 let idle_paused = info.peer.idle_pause.pause();
                 let outcome = proxy.handle(&mut read.request).await;
                 drop(idle_paused);
@@ -167,7 +167,7 @@ impl RegistryService {
                 )
             }
             ParsedRequest::ApiCheck(read) => {
-                record.set_subject(by_path(ResourceKind::Ping));
+                record.set_subject(ResourceKind::Ping, None);
                 let outcome = Box::pin(proxy.api_challenge(&read.request)).await;
                 let fields = AccessLogFields::of(&outcome);
                 (
@@ -176,9 +176,9 @@ impl RegistryService {
                 )
             }
             ParsedRequest::Forward(target) => {
-                record.set_subject(by_path(forward_kind(&target, head)));
+                record.set_subject(forward_kind(&target, head), None);
                 let upstream_registry = Arc::clone(&target.upstream_registry);
-                match Box::pin(self.forward(proxy, target, info, body)).await {
+                match Box::pin(self.forward(proxy, *target, info, body)).await {
                     Ok(response) => (response, AccessLogFields::forwarded()),
                     Err(cause) => {
                         let is_head = head.method == Method::HEAD;
@@ -188,7 +188,7 @@ impl RegistryService {
                 }
             }
             ParsedRequest::Token(target, realm) => {
-                Box::pin(self.answer_token_request(proxy, target, &realm, info, body)).await
+                Box::pin(self.answer_token_request(proxy, *target, &realm, info, body)).await
             }
         }
     }

@@ -32,7 +32,7 @@ use std::time::{Duration, SystemTime};
 use http::HeaderMap;
 use tokio::sync::{broadcast, mpsc};
 
-pub use clients::{Client, agent};
+pub use clients::{Agent, Client, LastAgent};
 pub use connections::{CloseReason, ConnectionState, OpenConnection, TokenRejection};
 pub use decision_log::DecisionRecord;
 pub use gauges::{Gauges, QueueGauges, QuotaGauge};
@@ -51,14 +51,14 @@ pub struct AccessRecord<'a> {
     /// When the request arrived.
     pub at: SystemTime,
     /// The upstream's name; `-` if the request reached none.
-    pub upstream: &'a str,
+    pub upstream: &'a Arc<str>,
     /// How the request was routed; `-` if it was rejected before routing.
     pub route: &'static str,
     /// The kind of resource requested.
     pub kind: ResourceKind,
     /// The requested image: `repository:tag`, `repository@digest`, or the path if it is neither. Never used as a
     /// label.
-    pub image: &'a str,
+    pub image: &'a Arc<str>,
     /// The cache result as decided, before the body was sent.
     pub result: CacheResult,
     /// The name of the reason.
@@ -83,8 +83,8 @@ pub struct AccessRecord<'a> {
     pub error: Option<&'a str>,
     /// The client's IP address.
     pub client: Option<IpAddr>,
-    /// The client's `User-Agent`, cleaned by [`agent`].
-    pub agent: &'a str,
+    /// The client's `User-Agent`.
+    pub agent: &'a Agent,
     /// The trace context of the request.
     pub trace: &'a TraceContext,
 }
@@ -272,7 +272,7 @@ impl Telemetry {
     }
 
     /// Records a client when its request arrives.
-    pub fn record_client(&self, client: IpAddr, agent: &str, at: SystemTime, pulled: Option<&str>) {
+    pub fn record_client(&self, client: IpAddr, agent: &Agent, at: SystemTime, pulled: Option<&Arc<str>>) {
         self.0.clients.record(client, agent, at, pulled);
     }
 
@@ -412,6 +412,7 @@ fn log(record: &AccessRecord<'_>) {
         error,
         ..
     } = *record;
+    let (upstream, image) = (&**upstream, &**image);
     let (result, ended) = (record.result().name(), record.ended.name());
     let (cause, trace_id) = (record.cause.map(UpstreamFailure::name), record.trace.id());
     let client = record.client.map(tracing::field::display);

@@ -47,10 +47,17 @@ pub fn is_stderr_terminal() -> bool {
 /// Log writer: a buffer of standard error, with or without colours.
 #[derive(Clone)]
 pub struct Log {
-    /// Whether colour sequences are passed through.
-    pub colour: bool,
-    /// The lines on their way to standard error.
-    pub buffer: LogBuffer,
+    colour: bool,
+    buffer: LogBuffer,
+}
+
+impl Log {
+    /// Starts the thread that writes the lines. If `colour` is set, colour sequences are passed through.
+    pub fn start(colour: bool) -> io::Result<(Self, LogThread)> {
+        let buffer = LogBuffer::default();
+        let thread = buffer.write_to(io::stderr())?;
+        Ok((Self { colour, buffer }, thread))
+    }
 }
 
 impl<'a> MakeWriter<'a> for Log {

@@ -41,6 +41,7 @@ const MODULES: &[Module] = &[
     module("oci", 1, &[], &[]),
     module("clock", 1, &[], &[]),
     module("age", 1, &[], &["oci", "clock"]),
+    module("fast_map", 1, &[], &["oci", "clock"]),
     module("trace_context", 1, &["oci"], &[]),
     module("terminal", 1, &[], &[]),
     // Decisions. Time is an argument.

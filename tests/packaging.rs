@@ -16,9 +16,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
+use http::HeaderValue;
 use ifnewer::config::{Config, KEYS};
 use ifnewer::telemetry::{
-    AccessRecord, BodyEnd, CacheResult, Gauges, QuotaGauge, ResourceKind, Telemetry, UpstreamRecord,
+    AccessRecord, BodyEnd, CacheResult, Gauges, LastAgent, QuotaGauge, ResourceKind, Telemetry,
+    UpstreamRecord,
 };
 use ifnewer::trace_context::TraceContext;
 
@@ -34,12 +36,13 @@ fn text(name: &str) -> String {
 fn scrape() -> String {
     let telemetry = Telemetry::new();
     telemetry.shared().set_up(&"s3://images".into(), true);
+    let agent = LastAgent::default().of(Some(&HeaderValue::from_static("docker/27.3.1")));
     telemetry.record_access(&AccessRecord {
         at: SystemTime::UNIX_EPOCH,
-        upstream: "docker.io",
+        upstream: &"docker.io".into(),
         route: "mirror",
         kind: ResourceKind::Tag,
-        image: "library/demo:latest",
+        image: &"library/demo:latest".into(),
         result: CacheResult::Stale,
         reason: "stale-if-error",
         cause: None,
@@ -52,15 +55,10 @@ fn scrape() -> String {
         bytes: 1,
         error: None,
         client: Some(Ipv4Addr::LOCALHOST.into()),
-        agent: "docker/27.3.1",
+        agent: &agent,
         trace: &TraceContext::new_root(),
     });
-    telemetry.record_client(
-        Ipv4Addr::LOCALHOST.into(),
-        "docker/27.3.1",
-        SystemTime::UNIX_EPOCH,
-        None,
-    );
+    telemetry.record_client(Ipv4Addr::LOCALHOST.into(), &agent, SystemTime::UNIX_EPOCH, None);
     telemetry.record_upstream(&UpstreamRecord {
         upstream: "docker.io",
         operation: "manifest-head",

@@ -128,6 +128,12 @@ pub fn host_part(name: &str) -> &str {
 /// Canonical form of a registry's host (RFC 3986 §6.2.2.1 and §6.2.3): lower case, without a trailing dot and without
 /// port 443; an IPv6 address in its shortest form. `None` if the text is not a host with an optional port.
 pub fn canonical(text: &str) -> Option<Cow<'_, str>> {
+    // Each request has one such name at least, its host or the first component of its path.
+    let is_simple =
+        |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'.' | b'-' | b'_');
+    if !text.is_empty() && !text.ends_with('.') && text.bytes().all(is_simple) {
+        return Some(Cow::Borrowed(text));
+    }
     let (host, port) = if let Some(rest) = text.strip_prefix('[') {
         let (address, port) = rest.split_once(']')?;
         (

@@ -14,7 +14,6 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -26,6 +25,7 @@ use super::authz::GrantTtls;
 use super::min_age::{AgeLimit, AgeOverrides};
 use super::refresh::{RefreshOverrides, RefreshPolicy};
 use super::{OnNotFound, Policy};
+use crate::fast_map::FastMap;
 use crate::oci::{Repository, Tag};
 
 /// Docker Hub, where a one-component name is short for one under [`HUB_LIBRARY`].
@@ -295,7 +295,7 @@ pub enum ImagePatternError {
 #[derive(Clone)]
 pub struct Rules {
     default: EffectivePolicy,
-    upstreams: HashMap<Arc<str>, UpstreamPolicies>,
+    upstreams: FastMap<Arc<str>, UpstreamPolicies>,
     names: GlobSet,
     rule_names: Vec<Arc<str>>,
     /// In the order of `names`, each with the number of its rule.
@@ -354,7 +354,7 @@ impl Rules {
     pub fn single(default: EffectivePolicy) -> Self {
         Self {
             default,
-            upstreams: HashMap::new(),
+            upstreams: FastMap::default(),
             names: GlobSet::empty(),
             rule_names: Vec::new(),
             patterns: Vec::new(),

@@ -592,7 +592,7 @@ impl BlobRequest<'_> {
                     let source = UpstreamSource::new(self.proxy, self.upstream_request(), self.digest);
                     reader = reader.with_range_source(source);
                 }
-                return Ok(self.respond(BlobBody::Download(reader), size, reason));
+                return Ok(self.respond(BlobBody::Download(Box::new(reader)), size, reason));
             }
             Err(failure) => failure,
         };

@@ -31,6 +31,7 @@ use super::tls::{Handshake, ServerTls};
 use super::{Body, RegistryService};
 use crate::config::{Limits, PlainHttp};
 use crate::store::LogLimit;
+use crate::telemetry::LastAgent;
 
 /// Pause after a failed `accept`, mostly for lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -282,6 +283,7 @@ impl Acceptor {
                 idle_pause,
                 connection: handle,
                 sendfile: None,
+                agent: LastAgent::default(),
             };
             let connection = self.connection(peer, permit, tasks);
             connection.begin_http(stream).await
@@ -302,6 +304,7 @@ impl Acceptor {
                 idle_pause: idle_pause.clone(),
                 connection: handle.clone(),
                 sendfile: Some(queue.clone()),
+                agent: LastAgent::default(),
             };
             let connection = self.connection(peer, permit, tasks);
             let stream = SendfileStream::new(accepted, queue);

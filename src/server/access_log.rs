@@ -20,7 +20,7 @@ use crate::oci::{Digest, Endpoint, Reference, UpstreamFailure};
 use crate::policy::DenyReason;
 use crate::proxy::{Denied, ProxyResponse, ServeReason, UpstreamRegistry};
 use crate::store::tags::NEVER_CONFIRMED;
-use crate::telemetry::{self, AccessRecord, BodyEnd, ResourceKind, Telemetry, agent};
+use crate::telemetry::{self, AccessRecord, Agent, BodyEnd, ResourceKind, Telemetry};
 use crate::trace_context::TraceContext;
 
 /// Status recorded if the client left before the response head, as in nginx.
@@ -38,12 +38,14 @@ struct EntryState {
     upstream_registry: Option<Arc<UpstreamRegistry>>,
     route: Option<RouteKind>,
     kind: ResourceKind,
-    image: String,
+    /// The path, unless the request is for an image.
+    uri: Uri,
+    image: Option<Arc<str>>,
     fields: AccessLogFields,
     status: u16,
     bytes: u64,
     client: Option<IpAddr>,
-    agent: Box<str>,
+    agent: Agent,
     trace: TraceContext,
     /// Counts the connection as busy until the record is written.
     _request: InFlight,
@@ -65,12 +67,13 @@ impl AccessLogEntry {
             upstream_registry: None,
             route: None,
             kind: ResourceKind::Other,
-            image: printable_path(&head.uri),
+            uri: head.uri.clone(),
+            image: None,
             fields: AccessLogFields::rejected("client-left"),
             status: CLIENT_LEFT,
             bytes: 0,
             client: peer.address,
-            agent: agent(head.headers.get(USER_AGENT)),
+            agent: peer.agent.of(head.headers.get(USER_AGENT)),
             trace: trace.clone(),
             _request: peer.connection.request(),
         })))
@@ -83,10 +86,10 @@ impl AccessLogEntry {
         }
     }
 
-    /// Sets the kind and name of the requested resource.
-    pub(super) fn set_subject(&mut self, (kind, image): (ResourceKind, String)) {
+    /// Sets the kind of the requested resource, and its name unless that is the path.
+    pub(super) fn set_subject(&mut self, kind: ResourceKind, image: Option<String>) {
         if let Some(record) = &mut self.0 {
-            (record.kind, record.image) = (kind, image);
+            (record.kind, record.image) = (kind, image.map(Into::into));
         }
     }
 
@@ -143,7 +146,7 @@ impl EntryState {
     /// Counts the client when its response begins, because the response may take long.
     fn note_client(&self) {
         if let Some(client) = self.client {
-            let pulled = (self.kind == ResourceKind::Tag).then_some(&*self.image);
+            let pulled = self.image.as_ref().filter(|_| self.kind == ResourceKind::Tag);
             self.telemetry.record_client(client, &self.agent, self.at, pulled);
         }
     }
@@ -152,15 +155,16 @@ impl EntryState {
         let took = self.began.elapsed();
         let confirmed_at = self.fields.confirmed_at;
         let error = error.map(ToString::to_string);
+        let upstream = self.upstream_registry.as_ref();
+        let upstream = upstream.map_or_else(|| "-".into(), |upstream| upstream.shared_name());
+        let image = self.image.clone();
+        let image = image.unwrap_or_else(|| printable_path(&self.uri).into());
         self.telemetry.record_access(&AccessRecord {
             at: self.at,
-            upstream: self
-                .upstream_registry
-                .as_ref()
-                .map_or("-", |upstream_registry| upstream_registry.name()),
+            upstream: &upstream,
             route: self.route.map_or("-", RouteKind::name),
             kind: self.kind,
-            image: &self.image,
+            image: &image,
             result: self.fields.result,
             reason: self.fields.reason,
             cause: self.fields.cause,
@@ -284,9 +288,9 @@ impl AccessLogFields {
 }
 
 /// Kind and name of the requested resource.
-pub(super) fn subject(endpoint: &Endpoint) -> (ResourceKind, String) {
+pub(super) fn subject(endpoint: &Endpoint) -> (ResourceKind, Option<String>) {
     let kind = match endpoint {
-        Endpoint::Ping => return (ResourceKind::Ping, "/v2/".to_owned()),
+        Endpoint::Ping => return (ResourceKind::Ping, Some("/v2/".to_owned())),
         Endpoint::Manifest {
             reference: Reference::Tag(_),
             ..
@@ -295,7 +299,7 @@ pub(super) fn subject(endpoint: &Endpoint) -> (ResourceKind, String) {
         Endpoint::Blob { .. } => ResourceKind::Blob,
         Endpoint::Tags { .. } | Endpoint::Referrers { .. } => ResourceKind::Listing,
     };
-    (kind, endpoint.image())
+    (kind, Some(endpoint.image()))
 }
 
 /// Longest logged path.
@@ -303,7 +307,7 @@ const PATH_BYTES_MAX: usize = 512;
 
 /// The path of a request without an image. Bytes that are not printable ASCII are percent-encoded (RFC 3986 §2.1), so
 /// that the log cannot control a terminal.
-pub(super) fn printable_path(uri: &Uri) -> String {
+fn printable_path(uri: &Uri) -> String {
     let path = uri.path();
     if path.len() <= PATH_BYTES_MAX && path.bytes().all(|byte| byte.is_ascii_graphic()) {
         return path.to_owned();

@@ -32,7 +32,7 @@ use super::tls::client_cert;
 use super::{Body, ServingState, response};
 use super::{error::Rejection, request};
 use crate::config::{TunnelRule, host_part};
-use crate::telemetry::{self, CacheResult, ResourceKind};
+use crate::telemetry::{self, CacheResult, LastAgent, ResourceKind};
 use crate::trace_context::TraceId;
 use crate::upstream::Stream;
 use crate::upstream::TunnelDialer;
@@ -104,7 +104,7 @@ impl Connection {
             (service.clock.now(), began, &trace),
         );
         record.set_route(None, RouteKind::Connect);
-        record.set_subject((ResourceKind::Connect, target.clone()));
+        record.set_subject(ResourceKind::Connect, Some(target.clone()));
         let registry = service.registry.load_full();
         let target_kind = self.resolve_target(&head, &registry).await;
         let (response, fields) = match target_kind {
@@ -252,6 +252,7 @@ impl Connection {
                     idle_pause: self.peer.idle_pause.clone(),
                     connection: self.peer.connection.clone(),
                     sendfile: None,
+                    agent: LastAgent::default(),
                 },
                 permit: Arc::clone(&self.permit),
                 tasks: self.tasks.clone(),

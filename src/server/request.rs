@@ -42,10 +42,11 @@ pub(super) enum ParsedRequest {
     Read(Box<RoutedRead>),
     /// `GET /v2/` under an upstream's host, which asks for the registry's own challenge.
     ApiCheck(Box<RoutedRead>),
-    /// A request that only the registry can answer, under the registry's host name.
-    Forward(ForwardTarget),
+    /// A request that only the registry can answer, under the registry's host name. Boxed, here and below, so that the
+    /// value of a read is small.
+    Forward(Box<ForwardTarget>),
     /// A request to the token service at this address.
-    Token(ForwardTarget, Origin),
+    Token(Box<ForwardTarget>, Box<Origin>),
 }
 
 impl ParsedRequest {
@@ -127,13 +128,13 @@ pub(super) fn parse(
         if asks || router.by_name(&name).is_none() {
             let target = forward_target(head, upstream_registry, route, host.as_ref(), peer)?;
             return Ok(if asks {
-                ParsedRequest::Token(target, realm)
+                ParsedRequest::Token(target, Box::new(realm))
             } else {
-                ParsedRequest::Forward(ForwardTarget {
+                ParsedRequest::Forward(Box::new(ForwardTarget {
                     token_service: Some(realm),
                     change: None,
-                    ..target
-                })
+                    ..*target
+                }))
             });
         }
     }
@@ -211,7 +212,7 @@ fn forward_target(
     route: RouteKind,
     host: Option<&Authority>,
     peer: &ConnectionInfo,
-) -> Result<ForwardTarget, Rejection> {
+) -> Result<Box<ForwardTarget>, Rejection> {
     let is_known = is_write(&head.method) || matches!(head.method, Method::GET | Method::HEAD);
     if !is_known {
         return Err(RequestError::Method.into());
@@ -239,7 +240,7 @@ fn forward_target(
     } else {
         Vec::new()
     };
-    Ok(ForwardTarget {
+    Ok(Box::new(ForwardTarget {
         is_ambiguous: repository.is_none() && may_name_repository(path),
         repository,
         mount_sources,
@@ -248,7 +249,7 @@ fn forward_target(
         token_service: None,
         base: format!("{scheme}://{}", host.map_or("", Authority::as_str)),
         change: WriteEffect::of(&head.method, path, head.uri.query())?,
-    })
+    }))
 }
 
 /// Repositories from which a blob is mounted (distribution spec, end-11).

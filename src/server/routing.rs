@@ -5,7 +5,6 @@
 //! upstream and served from another. Later code does not depend on the route.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use http::Version;
@@ -17,9 +16,11 @@ use super::error::Rejection;
 use super::idle_timeout::IdlePause;
 use super::sendfile::SendfileQueue;
 use crate::config::{canonical, host_part};
+use crate::fast_map::FastMap;
 use crate::oci::query::Query;
 use crate::oci::{Endpoint, Repository, RequestError};
 use crate::proxy::UpstreamRegistry;
+use crate::telemetry::LastAgent;
 use crate::upstream::origin::Origin;
 
 /// How the client named the upstream.
@@ -71,15 +72,19 @@ pub struct ConnectionInfo {
     pub(super) connection: Handle,
     /// Sends file ranges without copying them. `None` over TLS, where every byte is encrypted first.
     pub(super) sendfile: Option<SendfileQueue>,
+    /// The client's last `User-Agent`.
+    pub(super) agent: LastAgent,
 }
 
 /// The upstreams, and the names by which clients reach them.
 pub struct Router {
-    by_name: HashMap<String, Arc<UpstreamRegistry>>,
+    by_name: FastMap<String, Arc<UpstreamRegistry>>,
     /// By token service host, for upstreams with `local_tokens`.
-    by_token_service: HashMap<String, Arc<UpstreamRegistry>>,
+    by_token_service: FastMap<String, Arc<UpstreamRegistry>>,
     all: Vec<Arc<UpstreamRegistry>>,
     default: Arc<UpstreamRegistry>,
+    /// Whether an upstream is at port 80, which a `Host` header may omit.
+    has_port_80: bool,
 }
 
 impl Router {
@@ -88,7 +93,7 @@ impl Router {
         upstream_registries: Vec<(Arc<UpstreamRegistry>, Vec<String>)>,
         default: Arc<UpstreamRegistry>,
     ) -> Self {
-        let (mut by_name, mut by_token_service) = (HashMap::new(), HashMap::new());
+        let (mut by_name, mut by_token_service) = (FastMap::default(), FastMap::default());
         let mut all = Vec::new();
         for (upstream_registry, names) in upstream_registries {
             if let Some(realm) = upstream_registry.realm() {
@@ -102,7 +107,9 @@ impl Router {
             }
             all.push(upstream_registry);
         }
+        let mut hosts = by_name.keys().chain(by_token_service.keys());
         Self {
+            has_port_80: hosts.any(|host| host.ends_with(":80")),
             by_name,
             by_token_service,
             all,
@@ -128,11 +135,11 @@ impl Router {
             let host = host.strip_suffix(":80").unwrap_or(&host);
             self.by_name(&format!("{host}:80"))
         };
-        if !is_tls && host.port_u16() == Some(80) {
+        if !is_tls && self.has_port_80 && host.port_u16() == Some(80) {
             return at_80().or_else(|| self.by_host(name));
         }
         let found = self.by_host(name);
-        if is_tls || host.port_u16().is_some() {
+        if is_tls || !self.has_port_80 || host.port_u16().is_some() {
             found
         } else {
             found.or_else(at_80)

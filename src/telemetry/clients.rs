@@ -1,10 +1,13 @@
 //! Recently seen clients, so that the operator can check that they use the cache.
 
-use std::collections::HashMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::SystemTime;
 
+use http::HeaderValue;
 use parking_lot::Mutex;
+
+use crate::fast_map::FastMap;
 
 /// Maximum number of clients; the least recently seen is dropped first.
 const CLIENTS_MAX: usize = 512;
@@ -20,7 +23,7 @@ pub struct Client {
     /// The kind of program: `docker`, `containerd`, …
     pub kind: &'static str,
     /// Its `User-Agent`.
-    pub agent: Box<str>,
+    pub agent: Arc<str>,
     /// Requests since it was first seen.
     pub requests: u64,
     /// Pulls by tag among them.
@@ -28,16 +31,53 @@ pub struct Client {
     /// When it was last seen.
     pub last_at: SystemTime,
     /// The last image that it requested.
-    pub last_image: Option<Box<str>>,
+    pub last_image: Option<Arc<str>>,
+}
+
+/// A `User-Agent`. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Agent {
+    /// Reduced to at most 96 printable characters.
+    pub text: Arc<str>,
+    /// The kind of program, by the first product.
+    kind: &'static str,
+}
+
+/// The last `User-Agent` of a connection. A client sends the same one with each request.
+#[derive(Clone, Debug, Default)]
+pub struct LastAgent(Arc<Mutex<Option<Known>>>);
+
+#[derive(Debug)]
+struct Known {
+    header: Option<HeaderValue>,
+    agent: Agent,
+}
+
+impl LastAgent {
+    /// The agent that sent this header.
+    pub fn of(&self, header: Option<&HeaderValue>) -> Agent {
+        let mut last = self.0.lock();
+        if let Some(known) = &*last
+            && known.header.as_ref() == header
+        {
+            return known.agent.clone();
+        }
+        let agent = Agent::of(header);
+        *last = Some(Known {
+            header: header.cloned(),
+            agent: agent.clone(),
+        });
+        agent
+    }
 }
 
 /// The recently seen clients.
 #[derive(Default)]
-pub(super) struct Clients(Mutex<HashMap<(IpAddr, &'static str), Client>>);
+pub(super) struct Clients(Mutex<FastMap<(IpAddr, &'static str), Client>>);
 
 impl Clients {
-    pub(super) fn record(&self, address: IpAddr, agent: &str, at: SystemTime, pulled: Option<&str>) {
-        let kind = kind_of(agent);
+    pub(super) fn record(&self, address: IpAddr, agent: &Agent, at: SystemTime, pulled: Option<&Arc<str>>) {
+        let kind = agent.kind;
         let mut known = self.0.lock();
         if known.len() >= CLIENTS_MAX && !known.contains_key(&(address, kind)) {
             let oldest = known.iter().min_by_key(|(_, client)| client.last_at);
@@ -48,22 +88,20 @@ impl Clients {
         let client = known.entry((address, kind)).or_insert_with(|| Client {
             address,
             kind,
-            agent: "".into(),
+            agent: Arc::clone(&agent.text),
             requests: 0,
             pulls: 0,
             last_at: at,
             last_image: None,
         });
-        if *client.agent != *agent {
-            client.agent = agent.into();
+        if client.agent != agent.text {
+            client.agent = Arc::clone(&agent.text);
         }
         client.requests += 1;
         client.last_at = client.last_at.max(at);
         if let Some(image) = pulled {
             client.pulls += 1;
-            if client.last_image.as_deref() != Some(image) {
-                client.last_image = Some(image.into());
-            }
+            client.last_image = Some(Arc::clone(image));
         }
     }
 
@@ -76,15 +114,16 @@ impl Clients {
     }
 }
 
-/// A `User-Agent` reduced to at most 96 printable characters.
-pub fn agent(header: Option<&http::HeaderValue>) -> Box<str> {
-    let text = header.and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let is_printable = |byte: u8| byte.is_ascii_graphic() || byte == b' ';
-    if text.len() <= AGENT_BYTES_MAX && text.bytes().all(is_printable) {
-        return text.into();
+impl Agent {
+    fn of(header: Option<&HeaderValue>) -> Self {
+        let text = header.and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let is_printable = |c: &char| c.is_ascii_graphic() || *c == ' ';
+        let text: String = text.chars().filter(is_printable).take(AGENT_BYTES_MAX).collect();
+        Self {
+            kind: kind_of(&text),
+            text: text.into(),
+        }
     }
-    let printable = text.chars().filter(|c| c.is_ascii_graphic() || *c == ' ');
-    printable.take(AGENT_BYTES_MAX).collect::<String>().into()
 }
 
 /// The kind by the first product of the `User-Agent`.
@@ -131,13 +170,18 @@ mod tests {
         SystemTime::UNIX_EPOCH + Duration::from_secs(second)
     }
 
+    fn agent(text: &str) -> Agent {
+        Agent::of(Some(&HeaderValue::from_str(text).unwrap()))
+    }
+
     #[test]
     fn client_is_keyed_by_program_and_address() {
         let (clients, here) = (Clients::default(), IpAddr::V4(Ipv4Addr::LOCALHOST));
         let docker = "docker/20.10.24+dfsg1 go/go1.19.8 UpstreamClient(Docker-Client/28.2.2)";
-        clients.record(here, docker, at(1), Some("library/alpine:3"));
-        clients.record(here, docker, at(2), None);
-        clients.record(here, "containerd/1.6.20~ds1", at(3), None);
+        let docker = agent(docker);
+        clients.record(here, &docker, at(1), Some(&"library/alpine:3".into()));
+        clients.record(here, &docker, at(2), None);
+        clients.record(here, &agent("containerd/1.6.20~ds1"), at(3), None);
         let seen = clients.seen();
         assert_eq!(seen.len(), 2);
         assert_eq!((seen[0].kind, seen[1].kind), ("containerd", "docker"));
@@ -149,10 +193,26 @@ mod tests {
     fn clients_are_bounded() {
         let clients = Clients::default();
         for number in 0..u32::try_from(CLIENTS_MAX).unwrap() + 9 {
-            clients.record(IpAddr::V4(number.into()), "x", at(u64::from(number)), None);
+            clients.record(
+                IpAddr::V4(number.into()),
+                &agent("x"),
+                at(u64::from(number)),
+                None,
+            );
         }
         assert_eq!(clients.seen().len(), CLIENTS_MAX);
-        let long = http::HeaderValue::from_str(&"a".repeat(500)).unwrap();
-        assert_eq!(agent(Some(&long)).len(), AGENT_BYTES_MAX);
+        assert_eq!(agent(&"a".repeat(500)).text.len(), AGENT_BYTES_MAX);
+    }
+
+    #[test]
+    fn each_header_of_a_connection_has_its_own_agent() {
+        let last = LastAgent::default();
+        let header = |text| HeaderValue::from_static(text);
+        let of = |text| last.of(Some(&header(text))).text;
+        assert_eq!(&*of("docker/28"), "docker/28");
+        assert!(Arc::ptr_eq(&of("docker/28"), &of("docker/28")));
+        assert_eq!(&*of("curl/8"), "curl/8");
+        assert_eq!(&*last.of(None).text, "");
+        assert_eq!(&*of("docker/28"), "docker/28");
     }
 }

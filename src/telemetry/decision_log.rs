@@ -26,11 +26,11 @@ pub struct DecisionRecord {
     /// When the request arrived.
     pub at: SystemTime,
     /// The upstream's name; `-` if the request reached none.
-    pub upstream: Box<str>,
+    pub upstream: Arc<str>,
     /// How the request was routed.
     pub route: &'static str,
     /// `repository:tag`, `repository@digest`, or the path if it is neither.
-    pub image: Box<str>,
+    pub image: Arc<str>,
     /// The kind of resource requested.
     pub kind: ResourceKind,
     /// The cache result, or that the response was incomplete.
@@ -54,7 +54,7 @@ pub struct DecisionRecord {
     /// The client's IP address.
     pub client: Option<IpAddr>,
     /// The client's `User-Agent`.
-    pub agent: Box<str>,
+    pub agent: Arc<str>,
     /// The trace id of the request.
     pub trace: TraceId,
 }
@@ -64,9 +64,9 @@ impl DecisionRecord {
         Self {
             id: 0,
             at: record.at,
-            upstream: record.upstream.into(),
+            upstream: Arc::clone(record.upstream),
             route: record.route,
-            image: record.image.into(),
+            image: Arc::clone(record.image),
             kind: record.kind,
             result: record.result(),
             reason: record.reason,
@@ -78,7 +78,7 @@ impl DecisionRecord {
             ended: record.ended,
             bytes: record.bytes,
             client: record.client,
-            agent: record.agent.into(),
+            agent: Arc::clone(&record.agent.text),
             trace: record.trace.id(),
         }
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
+use parking_lot::RwLock;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -19,6 +20,7 @@ use super::shared::SharedMetrics;
 use super::{
     AccessRecord, BodyEnd, ByteSource, CacheResult, Client, Gauges, ResourceKind, Totals, UpstreamRecord,
 };
+use crate::fast_map::FastMap;
 
 type IntGauge = Gauge<u64, AtomicU64>;
 
@@ -156,6 +158,8 @@ impl Drop for TunnelCounter {
 /// All metrics.
 pub(super) struct Metrics {
     requests: Family<RequestLabels, Counter>,
+    /// The counters of `requests`, for a quick look-up.
+    request_counters: RwLock<FastMap<RequestLabels, Counter>>,
     seconds: Histogram,
     response_seconds: Histogram,
     incomplete: Family<EndedLabels, Counter>,
@@ -224,6 +228,7 @@ impl Default for Metrics {
         let latency = || Histogram::new([0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 30.0]);
         let mut metrics = Self {
             requests: Family::default(),
+            request_counters: RwLock::default(),
             seconds: latency(),
             response_seconds: Histogram::new([0.005, 0.05, 0.5, 2.0, 10.0, 60.0, 300.0, 1_800.0]),
             incomplete: Family::default(),
@@ -295,13 +300,13 @@ impl Default for Metrics {
 impl Metrics {
     pub(super) fn record_access(&self, record: &AccessRecord<'_>) {
         let labels = RequestLabels {
-            upstream: record.upstream.into(),
+            upstream: Arc::clone(record.upstream),
             route: record.route,
             kind: record.kind.name(),
             result: record.result().name(),
             reason: record.reason,
         };
-        self.requests.get_or_create(&labels).inc();
+        self.count_request(labels);
         self.seconds.observe(record.first_byte.as_secs_f64());
         self.response_seconds.observe(record.took.as_secs_f64());
         if record.ended != BodyEnd::Complete {
@@ -325,6 +330,16 @@ impl Metrics {
                 | CacheResult::Failed => 0,
             };
         }
+    }
+
+    fn count_request(&self, labels: RequestLabels) {
+        if let Some(counter) = self.request_counters.read().get(&labels) {
+            counter.inc();
+            return;
+        }
+        let counter = self.requests.get_or_create_owned(&labels);
+        counter.inc();
+        self.request_counters.write().insert(labels, counter);
     }
 
     fn incomplete_of(&self, ended: BodyEnd) -> Counter {

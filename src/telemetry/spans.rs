@@ -46,9 +46,9 @@ impl Span {
     pub(super) fn of_access(record: &AccessRecord<'_>) -> Self {
         let mut attributes = vec![
             ("http.response.status_code", record.status.to_string()),
-            ("ifnewer.upstream", record.upstream.to_owned()),
+            ("ifnewer.upstream", record.upstream.to_string()),
             ("ifnewer.route", record.route.to_owned()),
-            ("ifnewer.image", record.image.to_owned()),
+            ("ifnewer.image", record.image.to_string()),
             ("ifnewer.result", record.result().name().to_owned()),
             ("ifnewer.reason", record.reason.to_owned()),
             ("ifnewer.ended", record.ended.name().to_owned()),
@@ -85,7 +85,7 @@ impl Span {
             ended: record.ended,
             took: record.took,
             attributes: vec![
-                ("ifnewer.upstream", record.upstream.to_owned()),
+                ("ifnewer.upstream", record.upstream.to_string()),
                 (code, record.code.to_owned()),
             ],
             error: (!is_status || record.code.starts_with('5')).then(|| record.code.to_owned()),

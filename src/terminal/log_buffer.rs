@@ -49,7 +49,7 @@ pub struct LogThread(LogBuffer);
 
 impl LogBuffer {
     /// Starts the thread that writes these and all later lines to `output`.
-    pub fn write_to(&self, output: impl Write + Send + 'static) -> io::Result<LogThread> {
+    pub(super) fn write_to(&self, output: impl Write + Send + 'static) -> io::Result<LogThread> {
         let buffer = self.clone();
         thread::Builder::new()
             .name("log".to_owned())
@@ -177,16 +177,15 @@ mod tests {
         let buffer = LogBuffer::default();
         buffer.add(b"before the thread\n");
         let thread = buffer.write_to(output).unwrap();
+        let mut expected = b"before the thread\n".to_vec();
         for number in 0..100 {
-            buffer.add(format!("{number}\n").as_bytes());
+            let line = format!("{number}\n");
+            buffer.add(line.as_bytes());
+            expected.extend(line.bytes());
         }
         drop(permits);
         drop(thread);
-        let expected: String = (0..100).map(|number| format!("{number}\n")).collect();
-        assert_eq!(
-            *written.lock(),
-            format!("before the thread\n{expected}").into_bytes()
-        );
+        assert_eq!(*written.lock(), expected);
     }
 
     #[test]
@@ -221,7 +220,7 @@ mod tests {
             .with_writer(move || sink.clone())
             .finish();
         for _ in 0..2 {
-            buffer.add(&[b'.'; BUFFER_BYTES_MAX]);
+            buffer.add(&vec![b'.'; BUFFER_BYTES_MAX]);
         }
         drop(permits);
         buffer.0.state.lock().is_closed = true;

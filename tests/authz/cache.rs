@@ -364,7 +364,8 @@ async fn read_body(content: BlobBody, within: Option<(u64, u64)>) -> Result<Opti
                 at += held.file.read_at(&mut bytes[at..], at as u64).unwrap();
             }
         }
-        BlobBody::Download(mut reader) => {
+        BlobBody::Download(reader) => {
+            let mut reader = *reader;
             if let Some((start, end)) = within {
                 reader = reader.within(start, end);
             }

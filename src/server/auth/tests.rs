@@ -30,6 +30,7 @@ fn stranger() -> ConnectionInfo {
         idle_pause: crate::server::IdlePause::default(),
         connection: crate::server::connections::Handle::default(),
         sendfile: None,
+        agent: crate::telemetry::LastAgent::default(),
     }
 }
 

@@ -117,7 +117,7 @@ impl BlobResponse<'_> {
                 self.store.clone(),
             ),
             BlobBody::Download(reader) => {
-                Body::download(reader, self.size, self.context.sendfile.clone(), telemetry)
+                Body::download(*reader, self.size, self.context.sendfile.clone(), telemetry)
             }
             BlobBody::Passthrough(passing) => Body::passthrough(*passing, self.size, telemetry),
         };

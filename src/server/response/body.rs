@@ -41,8 +41,8 @@ pub struct Body {
     source: Source,
     /// The access log entry, written when the body ends.
     record: Option<AccessLogEntry>,
-    /// The account for its bytes in memory.
-    account: Option<Account>,
+    /// The account for its bytes in memory. Boxed, here and below, because a body is moved several times.
+    account: Option<Box<Account>>,
     /// The reservation for the read under way.
     charge: Option<Charge>,
     /// Pauses the idle timeout of the connection.
@@ -50,7 +50,7 @@ pub struct Body {
     /// Held while the body waits for bytes of an upstream, or until it may read.
     idle_paused: Option<IdlePauseGuard>,
     /// Ends the body once its content is blocked.
-    block_watch: Option<BlockWatch>,
+    block_watch: Option<Box<BlockWatch>>,
 }
 
 /// Whether an operator blocks content while it is being sent. Checked before each chunk, in memory.
@@ -133,7 +133,7 @@ impl Body {
 
     /// Ends the body with an error once its content is blocked.
     pub(in crate::server) fn end_when_blocked(&mut self, watch: BlockWatch) {
-        self.block_watch = Some(watch);
+        self.block_watch = Some(Box::new(watch));
     }
 
     /// Whether its bytes are charged to the memory budget.
@@ -143,7 +143,7 @@ impl Body {
 
     /// Charges its bytes in memory to `account`.
     pub(in crate::server) fn charge_to(&mut self, account: Account) {
-        self.account = Some(account);
+        self.account = Some(Box::new(account));
     }
 
     /// Pauses the idle timeout whenever this body waits for an upstream or for its permit.

@@ -43,7 +43,7 @@ pub(super) fn set_cache_status(headers: &mut HeaderMap, own: Cow<'static, str>, 
 /// Sets `Age`, and the `Date` on which the response was generated (RFC 9110 §6.6.1): a cache behind this one takes their
 /// sum for the present time of the registry.
 fn set_age(headers: &mut HeaderMap, age_s: u64, now: SystemTime) {
-    headers.insert(AGE, age_s.into());
+    headers.insert(AGE, age(age_s));
     let date = now.checked_sub(Duration::from_secs(age_s));
     let date = date.and_then(|date| date.duration_since(UNIX_EPOCH).ok());
     if let Some(date) = date.and_then(|date| http_date(date.as_secs())) {
@@ -55,6 +55,16 @@ fn set_age(headers: &mut HeaderMap, age_s: u64, now: SystemTime) {
 thread_local! {
     /// The last second that this thread formatted, and its text.
     static LAST_DATE: RefCell<Option<(u64, HeaderValue)>> = const { RefCell::new(None) };
+    /// The last age that this thread formatted, and its text.
+    static LAST_AGE: RefCell<Option<(u64, HeaderValue)>> = const { RefCell::new(None) };
+}
+
+/// An `Age`. That of an image changes once a second.
+fn age(age_s: u64) -> HeaderValue {
+    LAST_AGE.with_borrow_mut(|last| match last {
+        Some((formatted, text)) if *formatted == age_s => text.clone(),
+        _ => last.insert((age_s, age_s.into())).1.clone(),
+    })
 }
 
 /// A date (RFC 9110 §5.6.7), in seconds since 1970. Responses of one second mostly have the same one.
