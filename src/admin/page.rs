@@ -64,11 +64,12 @@ pub(super) async fn page(
     let registry = admin.registry.load_full();
     let from = shown.from.unwrap_or_default();
     let listed = {
-        let (registry, wanted) = (
+        let (registry, admin, wanted) = (
             registry.clone(),
+            admin.clone(),
             ListQuery::by_name(&shown.images, from, IMAGES_SHOWN),
         );
-        blocking(move || Ok(images::list(&registry, &wanted, now))).await?
+        blocking(move || Ok(images::list(&registry, &admin.orders, &wanted, now))).await?
     };
     let confirm = match &*shown.remove {
         "" => None,
