@@ -78,6 +78,10 @@ impl Prefetching {
         running.insert(image.clone())
     }
 
+    fn is_running(&self, image: &ContentKey) -> bool {
+        self.running.lock().contains(image)
+    }
+
     fn leave(&self, image: &ContentKey) {
         let mut running = self.running.lock();
         running.remove(image);
@@ -221,6 +225,15 @@ impl ProxyService {
         upstream_request: UpstreamRequest,
         manifest: &Arc<StoredManifest>,
     ) -> StartedDownloads {
+        // A client requests many layers while they are prefetched, and to look for missing ones takes time for each of them.
+        let image = (
+            upstream_request.registry.shared_name(),
+            upstream_request.repository.clone(),
+            manifest.digest,
+        );
+        if self.prefetching.is_running(&image) {
+            return StartedDownloads::default();
+        }
         let missing = self.missing_blobs_of(&upstream_request, manifest).await;
         self.start_downloads(upstream_request, manifest, missing)
     }
