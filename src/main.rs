@@ -436,6 +436,9 @@ fn init_logging(log: &Log) -> io::Result<LogThread> {
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(colour)
+        .with_timer(terminal::LogTime {
+            now: || Clock::system().now(),
+        })
         .with_writer(writer);
     match log.format {
         LogFormat::Human => {

@@ -7,6 +7,7 @@
 
 mod log_buffer;
 mod log_fields;
+mod log_time;
 
 use std::borrow::Cow;
 use std::io::{self, IsTerminal, Write};
@@ -15,6 +16,7 @@ use tracing_subscriber::fmt::MakeWriter;
 
 pub use log_buffer::{LogBuffer, LogThread};
 pub use log_fields::LogFields;
+pub use log_time::LogTime;
 
 /// Length of the longest incomplete colour sequence, which is buffered until it is complete.
 const BUFFERED_BYTES_MAX: usize = 4;

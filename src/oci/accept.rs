@@ -4,6 +4,7 @@
 //! twice: as the original lines to forward, and as a sorted set to compare two requests by. Weights are
 //! ignored, as by every registry, except `q=0`, which excludes a type.
 
+use std::cell::RefCell;
 use std::sync::{Arc, OnceLock};
 
 use http::header::ACCEPT;
@@ -30,11 +31,26 @@ struct Set {
     key: OnceLock<u64>,
 }
 
+thread_local! {
+    /// The last header that this thread read. Most clients send the same lines with each request, and so share its types and
+    /// its key.
+    static LAST: RefCell<Option<Accept>> = const { RefCell::new(None) };
+}
+
 impl Accept {
     /// Reads all `Accept` lines of a request. An item that is not a media type is forwarded and otherwise
     /// ignored.
     pub fn read(headers: &HeaderMap) -> Result<Self, AcceptError> {
-        Self::of(headers.get_all(ACCEPT).iter().cloned().collect())
+        LAST.with_borrow_mut(|last| {
+            let lines = headers.get_all(ACCEPT);
+            if let Some(last) = last
+                && last.header_values().eq(&lines)
+            {
+                return Ok(last.clone());
+            }
+            let read = Self::of(lines.iter().cloned().collect())?;
+            Ok(last.insert(read).clone())
+        })
     }
 
     /// The set of a request without `Accept`: everything is accepted.

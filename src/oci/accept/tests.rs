@@ -15,7 +15,10 @@ fn accept(lines: &[&str]) -> Accept {
     for line in lines {
         headers.append(ACCEPT, line.parse().unwrap());
     }
-    Accept::read(&headers).unwrap()
+    let read = Accept::read(&headers).unwrap();
+    let unshared = Accept::of(headers.get_all(ACCEPT).iter().cloned().collect()).unwrap();
+    assert!(read.header_values().eq(unshared.header_values()));
+    read
 }
 
 #[test]
