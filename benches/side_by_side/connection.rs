@@ -107,8 +107,8 @@ pub(crate) struct Connection {
     lines: String,
 }
 
-trait Stream: Read + Write {}
-impl<T: Read + Write> Stream for T {}
+trait Stream: Read + Write + Send {}
+impl<T: Read + Write + Send> Stream for T {}
 
 /// A response whose head was read, and of whose body this much was not.
 pub(crate) struct Response {

@@ -8,7 +8,7 @@
 //! absolute targets, because they would measure the machine.
 //!
 //! Run it by `benches/run`, which installs the others and wrk. `--quick`: shorter windows; `--rounds N`;
-//! `--small`, `--stampede`, `--access`: only that part; `--cold-parallel`, `--comparison`: a part that the other runs
+//! `--small`, `--stampede`, `--access`: only that part; `--cold-parallel`, `--revalidation`, `--comparison`: a part that the other runs
 //! leave out; `--strict`: exit 1 if a target is missed. Wrong bytes always exit 1.
 //! `--scale`: instead, how the cost of ifnewer alone grows (`scale`); `--long`: with its largest steps;
 //! `--axis NAME`: only that axis; `--plot FILE.svg`: its results as a plot.
@@ -28,6 +28,7 @@ mod content;
 mod distance;
 mod peers;
 mod program;
+mod revalidation;
 mod scale;
 mod servers;
 mod stampede;
@@ -79,6 +80,7 @@ struct ScaleOptions {
 enum Part {
     Access,
     ColdParallel,
+    Revalidation,
     Comparison,
     Scale,
     Small,
@@ -93,6 +95,7 @@ fn main() -> Outcome<()> {
     let mut table = Table::new(["ifnewer", "other"]);
     match plan.only {
         Some(Part::ColdParallel) => cold::cold_parallel(&plan, scratch.path(), &mut table)?,
+        Some(Part::Revalidation) => revalidation::revalidation(&plan, scratch.path(), &mut table)?,
         Some(Part::Scale) => table = scale::scale(&plan, scratch.path())?,
         Some(Part::Comparison) => return comparison::comparison(&plan, scratch.path()),
         None | Some(Part::Access | Part::Small | Part::Stampede) => {
@@ -178,6 +181,7 @@ impl Plan {
                     plan.comparison_rounds = plan.rounds;
                 }
                 "--cold-parallel" => plan.only = Some(Part::ColdParallel),
+                "--revalidation" => plan.only = Some(Part::Revalidation),
                 "--comparison" => plan.only = Some(Part::Comparison),
                 "--stampede" => plan.only = Some(Part::Stampede),
                 "--access" => plan.only = Some(Part::Access),
