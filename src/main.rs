@@ -121,9 +121,10 @@ fn main() -> ExitCode {
             disable_core_dumps();
             block_on(async {
                 let served = cmd_serve(cli.options, config, inherited, descriptors).await;
-                // The reason of a failure is the last line.
-                drop(log);
-                served.unwrap_or_else(|(code, why)| fail(code, &why))
+                served.unwrap_or_else(|(code, why)| {
+                    log.end_with(&why.to_string());
+                    ExitCode::from(code)
+                })
             })
         }
     }

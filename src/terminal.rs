@@ -89,13 +89,18 @@ impl<W: Write> Printable<W> {
     }
 
     fn pass(&mut self, text: &str) -> io::Result<()> {
-        let mut rest = text;
-        while let Some((before, sequence, after)) = next_colour(rest).filter(|_| self.colour) {
-            self.inner.write_all(printable(before).as_bytes())?;
-            self.inner.write_all(sequence.as_bytes())?;
+        if !self.colour {
+            return self.inner.write_all(printable(text).as_bytes());
+        }
+        // In one write, so that a line is not mixed with another.
+        let (mut rest, mut line) = (text, String::with_capacity(text.len()));
+        while let Some((before, sequence, after)) = next_colour(rest) {
+            line.push_str(&printable(before));
+            line.push_str(sequence);
             rest = after;
         }
-        self.inner.write_all(printable(rest).as_bytes())
+        line.push_str(&printable(rest));
+        self.inner.write_all(line.as_bytes())
     }
 
     /// Length of the prefix of `bytes` that can be written now. The remainder may be completed by the next write.

@@ -88,8 +88,8 @@ pub(super) struct Image {
 #[derive(Serialize, ToSchema)]
 #[schema(as = Images)]
 pub(super) struct ImageList {
-    images: Vec<Image>,
-    total: usize,
+    pub(super) images: Vec<Image>,
+    pub(super) total: usize,
     /// `offset` of the next page.
     next: Option<usize>,
 }
@@ -105,7 +105,7 @@ pub(super) struct ListQuery {
     /// Only images of this upstream.
     upstream: String,
     /// Order: name, size (largest first) or confirmed (newest first). In a large store, an order by size or confirmed is
-    /// reused for twenty times the time that it took.
+    /// reused for twenty times the time that it took, at most a minute.
     #[param(inline)]
     sort: Sort,
     /// Number of images to skip.
@@ -149,13 +149,7 @@ pub(super) async fn list_images(
 ) -> Result<Response, Problem> {
     let (registry, now) = (admin.registry.load_full(), admin.clock.now());
     // A long list is serialized on the blocking thread too.
-    blocking(move || {
-        let (images, total) = list(&registry, &admin.orders, &query, now);
-        let end = query.offset() + images.len();
-        let next = (!images.is_empty() && end < total).then_some(end);
-        Ok(Json(ImageList { images, total, next }).into_response())
-    })
-    .await
+    blocking(move || Ok(Json(list(&registry, &admin.orders, &query, now)).into_response())).await
 }
 
 impl ListQuery {
@@ -191,16 +185,17 @@ impl ListQuery {
     }
 }
 
-/// The page of images and the total count. Without a filter, only the page is read from the store. Blocks.
+/// The page of images. In name order and without a filter, only the page is read from the store. Blocks.
 pub(super) fn list(
     registry: &ServingState,
     orders: &Orders,
     query: &ListQuery,
     now: SystemTime,
-) -> (Vec<Image>, usize) {
+) -> ImageList {
     let store = registry.proxy.store().blocking();
     let usage = store.usage();
-    let (page, total) = if query.sort == Sort::Name && query.is_all() && usage.is_complete {
+    // Images that are removed while the page is made count too, so that the next page begins after them.
+    let (page, count, total) = if query.sort == Sort::Name && query.is_all() && usage.is_complete {
         let page = store.tag_usages(query.offset(), query.limit());
         let counted = usize::try_from(usage.tags).unwrap_or(usize::MAX);
         let seen = if page.is_empty() {
@@ -208,26 +203,34 @@ pub(super) fn list(
         } else {
             query.offset() + page.len()
         };
-        (page, counted.max(seen))
+        let count = page.len();
+        (page, count, counted.max(seen))
     } else {
         let (keys, total) = match query.sort {
             Sort::Name => first_by_name(store, query),
-            Sort::Size => page_by(store, query, &orders.by_size, TagUsage::bytes),
-            Sort::Confirmed => page_by(store, query, &orders.by_confirmation, |image| {
+            Sort::Size => page_by(store, query, (&orders.by_size, usage.tags), TagUsage::bytes),
+            Sort::Confirmed => page_by(store, query, (&orders.by_confirmation, usage.tags), |image| {
                 newest(registry, image).map(|named| named.confirmed_at)
             }),
         };
         let stocked = keys.iter().filter_map(|key| store.tag_usage(key).ok().flatten());
-        (stocked.collect(), total)
+        (stocked.collect(), keys.len(), total)
     };
-    if page.is_empty() {
-        return (Vec::new(), total);
+    let images = if page.is_empty() {
+        Vec::new()
+    } else {
+        let shares = store.reference_counts();
+        let lines = page
+            .iter()
+            .filter_map(|image| summary(registry, &shares, image, now));
+        lines.collect()
+    };
+    let end = query.offset() + count;
+    ImageList {
+        images,
+        total,
+        next: (count > 0 && end < total).then_some(end),
     }
-    let shares = store.reference_counts();
-    let lines = page
-        .iter()
-        .filter_map(|image| summary(registry, &shares, image, now));
-    (lines.collect(), total)
 }
 
 /// The tags of the page in name order, and the total count.
@@ -249,11 +252,11 @@ fn first_by_name(store: &Store, query: &ListQuery) -> (Vec<TagKey>, usize) {
 fn page_by<W: Ord>(
     store: &Store,
     query: &ListQuery,
-    last: &LastOrder,
+    (last, tags): (&LastOrder, u64),
     weight: impl Fn(&TagUsage) -> W,
 ) -> (Vec<TagKey>, usize) {
     let Order { first, total } = if query.is_all() && query.end() <= ORDERED_MAX {
-        last.get(|| first_by(store, query, ORDERED_MAX, weight))
+        last.get(tags, || first_by(store, query, ORDERED_MAX, weight))
     } else {
         first_by(store, query, query.end(), weight)
     };

@@ -69,7 +69,8 @@ pub(super) async fn page(
             admin.clone(),
             ListQuery::by_name(&shown.images, from, IMAGES_SHOWN),
         );
-        blocking(move || Ok(images::list(&registry, &admin.orders, &wanted, now))).await?
+        let list = blocking(move || Ok(images::list(&registry, &admin.orders, &wanted, now))).await?;
+        (list.images, list.total)
     };
     let confirm = match &*shown.remove {
         "" => None,

@@ -128,9 +128,8 @@ pub fn host_part(name: &str) -> &str {
 /// Canonical form of a registry's host (RFC 3986 §6.2.2.1 and §6.2.3): lower case, without a trailing dot and without
 /// port 443; an IPv6 address in its shortest form. `None` if the text is not a host with an optional port.
 pub fn canonical(text: &str) -> Option<Cow<'_, str>> {
-    // Each request has one such name at least, its host or the first component of its path.
-    let is_simple =
-        |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'.' | b'-' | b'_');
+    // Most names are canonical, and each request has one at least: its host, or the first component of its path.
+    let is_simple = |byte: u8| is_name_byte(byte) && !byte.is_ascii_uppercase();
     if !text.is_empty() && !text.ends_with('.') && text.bytes().all(is_simple) {
         return Some(Cow::Borrowed(text));
     }
@@ -172,10 +171,13 @@ fn port_or_usual(text: &str) -> Option<u16> {
 
 /// Host name without a trailing dot.
 fn canonical_name(host: &str) -> Option<&str> {
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
     let host = host.strip_suffix('.').unwrap_or(host);
-    let is_name = !host.is_empty() && !host.ends_with('.') && host.bytes().all(allowed);
+    let is_name = !host.is_empty() && !host.ends_with('.') && host.bytes().all(is_name_byte);
     is_name.then_some(host)
+}
+
+fn is_name_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_')
 }
 
 /// Whether both names have the same canonical form.

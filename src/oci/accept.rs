@@ -48,7 +48,9 @@ impl Accept {
             {
                 return Ok(last.clone());
             }
-            let read = Self::of(lines.iter().cloned().collect())?;
+            // Clones would keep the whole request header, with its credential.
+            let copy = |line: &HeaderValue| HeaderValue::from_bytes(line.as_bytes()).ok();
+            let read = Self::of(lines.iter().filter_map(copy).collect())?;
             Ok(last.insert(read).clone())
         })
     }

@@ -38,7 +38,7 @@ struct EntryState {
     upstream_registry: Option<Arc<UpstreamRegistry>>,
     route: Option<RouteKind>,
     kind: ResourceKind,
-    /// The path, unless the request is for an image.
+    /// Its path is the subject until that is set.
     uri: Uri,
     image: Option<Arc<str>>,
     fields: AccessLogFields,
@@ -89,7 +89,10 @@ impl AccessLogEntry {
     /// Sets the kind of the requested resource, and its name unless that is the path.
     pub(super) fn set_subject(&mut self, kind: ResourceKind, image: Option<String>) {
         if let Some(record) = &mut self.0 {
-            (record.kind, record.image) = (kind, image.map(Into::into));
+            // The path would keep the whole request header until the response has ended.
+            let path = std::mem::take(&mut record.uri);
+            let image = image.unwrap_or_else(|| printable_path(&path));
+            (record.kind, record.image) = (kind, Some(image.into()));
         }
     }
 

@@ -6,6 +6,7 @@
 //!
 //! The store never reads the clock. Callers set its time with `set_now`; the latest value counts.
 
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::SystemTime;
@@ -15,7 +16,6 @@ use parking_lot::{Mutex, MutexGuard};
 use super::checksummed_json::{from_millis, to_millis};
 use super::fs::FileSystem;
 use super::{Store, blobs, content_path, manifests};
-use crate::fast_map::{FastMap, FastSet};
 use crate::oci::Digest;
 
 /// Most accesses recorded between two batches. Further ones are dropped until the batch is written.
@@ -61,10 +61,10 @@ impl Store {
 #[derive(Default)]
 pub(super) struct AccessTimes {
     now_ms: AtomicU64,
-    pending: Mutex<FastMap<ContentId, SystemTime>>,
+    pending: Mutex<HashMap<ContentId, SystemTime>>,
     is_tracking: AtomicBool,
     /// Content used or referenced since tracking started.
-    needed: Mutex<FastSet<Digest>>,
+    needed: Mutex<HashSet<Digest>>,
     removing: Mutex<()>,
 }
 
@@ -149,7 +149,7 @@ impl AccessTimes {
 
     pub(super) fn stop_tracking(&self) {
         self.is_tracking.store(false, Ordering::SeqCst);
-        *self.needed.lock() = FastSet::default();
+        *self.needed.lock() = HashSet::new();
     }
 
     pub(super) fn was_needed(&self, digest: &Digest) -> bool {

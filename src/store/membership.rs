@@ -24,6 +24,7 @@ mod prune;
 
 pub use self::append::{MembershipUpdate, PendingAppend};
 
+use std::collections::HashSet;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -39,7 +40,6 @@ use super::checksummed_json::{checksum, from_millis, hex, to_millis};
 use super::completeness::RemovedDigests;
 use super::fs::FileSystem;
 use super::{Store, StoreError, hashed_path};
-use crate::fast_map::FastSet;
 use crate::oci::{Digest, Repository};
 
 /// Maximum number of digests in one repository's file. Further members are kept in memory only.
@@ -138,7 +138,7 @@ impl Store {
 /// Members and visibility of one repository.
 #[derive(Debug, Default)]
 struct RepoDigests {
-    digests: FastSet<Digest>,
+    digests: HashSet<Digest>,
     public: Option<SystemTime>,
     /// The value of `public` in the file.
     persisted_public: Option<SystemTime>,

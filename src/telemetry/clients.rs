@@ -64,7 +64,8 @@ impl LastAgent {
         }
         let agent = Agent::of(header);
         *last = Some(Known {
-            header: header.cloned(),
+            // A clone would keep the whole request header, with its credential.
+            header: header.and_then(|header| HeaderValue::from_bytes(header.as_bytes()).ok()),
             agent: agent.clone(),
         });
         agent
@@ -213,6 +214,13 @@ mod tests {
         assert!(Arc::ptr_eq(&of("docker/28"), &of("docker/28")));
         assert_eq!(&*of("curl/8"), "curl/8");
         assert_eq!(&*last.of(None).text, "");
+        let sent = header("podman/5");
+        last.of(Some(&sent));
+        // A view of the received bytes would keep the credential between them.
+        let known = last.0.lock();
+        let kept = known.as_ref().unwrap().header.as_ref().unwrap();
+        assert_ne!(kept.as_bytes().as_ptr(), sent.as_bytes().as_ptr());
+        drop(known);
         assert_eq!(&*of("docker/28"), "docker/28");
     }
 }

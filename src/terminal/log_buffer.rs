@@ -35,8 +35,10 @@ struct Shared {
 #[derive(Default)]
 struct State {
     lines: Vec<u8>,
-    /// Lines dropped since the last write.
+    /// Lines that were not written, since the last report.
     dropped: u64,
+    /// Whether the report is being added, which is never dropped.
+    is_reporting: bool,
     /// Whether the thread waits for `added`.
     is_idle: bool,
     is_closed: bool,
@@ -46,6 +48,13 @@ struct State {
 
 /// The thread that writes a buffer. Dropped, it writes the rest.
 pub struct LogThread(LogBuffer);
+
+impl LogThread {
+    /// Ends the log with this line. Not by standard error itself, whose lock the thread may hold while it waits for the reader.
+    pub fn end_with(self, line: &str) {
+        self.0.add(super::line(&format!("{line}\n"), false).as_bytes());
+    }
+}
 
 impl LogBuffer {
     /// Starts the thread that writes these and all later lines to `output`.
@@ -59,7 +68,7 @@ impl LogBuffer {
 
     fn add(&self, line: &[u8]) {
         let mut state = self.0.state.lock();
-        if state.lines.len() + line.len() > BUFFER_BYTES_MAX {
+        if state.lines.len() + line.len() > BUFFER_BYTES_MAX && !state.is_reporting {
             state.dropped += 1;
             return;
         }
@@ -72,34 +81,55 @@ impl LogBuffer {
     }
 
     fn run(&self, mut output: impl Write) {
-        let mut batch = Vec::new();
-        while let Some(dropped) = self.next(&mut batch) {
-            // An error of a closed stream cannot be reported.
-            let _ = output.write_all(&batch).and_then(|()| output.flush());
-            batch.clear();
-            if dropped > 0 {
-                tracing::warn!(dropped, "log lines dropped, because the log was not read in time");
+        let (mut batch, mut is_line_open) = (Vec::new(), false);
+        while self.next(&mut batch) {
+            if is_line_open {
+                // The beginning of a line was written before an error.
+                batch.insert(0, b'\n');
             }
+            let written = write_until_error(&mut output, &batch);
+            let (done, lost) = batch.split_at_checked(written).unwrap_or((&batch, &[]));
+            is_line_open = done.last().map_or(is_line_open, |last| *last != b'\n');
+            match lost.iter().filter(|byte| **byte == b'\n').count() {
+                0 => self.report_dropped(),
+                lost => self.0.state.lock().dropped += lost as u64,
+            }
+            batch.clear();
             self.wait_for_more();
         }
         self.0.state.lock().is_done = true;
         self.0.written.notify_all();
     }
 
-    /// Moves the waiting lines into the empty `batch`, as soon as there are some. Returns how many were dropped after
-    /// them; `None` if the buffer is closed and empty.
-    fn next(&self, batch: &mut Vec<u8>) -> Option<u64> {
+    /// Moves the waiting lines into the empty `batch`, as soon as there are some. False if the buffer is closed and empty.
+    fn next(&self, batch: &mut Vec<u8>) -> bool {
         let mut state = self.0.state.lock();
         while state.lines.is_empty() {
             if state.is_closed {
-                return None;
+                return false;
             }
             state.is_idle = true;
             self.0.added.wait(&mut state);
         }
         state.is_idle = false;
         std::mem::swap(&mut state.lines, batch);
-        Some(std::mem::take(&mut state.dropped))
+        true
+    }
+
+    /// Adds a line with the number of lines that were not written.
+    fn report_dropped(&self) {
+        let mut state = self.0.state.lock();
+        let dropped = std::mem::take(&mut state.dropped);
+        if dropped == 0 {
+            return;
+        }
+        state.is_reporting = true;
+        drop(state);
+        tracing::warn!(
+            dropped,
+            "log lines dropped, because the log was not written in time"
+        );
+        self.0.state.lock().is_reporting = false;
     }
 
     /// Waits for the rest of the next batch, unless the buffer is closed.
@@ -109,6 +139,22 @@ impl LogBuffer {
             self.0.added.wait_for(&mut state, BATCH_INTERVAL);
         }
     }
+}
+
+/// Writes until all is written or a write fails. Returns the number of bytes written.
+fn write_until_error(output: &mut impl Write, bytes: &[u8]) -> usize {
+    let mut written = 0;
+    while let Some(rest) = bytes.get(written..).filter(|rest| !rest.is_empty()) {
+        match output.write(rest) {
+            Ok(0) => break,
+            Ok(count) => written += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    // An error of a closed stream cannot be reported.
+    let _ = output.flush();
+    written
 }
 
 impl Write for LogBuffer {
@@ -218,8 +264,10 @@ mod tests {
             .with_ansi(false)
             .with_writer(move || sink.clone())
             .finish();
+        let mut line = vec![b'.'; BUFFER_BYTES_MAX];
+        *line.last_mut().unwrap() = b'\n';
         for _ in 0..2 {
-            buffer.add(&vec![b'.'; BUFFER_BYTES_MAX]);
+            buffer.add(&line);
         }
         drop(permits);
         buffer.0.state.lock().is_closed = true;
@@ -227,6 +275,68 @@ mod tests {
         let text = String::from_utf8(written.lock().split_off(BUFFER_BYTES_MAX)).unwrap();
         assert_eq!(text.matches("dropped=1").count(), 1, "{text}");
         assert_eq!(text.lines().count(), 1, "{text}");
+    }
+
+    /// An output with space for some bytes at a time, like a full disk that is cleaned up.
+    struct Full {
+        space: Arc<Mutex<usize>>,
+        written: Arc<Mutex<Vec<u8>>>,
+    }
+
+    impl Write for Full {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let mut space = self.space.lock();
+            if *space == 0 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            let count = bytes.len().min(*space);
+            *space -= count;
+            self.written
+                .lock()
+                .extend_from_slice(bytes.get(..count).unwrap_or_default());
+            Ok(count)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn lines_of_a_failed_write_are_counted_and_cut_lines_end() {
+        let (space, written) = (Arc::new(Mutex::new(3)), Arc::<Mutex<Vec<u8>>>::default());
+        let mut output = Full {
+            space: Arc::clone(&space),
+            written: Arc::clone(&written),
+        };
+        assert_eq!(write_until_error(&mut output, b"first\nsecond\n"), 3);
+        *space.lock() = 6;
+        let buffer = LogBuffer::default();
+        buffer.add(b"third\nfourth\n");
+        let sink = buffer.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .without_time()
+            .with_ansi(false)
+            .with_writer(move || sink.clone())
+            .finish();
+        let thread = {
+            let buffer = buffer.clone();
+            thread::spawn(move || {
+                tracing::subscriber::with_default(subscriber, || buffer.run(output));
+            })
+        };
+        // `fourth` is lost.
+        while buffer.0.state.lock().dropped == 0 {
+            thread::yield_now();
+        }
+        *space.lock() = usize::MAX;
+        buffer.add(b"fifth\n");
+        buffer.0.state.lock().is_closed = true;
+        buffer.0.added.notify_one();
+        thread.join().unwrap();
+        let text = String::from_utf8(written.lock().clone()).unwrap();
+        assert!(text.starts_with("firthird\nfifth\n"), "{text}");
+        assert_eq!(text.matches("dropped=1").count(), 1, "{text}");
     }
 
     #[test]

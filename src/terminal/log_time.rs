@@ -47,25 +47,16 @@ mod tests {
         text
     }
 
+    fn at(second: u64, micros: u64) -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(second) + Duration::from_micros(micros)
+    }
+
     #[test]
     fn each_time_is_formatted_in_full() {
-        let times: [(fn() -> SystemTime, &str); 4] = [
-            (|| UNIX_EPOCH, "1970-01-01T00:00:00.000000Z"),
-            (
-                || UNIX_EPOCH + Duration::from_micros(1_800_000_000_000_001),
-                "2027-01-15T08:00:00.000001Z",
-            ),
-            (
-                || UNIX_EPOCH + Duration::from_micros(1_800_000_000_999_999),
-                "2027-01-15T08:00:00.999999Z",
-            ),
-            (
-                || UNIX_EPOCH + Duration::from_micros(1_800_000_001_000_000),
-                "2027-01-15T08:00:01.000000Z",
-            ),
-        ];
-        for (now, expected) in times {
-            assert_eq!(text(now), expected);
-        }
+        let expect = |now: fn() -> SystemTime, expected: &str| assert_eq!(text(now), expected);
+        expect(|| UNIX_EPOCH, "1970-01-01T00:00:00.000000Z");
+        expect(|| at(1_800_000_000, 1), "2027-01-15T08:00:00.000001Z");
+        expect(|| at(1_800_000_000, 999_999), "2027-01-15T08:00:00.999999Z");
+        expect(|| at(1_800_000_001, 0), "2027-01-15T08:00:01.000000Z");
     }
 }
