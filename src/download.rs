@@ -163,9 +163,13 @@ pub struct Requester {
 
 /// Opens the upstream stream of a blob. Opened again at the current offset after each interruption.
 pub trait Source: Send + 'static {
-    /// Opens the blob at byte `from`. A stream that starts earlier is accepted and its surplus skipped. After
-    /// an interruption it should use another URL, if there is one.
-    fn open(&mut self, from: u64) -> impl Future<Output = Result<Stream, UpstreamResponse>> + Send;
+    /// Opens the blob at byte `from`. The bytes from `until` on are not needed. A stream that starts earlier or ends later
+    /// is accepted and its surplus skipped. After an interruption it should use another URL, if there is one.
+    fn open(
+        &mut self,
+        from: u64,
+        until: Option<u64>,
+    ) -> impl Future<Output = Result<Stream, UpstreamResponse>> + Send;
 
     /// Size stated by a manifest. A hint, not a promise of the upstream.
     fn stated_size(&self) -> Option<u64> {

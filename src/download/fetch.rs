@@ -38,7 +38,8 @@ const RESUMES_MIN: u64 = 64;
 /// bytes at a time could keep a transfer running without end.
 const RESUME_BYTES_MIN: u64 = 16 * 1024;
 
-/// Pause before the first resumption. It doubles with each consecutive failure, up to [`RESUME_PAUSE_MAX`].
+/// Doubled with each consecutive failure, up to [`RESUME_PAUSE_MAX`]: the pause before a resumption. A stream that ended at a
+/// segment has not failed, and the next one is opened at once.
 const RESUME_PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause before a resumption. All pauses add up to about 20 s, so a registry that restarts breaks no pull.
 const RESUME_PAUSE_MAX: Duration = Duration::from_secs(5);
@@ -142,6 +143,8 @@ pub(super) struct Fetcher<'a, S> {
     pub(super) resumes: u64,
     /// The requests that wait for the download.
     pub(super) waiters: &'a Waiters,
+    /// Offset at which the stream ends, if that is not the end of the blob.
+    pub(super) bound: Option<u64>,
     /// Further connections, if the blob is fetched by several.
     pub(super) helpers: Option<Helpers>,
     /// Time spent waiting for the writer.
@@ -272,9 +275,11 @@ impl<S: Source> Fetcher<'_, S> {
         self.resumed = true;
         let mut wait = Duration::ZERO;
         loop {
-            let pause = RESUME_PAUSE * 2_u32.saturating_pow(self.failures_in_a_row);
-            sleep(pause.min(RESUME_PAUSE_MAX).max(wait)).await;
-            let (cause, tries) = match self.source.open(self.received).await {
+            sleep(pause_after(self.failures_in_a_row).max(wait)).await;
+            // What another connection fetches is not requested: of an open-ended response, some bytes are under way when its
+            // connection is closed.
+            self.bound = self.helpers.as_ref().and_then(Helpers::next_segment_start);
+            let (cause, tries) = match self.source.open(self.received, self.bound).await {
                 Ok(stream) if stream.start <= self.received && self.fits(stream.total) => {
                     self.total = self.total.or(stream.total);
                     return Ok(stream);
@@ -307,6 +312,7 @@ impl<S: Source> Fetcher<'_, S> {
                 return Ok(StreamEnd::Unwanted);
             }
             let chunk = match pace.next(stream, self.waiters).await {
+                None if self.bound == Some(self.received) => return Ok(StreamEnd::ReachedSegment),
                 None => return Ok(StreamEnd::Ended),
                 Some(Err(Interrupted {
                     no_client_waits: true,
@@ -344,6 +350,14 @@ impl<S: Source> Fetcher<'_, S> {
             }
         }
     }
+}
+
+fn pause_after(failures_in_a_row: u32) -> Duration {
+    if failures_in_a_row == 0 {
+        return Duration::ZERO;
+    }
+    let pause = RESUME_PAUSE * 2_u32.saturating_pow(failures_in_a_row);
+    pause.min(RESUME_PAUSE_MAX)
 }
 
 /// The wait that the upstream states in `Retry-After`.

@@ -10,7 +10,7 @@
 //! other download waits for. A helper ends as soon as another download waits that could use its permit; one at the limit
 //! of another upstream could not. The first stream is closed only at a segment of which bytes have arrived, because an
 //! upstream may reject every range. A helper that fails is not replaced, and another stream continues at the first missing
-//! byte.
+//! byte, up to the next segment.
 //!
 //! An interrupted transfer keeps its front as a partial download. The segments beyond the front are fetched again.
 
@@ -165,9 +165,17 @@ impl Helpers {
         }
     }
 
+    /// Start of the next segment, where a stream from the front may end.
+    pub(super) fn next_segment_start(&self) -> Option<u64> {
+        let plan = self.plan.lock();
+        let mut starts = plan.segments.iter().map(|segment| segment.start);
+        starts.find(|start| *start > plan.front)
+    }
+
     /// The first stream is closed, because it has reached a segment.
     pub(super) fn close_first_stream(&mut self) {
         self.is_first_stream_open = false;
+        self.plan.lock().pass_silent_segments();
     }
 
     /// Lets a helper use the connection of the closed first stream.
@@ -401,6 +409,17 @@ impl Plan {
         self.next = self.next.max(self.front);
         self.received += accepted;
         accepted
+    }
+
+    /// Cancels segments that the front has reached and of which no byte has arrived.
+    fn pass_silent_segments(&mut self) {
+        while let Some(first) = self.segments.front() {
+            if first.is_live() || first.start > self.front {
+                break;
+            }
+            first.cancelled.cancel();
+            self.segments.pop_front();
+        }
     }
 
     /// Assigns the next segment. The first one leaves as much to the first stream. Segments get shorter towards the

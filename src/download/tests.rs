@@ -54,7 +54,11 @@ struct Script {
 }
 
 impl Source for Script {
-    fn open(&mut self, from: u64) -> impl Future<Output = Result<Stream, UpstreamResponse>> + Send {
+    fn open(
+        &mut self,
+        from: u64,
+        _until: Option<u64>,
+    ) -> impl Future<Output = Result<Stream, UpstreamResponse>> + Send {
         self.offsets.lock().push(from);
         let answer = self.answers.lock().pop_front();
         async move {

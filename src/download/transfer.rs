@@ -101,7 +101,7 @@ async fn lead<S: Source>(
     source: &mut S,
     from: u64,
 ) -> Result<Stream, UpstreamResponse> {
-    let stream = source.open(from).await?;
+    let stream = source.open(from, None).await?;
     let is_led_elsewhere = &guard.download.is_led_elsewhere;
     is_led_elsewhere.store(!source.is_led_by_upstream(), Ordering::Relaxed);
     Ok(stream)
@@ -161,7 +161,7 @@ async fn restart<S: Source>(
     source: &mut S,
     total: Option<u64>,
 ) -> Result<OpenedTransfer, DownloadError> {
-    let mut stream = source.open(0).await.map_err(not_started)?;
+    let mut stream = source.open(0, None).await.map_err(not_started)?;
     // The responses to clients have begun, with the first `Content-Length`.
     let differs = |(stated, begun)| stated != begun;
     if stream.total.zip(total).is_some_and(differs) {
@@ -255,6 +255,7 @@ async fn transfer<S: Source>(
         failures_in_a_row: 0,
         resumes: 0,
         waiters: &guard.download.waiters,
+        bound: None,
         helpers: may_be_parallel.then(|| helpers(guard, &resumed, total)).flatten(),
         stalled: Duration::ZERO,
     };

@@ -311,7 +311,8 @@ impl UpstreamSource {
 }
 
 impl Source for UpstreamSource {
-    async fn open(&mut self, from: u64) -> Result<Stream, UpstreamResponse> {
+    /// The bucket ignores `until`: of a blob that it sends, no other connection fetches a part.
+    async fn open(&mut self, from: u64, until: Option<u64>) -> Result<Stream, UpstreamResponse> {
         let ahead = self.permit_shared(from).await?;
         let permitted_at = Instant::now();
         if let Some(stream) = self.open_shared(from, ahead).await {
@@ -327,7 +328,7 @@ impl Source for UpstreamSource {
         }
         let part = RangeSpec {
             from,
-            until: None,
+            until,
             after: self.last_url,
             is_optional: false,
         };
@@ -365,7 +366,9 @@ impl Source for UpstreamSource {
                         .insert(registry, repository, self.digest);
                 }
                 let start = fetched.start;
-                let total = fetched.total.or(fetched.length.map(|length| start + length));
+                // A response of `until` bytes may end before the blob does.
+                let end = fetched.length.map(|length| start + length);
+                let total = fetched.total.or(end.filter(|_| until.is_none()));
                 if let Some((lease, total)) = self.lease.as_ref().zip(total) {
                     lease.set_size(total);
                 }

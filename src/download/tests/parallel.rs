@@ -26,6 +26,8 @@ enum Segments {
     Denied,
     WrongBytes,
     BreakEarly,
+    /// The first one breaks before its last chunk, the others are right.
+    FirstBreaks,
     Crawl,
 }
 
@@ -35,12 +37,18 @@ struct Limited {
     content: Arc<Vec<u8>>,
     segments: Segments,
     is_limit_shared: bool,
+    /// Sends more than was requested.
+    ignores_bounds: bool,
     state: Arc<LimitedState>,
 }
 
 #[derive(Default)]
 struct LimitedState {
     opened: Mutex<Vec<(u64, Option<u64>)>>,
+    /// The streams that were opened after the first one.
+    resumed: Mutex<Vec<(u64, Option<u64>)>>,
+    /// Since when no connection is open, and how long that was the case.
+    idle: Mutex<(Option<Instant>, Duration)>,
     open: AtomicUsize,
     open_max: AtomicUsize,
     sent: AtomicUsize,
@@ -87,6 +95,7 @@ impl Limited {
             content: Arc::new(content(SIZE)),
             segments,
             is_limit_shared: false,
+            ignores_bounds: false,
             state: Arc::default(),
         }
     }
@@ -95,20 +104,20 @@ impl Limited {
         digest(&self.content)
     }
 
-    fn send(&self, from: u64, until: Option<u64>) -> Sending {
+    fn send(&self, from: u64, until: Option<u64>, kind: Segments) -> Sending {
         let state = &self.state;
-        state.opened.lock().push((from, until));
+        let mut idle = state.idle.lock();
+        if let Some(since) = idle.0.take() {
+            idle.1 += since.elapsed();
+        }
+        drop(idle);
         let open = state.open.fetch_add(1, Ordering::SeqCst) + 1;
         state.open_max.fetch_max(open, Ordering::SeqCst);
         Sending {
             from: self.clone(),
             position: usize::try_from(from).unwrap(),
             end: until.map_or(SIZE, |until| usize::try_from(until).unwrap()),
-            kind: if until.is_some() {
-                self.segments
-            } else {
-                Segments::Right
-            },
+            kind,
             sent: 0,
         }
     }
@@ -124,7 +133,9 @@ impl Limited {
 
 impl Drop for Sending {
     fn drop(&mut self) {
-        self.from.state.open.fetch_sub(1, Ordering::SeqCst);
+        if self.from.state.open.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.from.state.idle.lock().0 = Some(Instant::now());
+        }
     }
 }
 
@@ -143,6 +154,7 @@ impl ByteStream for Sending {
             let crawls = self.kind == Segments::Crawl && self.sent > MIB;
             sleep(PACE * u32::try_from(sharing).unwrap() * if crawls { 50 } else { 1 }).await;
             if self.kind == Segments::BreakEarly && self.sent > MIB
+                || self.kind == Segments::FirstBreaks && self.position + CHUNK_BYTES >= self.end
                 || matches!(self.kind, Segments::Right | Segments::Late)
                     && state.first_breaks.load(Ordering::SeqCst)
                     && (self.sent > 12 * MIB || self.position > 12 * MIB)
@@ -166,11 +178,17 @@ impl ByteStream for Sending {
 }
 
 impl Source for Limited {
-    async fn open(&mut self, from: u64) -> Result<Stream, UpstreamResponse> {
+    async fn open(&mut self, from: u64, until: Option<u64>) -> Result<Stream, UpstreamResponse> {
+        let is_first = self.opened().is_empty();
+        self.state.opened.lock().push((from, None));
+        if !is_first {
+            self.state.resumed.lock().push((from, until));
+        }
+        let until = until.filter(|_| !self.ignores_bounds);
         Ok(Stream {
             start: from,
             total: Some(SIZE as u64),
-            body: Box::new(self.send(from, None)),
+            body: Box::new(self.send(from, until, Segments::Right)),
         })
     }
 
@@ -183,7 +201,13 @@ impl Source for Limited {
 impl RangeSource for Limited {
     fn open(&mut self, from: u64, until: Option<u64>) -> RangeFuture<'_> {
         Box::pin(async move {
-            let sending = self.send(from, until);
+            let is_first = self.segments_opened() == 0;
+            self.state.opened.lock().push((from, until));
+            let kind = match self.segments {
+                Segments::FirstBreaks if !is_first => Segments::Right,
+                kind => kind,
+            };
+            let sending = self.send(from, until, kind);
             if self.segments == Segments::Late {
                 sleep(Duration::from_millis(500)).await;
             }
@@ -265,6 +289,35 @@ async fn broken_segment_is_continued_by_the_first_stream() {
     download(&parallel_downloads(16), &registry).await;
     let sent = registry.state.sent.load(Ordering::SeqCst);
     assert!(sent <= SIZE + 8 * CHUNK_BYTES, "{} bytes twice", sent - SIZE);
+}
+
+#[tokio::test(start_paused = true)]
+async fn stream_between_segments_is_bounded_and_not_delayed() {
+    for ignores_bounds in [false, true] {
+        let registry = Limited {
+            ignores_bounds,
+            ..Limited::new(Segments::FirstBreaks)
+        };
+        download(&parallel_downloads(16), &registry).await;
+        let mut segments = registry.opened();
+        segments.retain(|(_, until)| until.is_some());
+        let (broken, next) = (segments[0], segments[1]);
+        let resumed = registry.state.resumed.lock().clone();
+        let (from, until) = resumed[0];
+        assert!(from > broken.0 && from < next.0, "{resumed:?}");
+        assert_eq!(until, Some(next.0), "{resumed:?}");
+        let sent = registry.state.sent.load(Ordering::SeqCst);
+        assert!(sent <= SIZE + 4 * CHUNK_BYTES, "{} bytes twice", sent - SIZE);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn stream_after_a_segment_is_opened_at_once() {
+    let registry = Limited::new(Segments::BreakEarly);
+    download(&parallel_downloads(16), &registry).await;
+    assert_eq!(registry.state.resumed.lock().len(), 1);
+    let idle = registry.state.idle.lock().1;
+    assert!(idle < Duration::from_millis(20), "{idle:?}");
 }
 
 #[tokio::test(start_paused = true)]
