@@ -9,7 +9,8 @@
 //! one raised the throughput, only while a client waits for the complete blob, and only if the queue has a permit that no
 //! other download waits for. A helper ends as soon as another download waits that could use its permit; one at the limit
 //! of another upstream could not. The first stream is closed only at a segment of which bytes have arrived, because an
-//! upstream may reject every range. A helper that fails is not replaced, and another stream continues at the first missing
+//! upstream may reject every range. After a connection that gained nothing, none is added for some seconds, each time for
+//! twice as long. A helper that fails is not replaced, and another stream continues at the first missing
 //! byte, up to the next segment.
 //!
 //! An interrupted transfer keeps its front as a partial download. The segments beyond the front are fetched again.
@@ -61,7 +62,16 @@ const MEASURE_WINDOW: Duration = Duration::from_millis(250);
 /// The last connection must have brought this part of what it would bring if each were limited alone.
 const GAIN_MIN: f64 = 0.4;
 
-/// If the writer needs more than this part of a window, the disk is what limits the throughput.
+/// Windows in a row that show no gain: a single one may fall into a pause of the machine, and the segment of the last
+/// connection lasts longer than one.
+const NO_GAIN_WINDOWS: u32 = 2;
+
+/// Pause after a connection that gained nothing, doubled each time. Where the limit is shared, a connection costs less than
+/// 80 ms: a round trip and what is under way when a stream is closed.
+const REST: Duration = Duration::from_secs(8);
+const RESTS_DOUBLED_MAX: u32 = 8;
+
+/// If the writer needs more than this part of a window, the disk limits the throughput, and the window shows nothing.
 const DISK_SHARE_MAX: f64 = 0.5;
 
 /// A helper that receives nothing for this long has failed.
@@ -160,8 +170,12 @@ impl Helpers {
         match self.ramp.measure(Instant::now(), received, stalled, connections) {
             Measured::Nothing => {}
             Measured::NoGain => self.plan.lock().helpers_max = helpers.saturating_sub(1),
-            Measured::Gain if connections < self.transfer.connections_max => self.add(source).await,
-            Measured::Gain => self.ramp.is_settled = true,
+            Measured::Gain if connections < self.transfer.connections_max => {
+                if self.add(source).await {
+                    self.ramp.added(connections + 1);
+                }
+            }
+            Measured::Gain => {}
         }
     }
 
@@ -185,7 +199,7 @@ impl Helpers {
             plan.helpers < plan.helpers_max && !plan.has_failed
         };
         if may_add {
-            self.add(source).await;
+            let _ = self.add(source).await;
         }
     }
 
@@ -194,16 +208,26 @@ impl Helpers {
         self.plan.lock().was_denied
     }
 
-    async fn add<S: Source>(&mut self, source: &mut S) {
-        let total = self.plan.lock().total;
-        let permit = self.transfer.spare_permit().await;
-        let (Some(permit), Some(source)) = (permit, source.segments(total)) else {
+    /// Returns whether a connection was added. Without a spare permit, it is tried again.
+    async fn add<S: Source>(&mut self, source: &mut S) -> bool {
+        let (total, is_all_assigned) = {
+            let plan = self.plan.lock();
+            (plan.total, plan.next_assigned().is_none())
+        };
+        if is_all_assigned {
+            return false;
+        }
+        let Some(source) = source.segments(total) else {
             self.ramp.is_settled = true;
-            return;
+            return false;
+        };
+        let Some(permit) = self.transfer.spare_permit().await else {
+            return false;
         };
         {
             let mut plan = self.plan.lock();
             plan.helpers += 1;
+            plan.helpers_max = plan.helpers_max.max(plan.helpers);
             plan.silent += 1;
         }
         let helper = Helper {
@@ -219,6 +243,7 @@ impl Helpers {
             "added a connection to a download"
         );
         self.running.spawn(helper.run());
+        true
     }
 
     /// The next bytes at the front. A segment of which nothing arrives, or that grows much slower than the first stream
@@ -425,6 +450,20 @@ impl Plan {
     /// Assigns the next segment. The first one leaves as much to the first stream. Segments get shorter towards the
     /// end, so that all connections end at about the same time.
     fn take(&mut self) -> Option<Arc<Segment>> {
+        let (start, end) = self.next_assigned()?;
+        self.next = end;
+        let segment = Arc::new(Segment {
+            start,
+            end,
+            progress: watch::Sender::default(),
+            cancelled: self.ending.child_token(),
+        });
+        self.segments.push_back(Arc::clone(&segment));
+        Some(segment)
+    }
+
+    /// Start and end of the segment that is assigned next.
+    fn next_assigned(&self) -> Option<(u64, u64)> {
         let length = |start: u64| {
             let share = self.total.saturating_sub(start) / (2 * self.connections_max);
             share.clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX)
@@ -438,20 +477,8 @@ impl Plan {
             return None;
         }
         let end = start + length(start);
-        let end = if end + SEGMENT_BYTES_MIN > self.total {
-            self.total
-        } else {
-            end
-        };
-        self.next = end;
-        let segment = Arc::new(Segment {
-            start,
-            end,
-            progress: watch::Sender::default(),
-            cancelled: self.ending.child_token(),
-        });
-        self.segments.push_back(Arc::clone(&segment));
-        Some(segment)
+        let is_last = end + SEGMENT_BYTES_MIN > self.total;
+        Some((start, if is_last { self.total } else { end }))
     }
 
     /// Bytes of the segment arrive. Returns whether it is still wanted.
@@ -491,10 +518,21 @@ impl Plan {
 #[derive(Default)]
 struct Ramp {
     window: Option<Window>,
-    /// Bytes per second before the last connection was added.
+    /// Bytes per second in the last window that counted.
     rate: f64,
     /// Bytes per second of the first stream alone.
     first_rate: f64,
+    /// Connections since one was added to compare, and whether that one gains is not known yet.
+    compared: Option<usize>,
+    /// Windows in a row with the same result, if that is not acted on at once.
+    repeated: u32,
+    /// After a connection that gained nothing, none is added until then.
+    rests_until: Option<Instant>,
+    /// Number of these rests.
+    rests: u32,
+    /// Bytes per second and connections when the first of these rests began.
+    rejected: Option<(f64, usize)>,
+    /// No further connection is possible.
     is_settled: bool,
 }
 
@@ -521,6 +559,12 @@ impl Ramp {
         self.window = None;
     }
 
+    /// A connection was added to those before.
+    fn added(&mut self, connections: usize) {
+        self.compared = Some(connections);
+        self.repeated = 0;
+    }
+
     fn measure(&mut self, now: Instant, received: u64, stalled: Duration, connections: usize) -> Measured {
         if self.is_settled {
             return Measured::Nothing;
@@ -535,27 +579,75 @@ impl Ramp {
             return Measured::Nothing;
         }
         self.window = None;
+        let stalled = stalled.saturating_sub(window.stalled);
+        if stalled.as_secs_f64() > DISK_SHARE_MAX * elapsed.as_secs_f64() {
+            return Measured::Nothing;
+        }
         let rate = rate(received.saturating_sub(window.received), elapsed);
-        let is_first = connections <= 1;
-        if is_first {
+        if connections <= 1 {
             self.first_rate = rate;
         }
-        let stalled = stalled.saturating_sub(window.stalled);
-        let is_disk_slow = stalled.as_secs_f64() > DISK_SHARE_MAX * elapsed.as_secs_f64();
-        // Were each limited alone, the last of n connections would add 1/(n-1) to the rate before it.
-        let others = u32::try_from(connections)
-            .unwrap_or(u32::MAX)
-            .saturating_sub(1)
-            .max(1);
-        let has_gained = is_first || rate >= self.rate * (1.0 + GAIN_MIN / f64::from(others));
-        self.rate = rate;
-        self.is_settled = is_disk_slow || !has_gained;
-        match (is_disk_slow, has_gained) {
-            (true, _) => Measured::Nothing,
-            (false, true) => Measured::Gain,
-            (false, false) => Measured::NoGain,
+        if self.is_resting(now, rate, connections) {
+            return Measured::Nothing;
         }
+        // A connection that has ended since leaves nothing to compare with.
+        let is_compared = self.compared == Some(connections);
+        if !is_compared || rate >= self.rate * gain_min(connections) {
+            (self.compared, self.repeated, self.rate) = (None, 0, rate);
+            return Measured::Gain;
+        }
+        if !self.is_repeated() {
+            return Measured::Nothing;
+        }
+        self.rest(now, rate, connections);
+        Measured::NoGain
     }
+
+    /// Whether no connection is added because the last one gained nothing. If the throughput was higher with it than it is
+    /// without, the rate before was that of a burst, and the first rest ends.
+    fn is_resting(&mut self, now: Instant, rate: f64, connections: usize) -> bool {
+        if self.rests_until.is_none_or(|until| now >= until) {
+            self.rests_until = None;
+            return false;
+        }
+        let was_faster = |(before, with)| connections < with && rate * gain_min(with) <= before;
+        if !self.rejected.is_some_and(was_faster) {
+            self.repeated = 0;
+            return true;
+        }
+        if !self.is_repeated() {
+            return true;
+        }
+        (self.rests_until, self.rejected) = (None, None);
+        false
+    }
+
+    fn rest(&mut self, now: Instant, rate: f64, connections: usize) {
+        self.rejected = (self.rests == 0).then_some((rate, connections));
+        self.rests_until = Some(now + REST * 2_u32.saturating_pow(self.rests.min(RESTS_DOUBLED_MAX)));
+        self.rests += 1;
+        self.compared = None;
+    }
+
+    /// Counts a window. Returns whether as many as needed had the same result.
+    fn is_repeated(&mut self) -> bool {
+        self.repeated += 1;
+        let is_repeated = self.repeated >= NO_GAIN_WINDOWS;
+        if is_repeated {
+            self.repeated = 0;
+        }
+        is_repeated
+    }
+}
+
+/// The least factor by which the last of `connections` must raise the throughput. Were each limited alone, it would add
+/// 1/(n-1) to the rate before it.
+fn gain_min(connections: usize) -> f64 {
+    let others = u32::try_from(connections)
+        .unwrap_or(u32::MAX)
+        .saturating_sub(1)
+        .max(1);
+    1.0 + GAIN_MIN / f64::from(others)
 }
 
 fn rate(bytes: u64, within: Duration) -> f64 {

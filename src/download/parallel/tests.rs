@@ -105,7 +105,10 @@ fn ramped(rates: &[(u64, Duration)]) -> usize {
         received += rate * 1_000_000 / 4;
         stalled += *stall;
         match ramp.measure(now, received, stalled, connections) {
-            Measured::Gain => connections += 1,
+            Measured::Gain => {
+                connections += 1;
+                ramp.added(connections);
+            }
             Measured::NoGain => connections -= 1,
             Measured::Nothing => {}
         }
@@ -118,8 +121,61 @@ async fn connection_is_added_while_the_last_one_gained() {
     let free = Duration::ZERO;
     let rates = |rates: &[u64]| rates.iter().map(|rate| (*rate, free)).collect::<Vec<_>>();
     assert_eq!(ramped(&rates(&[40, 80, 120, 160])), 5);
-    assert_eq!(ramped(&rates(&[40, 41, 120])), 1, "the limit is shared");
-    assert_eq!(ramped(&rates(&[40, 80, 84, 160])), 2);
-    let slow_disk = Duration::from_millis(200);
-    assert_eq!(ramped(&[(40, slow_disk), (80, free)]), 1, "the disk is the limit");
+    assert_eq!(ramped(&rates(&[40, 41, 41, 41])), 1, "the limit is shared");
+    assert_eq!(ramped(&rates(&[40, 80, 84, 84, 80])), 2);
+}
+
+#[tokio::test]
+async fn one_slow_window_does_not_end_further_connections() {
+    let (free, slow_disk) = (Duration::ZERO, Duration::from_millis(200));
+    let rates = |rates: &[u64]| rates.iter().map(|rate| (*rate, free)).collect::<Vec<_>>();
+    assert_eq!(ramped(&rates(&[40, 41, 80, 120])), 4);
+    assert_eq!(
+        ramped(&[(40, slow_disk), (40, slow_disk)]),
+        1,
+        "the disk is the limit"
+    );
+    assert_eq!(ramped(&[(40, slow_disk), (40, free), (80, free)]), 3);
+    assert_eq!(
+        ramped(&[(40, free), (40, slow_disk), (40, slow_disk), (80, free)]),
+        3
+    );
+}
+
+#[tokio::test]
+async fn burst_at_the_start_does_not_end_further_connections() {
+    let rates = |rates: &[u64]| {
+        rates
+            .iter()
+            .map(|rate| (*rate, Duration::ZERO))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(ramped(&rates(&[100, 80, 80])), 1);
+    assert_eq!(ramped(&rates(&[100, 80, 80, 40, 40, 80])), 3);
+    assert_eq!(
+        ramped(&rates(&[100, 80, 80, 40, 80, 40])),
+        1,
+        "one window is no proof"
+    );
+}
+
+#[tokio::test]
+async fn shared_limit_is_measured_again_ever_less_often() {
+    let (mut ramp, mut connections) = (Ramp::default(), 1);
+    let (began, mut received, mut added) = (Instant::now(), 0, Vec::new());
+    for window in 0..2400 {
+        let now = began + MEASURE_WINDOW * window;
+        match ramp.measure(now, received, Duration::ZERO, connections) {
+            Measured::Gain => {
+                connections += 1;
+                ramp.added(connections);
+                added.push(now.duration_since(began).as_secs());
+            }
+            Measured::NoGain => connections -= 1,
+            Measured::Nothing => {}
+        }
+        received += 10_000_000;
+    }
+    // Each costs less than 80 ms.
+    assert_eq!(added, [0, 9, 26, 59, 124, 253, 510]);
 }
