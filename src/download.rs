@@ -207,6 +207,11 @@ pub trait RangeSource: Send + 'static {
     /// Requests the bytes from `from` up to, not including, `until`, or to the end. `None` if the upstream does
     /// not serve the range. A request for the complete blob waits for a permit of the queue.
     fn open(&mut self, from: u64, until: Option<u64>) -> RangeFuture<'_>;
+
+    /// A source of the same blob for one further connection. `None`: not supported.
+    fn another(&self) -> Option<Box<dyn RangeSource>> {
+        None
+    }
 }
 
 /// A pending range request.

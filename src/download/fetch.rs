@@ -276,8 +276,8 @@ impl<S: Source> Fetcher<'_, S> {
         let mut wait = Duration::ZERO;
         loop {
             sleep(pause_after(self.failures_in_a_row).max(wait)).await;
-            // What another connection fetches is not requested: of an open-ended response, some bytes are under way when its
-            // connection is closed.
+            // Another connection fetches the next segment. Of an open-ended response, some of its bytes would be under way when
+            // the connection is closed.
             self.bound = self.helpers.as_ref().and_then(Helpers::next_segment_start);
             let (cause, tries) = match self.source.open(self.received, self.bound).await {
                 Ok(stream) if stream.start <= self.received && self.fits(stream.total) => {

@@ -115,6 +115,7 @@ impl Lookup {
                     began: tokio::time::Instant::now(),
                     is_led_elsewhere: AtomicBool::new(false),
                     counts: Arc::clone(&self.shared.counts),
+                    segments: Arc::default(),
                 });
                 guard.insert(Arc::clone(&download));
                 Some(Joined::Leader(Leader {

@@ -3,7 +3,7 @@
 //! Storage of registries and CDNs limit the throughput of each connection. So while the first stream fills the file from
 //! its start, helpers fetch later segments by `Range` requests and write each at its offset. When the front of the file
 //! reaches a segment, the fetcher adopts it: the writer reads the segment back and hashes it, so the digest covers the
-//! bytes on the disk. Readers see the contiguous front only.
+//! bytes on the disk. Readers see the contiguous front, and readers of ranges also segments.
 //!
 //! Segments are assigned in order, and a helper fetches one after the other. A connection is added only while the last
 //! one raised the throughput, only while a client waits for the complete blob, and only if the queue has a permit that no
@@ -13,19 +13,26 @@
 //! twice as long. A helper that fails is not replaced, and another stream continues at the first missing
 //! byte, up to the next segment.
 //!
+//! Clients that read at several offsets open connections there (`reader_segments`). Then no others are added for a while:
+//! each would fetch the bytes that such a client requests next.
+//!
 //! An interrupted transfer keeps its front as a partial download. The segments beyond the front are fetched again.
 
-use std::collections::VecDeque;
+mod plan;
+mod reader_segments;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
-use tokio_util::sync::CancellationToken;
 
+use self::plan::Plan;
+pub(super) use self::plan::Segment;
+pub(super) use self::reader_segments::{ReaderRange, ReaderSegments, SegmentBytes};
 use super::fetch::QUEUE_BYTES_MAX;
 use super::{ByteStream, RangeSource, Source};
 use crate::blocking::run;
@@ -50,12 +57,6 @@ impl Default for ParallelLimits {
     }
 }
 
-/// Shorter segments cost more round trips than they save.
-const SEGMENT_BYTES_MIN: u64 = 4 * 1024 * 1024;
-
-/// Longer segments leave more to fetch again after an interruption.
-const SEGMENT_BYTES_MAX: u64 = 64 * 1024 * 1024;
-
 /// Time over which the throughput is measured before a connection is added.
 const MEASURE_WINDOW: Duration = Duration::from_millis(250);
 
@@ -67,7 +68,7 @@ const GAIN_MIN: f64 = 0.4;
 const NO_GAIN_WINDOWS: u32 = 2;
 
 /// Pause after a connection that gained nothing, doubled each time. Where the limit is shared, a connection costs less than
-/// 80 ms: a round trip and what is under way when a stream is closed.
+/// 80 ms: a round trip and the bytes under way when a stream is closed.
 const REST: Duration = Duration::from_secs(8);
 const RESTS_DOUBLED_MAX: u32 = 8;
 
@@ -113,6 +114,7 @@ pub(super) struct Helpers {
     transfer: Arc<Transfer>,
     plan: Arc<Mutex<Plan>>,
     running: JoinSet<()>,
+    of_readers: Option<Arc<ReaderSegments>>,
     ramp: Ramp,
     is_first_stream_open: bool,
     watch: Option<FrontWatch>,
@@ -137,17 +139,38 @@ pub(super) enum Front {
 }
 
 impl Helpers {
-    /// Helpers for a blob of `total` bytes, of which the first `front` are in the file.
-    pub(super) fn new(transfer: Transfer, front: u64, total: u64) -> Self {
+    /// Helpers for a blob of `total` bytes, of which the first `front` are in the file. `source` makes the sources of the
+    /// connections that readers open; without one they open none.
+    pub(super) fn new(
+        transfer: Transfer,
+        front: u64,
+        total: u64,
+        source: Option<Box<dyn RangeSource>>,
+    ) -> Self {
         let plan = Plan::new(front, total, transfer.connections_max as u64);
+        let (transfer, plan) = (Arc::new(transfer), Arc::new(Mutex::new(plan)));
+        let of_readers = source.map(|source| {
+            Arc::new(ReaderSegments {
+                transfer: Arc::clone(&transfer),
+                plan: Arc::clone(&plan),
+                source: Mutex::new(source),
+                running: Mutex::default(),
+            })
+        });
         Self {
-            transfer: Arc::new(transfer),
-            plan: Arc::new(Mutex::new(plan)),
+            transfer,
+            plan,
             running: JoinSet::new(),
+            of_readers,
             ramp: Ramp::default(),
             is_first_stream_open: true,
             watch: None,
         }
+    }
+
+    /// Access of readers to the segments.
+    pub(super) fn of_readers(&self) -> Option<Arc<ReaderSegments>> {
+        self.of_readers.clone()
     }
 
     /// The first stream received `length` bytes. Returns how many of them lie before the next segment.
@@ -158,12 +181,13 @@ impl Helpers {
     /// Adds a connection if the last one raised the throughput. `stalled`: how long the first stream has waited for the
     /// writer so far.
     pub(super) async fn ramp_up<S: Source>(&mut self, stalled: Duration, source: &mut S) {
-        let (received, helpers, is_silent, has_failed) = {
+        let (received, helpers, is_interrupted, has_failed) = {
             let plan = self.plan.lock();
-            (plan.received, plan.helpers, plan.silent > 0, plan.has_failed)
+            let is_interrupted = plan.silent > 0 || plan.follows_clients();
+            (plan.received, plan.helpers, is_interrupted, plan.has_failed)
         };
         self.ramp.is_settled |= has_failed;
-        if is_silent {
+        if is_interrupted {
             return self.ramp.restart();
         }
         let connections = helpers + usize::from(self.is_first_stream_open);
@@ -196,7 +220,7 @@ impl Helpers {
     pub(super) async fn replace_first_stream<S: Source>(&mut self, source: &mut S) {
         let may_add = {
             let plan = self.plan.lock();
-            plan.helpers < plan.helpers_max && !plan.has_failed
+            plan.helpers < plan.helpers_max && !plan.has_failed && !plan.follows_clients()
         };
         if may_add {
             let _ = self.add(source).await;
@@ -212,7 +236,7 @@ impl Helpers {
     async fn add<S: Source>(&mut self, source: &mut S) -> bool {
         let (total, is_all_assigned) = {
             let plan = self.plan.lock();
-            (plan.total, plan.next_assigned().is_none())
+            (plan.total, plan.next_hole().is_none())
         };
         if is_all_assigned {
             return false;
@@ -235,7 +259,10 @@ impl Helpers {
             plan: Arc::clone(&self.plan),
             source,
             is_silent: true,
-            permit,
+            permit: HelperPermit {
+                queue: Some(permit),
+                _ahead: None,
+            },
         };
         tracing::debug!(
             upstream = &*self.transfer.upstream,
@@ -260,7 +287,8 @@ impl Helpers {
             return Front::Grew(grown);
         }
         if seen.has_ended {
-            return self.missing();
+            // It has left the plan. Another segment may begin there.
+            return Front::Waiting;
         }
         self.cancel_if_slow(&segment, seen.written);
         if timeout(FRONT_WINDOW, progress.changed()).await.is_err() {
@@ -303,6 +331,9 @@ impl Helpers {
     pub(super) async fn end(&mut self) {
         self.plan.lock().ending.cancel();
         while self.running.join_next().await.is_some() {}
+        if let Some(of_readers) = &self.of_readers {
+            of_readers.end().await;
+        }
     }
 }
 
@@ -347,173 +378,6 @@ impl Transfer {
     }
 }
 
-/// A range of the blob that one helper fetches.
-struct Segment {
-    start: u64,
-    end: u64,
-    progress: watch::Sender<SegmentProgress>,
-    cancelled: CancellationToken,
-}
-
-impl Segment {
-    fn is_live(&self) -> bool {
-        self.progress.borrow().is_live
-    }
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct SegmentProgress {
-    /// Bytes of it have arrived. Changed under the lock of the plan.
-    is_live: bool,
-    /// Bytes in the file, from the start of the segment.
-    written: u64,
-    /// The helper writes no more of it.
-    has_ended: bool,
-}
-
-/// The division of a blob among its connections.
-struct Plan {
-    total: u64,
-    /// The bytes before are in the file, or in the queue to the writer.
-    front: u64,
-    /// Start of the unassigned rest.
-    next: u64,
-    connections_max: u64,
-    /// Segments that the front has not passed, in the order of their start.
-    segments: VecDeque<Arc<Segment>>,
-    /// Bytes received by all connections.
-    received: u64,
-    helpers: usize,
-    /// Helpers beyond this number end after their segment.
-    helpers_max: usize,
-    /// Helpers that have not received a byte yet.
-    silent: usize,
-    /// Whether a helper failed.
-    has_failed: bool,
-    /// Whether a helper got no response with its segment.
-    was_denied: bool,
-    /// Cancels all segments.
-    ending: CancellationToken,
-}
-
-impl Plan {
-    fn new(front: u64, total: u64, connections_max: u64) -> Self {
-        Self {
-            total,
-            front,
-            next: front,
-            connections_max: connections_max.max(1),
-            segments: VecDeque::new(),
-            received: 0,
-            helpers: 0,
-            helpers_max: usize::try_from(connections_max).unwrap_or(usize::MAX),
-            silent: 0,
-            has_failed: false,
-            was_denied: false,
-            ending: CancellationToken::new(),
-        }
-    }
-
-    /// Moves the front over bytes of the first stream, up to the first segment of which bytes have arrived. Returns how
-    /// many count. Segments without bytes are cancelled when the front passes their start.
-    fn advance(&mut self, length: u64) -> u64 {
-        let until = self.front.saturating_add(length);
-        while let Some(first) = self.segments.front() {
-            if first.is_live() || first.start >= until {
-                break;
-            }
-            first.cancelled.cancel();
-            self.segments.pop_front();
-        }
-        let left = self
-            .segments
-            .front()
-            .map_or(u64::MAX, |segment| segment.start - self.front);
-        let accepted = length.min(left);
-        self.front += accepted;
-        self.next = self.next.max(self.front);
-        self.received += accepted;
-        accepted
-    }
-
-    /// Cancels segments that the front has reached and of which no byte has arrived.
-    fn pass_silent_segments(&mut self) {
-        while let Some(first) = self.segments.front() {
-            if first.is_live() || first.start > self.front {
-                break;
-            }
-            first.cancelled.cancel();
-            self.segments.pop_front();
-        }
-    }
-
-    /// Assigns the next segment. The first one leaves as much to the first stream. Segments get shorter towards the
-    /// end, so that all connections end at about the same time.
-    fn take(&mut self) -> Option<Arc<Segment>> {
-        let (start, end) = self.next_assigned()?;
-        self.next = end;
-        let segment = Arc::new(Segment {
-            start,
-            end,
-            progress: watch::Sender::default(),
-            cancelled: self.ending.child_token(),
-        });
-        self.segments.push_back(Arc::clone(&segment));
-        Some(segment)
-    }
-
-    /// Start and end of the segment that is assigned next.
-    fn next_assigned(&self) -> Option<(u64, u64)> {
-        let length = |start: u64| {
-            let share = self.total.saturating_sub(start) / (2 * self.connections_max);
-            share.clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX)
-        };
-        let start = if self.segments.is_empty() {
-            self.front + length(self.front)
-        } else {
-            self.next
-        };
-        if start + SEGMENT_BYTES_MIN > self.total {
-            return None;
-        }
-        let end = start + length(start);
-        let is_last = end + SEGMENT_BYTES_MIN > self.total;
-        Some((start, if is_last { self.total } else { end }))
-    }
-
-    /// Bytes of the segment arrive. Returns whether it is still wanted.
-    fn go_live(&self, segment: &Segment) -> bool {
-        let is_wanted = self
-            .segments
-            .iter()
-            .any(|assigned| assigned.start == segment.start);
-        if is_wanted {
-            segment.progress.send_modify(|progress| progress.is_live = true);
-        }
-        is_wanted
-    }
-
-    fn segment_at_front(&self) -> Option<Arc<Segment>> {
-        let first = self.segments.front();
-        first
-            .filter(|segment| segment.start <= self.front)
-            .map(Arc::clone)
-    }
-
-    /// Moves the front over the written bytes of the segment at the front. Returns by how much. A segment that is
-    /// complete or has ended leaves the plan.
-    fn adopt(&mut self, segment: &Segment, seen: SegmentProgress) -> u64 {
-        let front = self.front;
-        self.front = front.max(segment.start + seen.written);
-        self.next = self.next.max(self.front);
-        let grown = self.front - front;
-        if self.front >= segment.end || (seen.has_ended && grown == 0) {
-            self.segments.pop_front();
-        }
-        grown
-    }
-}
-
 /// When a connection is added.
 #[derive(Default)]
 struct Ramp {
@@ -554,7 +418,7 @@ enum Measured {
 }
 
 impl Ramp {
-    /// Begins a new window, because a connection has not sent anything yet.
+    /// Begins a new window, because a connection has not sent anything yet, or clients open connections.
     fn restart(&mut self) {
         self.window = None;
     }
@@ -673,7 +537,20 @@ struct Helper {
     plan: Arc<Mutex<Plan>>,
     source: Box<dyn RangeSource>,
     is_silent: bool,
-    permit: Permit,
+    permit: HelperPermit,
+}
+
+/// Permits of a connection.
+struct HelperPermit {
+    /// Given up if another download waits for it.
+    queue: Option<Permit>,
+    _ahead: Option<OwnedSemaphorePermit>,
+}
+
+impl HelperPermit {
+    fn is_awaited(&self) -> bool {
+        self.queue.as_ref().is_some_and(Permit::is_awaited)
+    }
 }
 
 impl Helper {
@@ -683,9 +560,9 @@ impl Helper {
                 break;
             };
             let fetched = self.fetch(&segment).await;
-            segment.progress.send_modify(|progress| progress.has_ended = true);
             let may_go_on = {
                 let mut plan = self.plan.lock();
+                plan.ended(&segment);
                 plan.has_failed |= fetched == Fetched::Failed;
                 fetched != Fetched::Failed && plan.helpers <= plan.helpers_max && !plan.ending.is_cancelled()
             };
@@ -698,9 +575,17 @@ impl Helper {
         plan.silent -= usize::from(self.is_silent);
     }
 
+    /// Fetches one segment.
+    async fn run_once(mut self, segment: Arc<Segment>) {
+        let fetched = self.fetch(&segment).await;
+        let mut plan = self.plan.lock();
+        plan.ended(&segment);
+        plan.has_failed |= fetched == Fetched::Failed;
+    }
+
     /// Fetches and writes a segment. It is cancelled between two writes only, so that no write is under way after its end.
     async fn fetch(&mut self, segment: &Segment) -> Fetched {
-        let opening = self.source.open(segment.start, Some(segment.end));
+        let opening = self.source.open(segment.start, Some(segment.end()));
         let stream = match waited(&self.permit, segment, opening).await {
             Waited::Done(Some(stream)) => stream,
             Waited::Done(None) => {
@@ -717,7 +602,7 @@ impl Helper {
             ended: None,
         };
         let mut position = segment.start;
-        while position < segment.end {
+        while position < segment.end() {
             let Some(batch) = self.next_batch(&mut arriving, segment, position).await else {
                 return Fetched::Passed;
             };
@@ -730,7 +615,7 @@ impl Helper {
             segment
                 .progress
                 .send_modify(|progress| progress.written += length);
-            if let Some(ended) = arriving.ended.filter(|_| position < segment.end) {
+            if let Some(ended) = arriving.ended.filter(|_| position < segment.end()) {
                 return ended;
             }
             if self.permit.is_awaited() {
@@ -748,14 +633,14 @@ impl Helper {
         position: u64,
     ) -> Option<Batch> {
         let (mut batch, began) = (Batch::default(), Instant::now());
-        while batch.bytes < WRITE_BYTES && position + batch.bytes < segment.end {
+        while batch.bytes < WRITE_BYTES && position + batch.bytes < segment.end() {
             let Some(mut chunk) = arriving.next(&self.permit, segment).await else {
                 return Some(batch);
             };
             if !segment.is_live() && !self.go_live(segment) {
                 return None;
             }
-            let left = segment.end - position - batch.bytes;
+            let left = segment.end().saturating_sub(position + batch.bytes);
             chunk.truncate(usize::try_from(left).unwrap_or(chunk.len()));
             let Some(share) = self.transfer.share_of_budget(&chunk, &batch).await else {
                 arriving.unread = Some(chunk);
@@ -786,7 +671,7 @@ struct Arriving {
 }
 
 impl Arriving {
-    async fn next(&mut self, permit: &Permit, segment: &Segment) -> Option<Bytes> {
+    async fn next(&mut self, permit: &HelperPermit, segment: &Segment) -> Option<Bytes> {
         if let Some(chunk) = self.unread.take() {
             return Some(chunk);
         }
@@ -810,7 +695,7 @@ enum Waited<T> {
 
 /// Waits for `work` of a helper at most [`HELPER_TIMEOUT`], until the segment is cancelled, and until another download
 /// waits for its permit: a silent upstream must not keep one that others need.
-async fn waited<T>(permit: &Permit, segment: &Segment, work: impl Future<Output = T>) -> Waited<T> {
+async fn waited<T>(permit: &HelperPermit, segment: &Segment, work: impl Future<Output = T>) -> Waited<T> {
     let mut work = std::pin::pin!(work);
     let deadline = Instant::now() + HELPER_TIMEOUT;
     loop {

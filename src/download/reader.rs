@@ -1,7 +1,8 @@
 //! Reader of a blob while it is downloaded.
 //!
-//! A reader waits when it has caught up with the transfer. If its range lies far ahead, it fetches that range from
-//! the upstream with its own credential (see [`RangeSource`]). Those bytes go to this reader only. They are
+//! A reader waits when it has caught up with the transfer. If its range lies far ahead, it has a connection of the transfer
+//! opened there, and reads that segment as it is written. If the transfer has one connection only, or the range is small, it
+//! fetches the range from the upstream with its own credential (see [`RangeSource`]). Those bytes go to this reader only. They are
 //! neither stored nor verified, as a range cannot be verified by itself; the same holds for a range read from
 //! an incomplete file. A client that requests ranges assembles and verifies the blob itself, or has a digest
 //! per range, as lazy pullers do. A complete blob is never served this way.
@@ -10,10 +11,12 @@ use std::io;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use super::parallel::{ReaderRange, ReaderSegments, Segment, SegmentBytes};
 use super::state::{Attempt, Download, DownloadInfo, Progress};
-use super::{ByteStream, DownloadError, RangeSource, Shared, VerifyingStream};
+use super::{ByteStream, DownloadError, RangeSource, Shared, VerifyingStream, WITHHELD_BYTES};
 use crate::oci::{Digest, UpstreamFailure};
 use crate::queue::{Waiter, Waiters};
 use crate::store::StoreError;
@@ -25,6 +28,9 @@ pub const FAR_AHEAD_BYTES: u64 = 8 * 1024 * 1024;
 
 /// A longer range waits for the transfer, because fetching its bytes twice would cost the upstream too much.
 pub const AHEAD_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// A shorter range far ahead is fetched for its reader only: it costs little, and the reader has its bytes sooner.
+const SEGMENT_RANGE_BYTES_MIN: u64 = 1024 * 1024;
 
 /// Reads a blob while it is downloaded.
 pub struct Reader {
@@ -45,6 +51,15 @@ pub struct Reader {
     pub(super) remainder: Option<Box<RemainderStream>>,
     /// Never fetches a range far ahead, or has already tried.
     waits_for_fill: bool,
+    /// The client most likely disconnects before the end of its range.
+    is_open_ended: bool,
+    /// Length of the range, if the reader is restricted to one.
+    range_bytes: Option<u64>,
+    segments: Arc<Mutex<Option<Arc<ReaderSegments>>>>,
+    /// The segment that is read.
+    segment: Option<Arc<Segment>>,
+    /// Offset at which a segment was requested last.
+    requested_at: Option<u64>,
     waiters: Waiters,
     _waiter: Option<Waiter>,
 }
@@ -119,6 +134,11 @@ impl Reader {
             ahead_range: None,
             remainder: None,
             waits_for_fill: false,
+            is_open_ended: false,
+            range_bytes: None,
+            segments: Arc::clone(&download.segments),
+            segment: None,
+            requested_at: None,
             waiters: download.waiters.clone(),
             _waiter: waiter,
         }
@@ -141,6 +161,11 @@ impl Reader {
             ahead_range: None,
             remainder: None,
             waits_for_fill: true,
+            is_open_ended: false,
+            range_bytes: None,
+            segments: Arc::default(),
+            segment: None,
+            requested_at: None,
             waiters: self.waiters.clone(),
             _waiter: None,
         }
@@ -189,6 +214,7 @@ impl Reader {
     pub fn within(mut self, start: u64, end: u64) -> Self {
         self.position = start;
         self.end = Some(end);
+        self.range_bytes = Some(end.saturating_sub(start));
         self
     }
 
@@ -199,11 +225,12 @@ impl Reader {
         self
     }
 
-    /// Makes the reader wait for the transfer, however far ahead its range lies. For ranges without an end: most
-    /// clients that send one read a little of it and disconnect.
+    /// Makes the reader use no connection of its own, however far ahead its range lies: only those of the transfer. For
+    /// ranges without an end: most clients that send one read a little of it and disconnect.
     #[must_use]
     pub fn waiting_for_fill(mut self) -> Self {
         self.waits_for_fill = true;
+        self.is_open_ended = true;
         self
     }
 
@@ -258,6 +285,19 @@ impl Reader {
                 ReadState::End => return None,
                 ReadState::Wait { readable } => readable,
             };
+            match self.segment_bytes().await {
+                Some((file, SegmentBytes::Readable(until))) => return Some(Ok(Step::File(file, until))),
+                Some((_, SegmentBytes::Arriving(mut segment))) => {
+                    tokio::select! {
+                        changed = self.progress.changed() => if changed.is_err() {
+                            return Some(Err(Arc::new(DownloadError::Abandoned)));
+                        },
+                        _ = segment.changed() => {}
+                    }
+                    continue;
+                }
+                _ => {}
+            }
             if self.is_far_ahead(readable) && self.open_ahead().await {
                 continue;
             }
@@ -292,6 +332,48 @@ impl Reader {
             return ReadState::End;
         }
         ReadState::Wait { readable }
+    }
+
+    /// The bytes at the position in a segment of the transfer, and the file. `None`: the front brings them, or a request of
+    /// the reader's own.
+    async fn segment_bytes(&mut self) -> Option<(Arc<dyn FsFile>, SegmentBytes)> {
+        let range_bytes = self
+            .range_bytes
+            .filter(|bytes| *bytes >= SEGMENT_RANGE_BYTES_MIN)?;
+        let opened = match &*self.progress.borrow() {
+            Progress::Filling(opened, _) if opened.attempt == Attempt::First => opened.clone(),
+            _ => return None,
+        };
+        let is_short = range_bytes <= AHEAD_BYTES_MAX && !self.is_open_ended;
+        let withheld = if is_short { 0 } else { WITHHELD_BYTES };
+        let end = self.end?.min(opened.size?.saturating_sub(withheld));
+        if self.position >= end {
+            return None;
+        }
+        loop {
+            if let Some(segment) = &self.segment {
+                match segment.bytes(self.position) {
+                    SegmentBytes::Elsewhere => self.segment = None,
+                    SegmentBytes::Readable(until) => {
+                        self.served_attempt = Some(opened.attempt);
+                        return Some((opened.file, SegmentBytes::Readable(until.min(end))));
+                    }
+                    arriving @ SegmentBytes::Arriving(_) => return Some((opened.file, arriving)),
+                }
+            }
+            if self.requested_at == Some(self.position) || !self.waiters.serves_complete_pull() {
+                return None;
+            }
+            let segments = self.segments.lock().clone()?;
+            let range = ReaderRange {
+                position: self.position,
+                until: self.end.filter(|_| !self.is_open_ended),
+                needs_permit: !is_short,
+            };
+            let segment = segments.segment(range, &self.ahead_permits).await?;
+            self.requested_at = Some(self.position);
+            self.segment = Some(segment);
+        }
     }
 
     pub(super) async fn read(

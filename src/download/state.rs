@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::parallel::ReaderSegments;
 use super::{DownloadError, Downloads, Requester, Shared, WITHHELD_BYTES};
 use crate::oci::Digest;
 use crate::queue::Waiters;
@@ -26,6 +28,8 @@ pub(super) struct Download {
     /// Whether it was opened without a response of the upstream to the leader.
     pub(super) is_led_elsewhere: AtomicBool,
     pub(super) counts: Arc<Counts>,
+    /// The segments of the running transfer, if readers may read them.
+    pub(super) segments: Arc<Mutex<Option<Arc<ReaderSegments>>>>,
 }
 
 /// Facts about a download that are known from the upstream's first response.

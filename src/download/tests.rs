@@ -8,6 +8,7 @@
 )]
 
 mod ahead;
+mod client_ranges;
 mod disk_failure;
 mod parallel;
 mod partial;

@@ -246,6 +246,10 @@ async fn transfer<S: Source>(
     } = opened;
     let (queue, chunks) = mpsc::channel(QUEUE_CHUNKS_MAX);
     let queue = WriterQueue::new(queue, &guard.shared.queued_bytes);
+    let helpers = may_be_parallel
+        .then(|| helpers(guard, source, &resumed, total))
+        .flatten();
+    *guard.download.segments.lock() = helpers.as_ref().and_then(Helpers::of_readers);
     let mut fetcher = Fetcher {
         source,
         queue,
@@ -256,13 +260,14 @@ async fn transfer<S: Source>(
         resumes: 0,
         waiters: &guard.download.waiters,
         bound: None,
-        helpers: may_be_parallel.then(|| helpers(guard, &resumed, total)).flatten(),
+        helpers,
         stalled: Duration::ZERO,
     };
     let writer = Writer::new(resumed, &guard.download, total);
     let steps = Arc::clone(&guard.shared.write_steps);
     let writing = tokio::spawn(writer.run(chunks, steps));
     let outcome = fetcher.run(stream).await;
+    *guard.download.segments.lock() = None;
     let resumed_midway = fetcher.resumed;
     let fetcher_was_denied = fetcher.helpers.as_ref().is_some_and(Helpers::were_denied);
     // Closes the writer's queue.
@@ -293,7 +298,12 @@ async fn transfer<S: Source>(
 }
 
 /// Further connections for what is missing of a large blob.
-fn helpers(guard: &DownloadGuard, resumed: &Resumed, total: Option<u64>) -> Option<Helpers> {
+fn helpers<S: Source>(
+    guard: &DownloadGuard,
+    source: &S,
+    resumed: &Resumed,
+    total: Option<u64>,
+) -> Option<Helpers> {
     let limits = guard.shared.parallel;
     let total = total.filter(|total| total.saturating_sub(resumed.written) >= limits.blob_bytes_min)?;
     let upstream = &guard.download.requester.upstream;
@@ -308,7 +318,8 @@ fn helpers(guard: &DownloadGuard, resumed: &Resumed, total: Option<u64>) -> Opti
         queued_bytes: Arc::clone(&guard.shared.queued_bytes),
         connections_max: limits.connections_max,
     };
-    Some(Helpers::new(transfer, resumed.written, total))
+    let of_readers = source.segments(total);
+    Some(Helpers::new(transfer, resumed.written, total, of_readers))
 }
 
 /// Makes the blob durable and renames it to its digest. The readers can read all bytes already, so after a disk failure

@@ -273,6 +273,16 @@ impl UpstreamSource {
         had_one
     }
 
+    /// A source of ranges of this blob.
+    fn range_source(&self, total: u64) -> Self {
+        let mut request = self.upstream_request.clone();
+        // A rate limit is not waited out: the download goes on without this connection.
+        request.caller.wait_deadline = Some(Instant::now());
+        let mut source = Self::new(&self.proxy, request, self.digest);
+        source.total = Some(total);
+        source
+    }
+
     async fn get(&self, part: RangeSpec) -> Result<ResponseStream, UpstreamResponse> {
         let UpstreamRequest {
             registry,
@@ -401,12 +411,7 @@ impl Source for UpstreamSource {
     fn segments(&self, total: u64) -> Option<Box<dyn RangeSource>> {
         // Otherwise the shared storage sends the blob.
         self.sent_at?;
-        let mut request = self.upstream_request.clone();
-        // A rate limit is not waited out: the download goes on without this connection.
-        request.caller.wait_deadline = Some(Instant::now());
-        let mut source = Self::new(&self.proxy, request, self.digest);
-        source.total = Some(total);
-        Some(Box::new(source))
+        Some(Box::new(self.range_source(total)))
     }
 
     /// Only verified bytes prove that the registry sent the response.
@@ -535,6 +540,10 @@ impl RangeSource for UpstreamSource {
                 && self.total.is_none_or(|total| fetched.total == Some(total));
             is_part.then(|| Box::new(fetched) as Box<dyn ByteStream>)
         })
+    }
+
+    fn another(&self) -> Option<Box<dyn RangeSource>> {
+        Some(Box::new(self.range_source(self.total?)))
     }
 }
 

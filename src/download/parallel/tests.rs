@@ -31,23 +31,28 @@ fn played(seed: u64, total: u64) -> (u64, u64) {
                 let length = numbers.below(3 * MIB).min(total - plan.front);
                 by_first += plan.advance(length);
             }
+            1 if open.len() < 3 && numbers.below(2) == 0 => {
+                let (start, length) = (numbers.below(total), 1 + numbers.below(16 * MIB));
+                let until = (numbers.below(2) == 0).then(|| (start + length).min(total));
+                open.extend(plan.assign_to_client(start, until));
+            }
             1 if open.len() < 3 => open.extend(plan.take()),
             _ => {}
         }
         if !open.is_empty() {
             let at = usize::try_from(numbers.below(open.len() as u64)).unwrap();
             let segment = Arc::clone(open.get(at).unwrap());
-            let length = segment.end - segment.start;
+            let length = segment.end() - segment.start;
             if !plan.go_live(&segment) {
                 open.remove(at);
                 continue;
             }
             let fails = numbers.below(50) == 0;
             segment.progress.send_modify(|progress| {
-                progress.written = (progress.written + numbers.below(5 * MIB)).min(length);
-                progress.has_ended = fails || progress.written == length;
+                progress.written = (progress.written + numbers.below(3 * MIB)).min(length);
             });
-            if segment.progress.borrow().has_ended {
+            if fails || segment.progress.borrow().written == length {
+                plan.ended(&segment);
                 open.remove(at);
             }
         }
@@ -60,8 +65,11 @@ fn played(seed: u64, total: u64) -> (u64, u64) {
             }
         }
         let starts: Vec<u64> = plan.segments.iter().map(|segment| segment.start).collect();
-        assert!(starts.is_sorted() && plan.segments.iter().all(|segment| segment.end <= total));
-        assert!(plan.segments.iter().all(|segment| segment.end > plan.front));
+        let has_gap = |(one, next): (&Arc<Segment>, &Arc<Segment>)| one.end() <= next.start;
+        let next = plan.segments.iter().skip(1);
+        assert!(plan.segments.iter().zip(next).all(has_gap), "segments overlap");
+        assert!(starts.is_sorted() && plan.segments.iter().all(|segment| segment.end() <= total));
+        assert!(plan.segments.iter().all(|segment| segment.end() > plan.front));
     }
     (by_first, by_segments)
 }
@@ -80,7 +88,7 @@ fn connections_cover_a_blob_exactly_once() {
 fn segments_shrink_towards_the_end() {
     let mut plan = Plan::new(0, 1024 * MIB, 4);
     let lengths: Vec<u64> = std::iter::from_fn(|| plan.take())
-        .map(|segment| (segment.end - segment.start) / MIB)
+        .map(|segment| (segment.end() - segment.start) / MIB)
         .collect();
     assert_eq!(lengths.first(), Some(&64));
     assert!(

@@ -9,15 +9,15 @@ use tokio::time::{Instant, sleep};
 use super::*;
 use crate::store::fs::{Entry, FsFile};
 
-const SIZE: usize = 40 * MIB;
-const CHUNK_BYTES: usize = 128 * 1024;
+pub(super) const SIZE: usize = 40 * MIB;
+pub(super) const CHUNK_BYTES: usize = 128 * 1024;
 
 /// 128 KiB in 10 ms: 13 MB/s.
 const PACE: Duration = Duration::from_millis(10);
 
 /// How the segments of a registry are served.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Segments {
+pub(super) enum Segments {
     Right,
     /// Each response takes this long to begin.
     Late,
@@ -33,17 +33,17 @@ enum Segments {
 
 /// A registry that limits the rate of each connection, or of all together.
 #[derive(Clone)]
-struct Limited {
-    content: Arc<Vec<u8>>,
+pub(super) struct Limited {
+    pub(super) content: Arc<Vec<u8>>,
     segments: Segments,
     is_limit_shared: bool,
     /// Sends more than was requested.
     ignores_bounds: bool,
-    state: Arc<LimitedState>,
+    pub(super) state: Arc<LimitedState>,
 }
 
 #[derive(Default)]
-struct LimitedState {
+pub(super) struct LimitedState {
     opened: Mutex<Vec<(u64, Option<u64>)>>,
     /// The streams that were opened after the first one.
     resumed: Mutex<Vec<(u64, Option<u64>)>>,
@@ -51,7 +51,7 @@ struct LimitedState {
     idle: Mutex<(Option<Instant>, Duration)>,
     open: AtomicUsize,
     open_max: AtomicUsize,
-    sent: AtomicUsize,
+    pub(super) sent: AtomicUsize,
     first_breaks: AtomicBool,
     /// Bytes that were sent and are still in memory, and their maximum.
     in_memory: AtomicUsize,
@@ -90,7 +90,7 @@ struct Sending {
 }
 
 impl Limited {
-    fn new(segments: Segments) -> Self {
+    pub(super) fn new(segments: Segments) -> Self {
         Self {
             content: Arc::new(content(SIZE)),
             segments,
@@ -100,7 +100,7 @@ impl Limited {
         }
     }
 
-    fn digest(&self) -> Digest {
+    pub(super) fn digest(&self) -> Digest {
         digest(&self.content)
     }
 
@@ -122,11 +122,11 @@ impl Limited {
         }
     }
 
-    fn opened(&self) -> Vec<(u64, Option<u64>)> {
+    pub(super) fn opened(&self) -> Vec<(u64, Option<u64>)> {
         self.state.opened.lock().clone()
     }
 
-    fn segments_opened(&self) -> usize {
+    pub(super) fn segments_opened(&self) -> usize {
         self.opened().iter().filter(|(_, until)| until.is_some()).count()
     }
 }
@@ -199,6 +199,10 @@ impl Source for Limited {
 }
 
 impl RangeSource for Limited {
+    fn another(&self) -> Option<Box<dyn RangeSource>> {
+        Some(Box::new(self.clone()))
+    }
+
     fn open(&mut self, from: u64, until: Option<u64>) -> RangeFuture<'_> {
         Box::pin(async move {
             let is_first = self.segments_opened() == 0;
@@ -216,7 +220,7 @@ impl RangeSource for Limited {
     }
 }
 
-fn parallel_downloads(transfers_max: usize) -> Downloads {
+pub(super) fn parallel_downloads(transfers_max: usize) -> Downloads {
     parallel_downloads_on(Arc::new(MemoryFs::new()), transfers_max)
 }
 
@@ -243,7 +247,7 @@ async fn download(downloads: &Downloads, registry: &Limited) -> Duration {
 }
 
 /// What one connection needs.
-fn direct() -> Duration {
+pub(super) fn direct() -> Duration {
     PACE * u32::try_from(SIZE / CHUNK_BYTES).unwrap()
 }
 
