@@ -14,7 +14,7 @@
 //! byte, up to the next segment.
 //!
 //! Clients that read at several offsets open connections there (`reader_segments`). Then no others are added for a while:
-//! each would fetch the bytes that such a client requests next.
+//! each would fetch the bytes that such a client requests next. None is added either while many transfers of the upstream run.
 //!
 //! An interrupted transfer keeps its front as a partial download. The segments beyond the front are fetched again.
 
@@ -74,6 +74,10 @@ const RESTS_DOUBLED_MAX: u32 = 8;
 
 /// If the writer needs more than this part of a window, the disk limits the throughput, and the window shows nothing.
 const DISK_SHARE_MAX: f64 = 0.5;
+
+/// No connection is added while the transfers of an upstream have this many times the connections of one. Ten layers at once
+/// are limited by the machine, and each first stream that is closed has megabytes under way.
+const TRANSFERS_AT_ONCE_MAX: usize = 3;
 
 /// A helper that receives nothing for this long has failed.
 const HELPER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -238,7 +242,7 @@ impl Helpers {
             let plan = self.plan.lock();
             (plan.total, plan.next_hole().is_none())
         };
-        if is_all_assigned {
+        if is_all_assigned || self.transfer.is_one_of_many() {
             return false;
         }
         let Some(source) = source.segments(total) else {
@@ -338,6 +342,11 @@ impl Helpers {
 }
 
 impl Transfer {
+    /// Whether so many transfers of the upstream run that further connections bring nothing.
+    fn is_one_of_many(&self) -> bool {
+        self.queue.in_use_of(&self.upstream) >= TRANSFERS_AT_ONCE_MAX * self.connections_max
+    }
+
     /// A permit that no other download waits for: the queue serves those that wait first.
     async fn spare_permit(&self) -> Option<Permit> {
         let demand = Demand {

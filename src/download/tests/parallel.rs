@@ -361,6 +361,22 @@ async fn no_connection_is_added_without_a_spare_permit() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn many_transfers_at_once_get_no_further_connection() {
+    let (downloads, registry) = (parallel_downloads(64), Limited::new(Segments::Right));
+    let mut others = Vec::new();
+    for _ in 0..11 {
+        others.push(downloads.admit("docker.io", options().demand).await.unwrap());
+    }
+    let mut reader = leader(&downloads, registry.digest()).start(registry.clone());
+    take(&mut reader, 10 * MIB).await;
+    assert_eq!(registry.segments_opened(), 0);
+    others.pop();
+    let (_, end) = read_to_end(reader).await;
+    end.unwrap();
+    assert_eq!(registry.state.open_max.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn slow_responses_open_no_more_connections_than_allowed() {
     let registry = Limited::new(Segments::Late);
     download(&parallel_downloads(16), &registry).await;
