@@ -278,7 +278,7 @@ impl<S: Source> Fetcher<'_, S> {
             sleep(pause_after(self.failures_in_a_row).max(wait)).await;
             // Another connection fetches the next segment. Of an open-ended response, some of its bytes would be under way when
             // the connection is closed.
-            self.bound = self.helpers.as_ref().and_then(Helpers::next_segment_start);
+            self.bound = self.helpers.as_ref().and_then(Helpers::stream_end);
             let (cause, tries) = match self.source.open(self.received, self.bound).await {
                 Ok(stream) if stream.start <= self.received && self.fits(stream.total) => {
                     self.total = self.total.or(stream.total);

@@ -207,11 +207,9 @@ impl Helpers {
         }
     }
 
-    /// Start of the next segment, where a stream from the front may end.
-    pub(super) fn next_segment_start(&self) -> Option<u64> {
-        let plan = self.plan.lock();
-        let mut starts = plan.segments.iter().map(|segment| segment.start);
-        starts.find(|start| *start > plan.front)
+    /// Where a stream from the front may end.
+    pub(super) fn stream_end(&self) -> Option<u64> {
+        self.plan.lock().stream_end()
     }
 
     /// The first stream is closed, because it has reached a segment.

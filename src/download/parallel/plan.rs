@@ -18,6 +18,9 @@ pub(super) const SEGMENT_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Clients that read at several offsets open a connection for each. For this long after one, no other connection is added.
 const CLIENT_SEGMENT_PERIOD: Duration = Duration::from_secs(2);
 
+/// Bytes that such a client most likely reads at once.
+const CLIENT_RANGE_BYTES: u64 = 8 * 1024 * 1024;
+
 /// Offsets of open-ended ranges that are remembered, to estimate how far apart a client's ranges lie.
 const OPEN_STARTS_MAX: usize = 64;
 
@@ -127,6 +130,20 @@ impl Plan {
         self.front += accepted;
         self.received += accepted;
         accepted
+    }
+
+    /// Where a stream from the front may end: at the next segment, or, while clients open connections, after as many bytes as
+    /// such a client reads at once. The next one most likely begins there. `None`: at the end of the blob.
+    pub(super) fn stream_end(&self) -> Option<u64> {
+        let mut starts = self.segments.iter().map(|segment| segment.start);
+        let next = starts.find(|start| *start > self.front);
+        let is_client_next = self.follows_clients();
+        let bytes = self
+            .open_bytes
+            .unwrap_or(CLIENT_RANGE_BYTES)
+            .max(SEGMENT_BYTES_MIN);
+        let part = is_client_next.then_some(self.front + bytes);
+        next.into_iter().chain(part).min().filter(|end| *end < self.total)
     }
 
     /// Cancels segments that the front has reached and of which no byte has arrived.

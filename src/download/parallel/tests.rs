@@ -187,3 +187,27 @@ async fn shared_limit_is_measured_again_ever_less_often() {
     // Each costs less than 80 ms.
     assert_eq!(added, [0, 9, 26, 59, 124, 253, 510]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn stream_ends_where_a_segment_or_a_client_begins() {
+    let mut plan = Plan::new(0, 256 * MIB, 4);
+    assert_eq!(plan.stream_end(), None);
+    let first = plan.take().unwrap();
+    assert_eq!(plan.stream_end(), Some(first.start));
+    plan.ended(&first);
+    assert!(plan.assign_to_client(16 * MIB, None).is_some());
+    assert_eq!(plan.stream_end(), Some(16 * MIB));
+    plan.front = 40 * MIB;
+    assert_eq!(
+        plan.stream_end(),
+        Some(56 * MIB),
+        "the distance of open-ended ranges"
+    );
+    plan.front = 245 * MIB;
+    assert_eq!(plan.stream_end(), None);
+    tokio::time::advance(CLIENTS_LEFT).await;
+    plan.front = 40 * MIB;
+    assert_eq!(plan.stream_end(), None, "no client opens connections any more");
+}
+
+const CLIENTS_LEFT: Duration = Duration::from_secs(2);
