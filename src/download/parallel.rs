@@ -196,14 +196,13 @@ impl Helpers {
         }
         let connections = helpers + usize::from(self.is_first_stream_open);
         match self.ramp.measure(Instant::now(), received, stalled, connections) {
-            Measured::Nothing => {}
             Measured::NoGain => self.plan.lock().helpers_max = helpers.saturating_sub(1),
             Measured::Gain if connections < self.transfer.connections_max => {
                 if self.add(source).await {
                     self.ramp.added(connections + 1);
                 }
             }
-            Measured::Gain => {}
+            Measured::Gain | Measured::Nothing => {}
         }
     }
 
@@ -664,7 +663,7 @@ impl Helper {
     fn go_live(&mut self, segment: &Segment) -> bool {
         let mut plan = self.plan.lock();
         plan.silent -= usize::from(std::mem::take(&mut self.is_silent));
-        plan.go_live(segment)
+        segment.go_live()
     }
 }
 

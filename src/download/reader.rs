@@ -51,6 +51,14 @@ pub struct Reader {
     pub(super) remainder: Option<Box<RemainderStream>>,
     /// Never fetches a range far ahead, or has already tried.
     waits_for_fill: bool,
+    in_segments: Box<SegmentReading>,
+    waiters: Waiters,
+    _waiter: Option<Waiter>,
+}
+
+/// How a reader of a range uses the segments of the transfer. Boxed, because readers are moved by value.
+#[derive(Default)]
+struct SegmentReading {
     /// The client most likely disconnects before the end of its range.
     is_open_ended: bool,
     /// Length of the range, if the reader is restricted to one.
@@ -60,8 +68,6 @@ pub struct Reader {
     segment: Option<Arc<Segment>>,
     /// Offset at which a segment was requested last.
     requested_at: Option<u64>,
-    waiters: Waiters,
-    _waiter: Option<Waiter>,
 }
 
 /// A range that is fetched for this reader only.
@@ -134,11 +140,10 @@ impl Reader {
             ahead_range: None,
             remainder: None,
             waits_for_fill: false,
-            is_open_ended: false,
-            range_bytes: None,
-            segments: Arc::clone(&download.segments),
-            segment: None,
-            requested_at: None,
+            in_segments: Box::new(SegmentReading {
+                segments: Arc::clone(&download.segments),
+                ..SegmentReading::default()
+            }),
             waiters: download.waiters.clone(),
             _waiter: waiter,
         }
@@ -161,11 +166,7 @@ impl Reader {
             ahead_range: None,
             remainder: None,
             waits_for_fill: true,
-            is_open_ended: false,
-            range_bytes: None,
-            segments: Arc::default(),
-            segment: None,
-            requested_at: None,
+            in_segments: Box::default(),
             waiters: self.waiters.clone(),
             _waiter: None,
         }
@@ -214,7 +215,7 @@ impl Reader {
     pub fn within(mut self, start: u64, end: u64) -> Self {
         self.position = start;
         self.end = Some(end);
-        self.range_bytes = Some(end.saturating_sub(start));
+        self.in_segments.range_bytes = Some(end.saturating_sub(start));
         self
     }
 
@@ -230,7 +231,7 @@ impl Reader {
     #[must_use]
     pub fn waiting_for_fill(mut self) -> Self {
         self.waits_for_fill = true;
-        self.is_open_ended = true;
+        self.in_segments.is_open_ended = true;
         self
     }
 
@@ -338,22 +339,23 @@ impl Reader {
     /// the reader's own.
     async fn segment_bytes(&mut self) -> Option<(Arc<dyn FsFile>, SegmentBytes)> {
         let range_bytes = self
+            .in_segments
             .range_bytes
             .filter(|bytes| *bytes >= SEGMENT_RANGE_BYTES_MIN)?;
         let opened = match &*self.progress.borrow() {
             Progress::Filling(opened, _) if opened.attempt == Attempt::First => opened.clone(),
             _ => return None,
         };
-        let is_short = range_bytes <= AHEAD_BYTES_MAX && !self.is_open_ended;
+        let is_short = range_bytes <= AHEAD_BYTES_MAX && !self.in_segments.is_open_ended;
         let withheld = if is_short { 0 } else { WITHHELD_BYTES };
         let end = self.end?.min(opened.size?.saturating_sub(withheld));
         if self.position >= end {
             return None;
         }
         loop {
-            if let Some(segment) = &self.segment {
+            if let Some(segment) = &self.in_segments.segment {
                 match segment.bytes(self.position) {
-                    SegmentBytes::Elsewhere => self.segment = None,
+                    SegmentBytes::Elsewhere => self.in_segments.segment = None,
                     SegmentBytes::Readable(until) => {
                         self.served_attempt = Some(opened.attempt);
                         return Some((opened.file, SegmentBytes::Readable(until.min(end))));
@@ -361,18 +363,18 @@ impl Reader {
                     arriving @ SegmentBytes::Arriving(_) => return Some((opened.file, arriving)),
                 }
             }
-            if self.requested_at == Some(self.position) || !self.waiters.serves_complete_pull() {
+            if self.in_segments.requested_at == Some(self.position) || !self.waiters.serves_complete_pull() {
                 return None;
             }
-            let segments = self.segments.lock().clone()?;
+            let segments = self.in_segments.segments.lock().clone()?;
             let range = ReaderRange {
                 position: self.position,
-                until: self.end.filter(|_| !self.is_open_ended),
+                until: self.end.filter(|_| !self.in_segments.is_open_ended),
                 needs_permit: !is_short,
             };
             let segment = segments.segment(range, &self.ahead_permits).await?;
-            self.requested_at = Some(self.position);
-            self.segment = Some(segment);
+            self.in_segments.requested_at = Some(self.position);
+            self.in_segments.segment = Some(segment);
         }
     }
 

@@ -42,6 +42,15 @@ impl Segment {
         self.progress.borrow().is_live
     }
 
+    /// Bytes arrive. Returns whether they are still wanted. Called under the lock of the plan.
+    pub(super) fn go_live(&self) -> bool {
+        let is_wanted = !self.cancelled.is_cancelled();
+        if is_wanted {
+            self.progress.send_modify(|progress| progress.is_live = true);
+        }
+        is_wanted
+    }
+
     /// Offset of the first byte that is not in the file.
     pub(super) fn arrived(&self) -> u64 {
         self.start + self.progress.borrow().written
@@ -229,12 +238,11 @@ impl Plan {
         }
         let until = until.unwrap_or_else(|| self.open_end(start));
         let other = self.segments.iter().find(|other| other.has(start));
-        let hole_end = match other {
-            Some(other) => other.end.swap(start, Ordering::AcqRel),
-            None => {
-                let next = self.segments.iter().find(|other| other.start > start);
-                next.map_or(self.total, |next| next.start)
-            }
+        let hole_end = if let Some(other) = other {
+            other.end.swap(start, Ordering::AcqRel)
+        } else {
+            let next = self.segments.iter().find(|other| other.start > start);
+            next.map_or(self.total, |next| next.start)
         };
         self.client_segment_at = Some(Instant::now());
         Some(self.assign(start, until.min(hole_end)))
@@ -257,15 +265,6 @@ impl Plan {
         self.open_starts.push_back(start);
         let bytes = self.open_bytes.unwrap_or_else(|| self.length(start));
         start + bytes.clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX)
-    }
-
-    /// Bytes of the segment arrive. Returns whether it is still wanted.
-    pub(super) fn go_live(&self, segment: &Segment) -> bool {
-        let is_wanted = !segment.cancelled.is_cancelled();
-        if is_wanted {
-            segment.progress.send_modify(|progress| progress.is_live = true);
-        }
-        is_wanted
     }
 
     /// The helper writes no more of the segment. The rest of it is a hole again.

@@ -43,7 +43,7 @@ fn played(seed: u64, total: u64) -> (u64, u64) {
             let at = usize::try_from(numbers.below(open.len() as u64)).unwrap();
             let segment = Arc::clone(open.get(at).unwrap());
             let length = segment.end() - segment.start;
-            if !plan.go_live(&segment) {
+            if !segment.go_live() {
                 open.remove(at);
                 continue;
             }

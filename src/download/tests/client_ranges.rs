@@ -107,10 +107,10 @@ async fn range_within_a_running_segment_takes_over_its_rest() {
     let (received, _) = in_parts(&downloads, &registry, Ranges::Open, &[3, 4, 1, 2], &own).await;
     assert_right(&received, &registry);
     downloads.idle().await;
-    let starts: Vec<usize> = registry
+    let starts: Vec<u64> = registry
         .opened()
         .iter()
-        .map(|(start, _)| *start as usize / MIB)
+        .map(|(start, _)| *start / MIB as u64)
         .collect();
     assert_eq!(starts, [0, 24, 32, 8, 16]);
     // The connection of the segment is closed where the other begins.
