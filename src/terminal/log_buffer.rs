@@ -41,9 +41,17 @@ struct State {
     is_reporting: bool,
     /// Whether the thread waits for `added`.
     is_idle: bool,
-    is_closed: bool,
-    /// Whether the thread has written all lines of the closed buffer.
-    is_done: bool,
+    phase: Phase,
+}
+
+#[derive(Default, PartialEq, Eq)]
+enum Phase {
+    #[default]
+    Open,
+    /// No further lines are expected.
+    Closed,
+    /// The thread has written all lines of the closed buffer.
+    Written,
 }
 
 /// The thread that writes a buffer. Dropped, it writes the rest.
@@ -90,14 +98,14 @@ impl LogBuffer {
             let written = write_until_error(&mut output, &batch);
             let (done, lost) = batch.split_at_checked(written).unwrap_or((&batch, &[]));
             is_line_open = done.last().map_or(is_line_open, |last| *last != b'\n');
-            match lost.iter().filter(|byte| **byte == b'\n').count() {
+            match lost.split(|byte| *byte == b'\n').skip(1).count() {
                 0 => self.report_dropped(),
                 lost => self.0.state.lock().dropped += lost as u64,
             }
             batch.clear();
             self.wait_for_more();
         }
-        self.0.state.lock().is_done = true;
+        self.0.state.lock().phase = Phase::Written;
         self.0.written.notify_all();
     }
 
@@ -105,7 +113,7 @@ impl LogBuffer {
     fn next(&self, batch: &mut Vec<u8>) -> bool {
         let mut state = self.0.state.lock();
         while state.lines.is_empty() {
-            if state.is_closed {
+            if state.phase == Phase::Closed {
                 return false;
             }
             state.is_idle = true;
@@ -135,7 +143,7 @@ impl LogBuffer {
     /// Waits for the rest of the next batch, unless the buffer is closed.
     fn wait_for_more(&self) {
         let mut state = self.0.state.lock();
-        if !state.is_closed {
+        if state.phase == Phase::Open {
             self.0.added.wait_for(&mut state, BATCH_INTERVAL);
         }
     }
@@ -176,9 +184,9 @@ impl Drop for LogThread {
             written,
         } = &*self.0.0;
         let mut state = state.lock();
-        state.is_closed = true;
+        state.phase = Phase::Closed;
         added.notify_one();
-        written.wait_while_for(&mut state, |state| !state.is_done, CLOSE_TIMEOUT);
+        written.wait_while_for(&mut state, |state| state.phase != Phase::Written, CLOSE_TIMEOUT);
     }
 }
 
@@ -270,7 +278,7 @@ mod tests {
             buffer.add(&line);
         }
         drop(permits);
-        buffer.0.state.lock().is_closed = true;
+        buffer.0.state.lock().phase = Phase::Closed;
         tracing::subscriber::with_default(subscriber, || buffer.run(output));
         let text = String::from_utf8(written.lock().split_off(BUFFER_BYTES_MAX)).unwrap();
         assert_eq!(text.matches("dropped=1").count(), 1, "{text}");
@@ -331,7 +339,7 @@ mod tests {
         }
         *space.lock() = usize::MAX;
         buffer.add(b"fifth\n");
-        buffer.0.state.lock().is_closed = true;
+        buffer.0.state.lock().phase = Phase::Closed;
         buffer.0.added.notify_one();
         thread.join().unwrap();
         let text = String::from_utf8(written.lock().clone()).unwrap();
@@ -347,7 +355,7 @@ mod tests {
         buffer.add(b"never written\n");
         // Returns, although the output never accepts a byte.
         drop(thread);
-        assert!(!buffer.0.state.lock().is_done);
+        assert!(buffer.0.state.lock().phase == Phase::Closed);
         drop(permits);
     }
 }
