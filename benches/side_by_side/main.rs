@@ -271,6 +271,11 @@ fn small_replies(plan: &Plan, sites: &Sites, content: &Content, table: &mut Tabl
     let by_tag = manifest_by_tag(image.tag);
     let fresh = format!("{by_tag}?ns={FRESH}");
     client::expect_digest(&sites.ifnewer.plain, &fresh, &image.manifest)?;
+    // A complete image: each pull of an incomplete one looks for what to prefetch.
+    for digest in [&image.config, &image.layer] {
+        let path = format!("{}?ns={FRESH}", blob(digest));
+        client::expect_digest(&sites.ifnewer.plain, &path, digest)?;
+    }
     let by_digest = manifest_by_digest(&image.manifest);
     let small = blob(&image.config);
     client::expect_digest(&sites.ifnewer.plain, &small, &image.config)?;
