@@ -94,7 +94,7 @@ pub(crate) fn one(endpoint: &Endpoint, path: &str) -> Outcome<Timed> {
     timed(&mut endpoint.connect()?, path)
 }
 
-/// A connection on which a client has read what comes before the layers.
+/// A connection on which a client has read the manifest and the configuration.
 pub(crate) fn after_manifest(endpoint: &Endpoint, image: &Layered) -> Outcome<Connection> {
     let mut connection = endpoint.connect()?;
     connection.read_all(&manifest_by_tag(image.tag))?;

@@ -1,7 +1,7 @@
 //! Cold pulls over several connections: an upstream that is 40 ms away and limits each connection to 40 MB/s, or all of
 //! them together.
 //!
-//! The client and the cache use the same kind of line, one after the other in each round, and each round has a new cache.
+//! The client and the cache have the same kind of connection, one after the other in each round, and each round has a new cache.
 //! Every client has read the manifest and the config on a connection that it keeps, so only the layers are timed. All bytes are
 //! compared with their digests, by the client or afterwards from the cache.
 
@@ -44,7 +44,7 @@ struct Origin {
 
 type Client = fn(&Endpoint, &Layered) -> Outcome<Timed>;
 
-/// What is measured through the cache and directly.
+/// A pull, measured through the cache and directly.
 struct Case<'c> {
     what: String,
     line: Distance,

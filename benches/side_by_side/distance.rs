@@ -41,7 +41,7 @@ struct Counters {
 /// Counts of a relay so far, or between two times.
 #[derive(Clone, Copy)]
 pub(crate) struct Passed {
-    /// Response bytes that the upstream sent, including heads and what nobody read.
+    /// Response bytes that the upstream sent, including heads and bytes that were never read.
     pub(crate) bytes: u64,
     pub(crate) connections: u64,
 }

@@ -15,7 +15,7 @@ const ROW: f64 = 216.0;
 /// Above this ratio of the largest and the smallest figure, the vertical axis is logarithmic.
 const LINEAR_MAX: f64 = 12.0;
 
-/// Colours that are told apart on white and on black, also by colour-blind readers.
+/// Colours that differ on white and on black, also by colour-blind readers.
 const STYLE: &str = "text{font:12px system-ui,sans-serif;fill:#24292f}.title{font-size:14px;font-weight:600}\
     .minor{fill:#57606a;font-size:11px}.page{fill:#fff}.grid{stroke:#d0d7de}\
     .line{fill:none;stroke-width:2}.s0{stroke:#0969da}.s1{stroke:#bc4c00}.s2{stroke:#1a7f37}.s3{stroke:#8250df}.s4{stroke:#57606a}\
