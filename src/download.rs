@@ -171,6 +171,9 @@ pub trait Source: Send + 'static {
         until: Option<u64>,
     ) -> impl Future<Output = Result<Stream, UpstreamResponse>> + Send;
 
+    /// The last stream ended where another connection continues, and was not interrupted: the next one may use its URL.
+    fn ended_at_segment(&mut self) {}
+
     /// Size stated by a manifest. A hint, not a promise of the upstream.
     fn stated_size(&self) -> Option<u64> {
         None

@@ -179,6 +179,7 @@ impl<S: Source> Fetcher<'_, S> {
                         return Ok(());
                     }
                     self.failures_in_a_row = 0;
+                    self.source.ended_at_segment();
                     stream = self.resume().await?;
                     continue;
                 }

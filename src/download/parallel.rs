@@ -8,12 +8,13 @@
 //! Segments are assigned in order, and a helper fetches one after the other. A connection is added only while the last
 //! one raised the throughput, only while a client waits for the complete blob, and only if the queue has a permit that no
 //! other download waits for. A helper ends as soon as another download waits that could use its permit; one at the limit
-//! of another upstream could not. The first stream is closed only at a segment of which bytes have arrived, because an
-//! upstream may reject every range. After a connection that gained nothing, none is added for some seconds, each time for
+//! of another upstream could not. A stream to the end of the blob is closed only at a segment of which bytes have arrived, because
+//! an upstream may reject every range. After a connection that gained nothing, none is added for some seconds, each time for
 //! twice as long. A helper that fails is not replaced, and another stream continues at the first missing
 //! byte, up to the next segment.
 //!
-//! Clients that read at several offsets open connections there (`reader_segments`). Then no others are added for a while:
+//! Clients that read at several offsets open connections there (`reader_segments`). Those for short ranges have no permit of the
+//! queue, and do not end for other downloads. Then no others are added for a while:
 //! each would fetch the bytes that such a client requests next. None is added either while many transfers of the upstream run.
 //!
 //! An interrupted transfer keeps its front as a partial download. The segments beyond the front are fetched again.
@@ -87,6 +88,9 @@ const FRONT_WINDOW: Duration = Duration::from_secs(2);
 
 /// If a segment at the front grows slower than this part of the first stream's rate, the fetcher takes it over.
 const FRONT_RATE_MIN: f64 = 0.25;
+
+/// A slower segment is passed at any rate of the first stream, which is unknown if clients opened connections at once.
+const FRONT_BYTES_PER_SECOND_MIN: f64 = 1024.0;
 
 /// Bytes that a helper collects before it writes them.
 const WRITE_BYTES: u64 = 256 * 1024;
@@ -195,6 +199,7 @@ impl Helpers {
             return self.ramp.restart();
         }
         let connections = helpers + usize::from(self.is_first_stream_open);
+        self.ramp.is_first_stream_open = self.is_first_stream_open;
         match self.ramp.measure(Instant::now(), received, stalled, connections) {
             Measured::NoGain => self.plan.lock().helpers_max = helpers.saturating_sub(1),
             Measured::Gain if connections < self.transfer.connections_max => {
@@ -262,7 +267,7 @@ impl Helpers {
             is_silent: true,
             permit: HelperPermit {
                 queue: Some(permit),
-                _ahead: None,
+                ahead: None,
             },
         };
         tracing::debug!(
@@ -323,7 +328,7 @@ impl Helpers {
             return;
         }
         let rate = rate(written.saturating_sub(watch.written), elapsed);
-        if rate < self.ramp.first_rate * FRONT_RATE_MIN {
+        if rate < (self.ramp.first_rate * FRONT_RATE_MIN).max(FRONT_BYTES_PER_SECOND_MIN) {
             segment.cancelled.cancel();
         }
     }
@@ -392,6 +397,7 @@ struct Ramp {
     rate: f64,
     /// Bytes per second of the first stream alone.
     first_rate: f64,
+    is_first_stream_open: bool,
     /// Connections since one was added to compare, and whether that one gains is not known yet.
     compared: Option<usize>,
     /// Windows in a row with the same result, if that is not acted on at once.
@@ -454,7 +460,7 @@ impl Ramp {
             return Measured::Nothing;
         }
         let rate = rate(received.saturating_sub(window.received), elapsed);
-        if connections <= 1 {
+        if connections == 1 && self.is_first_stream_open {
             self.first_rate = rate;
         }
         if self.is_resting(now, rate, connections) {
@@ -550,7 +556,8 @@ struct Helper {
 struct HelperPermit {
     /// Given up if another download waits for it.
     queue: Option<Permit>,
-    _ahead: Option<OwnedSemaphorePermit>,
+    /// Of a connection that was opened for a reader.
+    ahead: Option<OwnedSemaphorePermit>,
 }
 
 impl HelperPermit {
@@ -586,7 +593,8 @@ impl Helper {
         let fetched = self.fetch(&segment).await;
         let mut plan = self.plan.lock();
         plan.ended(&segment);
-        plan.has_failed |= fetched == Fetched::Failed;
+        // It says nothing about the other connections: the credential of the first request may have expired since.
+        plan.has_failed_for_reader |= fetched == Fetched::Failed;
     }
 
     /// Fetches and writes a segment. It is cancelled between two writes only, so that no write is under way after its end.
@@ -595,7 +603,7 @@ impl Helper {
         let stream = match waited(&self.permit, segment, opening).await {
             Waited::Done(Some(stream)) => stream,
             Waited::Done(None) => {
-                self.plan.lock().was_denied = true;
+                self.plan.lock().was_denied |= self.permit.ahead.is_none();
                 return Fetched::Failed;
             }
             Waited::Cancelled => return Fetched::Passed,

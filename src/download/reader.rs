@@ -9,10 +9,12 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::Instant;
 
 use super::parallel::{ReaderRange, ReaderSegments, Segment, SegmentBytes};
 use super::state::{Attempt, Download, DownloadInfo, Progress};
@@ -31,6 +33,9 @@ pub const AHEAD_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 /// A shorter range far ahead is fetched for its reader only: it costs little, and the reader has its bytes sooner.
 const SEGMENT_RANGE_BYTES_MIN: u64 = 1024 * 1024;
+
+/// Pause between two attempts to open a segment. Each enters the queue for a permit.
+const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Reads a blob while it is downloaded.
 pub struct Reader {
@@ -68,6 +73,8 @@ struct SegmentReading {
     segment: Option<Arc<Segment>>,
     /// Offset at which a segment was requested last.
     requested_at: Option<u64>,
+    /// When none was opened last, for lack of a permit, for example.
+    refused_at: Option<Instant>,
 }
 
 /// A range that is fetched for this reader only.
@@ -372,7 +379,17 @@ impl Reader {
                 until: self.end.filter(|_| !self.in_segments.is_open_ended),
                 needs_permit: !is_short,
             };
-            let segment = segments.segment(range, &self.ahead_permits).await?;
+            if self
+                .in_segments
+                .refused_at
+                .is_some_and(|at| at.elapsed() < RETRY_INTERVAL)
+            {
+                return None;
+            }
+            let Some(segment) = segments.segment(range, &self.ahead_permits).await else {
+                self.in_segments.refused_at = Some(Instant::now());
+                return None;
+            };
             self.in_segments.requested_at = Some(self.position);
             self.in_segments.segment = Some(segment);
         }

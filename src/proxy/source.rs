@@ -35,6 +35,8 @@ pub(super) struct UpstreamSource {
     sent_at: Option<Instant>,
     /// URL of the last successful request.
     last_url: Option<UrlIndex>,
+    /// Whether the stream from it was not interrupted.
+    keeps_url: bool,
     started_at: Instant,
     /// Requests waiting for this download.
     waiters: Option<Waiters>,
@@ -95,6 +97,7 @@ impl UpstreamSource {
             digest,
             sent_at: None,
             last_url: None,
+            keeps_url: false,
             started_at: Instant::now(),
             waiters: None,
             total: None,
@@ -339,7 +342,11 @@ impl Source for UpstreamSource {
         let part = RangeSpec {
             from,
             until,
-            after: self.last_url,
+            after: if std::mem::take(&mut self.keeps_url) {
+                self.last_url.and_then(UrlIndex::previous)
+            } else {
+                self.last_url
+            },
             is_optional: false,
         };
         let first = self.sent_at.is_none();
@@ -406,6 +413,10 @@ impl Source for UpstreamSource {
             registry, repository, ..
         } = &self.upstream_request;
         self.proxy.size_hints.get(registry, repository, self.digest)
+    }
+
+    fn ended_at_segment(&mut self) {
+        self.keeps_url = true;
     }
 
     fn segments(&self, total: u64) -> Option<Box<dyn RangeSource>> {

@@ -26,6 +26,13 @@ use crate::queue::Permit;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UrlIndex(pub(super) usize);
 
+impl UrlIndex {
+    /// The URL before this one. After it, this one is tried first.
+    pub fn previous(self) -> Option<Self> {
+        self.0.checked_sub(1).map(Self)
+    }
+}
+
 /// Byte range of a GET, and the URL to try last.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RangeSpec {

@@ -18,6 +18,9 @@ pub(super) const SEGMENT_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Clients that read at several offsets open a connection for each. For this long after one, no other connection is added.
 const CLIENT_SEGMENT_PERIOD: Duration = Duration::from_secs(2);
 
+/// A shorter segment costs a request for few bytes.
+const CLIENT_SEGMENT_BYTES_MIN: u64 = 1024 * 1024;
+
 /// Bytes that such a client most likely reads at once.
 const CLIENT_RANGE_BYTES: u64 = 8 * 1024 * 1024;
 
@@ -90,6 +93,8 @@ pub(super) struct Plan {
     pub(super) has_failed: bool,
     /// Whether a helper got no response with its segment.
     pub(super) was_denied: bool,
+    /// Whether a connection that was opened for a reader failed. No further one is opened for readers.
+    pub(super) has_failed_for_reader: bool,
     /// Cancels all segments.
     pub(super) ending: CancellationToken,
     /// When a segment began where a client reads.
@@ -113,6 +118,7 @@ impl Plan {
             silent: 0,
             has_failed: false,
             was_denied: false,
+            has_failed_for_reader: false,
             ending: CancellationToken::new(),
             client_segment_at: None,
             open_starts: VecDeque::from([front]),
@@ -226,7 +232,8 @@ impl Plan {
 
     /// Whether a segment that begins at `start` brings its bytes much earlier than the others do.
     pub(super) fn is_worth_a_segment(&self, start: u64) -> bool {
-        let is_open = !self.has_failed && !self.ending.is_cancelled() && start < self.total;
+        let has_failed = self.has_failed || self.has_failed_for_reader;
+        let is_open = !has_failed && !self.ending.is_cancelled() && start < self.total;
         is_open && start >= self.front + SEGMENT_BYTES_MIN && self.segment_at(start).is_none()
     }
 
@@ -238,14 +245,21 @@ impl Plan {
         }
         let until = until.unwrap_or_else(|| self.open_end(start));
         let other = self.segments.iter().find(|other| other.has(start));
-        let hole_end = if let Some(other) = other {
-            other.end.swap(start, Ordering::AcqRel)
-        } else {
-            let next = self.segments.iter().find(|other| other.start > start);
-            next.map_or(self.total, |next| next.start)
+        let next = self.segments.iter().find(|other| other.start > start);
+        let hole_end = match (other, next) {
+            (Some(other), _) => other.end(),
+            (None, Some(next)) => next.start,
+            (None, None) => self.total,
         };
+        let end = until.min(hole_end).min(start + SEGMENT_BYTES_MAX);
+        if end < start + CLIENT_SEGMENT_BYTES_MIN && end < self.total {
+            return None;
+        }
+        if let Some(other) = other {
+            other.end.store(start, Ordering::Release);
+        }
         self.client_segment_at = Some(Instant::now());
-        Some(self.assign(start, until.min(hole_end)))
+        Some(self.assign(start, end))
     }
 
     /// Whether clients have offsets of their own at which connections are opened.

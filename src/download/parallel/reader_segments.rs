@@ -90,7 +90,7 @@ impl HelperPermit {
     fn of_reader(queue: Option<crate::queue::Permit>, ahead: OwnedSemaphorePermit) -> Self {
         Self {
             queue,
-            _ahead: Some(ahead),
+            ahead: Some(ahead),
         }
     }
 }

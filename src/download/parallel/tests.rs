@@ -211,3 +211,27 @@ async fn stream_ends_where_a_segment_or_a_client_begins() {
 }
 
 const CLIENTS_LEFT: Duration = Duration::from_secs(2);
+
+#[test]
+fn client_segment_is_neither_long_nor_short() {
+    let mut plan = Plan::new(0, 1024 * MIB, 4);
+    let long = plan.assign_to_client(16 * MIB, Some(1024 * MIB)).unwrap();
+    assert_eq!(
+        (long.start, long.end()),
+        (16 * MIB, 16 * MIB + plan::SEGMENT_BYTES_MAX)
+    );
+    // Before it, and before the end of a range, less than a megabyte is left.
+    assert!(plan.assign_to_client(16 * MIB - 1, Some(17 * MIB)).is_none());
+    assert!(plan.assign_to_client(200 * MIB, Some(200 * MIB + 1)).is_none());
+    assert!(plan.assign_to_client(15 * MIB, Some(17 * MIB)).is_some());
+    assert!(plan.assign_to_client(1024 * MIB - 1, None).is_some());
+}
+
+#[test]
+fn no_client_segment_after_one_that_failed() {
+    let mut plan = Plan::new(0, 1024 * MIB, 4);
+    plan.has_failed_for_reader = true;
+    assert!(plan.assign_to_client(16 * MIB, None).is_none());
+    // Further connections of the transfer are not affected.
+    assert!(plan.take().is_some());
+}
