@@ -179,8 +179,7 @@ impl Origin {
             client,
             target: Targets {
                 seconds,
-                // 1.00 ×: of a stream that is closed at a segment, a megabyte is under way.
-                surplus: 0.005,
+                surplus: 0.001,
                 ..Targets::default()
             },
         })
