@@ -91,22 +91,28 @@ impl LogBuffer {
     fn run(&self, mut output: impl Write) {
         let (mut batch, mut is_line_open) = (Vec::new(), false);
         while self.next(&mut batch) {
-            if is_line_open {
-                // The beginning of a line was written before an error.
-                batch.insert(0, b'\n');
-            }
-            let written = write_until_error(&mut output, &batch);
-            let (done, lost) = batch.split_at_checked(written).unwrap_or((&batch, &[]));
-            is_line_open = done.last().map_or(is_line_open, |last| *last != b'\n');
-            match lost.split(|byte| *byte == b'\n').skip(1).count() {
-                0 => self.report_dropped(),
-                lost => self.0.state.lock().dropped += lost as u64,
-            }
-            batch.clear();
+            is_line_open = self.write_batch(&mut output, &mut batch, is_line_open);
             self.wait_for_more();
         }
         self.0.state.lock().phase = Phase::Written;
         self.0.written.notify_all();
+    }
+
+    /// Writes and empties a batch. `is_line_open`: whether the output ends within a line, because of an error. Returns
+    /// whether it does now.
+    fn write_batch(&self, output: &mut impl Write, batch: &mut Vec<u8>, is_line_open: bool) -> bool {
+        if is_line_open {
+            batch.insert(0, b'\n');
+        }
+        let written = write_until_error(output, batch);
+        let (done, lost) = batch.split_at_checked(written).unwrap_or((batch, &[]));
+        let is_line_open = done.last().map_or(is_line_open, |last| *last != b'\n');
+        match lost.split(|byte| *byte == b'\n').skip(1).count() {
+            0 => self.report_dropped(),
+            lost => self.0.state.lock().dropped += lost as u64,
+        }
+        batch.clear();
+        is_line_open
     }
 
     /// Moves the waiting lines into the empty `batch`, as soon as there are some. False if the buffer is closed and empty.
@@ -262,16 +268,21 @@ mod tests {
         );
     }
 
-    #[test]
-    fn dropped_lines_are_reported_once() {
-        let (output, permits, written) = gated();
-        let buffer = LogBuffer::default();
+    /// Runs `work`, whose log goes to the buffer.
+    fn reporting_to<T>(buffer: &LogBuffer, work: impl FnOnce() -> T) -> T {
         let sink = buffer.clone();
         let subscriber = tracing_subscriber::fmt()
             .without_time()
             .with_ansi(false)
             .with_writer(move || sink.clone())
             .finish();
+        tracing::subscriber::with_default(subscriber, work)
+    }
+
+    #[test]
+    fn dropped_lines_are_reported_once() {
+        let (output, permits, written) = gated();
+        let buffer = LogBuffer::default();
         let mut line = vec![b'.'; BUFFER_BYTES_MAX];
         *line.last_mut().unwrap() = b'\n';
         for _ in 0..2 {
@@ -279,7 +290,7 @@ mod tests {
         }
         drop(permits);
         buffer.0.state.lock().phase = Phase::Closed;
-        tracing::subscriber::with_default(subscriber, || buffer.run(output));
+        reporting_to(&buffer, || buffer.run(output));
         let text = String::from_utf8(written.lock().split_off(BUFFER_BYTES_MAX)).unwrap();
         assert_eq!(text.matches("dropped=1").count(), 1, "{text}");
         assert_eq!(text.lines().count(), 1, "{text}");
@@ -317,34 +328,23 @@ mod tests {
             space: Arc::clone(&space),
             written: Arc::clone(&written),
         };
-        assert_eq!(write_until_error(&mut output, b"first\nsecond\n"), 3);
-        *space.lock() = 6;
         let buffer = LogBuffer::default();
-        buffer.add(b"third\nfourth\n");
-        let sink = buffer.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .without_time()
-            .with_ansi(false)
-            .with_writer(move || sink.clone())
-            .finish();
-        let thread = {
-            let buffer = buffer.clone();
-            thread::spawn(move || {
-                tracing::subscriber::with_default(subscriber, || buffer.run(output));
+        let mut batch = Vec::new();
+        let mut write = |line: &[u8], is_line_open| {
+            buffer.add(line);
+            assert!(buffer.next(&mut batch));
+            reporting_to(&buffer, || {
+                buffer.write_batch(&mut output, &mut batch, is_line_open)
             })
         };
-        // `fourth` is lost.
-        while buffer.0.state.lock().dropped == 0 {
-            thread::yield_now();
-        }
+        assert!(write(b"first\nsecond\n", false));
         *space.lock() = usize::MAX;
-        buffer.add(b"fifth\n");
-        buffer.0.state.lock().phase = Phase::Closed;
-        buffer.0.added.notify_one();
-        thread.join().unwrap();
+        assert!(!write(b"third\n", true));
+        assert!(!write(b"fourth\n", false));
         let text = String::from_utf8(written.lock().clone()).unwrap();
-        assert!(text.starts_with("firthird\nfifth\n"), "{text}");
-        assert_eq!(text.matches("dropped=1").count(), 1, "{text}");
+        assert!(text.starts_with("fir\nthird\n"), "{text}");
+        assert_eq!(text.matches("dropped=2").count(), 1, "{text}");
+        assert!(text.ends_with("fourth\n"), "{text}");
     }
 
     #[test]

@@ -130,6 +130,23 @@ async fn range_whose_segment_fails_comes_from_elsewhere() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn crawling_segment_of_a_client_does_not_stop_the_blob() {
+    let (downloads, registry, own) = (
+        parallel_downloads(16),
+        Limited::new(Segments::Crawl),
+        Parts::default(),
+    );
+    let began = Instant::now();
+    let (received, _) = in_parts(&downloads, &registry, Ranges::Closed, &[1, 2, 3, 4], &own).await;
+    assert_right(&received, &registry);
+    downloads.idle().await;
+    assert!(held(&downloads, registry.digest()).unwrap() == *registry.content);
+    // At its rate, one segment takes 28 s. None waits for another.
+    let took = began.elapsed();
+    assert!(took < direct() + Duration::from_secs(28), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn open_ended_range_gets_its_last_bytes_verified() {
     let (downloads, registry, own) = (
         parallel_downloads(16),
