@@ -2,7 +2,7 @@
 
 use crate::Outcome;
 use crate::connection::{Endpoint, trusting};
-use crate::content::{Content, MANIFEST_TYPE, manifest_by_digest, manifest_by_tag};
+use crate::content::{Content, MANIFEST_TYPE, blob, manifest_by_digest, manifest_by_tag};
 use crate::program::{Running, free_address, program_output};
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -23,6 +23,8 @@ pub(crate) struct Sites {
     pub(crate) nginx_in_small_steps: Server,
     /// hyper that serves 512 bytes, over plain HTTP.
     pub(crate) bare_hyper: Server,
+    /// A loop of `sendfile` that serves the layer, over plain HTTP.
+    pub(crate) bare_sendfile: Server,
     /// 50 MB/s a connection.
     pub(crate) upstream_slow: Endpoint,
     /// As fast as the machine, for other caches started in front of it.
@@ -73,12 +75,11 @@ impl Sites {
             plain,
         )?);
         let trust = trusting(&certs.join("ca.pem"))?;
-        let (hyper, address) = run_bare_hyper(&scratch.join("bare_hyper"))?;
-        let bare_hyper = Server {
-            plain: Endpoint::plain(address),
-            tls: Endpoint::plain(address),
-            running: Arc::new(hyper),
-        };
+        let layer = content
+            .root
+            .join(blob(&content.image.layer).trim_start_matches('/'));
+        let bare_hyper = start_baseline(&scratch.join("bare_hyper"), "bare_hyper", None)?;
+        let bare_sendfile = start_baseline(&scratch.join("bare_sendfile"), "bare_sendfile", Some(&layer))?;
         let nginx_in_small_steps = Server {
             plain: Endpoint::plain(small_steps),
             tls: Endpoint::tls(tls, Arc::clone(&trust)),
@@ -95,6 +96,7 @@ impl Sites {
             nginx,
             nginx_in_small_steps,
             bare_hyper,
+            bare_sendfile,
             upstream_slow: Endpoint::plain(slow),
             upstream: fast,
             upstream_log: log,
@@ -250,13 +252,19 @@ pub(crate) fn ifnewer_program() -> Outcome<OsString> {
     Ok(std::env::var_os("IFNEWER").ok_or("IFNEWER names no program: see benches/run")?)
 }
 
-/// The baseline of small responses (`benches/bare_hyper`).
-fn run_bare_hyper(folder: &Path) -> Outcome<(Running, SocketAddr)> {
+/// A program of `benches/baselines`.
+fn start_baseline(folder: &Path, name: &str, file: Option<&Path>) -> Outcome<Server> {
     std::fs::create_dir_all(folder)?;
-    let program = std::env::var_os("BARE_HYPER").ok_or("BARE_HYPER names no program: see benches/run")?;
-    let mut running = Running::start(&mut Command::new(program), folder)?;
+    let programs = std::env::var_os("BASELINES").ok_or("BASELINES names no folder: see benches/run")?;
+    let mut command = Command::new(Path::new(&programs).join(name));
+    command.args(file);
+    let mut running = Running::start(&mut command, folder)?;
     let address = running.wait_until(folder, || announced(folder, "listening on "))?;
-    Ok((running, address))
+    Ok(Server {
+        plain: Endpoint::plain(address),
+        tls: Endpoint::plain(address),
+        running: Arc::new(running),
+    })
 }
 
 /// The address after this text in the output.

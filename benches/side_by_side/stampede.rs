@@ -118,8 +118,9 @@ fn compare(
         upstream = upstream.target_at_most(1.001);
         first = first.target_at_most(50.0);
         peak = peak.target_at_most(64.0);
-        if let Line::Unlimited(_) = line {
-            last = last.target_ratio(0.8);
+        match line {
+            Line::Limited(_) => cpu = cpu.target_ratio(1.3),
+            Line::Unlimited(_) => last = last.target_ratio(0.7),
         }
     }
     for (a, b) in ours.iter().zip(theirs) {
