@@ -177,6 +177,28 @@ impl Queue {
         Ok(permit)
     }
 
+    /// A permit of this group for work that does not wait. `None` unless the next permit of this class is free and no
+    /// request waits for it.
+    pub fn try_acquire(&self, group: &Arc<str>, class: Class) -> Option<Permit> {
+        let demand = Demand {
+            class,
+            ..Demand::BACKGROUND
+        };
+        let (reply, mut receiver) = oneshot::channel();
+        let mut state = self.0.state.lock();
+        let ticket = state.scheduler.enter(group, [demand]);
+        let since = Instant::now();
+        state.pending.insert(ticket, Pending { reply, since });
+        let granted = self.0.grant(&mut state);
+        if state.scheduler.is_waiting(ticket) {
+            state.scheduler.withdraw(ticket);
+            state.pending.remove(&ticket);
+        }
+        drop(state);
+        notify(granted);
+        receiver.try_recv().ok()?.ok()
+    }
+
     /// Sets the number of permits. Permits in use count.
     pub fn resize(&self, max: usize) {
         self.0.change(|scheduler| scheduler.resize(max));
@@ -315,8 +337,11 @@ impl Shared {
         (ticket, entries, receiver)
     }
 
-    fn join(&self, ticket: Ticket, demand: Demand) -> Option<Entry> {
-        self.state.lock().scheduler.join(ticket, demand)
+    /// Adds a request to queued work. Permits that its class may have are free, perhaps.
+    fn join(self: &Arc<Self>, ticket: Ticket, demand: Demand) -> Option<Entry> {
+        let mut entry = None;
+        self.change(|scheduler| entry = scheduler.join(ticket, demand));
+        entry
     }
 
     /// Removes a request from work that others may still wait for.

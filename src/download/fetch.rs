@@ -29,6 +29,10 @@ pub(super) const QUEUE_BYTES_MAX: usize = 1024 * 1024;
 /// Bytes that the writer reads back in one step.
 const ADOPT_BYTES_MAX: u64 = 1024 * 1024;
 
+/// A body without a length ends when it is this much longer than the manifest states. Space for each byte is made by
+/// evicting other content.
+const SURPLUS_BYTES_MAX: u64 = 64 * 1024 * 1024;
+
 /// Consecutive resumptions without a received byte.
 const FAILURES_IN_A_ROW_MAX: u32 = 7;
 
@@ -235,11 +239,11 @@ impl<S: Source> Fetcher<'_, S> {
         self.resumed = true;
         helpers.close_first_stream();
         if self.waiters.serves_complete_pull() {
-            helpers.replace_first_stream(self.source).await;
+            helpers.replace_first_stream(self.source);
         }
         loop {
             if self.waiters.serves_complete_pull() {
-                helpers.ramp_up(self.stalled, self.source).await;
+                helpers.ramp_up(self.stalled, self.source);
             }
             match helpers.front().await {
                 Front::Waiting => {}
@@ -256,6 +260,12 @@ impl<S: Source> Fetcher<'_, S> {
                 Front::Missing => return Ok(()),
             }
         }
+    }
+
+    /// The most bytes that the blob may have.
+    fn bytes_max(&self) -> Option<u64> {
+        self.total
+            .or_else(|| Some(self.source.stated_size()?.saturating_add(SURPLUS_BYTES_MAX)))
     }
 
     fn is_shorter_than_stated(&self) -> bool {
@@ -343,9 +353,9 @@ impl<S: Source> Fetcher<'_, S> {
             if let Some(helpers) = &mut self.helpers
                 && self.waiters.serves_complete_pull()
             {
-                helpers.ramp_up(self.stalled, self.source).await;
+                helpers.ramp_up(self.stalled, self.source);
             }
-            if self.total.is_some_and(|total| self.received > total) {
+            if self.bytes_max().is_some_and(|most| self.received > most) {
                 // The blob is too long already, and the remainder could be endless.
                 return Ok(StreamEnd::Ended);
             }

@@ -19,25 +19,26 @@
 //!
 //! An interrupted transfer keeps its front as a partial download. The segments beyond the front are fetched again.
 
+mod helper;
 mod plan;
+mod ramp;
 mod reader_segments;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, timeout};
 
+use self::helper::{Helper, HelperPermit};
 use self::plan::Plan;
 pub(super) use self::plan::Segment;
+use self::ramp::{Measured, Ramp, rate};
 pub(super) use self::reader_segments::{ReaderRange, ReaderSegments, SegmentBytes};
-use super::fetch::QUEUE_BYTES_MAX;
-use super::{ByteStream, RangeSource, Source};
-use crate::blocking::run;
-use crate::queue::{Class, Demand, Permit, Queue, Waiters};
+use super::{RangeSource, Source};
+use crate::queue::{Class, Permit, Queue};
 use crate::store::fs::FsFile;
 
 /// Limits of the connections of one transfer.
@@ -58,30 +59,9 @@ impl Default for ParallelLimits {
     }
 }
 
-/// Time over which the throughput is measured before a connection is added.
-const MEASURE_WINDOW: Duration = Duration::from_millis(250);
-
-/// The last connection must have brought this part of what it would bring if each were limited alone.
-const GAIN_MIN: f64 = 0.4;
-
-/// Windows in a row that show no gain: a single one may fall into a pause of the machine, and the segment of the last
-/// connection lasts longer than one.
-const NO_GAIN_WINDOWS: u32 = 2;
-
-/// Pause after a connection that gained nothing, doubled each time. Where the limit is shared, a connection costs less than
-/// 80 ms: a round trip and the bytes under way when a stream is closed.
-const REST: Duration = Duration::from_secs(8);
-const RESTS_DOUBLED_MAX: u32 = 8;
-
-/// If the writer needs more than this part of a window, the disk limits the throughput, and the window shows nothing.
-const DISK_SHARE_MAX: f64 = 0.5;
-
 /// No connection is added while the transfers of an upstream have this many times the connections of one. Ten layers at once
 /// are limited by the machine, and each first stream that is closed has megabytes under way.
 const TRANSFERS_AT_ONCE_MAX: usize = 3;
-
-/// A helper that receives nothing for this long has failed.
-const HELPER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The fetcher waits this long at a time for a segment at the front.
 const FRONT_WINDOW: Duration = Duration::from_secs(2);
@@ -91,12 +71,6 @@ const FRONT_RATE_MIN: f64 = 0.25;
 
 /// A slower segment is passed at any rate of the first stream, which is unknown if clients opened connections at once.
 const FRONT_BYTES_PER_SECOND_MIN: f64 = 1024.0;
-
-/// Bytes that a helper collects before it writes them.
-const WRITE_BYTES: u64 = 256 * 1024;
-
-/// A helper writes what it has after this time, so that the front of the file can follow a slow stream.
-const BATCH_TIME_MAX: Duration = Duration::from_millis(500);
 
 /// How long blobs of an upstream are fetched over one connection after it gave no further one: it may limit them.
 pub(super) const DENIED_RANGE_PERIOD: Duration = Duration::from_secs(10 * 60);
@@ -188,7 +162,7 @@ impl Helpers {
 
     /// Adds a connection if the last one raised the throughput. `stalled`: how long the first stream has waited for the
     /// writer so far.
-    pub(super) async fn ramp_up<S: Source>(&mut self, stalled: Duration, source: &mut S) {
+    pub(super) fn ramp_up<S: Source>(&mut self, stalled: Duration, source: &mut S) {
         let (received, helpers, is_interrupted, has_failed) = {
             let plan = self.plan.lock();
             let is_interrupted = plan.silent > 0 || plan.follows_clients();
@@ -203,7 +177,7 @@ impl Helpers {
         match self.ramp.measure(Instant::now(), received, stalled, connections) {
             Measured::NoGain => self.plan.lock().helpers_max = helpers.saturating_sub(1),
             Measured::Gain if connections < self.transfer.connections_max => {
-                if self.add(source).await {
+                if self.add(source) {
                     self.ramp.added(connections + 1);
                 }
             }
@@ -223,13 +197,13 @@ impl Helpers {
     }
 
     /// Lets a helper use the connection of the closed first stream.
-    pub(super) async fn replace_first_stream<S: Source>(&mut self, source: &mut S) {
+    pub(super) fn replace_first_stream<S: Source>(&mut self, source: &mut S) {
         let may_add = {
             let plan = self.plan.lock();
             plan.helpers < plan.helpers_max && !plan.has_failed && !plan.follows_clients()
         };
         if may_add {
-            let _ = self.add(source).await;
+            let _ = self.add(source);
         }
     }
 
@@ -239,7 +213,7 @@ impl Helpers {
     }
 
     /// Returns whether a connection was added. Without a spare permit, it is tried again.
-    async fn add<S: Source>(&mut self, source: &mut S) -> bool {
+    fn add<S: Source>(&mut self, source: &mut S) -> bool {
         let (total, is_all_assigned) = {
             let plan = self.plan.lock();
             (plan.total, plan.next_hole().is_none())
@@ -251,7 +225,7 @@ impl Helpers {
             self.ramp.is_settled = true;
             return false;
         };
-        let Some(permit) = self.transfer.spare_permit().await else {
+        let Some(permit) = self.transfer.spare_permit() else {
             return false;
         };
         {
@@ -349,398 +323,9 @@ impl Transfer {
         self.queue.in_use_of(&self.upstream) >= TRANSFERS_AT_ONCE_MAX * self.connections_max
     }
 
-    /// A permit that no other download waits for: the queue serves those that wait first.
-    async fn spare_permit(&self) -> Option<Permit> {
-        let demand = Demand {
-            class: Class::Bulk,
-            ..Demand::BACKGROUND
-        };
-        let (waiters, _waiter) = Waiters::with(demand);
-        tokio::select! {
-            biased;
-            permit = self.queue.acquire(&self.upstream, &waiters) => permit.ok(),
-            () = std::future::ready(()) => None,
-        }
-    }
-
-    /// The share of a chunk in the budget of bytes in memory. A helper waits for it with an empty batch only, because
-    /// helpers that hold a part each could wait for each other. `None`: write the batch first.
-    async fn share_of_budget(&self, chunk: &Bytes, batch: &Batch) -> Option<OwnedSemaphorePermit> {
-        let count = u32::try_from(chunk.len().min(QUEUE_BYTES_MAX)).unwrap_or(u32::MAX);
-        let budget = Arc::clone(&self.queued_bytes);
-        if batch.bytes == 0 {
-            // The semaphore is never closed.
-            return budget.acquire_many_owned(count).await.ok();
-        }
-        budget.try_acquire_many_owned(count).ok()
-    }
-
-    /// Writes a batch. Returns whether that succeeded; the first stream meets the same disk and reports it.
-    async fn write(&self, mut offset: u64, batch: Batch) -> bool {
-        let file = Arc::clone(&self.file);
-        let written = run(&self.write_steps, move || {
-            batch.chunks.iter().try_for_each(|chunk| {
-                file.write_at(chunk, offset)?;
-                offset += chunk.len() as u64;
-                Ok::<_, std::io::Error>(())
-            })
-        });
-        matches!(written.await, Ok(Ok(())))
-    }
-}
-
-/// When a connection is added.
-#[derive(Default)]
-struct Ramp {
-    window: Option<Window>,
-    /// Bytes per second in the last window that counted.
-    rate: f64,
-    /// Bytes per second of the first stream alone.
-    first_rate: f64,
-    is_first_stream_open: bool,
-    /// Connections since one was added to compare, and whether that one gains is not known yet.
-    compared: Option<usize>,
-    /// Windows in a row with the same result, if that is not acted on at once.
-    repeated: u32,
-    /// After a connection that gained nothing, none is added until then.
-    rests_until: Option<Instant>,
-    /// Number of these rests.
-    rests: u32,
-    /// Bytes per second and connections when the first of these rests began.
-    rejected: Option<(f64, usize)>,
-    /// No further connection is possible.
-    is_settled: bool,
-}
-
-#[derive(Clone, Copy)]
-struct Window {
-    since: Instant,
-    received: u64,
-    stalled: Duration,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Measured {
-    /// The window has not ended, or no further connection is added.
-    Nothing,
-    /// The last connection raised the throughput.
-    Gain,
-    /// It did not.
-    NoGain,
-}
-
-impl Ramp {
-    /// Begins a new window, because a connection has not sent anything yet, or clients open connections.
-    fn restart(&mut self) {
-        self.window = None;
-    }
-
-    /// A connection was added to those before.
-    fn added(&mut self, connections: usize) {
-        self.compared = Some(connections);
-        self.repeated = 0;
-    }
-
-    fn measure(&mut self, now: Instant, received: u64, stalled: Duration, connections: usize) -> Measured {
-        if self.is_settled {
-            return Measured::Nothing;
-        }
-        let window = *self.window.get_or_insert(Window {
-            since: now,
-            received,
-            stalled,
-        });
-        let elapsed = now.saturating_duration_since(window.since);
-        if elapsed < MEASURE_WINDOW {
-            return Measured::Nothing;
-        }
-        self.window = None;
-        let stalled = stalled.saturating_sub(window.stalled);
-        if stalled.as_secs_f64() > DISK_SHARE_MAX * elapsed.as_secs_f64() {
-            return Measured::Nothing;
-        }
-        let rate = rate(received.saturating_sub(window.received), elapsed);
-        if connections == 1 && self.is_first_stream_open {
-            self.first_rate = rate;
-        }
-        if self.is_resting(now, rate, connections) {
-            return Measured::Nothing;
-        }
-        // A connection that has ended since leaves nothing to compare with.
-        let is_compared = self.compared == Some(connections);
-        if !is_compared || rate >= self.rate * gain_min(connections) {
-            (self.compared, self.repeated, self.rate) = (None, 0, rate);
-            return Measured::Gain;
-        }
-        if !self.is_repeated() {
-            return Measured::Nothing;
-        }
-        self.rest(now, rate, connections);
-        Measured::NoGain
-    }
-
-    /// Whether no connection is added because the last one gained nothing. If the throughput was higher with it than it is
-    /// without, the rate before was that of a burst, and the first rest ends.
-    fn is_resting(&mut self, now: Instant, rate: f64, connections: usize) -> bool {
-        if self.rests_until.is_none_or(|until| now >= until) {
-            self.rests_until = None;
-            return false;
-        }
-        let was_faster = |(before, with)| connections < with && rate * gain_min(with) <= before;
-        if !self.rejected.is_some_and(was_faster) {
-            self.repeated = 0;
-            return true;
-        }
-        if !self.is_repeated() {
-            return true;
-        }
-        (self.rests_until, self.rejected) = (None, None);
-        false
-    }
-
-    fn rest(&mut self, now: Instant, rate: f64, connections: usize) {
-        self.rejected = (self.rests == 0).then_some((rate, connections));
-        self.rests_until = Some(now + REST * 2_u32.saturating_pow(self.rests.min(RESTS_DOUBLED_MAX)));
-        self.rests += 1;
-        self.compared = None;
-    }
-
-    /// Counts a window. Returns whether as many as needed had the same result.
-    fn is_repeated(&mut self) -> bool {
-        self.repeated += 1;
-        let is_repeated = self.repeated >= NO_GAIN_WINDOWS;
-        if is_repeated {
-            self.repeated = 0;
-        }
-        is_repeated
-    }
-}
-
-/// The least factor by which the last of `connections` must raise the throughput. Were each limited alone, it would add
-/// 1/(n-1) to the rate before it.
-fn gain_min(connections: usize) -> f64 {
-    let others = u32::try_from(connections)
-        .unwrap_or(u32::MAX)
-        .saturating_sub(1)
-        .max(1);
-    1.0 + GAIN_MIN / f64::from(others)
-}
-
-fn rate(bytes: u64, within: Duration) -> f64 {
-    #[expect(clippy::cast_precision_loss, reason = "compared with other rates only")]
-    let bytes = bytes as f64;
-    bytes / within.as_secs_f64().max(f64::EPSILON)
-}
-
-/// Result of fetching a segment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fetched {
-    Complete,
-    /// The first stream passed its start before a byte of it arrived, or the transfer ended.
-    Passed,
-    /// Another download waits for its permit.
-    Yielded,
-    Failed,
-}
-
-/// One further connection.
-struct Helper {
-    transfer: Arc<Transfer>,
-    plan: Arc<Mutex<Plan>>,
-    source: Box<dyn RangeSource>,
-    is_silent: bool,
-    permit: HelperPermit,
-}
-
-/// Permits of a connection.
-struct HelperPermit {
-    /// Given up if another download waits for it.
-    queue: Option<Permit>,
-    /// Of a connection that was opened for a reader.
-    ahead: Option<OwnedSemaphorePermit>,
-}
-
-impl HelperPermit {
-    fn is_awaited(&self) -> bool {
-        self.queue.as_ref().is_some_and(Permit::is_awaited)
-    }
-}
-
-impl Helper {
-    async fn run(mut self) {
-        loop {
-            let Some(segment) = self.plan.lock().take() else {
-                break;
-            };
-            let fetched = self.fetch(&segment).await;
-            let may_go_on = {
-                let mut plan = self.plan.lock();
-                plan.ended(&segment);
-                plan.has_failed |= fetched == Fetched::Failed;
-                fetched != Fetched::Failed && plan.helpers <= plan.helpers_max && !plan.ending.is_cancelled()
-            };
-            if !may_go_on || self.permit.is_awaited() {
-                break;
-            }
-        }
-        let mut plan = self.plan.lock();
-        plan.helpers -= 1;
-        plan.silent -= usize::from(self.is_silent);
-    }
-
-    /// Fetches one segment.
-    async fn run_once(mut self, segment: Arc<Segment>) {
-        let fetched = self.fetch(&segment).await;
-        let mut plan = self.plan.lock();
-        plan.ended(&segment);
-        // It says nothing about the other connections: the credential of the first request may have expired since.
-        plan.has_failed_for_reader |= fetched == Fetched::Failed;
-    }
-
-    /// Fetches and writes a segment. It is cancelled between two writes only, so that no write is under way after its end.
-    async fn fetch(&mut self, segment: &Segment) -> Fetched {
-        let opening = self.source.open(segment.start, Some(segment.end()));
-        let stream = match waited(&self.permit, segment, opening).await {
-            Waited::Done(Some(stream)) => stream,
-            Waited::Done(None) => {
-                self.plan.lock().was_denied |= self.permit.ahead.is_none();
-                return Fetched::Failed;
-            }
-            Waited::Cancelled => return Fetched::Passed,
-            Waited::OthersWait => return Fetched::Yielded,
-            Waited::TimedOut => return Fetched::Failed,
-        };
-        let mut arriving = Arriving {
-            stream,
-            unread: None,
-            ended: None,
-        };
-        let mut position = segment.start;
-        while position < segment.end() {
-            let Some(batch) = self.next_batch(&mut arriving, segment, position).await else {
-                return Fetched::Passed;
-            };
-            let length = batch.bytes;
-            if length > 0 && !self.transfer.write(position, batch).await {
-                return Fetched::Failed;
-            }
-            position += length;
-            self.plan.lock().received += length;
-            segment
-                .progress
-                .send_modify(|progress| progress.written += length);
-            if let Some(ended) = arriving.ended.filter(|_| position < segment.end()) {
-                return ended;
-            }
-            if self.permit.is_awaited() {
-                return Fetched::Yielded;
-            }
-        }
-        Fetched::Complete
-    }
-
-    /// Collects the next bytes of a segment. `None`: the first stream has passed its start.
-    async fn next_batch(
-        &mut self,
-        arriving: &mut Arriving,
-        segment: &Segment,
-        position: u64,
-    ) -> Option<Batch> {
-        let (mut batch, began) = (Batch::default(), Instant::now());
-        while batch.bytes < WRITE_BYTES && position + batch.bytes < segment.end() {
-            let Some(mut chunk) = arriving.next(&self.permit, segment).await else {
-                return Some(batch);
-            };
-            if !segment.is_live() && !self.go_live(segment) {
-                return None;
-            }
-            let left = segment.end().saturating_sub(position + batch.bytes);
-            chunk.truncate(usize::try_from(left).unwrap_or(chunk.len()));
-            let Some(share) = self.transfer.share_of_budget(&chunk, &batch).await else {
-                arriving.unread = Some(chunk);
-                return Some(batch);
-            };
-            batch.push(chunk, share);
-            if began.elapsed() >= BATCH_TIME_MAX {
-                break;
-            }
-        }
-        Some(batch)
-    }
-
-    fn go_live(&mut self, segment: &Segment) -> bool {
-        let mut plan = self.plan.lock();
-        plan.silent -= usize::from(std::mem::take(&mut self.is_silent));
-        segment.go_live()
-    }
-}
-
-/// The response with a segment.
-struct Arriving {
-    stream: Box<dyn ByteStream>,
-    /// A chunk that did not fit into the last batch.
-    unread: Option<Bytes>,
-    /// Why no further chunk is read.
-    ended: Option<Fetched>,
-}
-
-impl Arriving {
-    async fn next(&mut self, permit: &HelperPermit, segment: &Segment) -> Option<Bytes> {
-        if let Some(chunk) = self.unread.take() {
-            return Some(chunk);
-        }
-        self.ended = Some(match waited(permit, segment, self.stream.chunk()).await {
-            Waited::Done(Some(Ok(chunk))) => return Some(chunk),
-            Waited::Cancelled if !segment.is_live() => Fetched::Passed,
-            Waited::OthersWait => Fetched::Yielded,
-            Waited::Done(_) | Waited::Cancelled | Waited::TimedOut => Fetched::Failed,
-        });
-        None
-    }
-}
-
-/// Result of [`waited`].
-enum Waited<T> {
-    Done(T),
-    Cancelled,
-    OthersWait,
-    TimedOut,
-}
-
-/// Waits for `work` of a helper at most [`HELPER_TIMEOUT`], until the segment is cancelled, and until another download
-/// waits for its permit: a silent upstream must not keep one that others need.
-async fn waited<T>(permit: &HelperPermit, segment: &Segment, work: impl Future<Output = T>) -> Waited<T> {
-    let mut work = std::pin::pin!(work);
-    let deadline = Instant::now() + HELPER_TIMEOUT;
-    loop {
-        tokio::select! {
-            biased;
-            () = segment.cancelled.cancelled() => return Waited::Cancelled,
-            done = &mut work => return Waited::Done(done),
-            () = sleep(BATCH_TIME_MAX) => {}
-        }
-        if permit.is_awaited() {
-            return Waited::OthersWait;
-        }
-        if Instant::now() >= deadline {
-            return Waited::TimedOut;
-        }
-    }
-}
-
-/// Bytes to be written at once, and their share of the budget.
-#[derive(Default)]
-struct Batch {
-    chunks: Vec<Bytes>,
-    bytes: u64,
-    shares: Vec<OwnedSemaphorePermit>,
-}
-
-impl Batch {
-    fn push(&mut self, chunk: Bytes, share: OwnedSemaphorePermit) {
-        self.bytes += chunk.len() as u64;
-        self.chunks.push(chunk);
-        self.shares.push(share);
+    /// A permit that no other download waits for.
+    fn spare_permit(&self) -> Option<Permit> {
+        self.queue.try_acquire(&self.upstream, Class::Bulk)
     }
 }
 

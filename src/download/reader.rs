@@ -386,7 +386,7 @@ impl Reader {
             {
                 return None;
             }
-            let Some(segment) = segments.segment(range, &self.ahead_permits).await else {
+            let Some(segment) = segments.segment(range, &self.ahead_permits) else {
                 self.in_segments.refused_at = Some(Instant::now());
                 return None;
             };

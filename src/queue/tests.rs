@@ -241,3 +241,32 @@ async fn t13_client_that_joins_prefetch_keeps_it_running() {
     assert!(waiters.close_unless_client());
     assert!(waiters.join(demand(1, Class::Bulk)).is_none());
 }
+
+#[tokio::test]
+async fn client_that_joins_queued_prefetch_starts_it_at_once() {
+    let (queue, group) = (Queue::new("test", 8), group());
+    // Background work may have one of the eight permits.
+    let (running, _waiter) = Waiters::with(Demand::BACKGROUND);
+    let _permit = queue.acquire(&group, &running).await.unwrap();
+    let (prefetch, _waiter) = Waiters::with(Demand::BACKGROUND);
+    let mut work = pin!(queue.acquire(&group, &prefetch));
+    assert!(poll(work.as_mut()).await.is_pending());
+    let _client = prefetch.join(demand(1, Class::Bulk));
+    assert!(matches!(poll(work.as_mut()).await, Poll::Ready(Ok(_))));
+}
+
+#[tokio::test]
+async fn work_that_does_not_wait_gets_only_spare_permits() {
+    let (queue, group) = (Queue::new("test", 1), group());
+    let permit = queue.try_acquire(&group, Class::Bulk).unwrap();
+    assert!(queue.try_acquire(&group, Class::Bulk).is_none());
+    assert_eq!((queue.in_use(), queue.waiting()), (1, 0));
+    let (waiters, _waiter) = alone(1);
+    let mut waits = pin!(queue.acquire(&group, &waiters));
+    assert!(poll(waits.as_mut()).await.is_pending());
+    drop(permit);
+    assert!(queue.try_acquire(&group, Class::Bulk).is_none());
+    drop(waits.await.unwrap());
+    assert!(queue.try_acquire(&group, Class::Bulk).is_some());
+    assert_eq!(queue.counts().abandoned, 0);
+}

@@ -146,7 +146,7 @@ pub struct FileRange {
 
 /// Distance between the bytes that [`FileRange::is_cached`] tests. Readahead fills the page cache, and reclaim empties
 /// it, in runs of neighbouring pages.
-const PROBE_STEP_BYTES: usize = 128 * 1024;
+const PROBE_STEP_BYTES: usize = 256 * 1024;
 
 /// Bytes read at a time to fill the page cache.
 const LOAD_STEP_BYTES: usize = 64 * 1024;

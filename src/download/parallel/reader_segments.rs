@@ -10,8 +10,9 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 
+use super::Transfer;
+use super::helper::{Helper, HelperPermit};
 use super::plan::{Plan, Segment, SegmentProgress};
-use super::{Helper, HelperPermit, Transfer};
 use crate::download::RangeSource;
 
 /// Access of readers to the segments of a transfer.
@@ -37,7 +38,7 @@ pub(in crate::download) struct ReaderRange {
 impl ReaderSegments {
     /// The segment that has the next byte of the reader, or has it soon. If none does, one that begins there is opened,
     /// unless the front is near or a permit lacks.
-    pub(in crate::download) async fn segment(
+    pub(in crate::download) fn segment(
         &self,
         range: ReaderRange,
         ahead_permits: &Arc<Semaphore>,
@@ -53,7 +54,7 @@ impl ReaderSegments {
         }
         let ahead = Arc::clone(ahead_permits).try_acquire_owned().ok()?;
         let permit = if range.needs_permit {
-            Some(self.transfer.spare_permit().await?)
+            Some(self.transfer.spare_permit()?)
         } else {
             None
         };

@@ -4,6 +4,7 @@
     reason = "tests may fail loudly"
 )]
 
+use super::ramp::MEASURE_WINDOW;
 use super::*;
 
 const MIB: u64 = 1024 * 1024;
