@@ -51,8 +51,10 @@ pub enum Operation {
     CredentialFile,
     /// Requests to the admin API.
     Admin,
-    /// Lookups of host names.
+    /// Lookups of configured host names.
     NameLookup,
+    /// Lookups of host names that an upstream chose.
+    TargetLookup,
 }
 
 impl Operation {
@@ -62,10 +64,11 @@ impl Operation {
             Self::StoreRead | Self::StoreWrite | Self::IndexWait | Self::DownloadWrite => 24,
             Self::FileRead => 16,
             Self::BlobLookup => 14,
-            Self::NameLookup => 12,
+            Self::NameLookup => 8,
             Self::DownloadStart => 10,
             Self::DownloadCommit => 8,
             Self::DownloadResumption | Self::Admin => 6,
+            Self::TargetLookup => 4,
             Self::ServedUrlsWrite | Self::ServedUrlsRead | Self::CredentialFile => 2,
         }
     }
@@ -127,7 +130,7 @@ mod tests {
 
     use super::*;
 
-    const ALL: [Operation; 14] = [
+    const ALL: [Operation; 15] = [
         Operation::StoreRead,
         Operation::StoreWrite,
         Operation::IndexWait,
@@ -142,6 +145,7 @@ mod tests {
         Operation::CredentialFile,
         Operation::Admin,
         Operation::NameLookup,
+        Operation::TargetLookup,
     ];
 
     #[test]

@@ -8,14 +8,19 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::BytesMut;
+use tokio::time::timeout;
 
 use super::reader::{AheadRange, FallbackStep, Reader, RemainderStream};
 use super::state::{Download, DownloadInfo, Progress};
 use super::{DownloadError, VerifyingStream};
 use crate::oci::{Digest, Hasher};
 use crate::store::StoreError;
+
+/// How long a reader waits for one of the permits for responses of its own.
+const PERMIT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// State of the writer when its disk failed.
 pub struct DiskFailed {
@@ -122,7 +127,9 @@ impl Reader {
         let Some(mut ahead) = self.ahead.take() else {
             return Ok(None);
         };
-        let Ok(permit) = Arc::clone(&self.ahead_permits).acquire_owned().await else {
+        let permit = Arc::clone(&self.ahead_permits).acquire_owned();
+        // Slow clients may have all permits. A response that ends is requested again.
+        let Ok(Ok(permit)) = timeout(PERMIT_TIMEOUT, permit).await else {
             return Ok(None);
         };
         if let Some(end) = self.end {

@@ -52,6 +52,8 @@ struct Script {
     offsets: Arc<Mutex<Vec<u64>>>,
     /// Whether the responses are not the upstream's.
     is_elsewhere: bool,
+    /// Size in the manifest.
+    stated: Option<u64>,
 }
 
 impl Source for Script {
@@ -71,6 +73,10 @@ impl Source for Script {
 
     fn is_led_by_upstream(&self) -> bool {
         !self.is_elsewhere
+    }
+
+    fn stated_size(&self) -> Option<u64> {
+        self.stated
     }
 }
 

@@ -114,6 +114,8 @@ async fn resume_partial<S: Source>(
     source: &mut S,
     partial: PartialDownload,
 ) -> Result<Option<OpenedTransfer>, DownloadError> {
+    // First, so that few responses wait unread in a connection that others share. The semaphore is never closed.
+    let permit = Arc::clone(&guard.shared.resumptions).acquire_owned().await.ok();
     let stream = match lead(guard, source, partial.bytes()).await {
         Ok(stream) => stream,
         // The upstream rejects the range.
@@ -142,9 +144,7 @@ async fn resume_partial<S: Source>(
     });
     // Readers get the verified prefix at once, while the upstream's bytes wait in the connection.
     let download = Arc::clone(&guard.download);
-    let read = blocking::run(&guard.shared.resumptions, move || {
-        partial.reverify(|bytes| download.publish(bytes))
-    });
+    let read = blocking::run_with(permit, move || partial.reverify(|bytes| download.publish(bytes)));
     let Ok(Some(resumed)) = read.await else {
         return Err(DownloadError::Abandoned);
     };

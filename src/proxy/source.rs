@@ -20,7 +20,9 @@ use crate::oci::{CacheHeaders, Digest, UpstreamFailure};
 use crate::queue::{Class, Demand, Waiters};
 use crate::shared::{ClaimMemory, ClaimRead, Lease, SharedContent, SharedObject, Unread};
 use crate::telemetry::{self, SpanKind};
-use crate::upstream::{Credential, RangeSpec, ResponseKind, ResponseStream, UpstreamResponse, UrlIndex};
+use crate::upstream::{
+    Caller, Credential, RangeSpec, ResponseKind, ResponseStream, UpstreamResponse, UrlIndex,
+};
 
 /// Longest wait for a rate limit during a download. Clients that have received bytes wait longer than for a response
 /// head.
@@ -33,6 +35,8 @@ pub(super) struct UpstreamSource {
     digest: Digest,
     /// Time of the first request. Its response is recorded once.
     sent_at: Option<Instant>,
+    /// The caller of the first request, if its credential was dropped.
+    first_caller: Option<Caller>,
     /// URL of the last successful request.
     last_url: Option<UrlIndex>,
     /// Whether the stream from it was not interrupted.
@@ -96,6 +100,7 @@ impl UpstreamSource {
             upstream_request,
             digest,
             sent_at: None,
+            first_caller: None,
             last_url: None,
             keeps_url: false,
             started_at: Instant::now(),
@@ -262,18 +267,13 @@ impl UpstreamSource {
     /// Drops the client's credential, and returns whether there was one. When a download is resumed, the client's token
     /// may have expired. It authorized the download, so the rest may be fetched anonymously.
     fn drop_credential(&mut self) -> bool {
-        let had_one = matches!(self.upstream_request.caller.credential, Credential::Client(_));
-        if had_one {
-            self.upstream_request.caller = self.upstream_request.registry.caller(
-                &self.proxy.principals,
-                None,
-                (
-                    self.upstream_request.caller.peer,
-                    &self.upstream_request.caller.trace,
-                ),
-            );
+        let UpstreamRequest { registry, caller, .. } = &mut self.upstream_request;
+        if !matches!(caller.credential, Credential::Client(_)) {
+            return false;
         }
-        had_one
+        let anonymous = registry.caller(&self.proxy.principals, None, (caller.peer, &caller.trace));
+        self.first_caller = Some(std::mem::replace(caller, anonymous));
+        true
     }
 
     /// A source of ranges of this blob.
@@ -429,6 +429,10 @@ impl Source for UpstreamSource {
     async fn verified(&mut self, size: u64) {
         if let Some(lease) = &self.lease {
             lease.set_size(size);
+        }
+        // Not that it sent the rest to anonymous clients: a mirror of it may have.
+        if let Some(caller) = self.first_caller.take() {
+            self.upstream_request.caller = caller;
         }
         if let Some(sent_at) = self.sent_at {
             self.proxy

@@ -6,7 +6,9 @@
 use std::error::Error;
 use std::fmt;
 use std::io::{self, IoSlice};
+use std::net::SocketAddr;
 use std::pin::Pin;
+use std::slice;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll};
@@ -25,7 +27,7 @@ use super::ip_scope::IpScope;
 use super::origin::{Origin, address, is_one_of, port_of, same_host};
 use super::proxy_rules::{ProxyRoute, ProxyRules};
 use super::redirect_rules::{AddressLimit, RedirectRule, RedirectRules, allow_entry};
-use super::tcp::TcpDialer;
+use super::tcp::{TcpDialer, resolved};
 use super::tls::{ClientCertificate, Tls, TlsError, Trust, io_cause};
 use crate::oci::failure::{RedirectFailure, TlsFailure, UpstreamFailure};
 
@@ -82,7 +84,7 @@ pub(super) struct ConnectorSettings<'a> {
     pub(super) proxy_rules: ProxyRules,
     /// The configured URLs; connections to these may lead to any address.
     pub(super) origins: Vec<Origin>,
-    /// Further trusted hosts, at any address.
+    /// Further trusted hosts.
     pub(super) hosts: Vec<String>,
     /// Further allowed redirect targets.
     pub(super) redirects: Vec<RedirectRule>,
@@ -177,14 +179,31 @@ impl UpstreamConnector {
 }
 
 impl Inner {
-    /// The addresses that a connection to `to` may have. Any for configured URLs and hosts; otherwise none narrower
-    /// than the upstream's own, and those that `redirects` allows.
+    /// The addresses that a connection to `to` may have. Any for configured URLs; otherwise none narrower than the
+    /// upstream's own, and those that `hosts` and `redirects` allow.
     fn limit(&self, to: &Uri) -> AddressLimit {
-        if self.is_configured(to) || is_one_of(&self.hosts, to) {
+        if self.is_configured(to) {
             return IpScope::LinkLocal.into();
+        }
+        if let Some(scope) = self.scope_of_host(to) {
+            return scope.max(self.narrowest_scope()).into();
         }
         self.redirects
             .limit(to, self.narrowest_scope(), self.is_downgrade(to))
+    }
+
+    /// The narrowest scope to which `hosts` allows `to`, as for redirects: no name leads to link-local addresses.
+    fn scope_of_host(&self, to: &Uri) -> Option<IpScope> {
+        let matching = self
+            .hosts
+            .iter()
+            .filter(|host| is_one_of(slice::from_ref(*host), to));
+        let scope = |host: &String| match to.host().and_then(address) {
+            Some(_) => IpScope::LinkLocal,
+            None if host.starts_with('*') => IpScope::Private,
+            None => IpScope::Loopback,
+        };
+        matching.map(scope).max()
     }
 
     fn tls_for(&self, to: &Uri) -> &Tls {
@@ -284,16 +303,33 @@ impl Inner {
                 login,
                 remote_dns,
             } => {
-                let mut socks = SocksV5::new(proxy, proxy_connector).local_dns(!remote_dns);
+                let to = self.socks_destination(to, limit, remote_dns).await?;
+                let mut socks = SocksV5::new(with_port(&proxy)?, proxy_connector);
                 if let Some((user, password)) = login {
                     socks = socks.with_auth(user, password);
                 }
-                (
-                    socks.call(to.clone()).await.map_err(proxy_error)?.into_inner(),
-                    false,
-                )
+                (socks.call(to).await.map_err(proxy_error)?.into_inner(), false)
             }
         })
+    }
+
+    /// The host and port that a SOCKS proxy is to connect to: the name, or an address of it that `limit` allows.
+    async fn socks_destination(
+        &self,
+        to: &Uri,
+        limit: &AddressLimit,
+        remote_dns: bool,
+    ) -> Result<Uri, DialError> {
+        let host = to.host().unwrap_or_default();
+        if remote_dns || address(host).is_some() {
+            return with_port(to);
+        }
+        let found = resolved(host, limit).await?;
+        if self.is_configured(to) {
+            self.narrowest_scope
+                .fetch_max(IpScope::of(found) as u8, Ordering::Relaxed);
+        }
+        uri_of(&SocketAddr::new(found, port_of(to)).to_string())
     }
 
     async fn connect(self: Arc<Self>, to: Uri) -> Result<ConnectedStream, DialError> {
@@ -313,6 +349,20 @@ impl Inner {
             is_forward_proxy: false,
         })
     }
+}
+
+/// The host and port of a URI, with the default port of its scheme. The SOCKS client takes 443 for any URI without one.
+fn with_port(uri: &Uri) -> Result<Uri, DialError> {
+    uri_of(&format!("{}:{}", uri.host().unwrap_or_default(), port_of(uri)))
+}
+
+fn uri_of(authority: &str) -> Result<Uri, DialError> {
+    let uri = Uri::builder()
+        .scheme("http")
+        .authority(authority)
+        .path_and_query("/");
+    uri.build()
+        .map_err(|error| DialError::new(UpstreamFailure::Unreachable, error))
 }
 
 /// A failure of the proxy or behind it, with the cause from the chain of sources.

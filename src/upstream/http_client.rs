@@ -19,7 +19,7 @@ use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::connector::UpstreamConnector;
 use super::dialer::DialError;
@@ -41,9 +41,12 @@ const READ_BYTES_MAX: usize = 256 * 1024;
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Maximum number of idle connections per host.
 pub(super) const POOL_IDLE_MAX: usize = 32;
-/// h2 flow control windows: one stream fills a 1 Gbit/s line at 30 ms.
+/// h2 flow control windows: one stream fills a 1 Gbit/s line at 30 ms. Requests to a host share a connection, so unread
+/// streams must not take all of its window: 6 resumptions and 16 responses that are read at a client's pace.
 const STREAM_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
-const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = 24 * STREAM_WINDOW_BYTES;
+/// Average rate below which a body that is read into memory is given up: a manifest or a list.
+const COLLECTED_BYTES_PER_SECOND_MIN: u64 = 16 * 1024;
 /// Interval of h2 keep-alive pings on a connection with open streams.
 const PING_INTERVAL: Duration = Duration::from_secs(15);
 /// Time after which an h2 connection without a ping response is closed.
@@ -448,15 +451,23 @@ impl Body {
         Err(cause)
     }
 
-    /// The complete body, if it has at most `bytes_max` bytes.
+    /// The complete body, if it has at most `bytes_max` bytes and arrives at [`COLLECTED_BYTES_PER_SECOND_MIN`], apart
+    /// from one idle time. All later clients wait for the same body.
     pub(super) async fn collect(mut self, bytes_max: usize) -> Result<Bytes, UpstreamFailure> {
         if self.left.is_some_and(|left| left > bytes_max as u64) {
             return Err(UpstreamFailure::TooLarge);
         }
         let mut collected =
             Vec::with_capacity(self.left.and_then(|left| usize::try_from(left).ok()).unwrap_or(0));
-        while let Some(chunk) = self.chunk().await {
-            let chunk = chunk?;
+        let deadline = Instant::now() + self.idle;
+        loop {
+            let received =
+                Duration::from_millis(collected.len() as u64 * 1000 / COLLECTED_BYTES_PER_SECOND_MIN);
+            let chunk = match timeout_at(deadline + received, self.chunk()).await {
+                Err(_) => return Err(UpstreamFailure::Timeout),
+                Ok(None) => break,
+                Ok(Some(chunk)) => chunk?,
+            };
             if collected.len() + chunk.len() > bytes_max {
                 return Err(UpstreamFailure::TooLarge);
             }

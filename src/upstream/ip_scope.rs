@@ -53,6 +53,8 @@ fn of_v6(address: Ipv6Addr) -> IpScope {
         _ if address.is_loopback() || address.is_unspecified() => IpScope::Loopback,
         // NAT64 (RFC 6052) and 6to4 (RFC 3056) carry an IPv4 destination.
         [0, 0x64, 0xff, 0x9b, 0, 0, 0, 0, 0, 0, 0, 0, v4 @ ..] => of_v4(v4.into()),
+        // NAT64 for local use (RFC 8215), with a prefix of 96 bits as usual.
+        [0, 0x64, 0xff, 0x9b, 0, 1, .., a, b, c, d] => of_v4([a, b, c, d].into()).max(IpScope::Private),
         [0x20, 0x02, a, b, c, d, ..] => of_v4([a, b, c, d].into()),
         [0xff, ..] => IpScope::LinkLocal,
         [0xfe, next, ..] if next & 0xc0 == 0x80 => IpScope::LinkLocal,
@@ -91,6 +93,7 @@ mod tests {
                     "198.18.0.1",
                     "fd00::1",
                     "::ffff:10.0.0.1",
+                    "64:ff9b:1::101:101",
                 ],
             ),
             (
@@ -114,6 +117,7 @@ mod tests {
                     "fe80::1",
                     "ff02::1",
                     "64:ff9b::a9fe:a9fe",
+                    "64:ff9b:1::a9fe:a9fe",
                 ],
             ),
         ] {

@@ -2,7 +2,8 @@
 //!
 //! A lookup occupies a thread until the name server answers or the resolver gives up, which takes longer than any
 //! connection waits. So a name server that does not answer occupies one thread for each name, and at most those of
-//! [`Operation::NameLookup`]. A lookup that waits for a thread ends with its last caller.
+//! [`Operation::NameLookup`]. Names of redirect targets and token services have threads of their own, because an upstream
+//! chooses them. A lookup that waits for a thread ends with its last caller.
 
 use std::collections::HashMap;
 use std::io;
@@ -27,14 +28,24 @@ const NAMES_MAX: usize = 1024;
 const REPEAT_AFTER: Duration = Duration::from_millis(300);
 
 /// Lookups of the process.
-static LOOKUPS: LazyLock<Arc<Lookups>> = LazyLock::new(|| Arc::new(Lookups::new(system)));
+static LOOKUPS: LazyLock<Arc<Lookups>> =
+    LazyLock::new(|| Arc::new(Lookups::new(Operation::NameLookup, system)));
+
+/// Lookups of names that an upstream chose.
+static TARGET_LOOKUPS: LazyLock<Arc<Lookups>> =
+    LazyLock::new(|| Arc::new(Lookups::new(Operation::TargetLookup, system)));
 
 /// Addresses of a name. The error is shared.
 type Found = Result<Vec<SocketAddr>, Arc<io::Error>>;
 
 /// The resolver of the system.
 #[derive(Clone)]
-pub(super) struct SystemResolver;
+pub(super) enum SystemResolver {
+    /// For configured names.
+    Configured,
+    /// For names that an upstream chose: of redirect targets and token services.
+    Target,
+}
 
 impl Service<Name> for SystemResolver {
     type Response = std::vec::IntoIter<SocketAddr>;
@@ -46,7 +57,11 @@ impl Service<Name> for SystemResolver {
     }
 
     fn call(&mut self, name: Name) -> Self::Future {
-        Box::pin(async move { LOOKUPS.addresses(name.as_str()).await.map(Vec::into_iter) })
+        let lookups = match self {
+            Self::Configured => &LOOKUPS,
+            Self::Target => &TARGET_LOOKUPS,
+        };
+        Box::pin(async move { lookups.addresses(name.as_str()).await.map(Vec::into_iter) })
     }
 }
 
@@ -103,10 +118,10 @@ impl Drop for Running {
 }
 
 impl Lookups {
-    fn new(resolve: fn(&str) -> io::Result<Vec<SocketAddr>>) -> Self {
+    fn new(operation: Operation, resolve: fn(&str) -> io::Result<Vec<SocketAddr>>) -> Self {
         Self {
             running: Mutex::default(),
-            permits: Operation::NameLookup.permits(),
+            permits: operation.permits(),
             resolve,
         }
     }
@@ -226,7 +241,7 @@ mod tests {
 
     #[tokio::test]
     async fn simultaneous_lookups_of_a_name_are_one() {
-        let lookups = Arc::new(Lookups::new(counted));
+        let lookups = Arc::new(Lookups::new(Operation::NameLookup, counted));
         let all = join_all((0..100).map(|_| lookups.addresses("registry"))).await;
         assert!(all.iter().all(|found| found.as_ref().unwrap().len() == 1));
         assert_eq!(COUNT.load(Ordering::Relaxed), 1);
@@ -237,7 +252,7 @@ mod tests {
 
     #[tokio::test]
     async fn names_that_wait_have_a_limit() {
-        let lookups = Arc::new(Lookups::new(FIXED));
+        let lookups = Arc::new(Lookups::new(Operation::NameLookup, FIXED));
         let waiting: Vec<_> = (0..NAMES_MAX)
             .map(|number| lookups.join(&format!("name{number}")).unwrap())
             .collect();
@@ -261,7 +276,7 @@ mod tests {
                 _ => FIXED(name),
             }
         }
-        let lookups = Arc::new(Lookups::new(first_hangs));
+        let lookups = Arc::new(Lookups::new(Operation::NameLookup, first_hangs));
         let later = async {
             while CALLS.load(Ordering::Relaxed) == 0 {
                 tokio::task::yield_now().await;
@@ -277,9 +292,14 @@ mod tests {
 
     #[tokio::test]
     async fn lookup_without_a_caller_takes_no_thread() {
-        let lookups = Arc::new(Lookups::new(|_| unreachable!("it was abandoned")));
+        let lookups = Arc::new(Lookups::new(Operation::NameLookup, |_| {
+            unreachable!("it was abandoned")
+        }));
         let all = Arc::clone(&lookups.permits);
-        let permits = all.acquire_many(12).await.unwrap();
+        let permits = all
+            .acquire_many(u32::try_from(Operation::NameLookup.threads_max()).unwrap())
+            .await
+            .unwrap();
         drop(lookups.join("registry").unwrap());
         drop(permits);
         while !lookups.running.lock().is_empty() {
@@ -290,7 +310,7 @@ mod tests {
     /// The runtime of its task has ended, as at the end of a test.
     #[test]
     fn lookup_that_was_dropped_blocks_no_other() {
-        let lookups = Arc::new(Lookups::new(FIXED));
+        let lookups = Arc::new(Lookups::new(Operation::NameLookup, FIXED));
         let runtime = || {
             let mut builder = tokio::runtime::Builder::new_current_thread();
             builder.enable_time().build().unwrap()

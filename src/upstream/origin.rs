@@ -205,10 +205,10 @@ pub(super) fn is_one_of(hosts: &[String], uri: &Uri) -> bool {
 
 /// The explicit port, or the scheme's default.
 pub(super) fn port_of(uri: &Uri) -> u16 {
-    let default = if uri.scheme() == Some(&Scheme::HTTP) {
-        80
-    } else {
-        443
+    let default = match uri.scheme_str() {
+        Some("http") => 80,
+        Some("socks5" | "socks5h") => 1080,
+        _ => 443,
     };
     uri.port_u16().unwrap_or(default)
 }

@@ -2,8 +2,8 @@
 //! host).
 //!
 //! The other registry gets a token for its own challenge. It must have the same host or be listed in `token_hosts`;
-//! its response then counts as the registry's own. A token of one registry is never sent to the other. A credential
-//! that a client configured for this upstream is used for both, which the operator allows by `token_hosts`.
+//! its response then counts as the registry's own. A token that the cache obtained from one registry is never sent to the
+//! other. A client's own credential or token is used for both.
 
 use http::{HeaderValue, StatusCode, Uri};
 

@@ -5,6 +5,7 @@ use std::io;
 use std::iter;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
+use std::str::FromStr as _;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use tokio::time::sleep;
 use tower_service::Service;
 
 use super::dialer::{DialError, DialFuture, DialedStream, Dialer};
+use super::ip_scope::IpScope;
 use super::name_lookup::SystemResolver;
 use super::origin::address;
 use super::redirect_rules::AddressLimit;
@@ -43,10 +45,7 @@ impl Dialer for TcpDialer {
             if let Some(refused) = to.host().and_then(address).filter(|ip| !limit.allows(*ip)) {
                 return Err(DialError::scope_denied(refused));
             }
-            let mut tcp = HttpConnector::new_with_resolver(Resolver {
-                system: SystemResolver,
-                limit,
-            });
+            let mut tcp = HttpConnector::new_with_resolver(Resolver::of(limit));
             tcp.enforce_http(false);
             tcp.set_nodelay(true);
             tcp.set_keepalive(Some(KEEPALIVE));
@@ -114,12 +113,33 @@ fn dial_error(error: impl Error + Send + Sync + 'static) -> DialError {
     DialError::new(cause, error)
 }
 
+/// The first address of a name that `limit` allows, for a proxy that does not resolve it.
+pub(super) async fn resolved(name: &str, limit: &AddressLimit) -> Result<IpAddr, DialError> {
+    let name = Name::from_str(name).map_err(|error| DialError::new(UpstreamFailure::Dns, error))?;
+    let mut found = Resolver::of(limit.clone()).call(name).await.map_err(dial_error)?;
+    found
+        .next()
+        .map(|found| found.ip())
+        .ok_or_else(|| UpstreamFailure::Dns.into())
+}
+
 /// System resolver that drops disallowed addresses. It checks every lookup, so a name that changes between two
 /// lookups (DNS rebinding) bypasses nothing.
 #[derive(Clone)]
 struct Resolver<S> {
     system: S,
     limit: AddressLimit,
+}
+
+impl Resolver<SystemResolver> {
+    fn of(limit: AddressLimit) -> Self {
+        let system = if limit == IpScope::LinkLocal.into() {
+            SystemResolver::Configured
+        } else {
+            SystemResolver::Target
+        };
+        Self { system, limit }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -163,7 +183,6 @@ where
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
     use super::*;
-    use crate::upstream::ip_scope::IpScope;
 
     /// Name server with a different answer for each lookup.
     #[derive(Clone)]

@@ -29,7 +29,8 @@ impl TunnelDialer {
     }
 
     /// Opens a stream to a host and port. `UpstreamFailure::Redirects` if the address is narrower than `narrowest_scope`. The
-    /// connected address is checked, so a name that changes between lookups bypasses nothing.
+    /// connected address is checked, so a name that changes between lookups bypasses nothing. A proxy that resolves names
+    /// itself (all but `socks5://`) is asked for any name.
     pub async fn open(
         &self,
         host: &str,

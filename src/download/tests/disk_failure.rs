@@ -191,6 +191,17 @@ async fn short_or_denied_remainder_fails_the_reader() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn remainder_without_a_permit_fails_after_a_while() {
+    let (blob, parts) = (content(MIB), Parts::default());
+    let (downloads, first, _) = disk_failed(&blob, 600_000, &parts);
+    let all = u32::try_from(AHEAD_RANGES_MAX).unwrap();
+    let _taken = downloads.shared.ahead_permits.acquire_many(all).await.unwrap();
+    let failed = failure(first).await;
+    assert!(matches!(*failed, DownloadError::DiskFailed(_)), "{failed}");
+    assert_eq!(parts.offsets(), []);
+}
+
 #[tokio::test]
 async fn range_is_read_from_the_file_then_from_upstream() {
     let (blob, parts) = (content(MIB), Parts::default());

@@ -24,6 +24,8 @@ pub(super) enum Segments {
     /// No byte follows the head of a response.
     Silent,
     Denied,
+    /// The first one is right, the others are denied.
+    DeniedLater,
     WrongBytes,
     BreakEarly,
     /// The first one breaks before its last chunk, the others are right.
@@ -209,13 +211,15 @@ impl RangeSource for Limited {
             self.state.opened.lock().push((from, until));
             let kind = match self.segments {
                 Segments::FirstBreaks if !is_first => Segments::Right,
+                Segments::DeniedLater if is_first => Segments::Right,
+                Segments::DeniedLater => Segments::Denied,
                 kind => kind,
             };
             let sending = self.send(from, until, kind);
             if self.segments == Segments::Late {
                 sleep(Duration::from_millis(500)).await;
             }
-            (self.segments != Segments::Denied).then(|| Box::new(sending) as Box<dyn ByteStream>)
+            (kind != Segments::Denied).then(|| Box::new(sending) as Box<dyn ByteStream>)
         })
     }
 }
@@ -405,6 +409,17 @@ async fn upstream_that_denied_a_connection_is_spared_for_a_while() {
     third.content = Arc::new([back, front].concat());
     download(&downloads, &third).await;
     assert!(third.segments_opened() > 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn later_denied_segment_spares_no_upstream() {
+    // Permits for one further connection.
+    let (downloads, registry) = (parallel_downloads(2), Limited::new(Segments::DeniedLater));
+    download(&downloads, &registry).await;
+    let mut other = Limited::new(Segments::Right);
+    other.content = Arc::new(registry.content.iter().rev().copied().collect());
+    download(&downloads, &other).await;
+    assert!(registry.segments_opened() > 1 && other.segments_opened() > 1);
 }
 
 /// A permit of another upstream, when it is granted.

@@ -60,6 +60,24 @@ async fn partial_is_resumed_in_this_and_the_next_process() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn resumption_is_requested_when_it_may_read_the_disk() {
+    let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
+    let downloads = downloads_on(&disk);
+    interrupted(&downloads, &blob, 2 * MIB).await;
+    let others = Arc::clone(&downloads.shared.resumptions);
+    let others = others.acquire_many(6).await.unwrap();
+    let script = Script::default();
+    script.ending(2 * MIB, Some(WHOLE), &blob[2 * MIB..]);
+    let reading = tokio::spawn(read_all(leader(&downloads, digest(&blob)).start(script.clone())));
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(script.offsets(), [] as [u64; 0]);
+    drop(others);
+    assert_eq!(reading.await.unwrap(), blob);
+}
+
+#[tokio::test(start_paused = true)]
 async fn after_a_kill_it_resumes_from_the_last_checksum() {
     let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
     let (killed, script) = (downloads_on(&disk), Script::default());

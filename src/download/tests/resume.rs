@@ -220,6 +220,23 @@ async fn endless_stream_is_dropped_at_the_first_extra_byte() {
     drop(endless);
 }
 
+#[tokio::test]
+async fn endless_stream_without_a_length_ends_past_the_stated_size() {
+    let (downloads, blob) = (downloads(), content(MIB));
+    let script = Script {
+        stated: Some(1000),
+        ..Script::default()
+    };
+    let endless = script.stream(0, None);
+    for _ in 0..66 {
+        send(&endless, &blob);
+    }
+    let reader = leader(&downloads, digest(&blob[..1000])).start(script);
+    let failed = failure(reader).await;
+    assert!(matches!(*failed, DownloadError::DigestMismatch(_)), "{failed}");
+    drop(endless);
+}
+
 #[tokio::test(start_paused = true)]
 async fn mismatch_after_resume_fails_only_readers_with_wrong_bytes() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));

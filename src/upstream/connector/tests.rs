@@ -221,3 +221,90 @@ async fn tls_upstream_uses_a_proxy_tunnel() {
         );
     }
 }
+
+/// A SOCKS5 proxy that grants one request without connecting anywhere. Returns its URL, and the request that it gets.
+async fn socks_proxy(scheme: &str) -> (String, tokio::task::JoinHandle<Vec<u8>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("{scheme}://{}", listener.local_addr().unwrap());
+    let request = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut greeting = [0; 3];
+        stream.read_exact(&mut greeting).await.unwrap();
+        stream.write_all(&[5, 0]).await.unwrap();
+        let mut request = vec![0; 5];
+        stream.read_exact(&mut request).await.unwrap();
+        let left = match request[3] {
+            1 => 3 + 2,
+            3 => usize::from(request[4]) + 2,
+            _ => 15 + 2,
+        };
+        let mut rest = vec![0; left];
+        stream.read_exact(&mut rest).await.unwrap();
+        stream.write_all(&[5, 0, 0, 1, 0, 0, 0, 0, 0, 0]).await.unwrap();
+        [request, rest].concat()
+    });
+    (url, request)
+}
+
+fn connector_through(proxy: &str) -> UpstreamConnector {
+    connector(&ProxyChoice::Url(proxy.to_owned()), Vec::new())
+}
+
+fn connector(proxy: &ProxyChoice, hosts: Vec<String>) -> UpstreamConnector {
+    let settings = ConnectorSettings {
+        roots: &[],
+        client_certificate: None,
+        proxy_rules: ProxyRules::new(proxy).unwrap(),
+        origins: Vec::new(),
+        hosts,
+        redirects: Vec::new(),
+        connect_timeout: Duration::from_secs(5),
+    };
+    UpstreamConnector::new(&Transport::system(), settings).unwrap()
+}
+
+#[tokio::test]
+async fn socks_proxy_gets_an_address_or_a_name_and_the_port() {
+    let to = Uri::from_static("http://localhost/v2/");
+    for (scheme, is_name) in [("socks5", false), ("socks5h", true)] {
+        let (proxy, request) = socks_proxy(scheme).await;
+        let connector = connector_through(&proxy);
+        connector.connect_raw(&to, IpScope::LinkLocal).await.unwrap();
+        let request = request.await.unwrap();
+        assert_eq!(request[3] == 3, is_name, "{request:?}");
+        assert_eq!(request[request.len() - 2..], [0, 80]);
+    }
+}
+
+#[tokio::test]
+async fn name_behind_a_socks_proxy_keeps_to_the_ip_scope() {
+    let connector = connector_through("socks5://127.0.0.1:9");
+    let to = Uri::from_static("http://localhost/");
+    let error = connector.connect_raw(&to, IpScope::Public).await.err().unwrap();
+    assert_eq!(
+        error.cause,
+        UpstreamFailure::Redirects(RedirectFailure::NarrowerScope)
+    );
+}
+
+#[test]
+fn trusted_host_leads_to_link_local_only_by_its_address() {
+    let hosts = ["*.corp", "auth.example", "169.254.1.1"].map(str::to_owned);
+    let connector = connector(&ProxyChoice::None, hosts.to_vec());
+    for (to, allowed, denied) in [
+        ("https://a.corp/", Some("10.0.0.1"), "127.0.0.1"),
+        ("https://auth.example/", Some("127.0.0.1"), "169.254.169.254"),
+        ("https://169.254.1.1/", Some("169.254.1.1"), ""),
+        ("https://other.example/", None, "10.0.0.1"),
+    ] {
+        let limit = connector.0.limit(&to.parse().unwrap());
+        assert!(
+            allowed.is_none_or(|address| limit.allows(address.parse().unwrap())),
+            "{to}"
+        );
+        assert!(
+            denied.parse().is_ok_and(|address| !limit.allows(address)) || denied.is_empty(),
+            "{to}"
+        );
+    }
+}

@@ -118,6 +118,18 @@ async fn stalled_body_times_out() {
     assert_eq!(fetched.chunk().await, None);
 }
 
+#[tokio::test(start_paused = true)]
+async fn manifest_that_trickles_is_given_up() {
+    let registry = Registry::start(|_| response(200).body("bytes").trickle()).await;
+    let fetched = piped(&registry)
+        .get(&anonymous(), &blob("bytes"), &accept(), None)
+        .await
+        .unwrap();
+    let before = Instant::now();
+    assert_eq!(fetched.collect(4096).await, Err(UpstreamFailure::Timeout));
+    assert_eq!(before.elapsed().as_secs(), Timeouts::default().idle.as_secs());
+}
+
 #[tokio::test]
 async fn content_coding_is_rejected_except_identity() {
     for (coding, good) in [

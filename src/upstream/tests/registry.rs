@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -78,6 +78,8 @@ enum End {
     Cut,
     /// Sends nothing after the body and keeps the connection open.
     Stall,
+    /// Sends a byte a second after the body, without end.
+    Trickle,
     /// Closes the connection before any response.
     Hangup,
 }
@@ -125,6 +127,13 @@ impl Reply {
     pub(in crate::upstream) fn cut(self) -> Reply {
         Reply {
             end: End::Cut,
+            ..self
+        }
+    }
+
+    pub(in crate::upstream) fn trickle(self) -> Reply {
+        Reply {
+            end: End::Trickle,
             ..self
         }
     }
@@ -275,6 +284,7 @@ async fn act(stage: Arc<Stage>, request: Request<Incoming>) -> Result<Response<S
             data: Some(play.body).filter(|data| !data.is_empty()),
             end: play.end,
             flushed: false,
+            next: None,
         })
         .unwrap())
 }
@@ -293,6 +303,8 @@ struct Script {
     data: Option<Bytes>,
     end: End,
     flushed: bool,
+    /// The next byte of a trickle.
+    next: Option<Pin<Box<tokio::time::Sleep>>>,
 }
 
 impl Body for Script {
@@ -306,6 +318,12 @@ impl Body for Script {
         match (self.data.take(), self.end) {
             (Some(data), _) => Poll::Ready(Some(Ok(Frame::data(data)))),
             (None, End::Stall) => Poll::Pending,
+            (None, End::Trickle) => {
+                let second = || Box::pin(tokio::time::sleep(Duration::from_secs(1)));
+                ready!(self.next.get_or_insert_with(second).as_mut().poll(cx));
+                self.next = None;
+                Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b".")))))
+            }
             // Flushes the bytes sent so far before the connection closes.
             (None, End::Cut) if !self.flushed => {
                 self.flushed = true;
