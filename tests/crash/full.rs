@@ -98,7 +98,7 @@ pub async fn full(count: u32) -> Result<String, String> {
     ))
 }
 
-fn fill(path: &Path) -> u64 {
+pub fn fill(path: &Path) -> u64 {
     let mut file = std::fs::File::create(path).unwrap();
     let mut filled = 0;
     for bytes in [65_536, 4096, 512, 1] {

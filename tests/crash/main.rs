@@ -33,6 +33,7 @@ mod disk;
 mod full;
 mod kill;
 mod memory;
+mod parallel;
 mod power;
 mod refusal;
 mod start;
@@ -50,6 +51,7 @@ const CAMPAIGNS: &[(&str, u32)] = &[
     ("read-only", 50),
     ("failing", 50),
     ("bad-sectors", 50),
+    ("parallel", 20),
     ("descriptors", 64),
     ("memory", 64),
     (START, 100_000),
@@ -94,6 +96,7 @@ fn main() {
                 "read-only" => full::read_only(count).await,
                 "failing" => full::failing(count).await,
                 "bad-sectors" => full::bad_sectors(count).await,
+                "parallel" => parallel::campaign(count).await,
                 "descriptors" => descriptors::campaign(count).await,
                 "memory" => memory::campaign(count).await,
                 _ => start::campaign(count).await,

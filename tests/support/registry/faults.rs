@@ -25,7 +25,7 @@ pub(super) struct Faults {
     pub(super) blob_cut_at: Option<usize>,
     pub(super) blob_cuts_left: Option<usize>,
     pub(super) blob_ends_at: Option<usize>,
-    pub(super) corrupts_blobs: bool,
+    pub(super) wrong_byte_at: Option<usize>,
     pub(super) range_failures: Option<(u16, usize)>,
     pub(super) pace: Option<u64>,
     pub(super) held_bodies: Vec<(Applies, usize, Gate)>,
@@ -261,7 +261,13 @@ impl Upstream {
 
     /// Blobs have the right length and one wrong bit, near the end.
     pub fn corrupts_blob(&self) {
-        self.turn(|faults| faults.corrupts_blobs = true);
+        self.corrupts_blob_at(usize::MAX);
+    }
+
+    /// Blobs have the right length and one wrong bit, in byte `n` or near the end.
+    #[allow(dead_code, reason = "tests/crash uses it")]
+    pub fn corrupts_blob_at(&self, n: usize) {
+        self.turn(|faults| faults.wrong_byte_at = Some(n));
     }
 
     /// `Range` is ignored: always 200 and the full blob.

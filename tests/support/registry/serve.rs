@@ -293,10 +293,9 @@ fn content(shared: &Arc<Shared>, seen: &Seen, digest: &str, bytes: Bytes) -> Res
     let whole = bytes.len();
     let (span, plan) = shared.state(|state| {
         let faults = &mut state.faults;
-        let bytes = if faults.corrupts_blobs {
-            with_a_wrong_bit(&bytes)
-        } else {
-            bytes
+        let bytes = match faults.wrong_byte_at {
+            Some(at) => with_a_wrong_bit(&bytes, at),
+            None => bytes,
         };
         let span = if faults.ignores_range {
             None
@@ -429,9 +428,9 @@ pub(super) fn sent(
     response
 }
 
-fn with_a_wrong_bit(bytes: &Bytes) -> Bytes {
+fn with_a_wrong_bit(bytes: &Bytes, at: usize) -> Bytes {
     let mut wrong = bytes.to_vec();
-    let at = wrong.len().saturating_sub(10);
+    let at = at.min(wrong.len().saturating_sub(10));
     if let Some(byte) = wrong.get_mut(at) {
         *byte ^= 1;
     }
