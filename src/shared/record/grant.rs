@@ -10,10 +10,10 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::exchange::{RecordRead, Records};
 use super::key::Class;
 use super::queue::{RecordId, Update};
 use super::recent::LimitedReads;
+use super::records::{RecordRead, Records};
 use super::state::{Merge, PublicState};
 use super::{PUBLIC_RENEWAL, RecordPlace};
 use crate::oci::Repository;

@@ -10,8 +10,8 @@ use quick_cache::sync::Cache;
 use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::{Instant, timeout};
 
-use super::exchange::RecordRead;
 use super::queue::RecordId;
+use super::records::RecordRead;
 use crate::shared::rate::Rate;
 
 /// How long a record that was read counts. A denial that another cache records counts here after this time.

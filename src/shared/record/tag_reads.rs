@@ -10,9 +10,9 @@ use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use tokio::time::{Instant, timeout_at};
 
-use super::exchange::{Dated, RecordPlace, RecordRead};
 use super::key::Class;
 use super::queue::RecordId;
+use super::records::{Dated, RecordPlace, RecordRead};
 use super::state::TagState;
 use crate::oci::Tag;
 use crate::shared::{Active, SharedStorage};
