@@ -429,19 +429,17 @@ fn invalidate(
                 reference: digest.into(),
             };
             store.clear_invalidation(&key, |_| true)?;
-            let (mut after, mut removed) = (None, Vec::new());
+            let (mut after, mut removed) = (None::<Tag>, Vec::new());
             loop {
-                let page = store.tags(after.as_ref(), TAGS_PAGE_SIZE);
+                let page = store.tags_of((&upstream, &repository), after.as_ref(), TAGS_PAGE_SIZE);
                 for (key, record) in &page {
-                    let names =
-                        |digest: &Digest| record.variants.iter().any(|variant| variant.digest == *digest);
-                    if key.upstream == upstream && key.repository == repository && names(&digest) {
+                    if record.variants.iter().any(|variant| variant.digest == digest) {
                         store.remove_tag(key)?;
                         removed.push(key.tag.clone());
                     }
                 }
                 match page.into_iter().last() {
-                    Some((last, _)) => after = Some(last),
+                    Some((last, _)) => after = Some(last.tag),
                     None => return Ok(removed),
                 }
             }

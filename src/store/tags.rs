@@ -29,7 +29,7 @@ use super::manifests::StoredManifest;
 use super::usage::{ContentKind, Counters};
 use super::walk::record_files;
 use super::{AsyncStore, Store, StoreError, View, remove_file};
-use crate::oci::{AnyDigest, Digest};
+use crate::oci::{AnyDigest, Digest, Repository, Tag};
 
 use self::record::KEY_PREFIX;
 pub use self::record::{
@@ -129,6 +129,19 @@ impl Store {
     pub fn tags(&self, after: Option<&TagKey>, limit: usize) -> Vec<(TagKey, TagRecord)> {
         self.tags
             .list(&after.map(TagKey::to_index).unwrap_or_default(), limit)
+    }
+
+    /// At most `limit` tags of one repository of an upstream in order, after `after`. As [`Self::tags`], but no other
+    /// repository's index entries are read.
+    pub fn tags_of(
+        &self,
+        (upstream, repository): (&str, &Repository),
+        after: Option<&Tag>,
+        limit: usize,
+    ) -> Vec<(TagKey, TagRecord)> {
+        let prefix = TagKey::index_prefix(upstream, repository);
+        let after = after.map(|tag| [&prefix, tag.as_str().as_bytes()].concat());
+        self.tags.list_below(prefix, &after.unwrap_or_default(), limit)
     }
 
     /// At most `limit` tags in order, after the first `skip`, of which only the keys are read.
@@ -585,23 +598,38 @@ impl Tags {
 
     /// Tags after the index key `after`; from the first tag if `after` is empty.
     fn list(&self, after: &[u8], limit: usize) -> Vec<(TagKey, TagRecord)> {
-        if let Some(tags) = self.list_indexed(after, limit) {
+        self.list_below(vec![KEY_PREFIX], after, limit)
+    }
+
+    /// [`Self::list`] of the tags whose index key begins with `prefix`.
+    fn list_below(&self, prefix: Vec<u8>, after: &[u8], limit: usize) -> Vec<(TagKey, TagRecord)> {
+        if let Some(tags) = self.list_indexed_below(&prefix, after, limit) {
             return tags;
         }
         let after = TagKey::from_index(after);
-        self.list_files(|key| after.as_ref().is_none_or(|after| key > after), limit)
+        let is_after = |key: &TagKey| after.as_ref().is_none_or(|after| key > after);
+        self.list_files(|key| key.to_index().starts_with(&prefix) && is_after(key), limit)
     }
 
     /// [`Self::list`] from the index; `None` while it is incomplete or unavailable. A page shorter than `limit` is the
     /// last one, also if entries are corrupt: a record is then read from its file, and an unreadable key skipped.
     pub(super) fn list_indexed(&self, after: &[u8], limit: usize) -> Option<Vec<(TagKey, TagRecord)>> {
+        self.list_indexed_below(&[KEY_PREFIX], after, limit)
+    }
+
+    fn list_indexed_below(
+        &self,
+        prefix: &[u8],
+        after: &[u8],
+        limit: usize,
+    ) -> Option<Vec<(TagKey, TagRecord)>> {
         if !self.index.is_complete() {
             return None;
         }
         let (mut tags, mut after) = (Vec::new(), after.to_vec());
         loop {
             let wanted = limit.saturating_sub(tags.len());
-            let pairs = self.index.scan(vec![KEY_PREFIX], after, wanted).ok()?;
+            let pairs = self.index.scan(prefix.to_vec(), after, wanted).ok()?;
             let is_last = pairs.len() < wanted;
             after = pairs.last().map(|(key, _)| key.clone()).unwrap_or_default();
             tags.extend(pairs.iter().filter_map(|(key, value)| self.listed(key, value)));

@@ -222,6 +222,12 @@ impl TagKey {
         [&[KEY_PREFIX], names.as_bytes()].concat()
     }
 
+    /// The beginning of the index keys of a repository's tags.
+    pub(super) fn index_prefix(upstream: &str, repository: &Repository) -> Vec<u8> {
+        let names = [upstream, repository.as_str(), ""].join("\0");
+        [&[KEY_PREFIX], names.as_bytes()].concat()
+    }
+
     pub(super) fn from_index(key: &[u8]) -> Option<Self> {
         let names = std::str::from_utf8(key.strip_prefix(&[KEY_PREFIX])?).ok()?;
         let mut names = names.split('\0');

@@ -123,6 +123,37 @@ fn tags_are_listed_in_order_by_page() {
 }
 
 #[test]
+fn tags_of_one_repository_are_listed_alone() {
+    on_every_fs(|fixture| {
+        let store = fixture.open();
+        let of = |upstream: &str, repository: &str, tag: &str| TagKey {
+            upstream: upstream.into(),
+            repository: repository.parse().unwrap(),
+            tag: tag.parse().unwrap(),
+        };
+        for repository in ["a/b", "a/b-c", "a/b/c", "a/b2"] {
+            for tag in ["1", "2", "3"] {
+                store
+                    .put_tag(&of("x", repository, tag), variant(1, b"image", 1))
+                    .unwrap();
+            }
+        }
+        store
+            .put_tag(&of("y", "a/b", "4"), variant(1, b"image", 1))
+            .unwrap();
+        let repository = "a/b".parse().unwrap();
+        let list = |after: Option<&str>, limit: usize| -> Vec<TagKey> {
+            let after = after.map(|after| after.parse().unwrap());
+            let page = store.tags_of(("x", &repository), after.as_ref(), limit);
+            page.into_iter().map(|(key, _)| key).collect()
+        };
+        assert_eq!(list(None, 2), [of("x", "a/b", "1"), of("x", "a/b", "2")]);
+        assert_eq!(list(Some("2"), 9), [of("x", "a/b", "3")]);
+        assert_eq!(list(Some("3"), 9), []);
+    });
+}
+
+#[test]
 fn removed_tag_stays_removed() {
     on_every_fs(|fixture| {
         let store = fixture.open();
