@@ -9,7 +9,8 @@
 //! After any other result the mark remains.
 //!
 //! A response to a read that the upstream sent before the write must not restore the old state. So such a response is
-//! not recorded if a write to the repository ended since the read arrived.
+//! not recorded if a write to the repository ended since the read arrived. What such a response has recorded before the check is
+//! removed if the registry accepted the write, and marked as invalidated otherwise.
 
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
@@ -29,8 +30,11 @@ use crate::store::invalidations::InvalidationKey;
 use crate::store::tags::TagKey;
 
 /// Number of write counters. Repositories with the same hash share a counter; the only effect is that some responses
-/// are not recorded.
+/// are not recorded, or that what they recorded is revalidated.
 const COUNTERS: usize = 256;
+
+/// Repositories of one counter for which the last accepted write is remembered.
+const ACCEPTED_MAX: usize = 8;
 
 /// Tags read per page.
 const TAGS_PAGE_SIZE: usize = 1024;
@@ -73,12 +77,14 @@ struct Counter {
 }
 
 /// When the last writes ended, at the latest.
-#[derive(Clone, Copy, Default)]
+#[derive(Default)]
 struct LastWrites {
     /// One that the registry accepted.
     accepted: Option<Instant>,
     /// One that may have taken effect.
     possible: Option<Instant>,
+    /// The value of `Counter::ended` after the last accepted write of each repository, the oldest first.
+    accepted_in: Vec<(Repository, u64)>,
 }
 
 impl Default for WriteGenerations {
@@ -131,9 +137,21 @@ impl WriteGenerations {
         (age, now): (Duration, Instant),
         is_accepted: bool,
     ) -> bool {
-        let last = self.counter(repository).map(|counter| *counter.last.lock());
-        let ended = last.and_then(|last| if is_accepted { last.accepted } else { last.possible });
+        let ended = self.counter(repository).and_then(|counter| {
+            let last = counter.last.lock();
+            if is_accepted { last.accepted } else { last.possible }
+        });
         ended.is_some_and(|ended| now.saturating_duration_since(ended) <= age)
+    }
+
+    /// Whether the registry accepted a write to this very repository after `snapshot`. If more than [`ACCEPTED_MAX`] other
+    /// repositories were written since, the write may be forgotten.
+    pub(super) fn was_accepted_since(&self, repository: &Repository, snapshot: WriteSnapshot) -> bool {
+        self.counter(repository).is_some_and(|counter| {
+            let last = counter.last.lock();
+            let mut accepted = last.accepted_in.iter();
+            accepted.any(|(written, ended)| written == repository && *ended > snapshot.ended)
+        })
     }
 
     /// Counts a write that may have taken effect. Responses from before it are no longer recorded.
@@ -141,15 +159,20 @@ impl WriteGenerations {
         if let Some(counter) = self.counter(repository) {
             let now = Instant::now();
             let possible = if is_accepted { now } else { now + WRITE_SETTLE_TIME };
-            {
-                // Before the count, so that a reader of the count sees the time.
-                let mut last = counter.last.lock();
-                last.possible = last.possible.max(Some(possible));
-                if is_accepted {
-                    last.accepted = last.accepted.max(Some(now));
-                }
+            let mut last = counter.last.lock();
+            last.possible = last.possible.max(Some(possible));
+            if is_accepted {
+                last.accepted = last.accepted.max(Some(now));
             }
-            counter.ended.fetch_add(1, Ordering::SeqCst);
+            // Under the lock, so that a reader of the count sees the time and the repository.
+            let ended = counter.ended.fetch_add(1, Ordering::SeqCst) + 1;
+            if is_accepted {
+                last.accepted_in.retain(|(written, _)| written != repository);
+                if last.accepted_in.len() >= ACCEPTED_MAX {
+                    last.accepted_in.remove(0);
+                }
+                last.accepted_in.push((repository.clone(), ended));
+            }
         }
     }
 
@@ -386,17 +409,43 @@ impl ProxyService {
                     .await;
             }
         }
-        // A write may have ended between the check and the record. The membership, which was recorded with the bytes,
-        // may be outdated too, so it is removed. If the content still exists, that costs one revalidation.
         if !is_same() {
-            let change = WriteEffect::Deleted(repository.clone(), digest);
-            let registry = Arc::clone(registry);
-            let forgotten = self
-                .store
-                .write(move |store| invalidate(store, &registry, change))
+            self.end_overtaken_record(upstream_request, reference, digest)
                 .await;
-            log_store_error(forgotten, "remove state recorded during a write");
         }
+    }
+
+    /// Ends what a response recorded that a write in the repository overtook. Only a write that the registry accepted removes
+    /// it, so that a client without push access cannot evict a tag. The membership, which was recorded with the bytes, may be
+    /// outdated too. If the content still exists, that costs one revalidation.
+    async fn end_overtaken_record(
+        &self,
+        upstream_request: &UpstreamRequest,
+        reference: &Reference,
+        digest: Digest,
+    ) {
+        let UpstreamRequest {
+            registry, repository, ..
+        } = upstream_request;
+        let writes = registry.write_generations();
+        let was_accepted = writes.was_accepted_since(repository, upstream_request.writes);
+        let (registry, repository, now) = (Arc::clone(registry), repository.clone(), self.clock.now());
+        let keys = [reference.clone(), digest.into()].map(|reference| InvalidationKey {
+            upstream: registry.shared_name(),
+            repository: repository.clone(),
+            reference,
+        });
+        let ended = self.store.write(move |store| {
+            if was_accepted {
+                return invalidate(store, &registry, WriteEffect::Deleted(repository, digest)).map(drop);
+            }
+            let mut outcome = Ok(());
+            for key in keys.iter().filter(|key| store.has_cached(key)) {
+                outcome = store.invalidate(key, now).map(drop).and(outcome);
+            }
+            outcome
+        });
+        log_store_error(ended.await, "end state recorded during a write");
     }
 }
 
@@ -444,5 +493,30 @@ fn invalidate(
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+
+    #[test]
+    fn accepted_write_counts_for_its_own_repository() {
+        let writes = WriteGenerations::default();
+        let own: Repository = "team/app".parse().unwrap();
+        let counter = |repository: &Repository| std::ptr::from_ref(writes.counter(repository).unwrap());
+        let other = (0..)
+            .map(|nth| format!("other/{nth}").parse().unwrap())
+            .find(|other| counter(other) == counter(&own))
+            .unwrap();
+        let before = writes.now(&own);
+        writes.note(&other, true);
+        writes.note(&own, false);
+        assert_ne!(writes.now(&own), before);
+        assert!(!writes.was_accepted_since(&own, before));
+        writes.note(&own, true);
+        assert!(writes.was_accepted_since(&own, before));
+        assert!(!writes.was_accepted_since(&own, writes.now(&own)));
     }
 }

@@ -191,6 +191,19 @@ async fn t16_late_response_does_not_undo_push_in_outage() {
     gets_nothing(&cache, client_request).await;
 }
 
+/// A write of unknown outcome, such as one whose client left after the request head, needs no right to push.
+#[tokio::test(start_paused = true)]
+async fn t16_unfinished_write_removes_no_tag() {
+    let (registry, cache, late, client_request) = question_before_a_push().await;
+    let change = WriteEffect::Tags("acme/present".parse().unwrap(), vec!["1".parse().unwrap()]);
+    drop(cache.proxy.begin_write(&cache.proven, change).await);
+    registry.set_condition(Condition::Healthy);
+    late.await.unwrap();
+    settle().await;
+    registry.set_condition(Condition::Down);
+    gets(&cache, client_request).await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn t16_tag_cached_during_push_is_invalidated_after_kill() {
     let (registry, cache) = stocked();

@@ -544,10 +544,9 @@ impl ProxyService {
     /// Ends a confirmation during which a write began. Only a write that the registry accepted removes the tag, so that a
     /// client without push access cannot evict it.
     async fn end_overtaken(&self, usage: &TagRecordUse, now: SystemTime) {
-        let (key, began) = (usage.key.clone(), usage.reader.since);
+        let key = usage.key.clone();
         let writes = usage.registry.write_generations();
-        let since = (began.elapsed(), Instant::now());
-        let was_accepted = writes.may_predate_write(&key.repository, since, true);
+        let was_accepted = writes.was_accepted_since(&key.repository, usage.writes);
         let ending = self.store.write(move |store| {
             if was_accepted {
                 store.remove_tag(&key)
