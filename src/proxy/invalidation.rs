@@ -20,6 +20,7 @@ use std::time::{Duration, SystemTime};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use super::concurrency::detached;
 use super::log_store_error;
 use super::manifest_fetch::UpstreamRequest;
 pub use super::write_effect::WriteEffect;
@@ -250,9 +251,14 @@ impl ProxyService {
         pending
     }
 
-    /// Applies the result of a write. When this returns after a success, no client is served the state from before
-    /// the write.
-    pub async fn finish_write(&self, mut pending: PendingWrite, outcome: WriteOutcome) {
+    /// Applies the result of a write, also if the client leaves meanwhile. When this returns after a success, no client is
+    /// served the state from before the write.
+    pub async fn finish_write(self: &Arc<Self>, pending: PendingWrite, outcome: WriteOutcome) {
+        let proxy = Arc::clone(self);
+        detached(async move { proxy.apply_outcome(pending, outcome).await }).await;
+    }
+
+    async fn apply_outcome(&self, mut pending: PendingWrite, outcome: WriteOutcome) {
         let registry = Arc::clone(&pending.registry);
         match outcome {
             WriteOutcome::Unknown => {}

@@ -1,5 +1,7 @@
 //! Forwarding of writes and other requests to the registry. Both bodies are streamed.
 
+use std::sync::Arc;
+
 use http::header::AUTHORIZATION;
 use http::{HeaderName, Response, StatusCode};
 use http_body_util::BodyExt as _;
@@ -15,7 +17,7 @@ impl RegistryService {
     /// Forwards a request. `Err` if the registry did not respond.
     pub(super) async fn forward(
         &self,
-        proxy: &ProxyService,
+        proxy: &Arc<ProxyService>,
         target: ForwardTarget,
         info: &RequestInfo<'_>,
         body: RequestBody,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use ifnewer::oci::Digest;
 use ifnewer::policy::Policy;
 use ifnewer::policy::min_age::OnUnknownAge;
@@ -562,6 +563,23 @@ async fn push_through_another_cache_ends_a_confirmation() {
     assert_eq!(bucket.tag_reads(), 1);
     second.accept = None;
     assert_eq!(tag(&second).await, Ok(new));
+}
+
+/// The client leaves as soon as the registry has accepted its push.
+#[tokio::test(start_paused = true)]
+async fn push_of_a_client_that_left_ends_the_record() {
+    let (registry, bucket, first, _) = recorded().await;
+    pass(600).await;
+    let pending = first.proxy.begin_write(&first.proven, change()).await;
+    let new = registry.push(REPOSITORY, "1", "two", &[]);
+    let finishing = first.proxy.finish_write(pending, WriteOutcome::Succeeded);
+    assert!(finishing.now_or_never().is_none());
+    // The clock stands still while the store writes.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    first.proxy.shared().drain().await;
+    pass(60).await;
+    let second = second(&registry, &bucket, rules(Policy::IfNewer, HOUR)).await;
+    assert_eq!(once(&second).await, new);
 }
 
 const DAYS: i64 = 86_400;
