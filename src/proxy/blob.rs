@@ -305,6 +305,9 @@ impl BlobRequest<'_> {
     async fn head_for_push(&self, state: &CacheState, size: u64, served: HitReason) -> ProxyResponse {
         let revalidated = self.revalidate(state).await;
         match revalidated.revalidation {
+            Revalidation::NotFound if !self.has_current_right(state) => {
+                denied(DenyReason::NotFound, revalidated.response, false)
+            }
             Revalidation::NotFound => {
                 let own = Arc::clone(&self.request.registry);
                 let (repository, digest) = (self.repository.clone(), self.digest);

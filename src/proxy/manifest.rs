@@ -19,8 +19,9 @@ use crate::policy::{
     AgeFacts, Authorization, CacheState, ContentKind, Decision, DenyReason, HitReason, MissReason,
     Revalidation, decide,
 };
+use crate::store::StoreError;
 use crate::store::manifests::StoredManifest;
-use crate::store::tags::TagKey;
+use crate::store::tags::{TagKey, Variant};
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
 /// Largest manifest that is forwarded without being stored. No client accepts larger ones.
@@ -258,11 +259,12 @@ impl<'a> ManifestRequest<'a> {
             .await
     }
 
-    /// Removes a tag that was deleted upstream, so that the next outage does not restore it. Only for a principal
-    /// with a grant, because some registries return 404 to all others.
+    /// Removes a tag that was deleted upstream, so that the next outage does not restore it. Some registries respond 404 to a
+    /// client without a right, and to one that does not accept the manifest's media type. So the client needs a current right,
+    /// and its request must concern each recorded response.
     async fn remove_deleted_tag(&self, state: &CacheState) {
         let Some(tag) = self.request.tag() else { return };
-        if state.authorization == Authorization::Unknown || state.cached.is_none() {
+        if state.cached.is_none() || !self.has_current_right(state) {
             return;
         }
         let key = TagKey {
@@ -270,10 +272,24 @@ impl<'a> ManifestRequest<'a> {
             repository: self.repository.clone(),
             tag: tag.clone(),
         };
-        let forgotten = self.proxy.store.write(move |store| store.remove_tag(&key)).await;
-        super::log_store_error(forgotten, "remove tag that was deleted upstream");
-        self.proxy
-            .note_unnamed_tags(&self.request.registry, self.repository, [tag], self.began);
+        let accept = self.request.accept.clone();
+        let removed = self.proxy.store.write(move |store| {
+            let record = store.tag(&key)?.unwrap_or_default();
+            let concerns =
+                |variant: &Variant| variant.accept == accept.key() || accept.lists(&variant.media_type);
+            let is_gone = record.variants.iter().all(concerns);
+            if is_gone {
+                store.remove_tag(&key)?;
+            }
+            Ok::<_, StoreError>(is_gone)
+        });
+        let removed = removed.await;
+        let is_kept = matches!(removed, Ok(false));
+        super::log_store_error(removed, "remove tag that was deleted upstream");
+        if !is_kept {
+            self.proxy
+                .note_unnamed_tags(&self.request.registry, self.repository, [tag], self.began);
+        }
     }
 
     /// Responds to `HEAD` for an uncached manifest. Fetches it if the upstream's headers are incomplete.

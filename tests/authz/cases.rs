@@ -302,6 +302,45 @@ async fn not_found_response_grants_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn not_found_for_another_accept_removes_no_tag() {
+    let (registry, cache) = stocked();
+    let mut cache = Arc::into_inner(cache).unwrap();
+    pulls(&cache, &registry, "pub/one", "").await;
+    let named = registry.state().shelves["pub/one"].tags["1"];
+    registry.state().needs_listed_type.insert(named);
+    let of_anyone = || tag("pub/one", "1", String::new());
+    cache.accept = Some("*/*");
+    gets_nothing(&cache, of_anyone()).await;
+    registry.set_condition(Condition::Down);
+    cache.accept = None;
+    gets(&cache, of_anyone()).await;
+
+    registry.set_condition(Condition::Healthy);
+    let deleted = |state: &mut super::registry::State| {
+        state.shelves.get_mut("pub/one").unwrap().tags.remove("1");
+    };
+    deleted(&mut registry.state());
+    gets_nothing(&cache, of_anyone()).await;
+    registry.set_condition(Condition::Down);
+    gets_nothing(&cache, of_anyone()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn not_found_after_a_lost_right_removes_no_tag() {
+    let (registry, cache) = stocked();
+    registry.state().no = No::Masked;
+    registry.lets("bob", "acme/app");
+    pulls(&cache, &registry, "acme/app", &alice()).await;
+    gets(&cache, tag("acme/app", "1", bob())).await;
+    registry.revokes("bob", "acme/app");
+    // Longer than `grant_ttl`.
+    jump(3600);
+    gets_nothing(&cache, tag("acme/app", "1", bob())).await;
+    registry.set_condition(Condition::Down);
+    gets(&cache, tag("acme/app", "1", alice())).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn registry_denial_counts_in_token_service_outage() {
     let (registry, cache) = stocked();
     pulls(&cache, &registry, "acme/app", &alice()).await;
