@@ -35,19 +35,16 @@ impl RangeRequest {
         matches!(self, Self::Single(ByteRange::FromOffset(first)) if *first > 0)
     }
 
-    /// Upper bound of the bytes in the response, for any size of the body. `None` if unbounded.
-    pub fn bytes_max(&self) -> Option<u64> {
-        let ranges = match self {
-            Self::None => return None,
-            Self::Single(range) => std::slice::from_ref(range),
-            Self::Multi(ranges) => ranges,
-        };
-        let sizes = ranges.iter().map(|range| match *range {
-            ByteRange::FromOffset(_) => None,
-            ByteRange::Bounded { first, last } => Some(last.saturating_sub(first).saturating_add(1)),
-            ByteRange::Suffix(bytes) => Some(bytes),
-        });
-        sizes.reduce(|sum, size| Some(sum?.saturating_add(size?)))?
+    /// Upper bound of the bytes in the response with a blob that is not cached, for any size of it. `None` if unbounded, also
+    /// for several ranges, because that response is the full blob.
+    pub fn uncached_bytes_max(&self) -> Option<u64> {
+        match *self {
+            Self::Single(ByteRange::Bounded { first, last }) => {
+                Some(last.saturating_sub(first).saturating_add(1))
+            }
+            Self::Single(ByteRange::Suffix(bytes)) => Some(bytes),
+            Self::Single(ByteRange::FromOffset(_)) | Self::None | Self::Multi(_) => None,
+        }
     }
 
     /// Bytes to send of a body of `size` bytes.

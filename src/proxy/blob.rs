@@ -516,7 +516,7 @@ impl BlobRequest<'_> {
             Some(size) if size <= SMALL_BYTES_MAX => Class::Interactive,
             _ => Class::Bulk,
         };
-        let bytes = self.request.range.bytes_max();
+        let bytes = self.request.range.uncached_bytes_max();
         JoinOptions {
             demand: Demand {
                 class,

@@ -10,7 +10,7 @@ use std::task::{Context, Poll, ready};
 use std::time::SystemTime;
 
 use bytes::Bytes;
-use http::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, RANGE, TRANSFER_ENCODING};
+use http::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, IF_RANGE, RANGE, TRANSFER_ENCODING};
 use http::request::Parts;
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Method, Version};
@@ -182,6 +182,7 @@ fn read(
             upstream_registry.writes(repository)
         });
     let request = Request {
+        range: ranges(&head.headers, &endpoint),
         registry: upstream_registry,
         endpoint,
         head: head.method == Method::HEAD,
@@ -194,7 +195,6 @@ fn read(
         for_push: false,
         trace: trace.clone(),
         peer: queue::Peer::of(peer.address),
-        range: RangeRequest::read(head.headers.get(RANGE)),
         needs_length: head.version <= Version::HTTP_10,
         upstream_caches: UpstreamCaches::default(),
     };
@@ -371,6 +371,16 @@ fn authorization(headers: &HeaderMap) -> Option<HeaderValue> {
     Some(value)
 }
 
+/// The ranges of a request. An `If-Range` that does not match the blob, or is weak or a date, means the full blob (RFC 9110
+/// §13.1.5). A blob never changes, so that is known before it is read.
+fn ranges(headers: &HeaderMap, endpoint: &Endpoint) -> RangeRequest {
+    let is_same = headers.get(IF_RANGE).is_none_or(|tag| match endpoint {
+        Endpoint::Blob { digest, .. } => tag.as_bytes() == format!("\"{digest}\"").as_bytes(),
+        _ => false,
+    });
+    RangeRequest::read(headers.get(RANGE).filter(|_| is_same))
+}
+
 /// The body of a request, which records whether it was read to its end. On HTTP/1 the next request cannot be found
 /// behind an unread body, so the connection closes with the response (RFC 9112 §9.3 and §9.6).
 pub(super) struct RequestBody {
@@ -422,5 +432,33 @@ impl Body for RequestBody {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+
+    /// The download is then not limited to the bytes of the range.
+    #[test]
+    fn if_range_of_another_entity_means_the_full_blob() {
+        let digest = format!("sha256:{}", "a".repeat(64));
+        let endpoint = Endpoint::parse(&Method::GET, &format!("/v2/a/b/blobs/{digest}"), None).unwrap();
+        let read = |tag: Option<&str>| {
+            let mut headers = HeaderMap::new();
+            headers.insert(RANGE, HeaderValue::from_static("bytes=0-9"));
+            if let Some(tag) = tag {
+                headers.insert(IF_RANGE, HeaderValue::from_str(tag).unwrap());
+            }
+            ranges(&headers, &endpoint)
+        };
+        let same = format!("\"{digest}\"");
+        for tag in [None, Some(&*same)] {
+            assert!(matches!(read(tag), RangeRequest::Single(_)), "{tag:?}");
+        }
+        for tag in [&format!("W/{same}"), "\"x\"", "Thu, 01 Jan 1970 00:00:00 GMT"] {
+            assert_eq!(read(Some(tag)), RangeRequest::None, "{tag}");
+        }
     }
 }

@@ -220,3 +220,12 @@ proptest! {
         prop_assert_eq!(once, wanted);
     }
 }
+
+#[test]
+fn several_ranges_of_an_uncached_blob_are_unbounded() {
+    let max = |text: &str| read(text).uncached_bytes_max();
+    assert_eq!(max("bytes=5-9"), Some(5));
+    assert_eq!(max("bytes=-7"), Some(7));
+    assert_eq!(max("bytes=5-"), None);
+    assert_eq!(max("bytes=0-9,100-109"), None);
+}

@@ -48,7 +48,7 @@ impl BlobResponse<'_> {
         let sent = match self.size {
             // Uncached passthrough is verified as a unit, so it is sent in full.
             Some(size) if !matches!(content, BlobBody::Passthrough(_)) => {
-                self.context.resolve_range(size, &etag, is_cached)
+                self.context.resolve_range(size, is_cached)
             }
             _ => ResolvedRange::Full,
         };

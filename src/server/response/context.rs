@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use http::header::{IF_NONE_MATCH, IF_RANGE};
+use http::header::IF_NONE_MATCH;
 use http::request::Parts;
 use http::{HeaderValue, Version};
 
@@ -25,7 +25,6 @@ pub(in crate::server) struct ResponseContext {
     pub(super) endpoint: Endpoint,
     pub(super) head: bool,
     if_none_match: Option<HeaderValue>,
-    if_range: Option<HeaderValue>,
     range: RangeRequest,
     pub(super) now: SystemTime,
     /// What caches before this one say about the response.
@@ -53,7 +52,6 @@ impl ResponseContext {
             endpoint: request.endpoint.clone(),
             head: request.head,
             if_none_match: head.headers.get(IF_NONE_MATCH).cloned(),
-            if_range: head.headers.get(IF_RANGE).cloned(),
             range: request.range.clone(),
             now: request.now,
             upstream_caches: request.upstream_caches.clone(),
@@ -104,16 +102,11 @@ impl ResponseContext {
         matches!(self.range, RangeRequest::Single(ByteRange::FromOffset(_)))
     }
 
-    /// The ranges to send of a blob of `size` bytes. `Range` applies to GET alone (RFC 9110 §14.2). An `If-Range`
-    /// that does not match, or is weak or a date, means the full blob (§13.1.5). So do several ranges of a blob that
-    /// is not cached.
-    pub(super) fn resolve_range(&self, size: u64, etag: &str, is_cached: bool) -> ResolvedRange {
-        let unchanged = self
-            .if_range
-            .as_ref()
-            .is_none_or(|tag| tag.as_bytes() == etag.as_bytes());
+    /// The ranges to send of a blob of `size` bytes. `Range` applies to GET alone (RFC 9110 §14.2). Several ranges of a blob
+    /// that is not cached mean the full blob.
+    pub(super) fn resolve_range(&self, size: u64, is_cached: bool) -> ResolvedRange {
         let is_supported = is_cached || !matches!(self.range, RangeRequest::Multi(_));
-        if unchanged && is_supported && !self.head {
+        if is_supported && !self.head {
             self.range.resolve(size)
         } else {
             ResolvedRange::Full
