@@ -20,6 +20,11 @@ pub enum PathError {
     /// Resolves to `/v2/` and does not begin with it.
     #[error("it resolves to /v2/ but does not begin with it")]
     Prefix,
+    /// Names content of a repository below a `/v2/` that is not its beginning.
+    #[error(
+        "it contains /v2/ and does not begin with it; a registry below a path is requested as /v2/… at its host"
+    )]
+    Nested,
     /// Unnecessary percent-encoding.
     #[error("below /v2/ nothing may be percent-encoded but the colon of a digest")]
     Encoded,
@@ -34,12 +39,16 @@ pub enum PathError {
     Character,
 }
 
-/// Rejects every non-canonical path that some server may resolve to `/v2/`.
+/// Segments behind a repository name in the paths of the distribution spec. Those of extensions begin with `_`.
+const RESOURCES: [&[u8]; 4] = [b"manifests", b"blobs", b"tags", b"referrers"];
+
+/// Rejects every non-canonical path that some server may resolve to `/v2/`, and the repositories of a registry whose `/v2/` is
+/// below a path: under its own host, such a path leads to its API as well, and names no repository to the cache.
 pub fn check(path: &str) -> Result<(), PathError> {
     match path.strip_prefix("/v2/") {
         Some(rest) => check_segments(rest),
-        None if path != "/v2" && leads_to_v2(path) => Err(PathError::Prefix),
-        None => Ok(()),
+        None if path == "/v2" => Ok(()),
+        None => check_elsewhere(path),
     }
 }
 
@@ -96,8 +105,8 @@ fn check_characters(segment: &str) -> Result<(), PathError> {
     }
 }
 
-/// Whether the first segment is `v2` after decoding and normalization.
-fn leads_to_v2(path: &str) -> bool {
+/// Checks a path that does not begin with `/v2/`, after decoding and normalization.
+fn check_elsewhere(path: &str) -> Result<(), PathError> {
     let mut text = path.as_bytes().to_vec();
     for _ in 0..DECODINGS {
         text = percent_decode(&text).collect();
@@ -110,9 +119,19 @@ fn leads_to_v2(path: &str) -> bool {
             segment => segments.push(segment),
         }
     }
-    segments
-        .first()
-        .is_some_and(|first| first.eq_ignore_ascii_case(b"v2"))
+    let is_root = |segment: &&[u8]| segment.eq_ignore_ascii_case(b"v2");
+    match segments.iter().position(is_root) {
+        None => Ok(()),
+        Some(0) => Err(PathError::Prefix),
+        Some(root) if segments.iter().skip(root + 2).any(|segment| is_resource(segment)) => {
+            Err(PathError::Nested)
+        }
+        Some(_) => Ok(()),
+    }
+}
+
+fn is_resource(segment: &[u8]) -> bool {
+    segment.starts_with(b"_") || RESOURCES.iter().any(|name| segment.eq_ignore_ascii_case(name))
 }
 
 /// The byte that the first two hex digits of `text` encode.
@@ -150,7 +169,10 @@ mod tests {
             "/healthz",
             "/v20/x",
             "/api/v2.0/%2Fx//y",
-            "/artifactory/api/docker/x/v2/app%2Fx",
+            "/artifactory/api/docker/x/v2/token",
+            "/artifactory/api/docker/x/v2/_catalog",
+            "/auth/v2/tokens/issue",
+            "/service/v1/manifests/tags",
         ] {
             assert_eq!(check(path), Ok(()), "{path}");
         }
@@ -166,6 +188,33 @@ mod tests {
             ("/v2\\secret/app/manifests/1", PathError::Prefix),
             ("/./v2/secret/app/manifests/1", PathError::Prefix),
             ("/x/%2e%2e/v2/secret/app/manifests/1", PathError::Prefix),
+            ("/repository/docker/v2/secret/app/manifests/1", PathError::Nested),
+            ("/repository/docker/V2/secret/MANIFESTS/1", PathError::Nested),
+            (
+                "/repository/docker/v2/secret/app/blobs/uploads/",
+                PathError::Nested,
+            ),
+            ("/repository/docker/v2/secret/app/tags/list", PathError::Nested),
+            (
+                "/repository/docker/v2/secret/app/referrers/sha256:00",
+                PathError::Nested,
+            ),
+            (
+                "/repository/docker/v2/secret/app/_trust/tuf/root.json",
+                PathError::Nested,
+            ),
+            (
+                "/repository/v2/docker/v2/secret/app/manifests/1",
+                PathError::Nested,
+            ),
+            (
+                "/repository/docker%2Fv2/secret/app%2Fmanifests/1",
+                PathError::Nested,
+            ),
+            (
+                "/repository//docker/%2576%32;x/secret/app/manifests/1",
+                PathError::Nested,
+            ),
             ("/v2/secret/app/manifests%2F1", PathError::Encoded),
             ("/v2/secret/app%2Fmanifests/1", PathError::Encoded),
             ("/v2/secret/app/%6danifests/1", PathError::Encoded),
