@@ -37,6 +37,12 @@ pub(super) enum Rejection {
     /// A large body on a request that needs none.
     #[error("the body of a {0} request may not exceed 64 KiB")]
     BodyTooLarge(Method),
+    /// A form that did not arrive in time.
+    #[error("the form of a token request must arrive within {0} s")]
+    BodyTimeout(u64),
+    /// A body that broke off, or whose framing is invalid.
+    #[error("the body of the request is incomplete")]
+    BodyIncomplete,
     /// Plain HTTP from an address that needs TLS.
     #[error("plain HTTP is accepted from loopback only; use https://, or set listen.plain_http = \"any\"")]
     PlainHttp,
@@ -129,8 +135,10 @@ impl Rejection {
             | Self::Accept(_)
             | Self::InvalidHost
             | Self::Framing
+            | Self::BodyIncomplete
             | Self::NsNotAHost(_)
             | Self::ConflictingUpstreams { .. } => StatusCode::BAD_REQUEST,
+            Self::BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
             Self::Loop => StatusCode::LOOP_DETECTED,
             Self::Misdirected => StatusCode::MISDIRECTED_REQUEST,
             Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
@@ -182,7 +190,9 @@ impl Rejection {
             | Self::InvalidHost
             | Self::Misdirected
             | Self::Framing
-            | Self::BodyTooLarge(_) => ErrorCode::Unsupported,
+            | Self::BodyTooLarge(_)
+            | Self::BodyTimeout(_)
+            | Self::BodyIncomplete => ErrorCode::Unsupported,
         }
     }
 
@@ -197,6 +207,8 @@ impl Rejection {
             Self::Framing => "bad-framing",
             Self::Loop => "loop",
             Self::BodyTooLarge(_) => "body-too-large",
+            Self::BodyTimeout(_) => "body-timeout",
+            Self::BodyIncomplete => "body-incomplete",
             Self::PlainHttp => "plain-http",
             Self::TunnelNotAllowed(_) => "tunnel-not-allowed",
             Self::TooManyTunnels => "too-many-tunnels",
@@ -216,6 +228,13 @@ impl Rejection {
 
     /// Whether the connection must be closed, because the boundary of the next request is not certain.
     pub(super) fn closes_connection(&self) -> bool {
-        matches!(self, Self::Framing | Self::BodyTooLarge(_) | Self::InvalidHost)
+        matches!(
+            self,
+            Self::Framing
+                | Self::BodyTooLarge(_)
+                | Self::BodyTimeout(_)
+                | Self::BodyIncomplete
+                | Self::InvalidHost
+        )
     }
 }

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE};
-use http::{HeaderValue, Response};
+use http::{HeaderValue, Method, Response};
+use http_body::Body as HttpBody;
 use http_body_util::{BodyExt as _, Full};
 use zeroize::Zeroizing;
 
@@ -33,12 +34,14 @@ impl RegistryService {
         body: RequestBody,
     ) -> (Response<Body>, AccessLogFields) {
         let head = info.head;
-        let Ok(Some(form)) = tokio::time::timeout(FORM_TIMEOUT, read_form(body)).await else {
-            let error = Rejection::BodyTooLarge(head.method.clone());
-            return (
-                response::request_error(&error, &head.method),
-                AccessLogFields::rejected(error.name()),
-            );
+        let form = match read_form(body, &head.method).await {
+            Ok(form) => form,
+            Err(error) => {
+                return (
+                    response::request_error(&error, &head.method),
+                    AccessLogFields::rejected(error.name()),
+                );
+            }
         };
         let asked = TokenRequest::read(head.headers.get(AUTHORIZATION), head.uri.query(), &form);
         let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
@@ -75,20 +78,73 @@ impl RegistryService {
     }
 }
 
-/// The form. `None` if it is too long or incomplete. Zeroized after its last use.
-async fn read_form(mut body: RequestBody) -> Option<Bytes> {
+/// The form, received within [`FORM_TIMEOUT`]. Zeroized after its last use.
+async fn read_form<B>(body: B, method: &Method) -> Result<Bytes, Rejection>
+where
+    B: HttpBody<Data = Bytes> + Unpin,
+{
+    let received = tokio::time::timeout(FORM_TIMEOUT, collect_form(body, method)).await;
+    received.unwrap_or(Err(Rejection::BodyTimeout(FORM_TIMEOUT.as_secs())))
+}
+
+async fn collect_form<B>(mut body: B, method: &Method) -> Result<Bytes, Rejection>
+where
+    B: HttpBody<Data = Bytes> + Unpin,
+{
     let mut form = Zeroizing::new(Vec::new());
     while let Some(frame) = body.frame().await {
-        let Ok(data) = frame.ok()?.into_data() else {
+        let Ok(data) = frame.map_err(|_| Rejection::BodyIncomplete)?.into_data() else {
             continue;
         };
         if form.len() + data.len() > FORM_BYTES_MAX {
-            return None;
+            return Err(Rejection::BodyTooLarge(method.clone()));
         }
         // Reserved at full size at once, so that growing leaves no copy of a secret behind.
         let room = FORM_BYTES_MAX - form.len();
         form.reserve_exact(room);
         form.extend_from_slice(&data);
     }
-    Some(Bytes::from_owner(form))
+    Ok(Bytes::from_owner(form))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use std::io::{Error, ErrorKind};
+
+    use futures_util::{StreamExt as _, stream};
+    use http::StatusCode;
+    use http_body::Frame;
+    use http_body_util::StreamBody;
+
+    use super::*;
+
+    type Received = Result<Frame<Bytes>, Error>;
+
+    async fn read(frames: Vec<Received>, is_complete: bool) -> Result<Bytes, (StatusCode, &'static str)> {
+        let rest = if is_complete {
+            stream::empty().left_stream()
+        } else {
+            stream::pending().right_stream()
+        };
+        let body = StreamBody::new(stream::iter(frames).chain(rest));
+        let form = read_form(body, &Method::POST).await;
+        form.map_err(|error| (error.status(), error.name()))
+    }
+
+    fn part(bytes: &'static [u8]) -> Received {
+        Ok(Frame::data(Bytes::from_static(bytes)))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn slow_or_broken_form_is_reported_as_such() {
+        let whole = read(vec![part(b"a="), part(b"b")], true).await;
+        assert_eq!(whole, Ok(Bytes::from_static(b"a=b")));
+        let slow = read(vec![part(b"a=")], false).await;
+        assert_eq!(slow, Err((StatusCode::REQUEST_TIMEOUT, "body-timeout")));
+        let broken = read(vec![part(b"a="), Err(ErrorKind::UnexpectedEof.into())], true).await;
+        assert_eq!(broken, Err((StatusCode::BAD_REQUEST, "body-incomplete")));
+        let long = read(vec![part(&[b'a'; FORM_BYTES_MAX]), part(b"b")], false).await;
+        assert_eq!(long, Err((StatusCode::PAYLOAD_TOO_LARGE, "body-too-large")));
+    }
 }
