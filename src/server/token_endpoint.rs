@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{AUTHORIZATION, CONTENT_TYPE};
+use http::header::CONTENT_TYPE;
 use http::{HeaderValue, Method, Response};
 use http_body::Body as HttpBody;
 use http_body_util::{BodyExt as _, Full};
@@ -43,7 +43,7 @@ impl RegistryService {
                 );
             }
         };
-        let asked = TokenRequest::read(head.headers.get(AUTHORIZATION), head.uri.query(), &form);
+        let asked = TokenRequest::read(&head.method, &head.headers, head.uri.query(), &form);
         let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
         let mut headers = head.headers.clone();
         info.trace.inject(&mut headers);

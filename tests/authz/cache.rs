@@ -245,7 +245,7 @@ impl Cache {
         if !account.is_empty() {
             headers.insert(header::AUTHORIZATION, HeaderValue::from_str(account).unwrap());
         }
-        let asked = TokenRequest::read(headers.get(header::AUTHORIZATION), Some(&query), b"");
+        let asked = TokenRequest::read(&Method::GET, &headers, Some(&query), b"");
         let passing = ForwardRequest {
             method: Method::GET,
             path_and_query: format!("/token?{query}"),

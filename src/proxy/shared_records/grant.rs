@@ -174,7 +174,7 @@ impl ProxyService {
             });
         }
         // Equal for each spelling of the header.
-        let login = TokenRequest::read(Some(shown), None, &[]).credential?;
+        let login = TokenRequest::basic(shown)?;
         let identity = Zeroizing::new([b"basic\0", login.as_slice()].concat());
         Some(RecordedClient {
             principal: self.shared.principal(&identity)?,
