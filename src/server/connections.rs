@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::permits::{Permit, Permits};
 use self::victim::{Candidate, Choice, Newcomer, is_many, victim};
+use super::listener::host_network;
 use crate::store::LogLimit;
 use crate::telemetry::{CloseReason, ConnectionState, OpenConnection, Telemetry};
 
@@ -38,7 +39,7 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 pub(crate) struct Bounds {
     /// Connections of the process.
     pub(crate) places: usize,
-    /// Connections of one address. The same number of further ones may wait.
+    /// Connections of one address, or of one IPv6 /64. The same number of further ones may wait.
     pub(crate) per_address: usize,
     /// Waiting connections of all addresses together.
     pub(crate) waiting: usize,
@@ -68,6 +69,7 @@ struct Inner {
 
 #[derive(Default)]
 struct Registered {
+    /// By [`host_network`].
     addresses: HashMap<IpAddr, Arc<Address>>,
     /// The connections with a permit of the process.
     open: HashMap<u64, Arc<Entry>>,
@@ -75,7 +77,7 @@ struct Registered {
     waiting: usize,
 }
 
-/// The connections of one address.
+/// The connections of one address, or of one IPv6 /64.
 struct Address {
     permits: Arc<Semaphore>,
     /// Connections that have a permit or wait for one. Changed only under the lock.
@@ -156,7 +158,7 @@ impl Connections {
             Some(ip) => {
                 let address = registered
                     .addresses
-                    .entry(ip)
+                    .entry(host_network(ip))
                     .or_insert_with(|| Address::new(bounds.per_address));
                 Arc::clone(address)
             }
@@ -328,7 +330,7 @@ impl Drop for Present {
         let mut registered = self.connections.0.registered.lock();
         let left = self.address.present.fetch_sub(1, Ordering::Relaxed) - 1;
         if let (0, Some(ip)) = (left, self.ip) {
-            registered.addresses.remove(&ip);
+            registered.addresses.remove(&host_network(ip));
         }
     }
 }

@@ -29,6 +29,8 @@ use tokio::sync::oneshot;
 
 use ledger::{Ledger, Ticket};
 
+use super::listener::host_network;
+
 /// The bytes of all response bodies in memory, beyond one minimum chunk for each body. With less, 64 readers of one
 /// address could not read the largest chunk each. Blobs that `sendfile` sends are not counted, because none of their bytes
 /// is in memory.
@@ -38,7 +40,7 @@ const BYTES_MAX: usize = 40 * 1024 * 1024;
 /// jobs that pull 40 layers each. With 16,384, unread streams of one address took 24 MiB more.
 const BODIES_MAX: usize = 4_096;
 
-/// A client's address. `None` for a unix socket.
+/// The network of a client ([`host_network`]). `None` for a unix socket.
 type Address = Option<IpAddr>;
 
 /// Memory budget of the response bodies of the process.
@@ -65,20 +67,20 @@ impl Egress {
     }
 
     /// The account of one body for a client at `address`.
-    pub(super) fn body(&self, address: Address) -> Account {
+    pub(super) fn body(&self, address: Option<IpAddr>) -> Account {
         Account {
             egress: self.clone(),
-            address,
+            address: address.map(host_network),
             of_body: Arc::default(),
             admission: Admission::New,
         }
     }
 
     /// The unsent TLS records of one connection of a client at `address`.
-    pub(super) fn unsent(&self, address: Address) -> Unsent {
+    pub(super) fn unsent(&self, address: Option<IpAddr>) -> Unsent {
         Unsent {
             egress: self.clone(),
-            address,
+            address: address.map(host_network),
             bytes: 0,
         }
     }

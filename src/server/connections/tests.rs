@@ -295,6 +295,18 @@ async fn t10_a_closing_connection_sends_what_its_peer_still_takes() {
     assert_eq!(handle.ended(endless).await, None);
 }
 
+#[test]
+fn ipv6_network_of_a_host_has_one_limit() {
+    let connections = connections(8, 1, 8);
+    let of = |address: &str| Some(address.parse().unwrap());
+    let first = connections.address_permit(of("2001:db8::1"));
+    let second = connections.waits(of("2001:db8::2"));
+    let elsewhere = connections.address_permit(of("2001:db8:0:1::1"));
+    assert_eq!(connections.refuses(of("2001:db8::3")), Some(Refused::Address));
+    drop((first, second, elsewhere));
+    assert!(connections.is_empty());
+}
+
 #[tokio::test(start_paused = true)]
 async fn t10_a_client_behind_a_balancer_counts_under_its_own_address() {
     let connections = connections(2, 1, 8);

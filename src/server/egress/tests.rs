@@ -1,4 +1,5 @@
 use std::future::poll_fn;
+use std::net::Ipv6Addr;
 use std::path::Path;
 use std::task::Waker;
 use std::time::Duration;
@@ -29,6 +30,25 @@ fn crowd(egress: &Egress) -> Vec<Account> {
         }
         accounts.push(account);
     }
+}
+
+#[test]
+fn ipv6_network_of_a_host_has_one_share() {
+    let egress = Egress::default();
+    let mut accounts = Vec::new();
+    let mut admits = |address: Ipv6Addr| {
+        let mut account = egress.body(Some(address.into()));
+        let is_admitted = reserve_now(&mut account).is_ready();
+        accounts.push(account);
+        is_admitted
+    };
+    let network = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0).to_bits();
+    let admitted = (1..).find(|host| !admits(Ipv6Addr::from_bits(network | host)));
+    assert!(
+        admitted.is_some_and(|hosts| hosts <= BODIES_MAX as u128 / 2 + 1),
+        "{admitted:?}"
+    );
+    assert!(admits(Ipv6Addr::from_bits(network | 1 << 64)));
 }
 
 #[tokio::test]
