@@ -46,6 +46,10 @@ const H2_SEND_BYTES_MAX: usize = 64 * 1024;
 /// connections of an address, and enough for 250 MB/s at 1 ms.
 const H2_RECEIVED_BYTES_MAX: u32 = 256 * 1024;
 
+/// TLS sessions inside the `CONNECT` streams of one connection. Each may have as many streams and bytes in memory as a
+/// connection of its own, and counts as none. Clients use HTTP/1.1 to a proxy, which allows one.
+pub(super) const INTERCEPTED_SESSIONS_MAX: usize = 4;
+
 pub(super) type ServeError = Box<dyn Error + Send + Sync>;
 pub(super) type ServeResult = Result<(), ServeError>;
 
@@ -323,6 +327,7 @@ impl Acceptor {
             acceptor: self.clone(),
             peer,
             permit: Arc::new(permit),
+            sessions: Arc::new(Semaphore::new(INTERCEPTED_SESSIONS_MAX)),
             tasks,
         })
     }
@@ -391,6 +396,8 @@ pub(super) struct Connection {
     pub(super) acceptor: Acceptor,
     pub(super) peer: ConnectionInfo,
     pub(super) permit: Arc<ConnectionPermit>,
+    /// Permits for the TLS sessions inside `CONNECT`.
+    pub(super) sessions: Arc<Semaphore>,
     /// Tasks that shutdown waits for.
     pub(super) tasks: TaskTracker,
 }

@@ -21,7 +21,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
-use super::acceptor::Connection;
+use super::acceptor::{Connection, INTERCEPTED_SESSIONS_MAX};
 use super::access_log::AccessLogEntry;
 use super::access_log::AccessLogFields;
 use super::auth::{CredentialHeader, PeerCredentials};
@@ -74,10 +74,19 @@ impl TunnelRules {
 
 /// Target of a `CONNECT`.
 enum ConnectTarget {
-    /// Intercepted: the upstream's canonical host, the upstream, and the credentials of the connection.
-    Intercept(Arc<str>, Arc<crate::proxy::UpstreamRegistry>, PeerCredentials),
+    /// Intercepted.
+    Intercept(InterceptedSession, Arc<crate::proxy::UpstreamRegistry>),
     /// Tunnelled without reading.
     Tunnel(Box<dyn Stream>, TunnelPermit),
+}
+
+/// An intercepted TLS session.
+struct InterceptedSession {
+    /// The upstream's canonical host.
+    name: Arc<str>,
+    /// The credentials of the connection.
+    credentials: PeerCredentials,
+    permit: OwnedSemaphorePermit,
 }
 
 /// Permit for one tunnel. Fields drop in order: the permit is released before the gauge is decremented, so an
@@ -108,10 +117,10 @@ impl Connection {
         let registry = service.registry.load_full();
         let target_kind = self.resolve_target(&head, &registry).await;
         let (response, fields) = match target_kind {
-            Ok(ConnectTarget::Intercept(name, upstream_registry, credentials)) => {
+            Ok(ConnectTarget::Intercept(session, upstream_registry)) => {
                 record.set_route(Some(&upstream_registry), RouteKind::Connect);
                 registry.proxy.prefetch_challenge(&upstream_registry);
-                let intercepted = Arc::clone(&self).serve_intercepted(name, credentials, upgrade);
+                let intercepted = Arc::clone(&self).serve_intercepted(session, upgrade);
                 self.tasks.spawn(intercepted);
                 let fields = AccessLogFields::connected(CacheResult::Local, "intercepted");
                 (Response::new(Body::empty()), fields)
@@ -174,11 +183,13 @@ impl Connection {
         if let Some(upstream_registry) = registry.router.by_host(&name) {
             match self.acceptor.tls().leaf(host_part(&name)) {
                 Ok(_) => {
-                    return Ok(ConnectTarget::Intercept(
-                        name.into(),
-                        Arc::clone(upstream_registry),
+                    let permit = Arc::clone(&self.sessions).try_acquire_owned();
+                    let session = InterceptedSession {
+                        name: name.into(),
                         credentials,
-                    ));
+                        permit: permit.map_err(|_| Rejection::TooManySessions(INTERCEPTED_SESSIONS_MAX))?,
+                    };
+                    return Ok(ConnectTarget::Intercept(session, Arc::clone(upstream_registry)));
                 }
                 Err(error) if registry.router.by_name(&name).is_some() => {
                     return Err(Rejection::NoCertificate(error.to_string()));
@@ -208,11 +219,15 @@ impl Connection {
     /// Boxed, because the inner connection may create this future again.
     fn serve_intercepted(
         self: Arc<Self>,
-        name: Arc<str>,
-        credentials: PeerCredentials,
+        session: InterceptedSession,
         upgrade: OnUpgrade,
     ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(async move {
+            let InterceptedSession {
+                name,
+                credentials,
+                permit: _permit,
+            } = session;
             let Ok(upgraded) = upgrade.await else { return };
             let (tls, limit) = (self.acceptor.tls(), self.acceptor.limits().handshake_timeout);
             let unsent = self.acceptor.service().egress.unsent(self.peer.address);
@@ -255,6 +270,7 @@ impl Connection {
                     agent: LastAgent::default(),
                 },
                 permit: Arc::clone(&self.permit),
+                sessions: Arc::clone(&self.sessions),
                 tasks: self.tasks.clone(),
             });
             if let Err(error) = inner.serve_http(stream).await {

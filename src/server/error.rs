@@ -54,6 +54,9 @@ pub(super) enum Rejection {
     /// `tunnels_max` reached.
     #[error("the limit `tunnels_max` of open tunnels is reached")]
     TooManyTunnels,
+    /// Limit of intercepted TLS sessions on one connection.
+    #[error("a connection may have {0} TLS sessions by CONNECT; open another connection")]
+    TooManySessions(usize),
     /// The target of a tunnel cannot be reached, or its address is not allowed.
     #[error("no tunnel to {0}: the host {1}")]
     TunnelFailed(String, UpstreamFailure),
@@ -154,7 +157,9 @@ impl Rejection {
             | Self::TunnelNotAllowed(_)
             | Self::NoCertificate(_)
             | Self::TunnelFailed(_, UpstreamFailure::Redirects(_)) => StatusCode::FORBIDDEN,
-            Self::TooManyTunnels | Self::TooManyPasswordChecks => StatusCode::SERVICE_UNAVAILABLE,
+            Self::TooManyTunnels | Self::TooManySessions(_) | Self::TooManyPasswordChecks => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::TunnelFailed(_, UpstreamFailure::Timeout | UpstreamFailure::ConnectTimeout) => {
                 StatusCode::GATEWAY_TIMEOUT
             }
@@ -179,9 +184,11 @@ impl Rejection {
             | Self::TunnelNotAllowed(_)
             | Self::NoCertificate(_)
             | Self::TunnelFailed(_, UpstreamFailure::Redirects(_)) => ErrorCode::Denied,
-            Self::TooManyTunnels | Self::TooManyPasswordChecks | Self::TunnelFailed(..) | Self::Loop => {
-                ErrorCode::Unavailable
-            }
+            Self::TooManyTunnels
+            | Self::TooManySessions(_)
+            | Self::TooManyPasswordChecks
+            | Self::TunnelFailed(..)
+            | Self::Loop => ErrorCode::Unavailable,
             Self::UnknownUpstream(_) => ErrorCode::NameUnknown,
             Self::NsNotAHost(_) | Self::ConflictingUpstreams { .. } => ErrorCode::NameInvalid,
             Self::ReadOnly(_)
@@ -212,6 +219,7 @@ impl Rejection {
             Self::PlainHttp => "plain-http",
             Self::TunnelNotAllowed(_) => "tunnel-not-allowed",
             Self::TooManyTunnels => "too-many-tunnels",
+            Self::TooManySessions(_) => "too-many-sessions",
             Self::TunnelFailed(..) => "tunnel-failed",
             Self::NoCertificate(_) => "no-certificate",
             Self::Unauthenticated => "unauthenticated",

@@ -3,6 +3,11 @@
 use crate::forwarding::host_routing::two_upstreams;
 use crate::proxy::{Ask, Proxy, Setup, manifest_path, raw};
 use crate::registry::{Image, Upstream, within};
+use bytes::Bytes;
+use http::Request;
+use http_body_util::Empty;
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
@@ -194,6 +199,38 @@ async fn there_are_only_so_many_tunnels() {
         )
         .await;
     open(&proxy, &target).await;
+}
+
+/// Each `CONNECT` stream of HTTP/2 has a TLS session with streams and windows of its own.
+#[tokio::test]
+async fn a_connection_has_few_intercepted_sessions() {
+    let (_hub, _other, proxy) = two_upstreams().await;
+    let stream = TcpStream::connect(proxy.registry_address()).await.unwrap();
+    let handshake = http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
+    let (mut sender, connection) = handshake.await.unwrap();
+    tokio::spawn(connection);
+    let mut connect = async || {
+        let request = Request::connect("ghcr.io:443")
+            .body(Empty::<Bytes>::new())
+            .unwrap();
+        let response = within("the response", sender.send_request(request))
+            .await
+            .unwrap();
+        (response.status().as_u16(), response)
+    };
+    let mut open = Vec::new();
+    for _ in 0..4 {
+        let (status, response) = connect().await;
+        assert_eq!(status, 200);
+        open.push(response);
+    }
+    let (status, refused) = connect().await;
+    assert_eq!(status, 503);
+    assert_eq!(refused.headers()["retry-after"], "5");
+    assert!(metrics(&proxy).await.contains("reason=\"too-many-sessions\""));
+    // Its stream ends with the response.
+    open.pop();
+    within("a permit", async { while connect().await.0 != 200 {} }).await;
 }
 
 #[tokio::test]
