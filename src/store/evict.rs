@@ -106,9 +106,19 @@ struct State {
 
 #[derive(Clone, Copy)]
 struct NoProgress {
-    until: SystemTime,
+    at: SystemTime,
     /// Most bytes that could be freed.
     bytes: u64,
+}
+
+impl NoProgress {
+    /// Whether a round for at least so many bytes is still useless. A clock that was set back ends the pause.
+    fn applies(&self, now: SystemTime, bytes_min: u64) -> bool {
+        let is_recent = now
+            .duration_since(self.at)
+            .is_ok_and(|age| age < NO_PROGRESS_PAUSE);
+        is_recent && self.bytes < bytes_min
+    }
 }
 
 /// Result of a round.
@@ -149,17 +159,18 @@ impl Evictor {
 
     /// Reserves space for a blob, evicting other content if necessary.
     pub(super) fn reserve(&self, bytes: u64) -> Result<Reservation, StoreError> {
-        let shortfall = match self.quota.reserve(bytes) {
-            Ok(reservation) => {
-                self.wake_if_needed();
-                return Ok(reservation);
-            }
-            Err(shortfall) => shortfall,
-        };
-        if self.quota.fits_limit(bytes) {
+        let mut reserved = self.quota.reserve(bytes);
+        if reserved.is_ok() {
+            self.wake_if_needed();
+        } else if self.quota.fits_limit(bytes) {
+            let shortfall = || {
+                reserved = self.quota.reserve(bytes);
+                reserved.as_ref().err().copied()
+            };
             self.evict_for(shortfall, true);
         }
-        self.quota.reserve(bytes).map_err(|shortfall| {
+        let reserved = reserved.or_else(|_| self.quota.reserve(bytes));
+        reserved.map_err(|shortfall| {
             self.state.totals.refused.fetch_add(1, Ordering::Relaxed);
             StoreError::OverQuota {
                 bytes,
@@ -171,13 +182,17 @@ impl Evictor {
     /// Evicts content for `bytes` more on a full disk. Returns whether anything was freed.
     pub(super) fn relieve_full_disk(&self, bytes: u64) -> bool {
         let before = self.totals().bytes;
-        let shortfall = Shortfall {
-            quota_kind: QuotaKind::Free,
-            bytes_min: 1,
-            bytes_target: bytes.max(1),
+        let freed = || self.totals().bytes.saturating_sub(before);
+        let shortfall = || {
+            let lacking = bytes.max(1).saturating_sub(freed());
+            (lacking > 0).then_some(Shortfall {
+                quota_kind: QuotaKind::Free,
+                bytes_min: 1,
+                bytes_target: lacking,
+            })
         };
         self.evict_for(shortfall, false);
-        self.totals().bytes > before
+        freed() > 0
     }
 
     pub(super) fn totals(&self) -> Evictions {
@@ -223,24 +238,24 @@ impl Evictor {
             if self.stop.load(Ordering::Relaxed) {
                 return;
             }
-            if let Some(shortfall) = self.quota.background_shortfall() {
-                self.evict_for(shortfall, false);
-            }
+            self.evict_for(|| self.quota.background_shortfall(), false);
         }
     }
 
-    /// Evicts content for `shortfall`. With `is_all_or_nothing`, nothing is removed if the least number of bytes
-    /// cannot be freed.
-    fn evict_for(&self, shortfall: Shortfall, is_all_or_nothing: bool) {
+    /// Evicts content until `shortfall` returns `None`. It is measured again before each round, because other threads
+    /// free space while this one waits, and so does a round that ends early. With `is_all_or_nothing`, nothing is
+    /// removed if the least number of bytes cannot be freed.
+    fn evict_for(&self, mut shortfall: impl FnMut() -> Option<Shortfall>, is_all_or_nothing: bool) {
         let mut no_progress = self.state.round.lock();
-        let now = self.access_times.now();
-        if no_progress
-            .is_some_and(|no_progress| now < no_progress.until && no_progress.bytes < shortfall.bytes_min)
-        {
-            return;
-        }
-        *no_progress = None;
         for _ in 0..ROUNDS_MAX {
+            let Some(shortfall) = shortfall() else {
+                return;
+            };
+            let now = self.access_times.now();
+            if no_progress.is_some_and(|no_progress| no_progress.applies(now, shortfall.bytes_min)) {
+                return;
+            }
+            *no_progress = None;
             let bytes_min = if is_all_or_nothing { shortfall.bytes_min } else { 0 };
             match self.round(shortfall, bytes_min) {
                 Ok(Round::Reclaimed) => {
@@ -255,19 +270,13 @@ impl Evictor {
                             "eviction freed too little, the remaining content is pinned, in use or younger than an hour"
                         );
                     }
-                    *no_progress = Some(NoProgress {
-                        until: now + NO_PROGRESS_PAUSE,
-                        bytes,
-                    });
+                    *no_progress = Some(NoProgress { at: now, bytes });
                     return;
                 }
                 Err(fault) => {
                     tracing::warn!(%fault, "eviction failed");
                     self.state.is_short.store(true, Ordering::Relaxed);
-                    *no_progress = Some(NoProgress {
-                        until: now + NO_PROGRESS_PAUSE,
-                        bytes: 0,
-                    });
+                    *no_progress = Some(NoProgress { at: now, bytes: 0 });
                     return;
                 }
             }

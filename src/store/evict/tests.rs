@@ -7,11 +7,13 @@ use super::super::access_times::ContentId;
 use super::super::graph::Node;
 use super::super::pins::Pin;
 use super::super::tests::power_cut::PowerCutFs;
-use super::super::tests::{Fixture, UPSTREAM, at, digest, key, manifest, put_blob, put_manifest, variant};
+use super::super::tests::{
+    Fixture, UPSTREAM, at, counted_usage, digest, key, manifest, put_blob, put_manifest, variant,
+};
 use super::plan::Plan;
 use super::*;
 use crate::store::usage_report::Reclaimed;
-use crate::store::{Settings, Store, content_path};
+use crate::store::{Limits, Settings, Store, content_path};
 
 /// Stores an image that is old enough to evict. Returns the plan of a round.
 fn evictable_image(store: &Store) -> Plan {
@@ -302,4 +304,33 @@ fn t08_pin_waits_for_running_eviction() {
         drop(removing);
         is_pinned.recv().unwrap();
     });
+}
+
+#[test]
+fn waiting_reservation_evicts_nothing_after_space_was_freed() {
+    let fixture = Fixture::memory();
+    let store = fixture.open();
+    for number in 0..10_u32 {
+        put_blob(&store, &number.to_be_bytes().repeat(250)).unwrap();
+    }
+    counted_usage(&store);
+    store.access_times.set_now(at(7200));
+    // Each of them needs one blob less, and evicts down to 90 % of the limit: two.
+    store.quota.set_limits(Limits {
+        bytes_max: 10_000,
+        free_bytes_min: 0,
+    });
+    let (sender, reserved) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let round = store.evictor.state.round.lock();
+        for _ in 0..2 {
+            let (sender, evictor) = (sender.clone(), &store.evictor);
+            scope.spawn(move || sender.send(evictor.reserve(500)).unwrap());
+        }
+        assert!(reserved.recv_timeout(Duration::from_millis(50)).is_err());
+        drop(round);
+        let reservations = [reserved.recv().unwrap(), reserved.recv().unwrap()];
+        assert!(reservations.iter().all(Result::is_ok));
+    });
+    assert_eq!(store.evictions().for_size, 2);
 }
