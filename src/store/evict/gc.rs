@@ -7,8 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use super::super::usage_report::Reclaimed;
 use super::super::{Store, StoreError};
-use super::execute::PlanOutcome;
-use super::plan::plan;
+use super::plan::{Plan, plan};
 use super::{EVICTION_MIN_AGE, Evictor, ROUNDS_MAX};
 
 impl Store {
@@ -22,24 +21,19 @@ impl Store {
 
 impl Evictor {
     fn collect(&self, unused_for: Duration, is_dry_run: bool) -> Result<Reclaimed, StoreError> {
-        let _one_at_a_time = self.state.round.lock();
         let now = self.access_times.now();
         let protected_since = now.checked_sub(unused_for).unwrap_or(SystemTime::UNIX_EPOCH);
+        if is_dry_run {
+            // It removes nothing, so a pull that needs space does not wait for it.
+            return Ok(self.unused(protected_since)?.reclaimed());
+        }
         let mut freed = Reclaimed::default();
         for _ in 0..ROUNDS_MAX {
+            // Per round, so that a pull that needs space waits for one of them at most.
+            let _one_at_a_time = self.state.round.lock();
             self.access_times.start_tracking();
-            let done = self.snapshot().and_then(|mut graph| {
-                // What tags reference is referenced, so it stays.
-                graph.keep_tags_and_referrers();
-                let plan = plan(graph, u64::MAX, protected_since);
-                if is_dry_run {
-                    return Ok(PlanOutcome {
-                        freed: plan.reclaimed(),
-                        is_complete: true,
-                    });
-                }
-                self.execute(&plan, None)
-            });
+            let plan = self.unused(protected_since);
+            let done = plan.and_then(|plan| self.execute(&plan, None));
             self.access_times.stop_tracking();
             let done = done?;
             freed.tags += done.freed.tags;
@@ -52,5 +46,13 @@ impl Evictor {
             }
         }
         Ok(freed)
+    }
+
+    /// Plans the removal of content that no tag references and that was not used since `protected_since`.
+    fn unused(&self, protected_since: SystemTime) -> Result<Plan, StoreError> {
+        let mut graph = self.snapshot()?;
+        // What tags reference is referenced, so it stays.
+        graph.keep_tags_and_referrers();
+        Ok(plan(graph, u64::MAX, protected_since))
     }
 }

@@ -334,3 +334,17 @@ fn waiting_reservation_evicts_nothing_after_space_was_freed() {
     });
     assert_eq!(store.evictions().for_size, 2);
 }
+
+#[test]
+fn dry_run_of_gc_does_not_wait_for_an_eviction() {
+    let fixture = Fixture::memory();
+    let store = fixture.open();
+    let (sender, found) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let round = store.evictor.state.round.lock();
+        scope.spawn(|| sender.send(store.collect(Duration::ZERO, true)).unwrap());
+        let found = found.recv_timeout(Duration::from_secs(10));
+        drop(round);
+        assert!(found.is_ok());
+    });
+}
