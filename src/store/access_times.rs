@@ -4,7 +4,8 @@
 //! depends on these times. A lost batch costs little, because the older time of the file remains. `find -mtime +30`
 //! lists content that has not been used for 30 days.
 //!
-//! The store never reads the clock. Callers set its time with `set_now`; the latest value counts.
+//! The store never reads the clock. A periodic caller sets its time, also back. Between its calls, the latest time that
+//! an access had counts.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -20,6 +21,9 @@ use crate::oci::Digest;
 
 /// Most accesses recorded between two batches. Further ones are dropped until the batch is written.
 const PENDING_MAX: usize = 131_072;
+
+/// A clock that goes back by less was not set: a request may have read it after the periodic caller.
+const CLOCK_STEP_MS_MIN: u64 = 1000;
 
 /// Identifies stored content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -75,17 +79,24 @@ impl AccessTimes {
         access_times
     }
 
-    /// The latest time set by a caller.
+    /// The time of the store.
     pub(super) fn now(&self) -> SystemTime {
         from_millis(self.now_ms.load(Ordering::Relaxed))
     }
 
+    /// Sets the time. If the clock was set back, recorded accesses count as made now: they would count as unknown
+    /// otherwise, and content in use would be evicted first.
     pub(super) fn set_now(&self, now: SystemTime) {
-        self.now_ms.fetch_max(to_millis(now), Ordering::Relaxed);
+        let before = self.now_ms.swap(to_millis(now), Ordering::Relaxed);
+        if to_millis(now).saturating_add(CLOCK_STEP_MS_MIN) < before {
+            for accessed_at in self.pending.lock().values_mut() {
+                *accessed_at = now.min(*accessed_at);
+            }
+        }
     }
 
     pub(super) fn record(&self, content: ContentId, now: SystemTime) {
-        self.set_now(now);
+        self.now_ms.fetch_max(to_millis(now), Ordering::Relaxed);
         let mut pending = self.pending.lock();
         if pending.len() < PENDING_MAX || pending.contains_key(&content) {
             pending.insert(content, now);

@@ -348,3 +348,30 @@ fn dry_run_of_gc_does_not_wait_for_an_eviction() {
         assert!(found.is_ok());
     });
 }
+
+#[test]
+fn used_content_is_protected_after_the_clock_was_set_back() {
+    for fixture in [Fixture::directory(), Fixture::memory()] {
+        let store = fixture.open();
+        drop(evictable_image(&store));
+        store.evictor.access_times.stop_tracking();
+        let used = [
+            ContentId::Manifest(digest(&manifest(1))),
+            ContentId::Blob(digest(&1_u32.to_be_bytes())),
+        ];
+        let touch = |seconds| used.iter().for_each(|content| store.touch(*content, at(seconds)));
+        let is_evicted = || store.evictor.relieve_full_disk(u64::MAX);
+        // An access while the clock was ahead counts as made when it was set back.
+        store.tick(at(7 * 3600));
+        touch(7 * 3600);
+        store.tick(at(3 * 3600));
+        assert!(!is_evicted());
+        // And an access after that counts at its time, for an hour.
+        store.tick(at(5 * 3600));
+        touch(5 * 3600);
+        store.tick(at(6 * 3600 - 60));
+        assert!(!is_evicted());
+        store.tick(at(7 * 3600));
+        assert!(is_evicted());
+    }
+}
