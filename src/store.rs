@@ -100,7 +100,7 @@ pub use self::async_store::AsyncStore;
 use self::checksummed_json::to_millis;
 pub use self::error::{HealthIssue, OpenError, StoreError};
 use self::evict::Evictor;
-pub use self::evict::{EVICTION_MIN_AGE, Evictions};
+pub use self::evict::{DeleteError, EVICTION_MIN_AGE, Evictions};
 use self::fs::FileSystem;
 pub use self::fs::disk_errors::LogLimit;
 use self::fs::monitored::{DiskHealth, MonitoredFs};

@@ -188,12 +188,11 @@ pub(super) async fn submit_form(
         "remove" => {
             let registry = admin.registry.load_full();
             let named = ImageRef::parse(image, &registry)?;
-            let Some(key) = named.tag_key() else {
-                return Err(Problem::bad_request("a tag is required"));
-            };
-            let freed =
-                blocking(move || Ok(registry.proxy.store().blocking().delete_images(&[key], false)?)).await?;
-            format!("Removed {named}; {} freed.", bytes(freed.bytes))
+            blocking(move || {
+                let removed = images::remove(&registry, &named, false, false)?;
+                Ok(format!("Removed {named}; {} freed.", bytes(removed.bytes_freed)))
+            })
+            .await?
         }
         action @ ("pin" | "unpin") => {
             let (name, _) = admin.pin(image, action == "pin").await?;

@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 
 use super::Admin;
 use super::extract::JsonBody;
-use super::image_ref::{ImageRef, full_name};
+use super::image_ref::ImageRef;
 use super::response::{Problem, blocking};
 use crate::oci::{AnyDigest, Reference};
 use crate::server::ServingState;
@@ -38,12 +38,8 @@ pub(super) struct PinResult {
 #[utoipa::path(get, path = "/api/v1/pins", responses((status = 200, body = Pins)))]
 pub(super) async fn pins(State(admin): State<Admin>) -> Json<Pins> {
     let pins = admin.registry.load().proxy.store().blocking().pins();
-    let name = |pin: &Pin| match pin {
-        Pin::Tag(key) => full_name(key),
-        Pin::Digest(digest) => digest.to_string(),
-    };
     Json(Pins {
-        pins: pins.iter().map(name).collect(),
+        pins: pins.iter().map(Pin::to_string).collect(),
     })
 }
 

@@ -281,15 +281,14 @@ impl Blobs {
         removed
     }
 
-    /// Removes a blob if `is_free` returns true and no reader has it open. Returns its size, or `None` if it was not
-    /// removed.
+    /// Removes a blob if `is_free` returns true. Returns its size, or `None` if it was not removed.
     pub(super) fn evict(
         &self,
         digest: &Digest,
         is_free: impl FnOnce() -> bool,
     ) -> Result<Option<u64>, StoreError> {
         let _rename_lock = self.rename_lock.lock();
-        if !is_free() || self.is_in_use(digest) {
+        if !is_free() {
             return Ok(None);
         }
         let size = size_of(self.fs.as_ref(), &content_path(TREE, digest)).unwrap_or(0);

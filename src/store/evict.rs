@@ -6,10 +6,11 @@
 //! never an image without its content. If content is needed between snapshot and removal, the round ends and starts
 //! again with a new snapshot.
 //!
-//! Garbage collection of unused content works the same way (`gc`).
+//! Garbage collection of unused content (`gc`) and deletion of images (`delete`) work the same way.
 //!
 //! Rounds run on a background thread before the store is full, and on the thread of a pull that finds no space.
 
+mod delete;
 mod execute;
 mod gc;
 mod plan;
@@ -22,8 +23,8 @@ use std::time::{Duration, SystemTime};
 
 use parking_lot::{Condvar, Mutex};
 
+pub use self::delete::DeleteError;
 use self::plan::plan;
-pub(super) use self::plan::plan_deletion;
 use super::access_times::AccessTimes;
 use super::blobs::Blobs;
 use super::fs::FileSystem;
@@ -284,8 +285,13 @@ impl Evictor {
     }
 
     fn round(&self, shortfall: Shortfall, bytes_min: u64) -> Result<Round, StoreError> {
+        self.tracked(|| self.tracked_round(shortfall, bytes_min))
+    }
+
+    /// Takes a snapshot and removes content. What is needed meanwhile is tracked.
+    fn tracked<T>(&self, remove: impl FnOnce() -> T) -> T {
         self.access_times.start_tracking();
-        let done = self.tracked_round(shortfall, bytes_min);
+        let done = remove();
         self.access_times.stop_tracking();
         done
     }

@@ -175,6 +175,22 @@ impl Graph {
         NodeId::new(self.names.tags.find(name)?).ok()
     }
 
+    /// The stored manifest with this digest.
+    pub(super) fn manifest(&self, digest: &Digest) -> Option<NodeId> {
+        self.names.manifest(digest)
+    }
+
+    /// The stored manifests that the tags refer to whose files have these names.
+    pub(super) fn targets(&self, names: &[Digest]) -> Vec<Digest> {
+        let tags = names.iter().filter_map(|name| self.tag(name));
+        let targets = tags.flat_map(|tag| self.children.neighbors(tag));
+        let targets = targets.filter_map(|target| match self.names.node(target)? {
+            Node::Manifest(digest) => Some(digest),
+            Node::Tag(_) | Node::Blob(_) => None,
+        });
+        targets.collect()
+    }
+
     /// Whether this is a manifest about another one that is stored, such as a signature.
     pub(super) fn is_referrer(&self, id: NodeId) -> bool {
         let subjects = &self.subjects;

@@ -3,6 +3,7 @@
 //! Each pin is a small self-describing file. All are in memory: an operator sets them by hand, so there are few.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -39,6 +40,20 @@ enum Record {
     Digest {
         digest: String,
     },
+}
+
+/// The full name of the tag, or the digest.
+impl fmt::Display for Pin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tag(TagKey {
+                upstream,
+                repository,
+                tag,
+            }) => write!(f, "{upstream}/{repository}:{tag}"),
+            Self::Digest(digest) => write!(f, "{digest}"),
+        }
+    }
 }
 
 impl Store {

@@ -1,4 +1,4 @@
-//! Per-image usage: size, size shared with other images, and the space that a deletion would reclaim.
+//! Per-image usage: size, and size shared with other images.
 //!
 //! For the operator, not for pulls. Content is referenced many times: a layer by every manifest that lists it, and a
 //! manifest by every tag and index that refers to it. So an image has two sizes: the total, and the part that no other
@@ -6,11 +6,9 @@
 //!
 //! A page of images costs only what it shows. Only sharing concerns all images: [`ReferenceCounts`] counts references
 //! on the graph of all images, in 16 bytes per digest, and is cached until something changes.
-//!
-//! Deleting an image deletes only what no other tag needs, and no manifest that was pulled by digest.
 
+use std::collections::BTreeMap;
 use std::collections::hash_map::RandomState;
-use std::collections::{BTreeMap, BTreeSet};
 use std::hash::BuildHasher as _;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -19,7 +17,6 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use super::evict::plan_deletion;
 use super::graph::{Graph, Node};
 use super::tags::{TagKey, TagRecord};
 use super::{Store, StoreError, content_path, size_of};
@@ -221,45 +218,6 @@ impl Store {
     pub fn tag_usage(&self, key: &TagKey) -> Result<Option<TagUsage>, StoreError> {
         let record = self.tag(key)?;
         Ok(record.map(|record| self.usage_of(key.clone(), (*record).clone())))
-    }
-
-    /// Deletes these tags and the content that nothing else references; with `is_dry_run`, only computes it. A client
-    /// that is reading such a blob can read it to its end. Blocks.
-    pub fn delete_images(&self, keys: &[TagKey], is_dry_run: bool) -> Result<Reclaimed, StoreError> {
-        let mut found = Vec::new();
-        for key in keys.iter().collect::<BTreeSet<_>>() {
-            if self.tag(key)?.is_some() {
-                found.push(key);
-            }
-        }
-        let names: Vec<Digest> = found.iter().map(|key| key.name()).collect();
-        let plan = plan_deletion(self.evictor.snapshot()?, &names);
-        let tags = found.len() as u64;
-        if is_dry_run {
-            return Ok(Reclaimed {
-                tags,
-                ..plan.reclaimed()
-            });
-        }
-        let mut reclaimed = Reclaimed {
-            tags,
-            ..Reclaimed::default()
-        };
-        for key in found {
-            self.remove_tag(key)?;
-        }
-        for (node, bytes) in plan.steps() {
-            let was_there = match &node {
-                // Removed above, durably.
-                Node::Tag(_) => false,
-                Node::Manifest(digest) => self.remove_manifest(digest)?,
-                Node::Blob(digest) => self.remove_blob(digest)?,
-            };
-            if was_there {
-                reclaimed.count(&node, bytes);
-            }
-        }
-        Ok(reclaimed)
     }
 
     fn content(&self, record: &TagRecord) -> BTreeMap<Digest, Content> {

@@ -15,9 +15,8 @@ use super::super::response::{Problem, blocking};
 use super::not_cached;
 use crate::oci::{Reference, Repository};
 use crate::server::ServingState;
-use crate::store::Store;
-use crate::store::pins::Pin;
 use crate::store::tags::TagKey;
+use crate::store::{DeleteError, Store};
 
 #[derive(Default, Deserialize, utoipa::IntoParams)]
 #[serde(default)]
@@ -42,7 +41,7 @@ pub(in crate::admin) struct Removed {
     tags: u64,
     manifests: u64,
     blobs: u64,
-    bytes_freed: u64,
+    pub(in crate::admin) bytes_freed: u64,
 }
 
 /// Delete a tag, or all tags of a repository, with the content that no other image uses.
@@ -53,7 +52,7 @@ pub(in crate::admin) struct Removed {
     responses(
         (status = 200, body = Removed),
         (status = 404, description = "Not found."),
-        (status = 409, description = "The image is pinned."),
+        (status = 409, description = "The image or a part of it is pinned."),
     )
 )]
 pub(in crate::admin) async fn delete_image(
@@ -66,7 +65,7 @@ pub(in crate::admin) async fn delete_image(
 }
 
 /// Removes a tag, or all tags of a repository. With `is_trial`, only reports what that would free.
-fn remove(
+pub(in crate::admin) fn remove(
     registry: &ServingState,
     named: &ImageRef,
     all_tags: bool,
@@ -93,13 +92,6 @@ fn remove(
             None => Problem::not_found(format!("no tag of {upstream}/{repository} is cached")),
         });
     }
-    let pinned = keys.iter().find(|key| store.is_pinned(&Pin::Tag((*key).clone())));
-    if let (Some(key), false) = (pinned, is_trial) {
-        return Err(Problem::new(
-            StatusCode::CONFLICT,
-            format!("{} is pinned; unpin it first", full_name(key)),
-        ));
-    }
     let freed = store.delete_images(&keys, is_trial)?;
     if !is_trial {
         tracing::info!(image = %named, tags = freed.tags, bytes = freed.bytes, "images removed on request");
@@ -112,6 +104,15 @@ fn remove(
         blobs: freed.blobs,
         bytes_freed: freed.bytes,
     })
+}
+
+impl From<DeleteError> for Problem {
+    fn from(error: DeleteError) -> Self {
+        match error {
+            DeleteError::Pinned(_) => Self::new(StatusCode::CONFLICT, error.to_string()),
+            DeleteError::Store(fault) => fault.into(),
+        }
+    }
 }
 
 fn tags_of(store: &Store, upstream: &str, repository: &Repository) -> Vec<TagKey> {

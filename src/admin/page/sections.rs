@@ -349,8 +349,10 @@ fn row(image: &Image, secret: &str) -> Markup {
                         button.quiet name="action" value="block" title="Never serve this digest" aria-label=(format!("Block {}", image.name)) { "Block" }
                     }
                 }
-                form method="get" action="/" {
-                    button.quiet name="remove" value=(image.name) aria-label=(format!("Remove {}", image.name)) { "Remove" }
+                @if !image.pinned {
+                    form method="get" action="/" {
+                        button.quiet name="remove" value=(image.name) aria-label=(format!("Remove {}", image.name)) { "Remove" }
+                    }
                 }
             }
         }

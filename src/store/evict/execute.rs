@@ -14,6 +14,15 @@ use super::Evictor;
 use super::plan::Plan;
 use crate::oci::Digest;
 
+/// What becomes of a blob that a client is reading.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Readers {
+    /// It stays.
+    Keep,
+    /// It is removed. The client can read it to its end.
+    ReadOn,
+}
+
 /// Result of executing a plan.
 pub(super) struct PlanOutcome {
     pub(super) freed: Reclaimed,
@@ -64,13 +73,7 @@ impl Evictor {
                 }
                 Node::Manifest(digest) | Node::Blob(digest) => {
                     self.sync_tag_removals()?;
-                    let _removing = self.access_times.removing();
-                    let is_free =
-                        || !self.access_times.was_needed(digest) && !self.pins.has(&Pin::Digest(*digest));
-                    match node {
-                        Node::Manifest(_) => self.manifests.evict(digest, is_free)?,
-                        _ => self.blobs.evict(digest, is_free)?,
-                    }
+                    self.remove_content(&node, digest, Readers::Keep)?
                 }
             };
             let Some(freed) = removed else {
@@ -95,6 +98,24 @@ impl Evictor {
             tracing::info!(why, tags, manifests, blobs, bytes, "evicted");
         }
         Ok(done)
+    }
+
+    /// Removes a manifest or blob. Returns its size, or `None` if it stays, because it was needed since the snapshot, is
+    /// pinned, or is read.
+    pub(super) fn remove_content(
+        &self,
+        node: &Node,
+        digest: &Digest,
+        readers: Readers,
+    ) -> Result<Option<u64>, StoreError> {
+        let _removing = self.access_times.removing();
+        let is_free = || !self.access_times.was_needed(digest) && !self.pins.has(&Pin::Digest(*digest));
+        match node {
+            Node::Manifest(_) => self.manifests.evict(digest, is_free),
+            _ => self.blobs.evict(digest, || {
+                is_free() && (readers == Readers::ReadOn || !self.blobs.is_in_use(digest))
+            }),
+        }
     }
 
     fn note_tag_removal(&self, name: &Digest) {

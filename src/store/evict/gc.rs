@@ -31,11 +31,7 @@ impl Evictor {
         for _ in 0..ROUNDS_MAX {
             // Per round, so that a pull that needs space waits for one of them at most.
             let _one_at_a_time = self.state.round.lock();
-            self.access_times.start_tracking();
-            let plan = self.unused(protected_since);
-            let done = plan.and_then(|plan| self.execute(&plan, None));
-            self.access_times.stop_tracking();
-            let done = done?;
+            let done = self.tracked(|| self.execute(&self.unused(protected_since)?, None))?;
             freed.tags += done.freed.tags;
             freed.manifests += done.freed.manifests;
             freed.blobs += done.freed.blobs;

@@ -75,12 +75,18 @@ pub(super) fn plan(mut graph: Graph, bytes: u64, protected_since: SystemTime) ->
     }
 }
 
-/// Plans the removal of these tags and of the content that nothing else references. Protects nothing.
-pub(in crate::store) fn plan_deletion(mut graph: Graph, tags: &[Digest]) -> Plan {
+/// Plans the removal of these tags, of the manifests that nothing references, and of the content that nothing else
+/// references. Protects nothing.
+pub(super) fn plan_deletion(mut graph: Graph, tags: &[Digest], manifests: &[Digest]) -> Plan {
     graph.is_kept.fill(false);
     let mut removals = Removals::new(&graph, graph.reference_counts());
     for tag in tags.iter().filter_map(|name| graph.tag(name)) {
         removals.remove_root(tag);
+    }
+    for manifest in manifests.iter().filter_map(|digest| graph.manifest(digest)) {
+        if removals.is_free(manifest) {
+            removals.remove_root(manifest);
+        }
     }
     let Removals { steps, bytes, .. } = removals;
     Plan {
@@ -175,6 +181,12 @@ impl<'a> Removals<'a> {
             bytes: 0,
             graph,
         }
+    }
+
+    /// Whether a node has no references and stays so far.
+    fn is_free(&self, at: NodeId) -> bool {
+        let is_removed = self.is_removed.get(at.index());
+        self.refcounts.get(at.index()) == Some(&0) && is_removed == Some(&false)
     }
 
     /// Removes a node without references, and what it alone references.

@@ -499,7 +499,7 @@ fn deletion_removes_what_only_its_tags_reference() {
     snapshot.blobs[2].is_protected = true;
     let delete = |snapshot: &Snapshot, tags: &[&str]| {
         let names: Vec<Digest> = tags.iter().map(|tag| key(tag).name()).collect();
-        let plan = plan_deletion(snapshot.graph(), &names);
+        let plan = plan_deletion(snapshot.graph(), &names, &[]);
         plan.steps().map(|(node, _)| node).collect::<Vec<_>>()
     };
     let content = |nodes: &[Node]| nodes[1..].to_vec();
