@@ -1,5 +1,7 @@
 //! Blob store. A blob becomes visible only after its digest was verified, and is immutable from then on.
 
+mod quarantine;
+
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -119,12 +121,6 @@ impl Store {
     pub fn remove_blob(&self, digest: &Digest) -> Result<bool, StoreError> {
         self.blobs.remove(digest)
     }
-
-    /// Moves a corrupt blob to the quarantine. From then on it is a cache miss.
-    pub fn quarantine_blob(&self, digest: &Digest) {
-        self.blobs
-            .quarantine(digest, "blob content does not match its digest");
-    }
 }
 
 #[derive(Clone)]
@@ -145,7 +141,7 @@ pub(super) struct Blobs {
     disk_health: DiskHealth,
     open: Cache<Digest, BlobHandle>,
     small: Cache<Digest, Bytes, ByLength>,
-    /// Serializes the check for an existing blob and the rename to its name.
+    /// Serializes the check for an existing blob, the rename to its name, and removals.
     rename_lock: Mutex<()>,
     removed: Arc<RemovedDigests>,
     /// Count of removals. A caller that opened a file meanwhile checks again whether the blob still exists.
@@ -259,7 +255,7 @@ impl Blobs {
         }
         let bytes = Bytes::from(blob.read_all(SMALL_BLOB_BYTES_MAX).ok()?);
         if Digest::of(digest.algorithm(), &bytes) != *digest {
-            self.quarantine(digest, "blob content does not match its digest");
+            self.quarantine_damaged(digest);
             return None;
         }
         self.small.insert(*digest, bytes.clone());
@@ -273,6 +269,11 @@ impl Blobs {
     }
 
     fn remove(&self, digest: &Digest) -> Result<bool, StoreError> {
+        let _rename_lock = self.rename_lock.lock();
+        self.remove_locked(digest)
+    }
+
+    fn remove_locked(&self, digest: &Digest) -> Result<bool, StoreError> {
         let path = content_path(TREE, digest);
         let removed = self
             .usage
@@ -292,7 +293,7 @@ impl Blobs {
             return Ok(None);
         }
         let size = size_of(self.fs.as_ref(), &content_path(TREE, digest)).unwrap_or(0);
-        self.remove(digest).map(|_| Some(size))
+        self.remove_locked(digest).map(|_| Some(size))
     }
 
     /// Returns whether a reader has the blob open.
@@ -300,16 +301,6 @@ impl Blobs {
         // Two references are not a reader's: the one in the cache and the clone returned above.
         let blob = self.open.get(digest);
         blob.is_some_and(|blob| Arc::strong_count(&blob.file) > 2)
-    }
-
-    pub(super) fn quarantine(&self, digest: &Digest, why: &str) {
-        self.usage.quarantine(
-            ContentKind::Blob,
-            self.fs.as_ref(),
-            &content_path(TREE, digest),
-            why,
-        );
-        self.drop_from_caches(digest);
     }
 
     /// Renames a verified file to the blob's name, unless the blob exists already.

@@ -219,8 +219,14 @@ impl RemovedDigests {
         recent.nth.insert(prefix(digest), nth);
     }
 
-    fn count(&self) -> u64 {
+    /// Number of removals so far.
+    pub(super) fn count(&self) -> u64 {
         self.count.load(Ordering::Acquire)
+    }
+
+    /// Whether this digest was removed since there were so many removals. Also true if that is no longer known.
+    pub(super) fn is_removed_since(&self, count: u64, digest: &Digest) -> bool {
+        self.none_since(count, &[prefix(digest)]).is_none()
     }
 
     /// The current number of removals, if none since `count` was of one of these digests.

@@ -219,8 +219,7 @@ impl Scrub {
                 }
                 self.totals.damaged.fetch_add(1, Ordering::Relaxed);
                 if tree == blobs::TREE {
-                    self.blobs
-                        .quarantine(digest, "blob content does not match its digest");
+                    self.blobs.quarantine_damaged(digest);
                 } else {
                     self.manifests
                         .quarantine(digest, "manifest content does not match its digest");

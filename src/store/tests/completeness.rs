@@ -79,6 +79,7 @@ fn removal_makes_image_incomplete() {
         assert!(!is_complete(&store, &bytes));
         put_blob(&store, &1_u32.to_be_bytes()).unwrap();
         assert!(is_complete(&store, &bytes));
+        fixture.overwrite(&content_path("blobs", &digest(&1_u32.to_be_bytes())), b"????");
         store.quarantine_blob(&digest(&1_u32.to_be_bytes()));
         assert!(!is_complete(&store, &bytes));
     });
