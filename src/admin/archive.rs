@@ -165,6 +165,7 @@ pub(super) async fn export(
     responses(
         (status = 200, body = ImportResult),
         (status = 400, description = "An image has no name, or its registry is not a configured upstream."),
+        (status = 409, description = "Content was deleted during the import."),
         (status = 415, description = "The Content-Type must be application/x-tar."),
         (status = 422, description = "The archive is not an OCI image layout, is damaged, or lacks content of an image."),
         (status = 500, description = "The disk failed."),
@@ -287,6 +288,7 @@ impl From<import::ImportError> for Problem {
             import::ImportError::Store(StoreError::OverQuota { .. } | StoreError::Full { .. }) => {
                 Self::new(StatusCode::INSUFFICIENT_STORAGE, refused.to_string())
             }
+            import::ImportError::Removed(_) => Self::new(StatusCode::CONFLICT, refused.to_string()),
             import::ImportError::Store(_) => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, refused.to_string())
             }

@@ -2,7 +2,10 @@
 //!
 //! Files come in any order, so all are first stored as blobs under their own digests. Then the images of `index.json`
 //! are resolved. If all are complete, the import stores their manifests, then the repository memberships, and the tags
-//! last. Objects that no image needs are removed; if the import fails, all new objects are removed.
+//! last, if nothing was removed meanwhile. New objects that no image needs are removed, and all of a failed import are,
+//! but not what another image uses by then.
+//!
+//! Objects of a running import count as used, also those that were cached before. So it evicts none of them.
 //!
 //! An import has the authority of the operator only:
 //!
@@ -19,11 +22,12 @@ mod unpack;
 
 use std::collections::HashMap;
 use std::io::{self, Read};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use super::{Image, list_missing};
 use crate::oci::Digest;
-use crate::store::{Store, StoreError};
+use crate::store::access_times::ContentId;
+use crate::store::{EVICTION_MIN_AGE, Store, StoreError};
 
 use self::resolve::{ResolvedImage, ResolvedImport};
 use self::unpack::unpack;
@@ -95,6 +99,9 @@ pub enum ImportError {
         /// The missing digests.
         missing: Vec<String>,
     },
+    /// An object was removed during the import: deleted, or found damaged.
+    #[error("{0} was removed during the import; import the archive again")]
+    Removed(Digest),
     /// The store failed, for example because the disk is full.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -149,13 +156,17 @@ pub fn import(
     options: &ImportOptions<'_>,
 ) -> Result<Imported, ImportError> {
     let mut transaction = ImportTransaction::new(store);
-    let index = unpack(store, archive, &mut transaction)?;
+    let index = unpack(archive, &mut transaction)?;
     let found = ResolvedImport::of(store, &transaction, &index, options)?;
     found.store_content(store, options)?;
-    let imported = transaction.commit(&found);
+    // From here on, the stored manifests and their recent use protect the content.
+    found.require_stored(store)?;
     found.store_tags(store, options.now)?;
-    Ok(imported)
+    Ok(transaction.commit(&found))
 }
+
+/// Uses of the objects are recorded again after this time.
+const USE_INTERVAL: Duration = Duration::from_secs(EVICTION_MIN_AGE.as_secs() / 4);
 
 /// An object of the archive.
 #[derive(Clone, Copy)]
@@ -165,10 +176,12 @@ struct Object {
     is_new: bool,
 }
 
-/// The objects stored by this import. Dropping it before the commit removes the new ones.
+/// The objects of this import. Dropping it before the commit removes the new ones.
 struct ImportTransaction<'a> {
     store: &'a Store,
     objects: HashMap<Digest, Object>,
+    /// When the uses of the objects were recorded.
+    used_at: SystemTime,
 }
 
 impl<'a> ImportTransaction<'a> {
@@ -176,6 +189,27 @@ impl<'a> ImportTransaction<'a> {
         Self {
             store,
             objects: HashMap::new(),
+            used_at: store.now(),
+        }
+    }
+
+    fn add(&mut self, digest: Digest, object: Object) {
+        record_use(self.store, digest);
+        self.objects.insert(digest, object);
+    }
+
+    /// Records uses of all objects, if the last ones are not recent.
+    fn record_uses(&mut self) {
+        let now = self.store.now();
+        if now
+            .duration_since(self.used_at)
+            .is_ok_and(|age| age < USE_INTERVAL)
+        {
+            return;
+        }
+        self.used_at = now;
+        for digest in self.objects.keys() {
+            record_use(self.store, *digest);
         }
     }
 
@@ -204,9 +238,15 @@ impl<'a> ImportTransaction<'a> {
 
 impl Drop for ImportTransaction<'_> {
     fn drop(&mut self) {
-        for (digest, _) in self.objects.iter().filter(|(_, object)| object.is_new) {
-            // A blob that cannot be removed is unreferenced, so garbage collection removes it.
-            let _ = self.store.remove_blob(digest);
-        }
+        let new = self.objects.iter().filter(|(_, object)| object.is_new);
+        let new: Vec<Digest> = new.map(|(digest, _)| *digest).collect();
+        self.store.remove_unreferenced_blobs(&new);
+    }
+}
+
+/// An object is stored as a blob, a manifest or both.
+fn record_use(store: &Store, digest: Digest) {
+    for content in [ContentId::Blob(digest), ContentId::Manifest(digest)] {
+        store.touch(content, store.now());
     }
 }

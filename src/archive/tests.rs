@@ -8,6 +8,7 @@
 )]
 
 mod hostile;
+mod meanwhile;
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};

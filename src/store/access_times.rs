@@ -56,9 +56,22 @@ impl Store {
         Some(self.access_times.last_access(content, modified))
     }
 
+    /// Whether this is stored.
+    pub fn is_stored(&self, content: ContentId) -> bool {
+        match content {
+            ContentId::Blob(digest) => self.blobs.has(&digest),
+            ContentId::Manifest(digest) => self.manifests.has(&digest),
+        }
+    }
+
     /// Records that a client read this at `now`. Least recently used content is evicted first.
     pub fn touch(&self, content: ContentId, now: SystemTime) {
         self.access_times.record(content, now);
+    }
+
+    /// The time of the store.
+    pub fn now(&self) -> SystemTime {
+        self.access_times.now()
     }
 }
 

@@ -180,6 +180,11 @@ impl Graph {
         self.names.manifest(digest)
     }
 
+    /// The stored blob with this digest.
+    pub(super) fn blob(&self, digest: &Digest) -> Option<NodeId> {
+        self.names.blob(digest)
+    }
+
     /// The stored manifests that the tags refer to whose files have these names.
     pub(super) fn targets(&self, names: &[Digest]) -> Vec<Digest> {
         let tags = names.iter().filter_map(|name| self.tag(name));

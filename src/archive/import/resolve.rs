@@ -12,6 +12,7 @@ use crate::archive::layout::{self, Entry};
 use crate::archive::{INDEX_DEPTH_MAX, Image};
 use crate::oci::manifest::{DescriptorKind, MANIFEST_BYTES_MAX, ManifestKind};
 use crate::oci::{Accept, AnyDigest, Digest, MediaType, Reference};
+use crate::store::access_times::ContentId;
 use crate::store::listings::StoredListing;
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::{NEVER_CONFIRMED, TagKey, Variant};
@@ -145,6 +146,21 @@ impl ResolvedImport {
         Ok(())
     }
 
+    /// Requires that everything is stored still.
+    pub(super) fn require_stored(&self, store: &Store) -> Result<(), ImportError> {
+        for (digest, is_manifest) in self.needed() {
+            let content = if is_manifest {
+                ContentId::Manifest(digest)
+            } else {
+                ContentId::Blob(digest)
+            };
+            if !store.is_stored(content) {
+                return Err(ImportError::Removed(digest));
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn store_tags(&self, store: &Store, now: SystemTime) -> Result<(), ImportError> {
         self.images.iter().try_for_each(|found| found.put_tag(store, now))
     }
@@ -195,7 +211,7 @@ fn read_manifest(
         stored.bytes.clone()
     } else {
         let stored = store.blob(digest)?;
-        let stored = stored.ok_or_else(|| wrong("it was removed during the import".to_owned()))?;
+        let stored = stored.ok_or(ImportError::Removed(*digest))?;
         let bytes = stored.read_all(MANIFEST_BYTES_MAX as u64);
         Bytes::from(bytes.map_err(|error| wrong(error.to_string()))?)
     };

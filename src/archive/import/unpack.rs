@@ -8,9 +8,9 @@ use crate::archive::BUFFER_BYTES;
 use crate::archive::layout::{self, EntryKind, LAYOUT_BYTES_MAX};
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{Digest, Hasher};
+use crate::store::StoreError;
 use crate::store::blobs::Verified;
 use crate::store::ingest::Ingest;
-use crate::store::{Store, StoreError};
 
 /// Maximum size of data between two files: headers, long names, extended attributes. The tar crate buffers it in
 /// memory.
@@ -37,7 +37,6 @@ impl<R: Read> Read for HeaderLimit<'_, R> {
 
 /// Stores every blob and returns `index.json`.
 pub(super) fn unpack(
-    store: &Store,
     archive: impl Read,
     transaction: &mut ImportTransaction<'_>,
 ) -> Result<Vec<u8>, ImportError> {
@@ -65,8 +64,8 @@ pub(super) fn unpack(
                 if transaction.objects.contains_key(&digest) {
                     return Err(ImportError::Duplicate(name));
                 }
-                let object = blob(store, &mut entry, digest, size)?;
-                transaction.objects.insert(digest, object);
+                let object = blob(transaction, &mut entry, digest, size)?;
+                transaction.add(digest, object);
             }
         }
         remaining.set(HEADER_BYTES_MAX);
@@ -119,7 +118,14 @@ fn document(
 
 /// Stores a blob. A blob that is cached is only verified: its presence in the archive proves that the archive's
 /// creator had it.
-fn blob(store: &Store, entry: &mut impl Read, digest: Digest, size: u64) -> Result<Object, ImportError> {
+fn blob(
+    transaction: &mut ImportTransaction<'_>,
+    entry: &mut impl Read,
+    digest: Digest,
+    size: u64,
+) -> Result<Object, ImportError> {
+    let store = transaction.store;
+    transaction.record_uses();
     let is_cached = store.blob(&digest)?.is_some() || store.manifest(&digest)?.is_some();
     let ingest = if is_cached {
         None
@@ -139,6 +145,7 @@ fn blob(store: &Store, entry: &mut impl Read, digest: Digest, size: u64) -> Resu
         };
         let bytes = step.get(..count).unwrap_or_default();
         hasher.update(bytes);
+        transaction.record_uses();
         if let Some(file) = &file {
             let written = file.write_at(bytes, received);
             written.map_err(|error| StoreError::io("write", layout::blob_name(&digest), &error))?;

@@ -10,11 +10,11 @@ use crate::archive::import::ImportError;
 
 /// Builder of an archive.
 #[derive(Default)]
-struct Archive(Vec<(tar::EntryType, String, Vec<u8>)>);
+pub(super) struct Archive(Vec<(tar::EntryType, String, Vec<u8>)>);
 
 impl Archive {
     /// A layout with `manifest` and one layer.
-    fn of(manifest: &[u8], blobs: &[&[u8]]) -> Self {
+    pub(super) fn of(manifest: &[u8], blobs: &[&[u8]]) -> Self {
         let mut archive = Self::default();
         archive.file("oci-layout", &layout::layout_document());
         archive.file("index.json", &index(IMAGE, manifest, NAME));
@@ -42,7 +42,7 @@ impl Archive {
     }
 
     /// Bypasses the checks of the tar crate for writers.
-    fn bytes(&self) -> Vec<u8> {
+    pub(super) fn bytes(&self) -> Vec<u8> {
         let mut archive = Vec::new();
         for (kind, name, bytes) in &self.0 {
             archive.extend(head(*kind, name, bytes.len() as u64));

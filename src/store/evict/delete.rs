@@ -1,12 +1,13 @@
-//! Deletion of images on request of the operator: the tags, and the content that nothing else references.
+//! Deletion of images on request of the operator: the tags, and the content that nothing else references. And removal of
+//! blobs that an import has stored and no image needs.
 //!
-//! It removes in the order of an eviction and under the same checks: content that another image began to use after the
+//! A deletion removes in the order of an eviction and under the same checks: content that another image began to use after the
 //! snapshot stays. Otherwise nothing protects content of the image. A client that is reading a blob can read it to its
 //! end. A manifest that was pulled by digest keeps what it references.
 
 use std::collections::BTreeSet;
 
-use super::super::graph::Node;
+use super::super::graph::{Node, NodeId};
 use super::super::pins::Pin;
 use super::super::tags::TagKey;
 use super::super::usage_report::Reclaimed;
@@ -50,7 +51,39 @@ impl Store {
     }
 }
 
+impl Store {
+    /// Removes those of these blobs that no stored manifest references, unless they are pinned or read. A blob whose bytes
+    /// are also stored as a manifest is not needed either. Garbage collection removes what this cannot. Blocks.
+    pub fn remove_unreferenced_blobs(&self, digests: &[Digest]) {
+        if digests.is_empty() {
+            return;
+        }
+        if let Err(fault) = self.evictor.remove_unreferenced_blobs(digests) {
+            tracing::warn!(%fault, "failed to remove the blobs of an import that no image needs");
+        }
+    }
+}
+
 impl Evictor {
+    fn remove_unreferenced_blobs(&self, digests: &[Digest]) -> Result<(), StoreError> {
+        let _one_at_a_time = self.state.round.lock();
+        self.tracked(|| {
+            let graph = self.snapshot()?;
+            let refcounts = graph.reference_counts();
+            for digest in digests {
+                let is_free = |blob: NodeId| {
+                    let is_unreferenced = refcounts.get(blob.index()) == Some(&0);
+                    (is_unreferenced || graph.manifest(digest).is_some())
+                        && graph.is_kept.get(blob.index()) == Some(&false)
+                };
+                if graph.blob(digest).is_some_and(is_free) {
+                    self.remove_content(&Node::Blob(*digest), digest, Readers::Keep)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
     /// `remove_tag` removes a tag durably.
     fn delete(
         &self,

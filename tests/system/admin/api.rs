@@ -743,6 +743,7 @@ const ELSEWHERE: &[&str] = &[
     "get /api/v1/export 409",
     "get /api/v1/export 503",
     "post /api/v1/import 400",
+    "post /api/v1/import 409",
     "post /api/v1/import 422",
     "post /api/v1/import 500",
     "post /api/v1/import 503",
