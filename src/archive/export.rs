@@ -6,7 +6,7 @@
 
 mod resolve;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -17,6 +17,7 @@ use crate::oci::{Digest, Hasher};
 use crate::store::access_times::ContentId;
 use crate::store::blobs::BlobHandle;
 use crate::store::manifests::StoredManifest;
+use crate::store::verdicts::VerdictKind;
 use crate::store::{Store, StoreError};
 
 use self::resolve::ImageResolver;
@@ -70,11 +71,22 @@ pub enum Platforms<'a> {
     Selected(&'a dyn Fn(&str) -> bool),
 }
 
+/// Bytes of an archive between two checks for blocks.
+const BLOCK_CHECK_BYTES: u64 = 1024 * 1024;
+
 /// The resolved content of an archive.
 #[derive(Debug)]
 pub struct Plan {
+    images: Vec<Image>,
     entries: Vec<Entry>,
-    objects: Vec<ArchiveObject>,
+    objects: Vec<PlannedObject>,
+}
+
+#[derive(Debug)]
+struct PlannedObject {
+    object: ArchiveObject,
+    /// Numbers of the images that contain it.
+    images: Vec<usize>,
 }
 
 #[derive(Clone, Debug)]
@@ -101,7 +113,7 @@ impl ArchiveObject {
 
 impl Plan {
     /// Resolves `images` with their cached referrers. Marks all objects as used at `now`, so that they are not evicted
-    /// during the export. Blocks.
+    /// for an hour ([`EVICTION_MIN_AGE`](crate::store::EVICTION_MIN_AGE)). Blocks.
     pub fn new(
         store: &Store,
         images: &[Image],
@@ -109,11 +121,12 @@ impl Plan {
         now: SystemTime,
     ) -> Result<Self, ExportError> {
         let mut plan = Self {
+            images: images.to_vec(),
             entries: Vec::new(),
             objects: Vec::new(),
         };
-        let mut seen_digests = HashSet::new();
-        for image in images {
+        let mut positions = HashMap::new();
+        for (number, image) in images.iter().enumerate() {
             let mut resolver = ImageResolver {
                 store,
                 image,
@@ -130,14 +143,20 @@ impl Plan {
             );
             plan.entries.push(entry);
             plan.entries.extend(resolver.referrers());
-            plan.objects.extend(resolver.objects);
+            for object in resolver.objects {
+                let at = *positions.entry(*object.digest()).or_insert(plan.objects.len());
+                let images = vec![number];
+                match plan.objects.get_mut(at) {
+                    Some(planned) if planned.images.contains(&number) => {}
+                    Some(planned) => planned.images.push(number),
+                    None => plan.objects.push(PlannedObject { object, images }),
+                }
+            }
         }
-        plan.objects
-            .retain(|object| seen_digests.insert(*object.digest()));
         let mut named = HashSet::new();
         plan.entries
             .retain(|entry| named.insert((entry.digest, entry.name.clone())));
-        for object in &plan.objects {
+        for PlannedObject { object, .. } in &plan.objects {
             let used = match object {
                 ArchiveObject::Manifest(stored) => ContentId::Manifest(stored.digest),
                 ArchiveObject::Blob { digest, .. } => ContentId::Blob(*digest),
@@ -153,7 +172,7 @@ impl Plan {
             entry_bytes(LAYOUT_FILE.len(), layout::layout_document().len() as u64),
             entry_bytes(INDEX_FILE.len(), self.index().len() as u64),
         ];
-        let objects = self.objects.iter();
+        let objects = self.objects.iter().map(|planned| &planned.object);
         let objects = objects.map(|object| entry_bytes(blob_name(object.digest()).len(), object.size()));
         documents.into_iter().chain(objects).sum::<u64>() + END_BYTES
     }
@@ -162,12 +181,25 @@ impl Plan {
         layout::index_document(self.entries.iter())
     }
 
-    /// Writes the archive. After an error the output lacks the end marker and is not a valid archive. Blocks.
+    /// Returns an error if a digest of the archive is blocked.
+    fn refuse_blocked(&self, store: &Store) -> io::Result<()> {
+        for planned in &self.objects {
+            let images = planned.images.iter();
+            for image in images.filter_map(|number| self.images.get(*number)) {
+                refuse_blocked(store, image, planned.object.digest()).map_err(io::Error::other)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the archive. Ends with an error if a digest of it is blocked meanwhile. After an error the output lacks the
+    /// end marker and is not a valid archive. Blocks.
     pub fn write(&self, store: &Store, out: impl Write) -> io::Result<()> {
         let mut archive = tar::Builder::new(out);
         append(&mut archive, LAYOUT_FILE, &layout::layout_document())?;
         append(&mut archive, INDEX_FILE, &self.index())?;
-        for object in &self.objects {
+        for PlannedObject { object, .. } in &self.objects {
+            self.refuse_blocked(store)?;
             let name = blob_name(object.digest());
             match object {
                 ArchiveObject::Manifest(stored) => append(&mut archive, &name, &stored.bytes)?,
@@ -176,7 +208,8 @@ impl Plan {
                     let stored = stored.filter(|stored| stored.size == *size);
                     let stored = stored
                         .ok_or_else(|| io::Error::other(format!("{digest} was removed during the export")))?;
-                    let mut content = VerifyingReader::new(&stored, *digest);
+                    let refuse_blocked = || self.refuse_blocked(store);
+                    let mut content = VerifyingReader::new(&stored, *digest, &refuse_blocked);
                     archive.append_data(&mut header(*size), &name, &mut content)?;
                     if !content.into_verified() {
                         store.quarantine_blob(digest);
@@ -185,7 +218,19 @@ impl Plan {
                 }
             }
         }
+        self.refuse_blocked(store)?;
         archive.into_inner()?.flush()
+    }
+}
+
+fn refuse_blocked(store: &Store, image: &Image, digest: &Digest) -> Result<(), ExportError> {
+    let (upstream, repository) = (&image.upstream, &image.repository);
+    match store.verdict(VerdictKind::Blocked, upstream, repository, digest) {
+        Some(_) => Err(ExportError::Blocked {
+            image: image.name.clone(),
+            digest: *digest,
+        }),
+        None => Ok(()),
     }
 }
 
@@ -214,21 +259,26 @@ fn header(size: u64) -> tar::Header {
     header
 }
 
-/// A blob reader that verifies the digest.
+/// A blob reader that verifies the digest, and ends when a digest of the archive is blocked.
 struct VerifyingReader<'a> {
     stored: &'a BlobHandle,
     digest: Digest,
     offset: u64,
     hasher: Hasher,
+    refuse_blocked: &'a dyn Fn() -> io::Result<()>,
+    /// Offset of the next check for blocks.
+    check_at: u64,
 }
 
 impl<'a> VerifyingReader<'a> {
-    fn new(stored: &'a BlobHandle, digest: Digest) -> Self {
+    fn new(stored: &'a BlobHandle, digest: Digest, refuse_blocked: &'a dyn Fn() -> io::Result<()>) -> Self {
         Self {
             stored,
             digest,
             offset: 0,
             hasher: Hasher::new(digest.algorithm()),
+            refuse_blocked,
+            check_at: BLOCK_CHECK_BYTES,
         }
     }
 
@@ -239,6 +289,10 @@ impl<'a> VerifyingReader<'a> {
 
 impl Read for VerifyingReader<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.offset >= self.check_at {
+            (self.refuse_blocked)()?;
+            self.check_at = self.offset + BLOCK_CHECK_BYTES;
+        }
         let read = self.stored.file.read_at(into, self.offset)?;
         self.hasher.update(into.get(..read).unwrap_or_default());
         self.offset += read as u64;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{ArchiveObject, ExportError, Platforms};
+use super::{ArchiveObject, ExportError, Platforms, refuse_blocked};
 use crate::archive::layout::{self, Entry};
 use crate::archive::{INDEX_DEPTH_MAX, Image};
 use crate::oci::manifest::{Descriptor, DescriptorKind, ManifestKind};
@@ -10,7 +10,6 @@ use crate::oci::{AnyDigest, Digest, Endpoint, Query, Reference};
 use crate::store::listings::ListingKey;
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::{TagKey, TagReader};
-use crate::store::verdicts::VerdictKind;
 use crate::store::{Store, StoreError};
 
 /// Resolver of one image.
@@ -59,7 +58,7 @@ impl ImageResolver<'_> {
 
     /// Adds a manifest and its children.
     pub(super) fn add(&mut self, stored: &Arc<StoredManifest>, depth: u32) -> Result<(), ExportError> {
-        self.refuse_blocked(&stored.digest)?;
+        refuse_blocked(self.store, self.image, &stored.digest)?;
         self.objects.push(ArchiveObject::Manifest(Arc::clone(stored)));
         let children = &stored.manifest.descriptors;
         let mut missing = Vec::new();
@@ -129,30 +128,11 @@ impl ImageResolver<'_> {
         }
     }
 
-    fn refuse_blocked(&self, digest: &Digest) -> Result<(), ExportError> {
-        let Image {
-            upstream,
-            repository,
-            name,
-            ..
-        } = self.image;
-        match self
-            .store
-            .verdict(VerdictKind::Blocked, upstream, repository, digest)
-        {
-            Some(_) => Err(ExportError::Blocked {
-                image: name.clone(),
-                digest: *digest,
-            }),
-            None => Ok(()),
-        }
-    }
-
     fn blob(&self, child: &Descriptor) -> Result<Option<ArchiveObject>, ExportError> {
         let AnyDigest::Supported(digest) = child.digest else {
             return Ok(None);
         };
-        self.refuse_blocked(&digest)?;
+        refuse_blocked(self.store, self.image, &digest)?;
         if !self.is_member(&digest) {
             return Ok(None);
         }

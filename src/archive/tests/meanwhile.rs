@@ -1,12 +1,13 @@
-//! Evictions, deletions and pulls during an import.
+//! Evictions, deletions and pulls during an import or an export.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 
 use super::hostile::Archive;
 use super::*;
 use crate::archive::import::ImportError;
 use crate::store::Limits;
 use crate::store::access_times::ContentId;
+use crate::store::verdicts::{VerdictKey, VerdictKind, VerdictNote, VerdictScope};
 
 const OLD: &str = "docker.io/library/old:1";
 const OTHER: &str = "docker.io/library/other:1";
@@ -130,4 +131,82 @@ fn failed_import_keeps_what_another_image_uses_by_then() {
     assert!(matches!(refused, ImportError::Incomplete { .. }), "{refused}");
     assert!(ground.blob(b"first").is_some());
     assert!(ground.blob(&image).is_none(), "nothing uses its manifest");
+}
+
+/// Output of an export that calls `meanwhile` after so many bytes.
+struct Reader<F> {
+    bytes: usize,
+    after: usize,
+    meanwhile: Option<F>,
+}
+
+impl<F: FnOnce()> Write for Reader<F> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.bytes += bytes.len();
+        if self.bytes >= self.after
+            && let Some(meanwhile) = self.meanwhile.take()
+        {
+            meanwhile();
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn export_ends_when_a_digest_is_blocked() {
+    const MIB: usize = 1024 * 1024;
+    let ground = Ground::new();
+    let layer = vec![1; 8 * MIB];
+    let image = image_of(&[&layer]);
+    ground.has(NAME, &layer);
+    ground.has_manifest(NAME, IMAGE, &image);
+    ground.has_tag(NAME, IMAGE, &image, now());
+    let other = ground.has_image(OTHER, b"layer");
+    let named = named(NAME).unwrap();
+    let plan = Plan::new(
+        &ground.store,
+        std::slice::from_ref(&named),
+        Platforms::Cached,
+        now(),
+    )
+    .unwrap();
+    let key = |digest: Digest, name: &str| VerdictKey {
+        kind: VerdictKind::Blocked,
+        scope: VerdictScope::Repository {
+            upstream: named.upstream.clone(),
+            repository: super::named(name).unwrap().repository,
+        },
+        digest,
+    };
+    let note = || VerdictNote {
+        at: now(),
+        by: "an operator".to_owned(),
+        reason: None,
+    };
+    let write = |key: &VerdictKey| {
+        let mut out = Reader {
+            bytes: 0,
+            after: 2 * MIB,
+            meanwhile: Some(|| _ = ground.store.put_verdict(key, note()).unwrap()),
+        };
+        let written = plan.write(&ground.store, &mut out);
+        ground.store.remove_verdict(key).unwrap();
+        (written, out.bytes)
+    };
+    // The layer that is being written, and the manifest that was written before it.
+    for digest in [digest(&layer), digest(&image)] {
+        let (written, bytes) = write(&key(digest, NAME));
+        let error = written.unwrap_err().to_string();
+        assert!(error.contains("is blocked"), "{error}");
+        assert!(bytes < 4 * MIB, "{bytes}");
+    }
+    for key in [key(digest(&layer), OTHER), key(digest(&other), NAME)] {
+        let (written, bytes) = write(&key);
+        written.unwrap();
+        assert_eq!(bytes as u64, plan.bytes());
+    }
 }
