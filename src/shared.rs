@@ -4,6 +4,7 @@
 //! the upstream is asked instead. An upload that fails is dropped. The caller verifies every byte, as those of an
 //! upstream, and has established the client's right before it looks anything up here.
 //!
+//! * `active`: the state of one bucket. `object`: an object that is being read.
 //! * `conditions`: the probe of conditional writes.
 //! * `claim`: which of several caches fetches a blob; `claims` are the requests for that, `lease` keeps a claim, `follow`
 //!   reads what another cache fetches. `manifest_claim`: which of them requests a manifest.
@@ -13,6 +14,7 @@
 //! * `record`: what caches with one key tell each other beside the bytes. `revocations`: denials that the bucket lacks.
 //! * `maintenance`: inventory and garbage collection, for the operator.
 
+mod active;
 mod breaker;
 mod claim;
 mod claims;
@@ -21,6 +23,7 @@ mod follow;
 mod lease;
 pub mod maintenance;
 mod manifest_claim;
+mod object;
 mod pace;
 mod rate;
 mod record;
@@ -31,21 +34,18 @@ mod tests;
 mod upload;
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwapOption;
 use bytes::Bytes;
-use parking_lot::Mutex;
-use quick_cache::sync::Cache;
-use tokio::sync::OnceCell;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::Instant;
 
 pub use self::claims::{ClaimMemory, ClaimRead, Entered};
 pub use self::conditions::{Conditions, probe};
 pub use self::follow::Follower;
 pub use self::lease::{Arriving, ArrivingFuture, Lease};
 pub use self::manifest_claim::{ManifestLease, ManifestTurn};
+pub use self::object::SharedObject;
 pub use self::record::{
     CHILDREN_MAX, ContentState, Dated, GrantState, KEYS_MAX, KeyFileError, PublicState, RecordKeys,
     RecordPlace, RecordPrincipal, RecordRead, RecordReader, RecordSettings, TagState, TagVariant,
@@ -54,39 +54,21 @@ pub use self::redirect::{
     REDIRECT_BYTES_MIN, RedirectClient, RedirectMode, RedirectSettings, forwards_credential,
 };
 
-use self::breaker::{Admission, Breaker, Outcome, Transition};
-use self::claims::{Claims, Leases};
-use self::pace::Pace;
-use self::rate::Rate;
-use self::record::Records;
-use self::redirect::{Found, Redirects};
+use self::active::{Active, Guarded, WRONG_PERIOD};
+use self::claims::Leases;
+use self::redirect::Found;
 use self::revocations::Revocations;
-use self::upload::{Item, Mode, Uploads};
-use crate::bucket::{BucketError, Fault, Object, ObjectInfo, ObjectKey, ObjectStorage};
-use crate::oci::{Digest, UpstreamFailure};
+use self::upload::{Item, Mode};
+use crate::bucket::{ObjectKey, ObjectStorage};
+use crate::oci::Digest;
 use crate::store::AsyncStore;
 use crate::telemetry::Telemetry;
-
-/// How long an object is not read after it had wrong bytes or could not be read.
-const WRONG_PERIOD: Duration = Duration::from_secs(60 * 60);
-
-/// How long an object is not read after its bytes stopped, so that the upstream continues it at once.
-const STALLED_PERIOD: Duration = Duration::from_secs(30);
-
-/// Most bytes that a probe of a body reads.
-const PROBE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
 /// Longest time for a complete read, of which the first byte is a part.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Objects that are not read and are remembered.
-const REFUSED_MAX: usize = 1024;
-
 /// How long a blob that the bucket was seen to have counts as present.
 const SEEN_PERIOD: Duration = Duration::from_secs(60);
-
-/// Blobs that the bucket was seen to have and are remembered.
-const SEEN_MAX: usize = 16_384;
 
 /// Settings of the shared storage.
 #[derive(Clone)]
@@ -162,44 +144,6 @@ pub struct SharedStorage {
     telemetry: Telemetry,
 }
 
-/// The state of one bucket. A reload that changes the settings replaces it; what runs over the old one ends there.
-struct Active {
-    settings: SharedSettings,
-    reads: Mutex<Guarded>,
-    writes: Mutex<Guarded>,
-    rate: Mutex<Rate>,
-    /// Objects that are not read.
-    refused: Cache<ObjectKey, Refusal>,
-    /// Blobs that the bucket was seen to have.
-    seen: Cache<Digest, Instant>,
-    /// The object whose body failed last, and the first byte that did not arrive.
-    stalled: Mutex<Option<(ObjectKey, u64)>>,
-    /// Bytes of all objects that were read.
-    received: AtomicU64,
-    uploads: Uploads,
-    claims: Claims,
-    records: Option<Records>,
-    redirects: Redirects,
-    /// Whether the storage keeps conditions, by the probe before the first upload.
-    conditions: OnceCell<bool>,
-    telemetry: Telemetry,
-}
-
-/// Why an object is not read for some time.
-#[derive(Clone, Copy)]
-struct Refusal {
-    until: Instant,
-    /// Its bytes are wrong or cannot be read, so it is replaced when the right bytes are offered.
-    is_wrong: bool,
-}
-
-/// A breaker and the last failure.
-#[derive(Default)]
-struct Guarded {
-    breaker: Breaker,
-    failure: Option<Arc<str>>,
-}
-
 /// Why content was not read from the bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unread {
@@ -207,68 +151,6 @@ pub enum Unread {
     Absent,
     /// The bucket was not asked, did not answer, or sent something else.
     Unavailable,
-}
-
-/// An object that is being read.
-pub struct SharedObject {
-    /// Its properties.
-    pub info: ObjectInfo,
-    key: ObjectKey,
-    object: Object,
-    active: Arc<Active>,
-    pace: Pace,
-    /// Offset of the next byte.
-    offset: u64,
-    /// It arrived completely, or failed.
-    has_ended: bool,
-}
-
-impl SharedObject {
-    /// The next bytes, or `None` at the end.
-    pub async fn chunk(&mut self) -> Option<Result<Bytes, BucketError>> {
-        let body = self.object.body.as_mut();
-        let chunk = if self.has_ended {
-            None
-        } else {
-            self.pace.chunk(body, &self.active.received).await
-        };
-        match &chunk {
-            None => self.arrive(),
-            Some(Ok(bytes)) => {
-                let count = bytes.len() as u64;
-                self.offset += count;
-                self.active.telemetry.shared().add_bytes("received", count);
-                if self.offset >= self.info.size {
-                    // A reader that knows the size reads no further.
-                    self.arrive();
-                }
-            }
-            Some(Err(error)) => self.fail(error),
-        }
-        chunk
-    }
-
-    fn arrive(&mut self) {
-        if !self.has_ended {
-            self.has_ended = true;
-            self.active.note_read(Outcome::Arrived, None);
-        }
-    }
-
-    fn fail(&mut self, error: &BucketError) {
-        if self.has_ended {
-            return;
-        }
-        self.has_ended = true;
-        tracing::debug!(object = %self.key, %error, "an object of the shared storage broke off");
-        let active = &self.active;
-        active.record_request("body", &Err::<(), _>(error.clone()), None);
-        if matches!(error, BucketError::Silent(UpstreamFailure::Timeout)) {
-            active.refuse(&self.key, STALLED_PERIOD, false);
-        }
-        *active.stalled.lock() = Some((self.key.clone(), self.offset));
-        active.note_read(Outcome::Stalled, Some(error));
-    }
 }
 
 impl SharedStorage {
@@ -495,301 +377,4 @@ impl SharedStorage {
             revocations_waiting: self.revocations.status(),
         })
     }
-}
-
-impl Active {
-    fn new(settings: SharedSettings, leases: &Arc<Leases>, telemetry: Telemetry) -> Self {
-        Self {
-            claims: Claims::new(leases),
-            reads: Mutex::default(),
-            writes: Mutex::default(),
-            rate: Mutex::new(Rate::new(Instant::now())),
-            refused: Cache::new(REFUSED_MAX),
-            seen: Cache::new(SEEN_MAX),
-            stalled: Mutex::default(),
-            received: AtomicU64::new(0),
-            uploads: Uploads::default(),
-            records: settings.records.clone().map(Records::new),
-            redirects: Redirects::default(),
-            conditions: OnceCell::new(),
-            telemetry,
-            settings,
-        }
-    }
-
-    async fn open(self: &Arc<Self>, content: SharedContent, from: u64) -> Option<SharedObject> {
-        self.open_key(content.key(), from).await
-    }
-
-    async fn open_key(self: &Arc<Self>, key: ObjectKey, from: u64) -> Option<SharedObject> {
-        self.try_open(key, from).await.ok()
-    }
-
-    async fn try_open(self: &Arc<Self>, key: ObjectKey, from: u64) -> Result<SharedObject, Unread> {
-        if !self.may_read(&key) {
-            return Err(Unread::Unavailable);
-        }
-        let began = Instant::now();
-        let opened = self.settings.bucket.get(&key, from).await;
-        match &opened {
-            // Whether the bucket sends the bytes is not known yet.
-            Ok(_) => self.record_request("get", &opened, Some(began.elapsed())),
-            Err(_) => self.record_read("get", &opened, began.elapsed()),
-        }
-        self.refuse_unreadable(&key, &opened);
-        let object = opened.map_err(|error| match error {
-            BucketError::Absent => Unread::Absent,
-            _ => Unread::Unavailable,
-        })?;
-        Ok(SharedObject {
-            info: object.info.clone(),
-            key,
-            object,
-            pace: Pace::new(&self.received),
-            active: Arc::clone(self),
-            offset: from,
-            has_ended: false,
-        })
-    }
-
-    async fn read(
-        self: &Arc<Self>,
-        content: SharedContent,
-        bytes_max: usize,
-    ) -> Result<(Bytes, SharedObject), Unread> {
-        let mut object = self.try_open(content.key(), 0).await?;
-        let size = usize::try_from(object.info.size)
-            .ok()
-            .filter(|size| *size <= bytes_max)
-            .ok_or(Unread::Unavailable)?;
-        let mut bytes = Vec::with_capacity(size);
-        let reading = async {
-            while let Some(chunk) = object.chunk().await {
-                bytes.extend_from_slice(&chunk.ok()?);
-            }
-            Some(())
-        };
-        let Ok(read) = timeout(READ_TIMEOUT, reading).await else {
-            object.fail(&BucketError::Silent(UpstreamFailure::Timeout));
-            return Err(Unread::Unavailable);
-        };
-        read.ok_or(Unread::Unavailable)?;
-        Ok((bytes.into(), object))
-    }
-
-    fn enqueue(&self, item: Item) {
-        let dropped = self.uploads.push(item);
-        if dropped {
-            self.telemetry.shared().record_upload("dropped");
-        }
-        self.telemetry
-            .shared()
-            .set_uploads_waiting(self.uploads.waiting() as u64);
-    }
-
-    /// How this content is written: over an object that had wrong bytes, if there is one.
-    fn mode_for(&self, content: SharedContent, mode: Mode) -> Mode {
-        let refusal = self.refused.get(&content.key());
-        if refusal.is_some_and(|refusal| refusal.is_wrong) {
-            Mode::Replace
-        } else {
-            mode
-        }
-    }
-
-    fn refuse(&self, key: &ObjectKey, period: Duration, is_wrong: bool) {
-        let now = Instant::now();
-        let mut refusal = Refusal {
-            until: now + period,
-            is_wrong,
-        };
-        if let Some(earlier) = self.refused.get(key).filter(|earlier| now < earlier.until) {
-            refusal.until = refusal.until.max(earlier.until);
-            refusal.is_wrong |= earlier.is_wrong;
-        }
-        self.refused.insert(key.clone(), refusal);
-        self.forget_present(key);
-    }
-
-    fn refuse_unreadable<T>(&self, key: &ObjectKey, result: &Result<T, BucketError>) {
-        if let Err(error @ BucketError::Unreadable(_)) = result {
-            tracing::warn!(bucket = %self.settings.name, object = %key, %error,
-                "an object of the shared storage is not used");
-            self.refuse(key, WRONG_PERIOD, true);
-        }
-    }
-
-    fn report_wrong(&self, key: &ObjectKey) {
-        tracing::error!(bucket = %self.settings.name, object = %key,
-            "an object of the shared storage does not match its digest, it is not used");
-        self.telemetry.shared().record_wrong();
-        self.refuse(key, WRONG_PERIOD, true);
-    }
-
-    /// Whether the object failed lately.
-    fn is_refused(&self, key: &ObjectKey) -> bool {
-        let refusal = self.refused.get(key);
-        refusal.is_some_and(|refusal| Instant::now() < refusal.until)
-    }
-
-    /// Whether a request for this object may be sent: the cap is not reached, and it did not fail lately.
-    fn may_read(&self, key: &ObjectKey) -> bool {
-        if self.is_refused(key) {
-            return false;
-        }
-        let may = self.rate.lock().take(Instant::now());
-        if !may {
-            self.telemetry.shared().record_request("get", "capped", None);
-        }
-        may
-    }
-
-    /// Records the result of a read.
-    fn record_read<T>(
-        self: &Arc<Self>,
-        operation: &'static str,
-        result: &Result<T, BucketError>,
-        took: Duration,
-    ) {
-        self.record_request(operation, result, Some(took));
-        self.note_read(Outcome::of(result), result.as_ref().err());
-    }
-
-    /// Records the outcome of a read, and starts the probes if the breaker opens.
-    fn note_read(self: &Arc<Self>, outcome: Outcome, error: Option<&BucketError>) {
-        match (note(&self.reads, outcome, error), error) {
-            (Transition::Opened, Some(error)) => {
-                tracing::warn!(bucket = %self.settings.name, %error,
-                    "shared storage unavailable, content is fetched from the upstreams");
-                self.set_up(false);
-                tokio::spawn(probe_reads(Arc::clone(self)));
-            }
-            (Transition::Closed(after), _) => {
-                tracing::info!(bucket = %self.settings.name, seconds = after.as_secs(), "shared storage available again");
-                self.set_up(true);
-            }
-            _ => {}
-        }
-    }
-
-    fn set_up(&self, is_up: bool) {
-        // Otherwise the settings were replaced.
-        if !self.uploads.is_closed() {
-            self.telemetry.shared().set_up(&self.settings.name, is_up);
-        }
-    }
-
-    /// Records the result of a write.
-    fn record_write<T>(&self, operation: &'static str, result: &Result<T, BucketError>, took: Duration) {
-        self.record_request(operation, result, Some(took));
-        let error = result.as_ref().err();
-        match (note(&self.writes, Outcome::of(result), error), error) {
-            (Transition::Opened, Some(error)) => {
-                tracing::warn!(bucket = %self.settings.name, %error, "shared storage accepts no uploads, they wait");
-            }
-            (Transition::Closed(after), _) => {
-                tracing::info!(bucket = %self.settings.name, seconds = after.as_secs(),
-                    "shared storage accepts uploads again");
-                self.uploads.resume();
-            }
-            _ => {}
-        }
-    }
-
-    fn record_request<T>(
-        &self,
-        operation: &'static str,
-        result: &Result<T, BucketError>,
-        took: Option<Duration>,
-    ) {
-        let result = result.as_ref().err().map_or("ok", BucketError::name);
-        self.telemetry.shared().record_request(operation, result, took);
-    }
-
-    /// Whether the storage keeps conditions. Otherwise an upload checks first whether the object exists, which two caches
-    /// may do at once: both then write the same bytes.
-    async fn keeps_conditions(&self) -> Result<bool, BucketError> {
-        let probed = self.conditions.get_or_try_init(|| async {
-            let began = Instant::now();
-            let probed = probe(&self.settings.bucket).await;
-            self.record_write("probe", &probed, began.elapsed());
-            let found = probed?;
-            if !found.are_kept() {
-                tracing::warn!(bucket = %self.settings.name, creates_won = found.creates_won,
-                    updates_won = found.updates_won,
-                    "the bucket ignores conditions of simultaneous writes: objects may be uploaded twice, no blob is claimed, \
-                     and of the records only those of content are used");
-            }
-            self.telemetry
-                .shared()
-                .set_conditions(&self.settings.name, found.are_kept());
-            Ok::<_, BucketError>(found.are_kept())
-        });
-        probed.await.copied()
-    }
-
-    fn admit_write(&self) -> Admission {
-        self.writes.lock().breaker.admit(Instant::now())
-    }
-
-    fn writes_open_since(&self) -> Option<Instant> {
-        self.writes.lock().breaker.open_since()
-    }
-}
-
-fn note(guarded: &Mutex<Guarded>, outcome: Outcome, error: Option<&BucketError>) -> Transition {
-    let mut guarded = guarded.lock();
-    if let Some(error) = error
-        && outcome != Outcome::Answered
-    {
-        guarded.failure = Some(error.to_string().into());
-    }
-    guarded.breaker.record(outcome, Instant::now())
-}
-
-/// Probes the bucket while the breaker stays open. No client waits for it.
-async fn probe_reads(active: Arc<Active>) {
-    let key = ObjectKey::probe(&[0; 16]);
-    let opened = active.reads.lock().breaker.open_since();
-    loop {
-        let due = active.reads.lock().breaker.next_probe();
-        let Some(due) = due else { return };
-        sleep_until(due).await;
-        // A breaker that was opened again has probes of its own. The queue is closed if the settings were replaced.
-        if active.reads.lock().breaker.open_since() != opened || active.uploads.is_closed() {
-            return;
-        }
-        let needs_body = active.reads.lock().breaker.needs_body();
-        let stalled = active.stalled.lock().clone().filter(|_| needs_body);
-        let began = Instant::now();
-        if let Some((key, from)) = stalled {
-            let probed = probe_body(&active, &key, from).await;
-            active.record_request("probe", &probed, Some(began.elapsed()));
-            let outcome = match Outcome::of(&probed) {
-                Outcome::Answered => Outcome::Arrived,
-                outcome => outcome,
-            };
-            active.note_read(outcome, probed.as_ref().err());
-            continue;
-        }
-        // By `GET`: only the body of an error tells a missing bucket from a missing object.
-        let probed = active.settings.bucket.get(&key, 0).await;
-        active.record_read("probe", &probed, began.elapsed());
-    }
-}
-
-/// Reads from where a body failed. If the object is gone, the next reads must tell.
-async fn probe_body(active: &Active, key: &ObjectKey, from: u64) -> Result<(), BucketError> {
-    let mut object = match active.settings.bucket.get(key, from).await {
-        Ok(object) => object,
-        Err(error) if error.fault() == Fault::None => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    let (mut pace, mut received) = (Pace::new(&active.received), 0);
-    while received < PROBE_BYTES_MAX
-        && let Some(chunk) = pace.chunk(object.body.as_mut(), &active.received).await
-    {
-        received += chunk?.len() as u64;
-    }
-    Ok(())
 }

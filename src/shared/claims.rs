@@ -18,13 +18,14 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
+use super::active::{Active, Guarded, note};
 use super::breaker::{Admission, Outcome, Transition};
 use super::claim::{Alone, BootId, ClaimRecord, Entry, Look, RECORD_BYTES_MAX, Step, Watch, Written};
 use super::follow::Follower;
 use super::lease::Lease;
 use super::manifest_claim::ManifestClaims;
 use super::rate::Rate;
-use super::{Active, Arriving, Guarded, SharedContent, SharedObject, SharedStorage, WRONG_PERIOD, note};
+use super::{Arriving, SharedContent, SharedObject, SharedStorage, WRONG_PERIOD};
 use crate::bucket::{BucketError, Fault, ObjectKey};
 use crate::oci::{Digest, UpstreamFailure};
 

@@ -5,14 +5,18 @@ use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::time::sleep;
 
+use super::breaker::Outcome;
+use super::object::STALLED_PERIOD;
 use super::redirect::RETRY_PERIOD;
 use super::*;
 use crate::bucket::over::{Memory, Over};
-use crate::bucket::{BucketFuture, ObjectBody, ObjectChunk, StorageClock};
+use crate::bucket::{BucketError, BucketFuture, Object, ObjectBody, ObjectChunk, ObjectInfo, StorageClock};
 use crate::clock::Clock;
-use crate::oci::Algorithm;
+use crate::oci::{Algorithm, UpstreamFailure};
 
 const MIB: u64 = 1024 * 1024;
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
