@@ -27,7 +27,7 @@ use crate::policy::{
 };
 use crate::queue::{AcquireError, Class, Demand, Peer};
 use crate::shared::{REDIRECT_BYTES_MIN, RedirectClient, SharedContent};
-use crate::upstream::UpstreamResponse;
+use crate::upstream::{RangeSpec, UpstreamResponse};
 
 /// Joins after a leader failed on its own authorization. Each retry may become the leader.
 const JOINS_MAX: usize = 4;
@@ -655,9 +655,13 @@ impl BlobRequest<'_> {
             Err(denied) => return queue_full(denied),
         };
         let sent_at = Instant::now();
+        let part = RangeSpec {
+            is_client_paced: true,
+            ..RangeSpec::default()
+        };
         let fetched = registry
             .upstream()
-            .get(&self.caller, endpoint, accept, None)
+            .get_part(&self.caller, endpoint, accept, part)
             .await;
         let fetched = match fetched {
             Ok(fetched) => fetched.holding(permit),

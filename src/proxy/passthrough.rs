@@ -11,7 +11,7 @@ pub use crate::download::VerifyingStream;
 use crate::oci::{Endpoint, MediaType, Reference, UpstreamFailure};
 use crate::policy::{ContentKind, Decision, DenyReason, decide};
 use crate::queue::{Class, Demand};
-use crate::upstream::{ResponseKind, ResponseStream, UpstreamResponse};
+use crate::upstream::{RangeSpec, ResponseKind, ResponseStream, UpstreamResponse};
 
 /// A forwarded response. Its digest algorithm is unsupported, its digest does not match its bytes, or it is too large
 /// to store.
@@ -83,7 +83,11 @@ impl ReadContext<'_> {
             }
             _ => None,
         };
-        let fetched = registry.upstream().get(caller, endpoint, accept, None).await;
+        let part = RangeSpec {
+            is_client_paced: true,
+            ..RangeSpec::default()
+        };
+        let fetched = registry.upstream().get_part(caller, endpoint, accept, part).await;
         let fetched = fetched.map(|fetched| match permit {
             Some(permit) => fetched.holding(permit),
             None => fetched,

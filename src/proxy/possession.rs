@@ -139,8 +139,7 @@ impl ProxyService {
         let part = RangeSpec {
             from: 0,
             until: Some(sample.0.len() as u64),
-            after: None,
-            is_optional: false,
+            ..RangeSpec::default()
         };
         if !sample.0.is_empty() {
             // Short like a `HEAD`, and queued like one.

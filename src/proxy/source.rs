@@ -348,6 +348,7 @@ impl Source for UpstreamSource {
                 self.last_url
             },
             is_optional: false,
+            is_client_paced: false,
         };
         let first = self.sent_at.is_none();
         let now = Instant::now();
@@ -545,6 +546,8 @@ impl RangeSource for UpstreamSource {
                 until,
                 after: None,
                 is_optional: self.total.is_some(),
+                // Otherwise a further connection of the download.
+                is_client_paced: self.total.is_none(),
             };
             if is_whole {
                 return self.open_complete(part).await;

@@ -52,6 +52,8 @@ pub(super) struct RequestSpec<'a> {
     pub(super) endpoint: &'a Endpoint,
     pub(super) accept: &'a Accept,
     pub(super) range: Option<HeaderValue>,
+    /// Whether the body is read at a client's pace.
+    pub(super) is_client_paced: bool,
     pub(super) trace: &'a TraceContext,
     pub(super) pending: &'a InFlightRequest<'a>,
 }
@@ -400,6 +402,7 @@ impl AuthClient {
             follow: Follow::Anywhere,
             other_origin: elsewhere.cloned(),
             timeout: self.headers_timeout,
+            is_client_paced: spec.is_client_paced,
         };
         let sent = self.http.send(request).await;
         let reply =

@@ -41,10 +41,16 @@ const READ_BYTES_MAX: usize = 256 * 1024;
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Maximum number of idle connections per host.
 pub(super) const POOL_IDLE_MAX: usize = 32;
-/// h2 flow control windows: one stream fills a 1 Gbit/s line at 30 ms. Requests to a host share a connection, so unread
-/// streams must not take all of its window: 6 resumptions and 16 responses that are read at a client's pace.
-const STREAM_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
-const CONNECTION_WINDOW_BYTES: u32 = 24 * STREAM_WINDOW_BYTES;
+/// h2 flow control windows (RFC 9113 §5.2), as stream and connection. Requests to a host share a connection, so unread streams
+/// must not take all of its window.
+struct Windows(u32, u32);
+
+impl Windows {
+    /// One stream fills a 1 Gbit/s line at 30 ms. Six resumptions leave theirs unread while they read the disk.
+    const USUAL: Self = Self(4 * 1024 * 1024, 32 * 1024 * 1024);
+    /// For bodies that are read at a client's pace: 16 ranges leave as much for others.
+    const CLIENT_PACED: Self = Self(1024 * 1024, 32 * 1024 * 1024);
+}
 /// Average rate below which a body that is read into memory is given up: a manifest or a list.
 const COLLECTED_BYTES_PER_SECOND_MIN: u64 = 16 * 1024;
 /// Interval of h2 keep-alive pings on a connection with open streams.
@@ -55,6 +61,8 @@ const PING_TIMEOUT: Duration = Duration::from_secs(10);
 /// HTTP client of one upstream.
 pub(super) struct HttpClient {
     pooled: Client<UpstreamConnector, Full<Bytes>>,
+    /// For bodies that are read at a client's pace: unread, they stop the others of their connection.
+    client_paced: Client<UpstreamConnector, Full<Bytes>>,
     /// Opens a new connection for each request. Used for the retry after a pooled connection turned out to be closed.
     unpooled: Client<UpstreamConnector, Full<Bytes>>,
     connector: UpstreamConnector,
@@ -71,6 +79,8 @@ pub(super) struct HttpRequest {
     pub(super) other_origin: Option<(Uri, HeaderValue)>,
     /// From the call to the last response's headers, redirects included.
     pub(super) timeout: Duration,
+    /// Whether the body is read at a client's pace.
+    pub(super) is_client_paced: bool,
 }
 
 /// Failure to get a response: the cause, and a description for the operator.
@@ -147,6 +157,7 @@ impl HttpClient {
     pub(super) fn new(connector: UpstreamConnector) -> HttpClient {
         HttpClient {
             pooled: client(connector.clone(), POOL_IDLE_MAX),
+            client_paced: client_with(connector.clone(), POOL_IDLE_MAX, &Windows::CLIENT_PACED),
             unpooled: client(connector.clone(), 0),
             connector,
         }
@@ -262,7 +273,12 @@ impl HttpClient {
     /// request is sent again on a new connection.
     async fn send_once(&self, request: &HttpRequest) -> Result<http::Response<Incoming>, HttpFailure> {
         let start = Instant::now();
-        let mut result = self.pooled.request(self.outgoing(request)?).await;
+        let client = if request.is_client_paced {
+            &self.client_paced
+        } else {
+            &self.pooled
+        };
+        let mut result = client.request(self.outgoing(request)?).await;
         if result
             .as_ref()
             .is_err_and(|error| cause_of(error) == UpstreamFailure::ConnectionReset)
@@ -303,6 +319,18 @@ where
     B: http_body::Body + Send,
     B::Data: Send,
 {
+    client_with(connector, idle_max, &Windows::USUAL)
+}
+
+fn client_with<B>(
+    connector: UpstreamConnector,
+    idle_max: usize,
+    Windows(stream, connection): &Windows,
+) -> Client<UpstreamConnector, B>
+where
+    B: http_body::Body + Send,
+    B::Data: Send,
+{
     Client::builder(TokioExecutor::new())
         .timer(TokioTimer::new())
         .pool_timer(TokioTimer::new())
@@ -310,8 +338,8 @@ where
         .pool_max_idle_per_host(idle_max)
         .http1_max_buf_size(READ_BYTES_MAX)
         .http2_max_header_list_size(u32::try_from(HEADER_BYTES_MAX).unwrap_or(u32::MAX))
-        .http2_initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .http2_initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .http2_initial_stream_window_size(*stream)
+        .http2_initial_connection_window_size(*connection)
         .http2_keep_alive_interval(PING_INTERVAL)
         .http2_keep_alive_timeout(PING_TIMEOUT)
         .build(connector)

@@ -100,6 +100,7 @@ impl PlainClient {
             follow: Follow::SameOrigin,
             other_origin: None,
             timeout,
+            is_client_paced: false,
         };
         match self.http.send_unfollowed(request).await {
             Ok(response) => Ok(response.map(PlainBody)),

@@ -164,6 +164,7 @@ impl Inner {
             follow: Follow::SameOrigin,
             other_origin: None,
             timeout: self.timeouts.token,
+            is_client_paced: false,
         };
         self.auth_client.http.send(request).await.ok()
     }

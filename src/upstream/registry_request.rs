@@ -328,7 +328,7 @@ impl RegistryRequest<'_> {
             .map_err(|_| UpstreamResponse::unavailable(UpstreamFailure::Malformed))?;
         let ranged = range.is_some();
         let reply = self
-            .send(Method::GET, range)
+            .send_paced(Method::GET, range, range_spec.is_client_paced)
             .await
             .map_err(|error| error.response)?;
         // Manifests and blobs are verified by their digest, whatever their media type. A list has no digest.
@@ -370,11 +370,21 @@ impl RegistryRequest<'_> {
         method: Method,
         range: Option<HeaderValue>,
     ) -> Result<HttpResponse, Box<ErrorResponse>> {
+        self.send_paced(method, range, false).await
+    }
+
+    async fn send_paced(
+        &self,
+        method: Method,
+        range: Option<HeaderValue>,
+        is_client_paced: bool,
+    ) -> Result<HttpResponse, Box<ErrorResponse>> {
         let spec = RequestSpec {
             method,
             endpoint: self.endpoint,
             accept: self.accept,
             range,
+            is_client_paced,
             trace: self.trace,
             pending: self.pending,
         };

@@ -44,6 +44,8 @@ pub struct RangeSpec {
     pub after: Option<UrlIndex>,
     /// Whether the caller can do without the response. A rate limit then pauses no other request.
     pub is_optional: bool,
+    /// Whether a client sets the pace at which the body is read. It then gets a connection that other responses do not share.
+    pub is_client_paced: bool,
 }
 
 impl RangeSpec {

@@ -499,6 +499,7 @@ impl Tokens {
             follow: Follow::SameOrigin,
             other_origin: None,
             timeout: self.timeout,
+            is_client_paced: false,
         };
         http.send(request).await.map_err(|error| {
             let HttpFailure { cause, detail, .. } = error;

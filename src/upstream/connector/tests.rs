@@ -19,8 +19,8 @@ use tokio_rustls::TlsAcceptor;
 
 use super::*;
 use crate::upstream::tests::registry::{Registry, manifest, response};
-use crate::upstream::tests::{MANIFEST, accept, anonymous, digest, tag};
-use crate::upstream::{ProxyChoice, ResponseKind, Settings, SettingsError, TlsError, Upstream};
+use crate::upstream::tests::{MANIFEST, accept, anonymous, blob, digest, tag};
+use crate::upstream::{ProxyChoice, RangeSpec, ResponseKind, Settings, SettingsError, TlsError, Upstream};
 
 /// A registry with TLS for `localhost`, and its CA.
 struct TlsRegistry {
@@ -220,6 +220,31 @@ async fn tls_upstream_uses_a_proxy_tunnel() {
             "{received}"
         );
     }
+}
+
+#[tokio::test]
+async fn unread_bodies_of_clients_stop_no_other_over_h2() {
+    let large = "x".repeat(2 * 1024 * 1024);
+    let registry = Registry::start(move |_| response(200).body(&large)).await;
+    let secure = TlsRegistry::start(registry, &[b"h2"]).await;
+    let upstream = Upstream::new(secure.settings("localhost"), &Transport::system()).unwrap();
+    let (caller, blob, accept) = (anonymous(), blob("x"), accept());
+    let client_paced = RangeSpec {
+        is_client_paced: true,
+        ..RangeSpec::default()
+    };
+    let mut unread = Vec::new();
+    for _ in 0..40 {
+        unread.push(
+            upstream
+                .get_part(&caller, &blob, &accept, client_paced)
+                .await
+                .unwrap(),
+        );
+    }
+    let other = upstream.get(&caller, &blob, &accept, None).await.unwrap();
+    let read = tokio::time::timeout(Duration::from_secs(10), other.collect(4 * 1024 * 1024));
+    assert_eq!(read.await.unwrap().unwrap().len(), 2 * 1024 * 1024);
 }
 
 /// A SOCKS5 proxy that grants one request without connecting anywhere. Returns its URL, and the request that it gets.

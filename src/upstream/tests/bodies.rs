@@ -215,8 +215,7 @@ async fn only_the_range_is_requested() {
     let part = RangeSpec {
         from: 1,
         until: Some(3),
-        after: None,
-        is_optional: false,
+        ..RangeSpec::default()
     };
     let fetched = upstream(&[&registry])
         .get_part(&anonymous(), &blob("bytes"), &accept(), part)
@@ -257,9 +256,8 @@ async fn resume_skips_urls_without_the_content() {
     let lacking = Registry::start(|_| response(404)).await;
     let resumed = RangeSpec {
         from: 2,
-        until: None,
         after: Some(UrlIndex(0)),
-        is_optional: false,
+        ..RangeSpec::default()
     };
     let get = async |upstream: Upstream, part| {
         upstream
