@@ -17,7 +17,7 @@ const COLD: usize = 100;
 
 /// File system whose calls block while it is closed.
 #[derive(Default)]
-struct Gated {
+pub struct Gated {
     disk: MemoryFs,
     is_closed: Mutex<bool>,
     opened: Condvar,
@@ -25,11 +25,11 @@ struct Gated {
 }
 
 impl Gated {
-    fn close(&self) {
+    pub fn close(&self) {
         *self.is_closed.lock().unwrap() = true;
     }
 
-    fn reopen(&self) {
+    pub fn reopen(&self) {
         *self.is_closed.lock().unwrap() = false;
         self.opened.notify_all();
     }

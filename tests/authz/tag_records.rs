@@ -17,6 +17,7 @@ use super::bucket::Bucket;
 use super::cache::{Cache, ClientRequest, Got, PROVEN, SHARED};
 use super::min_age::{REPOSITORY, of, pass, pulled_tag, registry, rules_of, tag};
 use super::registry::{Condition, No, OCI_INDEX, Registry, jump};
+use super::slow_disk::Gated;
 
 pub const HOUR: Duration = Duration::from_secs(3_600);
 
@@ -568,12 +569,19 @@ async fn push_through_another_cache_ends_a_confirmation() {
 /// The client leaves as soon as the registry has accepted its push.
 #[tokio::test(start_paused = true)]
 async fn push_of_a_client_that_left_ends_the_record() {
-    let (registry, bucket, first, _) = recorded().await;
+    let (registry, bucket, disk) = (registry(), Bucket::new(), Arc::new(Gated::default()));
+    let old = registry.push(REPOSITORY, "1", "one", &[100]);
+    registry.push(REPOSITORY, "other", "other", &[]);
+    let first = Cache::over(&registry, rules(Policy::IfNewer, Duration::ZERO), &disk);
+    first.proxy.shared().configure(Some(bucket.settings("a")));
+    pull_layers(&first, old).await;
     pass(600).await;
     let pending = first.proxy.begin_write(&first.proven, change()).await;
     let new = registry.push(REPOSITORY, "1", "two", &[]);
+    disk.close();
     let finishing = first.proxy.finish_write(pending, WriteOutcome::Succeeded);
     assert!(finishing.now_or_never().is_none());
+    disk.reopen();
     // The clock stands still while the store writes.
     tokio::time::sleep(Duration::from_secs(2)).await;
     first.proxy.shared().drain().await;
