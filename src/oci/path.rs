@@ -120,13 +120,16 @@ fn check_elsewhere(path: &str) -> Result<(), PathError> {
         }
     }
     let is_root = |segment: &&[u8]| segment.eq_ignore_ascii_case(b"v2");
-    match segments.iter().position(is_root) {
-        None => Ok(()),
-        Some(0) => Err(PathError::Prefix),
-        Some(root) if segments.iter().skip(root + 2).any(|segment| is_resource(segment)) => {
-            Err(PathError::Nested)
-        }
-        Some(_) => Ok(()),
+    let Some(root) = segments.iter().position(is_root) else {
+        return Ok(());
+    };
+    let names_content = || segments.iter().skip(root + 2).any(|segment| is_resource(segment));
+    if root == 0 {
+        Err(PathError::Prefix)
+    } else if names_content() {
+        Err(PathError::Nested)
+    } else {
+        Ok(())
     }
 }
 

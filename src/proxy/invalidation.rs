@@ -512,7 +512,7 @@ mod tests {
         let writes = WriteGenerations::default();
         let own: Repository = "team/app".parse().unwrap();
         let counter = |repository: &Repository| std::ptr::from_ref(writes.counter(repository).unwrap());
-        let other = (0..)
+        let other = (0..100_000)
             .map(|nth| format!("other/{nth}").parse().unwrap())
             .find(|other| counter(other) == counter(&own))
             .unwrap();

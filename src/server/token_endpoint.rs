@@ -132,19 +132,19 @@ mod tests {
         form.map_err(|error| (error.status(), error.name()))
     }
 
-    fn part(bytes: &'static [u8]) -> Received {
-        Ok(Frame::data(Bytes::from_static(bytes)))
+    fn part(bytes: &'static [u8]) -> Frame<Bytes> {
+        Frame::data(Bytes::from_static(bytes))
     }
 
     #[tokio::test(start_paused = true)]
     async fn slow_or_broken_form_is_reported_as_such() {
-        let whole = read(vec![part(b"a="), part(b"b")], true).await;
+        let whole = read(vec![Ok(part(b"a=")), Ok(part(b"b"))], true).await;
         assert_eq!(whole, Ok(Bytes::from_static(b"a=b")));
-        let slow = read(vec![part(b"a=")], false).await;
+        let slow = read(vec![Ok(part(b"a="))], false).await;
         assert_eq!(slow, Err((StatusCode::REQUEST_TIMEOUT, "body-timeout")));
-        let broken = read(vec![part(b"a="), Err(ErrorKind::UnexpectedEof.into())], true).await;
+        let broken = read(vec![Ok(part(b"a=")), Err(ErrorKind::UnexpectedEof.into())], true).await;
         assert_eq!(broken, Err((StatusCode::BAD_REQUEST, "body-incomplete")));
-        let long = read(vec![part(&[b'a'; FORM_BYTES_MAX]), part(b"b")], false).await;
+        let long = read(vec![Ok(part(&[b'a'; FORM_BYTES_MAX])), Ok(part(b"b"))], false).await;
         assert_eq!(long, Err((StatusCode::PAYLOAD_TOO_LARGE, "body-too-large")));
     }
 }

@@ -141,7 +141,7 @@ impl Store {
     ) -> Vec<(TagKey, TagRecord)> {
         let prefix = TagKey::index_prefix(upstream, repository);
         let after = after.map(|tag| [&prefix, tag.as_str().as_bytes()].concat());
-        self.tags.list_below(prefix, &after.unwrap_or_default(), limit)
+        self.tags.list_below(&prefix, &after.unwrap_or_default(), limit)
     }
 
     /// At most `limit` tags in order, after the first `skip`, of which only the keys are read.
@@ -598,17 +598,17 @@ impl Tags {
 
     /// Tags after the index key `after`; from the first tag if `after` is empty.
     fn list(&self, after: &[u8], limit: usize) -> Vec<(TagKey, TagRecord)> {
-        self.list_below(vec![KEY_PREFIX], after, limit)
+        self.list_below(&[KEY_PREFIX], after, limit)
     }
 
     /// [`Self::list`] of the tags whose index key begins with `prefix`.
-    fn list_below(&self, prefix: Vec<u8>, after: &[u8], limit: usize) -> Vec<(TagKey, TagRecord)> {
-        if let Some(tags) = self.list_indexed_below(&prefix, after, limit) {
+    fn list_below(&self, prefix: &[u8], after: &[u8], limit: usize) -> Vec<(TagKey, TagRecord)> {
+        if let Some(tags) = self.list_indexed_below(prefix, after, limit) {
             return tags;
         }
         let after = TagKey::from_index(after);
         let is_after = |key: &TagKey| after.as_ref().is_none_or(|after| key > after);
-        self.list_files(|key| key.to_index().starts_with(&prefix) && is_after(key), limit)
+        self.list_files(|key| key.to_index().starts_with(prefix) && is_after(key), limit)
     }
 
     /// [`Self::list`] from the index; `None` while it is incomplete or unavailable. A page shorter than `limit` is the

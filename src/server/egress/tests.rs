@@ -43,11 +43,8 @@ fn ipv6_network_of_a_host_has_one_share() {
         is_admitted
     };
     let network = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0).to_bits();
-    let admitted = (1..).find(|host| !admits(Ipv6Addr::from_bits(network | host)));
-    assert!(
-        admitted.is_some_and(|hosts| hosts <= BODIES_MAX as u128 / 2 + 1),
-        "{admitted:?}"
-    );
+    let mut hosts = 1..=BODIES_MAX as u128 / 2 + 1;
+    assert!(hosts.any(|host| !admits(Ipv6Addr::from_bits(network | host))));
     assert!(admits(Ipv6Addr::from_bits(network | 1 << 64)));
 }
 
