@@ -240,7 +240,7 @@ impl Store {
         };
         let access_times = Arc::new(AccessTimes::new(now));
         let pins = Arc::new(Pins::read(&fs, &access_times));
-        let quota = Arc::new(Quota::new(settings.limits, &fs, &usage));
+        let quota = Arc::new(Quota::new(settings.limits, &fs, &usage, partials.bytes()));
         let blobs = Arc::new(blobs::Blobs::new(
             settings,
             &fs,

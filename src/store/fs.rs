@@ -143,6 +143,11 @@ pub trait FsFile: Send + Sync {
     /// disk is full. A file system without preallocation returns success.
     fn reserve(&self, bytes: u64) -> io::Result<()>;
 
+    /// Frees space that was preallocated beyond the end of the file. By default there is none.
+    fn release_reserved(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Removes the write permission.
     fn make_read_only(&self) -> io::Result<()>;
 

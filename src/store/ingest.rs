@@ -35,8 +35,8 @@ const INGEST_TRIES_MAX: u32 = 64;
 
 impl Store {
     /// Begins to write a blob. A known `size` is reserved at once, so that a full disk is detected before the first
-    /// byte. Partial downloads and the least recently used images are evicted if space is short, which may take a
-    /// while.
+    /// byte. If space is short, partial downloads are removed, and then the least recently used images are evicted, which
+    /// may take a while.
     pub fn begin(&self, digest: &Digest, size: Option<u64>) -> Result<Ingest, StoreError> {
         let wanted = size.unwrap_or(0);
         let reservation = match SpaceReservation::of(&self.evictor, wanted) {
@@ -228,9 +228,12 @@ impl Ingest {
     }
 
     fn persist_partial(&mut self) {
+        // The blob may never be requested again. If this fails, the space is free when the download is removed.
+        let _ = self.file.release_reserved();
         let entry = PartialEntry {
             digest: self.digest,
-            bytes: self.checkpoints.last,
+            // Segments may have been written beyond the last checkpoint.
+            bytes: self.file.size().unwrap_or(self.checkpoints.last),
         };
         let (fs, folder) = (self.blobs.fs.as_ref(), entry.folder());
         if self.folder != folder {

@@ -3,14 +3,16 @@
 //! A partial download survives a restart. Before it is resumed, its data is hashed again: only bytes that match a
 //! checkpoint count as received. The digest of the complete blob is verified at the end in any case.
 //!
-//! The number, the total size and, at startup, the age of partial downloads are limited. On a full disk they are
-//! removed first.
+//! The number, the total size and, at startup, the age of partial downloads are limited. They count to the size of the
+//! store, by the length of their files: what is preallocated for the rest is freed when a download is suspended. If space
+//! is short, they are removed before images are evicted, the oldest first.
 
 use std::fmt;
 use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
@@ -42,14 +44,14 @@ impl Store {
         let bytes = partial.size.unwrap_or(partial.bytes());
         // If the complete blob does not fit the quota, the partial download stays for a later request.
         partial.reservation = Some(SpaceReservation::of(&self.evictor, bytes).ok()?);
+        // The rest of it was freed when it was suspended. A full disk is detected before the first byte.
+        partial.file.reserve(bytes).ok()?;
         Some(partial)
     }
 
     /// Removes all partial downloads. Returns their size in bytes.
     pub fn remove_partials(&self) -> u64 {
-        let partials = std::mem::take(&mut *self.blobs.partials.0.lock());
-        let fs = self.blobs.fs.as_ref();
-        partials.iter().map(|entry| entry.remove(fs)).sum()
+        self.blobs.partials.free(self.blobs.fs.as_ref(), u64::MAX)
     }
 }
 
@@ -258,12 +260,18 @@ fn read_checkpoints(text: &[u8], size: u64) -> (Vec<Checkpoint>, u64) {
     (checkpoints, length)
 }
 
-/// The available partial downloads, oldest first.
+/// The available partial downloads.
 #[derive(Default)]
-pub(super) struct PartialDownloads(Mutex<Vec<PartialEntry>>);
+pub(super) struct PartialDownloads {
+    /// Oldest first.
+    entries: Mutex<Vec<PartialEntry>>,
+    /// Their size, for the quota.
+    bytes: Arc<AtomicU64>,
+}
 
 pub(super) struct PartialEntry {
     pub(super) digest: Digest,
+    /// Length of the data.
     pub(super) bytes: u64,
 }
 
@@ -309,21 +317,43 @@ impl PartialDownloads {
         partials
     }
 
+    /// The size of all, kept current.
+    pub(super) fn bytes(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.bytes)
+    }
+
     pub(super) fn put(&self, fs: &dyn FileSystem, entry: PartialEntry) {
-        let mut all = self.0.lock();
+        let mut all = self.entries.lock();
         all.retain(|other| other.digest != entry.digest);
         all.push(entry);
-        let bytes = |all: &Vec<PartialEntry>| all.iter().map(|entry| entry.bytes).sum::<u64>();
-        while all.len() > PARTIALS_MAX || (bytes(&all) > PARTIAL_BYTES_MAX && all.len() > 1) {
+        while all.len() > PARTIALS_MAX || (total(&all) > PARTIAL_BYTES_MAX && all.len() > 1) {
             all.remove(0).remove(fs);
         }
+        self.bytes.store(total(&all), Ordering::Relaxed);
     }
 
     fn take(&self, digest: &Digest) -> Option<PartialEntry> {
-        let mut all = self.0.lock();
+        let mut all = self.entries.lock();
         let position = all.iter().position(|entry| entry.digest == *digest)?;
-        Some(all.remove(position))
+        let taken = all.remove(position);
+        self.bytes.store(total(&all), Ordering::Relaxed);
+        Some(taken)
     }
+
+    /// Removes partial downloads of at least so many bytes, or all. Returns their size in bytes.
+    pub(super) fn free(&self, fs: &dyn FileSystem, bytes_min: u64) -> u64 {
+        let mut all = self.entries.lock();
+        let mut freed = 0;
+        while freed < bytes_min && !all.is_empty() {
+            freed += all.remove(0).remove(fs);
+        }
+        self.bytes.store(total(&all), Ordering::Relaxed);
+        freed
+    }
+}
+
+fn total(entries: &[PartialEntry]) -> u64 {
+    entries.iter().map(|entry| entry.bytes).sum()
 }
 
 /// Reads which blob the ingest in `folder` is of and when it was last written. Returns `None` if it cannot be

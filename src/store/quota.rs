@@ -16,7 +16,7 @@ const END_PERCENT: u64 = 90;
 /// Storage limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Most bytes of blobs, manifests and ingests.
+    /// Most bytes of blobs, manifests, ingests and partial downloads.
     pub bytes_max: u64,
     /// Least free bytes on the disk.
     pub free_bytes_min: u64,
@@ -66,6 +66,8 @@ pub(super) struct Quota {
     bytes_max: AtomicU64,
     free_bytes_min: AtomicU64,
     reserved: AtomicU64,
+    /// Bytes of partial downloads.
+    partials: Arc<AtomicU64>,
     /// Last measured value; `u64::MAX` before the first measurement.
     free_bytes: AtomicU64,
 }
@@ -94,13 +96,19 @@ impl Drop for Reservation {
 }
 
 impl Quota {
-    pub(super) fn new(limits: Limits, fs: &Arc<dyn FileSystem>, usage: &Arc<Counters>) -> Self {
+    pub(super) fn new(
+        limits: Limits,
+        fs: &Arc<dyn FileSystem>,
+        usage: &Arc<Counters>,
+        partials: Arc<AtomicU64>,
+    ) -> Self {
         Self {
             fs: Arc::clone(fs),
             usage: Arc::clone(usage),
             bytes_max: AtomicU64::new(limits.bytes_max),
             free_bytes_min: AtomicU64::new(limits.free_bytes_min),
             reserved: AtomicU64::new(0),
+            partials,
             free_bytes: AtomicU64::new(u64::MAX),
         }
     }
@@ -151,7 +159,8 @@ impl Quota {
         let taken = usage
             .blob_bytes
             .saturating_add(usage.manifest_bytes)
-            .saturating_add(self.reserved.load(Ordering::SeqCst));
+            .saturating_add(self.reserved.load(Ordering::SeqCst))
+            .saturating_add(self.partials.load(Ordering::Relaxed));
         let over = |percent| taken.saturating_sub(share(limits.bytes_max, percent));
         // Before the startup scan ends, the size of the store is unknown.
         if usage.is_complete && over(percent) > 0 {

@@ -253,6 +253,11 @@ impl FsFile for DirectoryFile {
         Ok(())
     }
 
+    fn release_reserved(&self) -> io::Result<()> {
+        // Setting the size that it has frees the blocks beyond it.
+        self.0.set_len(self.0.metadata()?.len())
+    }
+
     fn make_read_only(&self) -> io::Result<()> {
         self.0.set_permissions(Permissions::from_mode(READ_ONLY_MODE))
     }

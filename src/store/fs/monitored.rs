@@ -322,6 +322,11 @@ impl FsFile for MonitoredFile {
         self.run(&operation, || self.inner.reserve(bytes))
     }
 
+    fn release_reserved(&self) -> io::Result<()> {
+        let operation = writing("ftruncate", IoOperation::Write, "release space of");
+        self.run(&operation, || self.inner.release_reserved())
+    }
+
     fn make_read_only(&self) -> io::Result<()> {
         let operation = writing("chmod", IoOperation::Write, "make read-only");
         self.run(&operation, || self.inner.make_read_only())

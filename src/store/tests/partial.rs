@@ -185,3 +185,39 @@ fn partial_downloads_are_limited_oldest_first() {
         assert_eq!(fixture.ingests(), 0);
     });
 }
+
+#[test]
+fn partial_downloads_count_and_make_room_before_images() {
+    on_every_fs(|fixture| {
+        let store = fixture.open_with_limit(6000, at(0));
+        put_manifest(&store, &manifest(1), "library/alpine").unwrap();
+        store.put_tag(&key("1"), variant(1, &manifest(1), 0)).unwrap();
+        let blobs: Vec<Vec<u8>> = (0..3_u8)
+            .map(|number| [&[number][..], &[0; 1999]].concat())
+            .collect();
+        for blob in &blobs {
+            suspend_at(&store, blob, 1000);
+        }
+        store.access_times.set_now(at(7200));
+        // Removes the oldest one, and no more than it must.
+        let ingest = store.begin(&digest(b"other"), Some(3000)).unwrap();
+        assert_eq!(resumable_bytes(&store, &blobs[0]), None);
+        assert_eq!(store.remove_partials(), 2000);
+        assert!(store.tag(&key("1")).unwrap().is_some());
+        drop(ingest);
+    });
+}
+
+#[test]
+fn suspended_download_keeps_no_space_for_its_rest() {
+    use std::os::unix::fs::MetadataExt as _;
+    let (fixture, blob) = (Fixture::directory(), content(16 * CHECKPOINT));
+    let store = fixture.open();
+    suspend_at(&store, &blob, CHECKPOINT);
+    let data = fixture.files("ingest");
+    let data = data.iter().find(|path| path.ends_with("data")).unwrap();
+    let folder = fixture.folder.as_ref().unwrap().path().join("data");
+    let metadata = std::fs::metadata(folder.join(data)).unwrap();
+    assert_eq!(metadata.len(), CHECKPOINT_BYTES);
+    assert!(metadata.blocks() * 512 < 2 * CHECKPOINT_BYTES, "{metadata:?}");
+}
