@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use arc_swap::ArcSwap;
 use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State as Service};
@@ -27,8 +28,9 @@ use super::response::Problem;
 use crate::clock::Clock;
 use crate::download::Downloads;
 use crate::oci::{Accept, Digest, Endpoint, RangeRequest};
-use crate::proxy::{ProxyService, Request, UpstreamCaches};
+use crate::proxy::{Request, UpstreamCaches};
 use crate::queue::Peer;
+use crate::server::ServingState;
 use crate::trace_context::TraceContext;
 
 use self::run::run;
@@ -206,13 +208,13 @@ impl Admin {
         platforms: Platforms,
         authorization: Option<HeaderValue>,
     ) -> Result<u64, Problem> {
-        let registry = self.registry.load_full();
-        let spec = PullSpec {
-            named: ImageRef::parse(image, &registry)?,
+        // Parsed here as well, so that an unknown name is an error of the request.
+        let order = PullOrder {
+            image: ImageRef::parse(image, &self.registry.load())?.to_string(),
             platforms,
             authorization,
         };
-        let begun = self.pull_jobs.begin(&registry.proxy, spec, self.clock);
+        let begun = self.pull_jobs.begin(&self.registry, order, self.clock);
         begun.ok_or_else(|| {
             Problem::new(
                 StatusCode::SERVICE_UNAVAILABLE,
@@ -254,6 +256,14 @@ impl Platforms {
     }
 }
 
+/// A pull that an operator requested. It names the image by its full name, because the configuration may be reloaded while
+/// the job waits.
+struct PullOrder {
+    image: String,
+    platforms: Platforms,
+    authorization: Option<HeaderValue>,
+}
+
 /// Parameters of a pull job.
 pub(super) struct PullSpec {
     pub(super) named: ImageRef,
@@ -262,9 +272,19 @@ pub(super) struct PullSpec {
     pub(super) authorization: Option<HeaderValue>,
 }
 
+impl PullOrder {
+    fn spec(self, registry: &ServingState) -> Result<PullSpec, Problem> {
+        Ok(PullSpec {
+            named: ImageRef::parse(&self.image, registry)?,
+            platforms: self.platforms,
+            authorization: self.authorization,
+        })
+    }
+}
+
 impl PullJobs {
     /// Starts a job and returns its id; `None` if too many are unfinished.
-    pub(super) fn begin(&self, proxy: &Arc<ProxyService>, spec: PullSpec, clock: Clock) -> Option<u64> {
+    fn begin(&self, registry: &Arc<ArcSwap<ServingState>>, order: PullOrder, clock: Clock) -> Option<u64> {
         let job = {
             let mut list = self.list.lock();
             if list.jobs.len() >= JOBS_MAX {
@@ -276,19 +296,23 @@ impl PullJobs {
             list.last_id += 1;
             let job = Arc::new(PullJob {
                 id: list.last_id,
-                image: spec.named.to_string(),
+                image: order.image.clone(),
                 began_at: clock.now(),
                 progress: Mutex::default(),
             });
             list.jobs.push_back(Arc::clone(&job));
             job
         };
-        let (proxy, permits, id) = (Arc::clone(proxy), Arc::clone(&self.permits), job.id);
+        let (registry, permits, id) = (Arc::clone(registry), Arc::clone(&self.permits), job.id);
         tokio::spawn(async move {
             // The semaphore is never closed.
             let _permit = permits.acquire().await.ok();
             job.progress.lock().state = State::Fetching;
-            let result = run(&proxy, &job, spec, clock).await;
+            let registry = registry.load_full();
+            let result = match order.spec(&registry) {
+                Ok(spec) => run(&registry.proxy, &job, spec, clock).await,
+                Err(problem) => Err(problem.detail),
+            };
             let mut progress = job.progress.lock();
             match result {
                 Ok(()) => progress.state = State::Done,

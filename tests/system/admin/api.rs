@@ -866,3 +866,48 @@ async fn provocation(
         _ => return None,
     })
 }
+
+#[tokio::test]
+async fn queued_pull_uses_the_configuration_after_a_reload() {
+    let upstream = Upstream::start().await;
+    let gate = upstream.holds_bodies(|seen| seen.path.contains("/blobs/"));
+    for tag in ["a", "b", "c", "d", "e"] {
+        upstream.push("library/demo", tag, Image::with_layers(&[tag]));
+    }
+    let setup = Setup::over(&upstream);
+    let proxy = setup.clone().start().await;
+    let pull = |tag: &str| {
+        let image = format!("demo:{tag}");
+        post(
+            &proxy,
+            "/api/v1/pulls",
+            &json!({ "image": image, "platforms": ["all"] }),
+        )
+    };
+    for tag in ["a", "b", "c", "d"] {
+        assert_eq!(pull(tag).await.status, 202);
+    }
+    let are_running = |reply: &Reply| {
+        let pulls = reply.json();
+        let states = pulls["pulls"].as_array().unwrap().iter();
+        states.filter(|pull| pull["state"] == "fetching").count() == 4
+    };
+    proxy
+        .until("the pulls", |proxy| proxy.admin("/api/v1/pulls"), are_running)
+        .await;
+    assert_eq!(pull("e").await.json()["state"], "waiting");
+    setup
+        .clone()
+        .file("ifnewer.toml", &setup.default_keys("policy = \"never\"").toml());
+    proxy.program().reload();
+    proxy.program().says("configuration reloaded").await;
+    gate.release();
+    let has_ended = |reply: &Reply| matches!(reply.json()["state"].as_str(), Some("done" | "failed"));
+    for (id, state) in [(1, "done"), (5, "failed")] {
+        let path = format!("/api/v1/pulls/{id}");
+        let reply = proxy
+            .until("the end", |proxy| proxy.admin(&path), has_ended)
+            .await;
+        assert_eq!(reply.json()["state"], state, "{reply:#?}");
+    }
+}
