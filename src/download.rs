@@ -340,6 +340,18 @@ impl Downloads {
         }
     }
 
+    /// Waits until no transfer of this blob runs. Its complete content is stored then, unless the disk failed.
+    pub async fn ended(&self, digest: &Digest) {
+        loop {
+            let mut left = std::pin::pin!(self.shared.left.notified());
+            left.as_mut().enable();
+            if !self.shared.running.lock().downloads.contains_key(digest) {
+                return;
+            }
+            left.await;
+        }
+    }
+
     /// Sets the limit of concurrent transfers from this upstream.
     pub fn resize_upstream(&self, upstream: &str, transfers_max: usize) {
         self.shared.queue.resize_group(&upstream.into(), transfers_max);

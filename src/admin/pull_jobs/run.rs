@@ -12,6 +12,7 @@ use crate::clock::Clock;
 use crate::oci::manifest::{DescriptorKind, ManifestKind};
 use crate::oci::{AnyDigest, Digest, Endpoint, Reference};
 use crate::proxy::{BlobBody, ProxyResponse, ProxyService};
+use crate::store::View;
 use crate::store::manifests::StoredManifest;
 
 /// Layers of one image fetched in parallel.
@@ -166,6 +167,14 @@ async fn layer(
             }
             BlobBody::Download(mut reader) => match reader.settled().await {
                 Ok(_) => {
+                    // Readers have the bytes before they are durable and named.
+                    proxy.downloads().ended(&digest).await;
+                    let is_stored = move |view: &View<'_>| matches!(view.blob(&digest), Ok(Some(_)));
+                    if !proxy.store().read(is_stored).await {
+                        return Err(format!(
+                            "{digest}: it was fetched, but the disk failed to store it"
+                        ));
+                    }
                     job.mark(&digest, LayerState::Fetched);
                     Ok(())
                 }

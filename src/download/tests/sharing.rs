@@ -275,3 +275,15 @@ async fn download_from_elsewhere_authorizes_no_follower() {
         assert_eq!(began_by_same.is_none(), is_elsewhere);
     }
 }
+
+#[tokio::test]
+async fn ended_download_is_stored() {
+    let (downloads, blob) = (downloads(), content(MIB));
+    let script = Script::default();
+    script.ending(0, Some(MIB), &blob);
+    let mut reader = leader(&downloads, digest(&blob)).start(script);
+    reader.settled().await.unwrap();
+    downloads.ended(&digest(&blob)).await;
+    assert_eq!(held(&downloads, digest(&blob)).unwrap(), blob);
+    downloads.ended(&digest(b"of no download")).await;
+}
