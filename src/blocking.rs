@@ -19,7 +19,8 @@ pub const THREADS_MAX: usize = 174 + RESERVE;
 /// Time after which an idle thread ends. Each has a stack and a cache of the allocator.
 pub const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(1);
 
-/// Threads for operations that have limits of their own: 2 for passwords, 2 for exports, 1 for maintenance, 1 for certificates.
+/// Threads for operations that have limits of their own: 2 for passwords, 2 for exports and imports, 1 for maintenance, 1 for
+/// certificates.
 const RESERVE: usize = 6;
 
 /// A kind of blocking operation.
@@ -49,8 +50,12 @@ pub enum Operation {
     ServedUrlsRead,
     /// Reads of credential files.
     CredentialFile,
-    /// Requests to the admin API.
+    /// Requests to the admin API, most of them reads.
     Admin,
+    /// Blocks, approvals, pins and offline mode.
+    AdminSwitch,
+    /// Garbage collection and deletion, which wait for evictions.
+    Removal,
     /// Lookups of configured host names.
     NameLookup,
     /// Lookups of host names that an upstream chose.
@@ -64,12 +69,13 @@ impl Operation {
             Self::StoreRead | Self::StoreWrite | Self::IndexWait | Self::DownloadWrite => 24,
             Self::FileRead => 16,
             Self::BlobLookup => 14,
-            Self::NameLookup => 8,
             Self::DownloadStart => 10,
-            Self::DownloadCommit => 8,
-            Self::DownloadResumption | Self::Admin => 6,
+            Self::DownloadCommit | Self::NameLookup => 8,
+            Self::DownloadResumption => 6,
             Self::TargetLookup => 4,
-            Self::ServedUrlsWrite | Self::ServedUrlsRead | Self::CredentialFile => 2,
+            Self::Admin => 3,
+            Self::ServedUrlsWrite | Self::ServedUrlsRead | Self::CredentialFile | Self::AdminSwitch => 2,
+            Self::Removal => 1,
         }
     }
 
@@ -130,7 +136,7 @@ mod tests {
 
     use super::*;
 
-    const ALL: [Operation; 15] = [
+    const ALL: [Operation; 17] = [
         Operation::StoreRead,
         Operation::StoreWrite,
         Operation::IndexWait,
@@ -144,6 +150,8 @@ mod tests {
         Operation::ServedUrlsRead,
         Operation::CredentialFile,
         Operation::Admin,
+        Operation::AdminSwitch,
+        Operation::Removal,
         Operation::NameLookup,
         Operation::TargetLookup,
     ];

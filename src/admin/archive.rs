@@ -18,7 +18,7 @@ use super::Admin;
 use super::extract::{Params, flag, list};
 use super::image_ref::ImageRef;
 use super::pull_jobs::Platforms;
-use super::response::{Pace, Problem, StreamBody, blocking};
+use super::response::{Pace, Problem, StreamBody, blocking, blocking_with};
 use crate::archive::Image;
 use crate::archive::export::{self, Plan};
 use crate::archive::import::{self, ImportOptions, Imported};
@@ -185,8 +185,7 @@ pub(super) async fn import(
     let (chunks, archive) = pipe();
     tokio::spawn(forward_body(body, chunks));
     let mut archive = PipeReader::new(archive);
-    let imported = blocking(move || {
-        let _permit = permit;
+    let imported = blocking_with(permit, move || {
         let options = ImportOptions {
             resolve: &|name| resolve(name, &registry),
             name,

@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 
 use super::Admin;
 use super::extract::JsonBody;
-use super::response::{Problem, blocking};
+use super::response::{Problem, blocking, removing};
 use crate::store::{EVICTION_MIN_AGE, Store};
 
 /// Default of `unused_for`.
@@ -87,7 +87,7 @@ pub(super) async fn collect(
         })?,
     };
     let (registry, dry_run) = (admin.registry.load_full(), request.dry_run);
-    let freed = blocking(move || Ok(registry.proxy.store().blocking().collect(unused_for, dry_run)?)).await?;
+    let freed = removing(move || Ok(registry.proxy.store().blocking().collect(unused_for, dry_run)?)).await?;
     Ok(Json(GcResult {
         dry_run,
         unused_seconds: unused_for.max(EVICTION_MIN_AGE).as_secs(),

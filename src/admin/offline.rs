@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 
 use super::Admin;
 use super::extract::JsonBody;
-use super::response::{Problem, blocking};
+use super::response::{Problem, switching};
 
 /// State of offline mode.
 #[derive(Serialize, ToSchema)]
@@ -64,7 +64,7 @@ impl Admin {
             tracing::warn!(offline = on, "offline mode switched by the operator");
         }
         let registry = self.registry.load_full();
-        let persisting = blocking(move || {
+        let persisting = switching(move || {
             if let Err(fault) = registry.proxy.store().blocking().persist_offline(on) {
                 tracing::error!(%fault, offline = on, "failed to persist offline mode");
             }

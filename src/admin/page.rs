@@ -23,7 +23,7 @@ use super::format::{bytes, describe_refresh, duration};
 use super::image_ref::ImageRef;
 use super::images::{self, ListQuery};
 use super::pull_jobs::Platforms;
-use super::response::{Problem, blocking};
+use super::response::{Problem, blocking, removing};
 use super::transfers::running;
 use super::{Admin, status};
 
@@ -188,7 +188,7 @@ pub(super) async fn submit_form(
         "remove" => {
             let registry = admin.registry.load_full();
             let named = ImageRef::parse(image, &registry)?;
-            blocking(move || {
+            removing(move || {
                 let removed = images::remove(&registry, &named, false, false)?;
                 Ok(format!("Removed {named}; {} freed.", bytes(removed.bytes_freed)))
             })

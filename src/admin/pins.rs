@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 use super::Admin;
 use super::extract::JsonBody;
 use super::image_ref::ImageRef;
-use super::response::{Problem, blocking};
+use super::response::{Problem, switching};
 use crate::oci::{AnyDigest, Reference};
 use crate::server::ServingState;
 use crate::store::pins::Pin;
@@ -71,7 +71,7 @@ impl Admin {
         let registry = self.registry.load_full();
         let named = ImageRef::parse(image, &registry)?;
         let name = named.to_string();
-        blocking(move || {
+        switching(move || {
             let was = set_pin(&registry, &named, pinned)?;
             // Here, because a client that leaves ends only the task that waits.
             tracing::info!(image = name, pinned, "pin changed on request");

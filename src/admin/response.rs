@@ -17,7 +17,8 @@ use http::{HeaderName, HeaderValue, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
 use serde::Serialize;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinError;
 use utoipa::ToSchema;
 
 use crate::archive::pipe::Chunk;
@@ -162,13 +163,43 @@ impl From<crate::store::StoreError> for Problem {
 /// Permits of [`Operation::Admin`].
 static PERMITS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Operation::Admin.permits());
 
+/// Permits of [`Operation::AdminSwitch`].
+static SWITCH_PERMITS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Operation::AdminSwitch.permits());
+
+/// Permits of [`Operation::Removal`].
+static REMOVAL_PERMITS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Operation::Removal.permits());
+
 /// Runs blocking work on a blocking thread.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
-    blocking::run(&PERMITS, work)
-        .await
-        .unwrap_or_else(|_| Err(Problem::task_failed()))
+    finished(blocking::run(&PERMITS, work).await)
+}
+
+/// As [`blocking`], for blocks, pins and the like: no other request keeps them waiting.
+pub(super) async fn switching<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
+    finished(blocking::run(&SWITCH_PERMITS, work).await)
+}
+
+/// As [`blocking`], for removals, which may wait for an eviction and run one after the other.
+pub(super) async fn removing<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
+    finished(blocking::run(&REMOVAL_PERMITS, work).await)
+}
+
+/// As [`blocking`], for work that has a permit of its own.
+pub(super) async fn blocking_with<T: Send + 'static>(
+    permit: OwnedSemaphorePermit,
+    work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
+    finished(blocking::run_with(permit, work).await)
+}
+
+fn finished<T>(done: Result<Result<T, Problem>, JoinError>) -> Result<T, Problem> {
+    done.unwrap_or_else(|_| Err(Problem::task_failed()))
 }
 
 /// A body read from an archive pipe. A pipe error aborts the message.
@@ -229,5 +260,26 @@ impl FlashMessages {
             .iter()
             .find(|(id, _)| *id == number)
             .map(|(_, text)| text.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+
+    #[tokio::test]
+    async fn switch_waits_for_no_list_and_no_removal() {
+        let mut held = Vec::new();
+        for permits in [&PERMITS, &REMOVAL_PERMITS] {
+            while let Ok(permit) = Arc::clone(permits).try_acquire_owned() {
+                held.push(permit);
+            }
+        }
+        assert!(switching(|| Ok(())).await.is_ok());
+        let permits = Arc::new(Semaphore::new(1));
+        let permit = Arc::clone(&permits).acquire_owned().await.unwrap();
+        assert!(blocking_with(permit, || Ok(())).await.is_ok());
+        drop(held);
     }
 }

@@ -17,7 +17,7 @@ use self::target::Target;
 use super::Admin;
 use super::extract::JsonBody;
 use super::format::rfc3339;
-use super::response::{Problem, blocking};
+use super::response::{Problem, blocking, switching};
 use crate::server::ServingState;
 use crate::store::Store;
 use crate::store::verdicts::{
@@ -276,7 +276,7 @@ impl Admin {
         let registry = self.registry.load_full();
         let target = Target::parse(image, &registry)?;
         let note = motive.note(self.clock.now());
-        blocking(move || set(registry.proxy.store().blocking(), &target, change, note)).await
+        switching(move || set(registry.proxy.store().blocking(), &target, change, note)).await
     }
 }
 

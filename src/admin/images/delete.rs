@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use super::super::Admin;
 use super::super::extract::{Params, flag};
 use super::super::image_ref::{ImageRef, full_name};
-use super::super::response::{Problem, blocking};
+use super::super::response::{Problem, removing};
 use super::not_cached;
 use crate::oci::{Reference, Repository};
 use crate::server::ServingState;
@@ -61,7 +61,7 @@ pub(in crate::admin) async fn delete_image(
 ) -> Result<Json<Removed>, Problem> {
     let registry = admin.registry.load_full();
     let named = ImageRef::parse(&query.image, &registry)?;
-    blocking(move || remove(&registry, &named, query.all_tags, query.dry_run).map(Json)).await
+    removing(move || remove(&registry, &named, query.all_tags, query.dry_run).map(Json)).await
 }
 
 /// Removes a tag, or all tags of a repository. With `is_trial`, only reports what that would free.
