@@ -293,7 +293,7 @@ impl Reader {
                 ReadState::End => return None,
                 ReadState::Wait { readable } => readable,
             };
-            match self.segment_bytes().await {
+            match self.segment_bytes() {
                 Some((file, SegmentBytes::Readable(until))) => return Some(Ok(Step::File(file, until))),
                 Some((_, SegmentBytes::Arriving(mut segment))) => {
                     tokio::select! {
@@ -344,7 +344,7 @@ impl Reader {
 
     /// The bytes at the position in a segment of the transfer, and the file. `None`: the front brings them, or a request of
     /// the reader's own.
-    async fn segment_bytes(&mut self) -> Option<(Arc<dyn FsFile>, SegmentBytes)> {
+    fn segment_bytes(&mut self) -> Option<(Arc<dyn FsFile>, SegmentBytes)> {
         let range_bytes = self
             .in_segments
             .range_bytes

@@ -305,7 +305,7 @@ impl BlobRequest<'_> {
     async fn head_for_push(&self, state: &CacheState, size: u64, served: HitReason) -> ProxyResponse {
         let revalidated = self.revalidate(state).await;
         match revalidated.revalidation {
-            Revalidation::NotFound if !self.has_current_right(state) => {
+            Revalidation::NotFound if state.authorization != Authorization::Granted => {
                 denied(DenyReason::NotFound, revalidated.response, false)
             }
             Revalidation::NotFound => {

@@ -264,7 +264,7 @@ impl<'a> ManifestRequest<'a> {
     /// and its request must concern each recorded response.
     async fn remove_deleted_tag(&self, state: &CacheState) {
         let Some(tag) = self.request.tag() else { return };
-        if state.cached.is_none() || !self.has_current_right(state) {
+        if state.cached.is_none() || state.authorization != Authorization::Granted {
             return;
         }
         let key = TagKey {

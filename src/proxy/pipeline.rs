@@ -300,14 +300,6 @@ impl<'a> ReadContext<'a> {
         authorize(&evidence, &self.rule.grant_ttls(), self.request.now)
     }
 
-    /// Whether a 404 to this client means that the content is gone. A registry may hide a repository behind 404 from a client
-    /// that has lost its right, or never had one.
-    pub(super) fn has_current_right(&self, state: &CacheState) -> bool {
-        let is_anonymous = self.request.authorization.is_none();
-        is_anonymous && state.authorization == Authorization::Granted
-            || self.authorization_of_client() == Authorization::Granted
-    }
-
     /// When the repository was last seen to be public.
     pub(super) fn public_mark(&self) -> Option<SystemTime> {
         self.grants.anonymous_granted_at

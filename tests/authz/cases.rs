@@ -315,12 +315,13 @@ async fn not_found_for_another_accept_removes_no_tag() {
     cache.accept = None;
     gets(&cache, of_anyone()).await;
 
+    // A client with a credential but no grant, as one with the token of a pull.
     registry.set_condition(Condition::Healthy);
     let deleted = |state: &mut super::registry::State| {
         state.shelves.get_mut("pub/one").unwrap().tags.remove("1");
     };
     deleted(&mut registry.state());
-    gets_nothing(&cache, of_anyone()).await;
+    gets_nothing(&cache, tag("pub/one", "1", alice())).await;
     registry.set_condition(Condition::Down);
     gets_nothing(&cache, of_anyone()).await;
 }
