@@ -104,18 +104,9 @@ impl Sites {
         })
     }
 
-    /// Number of blob GETs served by the upstream.
-    pub(crate) fn upstream_requests_for(&self, digest: &str) -> Outcome<usize> {
-        Ok(self.upstream_answers_for(digest)?.len())
-    }
-
     /// Blob bytes sent by the upstream.
     pub(crate) fn upstream_bytes_for(&self, digest: &str) -> Outcome<u64> {
-        Ok(self.upstream_answers_for(digest)?.iter().sum())
-    }
-
-    /// The bytes of each answer, from `… "GET /v2/… HTTP/1.1" STATUS BYTES …`.
-    fn upstream_answers_for(&self, digest: &str) -> Outcome<Vec<u64>> {
+        // `… "GET /v2/… HTTP/1.1" STATUS BYTES …`
         let log = std::fs::read_to_string(&self.upstream_log)?;
         log.lines()
             .filter(|line| line.contains("\"GET ") && line.contains(digest))
@@ -123,7 +114,7 @@ impl Sites {
                 let bytes = line.split("\" ").nth(1).and_then(|after| after.split(' ').nth(1));
                 Ok(bytes.ok_or("an access log of another form")?.parse()?)
             })
-            .collect()
+            .sum()
     }
 }
 

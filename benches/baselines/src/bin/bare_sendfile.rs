@@ -1,8 +1,8 @@
 //! Baseline of the benches: a `sendfile(2)` loop that answers every request with one file. It is the least that a large
 //! response can cost on this runtime.
 //!
-//! `bare_sendfile FILE [STEP_BYTES]`: bytes of a system call at most, 512 KiB unless given. A connection yields after
-//! each step, so that all connections advance together.
+//! `bare_sendfile FILE [STEP_BYTES]`: bytes of a system call at most, 512 KiB unless given. A connection does not yield after
+//! a step, because that took 1.6 times as much CPU time.
 
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
@@ -72,7 +72,6 @@ impl Content {
                     return Err(ErrorKind::UnexpectedEof.into());
                 }
                 position += sent as u64;
-                tokio::task::yield_now().await;
             }
         }
         Ok(())
