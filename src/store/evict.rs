@@ -243,9 +243,9 @@ impl Evictor {
         }
     }
 
-    /// Removes partial downloads, and then evicts content, until `shortfall` returns `None`. It is measured again before each round, because other threads
-    /// free space while this one waits, and so does a round that ends early. With `is_all_or_nothing`, nothing is
-    /// removed if the least number of bytes cannot be freed.
+    /// Removes partial downloads, and then evicts content, until `shortfall` returns `None`. It is measured again before each
+    /// round, because other threads free space while this one waits, and so does a round that ends early. With
+    /// `is_all_or_nothing`, no content is evicted if the least number of bytes cannot be freed.
     fn evict_for(&self, mut shortfall: impl FnMut() -> Option<Shortfall>, is_all_or_nothing: bool) {
         let mut no_progress = self.state.round.lock();
         if let Some(Shortfall { bytes_target, .. }) = shortfall() {
