@@ -3,7 +3,7 @@
 //! Files come in any order, so all are first stored as blobs under their own digests. Then the images of `index.json`
 //! are resolved. If all are complete, the import stores their manifests, then the repository memberships, and the tags
 //! last, if nothing was removed meanwhile. New objects that no image needs are removed, and all of a failed import are,
-//! but not what another image uses by then.
+//! but not those that another image uses by then.
 //!
 //! Objects of a running import count as used, also those that were cached before. So it evicts none of them.
 //!

@@ -31,7 +31,7 @@ use crate::store::invalidations::InvalidationKey;
 use crate::store::tags::TagKey;
 
 /// Number of write counters. Repositories with the same hash share a counter; the only effect is that some responses
-/// are not recorded, or that what they recorded is revalidated.
+/// are not recorded, or that their records are revalidated.
 const COUNTERS: usize = 256;
 
 /// Repositories of one counter for which the last accepted write is remembered.

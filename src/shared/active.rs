@@ -1,4 +1,4 @@
-//! State of one bucket: its breakers, what is not read from it, and its counters.
+//! State of one bucket: its breakers, the objects that are not read from it, and its counters.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;

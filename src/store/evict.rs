@@ -291,7 +291,7 @@ impl Evictor {
         self.tracked(|| self.tracked_round(shortfall, bytes_min))
     }
 
-    /// Takes a snapshot and removes content. What is needed meanwhile is tracked.
+    /// Takes a snapshot and removes content. Content that is needed meanwhile is tracked.
     fn tracked<T>(&self, remove: impl FnOnce() -> T) -> T {
         self.access_times.start_tracking();
         let done = remove();

@@ -1,10 +1,10 @@
-//! Partial downloads: what interrupted downloads left on disk, resumed by the next request for the blob.
+//! Partial downloads: bytes of interrupted downloads on the disk, resumed by the next request for the blob.
 //!
 //! A partial download survives a restart. Before it is resumed, its data is hashed again: only bytes that match a
 //! checkpoint count as received. The digest of the complete blob is verified at the end in any case.
 //!
 //! The number, the total size and, at startup, the age of partial downloads are limited. They count to the size of the
-//! store, by the length of their files: what is preallocated for the rest is freed when a download is suspended. If space
+//! store, by the length of their files: the space preallocated for the rest is freed when a download is suspended. If space
 //! is short, they are removed before images are evicted, the oldest first.
 
 use std::fmt;

@@ -1,4 +1,4 @@
-//! Deletion of images on request of the operator: the tags, and the content that nothing else references. And removal of
+//! Deletion of images on request of the operator: the tags, and their content without other references. And removal of
 //! blobs that an import has stored and no image needs.
 //!
 //! A deletion removes in the order of an eviction and under the same checks: content that another image began to use after the
@@ -141,7 +141,7 @@ impl Evictor {
         Ok(())
     }
 
-    /// Returns whether everything was removed. A manifest precedes what it references, so the rest is complete.
+    /// Returns whether everything was removed. A manifest precedes its content, so the rest is complete.
     fn remove_content_of(&self, plan: &Plan, freed: &mut Reclaimed) -> Result<bool, StoreError> {
         for (node, _) in plan.steps() {
             let (Node::Manifest(digest) | Node::Blob(digest)) = &node else {

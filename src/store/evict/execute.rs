@@ -14,7 +14,7 @@ use super::Evictor;
 use super::plan::Plan;
 use crate::oci::Digest;
 
-/// What becomes of a blob that a client is reading.
+/// Treatment of a blob that a client is reading.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Readers {
     /// It stays.
