@@ -248,9 +248,11 @@ impl Evictor {
     /// `is_all_or_nothing`, no content is evicted if the least number of bytes cannot be freed.
     fn evict_for(&self, mut shortfall: impl FnMut() -> Option<Shortfall>, is_all_or_nothing: bool) {
         let mut no_progress = self.state.round.lock();
-        if let Some(Shortfall { bytes_target, .. }) = shortfall() {
-            self.blobs.partials.free(self.fs.as_ref(), bytes_target);
-        }
+        // Not measured again if there is none: it may reserve the space.
+        let Some(Shortfall { bytes_target, .. }) = shortfall() else {
+            return;
+        };
+        self.blobs.partials.free(self.fs.as_ref(), bytes_target);
         for _ in 0..ROUNDS_MAX {
             let Some(shortfall) = shortfall() else {
                 return;

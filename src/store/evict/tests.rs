@@ -335,6 +335,35 @@ fn waiting_reservation_evicts_nothing_after_space_was_freed() {
     assert_eq!(store.evictions().for_size, 2);
 }
 
+/// The space that was freed has room for the reservation once, and not twice.
+#[test]
+fn waiting_reservation_counts_its_bytes_once() {
+    let fixture = Fixture::memory();
+    let store = fixture.open();
+    let blobs: Vec<Vec<u8>> = (0..10_u32)
+        .map(|number| number.to_be_bytes().repeat(250))
+        .collect();
+    for blob in &blobs {
+        put_blob(&store, blob).unwrap();
+    }
+    counted_usage(&store);
+    store.access_times.set_now(at(7200));
+    store.quota.set_limits(Limits {
+        bytes_max: 10_000,
+        free_bytes_min: 0,
+    });
+    let (sender, reserved) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let round = store.evictor.state.round.lock();
+        scope.spawn(|| sender.send(store.evictor.reserve(600)).unwrap());
+        assert!(reserved.recv_timeout(Duration::from_millis(50)).is_err());
+        store.remove_blob(&digest(&blobs[0])).unwrap();
+        drop(round);
+        assert!(reserved.recv().unwrap().is_ok());
+    });
+    assert_eq!(store.evictions().for_size, 0);
+}
+
 #[test]
 fn dry_run_of_gc_does_not_wait_for_an_eviction() {
     let fixture = Fixture::memory();
