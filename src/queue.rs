@@ -337,7 +337,7 @@ impl Shared {
         (ticket, entries, receiver)
     }
 
-    /// Adds a request to queued work. Permits that its class may have are free, perhaps.
+    /// Adds a request to queued work, which starts if the class of the request may have a free permit.
     fn join(self: &Arc<Self>, ticket: Ticket, demand: Demand) -> Option<Entry> {
         let mut entry = None;
         self.change(|scheduler| entry = scheduler.join(ticket, demand));

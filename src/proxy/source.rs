@@ -431,7 +431,7 @@ impl Source for UpstreamSource {
         if let Some(lease) = &self.lease {
             lease.set_size(size);
         }
-        // Not that it sent the rest to anonymous clients: a mirror of it may have.
+        // A mirror may have sent the rest without a credential, which does not make the repository public.
         if let Some(caller) = self.first_caller.take() {
             self.upstream_request.caller = caller;
         }
